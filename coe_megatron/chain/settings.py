@@ -1,0 +1,42 @@
+"""What makes a chain a chain: the settings of one Chain-of-Experts layer, validated where they are made."""
+
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
+
+Gating = Literal["independent", "shared_router", "fixed"]
+Residual = Literal["inner", "outer", "init"]
+Topology = Literal["prenorm", "reference", "iteration_norm"]
+Balance = Literal["sum", "mean"]
+
+
+@dataclass(frozen=True)
+class ChainSettings:
+    """Settings of the chain; everything else about the layer (N, K, sizes) belongs to the layer itself.
+
+    Attributes:
+        iterations: C, how often tokens pass through the layer's experts; C = 1 is a mixture of experts.
+        gating: which router drives iteration t: `independent` W_t each, `shared_router` one W applied afresh, `fixed`
+            the experts and weights of iteration 1 (paper eq. 8).
+        residual: r(t): `inner` x(t-1), `init` x(0) (eq. 10), `outer` none inside and the input once at the end (eq. 9).
+        topology: what leaves the sub-layer: `prenorm` h + Δ, `reference` u + Δ as in the authors' code,
+            `iteration_norm` every iteration a pre-norm sub-layer with a norm gain of its own.
+        balance: how the coefficients of auxiliary and z-losses scale with C: `sum` gives each iteration the full
+            coefficient (the authors' code), `mean` gives each 1/C of it. The two are one at C = 1.
+
+    Raises:
+        ValueError: a field has no valid value; the message names the field, the value and the valid ones.
+    """
+
+    iterations: int = 2
+    gating: Gating = "independent"
+    residual: Residual = "inner"
+    topology: Topology = "prenorm"
+    balance: Balance = "sum"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.iterations, int) or isinstance(self.iterations, bool) or self.iterations < 1:
+            raise ValueError(f"chain.iterations is {self.iterations!r}: it must be an integer of at least 1")
+        for field in fields(self)[1:]:
+            value, valid = getattr(self, field.name), get_args(field.type)
+            if value not in valid:
+                raise ValueError(f"chain.{field.name} is {value!r}: it must be one of {', '.join(valid)}")
