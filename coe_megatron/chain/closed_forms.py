@@ -1,0 +1,276 @@
+"""Closed forms: parameters, FLOPs and combinations of a Chain-of-Experts language model, as plain integers.
+
+Needs no torch, so that a program can say what a run costs before it loads anything. Tests hold every form against the
+built model.
+
+Conventions: a multiply-add is 2 FLOPs, and only matrix products count. Attention is causal, but each token is charged
+for all S positions, as Megatron-Core and most reports do; a kernel that skips the masked half does less. Training is
+3 x forward (the backward pass has two products for each forward one), without recomputation.
+"""
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Literal, get_args
+
+from coe_megatron.chain.settings import ChainSettings
+
+Attention = Literal["mha", "mla"]
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Everything about a model that its parameters and FLOPs depend on. Linear layers have no biases.
+
+    Attributes:
+        layers: transformer layers.
+        hidden: D.
+        vocab: rows of the embedding, padding included.
+        heads: attention heads.
+        seq_length: S, tokens of a sequence.
+        experts: N routed experts of a MoE layer.
+        topk: K, experts a token visits in one iteration.
+        expert_ffn: F, of one routed expert.
+        shared_ffn: width of all shared experts together; 0 for none.
+        dense_ffn: width of the feed-forward of a layer that is not MoE; may be 0 where every layer is.
+        moe_layers: how many layers are MoE, or a 0/1 for each layer; None for all of them.
+        attention: `mha` (with kv_groups) or `mla` (with the five fields at the end).
+        kv_groups: key/value heads of `mha`; None for as many as heads.
+        head_dim: of `mha`; None for hidden / heads.
+        kv_lora_rank: of `mla`, the width of the compressed keys and values.
+        q_lora_rank: of `mla`, the width of compressed queries; None for queries straight from the hidden state.
+        qk_nope: of `mla`, dimensions of a query head without position.
+        qk_rope: of `mla`, dimensions with position; one key of this width is shared by all heads.
+        v_head_dim: of `mla`.
+        swiglu: two halves in the first matrix of every feed-forward, else one.
+        untied_embeddings: the output layer has weights of its own.
+        chain: iterations, gating, topology.
+
+    Raises:
+        ValueError: a field has no valid value; the message names the field, the value and the valid ones.
+    """
+
+    layers: int
+    hidden: int
+    vocab: int
+    heads: int
+    seq_length: int
+    experts: int
+    topk: int
+    expert_ffn: int
+    shared_ffn: int = 0
+    dense_ffn: int = 0
+    moe_layers: int | tuple[int, ...] | None = None
+    attention: Attention = "mha"
+    kv_groups: int | None = None
+    head_dim: int | None = None
+    kv_lora_rank: int = 0
+    q_lora_rank: int | None = None
+    qk_nope: int = 0
+    qk_rope: int = 0
+    v_head_dim: int = 0
+    swiglu: bool = True
+    untied_embeddings: bool = True
+    chain: ChainSettings = field(default_factory=ChainSettings)
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "hidden", "vocab", "heads", "seq_length", "experts", "topk", "expert_ffn"):
+            self._require(getattr(self, name) >= 1, name, "at least 1")
+        self._require(self.topk <= self.experts, "topk", f"at most experts, {self.experts}")
+        self._require(self.attention in get_args(Attention), "attention", "mha or mla")
+        if self.attention == "mla":
+            for name in ("kv_lora_rank", "qk_nope", "qk_rope", "v_head_dim"):
+                self._require(getattr(self, name) >= 1, name, "at least 1 for mla")
+        elif self.head_dim is None:
+            self._require(self.hidden % self.heads == 0, "heads", f"a divisor of hidden, {self.hidden}")
+        if isinstance(self.moe_layers, tuple):
+            self._require(len(self.moe_layers) == self.layers, "moe_layers", f"{self.layers} numbers")
+        self._require(0 <= self.num_moe_layers <= self.layers, "moe_layers", f"at most {self.layers}")
+        needs_dense = self.num_moe_layers < self.layers
+        self._require(self.dense_ffn >= needs_dense, "dense_ffn", "at least 1 where a layer is not MoE")
+
+    def _require(self, valid: bool, name: str, values: str) -> None:
+        if not valid:
+            raise ValueError(f"shape.{name} is {getattr(self, name)!r}: it must be {values}")
+
+    @property
+    def num_moe_layers(self) -> int:
+        """How many layers are MoE."""
+        if isinstance(self.moe_layers, tuple):
+            return sum(map(bool, self.moe_layers))
+        return self.layers if self.moe_layers is None else self.moe_layers
+
+    @property
+    def routings(self) -> int:
+        """How often a layer routes a token: once if `fixed`, else in each of C iterations."""
+        return 1 if self.chain.gating == "fixed" else self.chain.iterations
+
+    @property
+    def routers(self) -> int:
+        """Router weights of a layer: C if `independent`, else 1."""
+        return self.chain.iterations if self.chain.gating == "independent" else 1
+
+    @property
+    def ffn_matrices(self) -> int:
+        """Matrices of hidden x width in a feed-forward: 3 for SwiGLU, else 2."""
+        return 3 if self.swiglu else 2
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of the whole model by kind.
+
+    Attributes:
+        embedding, output: vocab x hidden each; output is 0 when tied.
+        attention: matrices of all layers.
+        norms: gains of all layers, of the latents of `mla`, and of the final norm.
+        final_norm: the part of `norms` that stands behind the last layer.
+        routers, experts, shared, dense: of all layers.
+        idle_experts: the part of `experts` that a token cannot reach: all but min(N, R·K) experts a layer.
+    """
+
+    embedding: int
+    output: int
+    attention: int
+    norms: int
+    final_norm: int
+    routers: int
+    experts: int
+    shared: int
+    dense: int
+    idle_experts: int
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self.without_embeddings + self.embedding + self.output
+
+    @property
+    def without_embeddings(self) -> int:
+        """All parameters but embedding and output layer."""
+        return self.attention + self.norms + self.routers + self.experts + self.shared + self.dense
+
+    @property
+    def active(self) -> int:
+        """Parameters that one token can use at most: all but the experts it cannot reach.
+
+        A chain may visit other experts in every iteration, so min(N, R·K) experts a layer count, R being the
+        routings. Embedding and output layer count in full.
+        """
+        return self.total - self.idle_experts
+
+    @property
+    def active_without_embeddings(self) -> int:
+        """`active` but for embedding and output layer."""
+        return self.without_embeddings - self.idle_experts
+
+
+def parameters(shape: ModelShape) -> ParameterCount:
+    """Parameters of the model by kind."""
+    moe, dense = shape.num_moe_layers, shape.layers - shape.num_moe_layers
+    expert = shape.ffn_matrices * shape.hidden * shape.expert_ffn
+    reachable = min(shape.experts, shape.routings * shape.topk)
+    table = shape.vocab * shape.hidden
+    return ParameterCount(
+        embedding=table,
+        output=table if shape.untied_embeddings else 0,
+        attention=shape.layers * _attention_matrices(shape),
+        norms=_norm_gains(shape),
+        final_norm=shape.hidden,
+        routers=moe * shape.routers * shape.experts * shape.hidden,
+        experts=moe * shape.experts * expert,
+        shared=moe * shape.ffn_matrices * shape.hidden * shape.shared_ffn,
+        dense=dense * shape.ffn_matrices * shape.hidden * shape.dense_ffn,
+        idle_experts=moe * (shape.experts - reachable) * expert,
+    )
+
+
+def _attention_matrices(shape: ModelShape) -> int:
+    """Parameters of the matrices of one layer's attention, which are its multiply-adds a token as well."""
+    d, heads = shape.hidden, shape.heads
+    if shape.attention == "mha":
+        width = shape.head_dim or d // heads
+        groups = shape.kv_groups or heads
+        return d * width * (heads + 2 * groups) + heads * width * d
+    query = heads * (shape.qk_nope + shape.qk_rope)
+    rank = shape.q_lora_rank
+    queries = d * query if rank is None else d * rank + rank * query
+    down = d * (shape.kv_lora_rank + shape.qk_rope)
+    up = shape.kv_lora_rank * heads * (shape.qk_nope + shape.v_head_dim)
+    return queries + down + up + heads * shape.v_head_dim * d
+
+
+def _norm_gains(shape: ModelShape) -> int:
+    """RMSNorm gains: before attention, before the feed-forward (C in `iteration_norm`), latents, the final one."""
+    per_moe = shape.chain.iterations if shape.chain.topology == "iteration_norm" else 1
+    in_moe = shape.num_moe_layers * per_moe
+    in_dense = shape.layers - shape.num_moe_layers
+    latents = shape.kv_lora_rank + (shape.q_lora_rank or 0) if shape.attention == "mla" else 0
+    return (shape.layers + in_moe + in_dense + 1) * shape.hidden + shape.layers * latents
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs a token by kind, over all layers.
+
+    Attributes:
+        attention: the matrices around attention.
+        attention_scores: queries times keys and weights times values, over all S positions.
+        routers: R routings a layer.
+        experts: C·K experts a layer.
+        shared: C passes a layer through the shared experts.
+        dense: feed-forward of layers that are not MoE.
+        output: hidden state to vocabulary; tied or not.
+    """
+
+    attention: int
+    attention_scores: int
+    routers: int
+    experts: int
+    shared: int
+    dense: int
+    output: int
+
+    @property
+    def total(self) -> int:
+        """All FLOPs of a token."""
+        return sum(getattr(self, kind.name) for kind in fields(self))
+
+    def times(self, factor: int) -> "Flops":
+        """Every kind times `factor`."""
+        return Flops(**{kind.name: factor * getattr(self, kind.name) for kind in fields(self)})
+
+
+def forward_flops(shape: ModelShape) -> Flops:
+    """FLOPs of the forward pass for one token of a sequence of `seq_length`, by kind."""
+    moe, dense, c = shape.num_moe_layers, shape.layers - shape.num_moe_layers, shape.chain.iterations
+    feed_forward = 2 * shape.ffn_matrices * shape.hidden  # for each unit of width
+    return Flops(
+        attention=2 * shape.layers * _attention_matrices(shape),
+        attention_scores=2 * shape.layers * shape.seq_length * _score_width(shape),
+        routers=2 * moe * shape.routings * shape.experts * shape.hidden,
+        experts=moe * c * shape.topk * feed_forward * shape.expert_ffn,
+        shared=moe * c * feed_forward * shape.shared_ffn,
+        dense=dense * feed_forward * shape.dense_ffn,
+        output=2 * shape.vocab * shape.hidden,
+    )
+
+
+def training_flops(shape: ModelShape) -> Flops:
+    """FLOPs of forward and backward pass for one token: 3 x forward, without recomputation."""
+    return forward_flops(shape).times(3)
+
+
+def _score_width(shape: ModelShape) -> int:
+    """Multiply-adds of one query against one position: the widths of keys and of values, over all heads."""
+    if shape.attention == "mla":
+        return shape.heads * (shape.qk_nope + shape.qk_rope + shape.v_head_dim)
+    return shape.heads * 2 * (shape.head_dim or shape.hidden // shape.heads)
+
+
+def expert_combinations(experts: int, topk: int, iterations: int = 1) -> int:
+    """How many choices of experts a token has in a layer: binomial(N, K) ** C, an iteration's being independent.
+
+    The paper claims 823 times more for CoE-2(4/64) than for MoE(8/64). Its own formula, this one, gives
+    C(64,4)² / C(64,8) = 91.2.
+    """
+    return math.comb(experts, topk) ** iterations

@@ -1,0 +1,71 @@
+"""Worked arithmetic: an equation is evaluated from the very text that is shown, so it cannot be wrong."""
+
+import ast
+import operator
+from dataclasses import dataclass
+from fractions import Fraction
+
+_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+
+
+@dataclass(frozen=True)
+class Calc:
+    """One worked step. In a sentence the object itself reads as its result: `f"{calc}"` is "12".
+
+    Attributes:
+        expression: the left side as shown, such as "4 * 3".
+        value: its exact value.
+    """
+
+    expression: str
+    value: Fraction
+
+    def __str__(self) -> str:
+        return number(self.value)
+
+    def __int__(self) -> int:
+        assert self.value.denominator == 1, f"{self.eq} is no whole number"
+        return int(self.value)
+
+    @property
+    def eq(self) -> str:
+        """The whole equation, such as "4 * 3 = 12"."""
+        return f"{self.expression} = {self}"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question, its worked reasoning, and the last step, whose result is the answer."""
+
+    question: str
+    reasoning: str
+    answer: Calc
+
+
+def calc(expression: str) -> Calc:
+    """Evaluate an expression of numbers, + - * / and parentheses exactly.
+
+    Raises:
+        AssertionError: anything else stands in it, or it divides by zero: the template is wrong.
+    """
+    return Calc(expression, _evaluate(ast.parse(expression, mode="eval").body))
+
+
+def number(value: int | Fraction) -> str:
+    """A whole number or a decimal of at most two places; a template must not lead to any other."""
+    cents = Fraction(value) * 100
+    assert cents.denominator == 1, f"{value} has more than two decimals"
+    return f"{cents / 100:.2f}".rstrip("0").rstrip(".")
+
+
+def dollars(value: int | Fraction) -> str:
+    """An amount of money as written in a shop: "$4" or "$4.50"."""
+    return f"${number(value)}" if Fraction(value).denominator == 1 else f"${float(value):.2f}"
+
+
+def _evaluate(node: ast.expr) -> Fraction:
+    if isinstance(node, ast.BinOp):
+        operation = _OPERATORS[type(node.op)]
+        return operation(_evaluate(node.left), _evaluate(node.right))
+    assert isinstance(node, ast.Constant), f"{ast.unparse(node)} is no number"
+    return Fraction(str(node.value))

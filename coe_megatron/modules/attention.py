@@ -1,0 +1,97 @@
+"""Core attention over torch's scaled_dot_product_attention: no S x S scores in memory, on CPU and CUDA alike.
+
+S: sequence, B: batch, A: heads on this rank, G: key/value heads on this rank, H: query/key head size, V: value head
+size. Multi-latent attention uses V different from H; grouped-query attention G smaller than A.
+"""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class SDPACoreAttention(MegatronModule):
+    """Takes the place of Megatron's `DotProductAttention` and, with `k_channels`/`v_channels`, serves its MLA too.
+
+    Args:
+        softmax_scale: factor of the scores; 1/sqrt(H) when None.
+        attention_dropout: dropout of the attention weights; the config's when None.
+
+    Raises:
+        ValueError: the config asks for what torch's attention does not do (context parallelism, sliding window,
+            query-key layer scaling, a softmax other than the plain one).
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        _refuse_unsupported(config)
+        self.attn_mask_type = attn_mask_type
+        self.softmax_scale = softmax_scale
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: object | None = None,
+    ) -> torch.Tensor:
+        """Attend; as in Megatron's own core, a given mask stands alone and without one the mask type decides.
+
+        Args:
+            query: [S, B, A, H]; key: [S, B, G, H]; value: [S, B, G, V].
+            attention_mask: bool, broadcastable to [B, A, S, S], True where attention is forbidden; or None.
+
+        Returns:
+            [S, B, A * V].
+        """
+        assert attention_bias is None, "attention bias is not supported by SDPACoreAttention"
+        assert packed_seq_params is None, "packed sequences are not supported by SDPACoreAttention"
+        mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
+        query_BASH, key_BGSH, value_BGSV = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        dropout = self.dropout if self.training else 0.0
+        with get_cuda_rng_tracker().fork() if dropout else torch.enable_grad():
+            out_BASV = F.scaled_dot_product_attention(
+                query_BASH,
+                key_BGSH,
+                value_BGSV,
+                attn_mask=None if attention_mask is None else ~attention_mask,
+                dropout_p=dropout,
+                is_causal=attention_mask is None and mask_type == AttnMaskType.causal,
+                scale=self.softmax_scale,
+                enable_gqa=key.shape[2] != query.shape[2],
+            )
+        return out_BASV.permute(2, 0, 1, 3).flatten(2)
+
+
+def _refuse_unsupported(config: TransformerConfig) -> None:
+    unsupported = {
+        "context_parallel_size": config.context_parallel_size > 1,
+        "window_size": config.window_size is not None,
+        "apply_query_key_layer_scaling": config.apply_query_key_layer_scaling,
+        "softmax_type": config.softmax_type != "vanilla",
+    }
+    for name, asked in unsupported.items():
+        if asked:
+            raise ValueError(
+                f"{name} is {getattr(config, name)!r}: scaled_dot_product_attention does not offer it; "
+                "leave it at Megatron's default or use Transformer Engine's attention"
+            )

@@ -1,0 +1,163 @@
+"""The Chain-of-Experts layer for Megatron-Core: Megatron's MoELayer, passed through C times.
+
+    x(0) = u,  x(t) = F_t(x(t-1)) + r(t),  F_t(x) = sum_i g[t,i] E_i(x) + sum_m S_m(x)        (paper eq. 5, 8)
+
+One set of experts and shared experts, one router and one token dispatcher per iteration. What Megatron's layer does
+once (route, dispatch, experts, combine) this one repeats through the same methods; the rest is the residual r(t) and
+what leaves the layer. Increments F_t are summed as they come: x(C) - x(0) computed by subtraction loses them in bf16.
+
+S: sequence, B: micro-batch, D: hidden size, T = S * B.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from coe_megatron.chain.settings import ChainSettings
+from coe_megatron.dispatch.alltoall import AllToAllDispatcher
+from coe_megatron.modules.norm import Norm
+from coe_megatron.modules.router import CoERouter
+
+Routing = tuple[torch.Tensor, torch.Tensor]
+
+
+class CoELayer(MoELayer):
+    """C iterations over one set of experts; with C = 1 and `prenorm` it is Megatron's MoELayer.
+
+    Iteration 1 uses `router`, as in the stock layer; iterations 2 to C use `later_routers`.
+
+    Args:
+        config: Megatron's, with `num_moe_experts`; what it says of a MoE layer holds in every iteration.
+        submodules: Megatron's MoE submodules; the router among them is replaced by CoERouter.
+        chain: the chain's settings.
+        pg_collection: process groups; Megatron's global ones when None.
+
+    Raises:
+        ValueError: the config asks for something that cannot go with a chain; the message says what and why.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MoESubmodules | None = None,
+        layer_number: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        chain: ChainSettings | None = None,
+        norm: type = Norm,
+    ) -> None:
+        chain = chain or ChainSettings()
+        _refuse_unsupported(config, chain)
+        assert submodules is not None, "CoELayer needs submodules: take them from coe_layer_spec"
+        groups = pg_collection or get_default_pg_collection()
+        router = partial(CoERouter, chain=chain)
+        super().__init__(config, replace(submodules, router=router), layer_number, groups)
+        self.chain = chain
+        self.later_routers = torch.nn.ModuleList(
+            router(
+                config=config,
+                pg_collection=groups,
+                leader=self.router if chain.gating == "shared_router" else None,
+            )
+            for _ in range(self.router.num_routers - 1)
+        )
+        # A dispatcher keeps the state of one pass on itself and owns no weights: one for each iteration.
+        stock = type(self.token_dispatcher)
+        make = AllToAllDispatcher if stock is MoEAlltoAllTokenDispatcher else stock
+        self.dispatchers = [
+            make(self.num_local_experts, self.local_expert_indices, config=config, pg_collection=groups)
+            for _ in range(chain.iterations)
+        ]
+        norms = chain.iterations if chain.topology == "iteration_norm" else 0
+        self.norms = torch.nn.ModuleList(
+            build_module(norm, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+            for _ in range(norms)
+        )
+
+    @property
+    def routers(self) -> list[CoERouter]:
+        """The routers in the order of their iterations (one alone with `fixed` gating)."""
+        return [self.router, *self.later_routers]
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Tell the layer and every router its 1-based number in the model."""
+        super().set_layer_number(layer_number)
+        for router in self.later_routers:
+            router.set_layer_number(layer_number)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        intermediate_tensors: None = None,
+        padding_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, None]:
+        """Run the chain.
+
+        Args:
+            hidden_states: [S, B, D]: u = norm(h), or h itself with `iteration_norm`.
+            padding_mask: [B, S] bool, True at padding: such tokens count in no loss, load or expert bias.
+
+        Returns:
+            [S, B, D], what the transformer layer adds to h (with `reference`: what takes h's place), and no bias.
+        """
+        assert intermediate_tensors is None, "CUDA graphs are not supported by CoELayer"
+        if self.training and self.attn_tp_group.size() > 1 and not self.config.sequence_parallel:
+            raise ValueError("sequence_parallel is False: MoE layers with tensor parallelism need it in training")
+        if padding_mask is not None:
+            padding_mask = padding_mask.transpose(0, 1).bool()
+        if self.moe_layer_recompute:
+            return tensor_parallel.checkpoint(self._run_chain, False, hidden_states, padding_mask), None
+        return self._run_chain(hidden_states, padding_mask), None
+
+    def _run_chain(self, start: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
+        """x(0) -> what leaves the layer; `increment` is x(C) - x(0), with `outer` x(C) (eq. 9)."""
+        step, routing = self._iterate(0, start, None, padding_mask)
+        state, increment = start, step
+        for t in range(1, self.chain.iterations):
+            state = self._next_state(start, state, step)
+            step, routing = self._iterate(t, state, routing, padding_mask)
+            increment = increment + step if self.chain.residual == "inner" else step
+        if self.chain.topology != "reference":
+            return increment
+        # The stream that goes on is u + increment; the dropout that Megatron applies to h's increment is applied here.
+        return start + torch.nn.functional.dropout(increment, self.config.hidden_dropout, self.training)
+
+    def _next_state(self, start: torch.Tensor, state: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        """x(t) = F_t(x(t-1)) + r(t): r is x(t-1), x(0) or nothing (eq. 8, 10, 9)."""
+        if self.chain.residual == "outer":
+            return step
+        return step + (state if self.chain.residual == "inner" else start)
+
+    def _iterate(
+        self, t: int, state: torch.Tensor, routing: Routing | None, padding_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Routing]:
+        """F_t: Megatron's MoE pass with iteration t's norm, router and dispatcher; also returns the routing it used."""
+        hidden = self.norms[t](state) if self.norms else state
+        self.token_dispatcher = self.dispatchers[t]
+        shared = self.shared_experts_compute(hidden)
+        if routing is None or self.chain.gating != "fixed":
+            routing = self.routers[t](hidden, padding_mask)
+        dispatched, probs = self.dispatch(*self.preprocess(hidden, *routing))
+        output, _ = self.routed_experts_compute(dispatched, probs)
+        return self.postprocess(self.combine(output), shared), routing
+
+
+def _refuse_unsupported(config: TransformerConfig, chain: ChainSettings) -> None:
+    if config.cuda_graph_impl != "none":
+        raise ValueError(
+            f"cuda_graph_impl is {config.cuda_graph_impl!r}: a chain runs without CUDA graphs, set it to none"
+        )
+    if config.fp8 and config.recompute_granularity:
+        raise ValueError(f"fp8 is {config.fp8!r}: a chain is not recomputed in fp8, leave recompute_granularity unset")
+    if chain.iterations > 1 and config.moe_shared_expert_overlap:
+        raise ValueError(
+            "moe_shared_expert_overlap is True: the shared experts keep the state of one pass, so with more than one "
+            "iteration it must be False"
+        )

@@ -1,0 +1,171 @@
+"""The routed experts of one rank as two grouped matrix products, on CPU and CUDA.
+
+T: rows (token copies) on this rank, sorted by expert; E: experts on this rank; D: hidden; F: expert ffn on this rank.
+
+How the weights lie: `weight1` [E, 2F, D] (gate rows above value rows; [E, F, D] without gating) and `weight2`
+[E, D, F], each expert in the orientation of `torch.nn.Linear`. Checkpoints hold them under the keys, shapes and shards
+of Megatron's `SequentialMLP` and `TEGroupedMLP` (`experts.experts.linear_fc1.weight`, one slice per expert, gate and
+value apart), so either reads the other's.
+"""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensorFactory
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import divide
+
+
+class GroupedExperts(MegatronModule):
+    """E experts over `torch.nn.functional.grouped_mm`; takes the place of Megatron's `SequentialMLP`.
+
+    Initialisation does not depend on the layout: expert i of a layer starts with the same weights on whichever rank it
+    lives and however it is cut by expert tensor parallelism, given the same torch seed on all ranks.
+
+    Args:
+        num_local_experts: E.
+        submodules: ignored; accepted because Megatron passes it.
+        pg_collection: groups `ep`, `expt_tp`, `expt_dp`.
+
+    Raises:
+        ValueError: the config asks for what grouped products do not offer here.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        submodules: MLPSubmodules | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        _refuse_unsupported(config)
+        assert pg_collection is not None
+        self.num_local_experts = num_local_experts
+        self.ep_group, self.tp_group = pg_collection.ep, pg_collection.expt_tp
+        self.dp_group = pg_collection.expt_dp
+        ffn, halves = config.moe_ffn_hidden_size, 2 if config.gated_linear_unit else 1
+        local_ffn = divide(ffn, self.tp_group.size())
+        self.weight1 = self._empty(halves * local_ffn, config.hidden_size)
+        self.weight2 = self._empty(config.hidden_size, local_ffn)
+        if config.perform_initialization:
+            self._initialise(ffn, halves)
+
+    def _empty(self, rows: int, columns: int) -> torch.nn.Parameter:
+        weight = torch.empty(
+            (self.num_local_experts, rows, columns),
+            dtype=self.config.params_dtype,
+            device=torch.cuda.current_device(),
+        )
+        parameter = torch.nn.Parameter(weight)
+        parameter.allreduce = self.config.expert_model_parallel_size == 1  # type: ignore[attr-defined]
+        return parameter
+
+    @torch.no_grad()
+    def _initialise(self, ffn: int, halves: int) -> None:
+        """Draw each expert's whole weights from a seed of its own and keep this rank's part."""
+        layer_seed = int(torch.randint(2**62, (), device="cpu"))  # the same on all ranks
+        first, tp, rank = (
+            self.ep_group.rank() * self.num_local_experts,
+            self.tp_group.size(),
+            self.tp_group.rank(),
+        )
+        whole1 = self.weight1.new_empty(halves * ffn, self.config.hidden_size)
+        whole2 = self.weight2.new_empty(self.config.hidden_size, ffn)
+        devices = [self.weight1.device] if self.weight1.is_cuda else []
+        with torch.random.fork_rng(devices=devices):
+            for local in range(self.num_local_experts):
+                torch.manual_seed(layer_seed + first + local)
+                self.config.init_method(whole1)
+                self.config.output_layer_init_method(whole2)
+                parts = [half.chunk(tp)[rank] for half in whole1.chunk(halves)]
+                self.weight1[local].copy_(torch.cat(parts))
+                self.weight2[local].copy_(whole2.chunk(tp, dim=1)[rank])
+
+    def forward(
+        self, hidden_TD: torch.Tensor, tokens_per_expert: torch.Tensor, probs_T: torch.Tensor
+    ) -> tuple[torch.Tensor, None]:
+        """Apply each expert to its rows, weighted by their gates (before the second product, as Megatron does).
+
+        Args:
+            hidden_TD: rows sorted by expert.
+            tokens_per_expert: [E] integers that add up to T; zeros are fine.
+            probs_T: the gate g[t,i] of each row (paper eq. 7).
+
+        Returns:
+            [T, D] in the input's dtype, and None for Megatron's bias.
+        """
+        ends = tokens_per_expert.to(hidden_TD.device, non_blocking=True).cumsum(0, dtype=torch.int32)
+        inner_TF = F.grouped_mm(hidden_TD, self.weight1.transpose(1, 2), offs=ends)
+        if self.config.gated_linear_unit:
+            gate_TF, value_TF = inner_TF.chunk(2, dim=-1)
+            inner_TF = self.config.activation_func(gate_TF) * value_TF
+        else:
+            inner_TF = self.config.activation_func(inner_TF)
+        inner_TF = (inner_TF * probs_T.unsqueeze(-1)).to(hidden_TD.dtype)
+        return F.grouped_mm(inner_TF, self.weight2.transpose(1, 2), offs=ends), None
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """Both weights under the keys of Megatron's experts, one shard per expert (and per half of a gated fc1)."""
+        halves = 2 if self.config.gated_linear_unit else 1
+        return {
+            f"{prefix}weight1": self._factory(
+                f"{prefix}experts.linear_fc1.weight", self.weight1, halves, 0, sharded_offsets
+            ),
+            f"{prefix}weight2": self._factory(
+                f"{prefix}experts.linear_fc2.weight", self.weight2, 1, 1, sharded_offsets
+            ),
+        }
+
+    def _factory(
+        self, key: str, weight: torch.Tensor, halves: int, tp_axis: int, offsets: tuple
+    ) -> ShardedTensorFactory:
+        """Cuts a weight [E, rows, columns] into Megatron's shards for saving and puts loaded ones together again."""
+        experts = self.ep_group.size() * self.num_local_experts
+        first = self.ep_group.rank() * self.num_local_experts
+        tp, rank = self.tp_group.size(), self.tp_group.rank()
+        axes = len(offsets)
+
+        def build(key: str, weight: torch.Tensor, replica_id: tuple, _range: object) -> list[ShardedTensor]:
+            return [
+                ShardedTensor.from_rank_offsets(
+                    key,
+                    part,
+                    *offsets,
+                    (axes, first + local, experts),
+                    (axes + 1 + tp_axis, half * tp + rank, halves * tp),
+                    replica_id=replica_id,
+                    prepend_axis_num=axes + 1,
+                )
+                for local, expert in enumerate(weight.unbind(0))
+                for half, part in enumerate(expert.chunk(halves))
+            ]
+
+        @torch.no_grad()
+        def merge(parts: list[torch.Tensor]) -> torch.Tensor:
+            return torch.cat(parts).view(weight.shape) if halves > 1 else torch.stack(parts)
+
+        return ShardedTensorFactory(key, weight, build, merge, replica_id=(0, 0, self.dp_group.rank()))
+
+
+def _refuse_unsupported(config: TransformerConfig) -> None:
+    unsupported = {
+        "add_bias_linear": config.add_bias_linear,
+        "moe_apply_probs_on_input": config.moe_apply_probs_on_input,
+        "moe_latent_size": config.moe_latent_size is not None,
+        "activation_func_clamp_value": config.activation_func_clamp_value is not None,
+        "glu_linear_offset": config.glu_linear_offset != 0.0,
+        "fp8": bool(config.fp8),
+        "fp4": bool(config.fp4),
+    }
+    for name, asked in unsupported.items():
+        if asked:
+            raise ValueError(
+                f"{name} is {getattr(config, name)!r}: grouped experts over torch do not offer it; "
+                "leave it at Megatron's default or use Transformer Engine's experts"
+            )

@@ -1,0 +1,29 @@
+"""RMSNorm and LayerNorm of torch with what Megatron-Core needs of a norm: its constructor and its gradient marks."""
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+_NORMS = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}
+
+
+class Norm:
+    """Builds torch's norm for a Megatron config; works with sequence parallelism, unlike Megatron's own wrapper.
+
+    With sequence parallelism every tensor-parallel rank sees a part of the tokens, so the gain's gradient has to be
+    summed over these ranks: `gain.sequence_parallel` tells whoever reduces gradients.
+
+    Raises:
+        ValueError: `config.normalization` is neither RMSNorm nor LayerNorm, or asks for a zero-centred gain.
+    """
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):  # type: ignore[misc]
+        if config.normalization not in _NORMS:
+            raise ValueError(f"normalization is {config.normalization!r}: it must be one of {', '.join(_NORMS)}")
+        if config.layernorm_zero_centered_gamma:
+            raise ValueError("layernorm_zero_centered_gamma is True: it needs Transformer Engine's norm")
+        norm = _NORMS[config.normalization](
+            hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device()
+        )
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        return norm

@@ -1,0 +1,129 @@
+"""The router of one iteration: Megatron's TopKRouter, with losses and loads kept by (layer, iteration).
+
+What differs from the stock router, and why:
+
+* auxiliary and z-losses are also noted in `stats` of this very router, because Megatron's tracker has one slot a layer
+  and C routers would add up in it. Into the tracker goes 1/C of each, so that it shows the mean over iterations;
+* with `balance="mean"` the coefficients are those of the config divided by the number of routers;
+* a padding mask reaches the load counts of the expert bias without an error (the stock code broadcasts it wrongly).
+"""
+
+from copy import copy
+from dataclasses import dataclass, field
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_utils import (
+    MoEAuxLossAutoScaler,
+    router_gating_linear,
+    save_to_aux_losses_tracker,
+    z_loss_func,
+)
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from coe_megatron.chain.settings import ChainSettings
+
+_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+
+
+@dataclass
+class RoutingStats:
+    """What one router saw since the last `reset`; sums over micro-batches, on the router's device, this rank only.
+
+    Attributes:
+        losses: name -> sum of the loss without its coefficient (1.0 each for a perfectly balanced aux loss).
+        load: [N] float32, token copies each expert was chosen for (padding not counted).
+        calls: micro-batches seen.
+    """
+
+    losses: dict[str, torch.Tensor] = field(default_factory=dict)
+    load: torch.Tensor | None = None
+    calls: int = 0
+
+    def add_loss(self, name: str, value: torch.Tensor) -> None:
+        self.losses[name] = self.losses.get(name, 0.0) + value.detach()
+
+    def add_load(self, load_N: torch.Tensor) -> None:
+        self.load = load_N.float() if self.load is None else self.load + load_N
+        self.calls += 1
+
+
+class CoERouter(TopKRouter):
+    """Router W_t of iteration t (paper eq. 7).
+
+    Args:
+        config: Megatron's; what it says of routing holds for every iteration.
+        chain: the chain's settings.
+        leader: the router whose weights this one uses (gating `shared_router`); None for weights of its own.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection | None = None,
+        chain: ChainSettings | None = None,
+        leader: "CoERouter | None" = None,
+    ) -> None:
+        chain = chain or ChainSettings(iterations=1)
+        self.num_routers = 1 if chain.gating == "fixed" else chain.iterations
+        super().__init__(config=_with_balance(config, chain, self.num_routers), pg_collection=pg_collection)
+        self._leader = (leader,)  # in a tuple, so that torch does not take it for a child
+        self.stats = RoutingStats()
+        if leader is not None:
+            del self.weight, self.bias
+
+    def gating(self, input: torch.Tensor) -> torch.Tensor:
+        """Logits [S, B, N] = x W_t^T in the router's dtype (`moe_router_dtype`, else the input's)."""
+        owner = self._leader[0] or self
+        dtype = _DTYPES.get(self.config.moe_router_dtype, input.dtype)
+        return router_gating_linear(input, owner.weight, owner.bias, dtype)
+
+    def attach_and_log_load_balancing_loss(self, activation, aux_loss_coeff, aux_loss, aux_loss_name, *args, **kwargs):
+        """As the stock method; the loss is also noted here, and 1/C of it goes into Megatron's tracker."""
+        self.stats.add_loss(aux_loss_name, aux_loss / aux_loss_coeff)
+        # The coefficient's only use in the stock method is to be divided out again for the tracker.
+        return super().attach_and_log_load_balancing_loss(
+            activation, aux_loss_coeff * self.num_routers, aux_loss, aux_loss_name, *args, **kwargs
+        )
+
+    def apply_z_loss(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Attach the z-loss of arXiv 2202.08906 to logits [T, N]; padding (mask True) does not count."""
+        coefficient = self.config.moe_z_loss_coeff
+        if coefficient is None or not (self.training and torch.is_grad_enabled()):
+            return logits
+        coefficient = coefficient / self.tp_cp_group.size()
+        loss = z_loss_func(logits, coefficient, padding_mask=padding_mask)
+        self.stats.add_loss("z_loss", loss / coefficient)
+        layers = self.config.num_layers + (self.config.mtp_num_layers or 0)
+        save_to_aux_losses_tracker("z_loss", loss / (coefficient * self.num_routers), self.layer_number, layers)
+        if self.calculate_per_token_loss:  # Megatron then divides every gradient by the number of tokens
+            loss = loss * (logits.shape[0] if padding_mask is None else (~padding_mask).sum())
+        return MoEAuxLossAutoScaler.apply(logits, loss)
+
+    def _apply_expert_bias(self, routing_map: torch.Tensor, padding_mask: torch.Tensor | None = None) -> None:
+        """Count each expert's load from routing_map [T, N]: for the statistics, and for the expert bias if it is on.
+
+        Evaluation does not count, and neither does the first of the two passes of a recomputed layer.
+        """
+        if not (self.training and torch.is_grad_enabled()):
+            return
+        counted = routing_map if padding_mask is None else routing_map & ~padding_mask.unsqueeze(-1)
+        load_N = counted.sum(dim=0)
+        self.stats.add_load(load_N)
+        if self.enable_expert_bias:
+            self.local_tokens_per_expert += load_N
+
+
+def _with_balance(config: TransformerConfig, chain: ChainSettings, num_routers: int) -> TransformerConfig:
+    """The config with the coefficients that one of C routers gets: all of it (`sum`) or an equal part (`mean`)."""
+    if chain.balance == "sum" or num_routers == 1:
+        return config
+    scaled = copy(config)
+    coefficient = config.moe_aux_loss_coeff
+    scaled.moe_aux_loss_coeff = (
+        [c / num_routers for c in coefficient] if isinstance(coefficient, list) else coefficient / num_routers
+    )
+    if config.moe_z_loss_coeff is not None:
+        scaled.moe_z_loss_coeff = config.moe_z_loss_coeff / num_routers
+    return scaled

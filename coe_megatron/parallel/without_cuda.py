@@ -1,0 +1,79 @@
+"""Lets Megatron-Core run where there is no CUDA device. Programs call `install()`; importing does nothing.
+
+What is replaced, and why (Megatron-Core 0.16.1):
+
+* `torch.cuda.current_device`: Megatron allocates with `device=torch.cuda.current_device()` in some thirty places. Where
+  there is no CUDA the call can only raise; it now answers the CPU.
+* `random._get_cuda_rng_state`, `random._set_cuda_rng_state`, `random.CudaRNGStatesTracker`: the generators that
+  Megatron forks for dropout, initialisation and recompute are CUDA's; here they are states of the CPU generator.
+* `MoEAlltoAllTokenDispatcher.cuda_dtoh_stream` and `._maybe_dtoh_and_synchronize`: split sizes travel to the host on a
+  CUDA stream and stay tensors otherwise, which `all_to_all_single` refuses; here they become lists at once.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+
+def install() -> None:
+    """Apply the replacements where CUDA is missing; does nothing on a machine that has it."""
+    if torch.cuda.is_available():
+        return
+    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+    torch.cuda.current_device = _cpu_device  # type: ignore[assignment]
+    random._get_cuda_rng_state = _get_rng_state
+    random._set_cuda_rng_state = _set_rng_state
+    random.CudaRNGStatesTracker = _cpu_tracker(random.CudaRNGStatesTracker)
+    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = "none: the split sizes are on the host already"
+    MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = _splits_to_lists
+
+
+def _cpu_device() -> torch.device:
+    return torch.device("cpu")
+
+
+def _get_rng_state(*_args, **_kwargs) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(new_state: torch.Tensor, *_args, **_kwargs) -> None:
+    torch.set_rng_state(new_state)
+
+
+def _cpu_tracker(base: type) -> type:
+    """A tracker like Megatron's whose named states are states of the CPU generator."""
+    if base.__name__ == "CpuRNGStatesTracker":
+        return base
+
+    class CpuRNGStatesTracker(base):  # type: ignore[valid-type, misc]
+        def add(self, name: str, seed: int) -> None:
+            if name in self.states_:
+                raise ValueError(f"the generator state {name!r} exists already")
+            self.states_[name] = torch.Generator().manual_seed(seed).get_state()
+
+        @contextlib.contextmanager
+        def fork(self, name: str = "model-parallel-rng") -> Iterator[None]:
+            if name not in self.states_:
+                raise ValueError(f"there is no generator state {name!r}: seed the model-parallel states first")
+            before = torch.get_rng_state()
+            torch.set_rng_state(self.states_[name])
+            try:
+                yield
+            finally:
+                self.states_[name] = torch.get_rng_state()
+                torch.set_rng_state(before)
+
+    return CpuRNGStatesTracker
+
+
+def _splits_to_lists(self, point: str, tokens_per_expert: torch.Tensor) -> torch.Tensor:
+    """The CPU form of the dispatcher's copy to the host: what `all_to_all_single` reads becomes a list of int."""
+    if not self.drop_and_pad and point == self.cuda_dtoh_point:
+        for name in ("input_splits", "output_splits"):
+            value = getattr(self, name)
+            if isinstance(value, torch.Tensor):
+                setattr(self, name, value.tolist())
+    return tokens_per_expert
