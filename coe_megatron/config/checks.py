@@ -1,0 +1,101 @@
+"""What settings demand of each other. Each rule is one line for the user; torch is not needed to check them."""
+
+from collections.abc import Iterator
+
+from coe_megatron.config.settings import ModelSettings, MoESettings, RunConfig
+
+
+def check(config: RunConfig, world_size: int | None = None) -> None:
+    """Raise ValueError with the first rule that is broken.
+
+    Args:
+        world_size: number of ranks; rules about ranks are left out when None.
+    """
+    for problem in problems(config, world_size):
+        raise ValueError(problem)
+
+
+def problems(config: RunConfig, world_size: int | None = None) -> Iterator[str]:
+    """Every broken rule, one line each."""
+    yield from _model(config.model)
+    yield from _moe(config.moe, config.model.num_layers)
+    yield from _training(config)
+    yield from _layout(config, world_size)
+
+
+def _model(model: ModelSettings) -> Iterator[str]:
+    heads = model.num_attention_heads
+    if model.mla is None and model.kv_channels is None and model.hidden_size % heads:
+        yield (
+            f"model.num_attention_heads is {heads}: it must divide model.hidden_size ({model.hidden_size}), "
+            "or model.kv_channels must give the size of a head"
+        )
+    head_dim = model.mla.qk_pos_emb_head_dim if model.mla else model.kv_channels or model.hidden_size // heads
+    if head_dim % 2:
+        yield f"model.kv_channels is {head_dim}: rotary positions need an even size of a head"
+    if model.num_query_groups is not None and heads % model.num_query_groups:
+        yield f"model.num_query_groups is {model.num_query_groups}: it must divide model.num_attention_heads ({heads})"
+    if model.mla is not None and model.num_query_groups is not None:
+        yield f"model.num_query_groups is {model.num_query_groups}: with model.mla leave it null"
+
+
+def _moe(moe: MoESettings, layers: int) -> Iterator[str]:
+    if moe.topk > moe.num_experts:
+        yield f"moe.topk is {moe.topk}: it must be at most moe.num_experts ({moe.num_experts})"
+    if isinstance(moe.layer_freq, list) and len(moe.layer_freq) != layers:
+        yield f"moe.layer_freq has {len(moe.layer_freq)} entries: it must have one per layer ({layers})"
+    if isinstance(moe.layer_freq, list) and 1 not in moe.layer_freq:
+        yield f"moe.layer_freq is {moe.layer_freq}: at least one layer must have experts"
+    if (moe.num_groups is None) != (moe.group_topk is None):
+        yield "moe.num_groups and moe.group_topk must be given together"
+    if moe.num_groups is not None and moe.group_topk is not None:
+        yield from _groups(moe, moe.num_groups, moe.group_topk)
+    if moe.expert_bias and moe.score_function != "sigmoid":
+        yield f"moe.expert_bias is true: it needs moe.score_function sigmoid, not {moe.score_function}"
+    if moe.renormalise and moe.score_function == "sigmoid":
+        yield "moe.renormalise is true: sigmoid gates are renormalised anyway, leave it false"
+    if moe.score_function == "softmax" and moe.renormalise and moe.topk == 1:
+        yield "moe.renormalise is true: with moe.topk 1 every gate would be 1 and the router learn nothing"
+    if moe.pad_to_capacity and moe.capacity_factor is None:
+        yield "moe.pad_to_capacity is true: it needs a moe.capacity_factor"
+    if moe.pad_to_capacity and moe.dispatcher == "allgather":
+        yield "moe.pad_to_capacity is true: it needs moe.dispatcher alltoall, not allgather"
+
+
+def _groups(moe: MoESettings, groups: int, chosen: int) -> Iterator[str]:
+    if moe.num_experts % groups:
+        yield f"moe.num_groups is {groups}: it must divide moe.num_experts ({moe.num_experts})"
+    elif chosen > groups:
+        yield f"moe.group_topk is {chosen}: it must be at most moe.num_groups ({groups})"
+    elif moe.topk % chosen:
+        yield f"moe.group_topk is {chosen}: it must divide moe.topk ({moe.topk})"
+    elif moe.topk > chosen * (moe.num_experts // groups):
+        yield f"moe.topk is {moe.topk}: the {chosen} chosen groups hold {chosen * (moe.num_experts // groups)} experts"
+
+
+def _training(config: RunConfig) -> Iterator[str]:
+    if config.training.global_batch % config.training.micro_batch:
+        yield (
+            f"training.micro_batch is {config.training.micro_batch}: it must divide "
+            f"training.global_batch ({config.training.global_batch})"
+        )
+    if config.optimizer.min_lr > config.optimizer.lr:
+        yield f"optimizer.min_lr is {config.optimizer.min_lr}: it must be at most optimizer.lr ({config.optimizer.lr})"
+    if config.optimizer.min_lr and config.optimizer.decay == "constant":
+        yield f"optimizer.min_lr is {config.optimizer.min_lr}: with optimizer.decay constant it has no meaning, use 0"
+
+
+def _layout(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    expert, experts = config.parallel.expert, config.moe.num_experts
+    if experts % expert:
+        yield f"parallel.expert is {expert}: it must divide moe.num_experts ({experts})"
+    if world_size is None:
+        return
+    if world_size % expert:
+        yield f"parallel.expert is {expert}: it must divide the number of ranks ({world_size})"
+    rows = config.training.micro_batch * world_size
+    if config.training.global_batch % rows:
+        yield (
+            f"training.global_batch is {config.training.global_batch}: it must be a multiple of "
+            f"training.micro_batch x ranks ({config.training.micro_batch} x {world_size} = {rows})"
+        )

@@ -1,0 +1,199 @@
+"""Every setting of a run, one small frozen dataclass per concern. Defaults are the small model of the quickstart.
+
+Loaded and checked by `coe_megatron.config.load`; nothing here imports torch.
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from coe_megatron.chain.settings import ChainSettings
+
+Count = Annotated[int, Field(ge=1)]
+Index = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+@dataclass(frozen=True)
+class MLASettings:
+    """Multi-latent attention (DeepSeek-V2), sizes per head; without it attention is MHA or GQA.
+
+    `rotary_scaling_factor` above 1 switches YaRN on, over `original_max_position_embeddings` positions.
+    """
+
+    kv_lora_rank: Count = 512
+    q_lora_rank: Count | None = None
+    qk_head_dim: Count = 128
+    qk_pos_emb_head_dim: Count = 64
+    v_head_dim: Count = 128
+    rotary_scaling_factor: Annotated[float, Field(ge=1)] = 1.0
+    original_max_position_embeddings: Count = 4096
+    mscale: Positive = 0.707
+    mscale_all_dim: Positive = 0.707
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The transformer around the experts; names and meanings are Megatron-Core's.
+
+    Attributes:
+        num_query_groups: key/value heads of grouped-query attention; as many as heads when null.
+        kv_channels: size of a head; hidden_size / num_attention_heads when null. Unused with `mla`.
+        ffn_hidden_size: width of dense layers (where `moe.layer_freq` has any); 4 x hidden_size when null.
+        vocab_size: rows of the embedding; the tokenizer's size rounded up to a multiple of 64 when null.
+        init_method_std: standard deviation of the normal initialisation.
+        scaled_init: Megatron's division of the output layers' deviation by sqrt(2 x layers); the paper has none.
+    """
+
+    num_layers: Count = 4
+    hidden_size: Count = 128
+    num_attention_heads: Count = 4
+    num_query_groups: Count | None = None
+    kv_channels: Count | None = None
+    ffn_hidden_size: Count | None = None
+    seq_length: Count = 128
+    vocab_size: Count | None = None
+    activation: Literal["swiglu", "gelu"] = "swiglu"
+    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    layernorm_epsilon: Positive = 1e-6
+    qk_layernorm: bool = False
+    rotary_base: Positive = 10_000.0
+    untied_embeddings: bool = True
+    hidden_dropout: Fraction = 0.0
+    attention_dropout: Fraction = 0.0
+    init_method_std: Positive = 0.02
+    scaled_init: bool = True
+    mla: MLASettings | None = None
+
+
+@dataclass(frozen=True)
+class MoESettings:
+    """The experts and how tokens are routed to them, in every iteration.
+
+    Attributes:
+        num_experts: N, the routed experts of a layer.
+        topk: K, the experts a token goes to in one iteration.
+        ffn_hidden_size: width of one expert.
+        num_shared_experts: M; they see every token in every iteration, and are computed as one of M times the width.
+        layer_freq: an expert layer every so many layers, or a list of 0 (dense) and 1 (experts), one per layer.
+        renormalise: divide a token's K gates by their sum (softmax scores only).
+        scaling: factor of all gates; num_groups, group_topk: group-limited routing.
+        load_balancing: which auxiliary loss, `none` for no such loss.
+        expert_bias: balance without a loss: a bias on the choice, moved by `expert_bias_rate` after each step.
+        capacity_factor: drop what exceeds this multiple of an expert's mean load; null drops nothing.
+        recompute: recompute the layer in the backward pass instead of keeping its activations.
+    """
+
+    num_experts: Count = 64
+    topk: Count = 4
+    ffn_hidden_size: Count = 88
+    num_shared_experts: Index = 1
+    layer_freq: Count | list[Literal[0, 1]] = 1
+    score_function: Literal["softmax", "sigmoid"] = "softmax"
+    renormalise: bool = False
+    scaling: Positive = 1.0
+    num_groups: Count | None = None
+    group_topk: Count | None = None
+    router_dtype: Literal["fp32", "fp64"] = "fp32"
+    load_balancing: Literal["none", "aux_loss", "seq_aux_loss", "global_aux_loss"] = "seq_aux_loss"
+    aux_loss_coeff: NonNegative = 0.001
+    z_loss_coeff: NonNegative = 0.0
+    expert_bias: bool = False
+    expert_bias_rate: NonNegative = 0.001
+    input_jitter: Fraction = 0.0
+    capacity_factor: Positive | None = None
+    drop_policy: Literal["probs", "position"] = "probs"
+    pad_to_capacity: bool = False
+    dispatcher: Literal["alltoall", "allgather"] = "alltoall"
+    recompute: bool = False
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What to train on: a folder that `launch/prepare_data.py` wrote.
+
+    Attributes:
+        path: the folder.
+        samples: `row` makes each document one sample, cut or padded to seq_length, with the loss on what is not
+            padding; `packed` cuts the concatenated documents into full samples.
+        validation_samples: how many samples of the validation set an evaluation reads; all when null.
+    """
+
+    path: str = "data/builtin"
+    samples: Literal["row", "packed"] = "row"
+    validation_samples: Count | None = None
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW and its learning rate; weight decay spares norms and biases.
+
+    Attributes:
+        lr: the rate after warm-up. warmup: its share of the steps, over which the rate rises from zero.
+        decay: what follows warm-up: `constant`, or `linear` down to `min_lr` at the last step.
+        clip: largest global gradient norm; null does not clip.
+    """
+
+    lr: Positive = 3e-4
+    min_lr: NonNegative = 0.0
+    warmup: Fraction = 0.1
+    decay: Literal["constant", "linear"] = "constant"
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.01
+    clip: Positive | None = 1.0
+
+
+@dataclass(frozen=True)
+class ParallelSettings:
+    """How the ranks divide the work; what is left of them is data parallelism. EP ranks divide the experts."""
+
+    expert: Count = 1
+
+
+@dataclass(frozen=True)
+class ZeroSettings:
+    """DeepSpeed ZeRO: stage 1 cuts the optimizer's states over the data-parallel ranks."""
+
+    stage: Literal[1] = 1
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How long, how fast, and what is written on the way.
+
+    Attributes:
+        global_batch: samples a step over all ranks; micro_batch: samples a rank passes at once. What lies between is
+            gradient accumulation.
+        precision: `bf16` trains bf16 weights with fp32 master weights, `fp32` everything in fp32.
+        log_every, evaluate_every, save_every: steps between; the last step always evaluates and saves.
+        keep_checkpoints: how many of the newest stay.
+    """
+
+    steps: Count = 400
+    global_batch: Count = 32
+    micro_batch: Count = 16
+    seed: Index = 1234
+    precision: Literal["fp32", "bf16"] = "fp32"
+    log_every: Count = 10
+    evaluate_every: Count = 100
+    save_every: Count = 200
+    keep_checkpoints: Count = 2
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run, whole. `output` is its folder: config, metrics, TensorBoard, checkpoints."""
+
+    output: str = "runs/quickstart"
+    model: ModelSettings = field(default_factory=ModelSettings)
+    moe: MoESettings = field(default_factory=MoESettings)
+    chain: ChainSettings = field(default_factory=ChainSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
+    zero: ZeroSettings = field(default_factory=ZeroSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
