@@ -71,9 +71,8 @@ class ModelOutput:
 def rotate(x_BHSE: Tensor, theta: float) -> Tensor:
     """Rotary positions (arXiv 2104.09864): turn the pairs (j, j + E/2) by position · theta^(-2j/E); same shape."""
     length, half = x_BHSE.shape[2], x_BHSE.shape[3] // 2
-    options = {"device": x_BHSE.device, "dtype": x_BHSE.dtype}
-    frequency = theta ** (-torch.arange(half, **options) / half)
-    angle = torch.arange(length, **options)[:, None] * frequency
+    frequency = theta ** (-torch.arange(half).to(x_BHSE) / half)
+    angle = torch.arange(length).to(x_BHSE)[:, None] * frequency
     first, second = x_BHSE.chunk(2, dim=3)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=3)
@@ -117,8 +116,15 @@ class ChainLanguageModel(nn.Module):
 
     def _chain(self) -> ChainOfExperts:
         s = self.settings
-        kwargs = {"shared_ffn": s.shared_ffn, "norm_eps": s.norm_eps}
-        return ChainOfExperts(s.hidden, s.ffn, s.router, s.chain, activation=s.activation, **kwargs)
+        return ChainOfExperts(
+            s.hidden,
+            s.ffn,
+            s.router,
+            s.chain,
+            shared_ffn=s.shared_ffn,
+            activation=s.activation,
+            norm_eps=s.norm_eps,
+        )
 
     def forward(self, tokens_BS: Tensor, padding_mask_BS: Tensor | None = None) -> ModelOutput:
         """Logits for the token after each position.

@@ -4,6 +4,8 @@ S: sequence, B: batch, A: heads on this rank, G: key/value heads on this rank, H
 size. Multi-latent attention uses V different from H; grouped-query attention G smaller than A.
 """
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -68,7 +70,7 @@ class SDPACoreAttention(MegatronModule):
         mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
         query_BASH, key_BGSH, value_BGSV = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         dropout = self.dropout if self.training else 0.0
-        with get_cuda_rng_tracker().fork() if dropout else torch.enable_grad():
+        with get_cuda_rng_tracker().fork() if dropout else nullcontext():
             out_BASV = F.scaled_dot_product_attention(
                 query_BASH,
                 key_BGSH,

@@ -75,6 +75,8 @@ class CoELayer(MoELayer):
             make(self.num_local_experts, self.local_expert_indices, config=config, pg_collection=groups)
             for _ in range(chain.iterations)
         ]
+        if self.shared_expert_overlap:  # with one iteration only, see _refuse_unsupported
+            self.dispatchers[0].set_shared_experts(self.shared_experts)
         norms = chain.iterations if chain.topology == "iteration_norm" else 0
         self.norms = torch.nn.ModuleList(
             build_module(norm, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)

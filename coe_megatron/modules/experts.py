@@ -49,6 +49,8 @@ class GroupedExperts(MegatronModule):
         self.dp_group = pg_collection.expt_dp
         ffn, halves = config.moe_ffn_hidden_size, 2 if config.gated_linear_unit else 1
         local_ffn = divide(ffn, self.tp_group.size())
+        _require_aligned("hidden_size", config.hidden_size, 1, config.params_dtype)
+        _require_aligned("moe_ffn_hidden_size", ffn, self.tp_group.size(), config.params_dtype)
         self.weight1 = self._empty(halves * local_ffn, config.hidden_size)
         self.weight2 = self._empty(config.hidden_size, local_ffn)
         if config.perform_initialization:
@@ -151,6 +153,16 @@ class GroupedExperts(MegatronModule):
             return torch.cat(parts).view(weight.shape) if halves > 1 else torch.stack(parts)
 
         return ShardedTensorFactory(key, weight, build, merge, replica_id=(0, 0, self.dp_group.rank()))
+
+
+def _require_aligned(name: str, size: int, parts: int, dtype: torch.dtype) -> None:
+    """grouped_mm wants rows of weights and tokens to start at multiples of 16 bytes."""
+    step = 16 // dtype.itemsize * parts
+    if size % step:
+        raise ValueError(
+            f"{name} is {size}: grouped experts need a multiple of {step} in {dtype} with expert tensor parallel "
+            f"size {parts}"
+        )
 
 
 def _refuse_unsupported(config: TransformerConfig) -> None:

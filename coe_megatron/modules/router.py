@@ -48,6 +48,9 @@ class RoutingStats:
         self.load = load_N.float() if self.load is None else self.load + load_N
         self.calls += 1
 
+    def reset(self) -> None:
+        self.losses, self.load, self.calls = {}, None, 0
+
 
 class CoERouter(TopKRouter):
     """Router W_t of iteration t (paper eq. 7).
@@ -72,6 +75,8 @@ class CoERouter(TopKRouter):
         self.stats = RoutingStats()
         if leader is not None:
             del self.weight, self.bias
+        for parameter in self.parameters():  # the stock router moves its own in the first forward pass
+            parameter.data = parameter.data.to(torch.cuda.current_device())
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         """Logits [S, B, N] = x W_t^T in the router's dtype (`moe_router_dtype`, else the input's)."""

@@ -51,11 +51,16 @@ def calc(expression: str) -> Calc:
     return Calc(expression, _evaluate(ast.parse(expression, mode="eval").body))
 
 
+def part_of(whole: int | Calc, a: int, b: int) -> Calc:
+    """a/b of a whole, shown as one would write it: "60 / 4" for a quarter, "60 * 3 / 4" for three quarters."""
+    return calc(f"{whole} / {b}" if a == 1 else f"{whole} * {a} / {b}")
+
+
 def number(value: int | Fraction) -> str:
     """A whole number or a decimal of at most two places; a template must not lead to any other."""
     cents = Fraction(value) * 100
     assert cents.denominator == 1, f"{value} has more than two decimals"
-    return f"{cents / 100:.2f}".rstrip("0").rstrip(".")
+    return f"{float(value):.2f}".rstrip("0").rstrip(".")
 
 
 def dollars(value: int | Fraction) -> str:

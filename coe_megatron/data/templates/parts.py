@@ -1,9 +1,7 @@
 """Fractions and percentages."""
 
-from coe_megatron.data.templates.arithmetic import Problem, calc, dollars
-from coe_megatron.data.templates.words import GOODS, RELATIVES, SMALL_THINGS, Draw, nouns
-
-(DAY,) = nouns("day")
+from coe_megatron.data.templates.arithmetic import Problem, calc, dollars, part_of
+from coe_megatron.data.templates.words import GOODS, POINT, RELATIVES, SMALL_THINGS, Draw, nouns
 
 
 def given_away_in_parts(d: Draw) -> Problem:
@@ -43,7 +41,7 @@ def pages_of_a_book(d: Draw) -> Problem:
         (
             f"A book has {pages} pages. {who} reads 1/{a} of it on the first day and 1/{b} of the rest on the second. "
             f"How many pages a day must {who.he} read to finish it in {days} more days?",
-            f"{who} reads 1/{a} of a {pages}-page book at home and 1/{b} of what is left on the train. {who.He} "
+            f"{who} reads 1/{a} of a book of {pages} pages at home and 1/{b} of what is left on the train. {who.He} "
             f"spreads the remaining pages evenly over {days} days. How many pages does {who.he} read on each of them?",
         )
     )
@@ -61,16 +59,14 @@ def part_of_a_part(d: Draw) -> Problem:
             ("a school", "play an instrument", "play the violin"),
             ("a camp", "can swim", "have a swimming badge"),
             ("a club", "play chess", "have won a tournament"),
-            ("an orchestra", "play a string instrument", "also sing in the choir"),
+            ("an orchestra", "play a string instrument", "sing in the choir"),
             ("a village", "own a bicycle", "ride it to work"),
         )
     )
-    b, e = d.number(2, 5), d.number(3, 6)
-    a = d.number(1, b - 1)
-    c = d.number(1, e - 1)
+    (a, b), (c, e) = d.fraction(), d.fraction()
     people = b * e * d.number(4, 15)
-    some = calc(f"{people} * {a} / {b}")
-    few = calc(f"{some} * {c} / {e}")
+    some = part_of(people, a, b)
+    few = part_of(some, c, e)
     others = calc(f"{people} - {few}")
     question = d.choice(
         (
@@ -89,23 +85,22 @@ def part_of_a_part(d: Draw) -> Problem:
 
 
 def filling_up_a_tank(d: Draw) -> Problem:
-    b = d.number(3, 8)
-    a = d.number(1, b - 1)
+    a, b = d.fraction(lowest=2)
     part = d.number(3, 15)
-    vessel = d.choice(("fuel tank", "water tank", "oil tank", "rain barrel", "storage tank"))
+    vessel = d.choice(nouns("fuel tank, water tank, oil tank, rain barrel, storage tank"))
     liters = a * part
     one = calc(f"{liters} / {a}")
     whole = calc(f"{one} * {b}")
     missing = calc(f"{whole} - {liters}")
     question = d.choice(
         (
-            f"A {vessel} is {a}/{b} full and contains {liters} liters. How many liters must be added to fill it?",
-            f"There are {liters} liters in a {vessel}, which is {a}/{b} of what it holds. How many liters are missing?",
+            f"{vessel.a.capitalize()} is {a}/{b} full and contains {liters} liters. How many liters are missing?",
+            f"There are {liters} liters in {vessel.a}, which is {a}/{b} of what it holds. How many liters are missing?",
         )
     )
     return Problem(
         question,
-        f"1/{b} of the {vessel} is {one.eq} liters. The full {vessel} holds {whole.eq} liters. "
+        f"1/{b} of the {vessel.one} is {one.eq} liters. The full {vessel.one} holds {whole.eq} liters. "
         f"So {missing.eq} liters are missing.",
         missing,
     )
@@ -113,12 +108,12 @@ def filling_up_a_tank(d: Draw) -> Problem:
 
 def slices_eaten(d: Draw) -> Problem:
     who, food = d.person(), d.choice(("pizzas", "cakes", "pies", "quiches"))
-    count, slices = d.number(2, 8), d.choice((6, 8, 10, 12))
-    b = d.choice([n for n in (2, 3, 4, 5) if count * slices % n == 0])
-    a = d.number(1, b - 1)
+    a, b = d.fraction()
+    slices = d.choice((6, 8, 10, 12))
+    count = d.choice([n for n in range(2, 13) if n * slices % b == 0])
     friends = d.number(2, 5)
     whole = calc(f"{count} * {slices}")
-    eaten = calc(f"{whole} * {a} / {b}")
+    eaten = part_of(whole, a, b)
     left = calc(f"{whole} - {eaten}")
     question = d.choice(
         (
@@ -158,7 +153,7 @@ def sale_and_voucher(d: Draw) -> Problem:
 
 
 def bill_with_tip(d: Draw) -> Problem:
-    who, meals, price = d.person(), d.number(2, 6), d.number(8, 24, 2)
+    who, meals, price = d.person(), d.number(2, 6), d.number(12, 30, 2)
     percent = d.choice((5, 10, 15, 20, 25))
     place = d.choice(("restaurant", "diner", "cafe", "noodle bar", "taco stand"))
     bill = calc(f"{meals} * {price}")
@@ -180,41 +175,38 @@ def bill_with_tip(d: Draw) -> Problem:
 
 
 def growing_town(d: Draw) -> Problem:
-    people, percent, newcomers = d.number(2, 40) * 100, d.number(5, 40, 5), d.number(10, 90, 5)
-    what, who = d.choice(
-        (("town", "inhabitants"), ("school", "students"), ("club", "members"), ("library", "readers"))
-    )
+    people, percent, leavers = d.number(2, 40) * 100, d.number(5, 40, 5), d.number(10, 90, 5)
+    what, who = d.choice((("town", "inhabitants"), ("school", "students"), ("club", "members"), ("library", "readers")))
     growth = calc(f"{people} * {percent} / 100")
     after = calc(f"{people} + {growth}")
-    now = calc(f"{after} - {newcomers}")
+    now = calc(f"{after} - {leavers}")
     question = d.choice(
         (
             f"A {what} had {people} {who}. Their number grew by {percent}% in one year, and in the next year "
-            f"{newcomers} {who} left. How many {who} does the {what} have now?",
-            f"Last year the {people} {who} of a {what} became {percent}% more. This year {newcomers} have gone. "
+            f"{leavers} {who} left. How many {who} does the {what} have now?",
+            f"Last year a {what} with {people} {who} gained {percent}% more. This year {leavers} have left. "
             f"How many {who} are there today?",
         )
     )
     return Problem(
         question,
         f"The first year brought {growth.eq} more {who}, which made {after.eq}. "
-        f"After {newcomers} left, there are {now.eq} {who}.",
+        f"After {leavers} left, there are {now.eq} {who}.",
         now,
     )
 
 
 def points_in_a_test(d: Draw) -> Problem:
     who, subject = d.person(), d.choice(("math", "history", "biology", "geography", "spelling", "chemistry"))
-    questions, percent = d.number(20, 80, 20), d.number(50, 95, 5)
+    questions, percent = d.number(20, 80, 20), d.number(50, 90, 5)
     points, minus = d.number(2, 6), d.number(1, 2)
     right = calc(f"{questions} * {percent} / 100")
     wrong = calc(f"{questions} - {right}")
     won, lost = calc(f"{right} * {points}"), calc(f"{wrong} * {minus}")
     score = calc(f"{won} - {lost}")
-    mark = "point" if minus == 1 else "points"
     question = (
         f"A {subject} test has {questions} questions. A right answer gives {points} points and a wrong one costs "
-        f"{minus} {mark}. "
+        f"{POINT.of(minus)}. "
     ) + d.choice(
         (
             f"{who} answers all of them and gets {percent}% right. What is {who.his} score?",

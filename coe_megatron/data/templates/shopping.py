@@ -1,7 +1,7 @@
 """Shopping: prices, change, packs, offers."""
 
 from coe_megatron.data.templates.arithmetic import Problem, calc, dollars
-from coe_megatron.data.templates.words import BAKED, FRUIT, GOODS, SCHOOL_GOODS, Draw, nouns
+from coe_megatron.data.templates.words import BAKED, DOLLAR, FRUIT, GOODS, SCHOOL_GOODS, Draw, nouns
 
 
 def change_from_bill(d: Draw) -> Problem:
@@ -20,7 +20,7 @@ def change_from_bill(d: Draw) -> Problem:
     return Problem(
         question,
         f"The {thing} cost {cost.eq} dollars in total. {who} paid {paid} dollars, so {who.his} change is "
-        f"{change.eq} dollars.",
+        f"{DOLLAR.eq(change)}.",
         change,
     )
 
@@ -40,8 +40,7 @@ def two_kinds_of_goods(d: Draw) -> Problem:
     )
     return Problem(
         question,
-        f"The {first} cost {one.eq} dollars. The {second} cost {two.eq} dollars. "
-        f"Together that is {total.eq} dollars.",
+        f"The {first} cost {one.eq} dollars. The {second} cost {two.eq} dollars. Together that is {total.eq} dollars.",
         total,
     )
 
@@ -71,7 +70,7 @@ def spend_the_rest(d: Draw) -> Problem:
 def packs_needed(d: Draw) -> Problem:
     who, treat = d.person(), d.choice(BAKED)
     size, packs, price = d.choice((4, 6, 8, 10, 12)), d.number(2, 9), d.number(3, 9)
-    each = d.choice([portion for portion in (1, 2, 3) if size * packs % portion == 0])
+    each = d.choice([portion for portion in (2, 3) if size * packs % portion == 0])
     guests = size * packs // each
     needed = calc(f"{guests} * {each}")
     boxes = calc(f"{needed} / {size}")
@@ -113,7 +112,7 @@ def buy_some_get_one_free(d: Draw) -> Problem:
 
 def cheaper_shop(d: Draw) -> Problem:
     who, thing, count = d.person(), d.choice(GOODS), d.number(3, 12)
-    near, gap, shipping = d.number(9, 30), d.number(2, 5), d.number(2, 5)
+    near, gap, shipping = d.number(9, 30), d.number(3, 6), d.number(2, 5)
     online = near - gap
     local = calc(f"{count} * {near}")
     goods = calc(f"{count} * {online}")
@@ -148,8 +147,8 @@ def fruit_by_weight(d: Draw) -> Problem:
     ) + d.choice((f"How many dollars does {who} pay?", "What is the price of it all?"))
     return Problem(
         question,
-        f"The {first} cost {one.eq} dollars. There are 1000 grams in a kilogram, so the {second} cost {two.eq} "
-        f"dollars. In total {who} pays {total.eq} dollars.",
+        f"The {first} cost {one.eq} dollars. There are 1000 grams in a kilogram, so the {second} cost "
+        f"{DOLLAR.eq(two)}. In total {who} pays {total.eq} dollars.",
         total,
     )
 

@@ -1,9 +1,7 @@
 """Travel: distance, speed, fuel, meeting and catching up."""
 
 from coe_megatron.data.templates.arithmetic import Problem, calc
-from coe_megatron.data.templates.words import CITIES, Draw, nouns
-
-(HOUR,) = nouns("hour")
+from coe_megatron.data.templates.words import CITIES, HOUR, Draw, times
 
 
 def two_legs(d: Draw) -> Problem:
@@ -97,7 +95,7 @@ def meeting_on_the_way(d: Draw) -> Problem:
 def catching_up(d: Draw) -> Problem:
     one, two = d.people(2)
     gain, hours = d.number(2, 9), d.number(2, 6)
-    head = d.choice([h for h in range(1, 7) if gain * hours % h == 0])
+    head = d.choice([h for h in range(1, 7) if gain * hours % h == 0 and gain * hours // h > 2])
     slow = gain * hours // head
     fast = slow + gain
     lead = calc(f"{slow} * {head}")
@@ -134,7 +132,7 @@ def commute_in_weeks(d: Draw) -> Problem:
     )
     return Problem(
         question,
-        f"A day's way is {daily.eq} miles. In a week that is {weekly.eq} miles. "
+        f"There and back is {daily.eq} miles. In a week that is {weekly.eq} miles. "
         f"In {weeks} weeks it is {total.eq} miles.",
         total,
     )
@@ -149,7 +147,7 @@ def hike_with_stops(d: Draw) -> Problem:
     question = d.choice(
         (
             f"The path to {goal} is {length} kilometers long. {who} needs {pace} minutes for a kilometer and rests "
-            f"{stops} times for {pause} minutes. How many minutes does the hike take?",
+            f"{times(stops)} for {pause} minutes. How many minutes does the hike take?",
             f"{who} hikes {length} kilometers to {goal}. {who.He} walks a kilometer in {pace} minutes and makes "
             f"{stops} stops of {pause} minutes each. After how many minutes does {who.he} arrive?",
         )
@@ -181,7 +179,7 @@ def rest_of_the_road(d: Draw) -> Problem:
     return Problem(
         question,
         f"{who} has covered {covered.eq} miles. There are {rest.eq} miles left. "
-        f"At {pace} miles per hour they take {time.eq} {'hour' if time.value == 1 else 'hours'}.",
+        f"At {pace} miles per hour they take {HOUR.eq(time)}.",
         time,
     )
 

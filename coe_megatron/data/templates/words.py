@@ -4,22 +4,12 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from math import gcd
 from typing import TypeVar
 
 from coe_megatron.data.templates.arithmetic import Calc, number
 
 T = TypeVar("T")
-
-WOMEN = (
-    "Aisha Amara Anna Beatriz Chloe Clara Daria Elena Emma Fatima Freya Grace Hana Ines Ingrid Jasmine Julia Kavya "
-    "Keiko Lara Leila Lucy Maria Maya Mei Mina Nadia Naomi Nina Nora Olivia Paula Priya Rosa Ruth Sara Sofia Tara "
-    "Tess Uma Valentina Wanda Yara Yasmin Zoe"
-).split()
-MEN = (
-    "Aaron Ahmed Akira Ali Amir Andre Ben Carlos Chen Daniel David Dmitri Diego Elias Emeka Erik Felix Finn George "
-    "Hassan Hugo Ivan Jamal James Jonas Juan Karim Kofi Leo Lukas Marco Mateo Milan Nikhil Noah Omar Oscar Pablo "
-    "Ravi Samuel Tariq Theo Tomas Victor Yusuf"
-).split()
 
 
 @dataclass(frozen=True)
@@ -35,12 +25,12 @@ class Person:
         return self.name
 
     @property
-    def He(self) -> str:  # noqa: N802 - the capital is the point
+    def He(self) -> str:
         """The pronoun that opens a sentence."""
         return self.he.capitalize()
 
     @property
-    def His(self) -> str:  # noqa: N802 - the capital is the point
+    def His(self) -> str:
         """The possessive that opens a sentence."""
         return self.his.capitalize()
 
@@ -65,6 +55,10 @@ class Noun:
         value = count.value if isinstance(count, Calc) else Fraction(count)
         return f"{number(value)} {self.one if value == 1 else self.many}"
 
+    def eq(self, step: Calc) -> str:
+        """The equation of a step with its counted result: "4 * 3 = 12 apples"."""
+        return f"{step.expression} = {self.of(step)}"
+
 
 def nouns(text: str) -> tuple[Noun, ...]:
     """Nouns from a list such as "apple, box/boxes": the plural adds an s unless it is given."""
@@ -72,6 +66,26 @@ def nouns(text: str) -> tuple[Noun, ...]:
     return tuple(Noun(one, many or f"{one}s") for one, _, many in pairs)
 
 
+def times(count: int) -> str:
+    """How often: "twice", "3 times"."""
+    return "twice" if count == 2 else f"{count} times"
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Words of a text, in their order."""
+    return tuple(text.split())
+
+
+WOMEN = names(
+    "Aisha Amara Anna Beatriz Chloe Clara Daria Elena Emma Fatima Freya Grace Hana Ines Ingrid Jasmine Julia Kavya "
+    "Keiko Lara Leila Lucy Maria Maya Mei Mina Nadia Naomi Nina Nora Olivia Paula Priya Rosa Ruth Sara Sofia Tara "
+    "Tess Uma Valentina Wanda Yara Yasmin Zoe"
+)
+MEN = names(
+    "Aaron Ahmed Akira Ali Amir Andre Ben Carlos Chen Daniel David Dmitri Diego Elias Emeka Erik Felix Finn George "
+    "Hassan Hugo Ivan Jamal James Jonas Juan Karim Kofi Leo Lukas Marco Mateo Milan Nikhil Noah Omar Oscar Pablo "
+    "Ravi Samuel Tariq Theo Tomas Victor Yusuf"
+)
 GOODS = nouns(
     "notebook, scarf/scarves, mug, plant pot, puzzle, T-shirt, cushion, lamp, kite, board game, candle, backpack, "
     "umbrella, picture frame, water bottle, phone case, towel, poster, wallet, belt, basketball, jigsaw, blanket"
@@ -89,11 +103,15 @@ BAKED = nouns(
     "apple pie, egg tart"
 )
 SCHOOL_GOODS = nouns("pencil, pen, ruler, folder, marker, glue stick, sketchbook, paintbrush/paintbrushes, sharpener")
-BEADED = nouns("bracelet, necklace, lantern, paper crane, greeting card, candle, clay bowl, paper flower, keychain")
-CITIES = (
+BEADED = nouns(
+    "bracelet, necklace, lantern, paper crane, greeting card, candle, clay bowl, paper flower, keychain, "
+    "wooden spoon, birdhouse, toy boat, soap bar, woolen hat"
+)
+CITIES = names(
     "Oakdale Riverton Brookfield Milltown Ashford Greenville Lakeside Hillcrest Fairview Westport Norwood Elmhurst "
     "Stonebridge Clearwater Maplewood Easton Harborview Pinecrest Redfield Silverton"
-).split()
+)
+DOLLAR, HOUR, DAY, YEAR, POINT = nouns("dollar, hour, day, year, point")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 RELATIVES = ("sister", "brother", "cousin", "neighbor", "best friend", "classmate")
 
@@ -115,6 +133,11 @@ class Draw:
     def some(self, options: Sequence[T], count: int) -> list[T]:
         """`count` different options."""
         return self._source.sample(options, count)
+
+    def fraction(self, lowest: int = 1) -> tuple[int, int]:
+        """Numerator (at least `lowest`) and denominator of a proper fraction in lowest terms."""
+        pairs = [(a, b) for b in range(2, 7) for a in range(lowest, b) if gcd(a, b) == 1]
+        return self._source.choice(pairs)
 
     def person(self) -> Person:
         """Somebody."""

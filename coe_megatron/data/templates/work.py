@@ -1,9 +1,7 @@
 """Work rates: machines, workers, printers, pools, harvests."""
 
 from coe_megatron.data.templates.arithmetic import Problem, calc
-from coe_megatron.data.templates.words import BAKED, BEADED, FRUIT, RELATIVES, SCHOOL_GOODS, Draw, nouns
-
-HOUR, DAY = nouns("hour, day")
+from coe_megatron.data.templates.words import BAKED, BEADED, DAY, FRUIT, HOUR, RELATIVES, SCHOOL_GOODS, Draw
 
 
 def machines_running(d: Draw) -> Problem:
@@ -29,7 +27,7 @@ def machines_running(d: Draw) -> Problem:
 
 
 def workers_and_days(d: Draw) -> Problem:
-    workers, days = d.number(3, 12), d.number(4, 15)
+    workers, days = d.number(4, 14, 2), d.number(3, 15)
     others = d.choice([n for n in range(2, 31) if workers * days % n == 0 and n != workers])
     job = d.choice(("paint a bridge", "lay a road", "build a barn", "renovate a school", "pave a square"))
     effort = calc(f"{workers} * {days}")
@@ -43,8 +41,8 @@ def workers_and_days(d: Draw) -> Problem:
     )
     return Problem(
         question,
-        f"The job takes {effort.eq} days of one worker's time. Shared among {others} workers, that is {needed.eq} "
-        f"{DAY.one if needed.value == 1 else DAY.many}.",
+        f"The job takes {effort.eq} days of one worker's time. Shared among {others} workers, that is "
+        f"{DAY.eq(needed)}.",
         needed,
     )
 
@@ -58,8 +56,8 @@ def two_printers(d: Draw) -> Problem:
     total = calc(f"{time} + {rest}")
     question = d.choice(
         (
-            f"One printer prints {fast} pages a minute and another prints {slow}. Together they print {what} of {pages} "
-            f"pages in all, and stapling takes {rest} more minutes. How many minutes does everything take?",
+            f"One printer prints {fast} pages a minute and another prints {slow}. Together they print {pages} pages of "
+            f"{what}, and stapling takes {rest} more minutes. How many minutes does everything take?",
             f"Two printers share the {pages} pages of some {what}. They print {fast} and {slow} pages a minute. "
             f"Afterwards the sheets are sorted in {rest} minutes. After how many minutes is all done?",
         )
@@ -88,7 +86,7 @@ def filling_a_leaky_pool(d: Draw) -> Problem:
     )
     return Problem(
         question,
-        f"Every hour the water grows by {gain.eq} liters. Filling the {vessel} takes {time.eq} hours.",
+        f"Every hour the {vessel} gains {gain.eq} liters. Filling the {vessel} takes {time.eq} hours.",
         time,
     )
 
@@ -146,10 +144,8 @@ def typing_a_manuscript(d: Draw) -> Problem:
     minutes = calc(f"{hours} * 60")
     words = calc(f"{minutes} * {speed}")
     result = calc(f"{words} / {per_page}")
-    what = d.choice(("a novel", "a travel diary", "a speech", "a report", "an old family letter collection"))
-    question = (
-        f"{who} types {what} at {speed} words a minute. A page holds {per_page} words. "
-    ) + d.choice(
+    what = d.choice(("a novel", "a travel diary", "a speech", "a report", "a pile of old letters"))
+    question = (f"{who} types {what} at {speed} words a minute. A page holds {per_page} words. ") + d.choice(
         (
             f"How many pages does {who.he} type in {HOUR.of(hours)}?",
             f"How many pages are ready after {HOUR.of(hours)} of typing?",

@@ -1,0 +1,43 @@
+# The commands of this project. Each works from a fresh clone: what is missing is made first.
+#   make quickstart   train a small Chain-of-Experts model on two CPU ranks, and see what it learned
+#   make test         all tests but those that need a GPU
+#   make check        format, lint, types and the fast tests
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+export PYTHONUNBUFFERED := 1
+
+.PHONY: quickstart test check format clean
+
+quickstart: $(INSTALLED) data/builtin/manifest.json
+	$(BIN)/torchrun --nproc-per-node 2 launch/pretrain_coe.py configs/quickstart.yaml
+
+data/builtin/manifest.json: $(INSTALLED)
+	$(BIN)/python launch/prepare_data.py --builtin 20000 --vocab-size 2048 --output data/builtin --overwrite
+
+test: $(INSTALLED)
+	$(BIN)/pytest -m "not gpu"
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q -m "not gpu and not ranks and not run"
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Installed once, and again when the pins or the project's metadata change.
+$(INSTALLED): constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: Python 3.11 or newer is needed; name one with make PYTHON=..." >&2; exit 1; }
+	@command -v c++ >/dev/null || \
+		{ echo "error: a C++ compiler (c++) is needed: DeepSpeed builds its CPU part with it" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info runs data .pytest_cache .mypy_cache .ruff_cache

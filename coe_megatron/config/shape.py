@@ -1,0 +1,57 @@
+"""What the closed forms need to know of a run: its settings as a ModelShape."""
+
+from coe_megatron.chain.closed_forms import ModelShape
+from coe_megatron.config.settings import RunConfig
+
+
+def model_shape(config: RunConfig, vocab_size: int) -> ModelShape:
+    """The run's model for `coe_megatron.chain.closed_forms`; `vocab_size` counts the padded rows of the embedding."""
+    model, moe, mla = config.model, config.moe, config.model.mla
+    return ModelShape(
+        layers=model.num_layers,
+        hidden=model.hidden_size,
+        vocab=vocab_size,
+        heads=model.num_attention_heads,
+        seq_length=model.seq_length,
+        experts=moe.num_experts,
+        topk=moe.topk,
+        expert_ffn=moe.ffn_hidden_size,
+        shared_ffn=moe.num_shared_experts * moe.ffn_hidden_size,
+        dense_ffn=model.ffn_hidden_size or 4 * model.hidden_size,
+        moe_layers=moe_pattern(config),
+        attention="mla" if mla else "mha",
+        kv_groups=model.num_query_groups,
+        head_dim=model.kv_channels,
+        kv_lora_rank=mla.kv_lora_rank if mla else 0,
+        q_lora_rank=mla.q_lora_rank if mla else None,
+        qk_nope=mla.qk_head_dim if mla else 0,
+        qk_rope=mla.qk_pos_emb_head_dim if mla else 0,
+        v_head_dim=mla.v_head_dim if mla else 0,
+        swiglu=model.activation == "swiglu",
+        untied_embeddings=model.untied_embeddings,
+        chain=config.chain,
+    )
+
+
+def moe_pattern(config: RunConfig) -> tuple[int, ...]:
+    """1 for each layer with experts, 0 for each dense one, as Megatron reads `layer_freq`."""
+    frequency = config.moe.layer_freq
+    if isinstance(frequency, int):
+        return tuple(int(layer % frequency == 0) for layer in range(config.model.num_layers))
+    return tuple(frequency)
+
+
+def padded_vocabulary(config: RunConfig, tokenizer_size: int) -> int:
+    """Rows of the embedding: `model.vocab_size`, or the tokenizer's size rounded up to a multiple of 64.
+
+    Raises:
+        ValueError: `model.vocab_size` is smaller than the tokenizer.
+    """
+    wanted = config.model.vocab_size
+    if wanted is None:
+        return -(-tokenizer_size // 64) * 64
+    if wanted < tokenizer_size:
+        raise ValueError(
+            f"model.vocab_size is {wanted}: the tokenizer has {tokenizer_size} pieces, so at least that many"
+        )
+    return wanted

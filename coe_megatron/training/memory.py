@@ -1,0 +1,26 @@
+"""Measured memory of this rank, in bytes by kind."""
+
+import resource
+
+import torch
+from deepspeed import DeepSpeedEngine
+
+
+def measure(engine: DeepSpeedEngine) -> dict[str, int]:
+    """Bytes of this rank: parameters, the optimizer's fp32 state, and the peak so far.
+
+    The peak is the allocator's on CUDA (`peak_allocated`) and the process's resident memory on CPU (`peak_resident`,
+    with Python and all libraries in it).
+    """
+    parameters = sum(_bytes(p) for p in engine.module.parameters())
+    optimizer = engine.optimizer.optimizer
+    states = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+    masters = [p for group in optimizer.param_groups for p in group["params"]]
+    measured = {"parameters": parameters, "optimizer": sum(_bytes(t) for t in [*states, *masters])}
+    if torch.cuda.is_available():
+        return {**measured, "peak_allocated": torch.cuda.max_memory_allocated()}
+    return {**measured, "peak_resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

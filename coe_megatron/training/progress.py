@@ -1,0 +1,47 @@
+"""What a person sees while a run goes on: a bar on a terminal, plain lines in a log file. Rank 0 alone shows it."""
+
+import sys
+import time
+from datetime import timedelta
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Progress over the steps of a run, on stderr.
+
+    Args:
+        first_step, steps: where the run stands and where it ends.
+        visible: False on ranks other than 0.
+    """
+
+    def __init__(self, first_step: int, steps: int, visible: bool) -> None:
+        self._visible, self._steps, self._first, self._start = visible, steps, first_step, time.monotonic()
+        self._bar = None
+        if visible and sys.stderr.isatty():
+            self._bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True)
+
+    def step(self, step: int, logged: dict[str, float] | None) -> None:
+        """After step `step` (1-based); `logged` holds what to show where the step is logged."""
+        if self._bar is not None:
+            self._bar.update(1)
+            if logged:
+                self._bar.set_postfix_str(_text(logged))
+        elif self._visible and logged:
+            seconds = (time.monotonic() - self._start) / (step - self._first) * (self._steps - step)
+            print(
+                f"step {step}/{self._steps}  {_text(logged)}  left {timedelta(seconds=round(seconds))}", file=sys.stderr
+            )
+
+    def say(self, text: str) -> None:
+        """A line of its own that does not tear the bar."""
+        if self._visible:
+            tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _text(logged: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in logged.items())

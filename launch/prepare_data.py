@@ -1,0 +1,107 @@
+"""Prepare text for training: train or take a tokenizer, write Megatron indexed datasets and a manifest."""
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+from typing import Never
+
+from coe_megatron.data.manifest import Manifest
+from coe_megatron.data.prepare import PrepareSettings, prepare
+
+EPILOG = """examples:
+  prepare_data.py --builtin 20000 --vocab-size 2048 --output data/problems
+  prepare_data.py --input train.jsonl.xz --template 'query : {query} response : {response}' \\
+                  --valid valid.jsonl.xz --vocab-size 16384 --output data/math
+  prepare_data.py --input wiki.parquet --tokenizer data/math/tokenizer.model --output data/wiki
+
+files: .jsonl and .ndjson (an object a line), .parquet, .txt, .text and .md (blank lines separate documents, the
+field is "text"); all but Parquet also compressed as .gz or .xz.
+
+exit status: 0 done, 1 the input could not be prepared, 2 a bad argument; each failure is one line on stderr and
+leaves nothing at --output."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage before it."""
+
+    def error(self, message: str) -> Never:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def parser() -> Parser:
+    made = Parser(
+        prog="prepare_data.py",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    source = made.add_mutually_exclusive_group(required=True)
+    source.add_argument("--input", type=Path, nargs="+", default=[], metavar="FILE", dest="inputs", help="documents")
+    source.add_argument("--builtin", type=int, metavar="COUNT", help="so many problems of the built-in corpus")
+    made.add_argument("--output", type=Path, required=True, metavar="DIR", help="the folder to make")
+    made.add_argument("--vocab-size", type=int, metavar="N", help="pieces of the tokenizer to train")
+    made.add_argument("--tokenizer", type=Path, metavar="MODEL", help="a SentencePiece model to take instead")
+    document = made.add_mutually_exclusive_group()
+    document.add_argument("--field", metavar="NAME", help="the field that is the document (default: text)")
+    document.add_argument(
+        "--template", help=r"the document made of several fields in braces; \n stands for a new line, \t for a tab"
+    )
+    valid = made.add_mutually_exclusive_group()
+    valid.add_argument(
+        "--valid", type=Path, nargs="+", default=[], metavar="FILE", dest="valid_inputs", help="validation documents"
+    )
+    valid.add_argument(
+        "--valid-fraction",
+        type=float,
+        default=0.02,
+        metavar="SHARE",
+        help="hold out this share of the documents, by their hash (default: 0.02)",
+    )
+    made.add_argument("--seed", type=int, default=0, help="of the held-out share and the built-in corpus (default: 0)")
+    made.add_argument("--skip-malformed", action="store_true", help="count malformed records instead of stopping")
+    made.add_argument("--overwrite", action="store_true", help="replace data prepared earlier")
+    return made
+
+
+def settings_from(arguments: argparse.Namespace) -> PrepareSettings:
+    """The settings the arguments ask for, checked as far as can be without reading a file."""
+    values = vars(arguments)
+    name = values.pop("field")
+    if name is not None:
+        values["template"] = "{" + name + "}"
+    elif values["template"] is not None:
+        values["template"] = values["template"].replace("\\n", "\n").replace("\\t", "\t")
+    values["inputs"], values["valid_inputs"] = tuple(values["inputs"]), tuple(values["valid_inputs"])
+    settings = PrepareSettings(**values)
+    settings.check_files()
+    return settings
+
+
+def report(manifest: Manifest) -> None:
+    for name, split in manifest.splits.items():
+        print(
+            f"{name}: {split.documents:,} documents, {split.tokens:,} tokens, {split.bytes_per_token:.2f} bytes a "
+            f"token, unigram entropy {split.unigram_entropy_nats:.3f} nats"
+        )
+    if manifest.malformed:
+        print(f"skipped {manifest.malformed:,} malformed records")
+
+
+def main() -> int:
+    program = parser()
+    try:
+        settings = settings_from(program.parse_args())
+    except ValueError as error:
+        program.error(str(error))
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    try:
+        report(prepare(settings, progress=True))
+    except (ValueError, OSError) as error:
+        program.exit(1, f"{program.prog}: {error}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""metrics.jsonl and the picture drawn from it."""
+
+from pathlib import Path
+
+from matplotlib import image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from coe_megatron.training.metrics import MetricsWriter, read_metrics
+from coe_megatron.training.picture import draw_loss
+
+
+def test_what_is_written_is_read_and_shown_in_tensorboard(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path)
+    for step in (1, 2):
+        writer.write({"step": step, "train_loss": 1.0 / step, "memory": {"parameters": 7}, "routing": [{"layer": 1}]})
+    writer.close()
+    assert [line["train_loss"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1.0, 0.5]
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in board.Scalars("train_loss")] == [(1, 1.0), (2, 0.5)]
+    assert board.Scalars("memory/parameters")[0].value == 7
+
+
+def test_resuming_drops_the_lines_beyond_the_checkpoint(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path)
+    for step in (1, 2, 3):
+        writer.write({"step": step})
+    writer.close()
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 4, "train_l')  # killed while writing
+    writer = MetricsWriter(tmp_path, first_step=2)
+    writer.write({"step": 3, "again": True})
+    writer.close()
+    assert read_metrics(path) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+
+
+def test_ranks_without_a_folder_write_nothing(tmp_path: Path) -> None:
+    writer = MetricsWriter(None)
+    writer.write({"step": 1})
+    writer.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_picture_is_drawn(tmp_path: Path) -> None:
+    lines = [{"step": s, "tokens": 4096 * s, "train_loss": 6 - s / 10, "valid_loss": 6.1 - s / 10} for s in range(1, 9)]
+    path = draw_loss(lines, 5.2, "CoE-2(4/64)+1", tmp_path / "loss.png")
+    pixels = image.imread(path)
+    assert pixels.shape[0] > 400
+    assert pixels[..., :3].min() < 0.2  # something is on the paper
