@@ -119,7 +119,7 @@ def prepare(settings: PrepareSettings, *, progress: bool = False) -> Manifest:
     documents = _Documents(settings)
 
     def shown(task: str) -> Iterable[tuple[Split, str]]:
-        return tqdm(documents, desc=task, unit=" documents", disable=not progress)
+        return tqdm(documents, desc=task, unit=" documents", mininterval=1, disable=not progress)
 
     with _staged(settings.output.resolve()) as folder:
         tokenizer = _provide_tokenizer(settings, folder / TOKENIZER, shown)

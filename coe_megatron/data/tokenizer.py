@@ -4,7 +4,7 @@ import hashlib
 import io
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 ModelType = Literal["bpe", "unigram"]
 
@@ -98,9 +98,9 @@ def train_tokenizer(
     return Tokenizer(path)
 
 
-def _fixed_options() -> dict[str, object]:
+def _fixed_options() -> dict[str, Any]:
     """What makes a model lossless and the same everywhere."""
-    ids = {"pad_id": PAD_ID, "unk_id": UNK_ID, "bos_id": BOS_ID, "eos_id": EOS_ID}
+    ids: dict[str, Any] = {"pad_id": PAD_ID, "unk_id": UNK_ID, "bos_id": BOS_ID, "eos_id": EOS_ID}
     lossless = {
         "normalization_rule_name": "identity",
         "remove_extra_whitespaces": False,

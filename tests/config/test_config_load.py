@@ -85,7 +85,7 @@ def test_a_mistake_is_one_line_that_names_the_field(small: Path, override: str, 
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "just words"])
+@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "a: 1\na: 2\n"])
 def test_a_file_that_is_no_config(tmp_path: Path, text: str) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(text)

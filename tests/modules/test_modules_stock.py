@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_config import TransformerConfig
 from modules_build import (
     BATCH,
     LOSSES,
@@ -83,6 +84,14 @@ CHAINS = [
 ]
 
 
+def make_biased_stock(config: TransformerConfig) -> MoELayer:
+    """Megatron's layer; with an expert bias that is not 0, where there is one."""
+    stock = make_stock(config)
+    if stock.router.expert_bias is not None:
+        stock.router.expert_bias.normal_(std=0.3)
+    return stock
+
+
 def train_step(layer: MoELayer, padding_mask: torch.Tensor | None = None) -> Named:
     """Two micro-batches forward and backward: outputs, gradients of inputs, tracked losses, counters."""
     reset_megatron()
@@ -100,7 +109,7 @@ def train_step(layer: MoELayer, padding_mask: torch.Tensor | None = None) -> Nam
 
 def assert_equal_to_stock(changes: dict, chain: dict | None = None, padding_mask: torch.Tensor | None = None) -> None:
     config = make_config(**changes)
-    stock, layer = make_stock(config), make_coe(config, **(chain or {}))
+    stock, layer = make_biased_stock(config), make_coe(config, **(chain or {}))
     copy_from_stock(layer, stock)
     found, truth = train_step(layer, padding_mask), train_step(stock, padding_mask)
     found |= {name: gradient(p) for name, p in layer.named_parameters()}
@@ -122,7 +131,7 @@ def test_equals_stock_layer_whatever_the_chain(chain: dict) -> None:
 def test_two_iterations_equal_two_stock_layers(changes: dict) -> None:
     """x + F_1(x) + F_2(x + F_1(x)): the same experts twice, each time with a router (and its counters) of its own."""
     config = make_config(**changes)
-    first, second = make_stock(config), make_stock(config)
+    first, second = make_biased_stock(config), make_biased_stock(config)
     layer = make_coe(config, iterations=2)
     copy_chain_from_stock(layer, first, second)
     truth = train_step(TwoStockLayers(first, second))

@@ -1,0 +1,326 @@
+"""Prepared data as samples and batches.
+
+Legend: S sequence length, b rows of a micro-batch. A sample is a dict of tensors of shape [S]:
+    tokens        int64    what the model reads
+    labels        int64    tokens shifted by one: labels[i] follows tokens[i]
+    loss_mask     float32  1 where labels[i] is a real token (eos counts), 0 elsewhere
+    position_ids  int64    0 ... S - 1
+    padding_mask  bool     True where tokens[i] is padding
+A batch holds the same keys with tensors of shape [b, S].
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from secrets import token_hex
+from typing import Any, Literal, Protocol, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coe_megatron.data.manifest import TOKENIZER, Manifest, Split
+from coe_megatron.data.tokenizer import Tokenizer
+
+Sample = dict[str, Tensor]
+Mode = Literal["row", "packed"]
+
+
+class SampleSource(Protocol):
+    """Anything with a length whose items are samples."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Sample: ...
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A folder that `prepare` made.
+
+    Attributes:
+        folder: where it lies.
+        manifest: what it holds.
+        tokenizer: the one its tokens come from.
+    """
+
+    folder: Path
+    manifest: Manifest
+    tokenizer: Tokenizer
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "PreparedData":
+        """Open a folder after checking its manifest, its file sizes and its tokenizer's checksum.
+
+        Raises:
+            ValueError: it is no prepared data, of another format, or not whole.
+        """
+        folder = Path(folder)
+        manifest = Manifest.read(folder)
+        tokenizer = Tokenizer(folder / TOKENIZER)
+        if tokenizer.sha256 != manifest.tokenizer_sha256:
+            raise ValueError(f"{folder / TOKENIZER} is not the tokenizer this data was prepared with")
+        return cls(folder, manifest, tokenizer)
+
+    def samples(self, mode: Mode, split: Split, seq_length: int, *, seed: int, cache_dir: str | Path) -> SampleSource:
+        """The samples of a split in one of the two modes; see `rows` and `packed`, which need not all arguments.
+
+        Raises:
+            ValueError: there is no such mode or split, or seq_length does not suit.
+        """
+        if mode not in get_args(Mode):
+            raise ValueError(f"mode is {mode!r}: it must be one of {', '.join(get_args(Mode))}")
+        if mode == "row":
+            return self.rows(split, seq_length)
+        return self.packed(split, seq_length, seed=seed, cache_dir=cache_dir)
+
+    def rows(self, split: Split, seq_length: int) -> "RowDataset":
+        """One document a sample, cut after seq_length labels or padded, in the order of preparation.
+
+        Raises:
+            ValueError: there is no such split, or seq_length is below 1.
+        """
+        return RowDataset(self._indexed(split, seq_length), seq_length, self.tokenizer.pad_id)
+
+    def packed(self, split: Split, seq_length: int, *, seed: int, cache_dir: str | Path) -> "PackedDataset":
+        """Windows of seq_length labels over shuffled documents that follow each other (Megatron's GPTDataset).
+
+        Every token but the first is a label once. The last tokens that fill no window are dropped in training and
+        padded in validation. Attention and positions run across documents.
+
+        Under torch.distributed all ranks must call this together: rank 0 builds the index, then a barrier.
+
+        Args:
+            seed: of the documents' order; another seed gives other windows.
+            cache_dir: where the index is kept; a folder of the run, seen by all ranks.
+
+        Raises:
+            ValueError: there is no such split, or it has too few tokens for one window.
+        """
+        indexed = self._indexed(split, seq_length)
+        tokens = self.manifest.splits[split].tokens
+        if split == "train" and tokens <= seq_length:
+            raise ValueError(f"seq_length is {seq_length}: the train split has {tokens} tokens, one more is needed")
+        identity = self.manifest.files[f"{split}.bin"].sha256[:16]
+        cache = Path(cache_dir) / f"{split}-{identity}-{seq_length}-{seed}"
+        dataset = _build_index_once(cache, lambda path: _gpt_dataset(self, indexed, split, seq_length, seed, path))
+        return PackedDataset(dataset, self.tokenizer.pad_id)
+
+    def _indexed(self, split: Split, seq_length: int) -> Any:
+        from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+        if split not in get_args(Split):
+            raise ValueError(f"split is {split!r}: it must be one of {', '.join(get_args(Split))}")
+        if seq_length < 1:
+            raise ValueError(f"seq_length is {seq_length}: it must be at least 1")
+        return IndexedDataset(str(self.folder / split))
+
+
+class RowDataset:
+    """One document a sample; `PreparedData.rows` makes it."""
+
+    def __init__(self, documents: Sequence[np.ndarray], seq_length: int, pad_id: int) -> None:
+        self._documents = documents
+        self._seq_length = seq_length
+        self._pad_id = pad_id
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def __getitem__(self, index: int) -> Sample:
+        size = self._seq_length
+        document = self._documents[index][: size + 1]
+        row = torch.full((size + 1,), self._pad_id, dtype=torch.int64)
+        row[: len(document)] = torch.from_numpy(document.astype(np.int64))
+        positions = torch.arange(size)
+        return {
+            "tokens": row[:-1],
+            "labels": row[1:],
+            "loss_mask": (positions + 1 < len(document)).float(),
+            "position_ids": positions,
+            "padding_mask": positions >= len(document),
+        }
+
+
+class PackedDataset:
+    """Megatron's GPTDataset with a padding mask and the tokenizer's own padding; `PreparedData.packed` makes it."""
+
+    def __init__(self, dataset: Any, pad_id: int) -> None:
+        self._dataset = dataset
+        self._pad_id = pad_id
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self._dataset[index]
+        no_label = sample["loss_mask"] == 0
+        # A token is padding where it was padding as a label, one place earlier.
+        padding = torch.cat((torch.zeros(1, dtype=torch.bool), no_label[:-1]))
+        return {
+            **sample,
+            "tokens": sample["tokens"].masked_fill(padding, self._pad_id),
+            "labels": sample["labels"].masked_fill(no_label, self._pad_id),
+            "padding_mask": padding,
+        }
+
+
+class StepBatches:
+    """The batches of every step, computed from the step alone: resuming is asking for a later step.
+
+    Samples are drawn in a permutation per epoch that depends on (seed, epoch). Step s takes the next `global_batch`
+    of them, whatever the number of ranks; micro-batch m of rank r holds rows (m * dp_size + r) * micro_batch and on.
+
+    Args:
+        dataset: the samples.
+        seed: of the permutations, at least 0.
+        global_batch: rows of a step over all ranks.
+        micro_batch: rows of one forward pass on one rank (b).
+        dp_rank, dp_size: this rank's place among those that split the batch.
+
+    Raises:
+        ValueError: the sizes do not divide, a number is out of range, or the dataset is empty.
+    """
+
+    def __init__(
+        self, dataset: SampleSource, *, seed: int, global_batch: int, micro_batch: int, dp_rank: int, dp_size: int
+    ) -> None:
+        _check_share(dataset, micro_batch, dp_rank, dp_size)
+        if global_batch < 1 or global_batch % (micro_batch * dp_size):
+            raise ValueError(
+                f"global_batch is {global_batch}: it must be a multiple of micro_batch * dp_size = "
+                f"{micro_batch} * {dp_size} = {micro_batch * dp_size}"
+            )
+        if seed < 0:
+            raise ValueError(f"seed is {seed}: it must be at least 0")
+        self._dataset = dataset
+        self._seed = seed
+        self._global_batch = global_batch
+        self._micro_batch = micro_batch
+        self._rank, self._ranks = dp_rank, dp_size
+        self._orders: dict[int, np.ndarray] = {}
+
+    def for_step(self, step: int) -> list[Sample]:
+        """This rank's micro-batches of a step, tensors [b, S], in their order.
+
+        Args:
+            step: counted from 0.
+
+        Raises:
+            ValueError: the step is negative.
+        """
+        rows = np.asarray(self.indices(step)).reshape(-1, self._ranks, self._micro_batch)
+        return [_stack([self._dataset[int(index)] for index in micro]) for micro in rows[:, self._rank]]
+
+    def indices(self, step: int) -> list[int]:
+        """Which samples make up the whole global batch of a step, in their order.
+
+        Raises:
+            ValueError: the step is negative.
+        """
+        if step < 0:
+            raise ValueError(f"step is {step}: it must be at least 0")
+        first = step * self._global_batch
+        places = (divmod(place, len(self._dataset)) for place in range(first, first + self._global_batch))
+        return [int(self._order(epoch)[offset]) for epoch, offset in places]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            order = np.random.default_rng([self._seed, epoch]).permutation(len(self._dataset))
+            self._orders = {epoch: order}  # only the latest is kept: steps go forward
+        return self._orders[epoch]
+
+
+def validation_batches(
+    dataset: SampleSource, micro_batch: int, dp_rank: int, dp_size: int, limit: int | None = None
+) -> Iterator[Sample]:
+    """This rank's share of a fixed set of samples: over all ranks, each one exactly once.
+
+    All ranks get equally many batches [b, S]; what is missing at the end are rows without loss that are all padding.
+
+    Args:
+        limit: how many samples from the start of the dataset; None for all.
+
+    Raises:
+        ValueError: a number is out of range, or the dataset is empty.
+    """
+    _check_share(dataset, micro_batch, dp_rank, dp_size)
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}: it must be at least 1, or None for all samples")
+    return _fixed_batches(dataset, micro_batch, dp_rank, dp_size, min(len(dataset), limit or len(dataset)))
+
+
+def _fixed_batches(dataset: SampleSource, size: int, rank: int, ranks: int, count: int) -> Iterator[Sample]:
+    filler = _without_loss(dataset[0])
+    for start in range(rank * size, rank * size + count + (-count) % (size * ranks), size * ranks):
+        yield _stack([dataset[row] if row < count else filler for row in range(start, start + size)])
+
+
+def _check_share(dataset: SampleSource, micro_batch: int, dp_rank: int, dp_size: int) -> None:
+    if len(dataset) == 0:
+        raise ValueError("the dataset is empty: there is no sample to draw")
+    if micro_batch < 1:
+        raise ValueError(f"micro_batch is {micro_batch}: it must be at least 1")
+    if not 0 <= dp_rank < dp_size:
+        raise ValueError(f"dp_rank is {dp_rank}: it must be at least 0 and below dp_size = {dp_size}")
+
+
+def _without_loss(sample: Sample) -> Sample:
+    masks = {
+        "loss_mask": torch.zeros_like(sample["loss_mask"]),
+        "padding_mask": torch.ones_like(sample["padding_mask"]),
+    }
+    return {**sample, **masks}
+
+
+def _stack(samples: Sequence[Sample]) -> Sample:
+    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+
+def _gpt_dataset(data: PreparedData, indexed: Any, split: Split, seq_length: int, seed: int, cache: Path) -> Any:
+    """Megatron's GPTDataset over one epoch of a split, its index kept in `cache`."""
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.utils import Split as MegatronSplit
+
+    prefix = str(data.folder / split)
+    config = GPTDatasetConfig(
+        random_seed=seed,
+        sequence_length=seq_length,
+        blend_per_split=[([prefix], None) if name.name == split else None for name in MegatronSplit],
+        path_to_cache=str(cache),
+        tokenizer=_TokenizerFacts(data.tokenizer),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        drop_last_partial_validation_sequence=False,
+    )
+    documents = np.arange(len(indexed), dtype=np.int32)
+    # The path is part of the index's name; the split alone lets the data move to another place.
+    return GPTDataset(indexed, split, documents, None, MegatronSplit[split], config)
+
+
+class _TokenizerFacts:
+    """What GPTDataset asks of a tokenizer. No token has its pad id, so padding is always told apart."""
+
+    pad = -1
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.vocab_size = tokenizer.vocab_size
+        self.eod = self.eos = tokenizer.eos_id
+        self.unique_identifiers = {"sha256": tokenizer.sha256}
+
+
+def _build_index_once(cache: Path, build: Callable[[Path], Any]) -> Any:
+    """Build a dataset whose index is kept in `cache`; a build cut short leaves no half index behind.
+
+    GPTDataset writes its index on rank 0 alone and expects the others to come later.
+    """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not cache.exists() and not (distributed and torch.distributed.get_rank()):
+        partial = cache.with_name(f"{cache.name}.{token_hex(4)}.partial")
+        build(partial)
+        partial.rename(cache)
+    if distributed:
+        torch.distributed.barrier()
+    return build(cache)

@@ -1,0 +1,119 @@
+"""Starts and ends a rank: device, process groups, seeds. What DeepSpeed asks of Megatron's groups is answered here too.
+
+The environment that torchrun makes is read in one place, `Ranks.from_environment`.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from coe_megatron.config.settings import ParallelSettings
+from coe_megatron.parallel import without_cuda, without_te
+
+# Megatron derives the seeds of its generators by adding up to a few thousand (2718 + TP rank, 1024 + 100 x EP rank).
+_SEEDS_OF_A_RANK = 10_000
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which process of how many this is; the default is a process on its own."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> "Ranks":
+        """What torchrun wrote into the environment (RANK, WORLD_SIZE, LOCAL_RANK); without RANK a single process."""
+        if "RANK" not in environment:
+            return cls()
+        return cls(int(environment["RANK"]), int(environment["WORLD_SIZE"]), int(environment.get("LOCAL_RANK", 0)))
+
+
+def start(parallel: ParallelSettings, seed: int, ranks: Ranks | None = None) -> torch.device:
+    """Make this process a rank: compatibility parts, device, process groups, and the same seeds on all ranks.
+
+    Equal seeds let all ranks build equal weights; call `seed_dropout` when the model is built.
+
+    Args:
+        ranks: which rank this is; what torchrun says when None. Several ranks meet where torchrun tells them to
+            (MASTER_ADDR, MASTER_PORT); a single one needs no meeting point, port or file.
+
+    Returns:
+        The rank's device: its CUDA device (with NCCL), or the CPU (with gloo) where there is no CUDA.
+    """
+    ranks = Ranks.from_environment(os.environ) if ranks is None else ranks
+    without_te.install()
+    without_cuda.install()
+    device = _device(ranks)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    store = dist.HashStore() if ranks.world_size == 1 else None
+    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size)
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=parallel.expert)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+    return device
+
+
+def stop() -> None:
+    """End what `start` began, on all ranks together."""
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def seed_dropout(seed: int) -> None:
+    """Give every data-parallel rank random numbers of its own, so that dropout masks differ where the data differ.
+
+    Ranks that share data (tensor and pipeline parallelism) go on sharing a seed; what has to differ between them
+    Megatron takes from its own generators. To be called when the weights are made.
+    """
+    own = seed + _SEEDS_OF_A_RANK * (1 + parallel_state.get_data_parallel_rank())
+    torch.manual_seed(own)
+    model_parallel_cuda_manual_seed(own)
+
+
+def _device(ranks: Ranks) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", ranks.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+class MegatronGroups:
+    """Megatron's groups under the names that DeepSpeed looks for on its `mpu` (parallel_state alone lacks some).
+
+    The model-parallel group is TP x PP: over it DeepSpeed adds up gradient norms, and with TP alone every pipeline
+    stage would clip by the norm of its own parameters.
+    """
+
+    get_model_parallel_group = staticmethod(parallel_state.get_model_parallel_group)
+    get_tensor_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
+    get_tensor_model_parallel_world_size = staticmethod(parallel_state.get_tensor_model_parallel_world_size)
+    get_tensor_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
+    get_pipeline_model_parallel_group = staticmethod(parallel_state.get_pipeline_model_parallel_group)
+    get_pipeline_model_parallel_world_size = staticmethod(parallel_state.get_pipeline_model_parallel_world_size)
+    get_pipeline_model_parallel_rank = staticmethod(parallel_state.get_pipeline_model_parallel_rank)
+    get_data_parallel_group = staticmethod(parallel_state.get_data_parallel_group)
+    get_data_parallel_world_size = staticmethod(parallel_state.get_data_parallel_world_size)
+    get_data_parallel_rank = staticmethod(parallel_state.get_data_parallel_rank)
+
+    @staticmethod
+    def get_model_parallel_world_size() -> int:
+        """Ranks that hold one whole model between them."""
+        return parallel_state.get_model_parallel_group().size()
+
+    @staticmethod
+    def get_model_parallel_rank() -> int:
+        """This rank's place among them."""
+        return parallel_state.get_model_parallel_group().rank()
+
+    @staticmethod
+    def get_data_parallel_group_ranks() -> list[int]:
+        """Global ranks of this rank's data-parallel group."""
+        return dist.get_process_group_ranks(parallel_state.get_data_parallel_group())

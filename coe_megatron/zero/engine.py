@@ -1,0 +1,140 @@
+"""The DeepSpeed engine of a Megatron model, and the few calls a training loop makes on it.
+
+    for micro_batch in step:                            # `accumulation` of them
+        loss = token_losses(engine(...)).sum() / tokens_of_the_step
+        backward(engine, loss)
+        engine.step()                                   # updates the weights after the last one
+    norm = gradient_norm(engine)
+
+What the gradients are (all scaling is done by `backward`, nowhere else):
+
+* of the loss: the SUM over ranks and micro-batches. So the loop divides the token losses of a micro-batch by the number
+  of counting tokens in the whole step (all ranks, all micro-batches), and rows of any length weigh by their tokens;
+* of auxiliary losses, which Megatron attaches inside the model (load balancing, z-loss): the MEAN over ranks and
+  micro-batches, so that their coefficients mean the same with any layout.
+"""
+
+import logging
+import os
+import sys
+from typing import Any
+
+import deepspeed
+import deepspeed.ops
+import torch
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+from coe_megatron.config.settings import OptimizerSettings, TrainingSettings, ZeroSettings
+from coe_megatron.parallel.groups import MegatronGroups
+from coe_megatron.zero import expert_groups, states
+
+_BUCKET = 50_000_000  # elements that are reduced or gathered at once
+
+
+def build_engine(
+    model: torch.nn.Module,
+    optimizer: OptimizerSettings,
+    training: TrainingSettings,
+    zero: ZeroSettings,
+    accumulation: int,
+) -> deepspeed.DeepSpeedEngine:
+    """Put a model under DeepSpeed: AdamW, ZeRO, gradient clipping and, with bf16, fp32 masters and gradient sums.
+
+    Megatron's groups must exist, and all ranks must have built equal weights. Optimizer states exist from here on, not
+    only from the first step: what does not fit into memory fails now, and a checkpoint can be loaded at once.
+
+    Args:
+        accumulation: micro-batches a step on each rank.
+
+    Returns:
+        The engine; `engine.module` is the model.
+    """
+    _prepare_deepspeed()
+    with expert_groups.announced(model):
+        adam = torch.optim.AdamW(
+            _parameter_groups(model, optimizer.weight_decay), lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps
+        )
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=adam,
+            mpu=MegatronGroups(),
+            config=_config(optimizer, training, zero, accumulation),
+            dist_init_required=False,
+        )
+    states.create(engine)
+    return engine
+
+
+def backward(engine: deepspeed.DeepSpeedEngine, loss: torch.Tensor) -> None:
+    """Backpropagate one micro-batch; its gradients add to those of the step (the module's docstring says how).
+
+    DeepSpeed reduces gradients to their mean over the data-parallel ranks, also the experts', whose replicas see
+    the tokens of all ranks. Times the number of ranks that is the sum. Division by the accumulation is left out.
+    Auxiliary losses get their gradient from Megatron's own scale, not from `loss`.
+    """
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1 / engine.gradient_accumulation_steps(), device=loss.device))
+    engine.backward(loss * engine.dp_world_size, scale_wrt_gas=False)
+
+
+def set_lr(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:
+    """Set the learning rate of the coming steps."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+
+
+def gradient_norm(engine: deepspeed.DeepSpeedEngine) -> float:
+    """The 2-norm of all gradients of the last step, before clipping.
+
+    Infinite when a gradient was not finite; such a step has left the weights as they were.
+    """
+    return float(engine.get_global_grad_norm())
+
+
+def _config(
+    optimizer: OptimizerSettings, training: TrainingSettings, zero: ZeroSettings, accumulation: int
+) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": training.micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": optimizer.clip or 0.0,
+        "zero_optimization": {"stage": zero.stage, "reduce_bucket_size": _BUCKET, "allgather_bucket_size": _BUCKET},
+        "bf16": {"enabled": training.precision == "bf16"},
+        # Gradients are summed, over micro-batches and over ranks, in fp32 whatever the weights are.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        # Progress, timing and memory are reported by the training loop.
+        "steps_per_print": sys.maxsize,
+        "timers": {"throughput": {"enabled": False}},
+    }
+
+
+def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Groups by weight decay (none for norms and biases) and, as DeepSpeed demands, by dense and expert parameters."""
+    found: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            found.setdefault((expert_groups.is_expert(parameter), parameter.ndim > 1), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": weight_decay if decays else 0.0,
+            "name": expert_groups.group_name() if expert else "dense",
+            "moe": expert,
+        }
+        for (expert, decays), parameters in sorted(found.items(), key=lambda item: item[0])
+    ]
+
+
+def _prepare_deepspeed() -> None:
+    """Quiet, and without a compiler.
+
+    DeepSpeed logs to stdout, which is for what programs print; its warnings belong on stderr. It learns the rank's
+    device from LOCAL_RANK alone, also in a process that torchrun did not start. And on CPU it would first compile a
+    shared-memory all-reduce that only its inference uses: an empty table of compatible ops spares the start that.
+    """
+    for handler in logging.getLogger("DeepSpeed").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)
+    os.environ.setdefault("LOCAL_RANK", str(torch.cuda.current_device()) if torch.cuda.is_available() else "0")
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__ = {}
