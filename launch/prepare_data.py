@@ -18,8 +18,8 @@ EPILOG = """examples:
 files: .jsonl and .ndjson (an object a line), .parquet, .txt, .text and .md (blank lines separate documents, the
 field is "text"); all but Parquet also compressed as .gz or .xz.
 
-exit status: 0 done, 1 the input could not be prepared, 2 a bad argument; each failure is one line on stderr and
-leaves nothing at --output."""
+exit status: 0 done, 1 the input could not be prepared, 2 a bad argument, 130 interrupted; each failure is one line
+on stderr and leaves --output as it was."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -99,7 +99,9 @@ def main() -> int:
     try:
         report(prepare(settings, progress=True))
     except (ValueError, OSError) as error:
-        program.exit(1, f"{program.prog}: {error}\n")
+        program.exit(1, f"{program.prog}: error: {error}\n")
+    except KeyboardInterrupt:
+        program.exit(130, f"{program.prog}: interrupted, nothing was written\n")
     return 0
 
 

@@ -34,8 +34,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _pretrain(config: RunConfig) -> int:
     # Imported here: the stack takes seconds, and a mistake in the config should not.
-    from coe_megatron.parallel.groups import Ranks
+    from coe_megatron.training.console import quiet_libraries
 
+    quiet_libraries()
+    from coe_megatron.parallel.groups import Ranks
     from coe_megatron.training.loop import train
 
     outcome = train(config, Ranks.from_environment(os.environ))

@@ -135,7 +135,7 @@ def parts_of(layer: TransformerLayer) -> dict[str, torch.nn.Parameter]:
 
 @torch.no_grad()
 def copy_from_oracle(layer: TransformerLayer, oracle: ChainOfExperts) -> None:
-    """Give our layer the oracle's weights (of the experts those that live on this rank)."""
+    """Give our layer the oracle's weights: this rank's part of them."""
     theirs, ours = dict(oracle.named_parameters()), parts_of(layer)
     assert theirs.keys() == ours.keys()
     for name, parameter in ours.items():
@@ -143,8 +143,16 @@ def copy_from_oracle(layer: TransformerLayer, oracle: ChainOfExperts) -> None:
 
 
 def local_part(layer: TransformerLayer, name: str, whole: torch.Tensor) -> torch.Tensor:
-    """Of the experts' weights (or gradients) those of this rank, of all others everything."""
-    return whole[layer.mlp.local_expert_indices] if name in ("w1", "w2") else whole
+    """This rank's part of a parameter (or gradient): its experts, and of each feed-forward its rows or columns."""
+    if name in ("w1", "w2"):
+        whole, group = whole[layer.mlp.local_expert_indices], layer.mlp.experts.tp_group
+    elif name in ("shared_w1", "shared_w2"):
+        group = layer.mlp.tp_group
+    else:
+        return whole
+    if name.endswith("1"):  # gate and value are cut alike
+        return torch.cat([half.chunk(group.size(), dim=-2)[group.rank()] for half in whole.chunk(2, dim=-2)], dim=-2)
+    return whole.chunk(group.size(), dim=-1)[group.rank()]
 
 
 def stock_named(stock: MoELayer, pick: Callable[[torch.nn.Parameter], torch.Tensor]) -> Named:
@@ -161,7 +169,7 @@ def copy_from_stock(layer: CoELayer, stock: MoELayer) -> None:
     """Give our layer the weights and buffers of Megatron's; strict, so both have the same names but for experts."""
     state = {name: value for name, value in stock.state_dict().items() if not name.startswith("experts.")}
     experts = {name: value for name, value in stock_named(stock, lambda p: p).items() if name.startswith("experts.")}
-    layer.load_state_dict(state | experts, strict=True)
+    layer.load_state_dict(state | experts | {"experts._extra_state": None}, strict=True)
 
 
 def gradient(parameter: torch.Tensor) -> torch.Tensor:

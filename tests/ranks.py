@@ -5,6 +5,7 @@ comes back in rank order. Start-up costs seconds, so a test should do all it has
 """
 
 import multiprocessing
+import pickle
 import queue
 import tempfile
 import time
@@ -52,7 +53,7 @@ def _collect(results: Any, processes: list, deadline: float) -> list[Any]:
             assert not died, f"ranks {died} died without a word"
             continue
         assert ok, f"rank {rank} failed:\n{value}"
-        found[rank] = value
+        found[rank] = pickle.loads(value)
     return [found[rank] for rank in range(len(processes))]
 
 
@@ -61,7 +62,8 @@ def _rank(
 ) -> None:
     try:
         start_groups(rank, world_size, meeting, **layout)
-        results.put((rank, True, function(*args)))
+        # Pickled here and by value: torch would pass tensors as open files, which close when this process ends.
+        results.put((rank, True, pickle.dumps(function(*args))))
     except BaseException:
         results.put((rank, False, traceback.format_exc()))
     results.close()

@@ -7,13 +7,13 @@ Every equation in a response is evaluated from its own text; each response ends 
 import random
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Literal, get_args
+from typing import get_args
 
+from coe_megatron.data.manifest import Split
 from coe_megatron.data.templates import daily, money, parts, people, shapes, shopping, travel, work
 from coe_megatron.data.templates.arithmetic import Problem
 from coe_megatron.data.templates.words import Draw
 
-Split = Literal["train", "valid"]
 Template = Callable[[Draw], Problem]
 
 FAMILIES: tuple[ModuleType, ...] = (daily, money, parts, people, shapes, shopping, travel, work)

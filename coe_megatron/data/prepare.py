@@ -4,7 +4,6 @@ The folder is written under a hidden name beside its place and renamed when it i
 preparation never looks finished. Equal settings and inputs give equal files, byte for byte.
 """
 
-import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from coe_megatron.data.corpus import generate
 from coe_megatron.data.manifest import DATA_FILES, MANIFEST, TOKENIZER, FileSummary, Manifest, Split, SplitSummary
-from coe_megatron.data.sources import MalformedRecord, Record, Template, check_readable, read_records
+from coe_megatron.data.sources import MalformedRecord, Template, check_readable, read_records
 from coe_megatron.data.tokenizer import Tokenizer, train_tokenizer
 
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -113,17 +112,18 @@ def prepare(settings: PrepareSettings, *, progress: bool = False) -> Manifest:
 
     Raises:
         ValueError: an input is missing, damaged or malformed (the message names file and line), a split would be
-            empty, the tokenizer does not suit, or the output must not be replaced. Nothing is left at `output` then.
+            empty, the tokenizer does not suit, or the output must not be replaced. `output` stays as it was then.
     """
     settings.check_files()
     documents = _Documents(settings)
 
-    def shown(task: str) -> Iterable[tuple[Split, str]]:
+    def shown(task: str) -> tqdm:
         return tqdm(documents, desc=task, unit=" documents", mininterval=1, disable=not progress)
 
     with _staged(settings.output.resolve()) as folder:
         tokenizer = _provide_tokenizer(settings, folder / TOKENIZER, shown)
-        splits = _write_splits(folder, tokenizer, shown("encoding"))
+        with shown("encoding") as shown_documents:
+            splits = _write_splits(folder, tokenizer, shown_documents)
         manifest = _describe(settings, folder, tokenizer, splits, documents.malformed)
         manifest.write(folder)
     return manifest
@@ -138,24 +138,24 @@ class _Documents:
 
     def __iter__(self) -> Iterator[tuple[Split, str]]:
         self.malformed = 0
-        render = self.settings.document_template.render
+        template = self.settings.document_template
         if self.settings.builtin is not None:
             for split, problem in _builtin_problems(self.settings):
-                yield split, render(problem)
+                yield split, template.render(problem)
             return
         for path in self.settings.inputs:
-            for document in self._read(path, render):
+            for document in self._read(path, template):
                 yield self._split_of(document), document
         for path in self.settings.valid_inputs:
-            for document in self._read(path, render):
+            for document in self._read(path, template):
                 yield "valid", document
 
-    def _read(self, path: Path, render: Callable[[Record], str]) -> Iterator[str]:
-        for place, record in read_records(path):
+    def _read(self, path: Path, template: Template) -> Iterator[str]:
+        for place, record in read_records(path, template.fields):
             try:
                 if isinstance(record, MalformedRecord):
                     raise record
-                yield render(record)
+                yield template.render(record)
             except MalformedRecord as error:
                 if not self.settings.skip_malformed:
                     raise ValueError(f"{path}, {place}: {error} (skip-malformed would go on)") from error
@@ -176,14 +176,13 @@ def _builtin_problems(settings: PrepareSettings) -> Iterator[tuple[Split, dict[s
             yield split, problem
 
 
-def _provide_tokenizer(
-    settings: PrepareSettings, path: Path, shown: Callable[[str], Iterable[tuple[Split, str]]]
-) -> Tokenizer:
+def _provide_tokenizer(settings: PrepareSettings, path: Path, shown: Callable[[str], tqdm]) -> Tokenizer:
     """Train the tokenizer on the training documents, or take the given one."""
     if settings.tokenizer is None:
         assert settings.vocab_size is not None
-        texts = (text for split, text in shown("tokenizer") if split == "train")
-        return train_tokenizer(texts, settings.vocab_size, path)
+        with shown("tokenizer") as documents:
+            texts = (text for split, text in documents if split == "train")
+            return train_tokenizer(texts, settings.vocab_size, path)
     tokenizer = Tokenizer(settings.tokenizer)
     if settings.vocab_size not in (None, tokenizer.vocab_size):
         raise ValueError(f"vocab-size is {settings.vocab_size}: {settings.tokenizer} has {tokenizer.vocab_size} pieces")
@@ -260,7 +259,6 @@ def _describe(
         source = {"input": [path.name for path in settings.inputs], "valid_fraction": settings.valid_fraction}
     if settings.valid_inputs:
         source = {**source, "valid": [path.name for path in settings.valid_inputs], "valid_fraction": None}
-    assert all(math.isfinite(split.unigram_entropy_nats) for split in splits.values())
     return Manifest(
         vocab_size=tokenizer.vocab_size,
         token_dtype=_token_dtype(tokenizer.vocab_size).__name__,

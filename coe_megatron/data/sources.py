@@ -8,7 +8,7 @@ import json
 import lzma
 import string
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,7 +23,10 @@ Record = Mapping[str, Any]
 
 
 class MalformedRecord(ValueError):
-    """A line, row or block that gives no document; the message says where it stands and what is wrong."""
+    """A line, row or block that gives no document; the message says what is wrong with it."""
+
+
+Placed = tuple[str, Record | MalformedRecord]  # where it stands, such as "line 3", and what stands there
 
 
 @dataclass(frozen=True)
@@ -85,16 +88,19 @@ def check_readable(path: Path) -> None:
     _kind(path)
 
 
-def read_records(path: Path) -> Iterator[tuple[str, Record | MalformedRecord]]:
+def read_records(path: Path, fields: Sequence[str]) -> Iterator[Placed]:
     """Yield every record of a file with its place ("line 3"); a malformed one is yielded as the error it is.
 
+    Args:
+        fields: what is wanted of each record; a Parquet file reads these columns alone.
+
     Raises:
-        ValueError: the file as a whole cannot be read (unknown kind, damaged, truncated).
+        ValueError: the file as a whole cannot be read (unknown kind, damaged, truncated, a column missing).
     """
     kind = _kind(path)
     try:
         if kind in PARQUET:
-            yield from _parquet_records(path)
+            yield from _parquet_records(path, fields)
             return
         with _open(path) as stream:
             yield from _json_records(stream) if kind in JSON_LINES else _text_records(stream)
@@ -118,7 +124,7 @@ def _open(path: Path) -> BinaryIO:
     return openers.get(path.suffix.lower(), open)(path, "rb")
 
 
-def _json_records(stream: BinaryIO) -> Iterator[tuple[str, Record | MalformedRecord]]:
+def _json_records(stream: BinaryIO) -> Iterator[Placed]:
     for number, line in enumerate(stream, start=1):
         if not line.strip():
             continue
@@ -133,7 +139,7 @@ def _json_record(line: bytes) -> Record | MalformedRecord:
     return record if isinstance(record, dict) else MalformedRecord("not a JSON object")
 
 
-def _text_records(stream: BinaryIO) -> Iterator[tuple[str, Record | MalformedRecord]]:
+def _text_records(stream: BinaryIO) -> Iterator[Placed]:
     block: list[bytes] = []
     start = 1
     for number, line in enumerate(stream, start=1):
@@ -154,17 +160,19 @@ def _text_record(block: list[bytes]) -> Record | MalformedRecord:
         return MalformedRecord(f"not valid UTF-8 ({error})")
 
 
-def _parquet_records(path: Path) -> Iterator[tuple[str, Record | MalformedRecord]]:
+def _parquet_records(path: Path, fields: Sequence[str]) -> Iterator[Placed]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"row {number}", row
+            columns = file.schema_arrow.names
+            if missing := [name for name in fields if name not in columns]:
+                raise ValueError(f"input {path} has no column {missing[0]!r}; there is {', '.join(columns)}")
+            batches = file.iter_batches(batch_size=1024, columns=list(fields))
+            rows = (row for batch in batches for row in batch.to_pylist())
+            for number, row in enumerate(rows, start=1):
+                yield f"row {number}", row
     except pyarrow.ArrowException as error:
         raise ValueError(f"input {path} cannot be read: {error}") from error
 

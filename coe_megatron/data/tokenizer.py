@@ -2,7 +2,7 @@
 
 import hashlib
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -83,10 +83,11 @@ def train_tokenizer(
 
     if model_type not in get_args(ModelType):
         raise ValueError(f"model_type is {model_type!r}: it must be one of {', '.join(get_args(ModelType))}")
+    lines = list(_lines(texts, max_characters))  # read here: SentencePiece would disguise an error of the texts
     model = io.BytesIO()
     try:
         SentencePieceTrainer.train(
-            sentence_iterator=_lines(texts, max_characters),
+            sentence_iterator=iter(lines),
             model_writer=model,
             vocab_size=vocab_size,
             model_type=model_type,
@@ -112,7 +113,7 @@ def _fixed_options() -> dict[str, Any]:
     return {**ids, **lossless, **fixed}
 
 
-def _lines(texts: Iterable[str], max_characters: int) -> Iterable[str]:
+def _lines(texts: Iterable[str], max_characters: int) -> Iterator[str]:
     """Lines of the texts up to a number of characters. NUL would end SentencePiece's input, so it is left out."""
     for text in texts:
         if max_characters <= 0:

@@ -11,11 +11,12 @@ value apart), so either reads the other's.
 import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict, ShardedTensorFactory
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from megatron.core.utils import divide
 
 
@@ -122,7 +123,30 @@ class GroupedExperts(MegatronModule):
             f"{prefix}weight2": self._factory(
                 f"{prefix}experts.linear_fc2.weight", self.weight2, 1, 1, sharded_offsets
             ),
+            f"{prefix}_extra_state": self._extra_states(prefix, sharded_offsets),
         }
+
+    def get_extra_state(self) -> None:
+        """Nothing; Megatron's linear layers have an extra state for Transformer Engine's sake."""
+
+    def set_extra_state(self, state: object) -> None:
+        """Ignored."""
+
+    def _extra_states(self, prefix: str, offsets: tuple) -> list[ShardedObject]:
+        """The empty extra states of Megatron's experts: it does not load a checkpoint without them."""
+        experts = self.ep_group.size() * self.num_local_experts
+        first = self.ep_group.rank() * self.num_local_experts
+        replica = (0, self.tp_group.rank(), self.dp_group.rank())
+        return [
+            make_sharded_object_for_checkpoint(
+                None,
+                f"{prefix}experts.{linear}._extra_state",
+                (*offsets, (len(offsets), first + local, experts)),
+                replica_id=replica,
+            )
+            for linear in ("linear_fc1", "linear_fc2")
+            for local in range(self.num_local_experts)
+        ]
 
     def _factory(
         self, key: str, weight: torch.Tensor, halves: int, tp_axis: int, offsets: tuple

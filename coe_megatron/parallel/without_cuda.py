@@ -4,6 +4,7 @@ What is replaced, and why (Megatron-Core 0.16.1):
 
 * `torch.cuda.current_device`: Megatron allocates with `device=torch.cuda.current_device()` in some thirty places. Where
   there is no CUDA the call can only raise; it now answers the CPU.
+* `torch.cuda.synchronize`: called when a distributed checkpoint is saved; without CUDA there is nothing to wait for.
 * `random._get_cuda_rng_state`, `random._set_cuda_rng_state`, `random.CudaRNGStatesTracker`: the generators that
   Megatron forks for dropout, initialisation and recompute are CUDA's; here they are states of the CPU generator.
 * `MoEAlltoAllTokenDispatcher.cuda_dtoh_stream` and `._maybe_dtoh_and_synchronize`: split sizes travel to the host on a
@@ -24,6 +25,7 @@ def install() -> None:
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
     torch.cuda.current_device = _cpu_device  # type: ignore[assignment]
+    torch.cuda.synchronize = _nothing_to_wait_for  # type: ignore[assignment]
     random._get_cuda_rng_state = _get_rng_state
     random._set_cuda_rng_state = _set_rng_state
     random.CudaRNGStatesTracker = _cpu_tracker(random.CudaRNGStatesTracker)
@@ -33,6 +35,10 @@ def install() -> None:
 
 def _cpu_device() -> torch.device:
     return torch.device("cpu")
+
+
+def _nothing_to_wait_for(_device: object = None) -> None:
+    pass
 
 
 def _get_rng_state(*_args, **_kwargs) -> torch.Tensor:

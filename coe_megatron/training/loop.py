@@ -8,10 +8,9 @@ import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from deepspeed import DeepSpeedEngine
 from megatron.core import parallel_state
 
 from coe_megatron.chain import closed_forms
@@ -28,6 +27,9 @@ from coe_megatron.training.model import build_model
 from coe_megatron.training.progress import Progress
 from coe_megatron.training.schedule import learning_rate
 from coe_megatron.zero import engine as zero
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 
 def train(config: RunConfig, ranks: groups.Ranks) -> run_folder.Outcome | None:
@@ -57,6 +59,7 @@ class Pretraining:
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.config, self.device, self.folder = config, device, Path(config.output)
         self.main_rank = torch.distributed.get_rank() == 0
+        self.data_ranks = parallel_state.get_data_parallel_world_size()
         try:
             vocab_size = self._open_data(PreparedData.open(config.data.path))
         except ValueError as error:  # what is wrong with the data is the user's to know, in one line
@@ -64,7 +67,7 @@ class Pretraining:
         self.shape = model_shape(config, vocab_size)
         self.flops = closed_forms.training_flops(self.shape)
         model = build_model(config, vocab_size)
-        accumulation = len(self.batches.for_step(0))
+        accumulation = config.training.global_batch // (config.training.micro_batch * self.data_ranks)
         self.engine: DeepSpeedEngine = zero.build_engine(
             model, config.optimizer, config.training, config.zero, accumulation
         )
@@ -101,21 +104,25 @@ class Pretraining:
 
     def _open_data(self, data: PreparedData) -> int:
         """Take up this rank's share of both splits; returns the rows of the embedding that the tokenizer needs."""
-        training, settings, model = self.config.training, self.config.data, self.config.model
-        rank = parallel_state.get_data_parallel_rank()
-        size = parallel_state.get_data_parallel_world_size()
-        options = {"seq_length": model.seq_length, "samples": settings.samples, "seed": training.seed}
+        training, settings = self.config.training, self.config.data
+        share = {
+            "dp_rank": parallel_state.get_data_parallel_rank(),
+            "dp_size": self.data_ranks,
+        }
+        train, valid = (
+            data.samples(
+                settings.samples,
+                split,
+                self.config.model.seq_length,
+                seed=training.seed,
+                cache_dir=self.folder / "index",
+            )
+            for split in ("train", "valid")
+        )
         self.batches = StepBatches(
-            data.dataset("train", **options),
-            seed=training.seed,
-            global_batch=training.global_batch,
-            micro_batch=training.micro_batch,
-            dp_rank=rank,
-            dp_size=size,
+            train, seed=training.seed, global_batch=training.global_batch, micro_batch=training.micro_batch, **share
         )
-        found = validation_batches(
-            data.dataset("valid", **options), training.micro_batch, rank, size, settings.validation_samples
-        )
+        found = validation_batches(valid, training.micro_batch, **share, limit=settings.validation_samples)
         self.validation = [self._to_device(batch) for batch in found]
         return padded_vocabulary(self.config, data.tokenizer.vocab_size)
 

@@ -1,12 +1,15 @@
 """Measured memory of this rank, in bytes by kind."""
 
 import resource
+from typing import TYPE_CHECKING
 
 import torch
-from deepspeed import DeepSpeedEngine
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 
-def measure(engine: DeepSpeedEngine) -> dict[str, int]:
+def measure(engine: "DeepSpeedEngine") -> dict[str, int]:
     """Bytes of this rank: parameters, the optimizer's fp32 state, and the peak so far.
 
     The peak is the allocator's on CUDA (`peak_allocated`) and the process's resident memory on CPU (`peak_resident`,

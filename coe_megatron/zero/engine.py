@@ -1,9 +1,9 @@
 """The DeepSpeed engine of a Megatron model, and the few calls a training loop makes on it.
 
-    for micro_batch in step:                            # `accumulation` of them
+    for micro_batch in step:        # `accumulation` of them
         loss = token_losses(engine(...)).sum() / tokens_of_the_step
         backward(engine, loss)
-        engine.step()                                   # updates the weights after the last one
+        engine.step()               # counts micro-batches; the weights change after the last
     norm = gradient_norm(engine)
 
 What the gradients are (all scaling is done by `backward`, nowhere else):
@@ -14,9 +14,11 @@ What the gradients are (all scaling is done by `backward`, nowhere else):
   micro-batches, so that their coefficients mean the same with any layout.
 """
 
+import io
 import logging
 import os
 import sys
+from contextlib import redirect_stdout
 from typing import Any
 
 import deepspeed
@@ -50,7 +52,8 @@ def build_engine(
         The engine; `engine.module` is the model.
     """
     _prepare_deepspeed()
-    with expert_groups.announced(model):
+    # stdout is for what programs print; DeepSpeed reports its memory there.
+    with expert_groups.announced(model), redirect_stdout(io.StringIO()):
         adam = torch.optim.AdamW(
             _parameter_groups(model, optimizer.weight_decay), lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps
         )
@@ -68,9 +71,10 @@ def build_engine(
 def backward(engine: deepspeed.DeepSpeedEngine, loss: torch.Tensor) -> None:
     """Backpropagate one micro-batch; its gradients add to those of the step (the module's docstring says how).
 
-    DeepSpeed reduces gradients to their mean over the data-parallel ranks, also the experts', whose replicas see
-    the tokens of all ranks. Times the number of ranks that is the sum. Division by the accumulation is left out.
-    Auxiliary losses get their gradient from Megatron's own scale, not from `loss`.
+    DeepSpeed divides what it sums by the number of data-parallel ranks: for experts too, although an expert sums over
+    its replicas only, because these have seen the tokens of all ranks. The factor here undoes it. Its division by the
+    accumulation is switched off. An auxiliary loss has a gradient of Megatron's scale, whatever `loss` is; with the
+    division by the ranks this one makes it the mean.
     """
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1 / engine.gradient_accumulation_steps(), device=loss.device))
     engine.backward(loss * engine.dp_world_size, scale_wrt_gas=False)
@@ -126,11 +130,11 @@ def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[
 
 
 def _prepare_deepspeed() -> None:
-    """Quiet, and without a compiler.
+    """Warnings to stderr, the rank's device, no compiler.
 
-    DeepSpeed logs to stdout, which is for what programs print; its warnings belong on stderr. It learns the rank's
-    device from LOCAL_RANK alone, also in a process that torchrun did not start. And on CPU it would first compile a
-    shared-memory all-reduce that only its inference uses: an empty table of compatible ops spares the start that.
+    DeepSpeed logs to stdout. It learns the device from LOCAL_RANK alone, also in a process that torchrun did not start.
+    And on CPU it would first compile a shared-memory all-reduce that only its inference uses: an empty table of
+    compatible ops spares the start that, and the machine a C++ compiler.
     """
     for handler in logging.getLogger("DeepSpeed").handlers:
         if isinstance(handler, logging.StreamHandler):

@@ -1,0 +1,132 @@
+"""What a checkpoint holds, as Megatron shards: the weights, and for each parameter AdamW's states in its very sharding.
+
+ZeRO's flat partitions have no place in Megatron's format and depend on the number of ranks. So every parameter's master
+weight and moments are put together and saved like the parameter itself, under `optimizer.<kind>.<key of the weight>`:
+experts one by one, layers along an axis. Any layout can read them.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed.checkpoint as dcp
+from deepspeed import DeepSpeedEngine
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, is_main_replica
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from coe_megatron.zero import states as zero_states
+
+Shard: TypeAlias = ShardedTensor | ShardedTensorFactory
+Shards = dict[str, Shard]
+Random = dict[str, torch.Tensor]
+_TRACKED = "tracker."
+
+
+def save_tensors(engine: DeepSpeedEngine, folder: Path) -> None:
+    """Write weights and optimizer states into an empty folder; collective.
+
+    The first replica of each shard writes it. It needs 12 bytes of host memory for every parameter it writes.
+    """
+    shards = _weights(engine.module)
+    for kind in zero_states.KINDS:
+        shards |= _optimizer_states(engine.module, kind, _read_for_saving)
+    dist_checkpointing.save(shards, str(folder), _SaveInProcess("torch_dist", 1))
+
+
+def load_tensors(engine: DeepSpeedEngine, folder: Path) -> None:
+    """Read what `save_tensors` wrote on any layout; collective. 4 bytes of host memory for each of a rank's parameters.
+
+    Raises:
+        ValueError: the checkpoint holds other tensors than the model.
+    """
+    model = engine.module
+    unknown = model.load_state_dict(_load(_weights(model), folder), strict=False).unexpected_keys
+    assert not unknown, unknown
+    for kind in zero_states.KINDS:
+        loaded = _load(_optimizer_states(model, kind, _allocate), folder)
+        for name, parameter in model.named_parameters():
+            zero_states.write(parameter, kind, loaded[_state_name(kind, name)])
+
+
+def random_states() -> Random:
+    """The states of this rank's generators: torch's on CPU and, where there is one, CUDA, and Megatron's."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states | {_TRACKED + name: state for name, state in get_cuda_rng_tracker().get_states().items()}
+
+
+def set_random_states(states: Random) -> None:
+    """Undo what happened to the generators since `random_states`."""
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    tracked = {name.removeprefix(_TRACKED): state for name, state in states.items() if name.startswith(_TRACKED)}
+    get_cuda_rng_tracker().set_states(tracked)
+
+
+class _SaveInProcess(TorchDistSaveShardedStrategy):
+    """Megatron's torch_dist format, written by threads of this process.
+
+    Megatron's own way forks the rank to write, and starts a helper process that imports the program again: seconds a
+    save, a hang for programs without a `__main__` guard, and forks of processes that use CUDA.
+    """
+
+    def save(self, sharded_state_dict: Shards, checkpoint_dir: str | Path) -> None:
+        """Write the main replica of every shard (their keys, offsets and planner are Megatron's)."""
+        by_key, *_ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
+        dcp.save(
+            mcore_to_pyt_state_dict(by_key, is_loading=False),
+            storage_writer=dcp.FileSystemWriter(checkpoint_dir, thread_count=2, sync_files=True),
+            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        )
+
+
+def _weights(model: torch.nn.Module) -> Shards:
+    """The model's parameters and buffers by name. Pickled `_extra_state` objects, empty in our models, stay out."""
+    shards = model.sharded_state_dict()  # type: ignore[operator]
+    return {name: shard for name, shard in shards.items() if isinstance(shard, Shard)}
+
+
+def _optimizer_states(model: torch.nn.Module, kind: str, value: Callable[..., torch.Tensor]) -> Shards:
+    """One kind of optimizer state of all parameters, with `value(parameter, kind, shard)` as data."""
+    shards = _weights(model)
+    return {
+        _state_name(kind, name): _with_data(shards[name], kind, value(parameter, kind, shards[name]))
+        for name, parameter in model.named_parameters()
+    }
+
+
+def _state_name(kind: str, name: str) -> str:
+    return f"optimizer.{kind}.{name}"
+
+
+def _with_data(shard: Shard, kind: str, data: torch.Tensor) -> Shard:
+    changes: dict[str, Any] = {"key": _state_name(kind, shard.key), "data": data}
+    if isinstance(shard, ShardedTensor):
+        changes["dtype"] = data.dtype
+    return replace(shard, **changes)
+
+
+def _read_for_saving(parameter: torch.nn.Parameter, kind: str, shard: Shard) -> torch.Tensor:
+    """The whole state where it will be written, elsewhere something of its shape that takes no memory."""
+    whole = zero_states.read(parameter, kind)
+    return whole.cpu() if is_main_replica(shard.replica_id) else torch.zeros(()).expand(whole.shape)
+
+
+def _allocate(parameter: torch.nn.Parameter, _kind: str, _shard: Shard) -> torch.Tensor:
+    return torch.empty(parameter.shape, dtype=torch.float32)
+
+
+def _load(shards: Shards, folder: Path) -> dict[str, torch.Tensor]:
+    return dist_checkpointing.load(shards, str(folder))

@@ -1,0 +1,136 @@
+"""The main program from start to end on two gloo ranks: trains, stops, goes on, and says what is wrong."""
+
+import time
+from pathlib import Path
+
+import pytest
+from programs import kill, python, start_torchrun, torchrun
+
+from coe_megatron.training.metrics import read_metrics
+
+pytestmark = [pytest.mark.run, pytest.mark.timeout(1200)]
+
+SMALL = """
+model:
+  {num_layers: 2, hidden_size: 32, num_attention_heads: 2, seq_length: 32, hidden_dropout: 0.1, attention_dropout: 0.1}
+moe: {num_experts: 8, topk: 2, ffn_hidden_size: 16}
+data: {validation_samples: 8}
+optimizer: {lr: 3e-3}
+parallel: {expert: 2}
+training: {steps: 12, global_batch: 16, micro_batch: 4, log_every: 1, evaluate_every: 6, save_every: 4}
+"""
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "builtin"
+    done = python("launch/prepare_data.py", "--builtin", 400, "--vocab-size", 512, "--output", folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(prepared: Path) -> Path:
+    path = prepared.parent / "small.yaml"
+    path.write_text(SMALL)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(config: Path, prepared: Path) -> Path:
+    """The folder of a run that nothing disturbed."""
+    folder = prepared.parent / "undisturbed"
+    done = torchrun("launch/pretrain_coe.py", config, f"data.path={prepared}", f"output={folder}")
+    assert done.returncode == 0, done.stderr
+    assert "validation loss" in done.stdout and "CoE-2(2/8)+1" in done.stdout
+    return folder
+
+
+def test_a_run_leaves_everything_it_should(finished: Path) -> None:
+    lines = read_metrics(finished / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(13))
+    assert [line["step"] for line in lines if "valid_loss" in line] == [0, 6, 12]
+    assert lines[-1]["valid_loss"] < lines[0]["valid_loss"] - 0.2
+    assert {"tokens", "grad_norm", "aux_loss", "tokens_per_second", "tflops", "memory"} <= lines[-1].keys()
+    routers = [(part["layer"], part["iteration"]) for part in lines[-1]["routing"]]
+    assert routers == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    assert all(abs(sum(part["load"]) - 1) < 1e-5 for part in lines[-1]["routing"])
+    assert list((finished / "tensorboard").iterdir())
+    assert (finished / "loss.png").stat().st_size > 10_000
+    assert '"outcome": "finished"' in (finished / "run.json").read_text()
+    assert [path.name for path in sorted((finished / "checkpoints").iterdir())] == ["step-00000008", "step-00000012"]
+
+
+def test_killed_and_resumed_is_the_run_that_was_never_killed(config: Path, prepared: Path, finished: Path) -> None:
+    """SIGKILL of all ranks after a checkpoint in the middle of an epoch, with dropout 0.1 and accumulation 2."""
+    folder = prepared.parent / "killed"
+    command = ("launch/pretrain_coe.py", config, f"data.path={prepared}", f"output={folder}")
+    process = start_torchrun(*command)
+    deadline = time.monotonic() + 300
+    while not any(line["step"] >= 5 for line in read_metrics(folder / "metrics.jsonl")):
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
+        time.sleep(0.02)
+    kill(process)
+    assert not (folder / "checkpoints" / "step-00000012").exists()
+
+    done = torchrun(*command)
+    assert done.returncode == 0, done.stderr
+    assert "resumed at step" in done.stderr
+    never_killed, killed = (read_metrics(path / "metrics.jsonl") for path in (finished, folder))
+    assert [line["step"] for line in killed] == list(range(13))
+    for expected, found in zip(never_killed, killed, strict=True):
+        for name in ("tokens", "train_loss", "valid_loss", "grad_norm", "aux_loss", "learning_rate"):
+            assert found.get(name) == expected.get(name), (expected["step"], name)
+
+
+def test_a_finished_run_started_again_has_nothing_to_do(config: Path, prepared: Path, finished: Path) -> None:
+    before = (finished / "metrics.jsonl").read_text()
+    done = torchrun("launch/pretrain_coe.py", config, f"data.path={prepared}", f"output={finished}")
+    assert done.returncode == 0, done.stderr
+    assert (finished / "metrics.jsonl").read_text() == before
+
+
+def test_a_mistake_is_said_once_by_rank_0(config: Path) -> None:
+    done = torchrun("launch/pretrain_coe.py", config, "moe.topk=9")
+    assert done.returncode != 0
+    assert done.stderr.count("error: moe.topk is 9: it must be at most moe.num_experts (8)") == 1
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("missing.yaml",), "missing.yaml: there is no such config file"),
+        (("configs/quickstart.yaml", "parallel.expert=1", "data.path=nowhere"), "nowhere"),
+        (("configs/quickstart.yaml", "parallel.expert=1", "model.seq_lenth=9"), "did you mean model.seq_length?"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_2(arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    done = python("launch/pretrain_coe.py", *arguments, *([f"output={tmp_path}"] if len(arguments) > 1 else []))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and said in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_one_process_without_torchrun(config: Path, prepared: Path, tmp_path: Path, iterations: int) -> None:
+    done = python(
+        "launch/pretrain_coe.py", config, f"data.path={prepared}", f"output={tmp_path}", "parallel.expert=1",
+        "training.steps=3", f"chain.iterations={iterations}", "training.precision=bf16", "data.samples=packed",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_gsm8k_is_learned_far_below_its_token_frequencies(real_text: Path, tmp_path: Path) -> None:
+    data, run = tmp_path / "gsm8k", tmp_path / "run"
+    done = python(
+        "launch/prepare_data.py", "--input", real_text / "gsm8k_train.jsonl", "--valid",
+        real_text / "gsm8k_valid.jsonl", "--template", "query : {question} response : {answer}",
+        "--vocab-size", 2048, "--output", data,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    done = torchrun("launch/pretrain_coe.py", "configs/gsm8k.yaml", f"data.path={data}", f"output={run}")
+    assert done.returncode == 0, done.stderr
+    lines = read_metrics(run / "metrics.jsonl")
+    entropy = float(done.stdout.partition("token frequencies alone: ")[2].partition(")")[0])
+    assert lines[-1]["step"] >= 300
+    assert lines[-1]["valid_loss"] <= entropy - 1.5
