@@ -10,7 +10,7 @@ export PYTHONUNBUFFERED := 1
 .PHONY: quickstart test check format clean
 
 quickstart: $(INSTALLED) data/builtin/manifest.json
-	$(BIN)/torchrun --nproc-per-node 2 launch/pretrain_coe.py configs/quickstart.yaml
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 launch/pretrain_coe.py configs/quickstart.yaml
 
 data/builtin/manifest.json: $(INSTALLED)
 	$(BIN)/python launch/prepare_data.py --builtin 20000 --vocab-size 2048 --output data/builtin --overwrite

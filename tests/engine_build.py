@@ -4,13 +4,14 @@ Whatever the layout, a step sees the same ROWS rows: of the micro-batches that c
 (number of ranks)-th. Rows differ in length, so a mean of means would not be the mean over tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from deepspeed import DeepSpeedEngine
 from deepspeed.utils import safe_get_full_grad
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from modules_build import make_config, make_gpt
 
 from coe_megatron.chain.settings import ChainSettings
@@ -37,12 +38,19 @@ def make_engine(
     precision: str = "fp32",
     dropout: float = 0.0,
     chain: ChainSettings | None = None,
-    clip: float | None = 0.1,
+    layers: int = 2,
+    seed: int = 1,
+    spoil: Callable[[torch.nn.Module], None] = lambda model: None,
 ) -> DeepSpeedEngine:
-    """Two layers of eight experts, two iterations, both auxiliary losses with large coefficients; clipping bites."""
+    """Eight experts a layer, two iterations, both auxiliary losses with large coefficients; clipping bites.
+
+    `spoil` may do something to the model before DeepSpeed sees it.
+    """
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     config = make_config(
-        num_layers=2,
+        num_layers=layers,
         hidden_size=32,
         hidden_dropout=dropout,
         attention_dropout=dropout,
@@ -55,20 +63,22 @@ def make_engine(
         bf16=precision == "bf16",
     )
     model = make_gpt(config, coe_layer_spec(config, chain or ChainSettings(iterations=2)), vocab=VOCAB)
+    spoil(model)
     training = TrainingSettings(global_batch=ROWS, micro_batch=micro_batch, precision=precision)
     ranks = parallel_state.get_data_parallel_world_size()
-    optimizer = OptimizerSettings(lr=1e-2, clip=clip)
+    optimizer = OptimizerSettings(lr=1e-2, clip=0.1)
     return zero.build_engine(model, optimizer, training, ZeroSettings(), ROWS // (micro_batch * ranks))
 
 
-def take_steps(engine: DeepSpeedEngine, first: int, count: int) -> Trace:
-    """Train on the rows of steps `first` to `first + count - 1`."""
+def take_steps(engine: DeepSpeedEngine, first: int, count: int, mean_of_means: bool = False) -> Trace:
+    """Train on the rows of steps `first` to `first + count - 1`; `mean_of_means` is the wrong way to weigh rows."""
     trace = Trace()
     for step in range(first, first + count):
         zero.set_lr(engine, 1e-2 / (1 + step))
         loss = torch.zeros(())
         for tokens, counts, total in micro_batches(step, engine.train_micro_batch_size_per_gpu()):
-            loss += _pass(engine, tokens, counts, total)
+            parts = ROWS // len(tokens)
+            loss += _pass(engine, tokens, counts, int(counts.sum()) * parts if mean_of_means else total)
             if step == first and engine.is_gradient_accumulation_boundary():
                 trace.gradients = gradients(engine)
             engine.step()
@@ -95,12 +105,13 @@ def gradients(engine: DeepSpeedEngine) -> Named:
     return {name: safe_get_full_grad(parameter).float().clone() for name, parameter in engine.module.named_parameters()}
 
 
-def joined(traces: list[Named], experts_are_cut: bool) -> Named:
-    """One whole model from what each rank holds: experts one after another, of all else rank 0's."""
-    whole = dict(traces[0])
-    if experts_are_cut:
-        for name in (name for name in whole if ".experts." in name):
-            whole[name] = torch.cat([trace[name] for trace in traces])
+def joined(ranks: list[Trace], layout: str) -> Trace:
+    """One whole model from what each rank holds: the experts of two EP ranks in a row, of all else rank 0's."""
+    whole = Trace(dict(ranks[0].gradients), ranks[0].norms, ranks[0].losses, dict(ranks[0].weights))
+    if layout.startswith("ep2"):
+        for name in (name for name in whole.weights if ".experts." in name):
+            whole.gradients[name] = torch.cat([rank.gradients[name] for rank in ranks[:2]])
+            whole.weights[name] = torch.cat([rank.weights[name] for rank in ranks[:2]])
     return whole
 
 

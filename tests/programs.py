@@ -28,7 +28,7 @@ def start_torchrun(*arguments: object) -> subprocess.Popen[bytes]:
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to torchrun and its ranks at once; each rank leads a session of its own, so they are found as children."""
+    """SIGKILL to torchrun and its ranks at once; every rank leads a session of its own, hence found as a child."""
     listed = subprocess.run(
         ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=False
     )

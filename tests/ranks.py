@@ -1,7 +1,7 @@
 """Runs a function on several gloo ranks, each a fresh process with Megatron's groups set up; used by the `ranks` tier.
 
 A file is the meeting point (no port to guess), a rank that fails or hangs ends the others, and what the ranks return
-comes back in rank order. Start-up costs seconds, so a test should do all it has to do with one set of ranks in one call.
+comes back in rank order. Start-up costs seconds, so a test should do all it has to with one set of ranks in one call.
 """
 
 import multiprocessing
@@ -28,13 +28,16 @@ def run_ranks(function: Callable, world_size: int, *args: Any, seconds: float = 
     with tempfile.TemporaryDirectory() as folder:
         meeting = f"file://{Path(folder) / 'rendezvous'}"
         processes = [
-            context.Process(target=_rank, args=(rank, world_size, meeting, layout, function, args, results), daemon=True)
+            context.Process(target=_rank, args=(rank, world_size, meeting, layout, function, args, results))
             for rank in range(world_size)
         ]
         for process in processes:
             process.start()
         try:
-            return _collect(results, processes, time.monotonic() + seconds)
+            found = _collect(results, processes, time.monotonic() + seconds)
+            for process in processes:  # may have processes of its own to end, such as the writer of a checkpoint
+                process.join(timeout=10)
+            return found
         finally:
             for process in processes:
                 process.kill()

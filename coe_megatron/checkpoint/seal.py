@@ -18,7 +18,7 @@ SEAL = "complete.json"
 def seal(folder: Path) -> None:
     """Write the list of a folder's files into it; collective, after all ranks have written theirs."""
     files = shared(sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()))
-    entries = _gathered([(name, _describe(folder / name)) for name in _share(files)])
+    entries = gathered([(name, _describe(folder / name)) for name in _share(files)])
     if dist.get_rank() == 0:
         write_json(folder / SEAL, {"files": dict(sorted(entries))})
 
@@ -29,7 +29,7 @@ def problem(folder: Path) -> str | None:
     if isinstance(listed, str):
         return listed
     found = [_difference(folder / name, name, listed[name]) for name in _share(sorted(listed))]
-    return next((difference for difference in _gathered(found) if difference), None)
+    return next((difference for difference in gathered(found) if difference), None)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -76,7 +76,7 @@ def _share(items: Sequence) -> Sequence:
     return items[dist.get_rank() :: dist.get_world_size()]
 
 
-def _gathered(items: list) -> list:
+def gathered(items: list) -> list:
     """What all ranks have, in one list."""
     lists: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(lists, items)

@@ -15,7 +15,8 @@ import torch.distributed.checkpoint as dcp
 from deepspeed import DeepSpeedEngine
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, is_main_replica
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, apply_factories, is_main_replica
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
@@ -24,12 +25,13 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+from coe_megatron.checkpoint.seal import gathered
 from coe_megatron.zero import states as zero_states
 
 Shard: TypeAlias = ShardedTensor | ShardedTensorFactory
 Shards = dict[str, Shard]
 Random = dict[str, torch.Tensor]
-_TRACKED = "tracker."
+_TRACKED, _OPTIMIZER = "tracker.", "optimizer."
 
 
 def save_tensors(engine: DeepSpeedEngine, folder: Path) -> None:
@@ -50,6 +52,7 @@ def load_tensors(engine: DeepSpeedEngine, folder: Path) -> None:
         ValueError: the checkpoint holds other tensors than the model.
     """
     model = engine.module
+    _refuse_other_model(_weights(model), folder)
     unknown = model.load_state_dict(_load(_weights(model), folder), strict=False).unexpected_keys
     assert not unknown, unknown
     for kind in zero_states.KINDS:
@@ -108,7 +111,7 @@ def _optimizer_states(model: torch.nn.Module, kind: str, value: Callable[..., to
 
 
 def _state_name(kind: str, name: str) -> str:
-    return f"optimizer.{kind}.{name}"
+    return f"{_OPTIMIZER}{kind}.{name}"
 
 
 def _with_data(shard: Shard, kind: str, data: torch.Tensor) -> Shard:
@@ -122,6 +125,18 @@ def _read_for_saving(parameter: torch.nn.Parameter, kind: str, shard: Shard) -> 
     """The whole state where it will be written, elsewhere something of its shape that takes no memory."""
     whole = zero_states.read(parameter, kind)
     return whole.cpu() if is_main_replica(shard.replica_id) else torch.zeros(()).expand(whole.shape)
+
+
+def _refuse_other_model(shards: Shards, folder: Path) -> None:
+    """Compare names and sizes: Megatron's own message is a page long, and it is silent on what is left over."""
+    stored = dist_checkpointing.load_tensors_metadata(str(folder))
+    held = {key: list(entry.global_shape) for key, entry in stored.items() if not key.startswith(_OPTIMIZER)}
+    apply_factories(shards)
+    wanted = dict(gathered([(shard.key, list(shard.global_shape)) for shard in nested_values(shards)]))
+    for key in sorted(held.keys() | wanted.keys()):
+        if held.get(key) != wanted.get(key):
+            sizes = f"{held.get(key, 'missing')} in the checkpoint and {wanted.get(key, 'missing')} in the model"
+            raise ValueError(f"checkpoint {folder.parent} is of another model: {key} is {sizes}")
 
 
 def _allocate(parameter: torch.nn.Parameter, _kind: str, _shard: Shard) -> torch.Tensor:

@@ -253,7 +253,7 @@ def validation_batches(
 def _fixed_batches(dataset: SampleSource, size: int, rank: int, ranks: int, count: int) -> Iterator[Sample]:
     filler = _without_loss(dataset[0])
     for start in range(rank * size, rank * size + count + (-count) % (size * ranks), size * ranks):
-        yield _stack([dataset[row] if row < count else dataset[0] for row in range(start, start + size)])
+        yield _stack([dataset[row] if row < count else filler for row in range(start, start + size)])
 
 
 def _check_share(dataset: SampleSource, micro_batch: int, dp_rank: int, dp_size: int) -> None:

@@ -102,14 +102,14 @@ class GroupedExperts(MegatronModule):
             [T, D] in the input's dtype, and None for Megatron's bias.
         """
         ends = tokens_per_expert.to(hidden_TD.device, non_blocking=True).cumsum(0, dtype=torch.int32)
-        inner_TF = F.grouped_mm(hidden_TD, self.weight1.transpose(1, 2), offs=ends)
+        inner_TF = GroupedLinear.apply(hidden_TD, self.weight1, ends)
         if self.config.gated_linear_unit:
             gate_TF, value_TF = inner_TF.chunk(2, dim=-1)
             inner_TF = self.config.activation_func(gate_TF) * value_TF
         else:
             inner_TF = self.config.activation_func(inner_TF)
         inner_TF = (inner_TF * probs_T.unsqueeze(-1)).to(hidden_TD.dtype)
-        return F.grouped_mm(inner_TF, self.weight2.transpose(1, 2), offs=ends), None
+        return GroupedLinear.apply(inner_TF, self.weight2, ends), None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -186,6 +186,30 @@ def _require_aligned(name: str, size: int, parts: int, dtype: torch.dtype) -> No
         raise ValueError(
             f"{name} is {size}: grouped experts need a multiple of {step} in {dtype} with expert tensor parallel "
             f"size {parts}"
+        )
+
+
+class GroupedLinear(torch.autograd.Function):
+    """y = x W_e^T for the rows x of each expert e: what autograd would do, but for two costs of the transposed view.
+
+    Autograd's gradient of W is a view too, and such gradients are added up over the iterations of a chain into fresh
+    memory each time, and not in place. And a saved view keeps weights alive that ZeRO-3 has let go of.
+    """
+
+    @staticmethod
+    def forward(ctx, x_TI: torch.Tensor, weight_EOI: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x_TI, weight_EOI, ends_E)
+        return F.grouped_mm(x_TI, weight_EOI.transpose(1, 2), offs=ends_E)
+
+    @staticmethod
+    def backward(ctx, grad_TO: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        x_TI, weight_EOI, ends_E = ctx.saved_tensors
+        grad_TO = grad_TO.contiguous()  # grouped_mm refuses the zero strides of an expanded gradient
+        of_x, of_weight, _ = ctx.needs_input_grad
+        return (
+            F.grouped_mm(grad_TO, weight_EOI, offs=ends_E) if of_x else None,
+            F.grouped_mm(grad_TO.t(), x_TI, offs=ends_E) if of_weight else None,
+            None,
         )
 
 

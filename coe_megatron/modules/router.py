@@ -75,8 +75,7 @@ class CoERouter(TopKRouter):
         self.stats = RoutingStats()
         if leader is not None:
             del self.weight, self.bias
-        for parameter in self.parameters():  # the stock router moves its own in the first forward pass
-            parameter.data = parameter.data.to(torch.cuda.current_device())
+        self.to(torch.cuda.current_device())  # the stock router moves its weight in the first forward pass
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         """Logits [S, B, N] = x W_t^T in the router's dtype (`moe_router_dtype`, else the input's)."""

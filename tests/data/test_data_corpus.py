@@ -14,6 +14,19 @@ from coe_megatron.data.templates.words import Draw
 NUMBER = r"\d+(?:\.\d+)?"
 EQUATION = re.compile(rf"([\d(][\d.\s()*/+-]*?) = ({NUMBER})")
 ENDING = re.compile(rf"The answer is ({NUMBER})\.$")
+COMMON_KNOWLEDGE = {
+    "1",
+    "2",
+    "3",
+    "4",
+    "5",
+    "10",
+    "12",
+    "25",
+    "60",
+    "100",
+    "1000",
+}  # sides, cents, dozens, minutes, percent
 APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 ALL = {**templates("train"), **templates("valid")}
 
@@ -60,6 +73,19 @@ def test_every_equation_is_right_and_leads_to_the_answer(name):
         for left, right in equations:
             assert evaluate(left) == Fraction(right), f"{left} = {right}"
         assert str(problem.answer) in {right for _, right in equations}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_steps_start_from_the_question_and_lead_on_to_the_answer(name):
+    for problem in drawn(name, 60):
+        steps = [(re.findall(NUMBER, left), right) for left, right in EQUATION.findall(problem.reasoning)]
+        known = COMMON_KNOWLEDGE | set(re.findall(NUMBER, problem.question))
+        for place, (used, result) in enumerate(steps):
+            assert known.issuperset(used), f"{used} come from nowhere: {problem}"
+            known.add(result)
+            later = [number for numbers, _ in steps[place + 1 :] for number in numbers]
+            assert not later or result in later, f"{result} is never used: {problem}"
+        assert steps[-1][1] == str(problem.answer)
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -40,8 +40,9 @@ def test_special_ids_are_fixed_and_vanish_when_decoded(tokenizer):
     assert tokenizer.decode([BOS_ID, *ids, EOS_ID, PAD_ID, PAD_ID]) == "17 apples"
 
 
-def test_digits_stand_alone(tokenizer):
-    assert len(tokenizer.encode("1234567890")) == 10
+def test_digits_stand_alone_however_common_their_number_is(tmp_path):
+    tokenizer = train_tokenizer([f"{text} in 2024, 2024" for text in TEXTS], 600, tmp_path / "model")
+    assert len(tokenizer.encode("2024")) == 4
 
 
 def test_many_at_once_equals_one_at_a_time(tokenizer):

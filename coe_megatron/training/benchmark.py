@@ -1,0 +1,274 @@
+"""Times one MoE sub-layer, forward and backward: Megatron's own, ours with C = 1, and CoE-2 with half the experts.
+
+The three take turns, so that what else goes on in the machine strikes all of them; ratios of minima and of medians are
+reported. One process; on CUDA each step is waited for.
+
+A shape is a `ModelShape` of one layer whose sequence is the batch: T = `seq_length` tokens.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+
+import megatron.core
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from coe_megatron.chain.closed_forms import ModelShape, forward_flops
+from coe_megatron.chain.settings import ChainSettings
+from coe_megatron.config.settings import ParallelSettings
+from coe_megatron.modules import CoELayer, coe_layer_spec
+from coe_megatron.parallel import groups
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+# Largest difference of outputs, relative to the largest output, that rounding explains.
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+_WARM_UP = 2
+
+
+class LayersDifferError(RuntimeError):
+    """Our layer does not compute what Megatron's does, so comparing their times would mean nothing."""
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Seconds of one forward and backward pass."""
+
+    minimum: float
+    median: float
+
+    @classmethod
+    def of(cls, steps: list[float]) -> "Seconds":
+        return cls(min(steps), statistics.median(steps))
+
+    def over(self, other: "Seconds") -> "Seconds":
+        """Ratios of minima and of medians."""
+        return Seconds(self.minimum / other.minimum, self.median / other.median)
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """What was measured at one shape.
+
+    Attributes:
+        stock: Megatron's layer, local spec (its experts one after the other).
+        ours: CoELayer with C = 1 and the same weights.
+        coe: CoELayer with C = 2 and K / 2 experts a token and iteration.
+        difference: of the outputs of stock and ours, relative to the largest one.
+    """
+
+    shape: ModelShape
+    stock: Seconds
+    ours: Seconds
+    coe: Seconds
+    difference: float
+
+    @property
+    def speed_up(self) -> Seconds:
+        """Stock over ours: above 1, ours is faster."""
+        return self.stock.over(self.ours)
+
+    @property
+    def flops_ratio(self) -> float:
+        """CoE over MoE, by the closed form: what router and shared experts cost when they run twice."""
+        return _layer_flops(halved_chain(self.shape)) / _layer_flops(self.shape)
+
+    @property
+    def time_ratio(self) -> Seconds:
+        """CoE over MoE, both ours."""
+        return self.coe.over(self.ours)
+
+    @property
+    def time_over_flops(self) -> Seconds:
+        """1 where the chain costs just what its FLOPs say."""
+        ratio, flops = self.time_ratio, self.flops_ratio
+        return Seconds(ratio.minimum / flops, ratio.median / flops)
+
+    def as_dict(self) -> dict:
+        """Everything measured and derived, for JSON."""
+        shape = {name: getattr(self.shape, name) for name in ("hidden", "expert_ffn", "shared_ffn", "experts", "topk")}
+        return {
+            "shape": {**shape, "tokens": self.shape.seq_length},
+            "seconds": {name: asdict(getattr(self, name)) for name in ("stock", "ours", "coe")},
+            "outputs_difference": self.difference,
+            "speed_up": asdict(self.speed_up),
+            "flops_ratio": self.flops_ratio,
+            "time_ratio": asdict(self.time_ratio),
+            "time_over_flops": asdict(self.time_over_flops),
+        }
+
+
+def halved_chain(shape: ModelShape) -> ModelShape:
+    """CoE-2(K/2) for MoE(K), K even."""
+    assert shape.topk % 2 == 0
+    return replace(shape, topk=shape.topk // 2, chain=ChainSettings(iterations=2))
+
+
+def benchmark_layers(
+    shapes: list[ModelShape],
+    *,
+    repeats: int,
+    dtype: torch.dtype = torch.float32,
+    clock: str = "wall",
+    on_round: Callable[[int, ModelShape | None], None] = lambda rounds, finished: None,
+) -> list[LayerTimes]:
+    """Start the process's groups, measure each shape on CUDA if there is one and else on the CPU, and end the groups.
+
+    Args:
+        clock: `wall`, or `cpu` for the CPU time of this process, which a busy machine disturbs less (and which does
+            not see what a CUDA device does).
+        on_round: called after each round with the rounds done in all and, after its last round, the shape.
+
+    Raises:
+        LayersDifferError: our layer's output is not that of Megatron's.
+    """
+    device = groups.start(ParallelSettings(), seed=1234, ranks=groups.Ranks())
+    try:
+        results = []
+        for index, shape in enumerate(shapes):
+
+            def after(rounds: int, index: int = index, shape: ModelShape = shape) -> None:
+                on_round(index * repeats + rounds, shape if rounds == repeats else None)
+
+            results.append(time_layers(shape, repeats, dtype, device, clock, after))
+        return results
+    finally:
+        groups.stop()
+
+
+def time_layers(
+    shape: ModelShape,
+    repeats: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    clock: str = "wall",
+    on_round: Callable[[int], None] = lambda rounds: None,
+) -> LayerTimes:
+    """Build the three layers of one shape, compare outputs, and time them in turns; Megatron's groups must exist."""
+    stock, ours, coe = _stock(shape, dtype), _ours(shape, dtype), _ours(halved_chain(shape), dtype)
+    _copy_weights(stock, ours)
+    hidden = torch.randn(shape.seq_length, 1, shape.hidden, dtype=dtype, device=device, requires_grad=True)
+    gradient = torch.randn_like(hidden)
+    difference = _require_equal(stock, ours, hidden)
+    layers = {"stock": stock, "ours": ours, "coe": coe}
+    seconds: dict[str, list[float]] = {name: [] for name in layers}
+    for turn in range(-_WARM_UP, repeats):
+        for name, layer in layers.items():
+            step = _step_seconds(layer, hidden, gradient, CLOCKS[clock])
+            if turn >= 0:
+                seconds[name].append(step)
+        if turn >= 0:
+            on_round(turn + 1)
+    return LayerTimes(shape, **{name: Seconds.of(steps) for name, steps in seconds.items()}, difference=difference)
+
+
+def machine() -> dict[str, str | int]:
+    """What the numbers depend on besides the code."""
+    cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else f"CPU ({torch.backends.cpu.get_cpu_capability()})",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "megatron_core": megatron.core.__version__,
+    }
+
+
+def table(results: list[LayerTimes]) -> str:
+    """A line for each shape; ratios from minima and, behind a slash, from medians."""
+    head = (
+        f"{'d':>5} {'ffn':>5} {'N':>4} {'K':>3} {'T':>6}  {'stock':>9} {'ours':>9} {'CoE-2(K/2)':>10}  "
+        f"{'speed-up':>11}  {'CoE/MoE':>11} {'FLOPs':>6} {'time/FLOPs':>11}"
+    )
+    return "\n".join([head, *map(_line, results)])
+
+
+def _line(result: LayerTimes) -> str:
+    shape = result.shape
+    stock, ours, coe = (f"{1e3 * timed.minimum:.1f} ms" for timed in (result.stock, result.ours, result.coe))
+    speed_up, ratio, excess = (
+        f"{pair.minimum:.2f}/{pair.median:.2f}" for pair in (result.speed_up, result.time_ratio, result.time_over_flops)
+    )
+    return (
+        f"{shape.hidden:>5} {shape.expert_ffn:>5} {shape.experts:>4} {shape.topk:>3} {shape.seq_length:>6}  "
+        f"{stock:>9} {ours:>9} {coe:>10}  {speed_up:>11}  {ratio:>11} {result.flops_ratio:>6.3f} {excess:>11}"
+    )
+
+
+def _layer_flops(shape: ModelShape) -> int:
+    flops = forward_flops(shape)
+    return flops.routers + flops.experts + flops.shared
+
+
+def _config(shape: ModelShape, dtype: torch.dtype) -> TransformerConfig:
+    return TransformerConfig(
+        num_layers=1,
+        hidden_size=shape.hidden,
+        num_attention_heads=shape.heads,
+        ffn_hidden_size=shape.expert_ffn,
+        moe_ffn_hidden_size=shape.expert_ffn,
+        moe_shared_expert_intermediate_size=shape.shared_ffn or None,
+        num_moe_experts=shape.experts,
+        moe_router_topk=shape.topk,
+        moe_router_load_balancing_type="aux_loss",
+        moe_aux_loss_coeff=0.01,
+        moe_token_dispatcher_type="alltoall",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        bias_activation_fusion=False,
+        add_bias_linear=False,
+        params_dtype=dtype,
+    )
+
+
+def _stock(shape: ModelShape, dtype: torch.dtype) -> MoELayer:
+    return _build(get_gpt_layer_local_spec(num_experts=shape.experts, normalization="RMSNorm"), _config(shape, dtype))
+
+
+def _ours(shape: ModelShape, dtype: torch.dtype) -> CoELayer:
+    config = _config(shape, dtype)
+    return _build(coe_layer_spec(config, shape.chain), config)
+
+
+def _build(spec: ModuleSpec, config: TransformerConfig) -> MoELayer:
+    layer = build_module(spec.submodules.mlp, config=config).to(torch.cuda.current_device())
+    layer.set_layer_number(1)
+    return layer
+
+
+@torch.no_grad()
+def _copy_weights(stock: MoELayer, ours: CoELayer) -> None:
+    ours.router.load_state_dict(stock.router.state_dict())
+    if stock.use_shared_expert:
+        ours.shared_experts.load_state_dict(stock.shared_experts.state_dict())
+    for index, expert in enumerate(stock.experts.local_experts):
+        ours.experts.weight1[index].copy_(expert.linear_fc1.weight)
+        ours.experts.weight2[index].copy_(expert.linear_fc2.weight)
+
+
+@torch.no_grad()
+def _require_equal(stock: MoELayer, ours: CoELayer, hidden: torch.Tensor) -> float:
+    expected, found = stock(hidden)[0].float(), ours(hidden)[0].float()
+    difference = float((expected - found).abs().max() / expected.abs().max())
+    if not difference <= _TOLERANCE[hidden.dtype]:
+        raise LayersDifferError(f"outputs of Megatron's layer and ours differ by {difference:.1e} of the largest one")
+    return difference
+
+
+def _step_seconds(layer: MoELayer, hidden: torch.Tensor, gradient: torch.Tensor, clock: Callable[[], float]) -> float:
+    layer.zero_grad(set_to_none=True)
+    hidden.grad = None
+    _wait(hidden)
+    start = clock()
+    layer(hidden)[0].backward(gradient)
+    _wait(hidden)
+    return clock() - start
+
+
+def _wait(tensor: torch.Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)

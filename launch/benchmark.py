@@ -1,0 +1,153 @@
+"""Benchmarks of this project's parts against Megatron's own, on this machine.
+
+    python launch/benchmark.py layer                                    the default table of shapes
+    python launch/benchmark.py layer --hidden 256 --ffn 176 --tokens 512 2048
+
+`layer` times forward and backward of one MoE sub-layer: Megatron's (local spec), ours with the same weights, and ours
+as CoE-2 with half the experts a token. Exit status: 0 done, 1 the layers' outputs differ, 2 a bad argument, 130
+interrupted from the keyboard.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Never
+
+from coe_megatron.chain.closed_forms import ModelShape
+from coe_megatron.chain.settings import ChainSettings
+
+# hidden, ffn, experts, topk, tokens; each with one shared expert of the same ffn.
+TABLE = (
+    (128, 88, 64, 8, 1024),
+    (128, 88, 64, 8, 4096),
+    (128, 88, 64, 4, 1024),
+    (128, 88, 16, 4, 1024),
+    (256, 176, 64, 8, 1024),
+    (1024, 704, 64, 8, 512),
+)
+SIZES = {
+    "hidden": "hidden size",
+    "ffn": "width of an expert",
+    "experts": "routed experts",
+    "topk": "experts a token, even",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage before it."""
+
+    def error(self, message: str) -> Never:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, measure, print; returns the exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.json is not None and not options.json.parent.is_dir():
+        parser.error(f"--json is {options.json}: there is no folder {options.json.parent}")
+    try:
+        shapes = _shapes(options)
+    except ValueError as error:
+        parser.error(str(error).removeprefix("shape."))
+    try:
+        return _layer(options, shapes, parser)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> Parser:
+    formats = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = Parser(prog="benchmark.py", description=__doc__, **formats)
+    layer = parser.add_subparsers(required=True, metavar="layer").add_parser("layer", description=__doc__, **formats)
+    layer.prog = parser.prog
+    for (name, text), default in zip(SIZES.items(), TABLE[0], strict=False):
+        layer.add_argument(f"--{name}", type=_positive, metavar="N", help=f"{text} (default: {default})")
+    layer.add_argument("--shared-ffn", type=int, metavar="N", help="width of the shared expert, 0 for none (ffn)")
+    layer.add_argument("--tokens", type=_positive, nargs="+", metavar="N", help=f"(default: {TABLE[0][-1]})")
+    layer.add_argument("--repeats", type=_positive, default=20, metavar="N", help="rounds of a shape (default: 20)")
+    layer.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    layer.add_argument("--threads", type=_positive, metavar="N", help="threads of the CPU (default: torch's)")
+    layer.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: this process's CPU time, for busy machines"
+    )
+    layer.add_argument("--json", type=Path, metavar="FILE", help="write what was measured here as well")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
+    return value
+
+
+def _shapes(options: argparse.Namespace) -> list[ModelShape]:
+    """The shape asked for with each number of tokens, or the table where none is asked for."""
+    asked = [getattr(options, name) for name in SIZES]
+    if options.tokens is None and options.shared_ffn is None and not any(asked):
+        rows: list[tuple[int, ...]] = list(TABLE)
+    else:
+        sizes = [value or default for value, default in zip(asked, TABLE[0], strict=False)]
+        rows = [(*sizes, tokens) for tokens in options.tokens or [TABLE[0][-1]]]
+    return [_shape(*row, shared_ffn=options.shared_ffn) for row in rows]
+
+
+def _shape(hidden: int, ffn: int, experts: int, topk: int, tokens: int, shared_ffn: int | None) -> ModelShape:
+    if topk % 2:
+        raise ValueError(f"topk is {topk}: it must be even, for CoE-2 takes half of it in each iteration")
+    shared = ffn if shared_ffn is None else shared_ffn
+    if shared < 0:
+        raise ValueError(f"shared_ffn is {shared}: it must be at least 0")
+    sizes = {"hidden": hidden, "expert_ffn": ffn, "shared_ffn": shared, "experts": experts, "topk": topk}
+    return ModelShape(layers=1, vocab=1, heads=1, seq_length=tokens, chain=ChainSettings(iterations=1), **sizes)
+
+
+def _layer(options: argparse.Namespace, shapes: list[ModelShape], parser: Parser) -> int:
+    # Imported here: the stack takes seconds, and a mistake in the arguments should not.
+    from coe_megatron.training.console import quiet_libraries
+
+    quiet_libraries()
+    import torch
+
+    from coe_megatron.training import benchmark
+    from coe_megatron.training.progress import Progress
+
+    if options.clock == "cpu" and torch.cuda.is_available():
+        parser.error("--clock is cpu: it does not see what a CUDA device does, use wall")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    progress = Progress(0, len(shapes) * options.repeats, visible=True)
+
+    def on_round(rounds: int, finished: ModelShape | None) -> None:
+        shown = ("hidden", "expert_ffn", "experts", "topk", "seq_length")
+        progress.step(rounds, {name: getattr(finished, name) for name in shown} if finished else None)
+
+    try:
+        results = benchmark.benchmark_layers(
+            shapes,
+            repeats=options.repeats,
+            dtype=benchmark.DTYPES[options.dtype],
+            clock=options.clock,
+            on_round=on_round,
+        )
+    except benchmark.LayersDifferError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        progress.close()
+    measured = {**benchmark.machine(), "dtype": options.dtype, "clock": options.clock, "repeats": options.repeats}
+    print("forward and backward of one MoE sub-layer; ", end="")
+    print(", ".join(f"{name} {value}" for name, value in measured.items()))
+    print("ratios from minima/medians; speed-up: stock over ours; CoE/MoE: CoE-2(K/2) over MoE(K), both ours")
+    print(benchmark.table(results))
+    if options.json:
+        document = {"machine": measured, "results": [result.as_dict() for result in results]}
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""Checkpoints: a resumed run goes on bit by bit, on any layout, and what is torn is skipped by name."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from engine_build import Named, Trace, joined, make_engine, take_steps
+from modules_build import errors
+from ranks import run_ranks
+
+from coe_megatron.chain.settings import ChainSettings
+from coe_megatron.checkpoint import store
+from coe_megatron.checkpoint.seal import SEAL
+from coe_megatron.parallel import groups
+from coe_megatron.zero import states
+
+SHARED = ChainSettings(iterations=2, gating="shared_router")
+STATE = {"step": 2, "tokens": 77}
+
+
+@pytest.mark.ranks
+def test_a_resumed_run_goes_on_bit_by_bit_and_on_other_layouts(tmp_path: Path) -> None:
+    """Two ranks with EP 2, dropout and accumulation 2; then the same checkpoint on one rank."""
+    ranks = run_ranks(stop_and_resume, 2, tmp_path, expert_model_parallel_size=2)
+    for precision in ("fp32", "bf16"):
+        for uninterrupted, resumed, state in (rank[precision] for rank in ranks):
+            assert state == STATE
+            assert uninterrupted.losses == resumed.losses and uninterrupted.norms == resumed.norms
+            assert same(uninterrupted.gradients, resumed.gradients)
+            assert same(uninterrupted.weights, resumed.weights)
+    (alone,) = run_ranks(resume_without_dropout, 1, tmp_path / "plain")
+    held = [rank["plain"] for rank in ranks]
+    found = joined([trace for trace, _ in held], "ep2")
+    assert max(errors(alone[0].gradients, found.gradients).values()) < 1e-5
+    assert alone[0].losses == pytest.approx(held[0][0].losses, rel=1e-5)
+    for name, state in alone[1].items():
+        parts = [moments[name] for _, moments in held]
+        whole = torch.cat(parts) if ".experts." in name else parts[0]
+        assert torch.equal(state, whole), name
+
+
+def stop_and_resume(folder: Path) -> dict:
+    return {
+        "fp32": continue_twice(folder / "fp32", "fp32", ChainSettings(iterations=2)),
+        "bf16": continue_twice(folder / "bf16", "bf16", SHARED),
+        "plain": save_and_continue(folder / "plain"),
+    }
+
+
+def continue_twice(folder: Path, precision: str, chain: ChainSettings) -> tuple[Trace, Trace, dict]:
+    """Steps 2 and 3 of the run that saved after step 1, and of one that starts from other weights and loads that."""
+    engine = make_engine(precision=precision, dropout=0.1, chain=chain)
+    groups.seed_dropout(5)
+    take_steps(engine, 0, 2)
+    store.save(folder, 2, engine, STATE, keep=1)
+    uninterrupted = take_steps(engine, 2, 2)
+    other = make_engine(precision=precision, dropout=0.1, chain=chain, seed=2)
+    state = store.load_latest(folder, other)
+    return uninterrupted, take_steps(other, 2, 2), state
+
+
+def save_and_continue(folder: Path) -> tuple[Trace, Named]:
+    engine = make_engine()
+    take_steps(engine, 0, 2)
+    store.save(folder, 2, engine, STATE, keep=1)
+    held = optimizer_states(engine)
+    return take_steps(engine, 2, 2), held
+
+
+def resume_without_dropout(folder: Path) -> tuple[Trace, Named]:
+    engine = make_engine(seed=2)
+    assert store.load_latest(folder, engine) == STATE
+    held = optimizer_states(engine)
+    return take_steps(engine, 2, 2), held
+
+
+def optimizer_states(engine) -> Named:
+    parameters = engine.module.named_parameters()
+    return {f"{kind}.{name}": states.read(p, kind).clone() for name, p in parameters for kind in states.KINDS}
+
+
+def same(left: Named, right: Named) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.ranks
+def test_torn_checkpoints_are_named_skipped_and_replaced(tmp_path: Path) -> None:
+    found, other_rank = run_ranks(damage, 2, tmp_path, expert_model_parallel_size=2)
+    assert found["nothing there"] is None
+    assert found["loaded"] == other_rank["loaded"] == {"step": 1}
+    for step, reason in REASONS.items():
+        assert f"checkpoint {tmp_path / step} is skipped: {reason}" in found["said"]
+        assert step in found["left"], "it stays where it is"
+    assert len(found["said"]) == len(REASONS) and not other_rank["said"]
+    assert found["after a new save"] == ["step-00000004", "step-00000005", "step-00000006.tmp"]
+    assert found["loaded again"] == {"step": 5}
+    assert "is of another model: decoder" in found["other model"] and "\n" not in found["other model"]
+
+
+REASONS = {
+    "step-00000006.tmp": "saving it was not finished",
+    "step-00000005": f"{SEAL} is missing",
+    "step-00000004": f"{SEAL} cannot be read",
+    "step-00000003": "tensors/__0_0.distcp has 1000 bytes instead of",
+    "step-00000002": "the content of tensors/__1_1.distcp has changed",
+}
+
+
+def damage(folder: Path) -> dict:
+    """Spoil one checkpoint after the other, then save step 5 once more."""
+    engine = make_engine(layers=1)
+    found = {"nothing there": store.load_latest(folder, engine)}
+    for step in range(1, 7):
+        store.save(folder, step, engine, {"step": step}, keep=9)
+    if torch.distributed.get_rank() == 0:
+        tear(folder)
+    torch.distributed.barrier()
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        found["loaded"] = store.load_latest(folder, engine)
+    found["said"] = said.getvalue().splitlines()
+    found["left"] = names(folder)
+    found["other model"] = refusal(folder)
+    store.save(folder, 4, engine, {"step": 4}, keep=9)
+    store.save(folder, 5, engine, {"step": 5}, keep=2)
+    found["after a new save"] = names(folder)
+    with contextlib.redirect_stderr(io.StringIO()):
+        found["loaded again"] = store.load_latest(folder, engine)
+    return found
+
+
+def tear(folder: Path) -> None:
+    (folder / "step-00000006").rename(folder / "step-00000006.tmp")
+    (folder / "step-00000005" / SEAL).unlink()
+    (folder / "step-00000004" / SEAL).write_text("{")
+    cut, flipped = (folder / "step-00000003/tensors/__0_0.distcp", folder / "step-00000002/tensors/__1_1.distcp")
+    cut.write_bytes(cut.read_bytes()[:1000])
+    content = bytearray(flipped.read_bytes())
+    content[len(content) // 2] ^= 1
+    flipped.write_bytes(content)
+
+
+def refusal(folder: Path) -> str:
+    """What is said to a model with one more layer."""
+    with contextlib.redirect_stderr(io.StringIO()), pytest.raises(ValueError) as raised:
+        store.load_latest(folder, make_engine(layers=2))
+    return str(raised.value)
+
+
+def names(folder: Path) -> list[str]:
+    torch.distributed.barrier()
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.ranks
+def test_a_checkpoint_holds_no_pickled_objects_and_keys_by_parameter(tmp_path: Path) -> None:
+    (keys,) = run_ranks(list_keys, 1, tmp_path)
+    assert not [key for key in keys if "_extra_state" in key]
+    weights = {key for key in keys if not key.startswith("optimizer.")}
+    assert "decoder.layers.mlp.experts.experts.linear_fc1.weight" in weights
+    for kind in states.KINDS:
+        assert {f"optimizer.{kind}.{key}" for key in weights} <= keys
+    facts = json.loads((tmp_path / "step-00000003" / "state.json").read_text())
+    assert facts == {"ranks": 1, "optimizer_steps": 1, "state": {"step": 3}}
+
+
+def list_keys(folder: Path) -> set[str]:
+    from megatron.core import dist_checkpointing
+
+    engine = make_engine(8, chain=SHARED)
+    take_steps(engine, 0, 1)
+    path = store.save(folder, 3, engine, {"step": 3}, keep=1)
+    return set(dist_checkpointing.load_sharded_metadata(str(path / "tensors")))

@@ -1,0 +1,100 @@
+"""What the parts refuse: the message names the field, its value and what would be valid."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.transformer.enums import AttnMaskType
+from modules_build import make_coe, make_config
+
+from coe_megatron.chain.settings import ChainSettings
+from coe_megatron.modules import coe_layer_spec
+from coe_megatron.modules.attention import SDPACoreAttention
+from coe_megatron.modules.coe_layer import CoELayer
+from coe_megatron.modules.experts import GroupedExperts
+from coe_megatron.modules.norm import Norm
+
+
+def changed(**values: Any) -> Any:
+    """A config changed after its own validation, which would refuse (or wants hardware for) some of these."""
+    config = make_config()
+    for name, value in values.items():
+        setattr(config, name, value)
+    return config
+
+
+def build_core(config: Any) -> SDPACoreAttention:
+    return SDPACoreAttention(config, 1, AttnMaskType.causal, "self")
+
+
+def build_experts(config: Any) -> GroupedExperts:
+    one = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+    return GroupedExperts(8, config, pg_collection=SimpleNamespace(ep=one, expt_tp=one, expt_dp=one))
+
+
+def build_norm(config: Any) -> torch.nn.Module:
+    return Norm(config=config, hidden_size=16)
+
+
+def build_layer(config: Any) -> CoELayer:
+    return make_coe(config, iterations=2)
+
+
+REFUSED = [
+    (build_core, {"context_parallel_size": 2}, "default"),
+    (build_core, {"window_size": (4, 0)}, "default"),
+    (build_core, {"apply_query_key_layer_scaling": True}, "default"),
+    (build_core, {"softmax_type": "off-by-one"}, "default"),
+    (build_experts, {"add_bias_linear": True}, "default"),
+    (build_experts, {"moe_apply_probs_on_input": True}, "default"),
+    (build_experts, {"moe_latent_size": 8}, "default"),
+    (build_experts, {"activation_func_clamp_value": 7.0}, "default"),
+    (build_experts, {"glu_linear_offset": 1.0}, "default"),
+    (build_experts, {"fp8": "e4m3"}, "default"),
+    (build_experts, {"fp4": "e2m1"}, "default"),
+    (build_experts, {"hidden_size": 18}, "multiple of 4"),
+    (build_experts, {"moe_ffn_hidden_size": 22}, "multiple of 4"),
+    (build_experts, {"moe_ffn_hidden_size": 12, "params_dtype": torch.bfloat16}, "multiple of 8"),
+    (build_norm, {"normalization": "L2Norm"}, "RMSNorm, LayerNorm"),
+    (build_norm, {"layernorm_zero_centered_gamma": True}, "Transformer Engine"),
+    (build_layer, {"cuda_graph_impl": "local"}, "none"),
+    (build_layer, {"moe_shared_expert_overlap": True}, "False"),
+    (build_layer, {"fp8": "e4m3", "recompute_granularity": "selective"}, "unset"),
+    (coe_layer_spec, {"num_moe_experts": None}, "at least one"),
+]
+
+
+@pytest.mark.parametrize("build, changes, valid", REFUSED, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_refusal_names_field_value_and_what_is_valid(build: Any, changes: dict, valid: str) -> None:
+    name, value = next(iter(changes.items()))
+    with pytest.raises(ValueError) as refusal:
+        build(changed(**changes))
+    assert f"{name} is {value!r}" in str(refusal.value)
+    assert valid in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "field, value, valid",
+    [
+        ("iterations", 0, "at least 1"),
+        ("iterations", 2.0, "an integer"),
+        ("iterations", True, "an integer"),
+        ("gating", "shared", "independent, shared_router, fixed"),
+        ("residual", "none", "inner, outer, init"),
+        ("topology", "postnorm", "prenorm, reference, iteration_norm"),
+        ("balance", "max", "sum, mean"),
+    ],
+)
+def test_chain_settings_refuse(field: str, value: Any, valid: str) -> None:
+    with pytest.raises(ValueError) as refusal:
+        ChainSettings(**{field: value})
+    assert f"chain.{field} is {value!r}" in str(refusal.value)
+    assert valid in str(refusal.value)
+
+
+def test_tensor_parallelism_without_sequence_parallelism_is_refused_in_training() -> None:
+    layer = make_coe(make_config())
+    layer.attn_tp_group = SimpleNamespace(size=lambda: 2)
+    with pytest.raises(ValueError, match="sequence_parallel is False"):
+        layer(torch.zeros(2, 1, 16))

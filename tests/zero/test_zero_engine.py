@@ -1,0 +1,164 @@
+"""DeepSpeed over Megatron's groups against one process: the same rows must give the same gradients in any layout.
+
+Gradients are compared, not only what AdamW makes of them: it forgives a wrong factor.
+"""
+
+import contextlib
+import io
+from typing import Any
+
+import pytest
+import torch
+from engine_build import Trace, joined, make_engine, micro_batches, take_steps
+from modules_build import errors
+from ranks import run_ranks
+
+from coe_megatron.zero import engine as zero
+from coe_megatron.zero import expert_groups, states
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def runs() -> dict[str, dict[str, list]]:
+    """By layout and kind of run: what every rank has to tell. A layout's ranks are started once for all its runs."""
+    return {
+        "one": by_kind(run_ranks(train, 1, ["micro 8", "micro 4", "micro 2", "bf16 8", "promises"])),
+        "dp2": by_kind(run_ranks(train, 2, ["micro 4", "micro 2"])),
+        "ep2": by_kind(run_ranks(train, 2, ["micro 4", "micro 2", "bf16 2", *MISTAKES], expert_model_parallel_size=2)),
+        "ep2dp2": by_kind(run_ranks(train, 4, ["micro 2"], expert_model_parallel_size=2)),
+    }
+
+
+def train(kinds: list[str]) -> dict:
+    return {kind: run(kind) for kind in kinds}
+
+
+def run(kind: str) -> Any:
+    name, _, size = kind.partition(" ")
+    if name == "micro":
+        return take_steps(make_engine(int(size)), 0, STEPS)
+    return {"bf16": train_in_bf16, "promises": try_promises, **MISTAKES}[name](*map(int, size.split()))
+
+
+def by_kind(ranks: list[dict]) -> dict[str, list]:
+    return {kind: [rank[kind] for rank in ranks] for kind in ranks[0]}
+
+
+def forget_experts() -> Trace:
+    """Experts averaged over all ranks, as DeepSpeed does when it does not know them."""
+
+    def spoil(model: torch.nn.Module) -> None:
+        for parameter in model.parameters():
+            parameter.allreduce = True  # type: ignore[attr-defined]
+
+    return take_steps(make_engine(spoil=spoil), 0, 1)
+
+
+def weigh_rows_equally() -> Trace:
+    """The mean of the micro-batches' means instead of the mean over tokens."""
+    return take_steps(make_engine(), 0, 1, mean_of_means=True)
+
+
+MISTAKES = {"forgotten": forget_experts, "unweighted": weigh_rows_equally}
+LAYOUTS = [("one", 4), ("one", 2), ("dp2", 4), ("dp2", 2), ("ep2", 4), ("ep2", 2), ("ep2dp2", 2)]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("layout", "size"), LAYOUTS)
+def test_gradients_norms_and_losses_equal_one_process(runs: dict, layout: str, size: int) -> None:
+    """Accumulation 1, 2, 4 and 2 or 4 ranks: every gradient to 1e-5 of its largest entry, with clipping in between."""
+    (whole,), ranks = runs["one"]["micro 8"], runs[layout][f"micro {size}"]
+    found = joined(ranks, layout)
+    worst = errors(found.gradients, whole.gradients)
+    assert max(worst.values()) < 1e-5, worst
+    assert ranks[0].norms == pytest.approx(whole.norms, rel=1e-5)
+    assert ranks[0].losses == pytest.approx(whole.losses, rel=1e-5)
+    # Where a gradient is near zero AdamW's first steps are its sign: weights are looser than gradients.
+    assert max(errors(found.weights, whole.weights).values()) < 1e-3
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_the_comparison_notices_a_mistake(runs: dict, mistake: str) -> None:
+    (whole,), ranks = runs["one"]["micro 8"], runs["ep2"][mistake]
+    assert max(errors(joined(ranks, "ep2").gradients, whole.gradients).values()) > 1e-2
+
+
+@pytest.mark.ranks
+def test_replicas_of_an_expert_stay_equal_and_experts_differ(runs: dict) -> None:
+    weights = [rank.weights for rank in runs["ep2dp2"]["micro 2"]]
+    for name in (name for name in weights[0] if ".experts." in name):
+        assert torch.equal(weights[0][name], weights[2][name]), name
+        assert not torch.equal(weights[0][name], weights[1][name]), name
+
+
+@pytest.mark.ranks
+def test_bf16_keeps_fp32_masters_and_sums(runs: dict) -> None:
+    """Two ranks with accumulation against one process without: equal but for the rounding of bf16 gradients."""
+    ((whole, _),), ranks = runs["one"]["bf16 8"], runs["ep2"]["bf16 2"]
+    found = joined([trace for trace, _ in ranks], "ep2")
+    assert max(errors(found.gradients, whole.gradients).values()) < 5e-2
+    assert ranks[0][0].norms == pytest.approx(whole.norms, rel=1e-2)
+    assert ranks[0][0].losses == pytest.approx(whole.losses, rel=1e-3)
+    assert all(rounded for _, rounded in ranks)
+
+
+def train_in_bf16(size: int) -> tuple[Trace, bool]:
+    """The trace, and whether the weights are the masters rounded, where the masters are finer."""
+    engine = make_engine(size, precision="bf16")
+    trace = take_steps(engine, 0, STEPS)
+    masters = {name: states.read(parameter, states.MASTER) for name, parameter in engine.module.named_parameters()}
+    rounded = all(torch.equal(trace.weights[name], master.bfloat16()) for name, master in masters.items())
+    return trace, rounded and any(not torch.equal(trace.weights[name].float(), masters[name]) for name in masters)
+
+
+@pytest.mark.ranks
+def test_small_promises(runs: dict) -> None:
+    (found,) = runs["one"]["promises"]
+    assert found["printed"] == ""
+    assert found["moments"] == 0.0, "optimizer states exist before the first step"
+    assert found["moved without a rate"] == 0.0
+    assert found["moved"] > 0
+    assert found["norm of a loss that is not finite"] == float("inf")
+    assert found["moved by it"] == 0.0
+    assert found["modules"] == found["modules of the model"], "nothing stays in the model"
+
+
+def try_promises() -> dict:
+    modules: list[int] = []
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        engine = make_engine(8, spoil=lambda model: modules.append(len(list(model.modules()))))
+    embedding = engine.module.embedding.word_embeddings.weight
+    found = {"printed": printed.getvalue(), "modules of the model": modules[0]}
+    found["modules"] = len(list(engine.module.modules()))
+    found["moments"] = float(states.read(embedding, "exp_avg").abs().max())
+    found["moved without a rate"] = moved(engine, embedding, rate=0.0)
+    found["moved"] = moved(engine, embedding, rate=1e-3)
+    found["moved by it"] = moved(engine, embedding, rate=1e-3, factor=float("inf"))
+    found["norm of a loss that is not finite"] = zero.gradient_norm(engine)
+    return found
+
+
+def moved(engine, weight: torch.nn.Parameter, rate: float, factor: float = 1.0) -> float:
+    """How far one step moves a weight."""
+    before = weight.detach().clone()
+    zero.set_lr(engine, rate)
+    for tokens, _, total in micro_batches(0, 8):
+        inputs, labels = tokens[:, :-1], tokens[:, 1:].contiguous()
+        losses = engine(inputs, torch.arange(inputs.shape[1]).expand_as(inputs), None, labels=labels)
+        zero.backward(engine, losses.sum() * factor / total)
+        engine.step()
+    return float((weight - before).abs().max())
+
+
+@pytest.mark.usefixtures("single_rank")
+def test_weight_decay_spares_vectors_and_experts_have_groups_of_their_own() -> None:
+    model = torch.nn.ModuleDict({"norm": torch.nn.LayerNorm(4), "linear": torch.nn.Linear(4, 4)})
+    expert = torch.nn.Parameter(torch.ones(2, 4, 4))
+    expert.allreduce = False  # type: ignore[attr-defined]
+    model.register_parameter("expert", expert)
+    groups = {(g["moe"], g["weight_decay"]): g["params"] for g in zero._parameter_groups(model, 0.1)}
+    assert groups.keys() == {(False, 0.0), (False, 0.1), (True, 0.1)}
+    assert [p.ndim for p in groups[False, 0.0]] == [1, 1, 1]
+    assert groups[True, 0.1] == [expert] and expert_groups.is_expert(expert)
