@@ -12,6 +12,8 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
     """Same results and same state as Megatron's dispatcher; one object serves one iteration of a chain."""
 
+    tokens_per_expert: torch.Tensor | None
+
     @property
     def _is_sorted(self) -> bool:
         return self.ep_size * self.tp_size == 1

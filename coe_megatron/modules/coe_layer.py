@@ -69,7 +69,7 @@ class CoELayer(MoELayer):
             for _ in range(self.router.num_routers - 1)
         )
         # A dispatcher keeps the state of one pass on itself and owns no weights: one for each iteration.
-        stock = type(self.token_dispatcher)
+        stock: type = type(self.token_dispatcher)  # type: ignore[has-type]
         make = AllToAllDispatcher if stock is MoEAlltoAllTokenDispatcher else stock
         self.dispatchers = [
             make(self.num_local_experts, self.local_expert_indices, config=config, pg_collection=groups)
@@ -91,7 +91,7 @@ class CoELayer(MoELayer):
     def set_layer_number(self, layer_number: int) -> None:
         """Tell the layer and every router its 1-based number in the model."""
         super().set_layer_number(layer_number)
-        for router in self.later_routers:
+        for router in self.routers[1:]:
             router.set_layer_number(layer_number)
 
     def forward(

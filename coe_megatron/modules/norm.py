@@ -16,7 +16,7 @@ class Norm:
         ValueError: `config.normalization` is neither RMSNorm nor LayerNorm, or asks for a zero-centred gain.
     """
 
-    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):  # type: ignore[misc]
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
         if config.normalization not in _NORMS:
             raise ValueError(f"normalization is {config.normalization!r}: it must be one of {', '.join(_NORMS)}")
         if config.layernorm_zero_centered_gamma:
@@ -25,5 +25,5 @@ class Norm:
             hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device()
         )
         for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+            parameter.sequence_parallel = config.sequence_parallel
         return norm

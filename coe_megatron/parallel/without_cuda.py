@@ -54,7 +54,7 @@ def _cpu_tracker(base: type) -> type:
     if base.__name__ == "CpuRNGStatesTracker":
         return base
 
-    class CpuRNGStatesTracker(base):  # type: ignore[valid-type, misc]
+    class CpuRNGStatesTracker(base):
         def add(self, name: str, seed: int) -> None:
             if name in self.states_:
                 raise ValueError(f"the generator state {name!r} exists already")

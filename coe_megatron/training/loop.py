@@ -40,9 +40,13 @@ def train(config: RunConfig, ranks: groups.Ranks) -> run_folder.Outcome | None:
     """
     run = Pretraining(config, groups.start(config.parallel, config.training.seed, ranks))
     try:
-        return run.run()
-    finally:
-        run.close()
+        outcome = run.run()
+    except BaseException as error:
+        run.close("interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {error!r}")
+        raise
+    run.close("finished")
+    groups.stop()
+    return outcome
 
 
 @dataclass
@@ -72,7 +76,7 @@ class Pretraining:
             model, config.optimizer, config.training, config.zero, accumulation
         )
         groups.seed_dropout(config.training.seed)
-        self.position = Position(**(store.load_latest(self.folder / "checkpoints", self.engine) or {}))
+        self.position = self._resume()
         self.entropy = evaluation.unigram_entropy(self.validation, vocab_size)
         if self.main_rank:
             run_folder.begin(self.folder, config, self._facts())
@@ -95,20 +99,19 @@ class Pretraining:
             self.progress.step(step + 1, logged)
             if self._due("save_every"):
                 self._save()
-        return run_folder.finish(self.folder, self._newest_checkpoint()) if self.main_rank else None
+        return run_folder.outcome(self.folder, self._newest_checkpoint()) if self.main_rank else None
 
-    def close(self) -> None:
-        """Flush what was measured; safe to call after an error."""
+    def close(self, outcome: str) -> None:
+        """Flush what was measured and note how the run ended; also called after an error."""
         self.writer.close()
         self.progress.close()
+        if self.main_rank:
+            run_folder.end(self.folder, outcome)
 
     def _open_data(self, data: PreparedData) -> int:
         """Take up this rank's share of both splits; returns the rows of the embedding that the tokenizer needs."""
         training, settings = self.config.training, self.config.data
-        share = {
-            "dp_rank": parallel_state.get_data_parallel_rank(),
-            "dp_size": self.data_ranks,
-        }
+        share = {"dp_rank": parallel_state.get_data_parallel_rank(), "dp_size": self.data_ranks}
         train, valid = (
             data.samples(
                 settings.samples,
@@ -126,11 +129,21 @@ class Pretraining:
         self.validation = [self._to_device(batch) for batch in found]
         return padded_vocabulary(self.config, data.tokenizer.vocab_size)
 
+    def _resume(self) -> Position:
+        """Take up the newest whole checkpoint of the run's folder, if there is one."""
+        try:
+            state = store.load_latest(self.folder / "checkpoints", self.engine)
+        except ValueError as error:
+            raise ConfigError(f"{error}; choose another output or the config it was saved with") from error
+        return Position(**(state or {}))
+
     def _train_step(self, step: int) -> tuple[float, int]:
         """One optimizer step; returns the loss in nats per counted token and the positions passed, over all ranks."""
         stats.reset_routing(self.engine.module)
         batches = [self._to_device(batch) for batch in self.batches.for_step(step)]
-        counted = float(evaluation.all_reduce_sum(sum(batch["loss_mask"].double().sum() for batch in batches)))
+        counted = float(
+            evaluation.all_reduce_sum(torch.stack([batch["loss_mask"].sum() for batch in batches]).double().sum())
+        )
         if not counted:
             raise ValueError(f"step {step + 1} holds no token to learn from: data.path has only empty documents there")
         zero.set_lr(self.engine, learning_rate(self.config.optimizer, step, self.config.training.steps))

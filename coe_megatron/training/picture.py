@@ -22,10 +22,11 @@ def draw_loss(lines: Sequence[Mapping[str, Any]], entropy: float, title: str, pa
         path: the PNG to write; returned.
     """
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for key, label, style in (
+    curves: tuple[tuple[str, str, dict[str, Any]], ...] = (
         ("train_loss", "training (one step)", {"color": _BLUE, "alpha": 0.6, "linewidth": 1}),
         ("valid_loss", "validation", {"color": _ORANGE, "marker": "o", "markersize": 4, "linewidth": 2}),
-    ):
+    )
+    for key, label, style in curves:
         points = [(line["tokens"], line[key]) for line in lines if key in line]
         axes.plot([tokens for tokens, _ in points], [loss for _, loss in points], label=label, **style)
     axes.axhline(entropy, color=_GREY, linestyle="--", linewidth=1, label="entropy of token frequencies")

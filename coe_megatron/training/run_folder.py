@@ -63,16 +63,15 @@ def begin(folder: Path, config: RunConfig, facts: Mapping[str, Any]) -> None:
     _write_json(folder / "run.json", record)
 
 
-def end(folder: Path, outcome: str) -> dict[str, Any]:
-    """Note in run.json how the run ended (`finished`, `interrupted`, `failed: ...`); returns the whole record."""
-    record = {**json.loads((folder / "run.json").read_text()), "outcome": outcome}
-    _write_json(folder / "run.json", record)
-    return record
+def end(folder: Path, outcome: str) -> None:
+    """Note in run.json how the run ended: `finished`, `interrupted` or `failed: ...`."""
+    record = json.loads((folder / "run.json").read_text())
+    _write_json(folder / "run.json", {**record, "outcome": outcome})
 
 
-def finish(folder: Path, checkpoint: Path) -> Outcome:
-    """Close a run that came to its last step: note it, draw the loss, and gather what the summary says."""
-    record = end(folder, "finished")
+def outcome(folder: Path, checkpoint: Path) -> Outcome:
+    """Of a run that came to its last step: draw the loss, and gather what the summary says."""
+    record = json.loads((folder / "run.json").read_text())
     lines = read_metrics(folder / "metrics.jsonl")
     evaluated = [line for line in lines if "valid_loss" in line]
     picture = draw_loss(lines, record["unigram_entropy"], record["model"], folder / "loss.png")

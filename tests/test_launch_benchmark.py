@@ -1,0 +1,103 @@
+"""launch/benchmark.py: what it writes, what it refuses, and that it does not time layers that compute different things."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from programs import python
+
+from coe_megatron.chain.closed_forms import ModelShape
+from coe_megatron.chain.settings import ChainSettings
+from coe_megatron.modules import experts
+from coe_megatron.training import benchmark
+
+SHAPE = ModelShape(
+    layers=1,
+    vocab=1,
+    heads=1,
+    hidden=16,
+    expert_ffn=8,
+    shared_ffn=8,
+    experts=8,
+    topk=4,
+    seq_length=32,
+    chain=ChainSettings(iterations=1),
+)
+
+
+@pytest.mark.run
+def test_a_tiny_shape_from_start_to_end(tmp_path: Path) -> None:
+    file = tmp_path / "times.json"
+    sizes = ("--hidden", 16, "--ffn", 8, "--experts", 8, "--topk", 4, "--tokens", 32, 48)
+    done = python("launch/benchmark.py", "layer", *sizes, "--repeats", 3, "--threads", 1, "--json", file)
+    assert done.returncode == 0, done.stderr
+    assert "step 6/6" in done.stderr and "Traceback" not in done.stderr
+    written = json.loads(file.read_text())
+    assert written["machine"]["threads"] == 1 and written["machine"]["torch"] == torch.__version__
+    assert [result["shape"]["tokens"] for result in written["results"]] == [32, 48]
+    for result in written["results"]:
+        seconds = result["seconds"]
+        assert result["outputs_difference"] < 1e-5
+        for kind in ("minimum", "median"):
+            speed_up = seconds["stock"][kind] / seconds["ours"][kind]
+            ratio = seconds["coe"][kind] / seconds["ours"][kind]
+            assert result["speed_up"][kind] == pytest.approx(speed_up) and speed_up > 0
+            assert result["time_over_flops"][kind] == pytest.approx(ratio / result["flops_ratio"])
+        assert f"{result['speed_up']['minimum']:.2f}/{result['speed_up']['median']:.2f}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--topk", "3"), "topk is 3: it must be even"),
+        (("--experts", "4", "--topk", "8"), "topk is 8: it must be at most experts, 4"),
+        (("--hidden", "0"), "argument --hidden: '0' is not an integer of at least 1"),
+        (("--json", "nowhere/times.json"), "there is no folder nowhere"),
+    ],
+)
+def test_a_bad_argument_is_one_line(arguments: tuple[str, ...], says: str) -> None:
+    done = python("launch/benchmark.py", "layer", *arguments)
+    assert done.returncode == 2
+    assert says in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_arguments_are_checked_before_torch_is_imported() -> None:
+    program = "import runpy, sys; sys.argv = ['benchmark.py', 'layer', '--topk', '3']\n"
+    program += "try: runpy.run_path('launch/benchmark.py', run_name='__main__')\n"
+    program += "except SystemExit: print('torch' in sys.modules)"
+    assert python("-c", program).stdout.strip() == "False"
+
+
+def test_the_flops_ratio_counts_routers_and_shared_experts_twice() -> None:
+    times = benchmark.LayerTimes(SHAPE, *[benchmark.Seconds(1.0, 1.0)] * 3, difference=0.0)
+    expert, router = 6 * 16 * 8, 2 * 16 * 8
+    assert times.flops_ratio == pytest.approx((4 * expert + 2 * expert + 2 * router) / (5 * expert + router))
+
+
+def test_layers_are_compared_and_timed(single_rank: None) -> None:
+    times = benchmark.time_layers(SHAPE, 1, torch.float32, torch.device("cpu"))
+    assert times.difference < 1e-5
+    assert 0 < times.ours.minimum == times.ours.median
+
+
+def test_layers_that_differ_are_not_timed(single_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = experts.GroupedLinear.forward
+    monkeypatch.setattr(experts.GroupedLinear, "forward", staticmethod(lambda *args: 1.001 * right(*args)))
+    with pytest.raises(benchmark.LayersDifferError, match="differ by"):
+        benchmark.time_layers(SHAPE, 1, torch.float32, torch.device("cpu"))
+
+
+def test_gradients_of_a_chain_are_added_in_place(single_rank: None) -> None:
+    """Gradients of expert weights arrive whole, not as views: adding those takes fresh memory in each iteration."""
+    weight = torch.randn(2, 6, 4, requires_grad=True)
+    ends = torch.tensor([3, 5], dtype=torch.int32)
+    rows = torch.randn(5, 4, requires_grad=True)
+    result = experts.GroupedLinear.apply(rows, weight, ends)
+    expected = torch.cat([rows[:3] @ weight[0].T, rows[3:] @ weight[1].T])
+    torch.testing.assert_close(result, expected)
+    gradient = torch.randn_like(result)
+    of_rows, of_weight = torch.autograd.grad(result, (rows, weight), gradient)
+    for found, truth in zip((of_rows, of_weight), torch.autograd.grad(expected, (rows, weight), gradient), strict=True):
+        torch.testing.assert_close(found, truth)
+    assert of_weight.is_contiguous() and not of_weight._is_view()
