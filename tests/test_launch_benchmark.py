@@ -1,4 +1,4 @@
-"""launch/benchmark.py: what it writes, what it refuses, and that it does not time layers that compute different things."""
+"""launch/benchmark.py: what it writes, what it refuses; layers that compute different things are not timed."""
 
 import json
 from pathlib import Path
@@ -90,7 +90,7 @@ def test_layers_that_differ_are_not_timed(single_rank: None, monkeypatch: pytest
 
 def test_gradients_of_a_chain_are_added_in_place(single_rank: None) -> None:
     """Gradients of expert weights arrive whole, not as views: adding those takes fresh memory in each iteration."""
-    weight = torch.randn(2, 6, 4, requires_grad=True)
+    weight = torch.randn(2, 8, 4, requires_grad=True)
     ends = torch.tensor([3, 5], dtype=torch.int32)
     rows = torch.randn(5, 4, requires_grad=True)
     result = experts.GroupedLinear.apply(rows, weight, ends)

@@ -23,7 +23,9 @@ def load(path: str | Path, overrides: Sequence[str] = (), world_size: int | None
     """Read a config.
 
     Args:
-        path: YAML file; keys are the fields of RunConfig, missing ones take their defaults.
+        path: YAML file; keys are the fields of RunConfig, missing ones take their defaults. The key `base` names one
+            file or a list of files, relative to this one, whose settings hold where this one says nothing; of several
+            the later wins.
         overrides: `key.sub=value`, the value written as in YAML; they win over the file.
         world_size: number of ranks, if known, to check the layout and the batch against.
 
@@ -52,7 +54,21 @@ def dump(config: RunConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(_plain(asdict(config))))
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path, including: tuple[Path, ...] = ()) -> Any:
+    """The file's settings over those of its bases; `including` is the chain of files that led here."""
+    if path.resolve() in including:
+        raise ConfigError(
+            f"{path}: base leads back to this file: {' -> '.join(p.name for p in including)} -> {path.name}"
+        )
+    values = _read_yaml(path)
+    bases = values.pop("base", [])
+    names = [bases] if isinstance(bases, str) else bases
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{path}: base is {bases!r}: it must name a file or a list of files")
+    return OmegaConf.merge(*(_read(path.parent / name, (*including, path.resolve())) for name in names), values)
+
+
+def _read_yaml(path: Path) -> Any:
     try:
         values = OmegaConf.load(path)
     except FileNotFoundError:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine_build import Named, Trace, joined, make_engine, take_steps
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from modules_build import errors
 from ranks import run_ranks
 
@@ -167,9 +168,7 @@ def test_a_checkpoint_holds_no_pickled_objects_and_keys_by_parameter(tmp_path: P
 
 
 def list_keys(folder: Path) -> set[str]:
-    from megatron.core import dist_checkpointing
-
     engine = make_engine(8, chain=SHARED)
     take_steps(engine, 0, 1)
     path = store.save(folder, 3, engine, {"step": 3}, keep=1)
-    return set(dist_checkpointing.load_sharded_metadata(str(path / "tensors")))
+    return set(load_sharded_metadata(str(path / "tensors")))

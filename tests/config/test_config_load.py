@@ -30,6 +30,25 @@ def test_file_overrides_and_defaults_come_together(small: Path) -> None:
     assert config.moe.num_experts == RunConfig().moe.num_experts
 
 
+def test_bases_hold_where_the_file_says_nothing(small: Path) -> None:
+    (small.parent / "sub").mkdir()
+    (small.parent / "wide.yaml").write_text("model: {hidden_size: 256}\nchain: {iterations: 4}\n")
+    top = small.parent / "sub" / "top.yaml"
+    top.write_text("base: [../small.yaml, ../wide.yaml]\nchain: {iterations: 3}\n")
+    config = load(top)
+    assert (config.model.hidden_size, config.optimizer.lr, config.chain.iterations) == (256, 1e-3, 3)
+
+
+@pytest.mark.parametrize(
+    ("base", "said"),
+    [("a.yaml", "base leads back to this file"), ("none.yaml", "there is no such config file"), ("7", "base is 7")],
+)
+def test_a_base_that_cannot_be_one(tmp_path: Path, base: str, said: str) -> None:
+    (tmp_path / "a.yaml").write_text(f"base: {base}\n")
+    with pytest.raises(ConfigError, match=said):
+        load(tmp_path / "a.yaml")
+
+
 def test_later_override_wins(small: Path) -> None:
     assert load(small, ["moe.topk=2", "moe.topk=3"]).moe.topk == 3
 
