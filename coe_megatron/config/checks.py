@@ -83,6 +83,11 @@ def _training(config: RunConfig) -> Iterator[str]:
         yield f"optimizer.min_lr is {config.optimizer.min_lr}: it must be at most optimizer.lr ({config.optimizer.lr})"
     if config.optimizer.min_lr and config.optimizer.decay == "constant":
         yield f"optimizer.min_lr is {config.optimizer.min_lr}: with optimizer.decay constant it has no meaning, use 0"
+    if config.optimizer.decay == "wsd" and config.optimizer.warmup + config.optimizer.cooldown > 1:
+        yield (
+            f"optimizer.cooldown is {config.optimizer.cooldown}: with optimizer.warmup ({config.optimizer.warmup}) it "
+            "must leave a share of the steps, so their sum must be at most 1"
+        )
 
 
 def _layout(config: RunConfig, world_size: int | None) -> Iterator[str]:

@@ -133,14 +133,16 @@ class OptimizerSettings:
 
     Attributes:
         lr: the rate after warm-up. warmup: its share of the steps, over which the rate rises from zero.
-        decay: what follows warm-up: `constant`, or `linear` down to `min_lr` at the last step.
+        decay: what follows warm-up: `constant`; `linear` or `cosine` down to `min_lr`; or `wsd`, constant and then
+            linear down to `min_lr` over the last `cooldown` share of the steps.
         clip: largest global gradient norm; null does not clip.
     """
 
     lr: Positive = 3e-4
     min_lr: NonNegative = 0.0
     warmup: Fraction = 0.1
-    decay: Literal["constant", "linear"] = "constant"
+    decay: Literal["constant", "linear", "cosine", "wsd"] = "constant"
+    cooldown: Fraction = 0.2
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.01

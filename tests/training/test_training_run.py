@@ -94,7 +94,7 @@ def test_a_mistake_is_said_once_by_rank_0(config: Path) -> None:
     done = torchrun("launch/pretrain_coe.py", config, "moe.topk=9")
     assert done.returncode != 0
     assert done.stderr.count("error: moe.topk is 9: it must be at most moe.num_experts (8)") == 1
-    assert "pretrain_coe.py\", line" not in done.stderr  # the traceback that torchrun prints is its own
+    assert 'pretrain_coe.py", line' not in done.stderr  # the traceback that torchrun prints is its own
 
 
 @pytest.mark.parametrize(
