@@ -5,14 +5,15 @@ weight and moments are put together and saved like the parameter itself, under `
 experts one by one, layers along an axis. Any layout can read them.
 """
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 import torch.distributed.checkpoint as dcp
-from deepspeed import DeepSpeedEngine
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -27,6 +28,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from coe_megatron.checkpoint.seal import gathered
 from coe_megatron.zero import states as zero_states
+from coe_megatron.zero.engine import Engine
 
 Shard: TypeAlias = ShardedTensor | ShardedTensorFactory
 Shards = dict[str, Shard]
@@ -34,7 +36,7 @@ Random = dict[str, torch.Tensor]
 _TRACKED, _OPTIMIZER = "tracker.", "optimizer."
 
 
-def save_tensors(engine: DeepSpeedEngine, folder: Path) -> None:
+def save_tensors(engine: Engine, folder: Path) -> None:
     """Write weights and optimizer states into an empty folder; collective.
 
     The first replica of each shard writes it. It needs 12 bytes of host memory for every parameter it writes.
@@ -42,10 +44,11 @@ def save_tensors(engine: DeepSpeedEngine, folder: Path) -> None:
     shards = _weights(engine.module)
     for kind in zero_states.KINDS:
         shards |= _optimizer_states(engine.module, kind, _read_for_saving)
-    dist_checkpointing.save(shards, str(folder), _SaveInProcess("torch_dist", 1))
+    with _deprecations_unsaid():
+        dist_checkpointing.save(shards, str(folder), _SaveInProcess("torch_dist", 1))
 
 
-def load_tensors(engine: DeepSpeedEngine, folder: Path) -> None:
+def load_tensors(engine: Engine, folder: Path) -> None:
     """Read what `save_tensors` wrote on any layout; collective. 4 bytes of host memory for each of a rank's parameters.
 
     Raises:
@@ -144,4 +147,13 @@ def _allocate(parameter: torch.nn.Parameter, _kind: str, _shard: Shard) -> torch
 
 
 def _load(shards: Shards, folder: Path) -> dict[str, torch.Tensor]:
-    return dist_checkpointing.load(shards, str(folder))
+    with _deprecations_unsaid():
+        return dist_checkpointing.load(shards, str(folder))
+
+
+@contextmanager
+def _deprecations_unsaid() -> Iterator[None]:
+    """Torch warns of the calls Megatron-Core 0.16 makes; to the user of a program that says nothing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield

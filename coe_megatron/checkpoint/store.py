@@ -23,16 +23,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed import DeepSpeedEngine
 
 from coe_megatron.checkpoint import states
 from coe_megatron.checkpoint.seal import SEAL, problem, seal, shared, write_json
 from coe_megatron.zero import states as zero_states
+from coe_megatron.zero.engine import Engine
 
 _NAME = re.compile(r"step-(\d+)(\.tmp)?")
 
 
-def save(folder: Path, step: int, engine: DeepSpeedEngine, state: dict[str, Any], keep: int) -> Path:
+def save(folder: Path, step: int, engine: Engine, state: dict[str, Any], keep: int) -> Path:
     """Save a run between two steps, and delete what is older than the newest `keep` whole checkpoints.
 
     Args:
@@ -58,7 +58,7 @@ def save(folder: Path, step: int, engine: DeepSpeedEngine, state: dict[str, Any]
     return final
 
 
-def load_latest(folder: Path, engine: DeepSpeedEngine) -> dict[str, Any] | None:
+def load_latest(folder: Path, engine: Engine) -> dict[str, Any] | None:
     """Take up the newest whole checkpoint: weights, optimizer states, generators.
 
     What is unfinished or damaged is named on stderr, and left where it is.
@@ -78,7 +78,7 @@ def load_latest(folder: Path, engine: DeepSpeedEngine) -> dict[str, Any] | None:
     return None
 
 
-def _write(folder: Path, engine: DeepSpeedEngine, state: dict[str, Any]) -> None:
+def _write(folder: Path, engine: Engine, state: dict[str, Any]) -> None:
     states.save_tensors(engine, folder / "tensors")
     with _random_file(folder, dist.get_rank()).open("wb") as file:
         torch.save(states.random_states(), file)
@@ -89,7 +89,7 @@ def _write(folder: Path, engine: DeepSpeedEngine, state: dict[str, Any]) -> None
         write_json(folder / "state.json", facts)
 
 
-def _read(checkpoint: Path, engine: DeepSpeedEngine) -> dict[str, Any]:
+def _read(checkpoint: Path, engine: Engine) -> dict[str, Any]:
     states.load_tensors(engine, checkpoint / "tensors")
     facts = json.loads((checkpoint / "state.json").read_text())
     zero_states.set_steps(engine, facts["optimizer_steps"])

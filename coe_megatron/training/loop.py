@@ -8,7 +8,7 @@ import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -27,9 +27,6 @@ from coe_megatron.training.model import build_model
 from coe_megatron.training.progress import Progress
 from coe_megatron.training.schedule import learning_rate
 from coe_megatron.zero import engine as zero
-
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
 
 
 def train(config: RunConfig, ranks: groups.Ranks) -> run_folder.Outcome | None:
@@ -72,7 +69,7 @@ class Pretraining:
         self.flops = closed_forms.training_flops(self.shape)
         model = build_model(config, vocab_size)
         accumulation = config.training.global_batch // (config.training.micro_batch * self.data_ranks)
-        self.engine: DeepSpeedEngine = zero.build_engine(
+        self.engine: zero.Engine = zero.build_engine(
             model, config.optimizer, config.training, config.zero, accumulation
         )
         groups.seed_dropout(config.training.seed)
@@ -203,7 +200,8 @@ class Pretraining:
         )
 
     def _newest_checkpoint(self) -> Path:
-        return max((self.folder / "checkpoints").glob("step-*"))
+        whole = (path for path in (self.folder / "checkpoints").glob("step-*") if not path.suffix)
+        return max(whole)
 
     def _facts(self) -> dict[str, Any]:
         """What run.json says of a run beyond its config."""

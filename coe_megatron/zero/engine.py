@@ -19,7 +19,7 @@ import logging
 import os
 import sys
 from contextlib import redirect_stdout
-from typing import Any
+from typing import Any, TypeAlias
 
 import deepspeed
 import deepspeed.ops
@@ -30,6 +30,7 @@ from coe_megatron.config.settings import OptimizerSettings, TrainingSettings, Ze
 from coe_megatron.parallel.groups import MegatronGroups
 from coe_megatron.zero import expert_groups, states
 
+Engine: TypeAlias = deepspeed.DeepSpeedEngine
 _BUCKET = 50_000_000  # elements that are reduced or gathered at once
 
 
@@ -39,7 +40,7 @@ def build_engine(
     training: TrainingSettings,
     zero: ZeroSettings,
     accumulation: int,
-) -> deepspeed.DeepSpeedEngine:
+) -> Engine:
     """Put a model under DeepSpeed: AdamW, ZeRO, gradient clipping and, with bf16, fp32 masters and gradient sums.
 
     Megatron's groups must exist, and all ranks must have built equal weights. Optimizer states exist from here on, not
@@ -68,7 +69,7 @@ def build_engine(
     return engine
 
 
-def backward(engine: deepspeed.DeepSpeedEngine, loss: torch.Tensor) -> None:
+def backward(engine: Engine, loss: torch.Tensor) -> None:
     """Backpropagate one micro-batch; its gradients add to those of the step (the module's docstring says how).
 
     DeepSpeed divides what it sums by the number of data-parallel ranks: for experts too, although an expert sums over
@@ -80,13 +81,13 @@ def backward(engine: deepspeed.DeepSpeedEngine, loss: torch.Tensor) -> None:
     engine.backward(loss * engine.dp_world_size, scale_wrt_gas=False)
 
 
-def set_lr(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:
+def set_lr(engine: Engine, lr: float) -> None:
     """Set the learning rate of the coming steps."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
 
 
-def gradient_norm(engine: deepspeed.DeepSpeedEngine) -> float:
+def gradient_norm(engine: Engine) -> float:
     """The 2-norm of all gradients of the last step, before clipping.
 
     Infinite when a gradient was not finite; such a step has left the weights as they were.

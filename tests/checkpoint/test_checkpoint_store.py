@@ -18,52 +18,61 @@ from coe_megatron.checkpoint.seal import SEAL
 from coe_megatron.parallel import groups
 from coe_megatron.zero import states
 
-SHARED = ChainSettings(iterations=2, gating="shared_router")
 STATE = {"step": 2, "tokens": 77}
 
 
+RUNS = {"fp32": ChainSettings(iterations=2), "bf16": ChainSettings(iterations=2, gating="shared_router")}
+
+
 @pytest.mark.ranks
-def test_a_resumed_run_goes_on_bit_by_bit_and_on_other_layouts(tmp_path: Path) -> None:
-    """Two ranks with EP 2, dropout and accumulation 2; then the same checkpoint on one rank."""
-    ranks = run_ranks(stop_and_resume, 2, tmp_path, expert_model_parallel_size=2)
-    for precision in ("fp32", "bf16"):
-        for uninterrupted, resumed, state in (rank[precision] for rank in ranks):
-            assert state == STATE
-            assert uninterrupted.losses == resumed.losses and uninterrupted.norms == resumed.norms
-            assert same(uninterrupted.gradients, resumed.gradients)
-            assert same(uninterrupted.weights, resumed.weights)
-    (alone,) = run_ranks(resume_without_dropout, 1, tmp_path / "plain")
-    held = [rank["plain"] for rank in ranks]
-    found = joined([trace for trace, _ in held], "ep2")
-    assert max(errors(alone[0].gradients, found.gradients).values()) < 1e-5
-    assert alone[0].losses == pytest.approx(held[0][0].losses, rel=1e-5)
-    for name, state in alone[1].items():
-        parts = [moments[name] for _, moments in held]
-        whole = torch.cat(parts) if ".experts." in name else parts[0]
-        assert torch.equal(state, whole), name
+def test_a_resumed_run_goes_on_bit_by_bit(tmp_path: Path) -> None:
+    """Two ranks with EP 2, dropout and accumulation 2, in other processes than those that saved."""
+    uninterrupted = run_ranks(save_and_go_on, 2, tmp_path, expert_model_parallel_size=2)
+    resumed = run_ranks(resume, 2, tmp_path, expert_model_parallel_size=2)
+    for precision in RUNS:
+        for left, right in zip(uninterrupted, resumed, strict=True):
+            assert left[precision].losses == right[precision].losses
+            assert left[precision].norms == right[precision].norms
+            assert same(left[precision].gradients, right[precision].gradients)
+            assert same(left[precision].weights, right[precision].weights)
 
 
-def stop_and_resume(folder: Path) -> dict:
-    return {
-        "fp32": continue_twice(folder / "fp32", "fp32", ChainSettings(iterations=2)),
-        "bf16": continue_twice(folder / "bf16", "bf16", SHARED),
-        "plain": save_and_continue(folder / "plain"),
-    }
+def save_and_go_on(folder: Path) -> dict[str, Trace]:
+    return {precision: save_after_two_steps(folder / precision, precision) for precision in RUNS}
 
 
-def continue_twice(folder: Path, precision: str, chain: ChainSettings) -> tuple[Trace, Trace, dict]:
-    """Steps 2 and 3 of the run that saved after step 1, and of one that starts from other weights and loads that."""
-    engine = make_engine(precision=precision, dropout=0.1, chain=chain)
+def save_after_two_steps(folder: Path, precision: str) -> Trace:
+    engine = make_engine(precision=precision, dropout=0.1, chain=RUNS[precision])
     groups.seed_dropout(5)
     take_steps(engine, 0, 2)
     store.save(folder, 2, engine, STATE, keep=1)
-    uninterrupted = take_steps(engine, 2, 2)
-    other = make_engine(precision=precision, dropout=0.1, chain=chain, seed=2)
-    state = store.load_latest(folder, other)
-    return uninterrupted, take_steps(other, 2, 2), state
+    return take_steps(engine, 2, 2)
 
 
-def save_and_continue(folder: Path) -> tuple[Trace, Named]:
+def resume(folder: Path) -> dict[str, Trace]:
+    return {precision: load_and_go_on(folder / precision, precision) for precision in RUNS}
+
+
+def load_and_go_on(folder: Path, precision: str) -> Trace:
+    engine = make_engine(precision=precision, dropout=0.1, chain=RUNS[precision], seed=2)
+    assert store.load_latest(folder, engine) == STATE
+    return take_steps(engine, 2, 2)
+
+
+@pytest.mark.ranks
+def test_another_layout_reads_the_same_weights_and_states(tmp_path: Path) -> None:
+    """From two ranks with EP 2 to one."""
+    ranks = run_ranks(save_and_tell, 2, tmp_path, expert_model_parallel_size=2)
+    ((alone, held),) = run_ranks(load_and_tell, 1, tmp_path)
+    for name, state in held.items():
+        parts = [states_of_rank[name] for _, states_of_rank in ranks]
+        assert torch.equal(state, torch.cat(parts) if ".experts." in name else parts[0]), name
+    together = joined([trace for trace, _ in ranks], "ep2")
+    assert max(errors(alone.gradients, together.gradients).values()) < 1e-5
+    assert alone.losses == pytest.approx(together.losses, rel=1e-5)
+
+
+def save_and_tell(folder: Path) -> tuple[Trace, Named]:
     engine = make_engine()
     take_steps(engine, 0, 2)
     store.save(folder, 2, engine, STATE, keep=1)
@@ -71,7 +80,7 @@ def save_and_continue(folder: Path) -> tuple[Trace, Named]:
     return take_steps(engine, 2, 2), held
 
 
-def resume_without_dropout(folder: Path) -> tuple[Trace, Named]:
+def load_and_tell(folder: Path) -> tuple[Trace, Named]:
     engine = make_engine(seed=2)
     assert store.load_latest(folder, engine) == STATE
     held = optimizer_states(engine)
@@ -93,7 +102,8 @@ def test_torn_checkpoints_are_named_skipped_and_replaced(tmp_path: Path) -> None
     assert found["nothing there"] is None
     assert found["loaded"] == other_rank["loaded"] == {"step": 1}
     for step, reason in REASONS.items():
-        assert f"checkpoint {tmp_path / step} is skipped: {reason}" in found["said"]
+        line = f"checkpoint {tmp_path / step} is skipped: {reason}"
+        assert any(said.startswith(line) for said in found["said"]), line
         assert step in found["left"], "it stays where it is"
     assert len(found["said"]) == len(REASONS) and not other_rank["said"]
     assert found["after a new save"] == ["step-00000004", "step-00000005", "step-00000006.tmp"]
@@ -168,7 +178,7 @@ def test_a_checkpoint_holds_no_pickled_objects_and_keys_by_parameter(tmp_path: P
 
 
 def list_keys(folder: Path) -> set[str]:
-    engine = make_engine(8, chain=SHARED)
+    engine = make_engine(8, chain=RUNS["bf16"])
     take_steps(engine, 0, 1)
     path = store.save(folder, 3, engine, {"step": 3}, keep=1)
     return set(load_sharded_metadata(str(path / "tensors")))

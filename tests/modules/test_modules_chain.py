@@ -68,10 +68,12 @@ def test_equals_oracle_with_other_routers(changes: dict) -> None:
 
 
 @pytest.mark.parametrize("topology", ["prenorm", "iteration_norm"])
-def test_equals_oracle_with_padding(topology: str) -> None:
+@pytest.mark.parametrize("recompute", [False, True])
+def test_equals_oracle_with_padding(topology: str, recompute: bool) -> None:
     padding_BS = torch.zeros(BATCH, SEQUENCE, dtype=torch.bool)
     padding_BS[1, 4:] = padding_BS[2, 1:] = True
-    found = compare(make_config(**LOSSES), chain_of(("independent", "inner", topology), 2), padding_BS)
+    again = {"recompute_granularity": "selective", "recompute_modules": ["moe"]} if recompute else {}
+    found = compare(make_config(**LOSSES, **again), chain_of(("independent", "inner", topology), 2), padding_BS)
     assert max(found.values()) <= TOLERANCE, found
 
 

@@ -100,7 +100,7 @@ def test_bf16_keeps_fp32_masters_and_sums(runs: dict) -> None:
     found = joined([trace for trace, _ in ranks], "ep2")
     assert max(errors(found.gradients, whole.gradients).values()) < 5e-2
     assert ranks[0][0].norms == pytest.approx(whole.norms, rel=1e-2)
-    assert ranks[0][0].losses == pytest.approx(whole.losses, rel=1e-3)
+    assert ranks[0][0].losses == pytest.approx(whole.losses, rel=3e-3)
     assert all(rounded for _, rounded in ranks)
 
 
