@@ -1,15 +1,13 @@
 """Measured memory of this rank, in bytes by kind."""
 
 import resource
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
+from coe_megatron.zero.engine import Engine
 
 
-def measure(engine: "DeepSpeedEngine") -> dict[str, int]:
+def measure(engine: Engine) -> dict[str, int]:
     """Bytes of this rank: parameters, the optimizer's fp32 state, and the peak so far.
 
     The peak is the allocator's on CUDA (`peak_allocated`) and the process's resident memory on CPU (`peak_resident`,
