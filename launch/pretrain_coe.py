@@ -7,6 +7,7 @@ the data (one line on stderr says which), 130 interrupted from the keyboard, 1 a
 """
 
 import argparse
+import json
 import os
 import sys
 
@@ -18,9 +19,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="YAML file, such as configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", help="key.sub=value, which wins over the file")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--dry-run", action="store_true", help="say what the run would cost; needs no data, no ranks")
+    parser.add_argument("--json", action="store_true", help="with --dry-run: say it as one JSON object")
+    options = parser.parse_intermixed_args(arguments)
     main_rank = os.environ.get("RANK", "0") == "0"
     try:
+        if options.dry_run:
+            return _forecast(load(options.config, options.overrides), options.json)
         return _pretrain(load(options.config, options.overrides, int(os.environ.get("WORLD_SIZE", "1"))))
     except ConfigError as error:
         if main_rank:
@@ -30,6 +35,17 @@ def main(arguments: list[str] | None = None) -> int:
         if main_rank:
             print("interrupted: the same command goes on from the newest checkpoint", file=sys.stderr)
         return 130
+
+
+def _forecast(config: RunConfig, as_json: bool) -> int:
+    from coe_megatron.training.forecast import forecast, vocabulary
+
+    try:
+        cost = forecast(config, vocabulary(config), config.parallel.world_size or config.parallel.expert)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    print(json.dumps(cost.as_dict(), indent=2) if as_json else cost.table())
+    return 0
 
 
 def _pretrain(config: RunConfig) -> int:

@@ -94,6 +94,10 @@ def _layout(config: RunConfig, world_size: int | None) -> Iterator[str]:
     expert, experts = config.parallel.expert, config.moe.num_experts
     if experts % expert:
         yield f"parallel.expert is {expert}: it must divide moe.num_experts ({experts})"
+    meant = config.parallel.world_size
+    if None not in (meant, world_size) and meant != world_size:
+        yield f"parallel.world_size is {meant}: {world_size} ranks were started, start as many or leave it null"
+    world_size = meant or world_size
     if world_size is None:
         return
     if world_size % expert:

@@ -151,9 +151,15 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class ParallelSettings:
-    """How the ranks divide the work; what is left of them is data parallelism. EP ranks divide the experts."""
+    """How the ranks divide the work; what is left of them is data parallelism.
+
+    Attributes:
+        expert: EP, the ranks that divide the experts of a layer among them.
+        world_size: number of ranks the run is meant for; null takes as many as are started. `--dry-run` counts on it.
+    """
 
     expert: Count = 1
+    world_size: Count | None = None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,9 @@
-"""The built-in corpus: worked math word problems from our own templates, endless and the same for the same seed.
+"""The built-in corpus: worked math word problems of our own, endless and the same for the same seed.
 
-Validation uses templates that training never shows, so a falling validation loss is more than remembered wording.
+Most are stories put together from parts (`templates.stories`); the others come from templates written one by one.
+Validation tells stories whose plots (the kinds of events, in their order) training never tells in any setting, and
+uses templates that training never shows. The first measures whether known parts are understood in a new order; the
+second, harder, whether anything helps with wording never seen. Both splits have equal shares of the two.
 Every equation in a response is evaluated from its own text; each response ends in "The answer is N.".
 """
 
@@ -12,10 +15,12 @@ from typing import get_args
 from coe_megatron.data.manifest import Split
 from coe_megatron.data.templates import daily, money, parts, people, shapes, shopping, travel, work
 from coe_megatron.data.templates.arithmetic import Problem
+from coe_megatron.data.templates.stories.telling import draw_story
 from coe_megatron.data.templates.words import Draw
 
 Template = Callable[[Draw], Problem]
 
+STORY_PERCENT = 80  # of the problems of either split
 FAMILIES: tuple[ModuleType, ...] = (daily, money, parts, people, shapes, shopping, travel, work)
 HELD_OUT = frozenset(
     {
@@ -35,7 +40,7 @@ HELD_OUT = frozenset(
 
 
 def templates(split: Split) -> dict[str, Template]:
-    """The templates of one split by id ("family.name"); no id stands in both splits.
+    """The templates written one by one of one split, by id ("family.name"); no id stands in both splits.
 
     Raises:
         ValueError: there is no such split.
@@ -54,7 +59,7 @@ def generate(split: Split, count: int, seed: int) -> Iterator[dict[str, str]]:
     """Yield `count` problems; a longer run with the same seed begins with the shorter one.
 
     Args:
-        split: "train", or "valid" for the held-out templates.
+        split: "train", or "valid" for the held-out plots and templates.
         count: how many problems, at least 0.
         seed: any integer; the two splits draw independently of each other.
 
@@ -66,11 +71,12 @@ def generate(split: Split, count: int, seed: int) -> Iterator[dict[str, str]]:
     """
     if count < 0:
         raise ValueError(f"count is {count}: it must be at least 0")
-    return _problems(list(templates(split).values()), count, random.Random(f"{split} {seed}"))
+    return _problems(split, list(templates(split).values()), count, random.Random(f"{split} {seed}"))
 
 
-def _problems(choices: list[Template], count: int, source: random.Random) -> Iterator[dict[str, str]]:
+def _problems(split: Split, choices: list[Template], count: int, source: random.Random) -> Iterator[dict[str, str]]:
     draw = Draw(source)
     for _ in range(count):
-        problem = draw.choice(choices)(draw)
+        is_story = draw.number(1, 100) <= STORY_PERCENT
+        problem = draw_story(draw, split) if is_story else draw.choice(choices)(draw)
         yield {"query": problem.question, "response": f"{problem.reasoning} The answer is {problem.answer}."}

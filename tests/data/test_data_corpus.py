@@ -5,10 +5,16 @@ import operator
 import random
 import re
 from fractions import Fraction
+from typing import get_args
 
 import pytest
 
-from coe_megatron.data.corpus import FAMILIES, HELD_OUT, generate, templates
+from coe_megatron.data.corpus import FAMILIES, HELD_OUT, STORY_PERCENT, generate, templates
+from coe_megatron.data.manifest import Split
+from coe_megatron.data.templates.arithmetic import Problem, calc
+from coe_megatron.data.templates.stories import telling
+from coe_megatron.data.templates.stories.kinds import EVENTS
+from coe_megatron.data.templates.stories.telling import SETTINGS, draw_story, held_out, plots, tell
 from coe_megatron.data.templates.words import Draw
 
 NUMBER = r"\d+(?:\.\d+)?"
@@ -28,6 +34,8 @@ COMMON_KNOWLEDGE = {
     "1000",
 }  # sides, cents, dozens, minutes, percent
 APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+SPLITS = get_args(Split)
+STORY = Problem("A story?", "So 1 + 1 = 2.", calc("1 + 1"))
 ALL = {**templates("train"), **templates("valid")}
 
 
@@ -64,41 +72,97 @@ def test_the_evaluator_of_this_test_knows_precedence():
     assert evaluate("7 - 3 - 4") == 0
 
 
+def check_equations(problem):
+    """Every equation is right, and one of them gives the answer."""
+    equations = EQUATION.findall(problem.reasoning)
+    assert 2 <= len(equations) <= 6, problem.reasoning
+    assert problem.reasoning.count(" = ") == len(equations), problem.reasoning
+    for left, right in equations:
+        assert evaluate(left) == Fraction(right), f"{left} = {right}"
+    assert str(problem.answer) in {right for _, right in equations}
+
+
+def check_steps(problem):
+    """Steps start from the question and lead on to the answer."""
+    steps = [(re.findall(NUMBER, left), right) for left, right in EQUATION.findall(problem.reasoning)]
+    known = COMMON_KNOWLEDGE | set(re.findall(NUMBER, problem.question))
+    for place, (used, result) in enumerate(steps):
+        assert known.issuperset(used), f"{used} come from nowhere: {problem}"
+        known.add(result)
+        later = [number for numbers, _ in steps[place + 1 :] for number in numbers]
+        assert not later or result in later, f"{result} is never used: {problem}"
+    assert steps[-1][1] == str(problem.answer)
+
+
+def check_sentences(problem):
+    """The sentences are whole, with plurals and articles where they belong."""
+    text = f"{problem.question} {problem.reasoning}"
+    assert problem.question.endswith("?") and problem.reasoning.endswith(".")
+    assert text[0].isupper() or text[0].isdigit()
+    assert not re.search(r"  | [,.?]|[.?] [a-z]|\{|\}|[\[\]~|]|<|None", text), text
+    assert not re.search(r"(?<![\d./])1 (?!has|is)[a-z]+s\b", text), f"a plural after 1: {text}"
+    assert not re.search(r"(?<![\d./])(?!1 )\d+ (hour|day|dollar|point|basket|liter|pear)\b", text), text
+    assert not re.search(r"\ba [aeiou]|\ban [^aeiouh]", text), f"a wrong article: {text}"
+    assert not re.search(r"= 0(?![\d.])|= -", text), f"nothing is left over: {text}"
+
+
+@pytest.mark.parametrize("check", [check_equations, check_steps, check_sentences])
 @pytest.mark.parametrize("name", ALL)
-def test_every_equation_is_right_and_leads_to_the_answer(name):
+def test_problems_of_templates(name, check):
     for problem in drawn(name, 60):
-        equations = EQUATION.findall(problem.reasoning)
-        assert 2 <= len(equations) <= 6, problem.reasoning
-        assert problem.reasoning.count(" = ") == len(equations), problem.reasoning
-        for left, right in equations:
-            assert evaluate(left) == Fraction(right), f"{left} = {right}"
-        assert str(problem.answer) in {right for _, right in equations}
+        check(problem)
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_steps_start_from_the_question_and_lead_on_to_the_answer(name):
-    for problem in drawn(name, 60):
-        steps = [(re.findall(NUMBER, left), right) for left, right in EQUATION.findall(problem.reasoning)]
-        known = COMMON_KNOWLEDGE | set(re.findall(NUMBER, problem.question))
-        for place, (used, result) in enumerate(steps):
-            assert known.issuperset(used), f"{used} come from nowhere: {problem}"
-            known.add(result)
-            later = [number for numbers, _ in steps[place + 1 :] for number in numbers]
-            assert not later or result in later, f"{result} is never used: {problem}"
-        assert steps[-1][1] == str(problem.answer)
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
+def test_stories_of_every_setting_with_each_of_its_events(setting):
+    draw = Draw(random.Random(setting.name))
+    for event in sorted(setting.kinds & EVENTS.keys()):
+        choices = [plot for split in SPLITS for steps in (2, 3, 4) for plot in plots(split, setting.kinds, steps)]
+        stories = [tell(draw, setting, draw.choice([plot for plot in choices if event in plot])) for _ in range(15)]
+        assert any(stories), f"no numbers are found for {event}"
+        for story in filter(None, stories):
+            check_equations(story)
+            check_steps(story)
+            check_sentences(story)
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_the_sentences_are_whole(name):
-    for problem in drawn(name, 60):
-        text = f"{problem.question} {problem.reasoning}"
-        assert problem.question.endswith("?") and problem.reasoning.endswith(".")
-        assert text[0].isupper() or text[0].isdigit()
-        assert not re.search(r"  | [,.?]|\{|\}|<|None", text), text
-        assert not re.search(r"(?<![\d./])1 (?!has|is)[a-z]+s\b", text), f"a plural after 1: {text}"
-        assert not re.search(r"(?<![\d./])(?!1 )\d+ (hour|day|dollar|point|basket|liter|pear)\b", text), text
-        assert not re.search(r"\ba [aeiou]|\ban [^aeiouh]", text), f"a wrong article: {text}"
-        assert not re.search(r"= 0(?![\d.])|= -", text), f"nothing is left over: {text}"
+def test_counts_of_stories_are_whole_and_positive():
+    draw = Draw(random.Random(0))
+    for split in SPLITS:
+        for _ in range(500):
+            numbers = re.findall(NUMBER, draw_story(draw, split).reasoning)
+            assert all(number.isdigit() and int(number) > 0 for number in numbers)
+
+
+def test_training_never_tells_a_story_of_a_held_out_plot_in_any_setting(monkeypatch):
+    told = {split: set() for split in SPLITS}
+    seen = {split: set() for split in SPLITS}
+    for split in SPLITS:
+
+        def spy(draw, setting, plot, split=split):
+            told[split].add(plot)
+            seen[split].update((setting.name, kind) for kind in plot)
+            return tell(draw, setting, plot)
+
+        monkeypatch.setattr(telling, "tell", spy)
+        list(generate(split, 6000, 0))
+    assert not any(held_out(plot) for plot in told["train"]) and all(held_out(plot) for plot in told["valid"])
+    assert told["train"].isdisjoint(told["valid"]) and len(told["train"]) > 500 and len(told["valid"]) > 80
+    assert seen["valid"] <= seen["train"], "all parts of a validation story are known from training"
+
+
+def test_every_plot_belongs_to_one_split_and_an_eighth_of_them_is_held_out():
+    kinds = frozenset(EVENTS)
+    train, valid = ({plot for steps in (2, 3, 4) for plot in plots(split, kinds, steps)} for split in SPLITS)
+    assert train.isdisjoint(valid) and 0.1 < len(valid) / len(train | valid) < 0.15
+    assert all(2 <= len(plot) <= 4 and len(set(plot)) == len(plot) for plot in train | valid)
+
+
+def test_the_share_of_stories_is_as_announced(monkeypatch):
+    monkeypatch.setattr("coe_megatron.data.corpus.draw_story", lambda draw, split: STORY)
+    for split in SPLITS:
+        stories = sum(problem["query"] == STORY.question for problem in generate(split, 2000, 0))
+        assert stories / 20 == pytest.approx(STORY_PERCENT, abs=3)
 
 
 def test_there_are_many_templates_in_many_families():

@@ -1,1 +1,1 @@
-"""Templates of the built-in corpus, by family; each module lists its own in `TEMPLATES`."""
+"""Templates of the built-in corpus, by family, each listed in its module's `TEMPLATES`; `stories` are put together."""

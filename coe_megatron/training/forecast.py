@@ -1,0 +1,133 @@
+"""What a run will cost, from its config alone: no torch, no data, no second rank. Behind `--dry-run`.
+
+Bytes are of one rank. The formulas hold for what runs today: data and expert parallelism with ZeRO-1.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from coe_megatron.chain import closed_forms
+from coe_megatron.chain.closed_forms import Flops, ModelShape, ParameterCount
+from coe_megatron.config.settings import RunConfig
+from coe_megatron.config.shape import model_shape, padded_vocabulary
+from coe_megatron.data.manifest import Manifest
+
+_MASTER_AND_MOMENTS = 12  # bytes a parameter: fp32 master weight and AdamW's two moments
+_GRADIENT = 4  # bytes a parameter: gradients are summed in fp32
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The cost of a run.
+
+    Attributes:
+        parameters: of the whole model, by kind.
+        flops_per_token: forward and backward, by kind.
+        tokens_per_step: positions of a global batch, padding among them.
+        memory: bytes a rank holds whatever the batch: weights, gradients, and the optimizer's masters and moments.
+        communication: bytes a rank sends in one step, by what for, uniform routing assumed.
+    """
+
+    parameters: ParameterCount
+    flops_per_token: Flops
+    tokens_per_step: int
+    memory: dict[str, int]
+    communication: dict[str, int]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values with totals, for JSON."""
+        counted, flops = self.parameters, self.flops_per_token
+        totals = {name: getattr(counted, name) for name in ("total", "active", "without_embeddings")}
+        return {
+            "parameters": totals | asdict(counted),
+            "flops_per_token": {"total": flops.total} | asdict(flops),
+            "tokens_per_step": self.tokens_per_step,
+            "memory_bytes_per_rank": {"total": sum(self.memory.values())} | self.memory,
+            "communication_bytes_per_rank_and_step": {"total": sum(self.communication.values())} | self.communication,
+        }
+
+    def table(self) -> str:
+        """The same for a person."""
+        counted, flops = self.parameters, self.flops_per_token
+        rows = {
+            "parameters": f"{counted.total:,} in all, {counted.active:,} active for a token, "
+            f"{counted.without_embeddings:,} without embeddings",
+            "": ", ".join(f"{name} {value:,}" for name, value in asdict(counted).items() if value),
+            "FLOPs a token": f"{flops.total:,} to train (forward and backward)",
+            " ": ", ".join(f"{name} {value / flops.total:.1%}" for name, value in asdict(flops).items() if value),
+            "tokens a step": f"{self.tokens_per_step:,}, {self.tokens_per_step * flops.total / 1e12:.3g} TFLOP",
+            "memory a rank": f"{_mebibytes(self.memory)}, activations not counted",
+            "sent a step": f"{_mebibytes(self.communication)} by each rank",
+        }
+        width = max(map(len, rows))
+        return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
+
+
+def forecast(config: RunConfig, vocab_size: int, world_size: int) -> Forecast:
+    """The cost of a run.
+
+    Args:
+        vocab_size: rows of the embedding, padding included.
+        world_size: number of ranks.
+    """
+    shape = model_shape(config, vocab_size)
+    counted = closed_forms.parameters(shape)
+    return Forecast(
+        parameters=counted,
+        flops_per_token=closed_forms.training_flops(shape),
+        tokens_per_step=config.training.global_batch * shape.seq_length,
+        memory=_memory(config, counted, world_size),
+        communication=_communication(config, shape, counted, world_size),
+    )
+
+
+def vocabulary(config: RunConfig) -> int:
+    """Rows of the embedding: `model.vocab_size`, or what the prepared data's tokenizer asks for.
+
+    Raises:
+        ValueError: neither is there to tell.
+    """
+    try:
+        return padded_vocabulary(config, Manifest.read(Path(config.data.path)).vocab_size)
+    except ValueError as error:
+        if config.model.vocab_size is None:
+            raise ValueError(f"model.vocab_size is null: without prepared data it must be given ({error})") from None
+        return config.model.vocab_size
+
+
+def _memory(config: RunConfig, counted: ParameterCount, ranks: int) -> dict[str, int]:
+    """Experts lie on EP ranks; their states are cut over the replicas of these, dense states over all ranks."""
+    expert, replicas = config.parallel.expert, ranks // config.parallel.expert
+    dense, experts = counted.total - counted.experts, counted.experts // expert
+    return {
+        "weights": _bytes(config) * (dense + experts),
+        "gradients": _GRADIENT * (dense + experts),
+        "optimizer": _MASTER_AND_MOMENTS * (-(-dense // ranks) + -(-experts // replicas)),
+    }
+
+
+def _communication(config: RunConfig, shape: ModelShape, counted: ParameterCount, ranks: int) -> dict[str, int]:
+    """Ring algorithms: reducing sends 2 (n-1)/n of the data and gathering (n-1)/n, over n ranks.
+
+    The all-to-all sends each of K copies of a token there and back, in each of C iterations, forward and backward, but
+    for the 1/EP of them that stay.
+    """
+    expert, replicas = config.parallel.expert, ranks // config.parallel.expert
+    dense, experts = counted.total - counted.experts, counted.experts // expert
+    copies = shape.num_moe_layers * shape.chain.iterations * shape.topk
+    tokens = config.training.global_batch * shape.seq_length // ranks
+    return {
+        "all_to_all": 4 * tokens * copies * shape.hidden * _bytes(config) * (expert - 1) // expert,
+        "gradients": 2 * _GRADIENT * (dense * (ranks - 1) // ranks + experts * (replicas - 1) // replicas),
+        "weights": _bytes(config) * (dense * (ranks - 1) // ranks + experts * (replicas - 1) // replicas),
+    }
+
+
+def _bytes(config: RunConfig) -> int:
+    return 2 if config.training.precision == "bf16" else 4
+
+
+def _mebibytes(parts: dict[str, int]) -> str:
+    listed = ", ".join(f"{name.replace('_', '-')} {value / 2**20:,.1f}" for name, value in parts.items())
+    return f"{sum(parts.values()) / 2**20:,.1f} MiB ({listed})"
