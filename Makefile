@@ -12,7 +12,8 @@ export PYTHONUNBUFFERED := 1
 quickstart: $(INSTALLED) data/builtin/manifest.json
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 launch/pretrain_coe.py configs/quickstart.yaml
 
-data/builtin/manifest.json: $(INSTALLED)
+CORPUS := $(wildcard coe_megatron/data/*.py coe_megatron/data/templates/*.py coe_megatron/data/templates/*/*.py)
+data/builtin/manifest.json: $(INSTALLED) $(CORPUS)
 	$(BIN)/python launch/prepare_data.py --builtin 20000 --vocab-size 2048 --output data/builtin --overwrite
 
 test: $(INSTALLED)

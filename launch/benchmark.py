@@ -13,10 +13,10 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Never
 
 from coe_megatron.chain.closed_forms import ModelShape
 from coe_megatron.chain.settings import ChainSettings
+from coe_megatron.config.arguments import Parser
 
 # hidden, ffn, experts, topk, tokens; each with one shared expert of the same ffn.
 TABLE = (
@@ -33,13 +33,6 @@ SIZES = {
     "experts": "routed experts",
     "topk": "experts a token, even",
 }
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage before it."""
-
-    def error(self, message: str) -> Never:
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -60,9 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> Parser:
-    formats = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = Parser(prog="benchmark.py", description=__doc__, **formats)
-    layer = parser.add_subparsers(required=True, metavar="layer").add_parser("layer", description=__doc__, **formats)
+    parser = Parser(prog="benchmark.py", description=__doc__)
+    layer = parser.add_subparsers(required=True, metavar="layer").add_parser("layer", description=__doc__)
     layer.prog = parser.prog
     for (name, text), default in zip(SIZES.items(), TABLE[0], strict=False):
         layer.add_argument(f"--{name}", type=_positive, metavar="N", help=f"{text} (default: {default})")

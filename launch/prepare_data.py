@@ -4,8 +4,8 @@ import argparse
 import sys
 import warnings
 from pathlib import Path
-from typing import Never
 
+from coe_megatron.config.arguments import Parser
 from coe_megatron.data.manifest import Manifest
 from coe_megatron.data.prepare import PrepareSettings, prepare
 
@@ -22,21 +22,8 @@ exit status: 0 done, 1 the input could not be prepared, 2 a bad argument, 130 in
 on stderr and leaves --output as it was."""
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage before it."""
-
-    def error(self, message: str) -> Never:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def parser() -> Parser:
-    made = Parser(
-        prog="prepare_data.py",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    made = Parser(prog="prepare_data.py", description=__doc__, epilog=EPILOG)
     source = made.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", type=Path, nargs="+", default=[], metavar="FILE", dest="inputs", help="documents")
     source.add_argument("--builtin", type=int, metavar="COUNT", help="so many problems of the built-in corpus")

@@ -6,35 +6,30 @@ Run again with the same config, it goes on from its newest checkpoint. Exit stat
 the data (one line on stderr says which), 130 interrupted from the keyboard, 1 anything else.
 """
 
-import argparse
 import json
 import os
 import sys
 
 from coe_megatron.config import ConfigError, RunConfig, load
+from coe_megatron.config.arguments import Parser
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse, check, train; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="pretrain_coe.py", description=__doc__)
     parser.add_argument("config", help="YAML file, such as configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", help="key.sub=value, which wins over the file")
     parser.add_argument("--dry-run", action="store_true", help="say what the run would cost; needs no data, no ranks")
     parser.add_argument("--json", action="store_true", help="with --dry-run: say it as one JSON object")
     options = parser.parse_intermixed_args(arguments)
-    main_rank = os.environ.get("RANK", "0") == "0"
+    if options.json and not options.dry_run:
+        parser.error("--json goes with --dry-run: a run writes its numbers into metrics.jsonl")
     try:
         if options.dry_run:
             return _forecast(load(options.config, options.overrides), options.json)
         return _pretrain(load(options.config, options.overrides, int(os.environ.get("WORLD_SIZE", "1"))))
     except ConfigError as error:
-        if main_rank:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        if main_rank:
-            print("interrupted: the same command goes on from the newest checkpoint", file=sys.stderr)
-        return 130
+        parser.error(str(error))
 
 
 def _forecast(config: RunConfig, as_json: bool) -> int:
@@ -54,9 +49,16 @@ def _pretrain(config: RunConfig) -> int:
 
     quiet_libraries()
     from coe_megatron.parallel.groups import Ranks
-    from coe_megatron.training.loop import train
+    from coe_megatron.training.loop import Interrupted, train
 
-    outcome = train(config, Ranks.from_environment(os.environ))
+    ranks = Ranks.from_environment(os.environ)
+    try:
+        outcome = train(config, ranks)
+    except (Interrupted, KeyboardInterrupt, FloatingPointError) as error:
+        if ranks.rank == 0:
+            goes_on = "the same command goes on from the newest checkpoint"
+            print(f"{error}; {goes_on}" if str(error) else f"interrupted; {goes_on}", file=sys.stderr)
+        return 1 if isinstance(error, FloatingPointError) else 130
     if outcome is not None:
         print(outcome.summary())
     return 0

@@ -1,13 +1,26 @@
-"""Runs the project's programs as a user does, in processes of their own."""
+"""Runs the project's programs as a user does, in processes of their own that never outlive their test."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+class Program(subprocess.Popen):
+    """A program in the project's root; at the end of its `with` block nothing of it is left."""
+
+    def __init__(self, command: list[str], **more: Any) -> None:
+        super().__init__(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **more)
+
+    def __exit__(self, *details: Any) -> None:
+        kill(self)
+        super().__exit__(*details)
 
 
 def python(*arguments: object, seconds: float = 120) -> subprocess.CompletedProcess[str]:
@@ -20,28 +33,34 @@ def torchrun(*arguments: object, seconds: float = 600) -> subprocess.CompletedPr
     return _run([*TORCHRUN, *map(str, arguments)], seconds)
 
 
-def start_torchrun(*arguments: object) -> subprocess.Popen[bytes]:
-    """The same without waiting; end it with `kill`."""
+def start_torchrun(*arguments: object) -> Program:
+    """The same without waiting: `with start_torchrun(...) as process`; `kill` ends it earlier."""
     command = [*TORCHRUN, *map(str, arguments)]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen(command, cwd=ROOT, env=_environment(), start_new_session=True, **quiet)
+    return Program(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def kill(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to torchrun and its ranks at once; every rank leads a session of its own, hence found as a child."""
-    listed = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=False
-    )
-    for pid in [process.pid, *map(int, listed.stdout.split())]:
-        os.kill(pid, signal.SIGKILL)
-    process.wait()
+def kill(process: subprocess.Popen) -> None:
+    """SIGKILL to a program and all that it started; torchrun's ranks lead sessions of their own, hence by parent.
+
+    Does nothing to a program that has ended.
+    """
+    if process.poll() is None:
+        for pid in [process.pid, *_descendants(process.pid)]:  # found before the first dies: orphans have no parent
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+def _descendants(pid: int) -> list[int]:
+    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    parents = dict(map(int, line.split()) for line in listed.splitlines())
+    found = [pid]
+    for parent in found:  # grows on the way
+        found += [child for child, its_parent in parents.items() if its_parent == parent]
+    return found[1:]
 
 
 def _run(command: list[str], seconds: float) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command, cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=seconds, check=False
-    )
-
-
-def _environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+    with Program(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        out, err = process.communicate(timeout=seconds)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)

@@ -1,10 +1,17 @@
-"""Pins, container and package agree with each other."""
+"""Pins, container and package agree with each other; what is installed is whole; who may import whom."""
 
+import ast
+import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 PINS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#")
@@ -47,3 +54,80 @@ def test_importing_the_package_loads_no_engine_and_patches_nothing() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
+
+
+def _imports(package: str) -> Iterator[tuple[str, str]]:
+    """(file, what it imports) of a package's files; `from a import b` counts as a.b, since b may be a module."""
+    for path in sorted((ROOT / "coe_megatron" / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                yield from ((path.name, alias.name) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                assert not node.level, f"{path.name}: imports of the project are absolute"
+                yield from ((path.name, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def test_the_method_needs_torch_alone() -> None:
+    """`chain` is the method itself: readable and usable without the rest of the project, Megatron or DeepSpeed."""
+    found = list(_imports("chain"))
+    assert ("method.py", "coe_megatron.chain.settings.ChainSettings") in found and ("method.py", "torch.nn") in found
+    for file, name in found:
+        own = name.startswith("coe_megatron.chain.")
+        assert own or name.split(".")[0] in {"torch", *sys.stdlib_module_names}, (file, name)
+
+
+def test_the_layer_does_not_use_the_oracle_it_is_tested_against() -> None:
+    found = list(_imports("modules"))
+    assert ("coe_layer.py", "coe_megatron.chain.settings.ChainSettings") in found
+    assert [(file, name) for file, name in found if name.startswith("coe_megatron.chain.method")] == []
+
+
+IMPORT_ALL = """
+import importlib, json, pkgutil, sys
+sys.path.insert(0, sys.argv[1])
+import coe_megatron
+for module in pkgutil.walk_packages(coe_megatron.__path__, "coe_megatron."):
+    importlib.import_module(module.name)
+print(json.dumps({name: module.__file__ for name, module in sys.modules.items() if name.startswith("coe_megatron")}))
+"""
+
+
+@pytest.mark.run
+def test_a_wheel_holds_the_whole_package_and_needs_no_source_tree(tmp_path: Path) -> None:
+    """Built from a copy, so that no build folder stays behind, and without asking any index for packages."""
+    source, installed = tmp_path / "source", tmp_path / "installed"
+    shutil.copytree(ROOT / "coe_megatron", source / "coe_megatron", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-index",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        tmp_path,
+        source,
+    ]
+    built = subprocess.run(pip, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(installed)
+
+    files = {path.relative_to(source).as_posix() for path in (source / "coe_megatron").rglob("*") if path.is_file()}
+    held = {path.relative_to(installed).as_posix() for path in installed.rglob("*") if path.is_file()}
+    assert "coe_megatron/data/templates/stories/__init__.py" in files
+    assert files == {name for name in held if name.startswith("coe_megatron/")}
+    (license,) = (name for name in held if name.endswith("/licenses/LICENSE"))
+    assert (installed / license).read_bytes() == (ROOT / "LICENSE").read_bytes()
+
+    command = [sys.executable, "-I", "-c", IMPORT_ALL, installed]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    origins = json.loads(found.stdout.splitlines()[-1])
+    assert {Path(path).relative_to(installed).as_posix() for path in origins.values()} == {
+        name for name in files if name.endswith(".py")
+    }

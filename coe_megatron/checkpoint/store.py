@@ -33,7 +33,9 @@ _NAME = re.compile(r"step-(\d+)(\.tmp)?")
 
 
 def save(folder: Path, step: int, engine: Engine, state: dict[str, Any], keep: int) -> Path:
-    """Save a run between two steps, and delete what is older than the newest `keep` whole checkpoints.
+    """Save a run between two steps, and delete what is older than the newest `keep` checkpoints up to this one.
+
+    What lies beyond `step` stays: a run that goes on from an earlier step found it damaged.
 
     Args:
         folder: where the checkpoints of this run lie; made if needed.
@@ -53,7 +55,7 @@ def save(folder: Path, step: int, engine: Engine, state: dict[str, Any], keep: i
     seal(partial)
     if dist.get_rank() == 0:
         _publish(partial, final)
-        _prune(folder, keep)
+        _prune(folder, step, keep)
     dist.barrier()
     return final
 
@@ -117,9 +119,9 @@ def _publish(partial: Path, final: Path) -> None:
     _sync(final.parent)
 
 
-def _prune(folder: Path, keep: int) -> None:
-    """Delete whatever is older than the newest `keep` checkpoints that have a seal: whole ones, damaged, unfinished."""
-    entries = _newest_first(folder)
+def _prune(folder: Path, step: int, keep: int) -> None:
+    """Of what is not newer than `step`, leave the newest `keep` checkpoints with a seal, and what is among them."""
+    entries = [entry for entry in _newest_first(folder) if _step(entry) <= step]
     sealed = [entry for entry in entries if not entry.suffix and (entry / SEAL).exists()]
     for entry in entries[entries.index(sealed[keep - 1]) + 1 :] if len(sealed) >= keep else []:
         _delete(entry)
@@ -133,8 +135,14 @@ def _delete(checkpoint: Path) -> None:
 
 def _newest_first(folder: Path) -> list[Path]:
     """Checkpoints, unfinished ones among them, by falling step."""
-    found = {path: match for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))}
-    return sorted(found, key=lambda path: (int(found[path][1]), path.name), reverse=True)
+    found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: (_step(path), path.name), reverse=True)
+
+
+def _step(checkpoint: Path) -> int:
+    match = _NAME.fullmatch(checkpoint.name)
+    assert match is not None, checkpoint
+    return int(match[1])
 
 
 def _sync(folder: Path) -> None:

@@ -19,6 +19,7 @@ def problems(config: RunConfig, world_size: int | None = None) -> Iterator[str]:
     """Every broken rule, one line each."""
     yield from _model(config.model)
     yield from _moe(config.moe, config.model.num_layers)
+    yield from _alignment(config)
     yield from _training(config)
     yield from _layout(config, world_size)
 
@@ -30,9 +31,11 @@ def _model(model: ModelSettings) -> Iterator[str]:
             f"model.num_attention_heads is {heads}: it must divide model.hidden_size ({model.hidden_size}), "
             "or model.kv_channels must give the size of a head"
         )
-    head_dim = model.mla.qk_pos_emb_head_dim if model.mla else model.kv_channels or model.hidden_size // heads
-    if head_dim % 2:
-        yield f"model.kv_channels is {head_dim}: rotary positions need an even size of a head"
+    if model.mla is not None and model.mla.qk_pos_emb_head_dim % 2:
+        yield f"model.mla.qk_pos_emb_head_dim is {model.mla.qk_pos_emb_head_dim}: rotary positions need an even number"
+    if model.mla is None and (model.kv_channels or model.hidden_size // heads) % 2:
+        size = model.kv_channels or model.hidden_size // heads
+        yield f"model.kv_channels is {size}: rotary positions need an even size of a head"
     if model.num_query_groups is not None and heads % model.num_query_groups:
         yield f"model.num_query_groups is {model.num_query_groups}: it must divide model.num_attention_heads ({heads})"
     if model.mla is not None and model.num_query_groups is not None:
@@ -71,6 +74,17 @@ def _groups(moe: MoESettings, groups: int, chosen: int) -> Iterator[str]:
         yield f"moe.group_topk is {chosen}: it must divide moe.topk ({moe.topk})"
     elif moe.topk > chosen * (moe.num_experts // groups):
         yield f"moe.topk is {moe.topk}: the {chosen} chosen groups hold {chosen * (moe.num_experts // groups)} experts"
+
+
+def _alignment(config: RunConfig) -> Iterator[str]:
+    """torch's grouped product wants rows of a multiple of 16 bytes."""
+    multiple = 8 if config.training.precision == "bf16" else 4
+    for name, value in (
+        ("model.hidden_size", config.model.hidden_size),
+        ("moe.ffn_hidden_size", config.moe.ffn_hidden_size),
+    ):
+        if value % multiple:
+            yield f"{name} is {value}: in {config.training.precision} it must be a multiple of {multiple}"
 
 
 def _training(config: RunConfig) -> Iterator[str]:

@@ -33,7 +33,11 @@ def load(path: str | Path, overrides: Sequence[str] = (), world_size: int | None
         ConfigError: with one line that names the field, its value and what would be valid.
     """
     merged = OmegaConf.merge(_read(Path(path)), *(_override(text) for text in overrides))
-    config = parse(OmegaConf.to_container(merged, resolve=True))
+    try:
+        values = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: a value refers to what is not there: {' '.join(str(error).split())}") from None
+    config = parse(values)
     try:
         check(config, world_size)
     except ValueError as error:
@@ -96,6 +100,10 @@ def _explain(error: Any) -> str:
     path = [str(part) for part in error["loc"] if isinstance(part, str | int) and not _is_union_tag(part)]
     name = ".".join(path)
     match error["type"]:
+        case "missing":
+            return f"{name} is missing: a value is needed there"
+        case _ if not path:
+            return f"the config cannot be read: {error['msg']}"
         case "unexpected_keyword_argument" | "extra_forbidden":
             names = _field_names(path[:-1])
             near = difflib.get_close_matches(path[-1], names, n=1, cutoff=0.5)

@@ -13,8 +13,8 @@ from coe_megatron.chain.settings import ChainSettings
 Count = Annotated[int, Field(ge=1)]
 Index = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class ModelSettings:
     normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
     layernorm_epsilon: Positive = 1e-6
     qk_layernorm: bool = False
-    rotary_base: Positive = 10_000.0
+    rotary_base: Count = 10_000
     untied_embeddings: bool = True
     hidden_dropout: Fraction = 0.0
     attention_dropout: Fraction = 0.0

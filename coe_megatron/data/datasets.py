@@ -106,6 +106,11 @@ class PreparedData:
         dataset = _build_index_once(cache, lambda path: _gpt_dataset(self, indexed, split, seq_length, seed, path))
         return PackedDataset(dataset, self.tokenizer.pad_id)
 
+    def share_cut(self, seq_length: int) -> float:
+        """The share of the training documents that `rows` cuts: those with more than seq_length + 1 tokens."""
+        indexed = self._indexed("train", seq_length)  # held on to: its lengths are a view of a file it maps
+        return float((indexed.sequence_lengths > seq_length + 1).mean())
+
     def _indexed(self, split: Split, seq_length: int) -> Any:
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 

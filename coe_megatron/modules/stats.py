@@ -47,34 +47,55 @@ def reset_routing(model: torch.nn.Module) -> None:
 
 
 def report_routing(model: torch.nn.Module) -> list[RoutingReport]:
-    """What the routers noted since `reset_routing`; a collective over the data-parallel ranks."""
-    return [_report(layer, iteration, router) for layer, iteration, router in routers(model)]
-
-
-def _report(layer: int, iteration: int, router: CoERouter) -> RoutingReport:
-    stats, names = router.stats, sorted(router.stats.losses)
-    assert stats.load is not None, "no training step since reset_routing"
-    calls = stats.load.new_tensor([float(stats.calls)])
-    together = torch.cat([*(stats.losses[name].float().view(1) for name in names), calls, stats.load])
+    """What the routers noted since `reset_routing`; one collective over the ranks that saw other tokens."""
+    found = list(routers(model))
+    noted = [_as_vector(router) for _, _, router in found]
+    together = torch.cat(noted)
     group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
     torch.distributed.all_reduce(together, group=group)
-    values = together.tolist()
-    load, total = values[len(names) + 1 :], sum(values[len(names) + 1 :])
-    losses = {name: value / values[len(names)] for name, value in zip(names, values, strict=False)}
-    return RoutingReport(layer, iteration, losses, [part / total for part in load])
+    summed = together.cpu().split([len(vector) for vector in noted])
+    return [_report(*router, vector.tolist()) for router, vector in zip(found, summed, strict=True)]
 
 
-def update_expert_biases(model: torch.nn.Module) -> None:
-    """After an optimizer step: move each expert bias against its expert's load (arXiv 2408.15664), per iteration.
+def mean_losses(reports: list[RoutingReport]) -> dict[str, float]:
+    """`aux_loss` (balancing losses of any kind) and `z_loss`, means over layers and iterations; what is off is 0."""
+    kinds: dict[str, list[float]] = {"aux_loss": [], "z_loss": []}
+    for report in reports:
+        for name, value in report.losses.items():
+            kinds["z_loss" if name == "z_loss" else "aux_loss"].append(value)
+    return {name: sum(values) / len(values) if values else 0.0 for name, values in kinds.items()}
 
-    Does nothing where the expert bias is off. A collective over the data-parallel ranks.
+
+def finish_step(model: torch.nn.Module) -> None:
+    """What routers need after an optimizer step; a collective where the expert bias is on.
+
+    Each expert bias moves against its expert's load (arXiv 2408.15664), per iteration, and the loads that the global
+    auxiliary loss averages over the micro-batches of a step begin anew.
     """
-    found = [router for _, _, router in routers(model) if router.enable_expert_bias]
-    if not found:
+    found = [router for _, _, router in routers(model)]
+    for router in found:
+        router.reset_global_aux_loss_tracker()
+    biased = [router for router in found if router.enable_expert_bias]
+    if not biased:
         return
-    loads = torch.stack([router.local_tokens_per_expert for router in found])
-    biases = torch.stack([router.expert_bias for router in found])
-    updated = get_updated_expert_bias(loads, biases, found[0].config.moe_router_bias_update_rate)
-    for router, bias in zip(found, updated, strict=True):
+    loads = torch.stack([router.local_tokens_per_expert for router in biased])
+    biases = torch.stack([router.expert_bias for router in biased])
+    updated = get_updated_expert_bias(loads, biases, biased[0].config.moe_router_bias_update_rate)
+    for router, bias in zip(biased, updated, strict=True):
         router.local_tokens_per_expert.zero_()
         router.expert_bias.copy_(bias)
+
+
+def _as_vector(router: CoERouter) -> torch.Tensor:
+    """The losses by name, the number of calls, and the N loads, float64."""
+    stats = router.stats
+    assert stats.load is not None, "no training step since reset_routing"
+    losses = [stats.losses[name].double().view(1) for name in sorted(stats.losses)]
+    return torch.cat([*losses, stats.load.new_tensor([stats.calls], dtype=torch.float64), stats.load.double()])
+
+
+def _report(layer: int, iteration: int, router: CoERouter, summed: list[float]) -> RoutingReport:
+    names = sorted(router.stats.losses)
+    calls, load = summed[len(names)], summed[len(names) + 1 :]
+    losses = {name: value / calls for name, value in zip(names, summed, strict=False)}
+    return RoutingReport(layer, iteration, losses, [part / sum(load) for part in load])

@@ -1,6 +1,6 @@
 """The validation loss, and the entropy a model has to beat to have learned anything but frequencies."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from megatron.core import parallel_state
@@ -14,14 +14,13 @@ def token_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     Args:
         batch: tokens, labels, position_ids [B, S] int64 and padding_mask [B, S] bool, True at padding.
     """
-    padding_mask = batch["padding_mask"] if bool(batch["padding_mask"].any()) else None
     return model(
-        batch["tokens"], batch["position_ids"], None, labels=batch["labels"], padding_mask=padding_mask
+        batch["tokens"], batch["position_ids"], None, labels=batch["labels"], padding_mask=batch["padding_mask"]
     ).float()
 
 
 @torch.no_grad()
-def validation_loss(model: torch.nn.Module, batches: Sequence[Batch]) -> float:
+def validation_loss(model: torch.nn.Module, batches: Iterable[Batch]) -> float:
     """Mean loss in nats over all counted tokens of all ranks' batches; every rank has to bring equally many.
 
     Raises:
@@ -29,10 +28,10 @@ def validation_loss(model: torch.nn.Module, batches: Sequence[Batch]) -> float:
     """
     was_training = model.training
     model.eval()
-    sums = torch.zeros(2, dtype=torch.float64)
+    sums = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
     for batch in batches:
         mask = batch["loss_mask"]
-        sums += torch.stack([(token_losses(model, batch) * mask).sum(), mask.sum()]).double().cpu()
+        sums += torch.stack([(token_losses(model, batch) * mask).sum(), mask.sum()])
     model.train(was_training)
     total, tokens = all_reduce_sum(sums).tolist()
     if not tokens:
@@ -40,7 +39,7 @@ def validation_loss(model: torch.nn.Module, batches: Sequence[Batch]) -> float:
     return total / tokens
 
 
-def unigram_entropy(batches: Sequence[Batch], vocab_size: int) -> float:
+def unigram_entropy(batches: Iterable[Batch], vocab_size: int) -> float:
     """Entropy in nats of the counted labels' frequencies: the best loss of a model that ignores context."""
     counts = torch.zeros(vocab_size, dtype=torch.float64)
     for batch in batches:

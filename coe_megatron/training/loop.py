@@ -6,6 +6,7 @@ tokens of the whole step, on all ranks and in all micro-batches, so that a token
 
 import math
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from coe_megatron.modules import stats
 from coe_megatron.parallel import groups
 from coe_megatron.training import evaluation, memory, run_folder
 from coe_megatron.training.evaluation import Batch
+from coe_megatron.training.interruption import Interruption
 from coe_megatron.training.metrics import MetricsWriter
 from coe_megatron.training.model import build_model
 from coe_megatron.training.progress import Progress
@@ -29,19 +31,31 @@ from coe_megatron.training.schedule import learning_rate
 from coe_megatron.zero import engine as zero
 
 
+class Interrupted(Exception):
+    """The run was asked to stop, and has saved a checkpoint."""
+
+
 def train(config: RunConfig, ranks: groups.Ranks) -> run_folder.Outcome | None:
     """Train, or go on from the newest checkpoint in the run's folder; the outcome on rank 0, None on other ranks.
 
     Raises:
-        ValueError: config and data do not fit together; one line that says what would.
+        ConfigError: config, data and folder do not fit together; one line that says what would.
+        Interrupted: SIGINT or SIGTERM came; all ranks have stopped after the same step and saved.
+        FloatingPointError: the loss is not finite any more.
     """
-    run = Pretraining(config, groups.start(config.parallel, config.training.seed, ranks))
+    device = groups.start(config.parallel, config.training.seed, ranks)
+    if ranks.rank == 0:
+        run_folder.begin(Path(config.output), config)
     try:
-        outcome = run.run()
+        run = Pretraining(config, device)
+        run.run()
     except BaseException as error:
-        run.close("interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {error!r}")
+        if ranks.rank == 0:
+            run_folder.end(
+                Path(config.output), "interrupted" if isinstance(error, Interrupted) else f"failed: {error!r}"
+            )
         raise
-    run.close("finished")
+    outcome = run_folder.finish(run.folder) if ranks.rank == 0 else None
     groups.stop()
     return outcome
 
@@ -62,148 +76,138 @@ class Pretraining:
         self.main_rank = torch.distributed.get_rank() == 0
         self.data_ranks = parallel_state.get_data_parallel_world_size()
         try:
-            vocab_size = self._open_data(PreparedData.open(config.data.path))
-        except ValueError as error:  # what is wrong with the data is the user's to know, in one line
+            data = PreparedData.open(config.data.path)
+            self.vocab_size = padded_vocabulary(config, data.tokenizer.vocab_size)
+            self._open_data(data)
+            self.engine = self._build_engine()
+            self.position = self._resume()
+        except ValueError as error:  # what is wrong with config, data or checkpoint is for the user, in one line
             raise ConfigError(str(error)) from error
-        self.shape = model_shape(config, vocab_size)
+        self.shape = model_shape(config, self.vocab_size)
         self.flops = closed_forms.training_flops(self.shape)
-        model = build_model(config, vocab_size)
-        accumulation = config.training.global_batch // (config.training.micro_batch * self.data_ranks)
-        self.engine: zero.Engine = zero.build_engine(
-            model, config.optimizer, config.training, config.zero, accumulation
-        )
-        groups.seed_dropout(config.training.seed)
-        self.position = self._resume()
-        self.entropy = evaluation.unigram_entropy(self.validation, vocab_size)
-        if self.main_rank:
-            run_folder.begin(self.folder, config, self._facts())
-        self.writer = MetricsWriter(self.folder if self.main_rank else None, self.position.step)
-        self.progress = Progress(self.position.step, config.training.steps, visible=self.main_rank)
 
-    def run(self) -> run_folder.Outcome | None:
+    def run(self) -> None:
         """All steps that are left, with evaluations and checkpoints on the way."""
-        steps = self.config.training.steps
-        self._greet()
-        if self.position.step == 0:
-            self.writer.write({"step": 0, "tokens": 0, "valid_loss": self._validate()})
-        seconds: list[float] = []
-        for step in range(self.position.step, steps):
-            began = time.perf_counter()
-            loss, positions = self._train_step(step)
-            seconds.append(time.perf_counter() - began)
-            self.position.step = step + 1
-            logged = self._log(loss, positions, seconds) if self._due("log_every", "evaluate_every") else None
-            self.progress.step(step + 1, logged)
-            if self._due("save_every"):
-                self._save()
-        return run_folder.outcome(self.folder, self._newest_checkpoint()) if self.main_rank else None
-
-    def close(self, outcome: str) -> None:
-        """Flush what was measured and note how the run ended; also called after an error."""
-        self.writer.close()
-        self.progress.close()
+        first, steps = self.position.step, self.config.training.steps
+        entropy = evaluation.unigram_entropy(self.validation, self.vocab_size)
         if self.main_rank:
-            run_folder.end(self.folder, outcome)
+            run_folder.describe(self.folder, self._facts(entropy), self.config)
+        with ExitStack() as stack:
+            self.writer = MetricsWriter(self.folder if self.main_rank else None, first)
+            stack.callback(self.writer.close)
+            self.progress = Progress(first, steps, visible=self.main_rank)
+            stack.callback(self.progress.close)
+            self.interruption = Interruption()
+            stack.callback(self.interruption.forget)
+            self._greet()
+            self._run_steps(first, steps)
 
-    def _open_data(self, data: PreparedData) -> int:
-        """Take up this rank's share of both splits; returns the rows of the embedding that the tokenizer needs."""
-        training, settings = self.config.training, self.config.data
-        share = {"dp_rank": parallel_state.get_data_parallel_rank(), "dp_size": self.data_ranks}
-        train, valid = (
-            data.samples(
-                settings.samples,
-                split,
-                self.config.model.seq_length,
-                seed=training.seed,
-                cache_dir=self.folder / "index",
-            )
-            for split in ("train", "valid")
-        )
-        self.batches = StepBatches(
-            train, seed=training.seed, global_batch=training.global_batch, micro_batch=training.micro_batch, **share
-        )
-        found = validation_batches(valid, training.micro_batch, **share, limit=settings.validation_samples)
-        self.validation = [self._to_device(batch) for batch in found]
-        return padded_vocabulary(self.config, data.tokenizer.vocab_size)
+    def _run_steps(self, first: int, steps: int) -> None:
+        if first == 0:
+            self.writer.write({"step": 0, "tokens": 0, "valid_loss": self._validate()})
+        clock = _Clock(self.position)
+        for step in range(first, steps):
+            loss, interrupted = self._train_step(step)
+            self.position.step = step + 1
+            log, save = self._due("log_every", "evaluate_every"), self._due("save_every") or interrupted
+            self.progress.step(step + 1, self._log(float(loss), clock) if log else None)
+            if save:
+                self._save()
+            if log or save:
+                clock = _Clock(self.position)  # evaluating and saving are not training time
+            if interrupted and step + 1 < steps:
+                raise Interrupted(f"stopped after step {step + 1} of {steps}")
 
-    def _resume(self) -> Position:
-        """Take up the newest whole checkpoint of the run's folder, if there is one."""
-        try:
-            state = store.load_latest(self.folder / "checkpoints", self.engine)
-        except ValueError as error:
-            raise ConfigError(f"{error}; choose another output or the config it was saved with") from error
-        return Position(**(state or {}))
-
-    def _train_step(self, step: int) -> tuple[float, int]:
-        """One optimizer step; returns the loss in nats per counted token and the positions passed, over all ranks."""
-        stats.reset_routing(self.engine.module)
-        batches = [self._to_device(batch) for batch in self.batches.for_step(step)]
-        counted = float(
-            evaluation.all_reduce_sum(torch.stack([batch["loss_mask"].sum() for batch in batches]).double().sum())
-        )
-        if not counted:
-            raise ValueError(f"step {step + 1} holds no token to learn from: data.path has only empty documents there")
-        zero.set_lr(self.engine, learning_rate(self.config.optimizer, step, self.config.training.steps))
+    def _train_step(self, step: int) -> tuple[torch.Tensor, bool]:
+        """One optimizer step; returns its loss in nats per counted token, and whether a rank was asked to stop."""
+        model, settings = self.engine.module, self.config.optimizer
+        stats.reset_routing(model)
+        batches = self.batches.for_step(step)
+        own = torch.stack([batch["loss_mask"].sum() for batch in batches]).double().sum()
+        counted, asked = evaluation.all_reduce_sum(torch.stack([own, own.new_tensor(self.interruption.asked)])).tolist()
+        zero.set_lr(self.engine, learning_rate(settings, step, self.config.training.steps))
         total = torch.zeros((), device=self.device)
-        for batch in batches:
-            loss = (evaluation.token_losses(self.engine, batch) * batch["loss_mask"]).sum() / counted
+        for batch in map(self._to_device, batches):
+            token_losses = evaluation.token_losses(self.engine, batch)
+            loss = (token_losses * batch["loss_mask"]).sum() / max(counted, 1)
             zero.backward(self.engine, loss)
             self.engine.step()
             total += loss.detach()
-        stats.update_expert_biases(self.engine.module)
+        stats.finish_step(model)
         self.position.tokens += int(counted)
-        return float(evaluation.all_reduce_sum(total)), self.config.training.global_batch * self.shape.seq_length
+        return evaluation.all_reduce_sum(total), asked > 0
 
-    def _log(self, loss: float, positions: int, seconds: list[float]) -> dict[str, float]:
-        """Write a metrics object for the step just done; returns what the progress line shows.
-
-        `seconds` holds the duration of every step since the last such object, and is emptied.
-        """
-        step_seconds, world = sum(seconds) / len(seconds), torch.distributed.get_world_size()
-        seconds.clear()
+    def _log(self, loss: float, clock: "_Clock") -> dict[str, float]:
+        """Write a metrics object for the step just done; returns what the progress line shows."""
+        seconds, tokens_per_second = clock.read()
+        positions = self.config.training.global_batch * self.shape.seq_length
         reports = stats.report_routing(self.engine.module)
+        step, settings = self.position.step, self.config.optimizer
         values: dict[str, Any] = {
-            "step": self.position.step,
+            "step": step,
             "tokens": self.position.tokens,
             "train_loss": loss,
-            "learning_rate": learning_rate(self.config.optimizer, self.position.step - 1, self.config.training.steps),
+            "learning_rate": learning_rate(settings, step - 1, self.config.training.steps),
             "grad_norm": zero.gradient_norm(self.engine),
-            "aux_loss": _mean([value for report in reports for value in report.losses.values()]),
-            "step_seconds": step_seconds,
-            "tokens_per_second": positions / step_seconds,
-            "tflops": self.flops.total * positions / step_seconds / world / 1e12,
+            **stats.mean_losses(reports),
+            "step_seconds": seconds,
+            "tokens_per_second": tokens_per_second,
+            "tflops": self.flops.total * positions / seconds / torch.distributed.get_world_size() / 1e12,
             "memory": memory.measure(self.engine),
             "routing": [{**asdict(report), "imbalance": report.imbalance} for report in reports],
         }
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss of step {self.position.step} is {loss}: lower optimizer.lr")
-        shown = {"loss": loss, "tokens/s": values["tokens_per_second"]}
+        shown = {"loss": loss, "tokens/s": tokens_per_second}
         if self._due("evaluate_every"):
             values["valid_loss"] = shown["valid"] = self._validate()
         self.writer.write(values)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss of step {step} is {loss}: a lower optimizer.lr may help")
         return shown
 
     def _validate(self) -> float:
-        return evaluation.validation_loss(self.engine, self.validation)
+        return evaluation.validation_loss(self.engine, map(self._to_device, self.validation))
 
     def _due(self, *settings: str) -> bool:
         step, training = self.position.step, self.config.training
         return step == training.steps or any(step % getattr(training, name) == 0 for name in settings)
 
     def _save(self) -> None:
-        store.save(
-            self.folder / "checkpoints",
-            self.position.step,
-            self.engine,
-            asdict(self.position),
-            keep=self.config.training.keep_checkpoints,
+        keep = self.config.training.keep_checkpoints
+        store.save(self.folder / "checkpoints", self.position.step, self.engine, asdict(self.position), keep=keep)
+
+    def _open_data(self, data: PreparedData) -> None:
+        """Take up this rank's share of both splits; the validation set, small, stays in memory."""
+        training, settings = self.config.training, self.config.data
+        share = {"dp_rank": parallel_state.get_data_parallel_rank(), "dp_size": self.data_ranks}
+        length, cache = self.config.model.seq_length, self.folder / "index"
+        train, valid = (
+            data.samples(settings.samples, split, length, seed=training.seed, cache_dir=cache)
+            for split in ("train", "valid")
         )
+        self.batches = StepBatches(
+            train, seed=training.seed, global_batch=training.global_batch, micro_batch=training.micro_batch, **share
+        )
+        self.validation = list(
+            validation_batches(valid, training.micro_batch, **share, limit=settings.validation_samples)
+        )
+        self.cut = data.share_cut(length) if settings.samples == "row" else 0.0
 
-    def _newest_checkpoint(self) -> Path:
-        whole = (path for path in (self.folder / "checkpoints").glob("step-*") if not path.suffix)
-        return max(whole)
+    def _build_engine(self) -> zero.Engine:
+        config = self.config
+        accumulation = config.training.global_batch // (config.training.micro_batch * self.data_ranks)
+        model = build_model(config, self.vocab_size)
+        engine = zero.build_engine(model, config.optimizer, config.training, config.zero, accumulation)
+        groups.seed_dropout(config.training.seed)
+        return engine
 
-    def _facts(self) -> dict[str, Any]:
+    def _resume(self) -> Position:
+        """Take up the newest whole checkpoint of the run's folder, if there is one and it is of this very run."""
+        checkpoints = self.folder / "checkpoints"
+        if checkpoints.exists():
+            run_folder.check_same_run(self.folder, self.config)
+        return Position(**(store.load_latest(checkpoints, self.engine) or {}))
+
+    def _facts(self, entropy: float) -> dict[str, Any]:
         """What run.json says of a run beyond its config."""
         counted, chain, moe = closed_forms.parameters(self.shape), self.config.chain, self.config.moe
         name = "MoE" if chain.iterations == 1 else f"CoE-{chain.iterations}"
@@ -212,23 +216,39 @@ class Pretraining:
             "model": f"{name}({moe.topk}/{moe.num_experts}){shared}, {self.shape.layers} layers, {chain.topology}",
             "parameters": asdict(counted) | {"total": counted.total, "active": counted.active},
             "flops_per_token": self.flops.total,
-            "unigram_entropy": self.entropy,
-            "layout": {"ranks": torch.distributed.get_world_size(), **asdict(self.config.parallel)},
+            "unigram_entropy": entropy,
+            "share_of_documents_cut": self.cut,
+            "ranks": torch.distributed.get_world_size(),
             "device": str(self.device),
         }
 
     def _greet(self) -> None:
-        facts, position = self._facts(), self.position
+        counted, parallel = closed_forms.parameters(self.shape), self.config.parallel
+        ranks = torch.distributed.get_world_size()
         self.progress.say(
-            f"{facts['model']}: {facts['parameters']['total']:,} parameters on {facts['layout']['ranks']} ranks "
-            f"({self.device.type}), expert parallel {self.config.parallel.expert}"
+            f"{counted.total:,} parameters on {ranks} ranks ({self.device.type}), expert parallel {parallel.expert}"
         )
-        if position.step:
-            self.progress.say(f"resumed at step {position.step}")
+        if self.cut > 0.05:
+            self.progress.say(
+                f"{self.cut:.0%} of the training documents are longer than model.seq_length ({self.shape.seq_length}) "
+                "and lose their end; data.samples packed loses nothing"
+            )
+        if self.position.step:
+            self.progress.say(f"resumed at step {self.position.step}")
 
     def _to_device(self, batch: Batch) -> Batch:
-        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
+class _Clock:
+    """Times the steps from its making on."""
+
+    def __init__(self, position: Position) -> None:
+        self._position, self._began = position, time.perf_counter()
+        self._step, self._tokens = position.step, position.tokens
+
+    def read(self) -> tuple[float, float]:
+        """Seconds a step, and counted tokens a second over all ranks."""
+        seconds = time.perf_counter() - self._began
+        steps = self._position.step - self._step
+        return seconds / steps, (self._position.tokens - self._tokens) / seconds

@@ -13,8 +13,8 @@ class MetricsWriter:
 
     Args:
         folder: the run's folder; None writes nowhere (ranks other than 0).
-        first_step: steps after this one are written anew (0 for a new run), so lines beyond it, of a run that was
-            killed between a checkpoint and its end, are dropped.
+        first_step: steps after this one are written anew, so lines beyond it, of a run that was killed some time after
+            its checkpoint, are dropped. 0 begins anew; an old file is then kept as `metrics.previous.jsonl`.
     """
 
     def __init__(self, folder: Path | None, first_step: int = 0) -> None:
@@ -22,13 +22,12 @@ class MetricsWriter:
         if folder is None:
             return
         path = folder / "metrics.jsonl"
-        kept = [line for line in read_metrics(path) if line["step"] <= first_step] if first_step else []
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        _keep_until(path, first_step)
         self._lines = path.open("a", buffering=1)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, values: Mapping[str, Any]) -> None:
-        """One object; `values["step"]` is its place in TensorBoard, lists and nested values stay in the file alone."""
+        """One object; `values["step"]` is its place in TensorBoard, where loads do not go."""
         if self._lines is None or self._board is None:
             return
         self._lines.write(json.dumps(values) + "\n")
@@ -51,10 +50,25 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+def _keep_until(path: Path, step: int) -> None:
+    """Cut the file after a step; whenever the process dies, either the old or the new file is there."""
+    if step == 0:
+        if path.exists():
+            path.replace(path.with_suffix(".previous.jsonl"))
+        return
+    cut = path.with_suffix(".cut.jsonl")
+    cut.write_text("".join(json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step))
+    cut.replace(path)
+
+
 def _scalars(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
     found: list[tuple[str, float]] = []
     for key, value in values.items():
-        if isinstance(value, Mapping):
+        if key == "routing":
+            for part in value:
+                place = f"routing/layer{part['layer']}/iteration{part['iteration']}/"
+                found += _scalars({"imbalance": part["imbalance"], **part["losses"]}, place)
+        elif isinstance(value, Mapping):
             found += _scalars(value, f"{prefix}{key}/")
         elif isinstance(value, int | float):
             found.append((prefix + key, value))

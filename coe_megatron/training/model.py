@@ -25,7 +25,7 @@ def build_model(config: RunConfig, vocab_size: int) -> GPTModel:
         vocab_size=vocab_size,
         max_sequence_length=config.model.seq_length,
         position_embedding_type="rope",
-        rotary_base=int(config.model.rotary_base),
+        rotary_base=config.model.rotary_base,
         share_embeddings_and_output_weights=not config.model.untied_embeddings,
     )
 
@@ -98,7 +98,7 @@ def _moe_fields(moe: MoESettings) -> dict[str, Any]:
     }
 
 
-def _mla_fields(mla: MLASettings, rotary_base: float) -> dict[str, Any]:
+def _mla_fields(mla: MLASettings, rotary_base: int) -> dict[str, Any]:
     yarn = mla.rotary_scaling_factor > 1
     return {
         "multi_latent_attention": True,
@@ -108,7 +108,7 @@ def _mla_fields(mla: MLASettings, rotary_base: float) -> dict[str, Any]:
         "qk_pos_emb_head_dim": mla.qk_pos_emb_head_dim,
         "v_head_dim": mla.v_head_dim,
         "rope_type": "yarn" if yarn else "rope",
-        "rotary_base": rotary_base,
+        "rotary_base": float(rotary_base),
         "rotary_scaling_factor": mla.rotary_scaling_factor,
         "original_max_position_embeddings": mla.original_max_position_embeddings,
         "mscale": mla.mscale,

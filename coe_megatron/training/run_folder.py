@@ -5,17 +5,29 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from coe_megatron.config import RunConfig, dump
+from coe_megatron.config import ConfigError, RunConfig, dump, load
 from coe_megatron.training.metrics import read_metrics
 from coe_megatron.training.picture import draw_loss
 
 _PACKAGES = ("coe-megatron", "torch", "megatron-core", "deepspeed")
+# What may differ between the attempts of one run: it changes what is shown and kept, or how far the run goes.
+_FREE = {
+    "output",
+    "data.validation_samples",
+    "parallel.world_size",
+    "training.steps",
+    "training.log_every",
+    "training.evaluate_every",
+    "training.save_every",
+    "training.keep_checkpoints",
+}
 
 
 @dataclass(frozen=True)
@@ -24,20 +36,21 @@ class Outcome:
 
     folder: Path
     facts: Mapping[str, Any]
-    first: Mapping[str, Any]
-    last: Mapping[str, Any]
+    evaluations: list[Mapping[str, Any]]
     checkpoint: Path
     picture: Path
 
     def summary(self) -> str:
         """Lines for the terminal: what was trained, what it learned, how fast, and where everything lies."""
         parameters, entropy = self.facts["parameters"], self.facts["unigram_entropy"]
+        first, last = self.evaluations[0], self.evaluations[-1]
+        best = min(self.evaluations, key=lambda line: line["valid_loss"])
         rows = {
             "model": self.facts["model"],
             "parameters": f"{parameters['total']:,} in all, {parameters['active']:,} active for a token",
-            "validation loss": f"{self.first['valid_loss']:.3f} at first, {self.last['valid_loss']:.3f} at step "
-            f"{self.last['step']} (token frequencies alone: {entropy:.3f})",
-            "speed": f"{self.last['tokens_per_second']:,.0f} tokens a second",
+            "validation loss": f"{first['valid_loss']:.3f} at first, {last['valid_loss']:.3f} at step {last['step']}, "
+            f"best {best['valid_loss']:.3f} at step {best['step']} (token frequencies alone: {entropy:.3f})",
+            "speed": f"{last['tokens_per_second']:,.0f} tokens a second",
             "picture": self.picture,
             "metrics": self.folder / "metrics.jsonl",
             "TensorBoard": f"tensorboard --logdir {self.folder / 'tensorboard'}",
@@ -47,45 +60,96 @@ class Outcome:
         return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
 
 
-def begin(folder: Path, config: RunConfig, facts: Mapping[str, Any]) -> None:
-    """Make the folder and write down what is about to run, before the first step."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(dump(config))
-    record = {
+def begin(folder: Path, config: RunConfig) -> None:
+    """Make the folder and note this attempt in run.json, before anything costs time.
+
+    Raises:
+        ConfigError: the folder cannot be made or written.
+    """
+    attempt = {
         "outcome": "running",
+        "began": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
         "host": platform.node(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in _PACKAGES},
         "git_commit": _git_commit(),
-        **facts,
     }
-    _write_json(folder / "run.json", record)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        record = _read(folder)
+        _write(folder, {**record, "attempts": [*record.get("attempts", []), attempt]})
+        if not (folder / "checkpoints").exists():  # otherwise the checkpoints' config stays until it is compared
+            (folder / "config.yaml").write_text(dump(config))
+    except OSError as error:
+        raise ConfigError(f"output is {folder}: cannot be written: {error.strerror}") from error
+
+
+def describe(folder: Path, facts: Mapping[str, Any], config: RunConfig) -> None:
+    """Add to run.json what is known once data and model stand; config.yaml is from now on this attempt's."""
+    _write(folder, {**_read(folder), **facts})
+    (folder / "config.yaml").write_text(dump(config))
 
 
 def end(folder: Path, outcome: str) -> None:
-    """Note in run.json how the run ended: `finished`, `interrupted` or `failed: ...`."""
-    record = json.loads((folder / "run.json").read_text())
-    _write_json(folder / "run.json", {**record, "outcome": outcome})
+    """Note in run.json how this attempt ended: `finished`, `interrupted` or `failed: ...`."""
+    record = _read(folder)
+    record["attempts"][-1]["outcome"] = outcome
+    _write(folder, record)
 
 
-def outcome(folder: Path, checkpoint: Path) -> Outcome:
-    """Of a run that came to its last step: draw the loss, and gather what the summary says."""
-    record = json.loads((folder / "run.json").read_text())
-    lines = read_metrics(folder / "metrics.jsonl")
-    evaluated = [line for line in lines if "valid_loss" in line]
+def finish(folder: Path) -> Outcome:
+    """Of a run that came to its last step: note it, draw the loss, and gather what the summary says."""
+    end(folder, "finished")
+    record, lines = _read(folder), read_metrics(folder / "metrics.jsonl")
     picture = draw_loss(lines, record["unigram_entropy"], record["model"], folder / "loss.png")
-    return Outcome(folder, record, evaluated[0], evaluated[-1], checkpoint, picture)
+    newest = max(path for path in (folder / "checkpoints").glob("step-*") if not path.suffix)
+    return Outcome(folder, record, [line for line in lines if "valid_loss" in line], newest, picture)
 
 
-def _write_json(path: Path, record: Mapping[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
+def check_same_run(folder: Path, config: RunConfig) -> None:
+    """Refuse to go on from checkpoints that another config made.
+
+    Raises:
+        ConfigError: names a setting that differs, its value then and now.
+    """
+    if not (folder / "config.yaml").exists():
+        return
+    then, now = (dict(_settings(asdict(c))) for c in (load(folder / "config.yaml"), config))
+    for name, value in now.items():
+        if then.get(name) != value and name not in _FREE:
+            raise ConfigError(
+                f"{name} is {value}: the checkpoints in {folder} were made with {then.get(name)}; "
+                "choose another output, or that value"
+            )
+
+
+def _settings(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _settings(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / "run.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _write(folder: Path, record: Mapping[str, Any]) -> None:
+    temporary = folder / "run.json.tmp"
     temporary.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(temporary, path)
+    os.replace(temporary, folder / "run.json")
 
 
 def _git_commit() -> str | None:
-    """The commit of the code that runs; None outside a checkout."""
-    root = Path(__file__).parent
-    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    """The commit of the code that runs; None where it does not lie in a checkout of its own."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # git is not installed
+        return None
     return found.stdout.strip() or None

@@ -109,6 +109,8 @@ def test_torn_checkpoints_are_named_skipped_and_replaced(tmp_path: Path) -> None
     assert found["after a new save"] == ["step-00000004", "step-00000005", "step-00000006.tmp"]
     assert found["loaded again"] == {"step": 5}
     assert "is of another model: decoder" in found["other model"] and "\n" not in found["other model"]
+    assert found["after going on"] == ["step-00000003", *found["after a new save"]], "what lies beyond step 3 stays"
+    assert found["loaded after that"] == {"step": 3}
 
 
 REASONS = {
@@ -121,7 +123,7 @@ REASONS = {
 
 
 def damage(folder: Path) -> dict:
-    """Spoil one checkpoint after the other, then save step 5 once more."""
+    """Spoil one checkpoint after the other, then save step 5 once more; then spoil 4 and 5 and go on to step 3."""
     engine = make_engine(layers=1)
     found = {"nothing there": store.load_latest(folder, engine)}
     for step in range(1, 7):
@@ -139,6 +141,15 @@ def damage(folder: Path) -> dict:
     found["after a new save"] = names(folder)
     with contextlib.redirect_stderr(io.StringIO()):
         found["loaded again"] = store.load_latest(folder, engine)
+    if torch.distributed.get_rank() == 0:
+        for step in ("step-00000004", "step-00000005"):
+            flip_a_bit(folder / step / "tensors/__0_0.distcp")
+    torch.distributed.barrier()
+    store.save(folder, 2, engine, {"step": 2}, keep=1)
+    store.save(folder, 3, engine, {"step": 3}, keep=1)
+    found["after going on"] = names(folder)
+    with contextlib.redirect_stderr(io.StringIO()):
+        found["loaded after that"] = store.load_latest(folder, engine)
     return found
 
 
@@ -146,11 +157,15 @@ def tear(folder: Path) -> None:
     (folder / "step-00000006").rename(folder / "step-00000006.tmp")
     (folder / "step-00000005" / SEAL).unlink()
     (folder / "step-00000004" / SEAL).write_text("{")
-    cut, flipped = (folder / "step-00000003/tensors/__0_0.distcp", folder / "step-00000002/tensors/__1_1.distcp")
+    cut = folder / "step-00000003/tensors/__0_0.distcp"
     cut.write_bytes(cut.read_bytes()[:1000])
-    content = bytearray(flipped.read_bytes())
+    flip_a_bit(folder / "step-00000002/tensors/__1_1.distcp")
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
-    flipped.write_bytes(content)
+    path.write_bytes(content)
 
 
 def refusal(folder: Path) -> str:

@@ -292,3 +292,10 @@ def test_ranks_share_one_index(data, folder, tmp_path):
 def test_importing_the_data_part_starts_no_engine():
     code = "import coe_megatron.data.datasets, sys; print({'megatron.core', 'deepspeed'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_share_of_documents_that_rows_cut(data):
+    rows = data.rows("train", 100_000)
+    labels = [int(rows[i]["loss_mask"].sum()) for i in range(len(rows))]
+    for seq_length in (1, 16, 64, 10_000):
+        assert data.share_cut(seq_length) == sum(count > seq_length for count in labels) / len(labels)

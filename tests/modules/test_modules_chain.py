@@ -9,6 +9,7 @@ from modules_build import (
     EXPERTS,
     LOSSES,
     SEQUENCE,
+    TOPK,
     copy_from_oracle,
     errors,
     make_config,
@@ -119,29 +120,47 @@ def test_losses_and_loads_are_kept_by_iteration(gating: str, balance: str) -> No
         torch.testing.assert_close(values, mean.reshape(1), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("topology", ["prenorm", "reference", "iteration_norm"])
-def test_bf16_stays_near_the_fp32_oracle(topology: str) -> None:
-    """Same bf16-rounded weights; routers with logits far apart (the test checks it), so that no choice flips.
+@pytest.mark.parametrize("combination", CHAINS, ids="-".join)
+def test_bf16_stays_near_the_fp32_oracle(combination: tuple[str, str, str]) -> None:
+    """Same bf16-rounded weights and inputs, and a batch in which no choice of experts is close, so that none flips.
 
     A bf16 value is off by up to 2^-9 = 0.2%. Through norm, two products, activation, gate and sum of each of the two
     iterations some ten such errors add up at random: about 0.6% of a typical entry, and less of the largest. Gradients
-    go through twice as many. So 2% for h' and 4% for gradients.
+    go through twice as many, and where nothing is added to F_1 (`outer`) its errors are not diluted by the stream. So
+    1% for h' and 4% for gradients, relative to the largest entry; found are 0.5% and 2.5%.
     """
-    chain, half = chain_of(("independent", "inner", topology), 2), torch.bfloat16
+    chain, half = chain_of(combination, 2), torch.bfloat16
     oracle = make_oracle(make_config(**LOSSES), chain)
-    h_BSD, grad_BSD = make_batch(16)
     with torch.no_grad():
-        for name, parameter in oracle.named_parameters():
-            parameter.copy_((parameter * (6.0 if name.startswith("router") else 1.0)).to(half))
+        for parameter in oracle.parameters():
+            parameter.copy_(parameter.to(half))
     layer = make_layer(make_config(**LOSSES, bf16=True, params_dtype=half, moe_router_dtype="fp32"), chain)
     copy_from_oracle(layer, oracle)
-    h_BSD, grad_BSD = h_BSD.to(half), grad_BSD.to(half)
+    h_BSD, grad_BSD = batch_with_clear_choices(oracle)
+    chosen: list[torch.Tensor] = []
+    for router in layer.mlp.routers:
+        router.register_forward_hook(lambda _router, _inputs, routing: chosen.append(routing[1]))
     truth = oracle_step(oracle, h_BSD.float(), grad_BSD.float())
     found = layer_step(layer, h_BSD, grad_BSD)
-    loads = oracle(h_BSD.float()).loads
-    assert torch.equal(torch.stack([router.stats.load for router in layer.mlp.routers]), loads.float())
-    assert relative_error(found.pop("h'"), truth.pop("h'")) < 0.02
+    routings = oracle(h_BSD.float()).routings[: oracle.num_routings]
+    for ours_TN, theirs in zip(chosen, routings, strict=True):
+        assert torch.equal(ours_TN.view(SEQUENCE, BATCH, EXPERTS).transpose(0, 1).flatten(0, 1), theirs.chosen_TN)
+    assert relative_error(found.pop("h'"), truth.pop("h'")) < 0.01
     assert max(errors(found, truth).values()) < 0.04, errors(found, truth)
+
+
+def batch_with_clear_choices(oracle: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first batch, rounded to bf16, whose last chosen experts lead by 1% of the spread of the logits."""
+
+    def clear(logits_TN: torch.Tensor) -> bool:
+        ordered_TN = logits_TN.sort(dim=1, descending=True).values
+        return bool((ordered_TN[:, TOPK - 1] - ordered_TN[:, TOPK]).min() > 0.01 * logits_TN.std())
+
+    for seed in range(3, 30):
+        h_BSD, grad_BSD = (x.to(torch.bfloat16) for x in make_batch(16, seed=seed))
+        if all(clear(routing.logits_TN.detach()) for routing in oracle(h_BSD.float()).routings):
+            return h_BSD, grad_BSD
+    raise AssertionError("every batch has a close choice")
 
 
 def test_small_increments_survive_bf16() -> None:

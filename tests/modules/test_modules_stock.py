@@ -51,7 +51,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sigmoid": {**SIGMOID, **LOSSES},
     "sigmoid, expert bias": {**BIAS, **LOSSES},
     "softmax after top-k": {"moe_router_pre_softmax": False, **LOSSES},
-    "group-limited": {"moe_router_num_groups": 4, "moe_router_group_topk": 2, **LOSSES},
+    "group-limited": {"moe_router_num_groups": 4, "moe_router_group_topk": 1, **LOSSES},
     "scaling factor": {"moe_router_topk_scaling_factor": 2.5, **LOSSES},
     "capacity, by probability": {**CAPACITY, "moe_token_drop_policy": "probs"},
     "capacity, by position": {**CAPACITY, "moe_token_drop_policy": "position"},

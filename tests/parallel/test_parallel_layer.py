@@ -1,4 +1,4 @@
-"""The layer on two ranks, with expert and with tensor parallelism, against the oracle and Megatron's layer on one."""
+"""The layer on two ranks, with expert and with tensor parallelism, against the oracle, Megatron's layer and itself."""
 
 from pathlib import Path
 from typing import Any
@@ -8,12 +8,15 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from modules_build import (
     EXPERTS,
     HIDDEN,
     LOSSES,
     SEQUENCE,
+    TOPK,
+    Named,
     copy_from_oracle,
     copy_from_stock,
     errors,
@@ -25,15 +28,17 @@ from modules_build import (
     make_oracle,
     make_stock,
     parts_of,
+    relative_error,
     reset_megatron,
     stock_named,
     tracked_losses,
 )
 from modules_checkpoint import load, make_stock_layer, save, scramble, sub_layer
-from modules_oracle import CHAINS, chain_of, make_batch, oracle_step
+from modules_oracle import CHAINS, ITERATIONS, chain_of, make_batch, oracle_step
 from ranks import run_ranks
 
 from coe_megatron.chain.settings import ChainSettings
+from coe_megatron.modules.stats import finish_step
 
 TOLERANCE = 1e-5  # relative to the largest entry, fp32
 SHARED = {"moe_shared_expert_intermediate_size": 40}
@@ -54,6 +59,36 @@ STOCK: dict[str, dict[str, Any]] = {
     "allgather": {**LOSSES, "moe_token_dispatcher_type": "allgather"},
     "capacity": {"moe_expert_capacity_factor": 0.7},
     "capacity, padded": {"moe_expert_capacity_factor": 0.7, "moe_pad_expert_input_to_capacity": True},
+}
+GATINGS = ("independent", "shared_router", "fixed")
+BIAS = {
+    "moe_router_score_function": "sigmoid",
+    "moe_router_pre_softmax": False,
+    "moe_router_enable_expert_bias": True,
+    "moe_router_bias_update_rate": 0.5,
+}
+JITTER = {"moe_input_jitter_eps": 0.2}
+GLOBAL = {"moe_router_load_balancing_type": "global_aux_loss", "moe_z_loss_coeff": None}  # z-loss is a rank's own
+CAPACITY = {"moe_router_load_balancing_type": "aux_loss", "moe_expert_capacity_factor": 0.7}
+PADDED = {**CAPACITY, "moe_pad_expert_input_to_capacity": True}
+FEATURES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "expert bias": BIAS,
+    "jitter": JITTER,
+    "groups": {"moe_router_num_groups": 4, "moe_router_group_topk": 1},
+    "replay": {"moe_enable_routing_replay": True},
+    "padding": {},
+    "padding, expert bias": BIAS,
+    "padding, global_aux_loss": GLOBAL,
+    "global_aux_loss": GLOBAL,
+    "capacity, by probability": {**CAPACITY, "moe_token_drop_policy": "probs"},
+    "capacity, by position": {**CAPACITY, "moe_token_drop_policy": "position"},
+    "capacity, by probability, padded": {**PADDED, "moe_token_drop_policy": "probs"},
+    "capacity, by position, padded": {**PADDED, "moe_token_drop_policy": "position"},
+    "capacity, allgather": {**CAPACITY, **ROUTERS["allgather"]},
+    "allgather": ROUTERS["allgather"],
+    "recompute": ROUTERS["recompute"],
+    "recompute, jitter, expert bias": {**ROUTERS["recompute"], **JITTER, **BIAS},
 }
 
 
@@ -147,6 +182,72 @@ def _named_gradients(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: gradient(parameter) for name, parameter in layer.named_parameters()}
 
 
+def feature_rounds(name: str, gating: str, layout: dict[str, int]) -> Named:
+    """Two rounds over the same sequences: this rank's half of them, or both halves one after the other on one rank.
+
+    Between the rounds expert biases move, where there are any, and the routers' weights change their sign; the second
+    round replays the first one's routes where that is on. What is alike on all ranks or added up over them is returned
+    so; outputs, the input's gradient and those of routed experts are this rank's.
+    """
+    reset_megatron()
+    config, chain = make_config(**layout, **{**LOSSES, **SHARED, **FEATURES[name]}), ChainSettings(2, gating)
+    torch.manual_seed(2)
+    oracle, layer = make_oracle(config, chain), make_layer(config, chain)
+    copy_from_oracle(layer, oracle)
+    counts: list[torch.Tensor] = []
+    first = _feature_round(name, layer, RouterReplayAction.RECORD, recorded := {})
+    if config.moe_router_enable_expert_bias:
+        counts = [router.local_tokens_per_expert.clone() for router in layer.mlp.routers]
+    finish_step(layer)
+    with torch.no_grad():
+        for weight in (part for part_name, part in parts_of(layer).items() if part_name.startswith("router")):
+            weight.neg_()
+    second = _feature_round(name, layer, RouterReplayAction.REPLAY_FORWARD, recorded)
+    found = {f"{key} in round {i}": value for i, values in ((1, first), (2, second)) for key, value in values.items()}
+    for t, router in enumerate(layer.mlp.routers):
+        for loss, value in router.stats.losses.items():
+            torch.distributed.all_reduce(found.setdefault(f"{loss} {t}", value.clone()))
+        if config.moe_router_enable_expert_bias:
+            torch.distributed.all_reduce(found.setdefault(f"counts {t}", counts[t]))
+            found[f"bias {t}"] = router.expert_bias.clone()
+    return found | _summed_gradients(layer)
+
+
+def _feature_round(
+    name: str, layer: TransformerLayer, action: RouterReplayAction, recorded: dict[int, list[torch.Tensor]]
+) -> Named:
+    h_BSD, grad_BSD = make_batch(HIDDEN, batch=4)
+    padding_BS = torch.zeros(h_BSD.shape[:2], dtype=torch.bool)
+    padding_BS[1, 4:] = padding_BS[3, 1:] = True  # not the same number in each half
+    for router in layer.mlp.routers:
+        router.stats.load = None
+    found = []
+    for half in _micro_batches(name):
+        torch.manual_seed(half.start)  # of the jitter
+        h_SBD = h_BSD[half].transpose(0, 1).contiguous().requires_grad_()
+        if action == RouterReplayAction.REPLAY_FORWARD:
+            RouterReplay.set_replay_data(recorded[half.start])
+        RouterReplay.set_global_router_replay_action(action)
+        padding = padding_BS[half] if name.startswith("padding") else None
+        out_SBD = layer._forward_mlp(h_SBD, padding_mask=padding)
+        recorded.setdefault(half.start, RouterReplay.get_recorded_data())
+        out_SBD.backward(grad_BSD[half].transpose(0, 1))
+        found.append((out_SBD.detach(), h_SBD.grad))
+    loads = {f"load {t}": router.stats.load for t, router in enumerate(layer.mlp.routers)}
+    for load_N in loads.values():
+        torch.distributed.all_reduce(load_N)
+    outs, gradients = zip(*found, strict=True)
+    return {"h'": torch.cat(outs, 1), "h": torch.cat(gradients, 1), **loads}
+
+
+def _micro_batches(name: str) -> list[slice]:
+    """Which of the four sequences this rank takes at a time."""
+    halves = [slice(0, 2), slice(2, 4)]
+    if torch.distributed.get_world_size() == 2:
+        return [halves[torch.distributed.get_rank()]]
+    return [slice(0, 4)] if "global" in name else halves  # a global loss looks at all ranks' tokens at once
+
+
 def all_to_alls(iterations: int) -> tuple[int, int]:
     """How many all-to-alls carry hidden states in one forward pass, and how many in one backward pass."""
     counted, original = [], torch.distributed.all_to_all_single
@@ -194,13 +295,17 @@ def work_of_a_rank(folder: Path) -> dict[str, Any]:
     for name, layout in (("expert", EXPERT), ("tensor", TENSOR), ("mixed", MIXED)):
         use_layout(layout)
         found["initial", name] = initial_experts(layout)
-        for chain in CHAINS if name == "expert" else CHAINS[:3]:
-            found[name, "-".join(chain)] = sub_layer_errors(layout, chain_of(chain, 2))
+        for iterations in ITERATIONS if name == "expert" else (2,):
+            for chain in CHAINS if name == "expert" else CHAINS[:3]:
+                found[name, _name(chain, iterations)] = sub_layer_errors(layout, chain_of(chain, iterations))
         found[name, "crowd"] = sub_layer_errors(layout, ChainSettings(2), crowd=True, moe_router_topk=1)
         for router, changes in ROUTERS.items():
             chain = ChainSettings(3, balance="mean" if router == "mean" else "sum")
             found[name, router] = sub_layer_errors(layout, chain, **changes)
     use_layout(EXPERT)
+    for gating in GATINGS:
+        for name in FEATURES:
+            found[name, gating] = feature_rounds(name, gating, EXPERT)
     found["stock"] = {name: stock_errors(**changes) for name, changes in STOCK.items()}
     found["all-to-alls"] = {iterations: all_to_alls(iterations) for iterations in (1, 2, 3)}
     found["checkpoints"] = checkpoint_outputs(folder)
@@ -222,8 +327,12 @@ def two_ranks(folder: Path) -> list[dict[str, Any]]:
     return run_ranks(work_of_a_rank, 2, folder, **EXPERT)
 
 
+def _name(chain: tuple[str, str, str], iterations: int) -> str:
+    return f"{'-'.join(chain)}-{iterations}"
+
+
 pytestmark = pytest.mark.ranks
-NAMES = [*("-".join(chain) for chain in CHAINS), "crowd", *ROUTERS]
+NAMES = [*(_name(chain, iterations) for chain in CHAINS for iterations in ITERATIONS), "crowd", *ROUTERS]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -233,7 +342,7 @@ def test_expert_parallel_layer_equals_oracle(two_ranks: list[dict], name: str) -
 
 
 @pytest.mark.parametrize("layout", ["tensor", "mixed"])
-@pytest.mark.parametrize("name", [*("-".join(chain) for chain in CHAINS[:3]), "crowd", *ROUTERS])
+@pytest.mark.parametrize("name", [*(_name(chain, 2) for chain in CHAINS[:3]), "crowd", *ROUTERS])
 def test_tensor_parallel_layer_equals_oracle(two_ranks: list[dict], layout: str, name: str) -> None:
     for found in two_ranks:
         assert max(found[layout, name].values()) <= TOLERANCE, found[layout, name]
@@ -243,6 +352,47 @@ def test_tensor_parallel_layer_equals_oracle(two_ranks: list[dict], layout: str,
 def test_expert_parallel_layer_equals_stock_layer(two_ranks: list[dict], name: str) -> None:
     for found in two_ranks:
         assert max(found["stock"][name].values()) <= 1e-6, found["stock"][name]
+
+
+@pytest.mark.parametrize("gating", GATINGS)
+@pytest.mark.parametrize("name", FEATURES)
+def test_features_do_the_same_on_two_ranks_as_on_one(
+    two_ranks: list[dict], single_rank: None, name: str, gating: str
+) -> None:
+    truth = feature_rounds(name, gating, {})
+    _assert_that_it_shows(name, gating, truth)
+    for rank, ranks_found in enumerate(two_ranks):
+        found = errors(ranks_found[name, gating], {key: _part_of_rank(key, truth[key], rank) for key in truth})
+        assert max(found.values()) <= TOLERANCE, found
+
+
+def _part_of_rank(key: str, whole: torch.Tensor, rank: int) -> torch.Tensor:
+    """Of sequences and of routed experts a rank has its half."""
+    if key in ("w1", "w2"):
+        return whole.chunk(2, 0)[rank]
+    return whole.chunk(2, 1)[rank] if key.startswith("h") else whole
+
+
+def _assert_that_it_shows(name: str, gating: str, found: Named) -> None:
+    """On one rank: a feature without effect would be the same on two for no merit of its own."""
+    iterations = 1 if gating == "fixed" else 2
+    first, second = ([found[f"load {t} in round {i}"] for t in range(iterations)] for i in (1, 2))
+    places = 4 * SEQUENCE - (7 if name.startswith("padding") else 0)
+    for load_N in first + second:
+        total = float(load_N.sum())
+        if name.startswith("capacity"):
+            assert float(load_N.max()) == 2 * 3  # of each half: 12 tokens x 2 choices / 8 experts x 0.7, rounded up
+            assert total == 6 * EXPERTS if name.endswith("padded") else total < places * TOPK
+        else:
+            assert total == places * TOPK
+    assert all(map(torch.equal, first, second)) == (name == "replay" or name.endswith("padded"))
+    if "bias" in name:
+        for t, load_N in enumerate(first):
+            assert torch.equal(found[f"counts {t}"], load_N)
+            torch.testing.assert_close(found[f"bias {t}"], 0.5 * torch.sign(load_N.mean() - load_N))
+    if name in ("jitter", "groups"):
+        plain = feature_rounds("plain", gating, {})
+        assert relative_error(found["h' in round 1"], plain["h' in round 1"]) > 0.01
 
 
 def test_every_iteration_sends_tokens_there_and_back(two_ranks: list[dict]) -> None:

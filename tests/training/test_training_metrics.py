@@ -11,13 +11,16 @@ from coe_megatron.training.picture import draw_loss
 
 def test_what_is_written_is_read_and_shown_in_tensorboard(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path)
+    router = {"layer": 1, "iteration": 2, "imbalance": 1.5, "load": [0.75, 0.25], "losses": {"z_loss": 3.0}}
     for step in (1, 2):
-        writer.write({"step": step, "train_loss": 1.0 / step, "memory": {"parameters": 7}, "routing": [{"layer": 1}]})
+        writer.write({"step": step, "train_loss": 1.0 / step, "memory": {"parameters": 7}, "routing": [router]})
     writer.close()
     assert [line["train_loss"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1.0, 0.5]
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in board.Scalars("train_loss")] == [(1, 1.0), (2, 0.5)]
     assert board.Scalars("memory/parameters")[0].value == 7
+    assert board.Scalars("routing/layer1/iteration2/imbalance")[0].value == 1.5
+    assert board.Scalars("routing/layer1/iteration2/z_loss")[0].value == 3.0
 
 
 def test_resuming_drops_the_lines_beyond_the_checkpoint(tmp_path: Path) -> None:
@@ -31,6 +34,15 @@ def test_resuming_drops_the_lines_beyond_the_checkpoint(tmp_path: Path) -> None:
     writer.write({"step": 3, "again": True})
     writer.close()
     assert read_metrics(path) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+
+
+def test_beginning_anew_keeps_the_old_file_aside(tmp_path: Path) -> None:
+    for text in ("old", "new"):
+        writer = MetricsWriter(tmp_path)
+        writer.write({"step": 0, "note": text})
+        writer.close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 0, "note": "new"}]
+    assert read_metrics(tmp_path / "metrics.previous.jsonl") == [{"step": 0, "note": "old"}]
 
 
 def test_ranks_without_a_folder_write_nothing(tmp_path: Path) -> None:

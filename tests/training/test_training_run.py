@@ -1,13 +1,18 @@
 """The main program from start to end on two gloo ranks: trains, stops, goes on, and says what is wrong."""
 
+import json
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from programs import kill, python, start_torchrun, torchrun
+from programs import ROOT, kill, python, start_torchrun, torchrun
 
 from coe_megatron.training.metrics import read_metrics
 
+NO_DROPOUT = ("model.hidden_dropout=0", "model.attention_dropout=0")
 pytestmark = [pytest.mark.run, pytest.mark.timeout(1200)]
 
 SMALL = """
@@ -65,12 +70,12 @@ def test_killed_and_resumed_is_the_run_that_was_never_killed(config: Path, prepa
     """SIGKILL of all ranks after a checkpoint in the middle of an epoch, with dropout 0.1 and accumulation 2."""
     folder = prepared.parent / "killed"
     command = ("launch/pretrain_coe.py", config, f"data.path={prepared}", f"output={folder}")
-    process = start_torchrun(*command)
-    deadline = time.monotonic() + 300
-    while not any(line["step"] >= 5 for line in read_metrics(folder / "metrics.jsonl")):
-        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
-        time.sleep(0.02)
-    kill(process)
+    with start_torchrun(*command) as process:
+        deadline = time.monotonic() + 300
+        while not any(line["step"] >= 5 for line in read_metrics(folder / "metrics.jsonl")):
+            assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
+            time.sleep(0.02)
+        kill(process)
     assert not (folder / "checkpoints" / "step-00000012").exists()
 
     done = torchrun(*command)
@@ -90,10 +95,21 @@ def test_a_finished_run_started_again_has_nothing_to_do(config: Path, prepared: 
     assert (finished / "metrics.jsonl").read_text() == before
 
 
+def start_python(*arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 300
+    while not any(line["step"] >= step for line in read_metrics(folder / "metrics.jsonl")):
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be stopped"
+        time.sleep(0.02)
+
+
 def test_a_mistake_is_said_once_by_rank_0(config: Path) -> None:
     done = torchrun("launch/pretrain_coe.py", config, "moe.topk=9")
     assert done.returncode != 0
-    assert done.stderr.count("error: moe.topk is 9: it must be at most moe.num_experts (8)") == 1
+    assert done.stderr.count("pretrain_coe.py: error: moe.topk is 9: it must be at most moe.num_experts (8)") == 1
     assert 'pretrain_coe.py", line' not in done.stderr  # the traceback that torchrun prints is its own
 
 
@@ -103,12 +119,89 @@ def test_a_mistake_is_said_once_by_rank_0(config: Path) -> None:
         (("missing.yaml",), "missing.yaml: there is no such config file"),
         (("configs/quickstart.yaml", "parallel.expert=1", "data.path=nowhere"), "nowhere"),
         (("configs/quickstart.yaml", "parallel.expert=1", "model.seq_lenth=9"), "did you mean model.seq_length?"),
+        (("configs/quickstart.yaml", "parallel.expert=1", "--jsn"), "unrecognized arguments: --jsn"),
+        (("configs/quickstart.yaml", "--json"), "--json goes with --dry-run"),
+        (("configs/quickstart.yaml", "parallel.expert=1", "output=Makefile/run"), "output is Makefile/run: cannot be"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_2(arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:
-    done = python("launch/pretrain_coe.py", *arguments, *([f"output={tmp_path}"] if len(arguments) > 1 else []))
+    done = python("launch/pretrain_coe.py", *arguments, *_into(tmp_path, arguments))
     assert done.returncode == 2
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and said in done.stderr, done.stderr
+    assert (
+        done.stderr.startswith("pretrain_coe.py: error: ") and done.stderr.count("\n") == 1 and said in done.stderr
+    ), done.stderr
+
+
+def _into(folder: Path, arguments: tuple[str, ...]) -> list[str]:
+    given = any(argument.startswith("output=") for argument in arguments)
+    return [] if given or len(arguments) == 1 else [f"output={folder}"]
+
+
+def test_going_on_with_another_config_is_refused(config: Path, prepared: Path, finished: Path) -> None:
+    done = torchrun(
+        "launch/pretrain_coe.py", config, f"data.path={prepared}", f"output={finished}", "optimizer.lr=1e-3"
+    )
+    assert done.returncode != 0
+    assert "optimizer.lr is 0.001: the checkpoints in" in done.stderr and "were made with 0.003" in done.stderr
+
+
+def test_the_layout_does_not_change_the_training(config: Path, prepared: Path, tmp_path: Path) -> None:
+    """One rank with micro-batches of 8 against two ranks, expert parallel, with 4: rows differ in their padding."""
+    common = ("launch/pretrain_coe.py", config, f"data.path={prepared}", "training.steps=6", *NO_DROPOUT)
+    one, two = tmp_path / "one", tmp_path / "two"
+    done = python(*common, f"output={one}", "parallel.expert=1", "training.micro_batch=8")
+    assert done.returncode == 0, done.stderr
+    done = torchrun(*common, f"output={two}")
+    assert done.returncode == 0, done.stderr
+    lines = zip(read_metrics(one / "metrics.jsonl"), read_metrics(two / "metrics.jsonl"), strict=True)
+    for alone, shared in lines:
+        assert alone["tokens"] == shared["tokens"]
+        for name in {"train_loss", "valid_loss", "grad_norm"} & alone.keys():
+            assert shared[name] == pytest.approx(alone[name], rel=2e-4), (alone["step"], name)
+
+
+def test_ctrl_c_stops_after_a_step_with_a_checkpoint_and_goes_on(config: Path, prepared: Path, tmp_path: Path) -> None:
+    common = ("launch/pretrain_coe.py", config, f"data.path={prepared}", f"output={tmp_path}", "parallel.expert=1")
+    process = start_python(*common, "training.save_every=9999", "training.steps=2000")
+    try:
+        wait_for_step(tmp_path, 3, process)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "stopped after step" in said and "Traceback" not in said
+    assert '"outcome": "interrupted"' in (tmp_path / "run.json").read_text()
+    (checkpoint,) = (tmp_path / "checkpoints").iterdir()
+    stopped = int(checkpoint.name.removeprefix("step-"))
+    done = python(*common, f"training.steps={stopped + 2}")
+    assert done.returncode == 0, done.stderr
+    assert f"resumed at step {stopped}" in done.stderr
+
+
+def test_global_aux_loss_and_expert_bias_resume_exactly(config: Path, prepared: Path, tmp_path: Path) -> None:
+    settings = (
+        "moe.load_balancing=global_aux_loss", "moe.aux_loss_coeff=0.1", "moe.score_function=sigmoid",
+        "moe.expert_bias=true", "parallel.expert=1", "training.save_every=3", "optimizer.warmup=0",
+    )  # fmt: skip
+    common = ("launch/pretrain_coe.py", config, f"data.path={prepared}", *settings)
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    for folder, steps in ((whole, 6), (halves, 3), (halves, 6)):
+        done = python(*common, f"output={folder}", f"training.steps={steps}")
+        assert done.returncode == 0, done.stderr
+    last = [read_metrics(folder / "metrics.jsonl")[-1] for folder in (whole, halves)]
+    assert last[0]["step"] == last[1]["step"] == 6
+    assert [line["train_loss"] for line in last] == [last[0]["train_loss"]] * 2
+    assert [line["grad_norm"] for line in last] == [last[0]["grad_norm"]] * 2
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").rglob("*.yaml")), ids=str)
+def test_every_config_can_be_costed_without_data(path: Path) -> None:
+    done = python("launch/pretrain_coe.py", path, "--dry-run", "--json", "data.path=nowhere")
+    assert done.returncode == 0, done.stderr
+    cost = json.loads(done.stdout)
+    assert cost["parameters"]["active"] < cost["parameters"]["total"]
+    assert cost["memory_bytes_per_rank"]["total"] > 0 and cost["flops_per_token"]["total"] > 0
 
 
 @pytest.mark.parametrize("iterations", [1, 3])
@@ -131,6 +224,6 @@ def test_gsm8k_is_learned_far_below_its_token_frequencies(real_text: Path, tmp_p
     done = torchrun("launch/pretrain_coe.py", "configs/gsm8k.yaml", f"data.path={data}", f"output={run}")
     assert done.returncode == 0, done.stderr
     lines = read_metrics(run / "metrics.jsonl")
-    entropy = float(done.stdout.partition("token frequencies alone: ")[2].partition(")")[0])
+    entropy = json.loads((run / "run.json").read_text())["unigram_entropy"]
     assert lines[-1]["step"] >= 300
     assert lines[-1]["valid_loss"] <= entropy - 1.5
