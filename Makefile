@@ -34,7 +34,7 @@ $(INSTALLED): constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: Python 3.11 or newer is needed; name one with make PYTHON=..." >&2; exit 1; }
 	@command -v c++ >/dev/null || \
-		{ echo "error: a C++ compiler (c++) is needed: DeepSpeed builds its CPU part with it" >&2; exit 1; }
+		{ echo "error: a C++ compiler (c++) is needed: DeepSpeed builds kernels with it" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'

@@ -13,19 +13,30 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from coe_megatron.chain.closed_forms import ModelShape
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.config.arguments import Parser
 
-# hidden, ffn, experts, topk, tokens; each with one shared expert of the same ffn.
+
+class Sizes(NamedTuple):
+    """One row of the table; the shared expert is as wide as a routed one unless another width is asked for."""
+
+    hidden: int
+    ffn: int
+    experts: int
+    topk: int
+    tokens: int
+
+
 TABLE = (
-    (128, 88, 64, 8, 1024),
-    (128, 88, 64, 8, 4096),
-    (128, 88, 64, 4, 1024),
-    (128, 88, 16, 4, 1024),
-    (256, 176, 64, 8, 1024),
-    (1024, 704, 64, 8, 512),
+    Sizes(hidden=128, ffn=88, experts=64, topk=8, tokens=1024),
+    Sizes(hidden=128, ffn=88, experts=64, topk=8, tokens=4096),
+    Sizes(hidden=128, ffn=88, experts=64, topk=4, tokens=1024),
+    Sizes(hidden=128, ffn=88, experts=16, topk=4, tokens=1024),
+    Sizes(hidden=256, ffn=176, experts=64, topk=8, tokens=1024),
+    Sizes(hidden=1024, ffn=704, experts=64, topk=8, tokens=512),
 )
 SIZES = {
     "hidden": "hidden size",
@@ -59,7 +70,7 @@ def _parser() -> Parser:
     for (name, text), default in zip(SIZES.items(), TABLE[0], strict=False):
         layer.add_argument(f"--{name}", type=_positive, metavar="N", help=f"{text} (default: {default})")
     layer.add_argument("--shared-ffn", type=int, metavar="N", help="width of the shared expert, 0 for none (ffn)")
-    layer.add_argument("--tokens", type=_positive, nargs="+", metavar="N", help=f"(default: {TABLE[0][-1]})")
+    layer.add_argument("--tokens", type=_positive, nargs="+", metavar="N", help=f"(default: {TABLE[0].tokens})")
     layer.add_argument("--repeats", type=_positive, default=20, metavar="N", help="rounds of a shape (default: 20)")
     layer.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     layer.add_argument("--threads", type=_positive, metavar="N", help="threads of the CPU (default: torch's)")
@@ -78,24 +89,32 @@ def _positive(text: str) -> int:
 
 
 def _shapes(options: argparse.Namespace) -> list[ModelShape]:
-    """The shape asked for with each number of tokens, or the table where none is asked for."""
-    asked = [getattr(options, name) for name in SIZES]
-    if options.tokens is None and options.shared_ffn is None and not any(asked):
-        rows: list[tuple[int, ...]] = list(TABLE)
-    else:
-        sizes = [value or default for value, default in zip(asked, TABLE[0], strict=False)]
-        rows = [(*sizes, tokens) for tokens in options.tokens or [TABLE[0][-1]]]
-    return [_shape(*row, shared_ffn=options.shared_ffn) for row in rows]
+    """The sizes asked for with each number of tokens, or the table where none is asked for."""
+    asked = {name: value for name in SIZES if (value := getattr(options, name)) is not None}
+    if not asked and options.tokens is None and options.shared_ffn is None:
+        return [_shape(sizes, sizes.ffn) for sizes in TABLE]
+    sizes = TABLE[0]._replace(**asked)
+    shared_ffn = sizes.ffn if options.shared_ffn is None else options.shared_ffn
+    return [_shape(sizes._replace(tokens=tokens), shared_ffn) for tokens in options.tokens or [sizes.tokens]]
 
 
-def _shape(hidden: int, ffn: int, experts: int, topk: int, tokens: int, shared_ffn: int | None) -> ModelShape:
-    if topk % 2:
-        raise ValueError(f"topk is {topk}: it must be even, for CoE-2 takes half of it in each iteration")
-    shared = ffn if shared_ffn is None else shared_ffn
-    if shared < 0:
-        raise ValueError(f"shared_ffn is {shared}: it must be at least 0")
-    sizes = {"hidden": hidden, "expert_ffn": ffn, "shared_ffn": shared, "experts": experts, "topk": topk}
-    return ModelShape(layers=1, vocab=1, heads=1, seq_length=tokens, chain=ChainSettings(iterations=1), **sizes)
+def _shape(sizes: Sizes, shared_ffn: int) -> ModelShape:
+    if sizes.topk % 2:
+        raise ValueError(f"topk is {sizes.topk}: it must be even, for CoE-2 takes half of it in each iteration")
+    if shared_ffn < 0:
+        raise ValueError(f"shared_ffn is {shared_ffn}: it must be at least 0")
+    return ModelShape(
+        layers=1,
+        vocab=1,
+        heads=1,
+        hidden=sizes.hidden,
+        seq_length=sizes.tokens,
+        experts=sizes.experts,
+        topk=sizes.topk,
+        expert_ffn=sizes.ffn,
+        shared_ffn=shared_ffn,
+        chain=ChainSettings(iterations=1),
+    )
 
 
 def _layer(options: argparse.Namespace, shapes: list[ModelShape], parser: Parser) -> int:

@@ -25,6 +25,7 @@ from coe_megatron.modules.attention import SDPACoreAttention
 from coe_megatron.modules.coe_layer import CoELayer
 from coe_megatron.modules.experts import GroupedExperts
 from coe_megatron.modules.norm import Norm
+from coe_megatron.parallel.without_te import has_transformer_engine
 
 
 def coe_layer_spec(
@@ -45,6 +46,7 @@ def coe_layer_spec(
     """
     if config.num_moe_experts is None:
         raise ValueError("num_moe_experts is None: a Chain-of-Experts layer needs at least one routed expert")
+    _refuse_missing_engine(use_transformer_engine)
     if use_transformer_engine:
         spec = get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts,
@@ -74,6 +76,7 @@ def coe_block_spec(
 
     Arguments as for `coe_layer_spec`; `vp_stage` is the virtual pipeline stage, if there is one.
     """
+    _refuse_missing_engine(use_transformer_engine)
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine, normalization=config.normalization, vp_stage=vp_stage
     )
@@ -82,6 +85,11 @@ def coe_block_spec(
     ]
     layer_norm = block.layer_norm if use_transformer_engine else Norm
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=layer_norm)
+
+
+def _refuse_missing_engine(use_transformer_engine: bool) -> None:
+    if use_transformer_engine and not has_transformer_engine():
+        raise ValueError("use_transformer_engine is True: Transformer Engine is not installed, set it to False")
 
 
 def _convert(

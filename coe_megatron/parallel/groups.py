@@ -53,7 +53,8 @@ def start(parallel: ParallelSettings, seed: int, ranks: Ranks | None = None) -> 
     device = _device(ranks)
     backend = "nccl" if device.type == "cuda" else "gloo"
     store = dist.HashStore() if ranks.world_size == 1 else None
-    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size)
+    own = device if device.type == "cuda" else None  # lets NCCL connect at once, to the right device
+    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size, device_id=own)
     parallel_state.initialize_model_parallel(expert_model_parallel_size=parallel.expert)
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)

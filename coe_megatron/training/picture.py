@@ -4,10 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#666666"  # apart for colour-blind readers and in print
 
@@ -21,7 +19,8 @@ def draw_loss(lines: Sequence[Mapping[str, Any]], entropy: float, title: str, pa
         title: what was trained.
         path: the PNG to write; returned.
     """
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
     curves: tuple[tuple[str, str, dict[str, Any]], ...] = (
         ("train_loss", "training (one step)", {"color": _BLUE, "alpha": 0.6, "linewidth": 1}),
         ("valid_loss", "validation", {"color": _ORANGE, "marker": "o", "markersize": 4, "linewidth": 2}),
@@ -40,9 +39,8 @@ def draw_loss(lines: Sequence[Mapping[str, Any]], entropy: float, title: str, pa
         color=_ORANGE,
     )
     axes.set(xlabel="tokens seen (padding not counted)", ylabel="loss [nats per token]", title=title)
-    axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
     return path
