@@ -195,7 +195,8 @@ def feature_rounds(name: str, gating: str, layout: dict[str, int]) -> Named:
     oracle, layer = make_oracle(config, chain), make_layer(config, chain)
     copy_from_oracle(layer, oracle)
     counts: list[torch.Tensor] = []
-    first = _feature_round(name, layer, RouterReplayAction.RECORD, recorded := {})
+    recorded: dict[int, list[torch.Tensor]] = {}
+    first = _feature_round(name, layer, RouterReplayAction.RECORD, recorded)
     if config.moe_router_enable_expert_bias:
         counts = [router.local_tokens_per_expert.clone() for router in layer.mlp.routers]
     finish_step(layer)
