@@ -81,6 +81,7 @@ class MoESettings:
         layer_freq: an expert layer every so many layers, or a list of 0 (dense) and 1 (experts), one per layer.
         renormalise: divide a token's K gates by their sum (softmax scores only).
         scaling: factor of all gates; num_groups, group_topk: group-limited routing.
+        router_init: `normal` as all other weights (Megatron), or `kaiming_uniform` with a = sqrt(5) (the paper's code).
         load_balancing: which auxiliary loss, `none` for no such loss.
         expert_bias: balance without a loss: a bias on the choice, moved by `expert_bias_rate` after each step.
         capacity_factor: drop what exceeds this multiple of an expert's mean load; null drops nothing.
@@ -98,6 +99,7 @@ class MoESettings:
     num_groups: Count | None = None
     group_topk: Count | None = None
     router_dtype: Literal["fp32", "fp64"] = "fp32"
+    router_init: Literal["normal", "kaiming_uniform"] = "normal"
     load_balancing: Literal["none", "aux_loss", "seq_aux_loss", "global_aux_loss"] = "seq_aux_loss"
     aux_loss_coeff: NonNegative = 0.001
     z_loss_coeff: NonNegative = 0.0

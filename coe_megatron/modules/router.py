@@ -77,9 +77,14 @@ class CoERouter(TopKRouter):
             del self.weight, self.bias
         self.to(torch.cuda.current_device())  # the stock router moves its weight in the first forward pass
 
+    @property
+    def leader(self) -> "CoERouter | None":
+        """The router whose weights this one uses; None if it has its own."""
+        return self._leader[0]
+
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         """Logits [S, B, N] = x W_t^T in the router's dtype (`moe_router_dtype`, else the input's)."""
-        owner = self._leader[0] or self
+        owner = self.leader or self
         dtype = _DTYPES.get(self.config.moe_router_dtype, input.dtype)
         return router_gating_linear(input, owner.weight, owner.bias, dtype)
 

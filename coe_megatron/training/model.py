@@ -1,5 +1,6 @@
 """From a run's settings to a Megatron-Core GPTModel with Chain-of-Experts layers."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from coe_megatron.config.settings import MLASettings, ModelSettings, MoESettings, RunConfig
 from coe_megatron.modules import coe_block_spec
+from coe_megatron.modules.stats import routers
 
 
 def build_model(config: RunConfig, vocab_size: int) -> GPTModel:
@@ -19,7 +21,7 @@ def build_model(config: RunConfig, vocab_size: int) -> GPTModel:
         vocab_size: rows of the embedding, padding included.
     """
     megatron = transformer_config(config)
-    return GPTModel(
+    model = GPTModel(
         config=megatron,
         transformer_layer_spec=coe_block_spec(megatron, config.chain),
         vocab_size=vocab_size,
@@ -28,6 +30,11 @@ def build_model(config: RunConfig, vocab_size: int) -> GPTModel:
         rotary_base=config.model.rotary_base,
         share_embeddings_and_output_weights=not config.model.untied_embeddings,
     )
+    if config.moe.router_init == "kaiming_uniform":
+        for _, _, router in routers(model):
+            if router.leader is None:
+                torch.nn.init.kaiming_uniform_(router.weight, a=math.sqrt(5))
+    return model
 
 
 def transformer_config(config: RunConfig) -> TransformerConfig:

@@ -1,0 +1,59 @@
+"""What --dry-run says, against facts of the paper and against what a run measures."""
+
+from pathlib import Path
+
+import pytest
+
+from coe_megatron.config import load
+from coe_megatron.training.forecast import Forecast, forecast, vocabulary
+
+PAPER = Path(__file__).parents[2] / "configs" / "paper"
+
+
+def _of(name: str, *overrides: str, ranks: int = 1) -> Forecast:
+    config = load(PAPER / f"{name}.yaml", overrides)
+    return forecast(config, vocabulary(config), ranks)
+
+
+def test_the_papers_model_has_the_papers_parameters() -> None:
+    counted = _of("moe_8-64", "moe.num_experts=63").parameters
+    assert counted.without_embeddings - counted.final_norm == 570_955_776
+    assert counted.total == 780_672_000
+    more = _of("coe-2_8-64", "moe.num_experts=63").parameters
+    assert more.total - counted.total == 258_048
+
+
+def test_the_savings_the_paper_prints() -> None:
+    """17.6 % by fewer experts (its own counts give 17.7 %) and 42 % by half the layers."""
+    totals = {
+        name: _of(*arguments).parameters.total
+        for name, arguments in {
+            "63+1": ("moe_8-64", "moe.num_experts=63"),
+            "47+1": ("moe_8-64", "moe.num_experts=47"),
+            "8 layers": ("moe_8-64_8-layers", "moe.num_experts=63"),
+        }.items()
+    }
+    assert 1 - totals["47+1"] / totals["63+1"] == pytest.approx(0.177, abs=0.0005)
+    assert 1 - totals["63+1"] / totals["8 layers"] == pytest.approx(0.422, abs=0.0005)
+
+
+def test_experts_and_states_are_cut_as_the_layout_says() -> None:
+    one, eight = _of("moe_8-64", ranks=1), _of("moe_8-64", "parallel.expert=8", ranks=8)
+    dense = one.parameters.total - one.parameters.experts
+    assert one.memory["weights"] == 2 * one.parameters.total
+    assert eight.memory["weights"] == 2 * (dense + one.parameters.experts // 8)
+    assert eight.memory["optimizer"] == 12 * (-(-dense // 8) + one.parameters.experts // 8)
+    assert one.communication == {"all_to_all": 0, "gradients": 0, "weights": 0}
+
+
+def test_the_all_to_all_of_a_chain_is_that_of_a_moe_with_as_many_choices() -> None:
+    moe, chain = (_of(name, "parallel.expert=8", ranks=8) for name in ("moe_8-64", "coe-2_4-64"))
+    tokens, layers, choices, hidden, two_bytes = 64 * 512 // 8, 4, 8, 1024, 2
+    sent = 4 * tokens * layers * choices * hidden * two_bytes * 7 // 8
+    assert moe.communication["all_to_all"] == chain.communication["all_to_all"] == sent
+
+
+def test_without_data_the_vocabulary_must_be_given() -> None:
+    config = load(PAPER / "moe_8-64.yaml", ["model.vocab_size=null", "data.path=nowhere"])
+    with pytest.raises(ValueError, match=r"model\.vocab_size is null: without prepared data it must be given"):
+        vocabulary(config)

@@ -1,0 +1,57 @@
+"""From a run's config to Megatron's model."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from coe_megatron.chain import closed_forms
+from coe_megatron.chain.settings import ChainSettings
+from coe_megatron.config import RunConfig
+from coe_megatron.config.settings import MLASettings, ModelSettings, MoESettings
+from coe_megatron.config.shape import model_shape
+from coe_megatron.training.model import build_model
+
+pytestmark = pytest.mark.usefixtures("single_rank")
+MODEL = ModelSettings(num_layers=2, hidden_size=32, num_attention_heads=2, seq_length=16)
+MOE = MoESettings(num_experts=8, topk=2, ffn_hidden_size=16)
+MLA = MLASettings(kv_lora_rank=16, qk_head_dim=8, qk_pos_emb_head_dim=8, v_head_dim=8)
+
+
+@pytest.mark.parametrize(
+    ("model", "moe", "chain"),
+    [
+        (MODEL, MOE, ChainSettings()),
+        (MODEL, MOE, ChainSettings(iterations=3, topology="iteration_norm")),
+        (MODEL, MOE, ChainSettings(gating="shared_router")),
+        (replace(MODEL, num_query_groups=1, untied_embeddings=False), replace(MOE, layer_freq=[0, 1]), ChainSettings()),
+        (replace(MODEL, mla=MLA), replace(MOE, num_shared_experts=0), ChainSettings(gating="fixed")),
+        (replace(MODEL, mla=replace(MLA, q_lora_rank=8)), MOE, ChainSettings(iterations=1)),
+        (replace(MODEL, activation="gelu", ffn_hidden_size=48), replace(MOE, layer_freq=2), ChainSettings()),
+    ],
+)
+def test_closed_form_counts_the_parameters_of_the_built_model(
+    model: ModelSettings, moe: MoESettings, chain: ChainSettings
+) -> None:
+    config = RunConfig(model=model, moe=moe, chain=chain)
+    built = sum(parameter.numel() for parameter in build_model(config, 64).parameters())
+    assert closed_forms.parameters(model_shape(config, 64)).total == built
+
+
+def test_initialisation_of_the_paper() -> None:
+    """Normal 0.02 everywhere without depth scaling, routers uniform within 1/sqrt(d)."""
+    model = replace(MODEL, scaled_init=False)
+    config = RunConfig(model=model, moe=replace(MOE, router_init="kaiming_uniform"), chain=ChainSettings(iterations=2))
+    layer = build_model(config, 64).decoder.layers[0].mlp
+    for router in layer.routers:
+        assert router.weight.abs().max() <= 1 / math.sqrt(32)
+        assert router.weight.std().item() == pytest.approx(1 / math.sqrt(3 * 32), rel=0.1)
+    assert layer.experts.weight2.std().item() == pytest.approx(0.02, rel=0.05)
+    assert not torch.equal(layer.routers[0].weight, layer.routers[1].weight)
+
+
+def test_initialisation_of_megatron_scales_what_leads_into_the_stream() -> None:
+    layer = build_model(RunConfig(model=MODEL, moe=MOE), 64).decoder.layers[0].mlp
+    assert layer.experts.weight1.std().item() == pytest.approx(0.02, rel=0.05)
+    assert layer.experts.weight2.std().item() == pytest.approx(0.02 / math.sqrt(2 * MODEL.num_layers), rel=0.05)
