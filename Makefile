@@ -2,12 +2,13 @@
 #   make quickstart   train a small Chain-of-Experts model on two CPU ranks, and see what it learned
 #   make test         all tests but those that need a GPU
 #   make check        format, lint, types and the fast tests
+#   make format       format and fix what can be fixed; make docs: write docs/settings.md anew
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 export PYTHONUNBUFFERED := 1
 
-.PHONY: quickstart test check format clean
+.PHONY: quickstart test check format docs clean
 
 quickstart: $(INSTALLED) data/builtin/manifest.json
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 launch/pretrain_coe.py configs/quickstart.yaml
@@ -28,6 +29,9 @@ check: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(INSTALLED)
+	$(BIN)/python -m coe_megatron.config.reference docs/settings.md
 
 # Installed once, and again when the pins or the project's metadata change.
 $(INSTALLED): constraints.txt pyproject.toml

@@ -19,9 +19,18 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 @dataclass(frozen=True)
 class MLASettings:
-    """Multi-latent attention (DeepSeek-V2), sizes per head; without it attention is MHA or GQA.
+    """Multi-latent attention (DeepSeek-V2); without it attention is MHA or GQA.
 
-    `rotary_scaling_factor` above 1 switches YaRN on, over `original_max_position_embeddings` positions.
+    Attributes:
+        kv_lora_rank: width of the compressed keys and values.
+        q_lora_rank: width of compressed queries; null takes queries straight from the hidden state.
+        qk_head_dim: size of a query and key head, its part without position.
+        qk_pos_emb_head_dim: size of its part with rotary position, one key of which all heads share.
+        v_head_dim: size of a value head.
+        rotary_scaling_factor: above 1 it switches YaRN on and stretches positions by so much.
+        original_max_position_embeddings: positions YaRN stretches.
+        mscale: YaRN's scale of cosine and sine.
+        mscale_all_dim: YaRN's scale of the attention scores.
     """
 
     kv_lora_rank: Count = 512
@@ -40,12 +49,25 @@ class ModelSettings:
     """The transformer around the experts; names and meanings are Megatron-Core's.
 
     Attributes:
+        num_layers: transformer layers.
+        hidden_size: width of the residual stream.
+        num_attention_heads: query heads.
         num_query_groups: key/value heads of grouped-query attention; as many as heads when null.
         kv_channels: size of a head; hidden_size / num_attention_heads when null. Unused with `mla`.
         ffn_hidden_size: width of dense layers (where `moe.layer_freq` has any); 4 x hidden_size when null.
+        seq_length: tokens of a sample.
         vocab_size: rows of the embedding; the tokenizer's size rounded up to a multiple of 64 when null.
+        activation: of experts and dense layers.
+        normalization: of every norm.
+        layernorm_epsilon: of every norm.
+        qk_layernorm: norms on queries and keys; with `mla` the latents have theirs anyway.
+        rotary_base: theta of the rotary positions.
+        untied_embeddings: the output layer has weights of its own.
+        hidden_dropout: of what attention and experts add to the residual stream.
+        attention_dropout: of the attention weights.
         init_method_std: standard deviation of the normal initialisation.
         scaled_init: Megatron's division of the output layers' deviation by sqrt(2 x layers); the paper has none.
+        mla: multi-latent attention instead of MHA or GQA; `{}` takes its defaults.
     """
 
     num_layers: Count = 4
@@ -79,12 +101,23 @@ class MoESettings:
         ffn_hidden_size: width of one expert.
         num_shared_experts: M; they see every token in every iteration, and are computed as one of M times the width.
         layer_freq: an expert layer every so many layers, or a list of 0 (dense) and 1 (experts), one per layer.
+        score_function: what makes scores of the router's logits.
         renormalise: divide a token's K gates by their sum (softmax scores only).
-        scaling: factor of all gates; num_groups, group_topk: group-limited routing.
+        scaling: factor of all gates.
+        num_groups: group-limited routing: into how many groups the experts fall; null for none.
+        group_topk: group-limited routing: from how many groups a token chooses.
+        router_dtype: in which the router computes.
         router_init: `normal` as all other weights (Megatron), or `kaiming_uniform` with a = sqrt(5) (the paper's code).
         load_balancing: which auxiliary loss, `none` for no such loss.
-        expert_bias: balance without a loss: a bias on the choice, moved by `expert_bias_rate` after each step.
+        aux_loss_coeff: its coefficient (how it scales with the iterations: `chain.balance`).
+        z_loss_coeff: coefficient of the router's z-loss; 0 for none.
+        expert_bias: balance without a loss: a bias on the choice, moved after each step (sigmoid scores only).
+        expert_bias_rate: by how much it moves.
+        input_jitter: the router's input is multiplied by noise from 1 - this to 1 + this.
         capacity_factor: drop what exceeds this multiple of an expert's mean load; null drops nothing.
+        drop_policy: drop the copies with the lowest gates, or the last ones.
+        pad_to_capacity: fill every expert up to its capacity, for fixed sizes.
+        dispatcher: how tokens travel to the experts' ranks.
         recompute: recompute the layer in the backward pass instead of keeping its activations.
     """
 
@@ -134,9 +167,15 @@ class OptimizerSettings:
     """AdamW and its learning rate; weight decay spares norms and biases.
 
     Attributes:
-        lr: the rate after warm-up. warmup: its share of the steps, over which the rate rises from zero.
+        lr: the learning rate after warm-up.
+        min_lr: to which it falls.
+        warmup: share of the steps over which it rises from zero.
         decay: what follows warm-up: `constant`; `linear` or `cosine` down to `min_lr`; or `wsd`, constant and then
             linear down to `min_lr` over the last `cooldown` share of the steps.
+        cooldown: that share.
+        betas: of AdamW.
+        eps: of AdamW.
+        weight_decay: of AdamW, for matrices alone.
         clip: largest global gradient norm; null does not clip.
     """
 
@@ -166,9 +205,15 @@ class ParallelSettings:
 
 @dataclass(frozen=True)
 class ZeroSettings:
-    """DeepSpeed ZeRO: stage 1 cuts the optimizer's states over the data-parallel ranks."""
+    """DeepSpeed ZeRO: stage 1 cuts the optimizer's states over the data-parallel ranks.
+
+    Attributes:
+        stage: the ZeRO stage.
+        reduce_bucket_size: parameters whose gradients are reduced at once; with fp32 a buffer of that size is kept.
+    """
 
     stage: Literal[1] = 1
+    reduce_bucket_size: Count = 50_000_000
 
 
 @dataclass(frozen=True)
@@ -176,10 +221,14 @@ class TrainingSettings:
     """How long, how fast, and what is written on the way.
 
     Attributes:
-        global_batch: samples a step over all ranks; micro_batch: samples a rank passes at once. What lies between is
-            gradient accumulation.
+        steps: optimizer steps of the whole run.
+        global_batch: samples a step, over all ranks.
+        micro_batch: samples a rank passes at once; what lies between the two is gradient accumulation.
+        seed: of weights, dropout and the order of samples.
         precision: `bf16` trains bf16 weights with fp32 master weights, `fp32` everything in fp32.
-        log_every, evaluate_every, save_every: steps between; the last step always evaluates and saves.
+        log_every: steps between two lines of metrics.
+        evaluate_every: steps between two validations; the last step always has one.
+        save_every: steps between two checkpoints; the last step always saves one.
         keep_checkpoints: how many of the newest stay.
     """
 
@@ -196,7 +245,11 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run, whole. `output` is its folder: config, metrics, TensorBoard, checkpoints."""
+    """One run, whole.
+
+    Attributes:
+        output: its folder, for config, metrics, TensorBoard and checkpoints.
+    """
 
     output: str = "runs/quickstart"
     model: ModelSettings = field(default_factory=ModelSettings)

@@ -14,7 +14,7 @@ from coe_megatron.config.shape import model_shape, padded_vocabulary
 from coe_megatron.data.manifest import Manifest
 
 _MASTER_AND_MOMENTS = 12  # bytes a parameter: fp32 master weight and AdamW's two moments
-_GRADIENT = 4  # bytes a parameter: gradients are summed in fp32
+_FP32 = 4  # bytes; gradients are summed and sent in fp32
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Forecast:
         parameters: of the whole model, by kind.
         flops_per_token: forward and backward, by kind.
         tokens_per_step: positions of a global batch, padding among them.
-        memory: bytes a rank holds whatever the batch: weights, gradients, and the optimizer's masters and moments.
+        memory: bytes a rank holds whatever the batch, at the end of a backward pass: weights, gradients, the buffer
+            they are reduced in, and the optimizer's masters and moments.
         communication: bytes a rank sends in one step, by what for, uniform routing assumed.
     """
 
@@ -100,9 +101,11 @@ def _memory(config: RunConfig, counted: ParameterCount, ranks: int) -> dict[str,
     """Experts lie on EP ranks; their states are cut over the replicas of these, dense states over all ranks."""
     expert, replicas = config.parallel.expert, ranks // config.parallel.expert
     dense, experts = counted.total - counted.experts, counted.experts // expert
+    bf16 = config.training.precision == "bf16"  # keeps bf16 gradients beside their fp32 sums, and reduces in place
     return {
         "weights": _bytes(config) * (dense + experts),
-        "gradients": _GRADIENT * (dense + experts),
+        "gradients": (_FP32 + (2 if bf16 else 0)) * (dense + experts),
+        "buffer": 0 if bf16 else _FP32 * config.zero.reduce_bucket_size,
         "optimizer": _MASTER_AND_MOMENTS * (-(-dense // ranks) + -(-experts // replicas)),
     }
 
@@ -119,7 +122,7 @@ def _communication(config: RunConfig, shape: ModelShape, counted: ParameterCount
     tokens = config.training.global_batch * shape.seq_length // ranks
     return {
         "all_to_all": 4 * tokens * copies * shape.hidden * _bytes(config) * (expert - 1) // expert,
-        "gradients": 2 * _GRADIENT * (dense * (ranks - 1) // ranks + experts * (replicas - 1) // replicas),
+        "gradients": 2 * _FP32 * (dense * (ranks - 1) // ranks + experts * (replicas - 1) // replicas),
         "weights": _bytes(config) * (dense * (ranks - 1) // ranks + experts * (replicas - 1) // replicas),
     }
 

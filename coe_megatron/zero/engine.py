@@ -31,7 +31,6 @@ from coe_megatron.parallel.groups import MegatronGroups
 from coe_megatron.zero import expert_groups, states
 
 Engine: TypeAlias = deepspeed.DeepSpeedEngine
-_BUCKET = 50_000_000  # elements that are reduced or gathered at once
 
 
 def build_engine(
@@ -102,7 +101,11 @@ def _config(
         "train_micro_batch_size_per_gpu": training.micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": optimizer.clip or 0.0,
-        "zero_optimization": {"stage": zero.stage, "reduce_bucket_size": _BUCKET, "allgather_bucket_size": _BUCKET},
+        "zero_optimization": {
+            "stage": zero.stage,
+            "reduce_bucket_size": zero.reduce_bucket_size,
+            "allgather_bucket_size": zero.reduce_bucket_size,
+        },
         "bf16": {"enabled": training.precision == "bf16"},
         # Gradients are summed, over micro-batches and over ranks, in fp32 whatever the weights are.
         "data_types": {"grad_accum_dtype": "fp32"},
