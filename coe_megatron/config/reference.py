@@ -84,7 +84,8 @@ def _bounds(metadata: tuple[Any, ...]) -> str:
 
 
 def _default(field: Field) -> str:
-    value = field.default if field.default is not MISSING else field.default_factory()  # type: ignore[misc]
+    factory = field.default_factory
+    value = field.default if factory is MISSING else factory()
     if value is None or isinstance(value, bool):
         return {None: "`null`", True: "`true`", False: "`false`"}[value]
     return f"`{list(value) if isinstance(value, tuple) else value}`"
