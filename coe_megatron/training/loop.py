@@ -21,7 +21,7 @@ from coe_megatron.config.shape import model_shape, padded_vocabulary
 from coe_megatron.data.datasets import PreparedData, StepBatches, validation_batches
 from coe_megatron.modules import stats
 from coe_megatron.parallel import groups
-from coe_megatron.training import evaluation, memory, run_folder
+from coe_megatron.training import devices, evaluation, memory, run_folder
 from coe_megatron.training.evaluation import Batch
 from coe_megatron.training.interruption import Interruption
 from coe_megatron.training.metrics import MetricsWriter
@@ -85,6 +85,7 @@ class Pretraining:
             raise ConfigError(str(error)) from error
         self.shape = model_shape(config, self.vocab_size)
         self.flops = closed_forms.training_flops(self.shape)
+        self.peak_flops = devices.peak_flops(config.training.precision)
 
     def run(self) -> None:
         """All steps that are left, with evaluations and checkpoints on the way."""
@@ -141,6 +142,7 @@ class Pretraining:
         """Write a metrics object for the step just done; returns what the progress line shows."""
         seconds, tokens_per_second = clock.read()
         positions = self.config.training.global_batch * self.shape.seq_length
+        flops = self.flops.total * positions / seconds / torch.distributed.get_world_size()
         reports = stats.report_routing(self.engine.module)
         step, settings = self.position.step, self.config.optimizer
         values: dict[str, Any] = {
@@ -152,7 +154,8 @@ class Pretraining:
             **stats.mean_losses(reports),
             "step_seconds": seconds,
             "tokens_per_second": tokens_per_second,
-            "tflops": self.flops.total * positions / seconds / torch.distributed.get_world_size() / 1e12,
+            "tflops": flops / 1e12,
+            **({"mfu": flops / self.peak_flops} if self.peak_flops else {}),
             "memory": memory.measure(self.engine),
             "routing": [{**asdict(report), "imbalance": report.imbalance} for report in reports],
         }
