@@ -1,6 +1,7 @@
 """Fixtures of all tests: one process with Megatron's groups, and where the real text lies."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,22 @@ from ranks import start_groups
 
 
 @pytest.fixture(scope="session")
-def single_rank(tmp_path_factory: pytest.TempPathFactory) -> None:
+def megatron_groups(tmp_path_factory: pytest.TempPathFactory) -> None:
     """This very process as the only rank of Megatron's groups (made once, on one thread)."""
     meeting = tmp_path_factory.mktemp("rendezvous") / "file"
     start_groups(0, 1, f"file://{meeting}")
+
+
+@pytest.fixture
+def single_rank(megatron_groups: None) -> Iterator[None]:
+    """The only rank, with Megatron's seeds and module-level state as if no test had run before."""
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from modules_build import reset_megatron
+
+    reset_megatron()
+    model_parallel_cuda_manual_seed(1234)
+    yield
+    reset_megatron()
 
 
 @pytest.fixture(autouse=True)

@@ -105,7 +105,7 @@ class Pretraining:
 
     def _run_steps(self, first: int, steps: int) -> None:
         if first == 0:
-            self.writer.write({"step": 0, "tokens": 0, "valid_loss": self._validate()})
+            self.writer.write({"step": 0, "tokens": 0, **self._validate()})
         clock = _Clock(self.position)
         for step in range(first, steps):
             loss, interrupted = self._train_step(step)
@@ -161,14 +161,16 @@ class Pretraining:
         }
         shown = {"loss": loss, "tokens/s": tokens_per_second}
         if self._due("evaluate_every"):
-            values["valid_loss"] = shown["valid"] = self._validate()
+            values |= self._validate()
+            shown["valid"] = values["valid_loss"]
         self.writer.write(values)
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss of step {step} is {loss}: a lower optimizer.lr may help")
         return shown
 
-    def _validate(self) -> float:
-        return evaluation.validation_loss(self.engine, map(self._to_device, self.validation))
+    def _validate(self) -> dict[str, float]:
+        loss = evaluation.validation_loss(self.engine, map(self._to_device, self.validation))
+        return {"valid_loss": loss, "valid_bits_per_byte": loss / math.log(2) / self.bytes_per_token}
 
     def _due(self, *settings: str) -> bool:
         step, training = self.position.step, self.config.training
@@ -193,6 +195,7 @@ class Pretraining:
         self.validation = list(
             validation_batches(valid, training.micro_batch, **share, limit=settings.validation_samples)
         )
+        self.bytes_per_token = data.manifest.splits["valid"].bytes_per_token
         self.cut = data.share_cut(length) if settings.samples == "row" else 0.0
 
     def _build_engine(self) -> zero.Engine:

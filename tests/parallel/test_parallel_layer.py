@@ -315,7 +315,7 @@ def work_of_a_rank(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def folder(single_rank: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(megatron_groups: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Holds a checkpoint that one rank saved."""
     folder = tmp_path_factory.mktemp("checkpoints")
     layer = make_layer(make_config(**SHARED), ChainSettings(2, topology="iteration_norm"))

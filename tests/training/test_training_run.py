@@ -12,6 +12,7 @@ from programs import ROOT, kill, python, start_torchrun, torchrun
 
 from coe_megatron.training.metrics import read_metrics
 
+BYTES = 2.0  # a token, about, of 512 pieces
 NO_DROPOUT = ("model.hidden_dropout=0", "model.attention_dropout=0")
 pytestmark = [pytest.mark.run, pytest.mark.timeout(1200)]
 
@@ -56,6 +57,7 @@ def test_a_run_leaves_everything_it_should(finished: Path) -> None:
     assert [line["step"] for line in lines] == list(range(13))
     assert [line["step"] for line in lines if "valid_loss" in line] == [0, 6, 12]
     assert lines[-1]["valid_loss"] < lines[0]["valid_loss"] - 0.2
+    assert lines[-1]["valid_bits_per_byte"] == pytest.approx(lines[-1]["valid_loss"] / 0.6931 / BYTES, rel=0.2)
     assert {"tokens", "grad_norm", "aux_loss", "tokens_per_second", "tflops", "memory"} <= lines[-1].keys()
     routers = [(part["layer"], part["iteration"]) for part in lines[-1]["routing"]]
     assert routers == [(1, 1), (1, 2), (2, 1), (2, 2)]
