@@ -20,7 +20,7 @@ def test_the_megatron_example_builds_a_chain_that_learns() -> None:
     tokens, positions = torch.randint(512, (2, 16)), torch.arange(16).expand(2, -1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
-    for _ in range(5):
+    for _ in range(10):
         loss = model(tokens, positions, None, labels=tokens).mean()
         optimizer.zero_grad()
         loss.backward()
