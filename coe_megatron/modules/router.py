@@ -33,7 +33,7 @@ class RoutingStats:
 
     Attributes:
         losses: name -> sum of the loss without its coefficient (1.0 each for a perfectly balanced aux loss).
-        load: [N] float32, token copies each expert was chosen for (padding not counted).
+        load: [N] float64, token copies each expert was chosen for (padding not counted).
         calls: micro-batches seen.
     """
 
@@ -45,7 +45,7 @@ class RoutingStats:
         self.losses[name] = self.losses.get(name, 0.0) + value.detach()
 
     def add_load(self, load_N: torch.Tensor) -> None:
-        self.load = load_N.float() if self.load is None else self.load + load_N
+        self.load = load_N.double() if self.load is None else self.load + load_N
         self.calls += 1
 
     def reset(self) -> None:
