@@ -111,7 +111,7 @@ def test_losses_and_loads_are_kept_by_iteration(gating: str, balance: str) -> No
     assert len(layer.mlp.routers) == oracle.num_routings
     for t, router in enumerate(layer.mlp.routers):
         assert router.stats.calls == 2
-        torch.testing.assert_close(router.stats.load, sum(r.loads[t] for r in results).float())
+        torch.testing.assert_close(router.stats.load, sum(r.loads[t] for r in results).double())
         for ours, (theirs, coefficient) in names.items():
             truth = sum(r.losses[t][theirs] for r in results) / (coefficient * share)
             torch.testing.assert_close(router.stats.losses[ours], truth, rtol=1e-5, atol=0)
