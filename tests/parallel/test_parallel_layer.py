@@ -390,7 +390,7 @@ def _assert_that_it_shows(name: str, gating: str, found: Named) -> None:
     if "bias" in name:
         for t, load_N in enumerate(first):
             assert torch.equal(found[f"counts {t}"], load_N)
-            torch.testing.assert_close(found[f"bias {t}"], 0.5 * torch.sign(load_N.mean() - load_N))
+            torch.testing.assert_close(found[f"bias {t}"], 0.5 * torch.sign(load_N.mean() - load_N).float())
     assert ("global_load_balancing_loss 0" in found) == ("global" in name)
     if name in ("jitter", "groups"):
         plain = feature_rounds("plain", gating, {})
