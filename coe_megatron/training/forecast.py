@@ -99,8 +99,7 @@ def vocabulary(config: RunConfig) -> int:
 
 def _memory(config: RunConfig, counted: ParameterCount, ranks: int) -> dict[str, int]:
     """Experts lie on EP ranks; their states are cut over the replicas of these, dense states over all ranks."""
-    expert, replicas = config.parallel.expert, ranks // config.parallel.expert
-    dense, experts = counted.total - counted.experts, counted.experts // expert
+    dense, experts, replicas = _held(config, counted, ranks)
     bf16 = config.training.precision == "bf16"  # keeps bf16 gradients beside their fp32 sums, and reduces in place
     return {
         "weights": _bytes(config) * (dense + experts),
@@ -116,8 +115,8 @@ def _communication(config: RunConfig, shape: ModelShape, counted: ParameterCount
     The all-to-all sends each of K copies of a token there and back, in each of C iterations, forward and backward, but
     for the 1/EP of them that stay.
     """
-    expert, replicas = config.parallel.expert, ranks // config.parallel.expert
-    dense, experts = counted.total - counted.experts, counted.experts // expert
+    dense, experts, replicas = _held(config, counted, ranks)
+    expert = config.parallel.expert
     copies = shape.num_moe_layers * shape.chain.iterations * shape.topk
     tokens = config.training.global_batch * shape.seq_length // ranks
     return {
@@ -125,6 +124,12 @@ def _communication(config: RunConfig, shape: ModelShape, counted: ParameterCount
         "gradients": 2 * _FP32 * (dense * (ranks - 1) // ranks + experts * (replicas - 1) // replicas),
         "weights": _bytes(config) * (dense * (ranks - 1) // ranks + experts * (replicas - 1) // replicas),
     }
+
+
+def _held(config: RunConfig, counted: ParameterCount, ranks: int) -> tuple[int, int, int]:
+    """Dense and expert parameters on a rank, and how many ranks hold the same experts."""
+    expert = config.parallel.expert
+    return counted.total - counted.experts, counted.experts // expert, ranks // expert
 
 
 def _bytes(config: RunConfig) -> int:

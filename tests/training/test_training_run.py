@@ -73,10 +73,7 @@ def test_killed_and_resumed_is_the_run_that_was_never_killed(config: Path, prepa
     folder = prepared.parent / "killed"
     command = ("launch/pretrain_coe.py", config, f"data.path={prepared}", f"output={folder}")
     with start_torchrun(*command) as process:
-        deadline = time.monotonic() + 300
-        while not any(line["step"] >= 5 for line in read_metrics(folder / "metrics.jsonl")):
-            assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
-            time.sleep(0.02)
+        wait_for_step(folder, 5, process)
         kill(process)
     assert not (folder / "checkpoints" / "step-00000012").exists()
 
