@@ -6,7 +6,7 @@ experts one by one, layers along an axis. Any layout can read them.
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -48,8 +48,11 @@ def save_tensors(engine: Engine, folder: Path) -> None:
         dist_checkpointing.save(shards, str(folder), _SaveInProcess("torch_dist", 1))
 
 
-def load_tensors(engine: Engine, folder: Path) -> None:
+def load_tensors(engine: Engine, folder: Path, kinds: Sequence[str] = zero_states.KINDS) -> None:
     """Read what `save_tensors` wrote on any layout; collective. 4 bytes of host memory for each of a rank's parameters.
+
+    Args:
+        kinds: which of the optimizer's states to read; fp32 master weights alone leave the moments as they are.
 
     Raises:
         ValueError: the checkpoint holds other tensors than the model.
@@ -58,7 +61,7 @@ def load_tensors(engine: Engine, folder: Path) -> None:
     _refuse_other_model(_weights(model), folder)
     unknown = model.load_state_dict(_load(_weights(model), folder), strict=False).unexpected_keys
     assert not unknown, unknown
-    for kind in zero_states.KINDS:
+    for kind in kinds:
         loaded = _load(_optimizer_states(model, kind, _allocate), folder)
         for name, parameter in model.named_parameters():
             zero_states.write(parameter, kind, loaded[_state_name(kind, name)])

@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,13 @@ from coe_megatron.zero.engine import Engine
 _NAME = re.compile(r"step-(\d+)(\.tmp)?")
 
 
-def save(folder: Path, step: int, engine: Engine, state: dict[str, Any], keep: int) -> Path:
+def save(
+    folder: Path, step: int, engine: Engine, state: dict[str, Any], keep: int, milestones: Collection[int] = ()
+) -> Path:
     """Save a run between two steps, and delete what is older than the newest `keep` checkpoints up to this one.
 
-    What lies beyond `step` stays: a run that goes on from an earlier step found it damaged.
+    What lies beyond `step` stays: a run that goes on from an earlier step found it damaged. So do checkpoints of the
+    steps in `milestones`, which do not count as one of the newest.
 
     Args:
         folder: where the checkpoints of this run lie; made if needed.
@@ -55,7 +59,7 @@ def save(folder: Path, step: int, engine: Engine, state: dict[str, Any], keep: i
     seal(partial)
     if dist.get_rank() == 0:
         _publish(partial, final)
-        _prune(folder, step, keep)
+        _prune(folder, step, keep, milestones)
     dist.barrier()
     return final
 
@@ -71,10 +75,40 @@ def load_latest(folder: Path, engine: Engine) -> dict[str, Any] | None:
     Raises:
         ValueError: the checkpoint is whole but of another model.
     """
+    checkpoint = _newest_whole(folder)
+    return None if checkpoint is None else _read(checkpoint, engine)
+
+
+def load_weights(source: Path, engine: Engine) -> tuple[Path, dict[str, Any]]:
+    """Take up the weights of another run alone, its fp32 masters included; optimizer moments and generators stay.
+
+    Args:
+        source: a checkpoint, or the folder of a run or its `checkpoints` for the newest whole one.
+
+    Returns:
+        The checkpoint's folder, and the `state` that was saved with it.
+
+    Raises:
+        ValueError: there is no whole checkpoint, or it is of another model.
+    """
+    checkpoint: Path | None = source
+    if _NAME.fullmatch(source.name):
+        if trouble := problem(source):
+            raise ValueError(f"checkpoint {source} is not whole: {trouble}")
+    else:
+        checkpoint = _newest_whole(source / "checkpoints" if (source / "checkpoints").is_dir() else source)
+    if checkpoint is None:
+        raise ValueError(f"{source} holds no checkpoint: name one, or the folder of a run that saved one")
+    states.load_tensors(engine, checkpoint / "tensors", kinds=(zero_states.MASTER,))
+    return checkpoint, json.loads((checkpoint / "state.json").read_text())["state"]
+
+
+def _newest_whole(folder: Path) -> Path | None:
+    """The newest checkpoint of a folder that is whole; those passed over are named on stderr."""
     for checkpoint in shared(_newest_first(folder)):
         trouble = "saving it was not finished" if checkpoint.suffix else problem(checkpoint)
         if trouble is None:
-            return _read(checkpoint, engine)
+            return checkpoint
         if dist.get_rank() == 0:
             print(f"checkpoint {checkpoint} is skipped: {trouble}", file=sys.stderr)
     return None
@@ -119,9 +153,9 @@ def _publish(partial: Path, final: Path) -> None:
     _sync(final.parent)
 
 
-def _prune(folder: Path, step: int, keep: int) -> None:
+def _prune(folder: Path, step: int, keep: int, milestones: Collection[int]) -> None:
     """Of what is not newer than `step`, leave the newest `keep` checkpoints with a seal, and what is among them."""
-    entries = [entry for entry in _newest_first(folder) if _step(entry) <= step]
+    entries = [entry for entry in _newest_first(folder) if _step(entry) <= step and _step(entry) not in milestones]
     sealed = [entry for entry in entries if not entry.suffix and (entry / SEAL).exists()]
     for entry in entries[entries.index(sealed[keep - 1]) + 1 :] if len(sealed) >= keep else []:
         _delete(entry)

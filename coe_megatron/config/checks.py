@@ -22,6 +22,7 @@ def problems(config: RunConfig, world_size: int | None = None) -> Iterator[str]:
     yield from _alignment(config)
     yield from _training(config)
     yield from _layout(config, world_size)
+    yield from _steps(config, world_size)
 
 
 def _model(model: ModelSettings) -> Iterator[str]:
@@ -122,3 +123,15 @@ def _layout(config: RunConfig, world_size: int | None) -> Iterator[str]:
             f"training.global_batch is {config.training.global_batch}: it must be a multiple of "
             f"training.micro_batch x ranks ({config.training.micro_batch} x {world_size} = {rows})"
         )
+
+
+def _steps(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    """Settings that name steps or ranks of the run."""
+    steps, profile = config.training.steps, config.profile
+    if late := [step for step in config.training.milestones if step > steps]:
+        yield f"training.milestones has {late[0]}: the run ends with step {steps} (training.steps)"
+    if profile.first_step is not None and profile.first_step > steps:
+        yield f"profile.first_step is {profile.first_step}: the run ends with step {steps} (training.steps)"
+    ranks = config.parallel.world_size or world_size
+    if profile.first_step is not None and ranks and max(profile.ranks, default=0) >= ranks:
+        yield f"profile.ranks is {profile.ranks}: the run has ranks 0 to {ranks - 1}"

@@ -176,6 +176,7 @@ class OptimizerSettings:
         betas: of AdamW.
         eps: of AdamW.
         weight_decay: of AdamW, for matrices alone.
+        decay_routers: the routers' matrices decay as well.
         clip: largest global gradient norm; null does not clip.
     """
 
@@ -187,6 +188,7 @@ class OptimizerSettings:
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.01
+    decay_routers: bool = True
     clip: Positive | None = 1.0
 
 
@@ -230,6 +232,10 @@ class TrainingSettings:
         evaluate_every: steps between two validations; the last step always has one.
         save_every: steps between two checkpoints; the last step always saves one.
         keep_checkpoints: how many of the newest stay.
+        milestones: steps after which a checkpoint is saved as well, and never deleted.
+        warm_start: a checkpoint, or the folder of a run for its newest one, whose weights a new run begins with;
+            steps, optimizer states, data and schedule begin anew. null begins with random weights.
+        deterministic: choose algorithms that give the same bits in every run on the same devices; slower on CUDA.
     """
 
     steps: Count = 400
@@ -241,6 +247,56 @@ class TrainingSettings:
     evaluate_every: Count = 100
     save_every: Count = 200
     keep_checkpoints: Count = 2
+    milestones: list[Count] = field(default_factory=list)
+    warm_start: str | None = None
+    deterministic: bool = False
+
+
+@dataclass(frozen=True)
+class WandbSettings:
+    """Weights & Biases; needs the package `wandb` and, unless offline, an account.
+
+    Attributes:
+        project: where the run appears.
+        name: of the run; the last part of `output` when null.
+        entity: user or team; the account's default when null.
+        mode: `offline` keeps everything in the run's folder until `wandb sync`.
+    """
+
+    project: str = "coe_megatron"
+    name: str | None = None
+    entity: str | None = None
+    mode: Literal["online", "offline"] = "online"
+
+
+@dataclass(frozen=True)
+class LoggingSettings:
+    """Where metrics go beside metrics.jsonl, which every run writes.
+
+    Attributes:
+        tensorboard: write `tensorboard/` in the run's folder.
+        wandb: send them to Weights & Biases; `{}` takes its defaults, null sends nothing.
+    """
+
+    tensorboard: bool = True
+    wandb: WandbSettings | None = None
+
+
+@dataclass(frozen=True)
+class ProfileSettings:
+    """A window of steps that torch's profiler watches; what it writes lies in `profile/` of the run's folder.
+
+    Attributes:
+        first_step: the first step (1-based) of the window; null profiles nothing.
+        steps: how many.
+        memory: record allocations too: in the trace and, on CUDA, as a snapshot for torch's memory viewer.
+        ranks: which ranks are profiled.
+    """
+
+    first_step: Count | None = None
+    steps: Count = 3
+    memory: bool = False
+    ranks: list[Index] = field(default_factory=lambda: [0])
 
 
 @dataclass(frozen=True)
@@ -260,3 +316,5 @@ class RunConfig:
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     zero: ZeroSettings = field(default_factory=ZeroSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
+    logging: LoggingSettings = field(default_factory=LoggingSettings)
+    profile: ProfileSettings = field(default_factory=ProfileSettings)

@@ -1,4 +1,6 @@
-"""What devices can do at most, to relate a run's FLOP/s to: model FLOPs utilisation (MFU)."""
+"""What devices can do at most, to relate a run's FLOP/s to (MFU), and how to make them repeat themselves bit by bit."""
+
+import os
 
 import torch
 
@@ -24,3 +26,14 @@ def peak_flops(precision: str, device_name: str | None = None) -> float | None:
     if precision != "bf16":
         return None
     return next((peak for name, peak in _PEAK_BF16.items() if name in device_name), None)
+
+
+def make_deterministic() -> None:
+    """Let torch, cuBLAS and NCCL take only algorithms that give the same bits every time; call it before `start`.
+
+    An operation that has none raises torch's own error. Memory is not filled, which torch would do beside.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "Ring")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -1,6 +1,9 @@
 """The validation loss, and the entropy a model has to beat to have learned anything but frequencies."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -19,24 +22,61 @@ def token_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     ).float()
 
 
-@torch.no_grad()
-def validation_loss(model: torch.nn.Module, batches: Iterable[Batch]) -> float:
-    """Mean loss in nats over all counted tokens of all ranks' batches; every rank has to bring equally many.
+@dataclass(frozen=True)
+class ValidationSet:
+    """This rank's share of a fixed set of samples; every rank has equally many batches.
+
+    Attributes:
+        batches: kept in memory, on the CPU.
+        bytes_per_token: of the text behind the set.
+    """
+
+    batches: Sequence[Batch]
+    bytes_per_token: float
+
+
+def validate(model: torch.nn.Module, sets: Mapping[str, ValidationSet]) -> dict[str, Any]:
+    """Losses over the counted tokens of all ranks.
+
+    Returns:
+        `valid_loss` in nats per token and `valid_bits_per_byte`, over all sets together; and where there are several,
+        `valid`: name -> `loss` and `bits_per_byte` of each.
 
     Raises:
-        ValueError: no token counts in any batch.
+        ValueError: a set has no token that counts.
     """
+    sums = {name: _sums(model, part.batches) for name, part in sets.items()}
+    for name, (_, tokens) in sums.items():
+        if not tokens:
+            raise ValueError(f"validation set {name} holds no token to compute a loss on: prepare more of it")
+    of_bytes = {name: tokens * sets[name].bytes_per_token for name, (_, tokens) in sums.items()}
+    nats, tokens = map(sum, zip(*sums.values(), strict=True))
+    values: dict[str, Any] = {
+        "valid_loss": nats / tokens,
+        "valid_bits_per_byte": nats / math.log(2) / sum(of_bytes.values()),
+    }
+    if len(sets) > 1:
+        values["valid"] = {
+            name: {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / of_bytes[name]}
+            for name, (nats, tokens) in sums.items()
+        }
+    return values
+
+
+@torch.no_grad()
+def _sums(model: torch.nn.Module, batches: Iterable[Batch]) -> tuple[float, float]:
+    """Loss in nats and counted tokens, added up over all ranks."""
     was_training = model.training
     model.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
+    device = torch.cuda.current_device()
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:
-        mask = batch["loss_mask"]
-        sums += torch.stack([(token_losses(model, batch) * mask).sum(), mask.sum()])
+        moved = {name: tensor.to(device) for name, tensor in batch.items()}
+        mask = moved["loss_mask"]
+        sums += torch.stack([(token_losses(model, moved) * mask).sum(), mask.sum()])
     model.train(was_training)
-    total, tokens = all_reduce_sum(sums).tolist()
-    if not tokens:
-        raise ValueError("the validation set holds no token to compute a loss on: prepare the data with more of it")
-    return total / tokens
+    nats, tokens = all_reduce_sum(sums).tolist()
+    return nats, tokens
 
 
 def unigram_entropy(batches: Iterable[Batch], vocab_size: int) -> float:
@@ -44,7 +84,7 @@ def unigram_entropy(batches: Iterable[Batch], vocab_size: int) -> float:
     counts = torch.zeros(vocab_size, dtype=torch.float64)
     for batch in batches:
         labels = batch["labels"][batch["loss_mask"] > 0]
-        counts += torch.bincount(labels, minlength=vocab_size).double().cpu()
+        counts += torch.bincount(labels, minlength=vocab_size).double()
     shares = all_reduce_sum(counts)
     shares = shares[shares > 0] / shares.sum()
     return -float((shares * shares.log()).sum())

@@ -6,8 +6,10 @@ tokens of the whole step, on all ranks and in all micro-batches, so that a token
 
 import math
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,11 @@ from coe_megatron.data.datasets import PreparedData, StepBatches, validation_bat
 from coe_megatron.modules import stats
 from coe_megatron.parallel import groups
 from coe_megatron.training import devices, evaluation, memory, run_folder
-from coe_megatron.training.evaluation import Batch
+from coe_megatron.training.evaluation import Batch, ValidationSet
 from coe_megatron.training.interruption import Interruption
-from coe_megatron.training.metrics import MetricsWriter
+from coe_megatron.training.metrics import Several, open_metrics
 from coe_megatron.training.model import build_model
+from coe_megatron.training.profiling import ProfileWindow
 from coe_megatron.training.progress import Progress
 from coe_megatron.training.schedule import learning_rate
 from coe_megatron.zero import engine as zero
@@ -43,6 +46,8 @@ def train(config: RunConfig, ranks: groups.Ranks) -> run_folder.Outcome | None:
         Interrupted: SIGINT or SIGTERM came; all ranks have stopped after the same step and saved.
         FloatingPointError: the loss is not finite any more.
     """
+    if config.training.deterministic:
+        devices.make_deterministic()
     device = groups.start(config.parallel, config.training.seed, ranks)
     if ranks.rank == 0:
         run_folder.begin(Path(config.output), config)
@@ -77,9 +82,11 @@ class Pretraining:
         self.data_ranks = parallel_state.get_data_parallel_world_size()
         try:
             data = PreparedData.open(config.data.path)
+            self.identity = _identity(data)
             self.vocab_size = padded_vocabulary(config, data.tokenizer.vocab_size)
             self._open_data(data)
             self.engine = self._build_engine()
+            self.begun_with = ""
             self.position = self._resume()
         except ValueError as error:  # what is wrong with config, data or checkpoint is for the user, in one line
             raise ConfigError(str(error)) from error
@@ -90,11 +97,12 @@ class Pretraining:
     def run(self) -> None:
         """All steps that are left, with evaluations and checkpoints on the way."""
         first, steps = self.position.step, self.config.training.steps
-        entropy = evaluation.unigram_entropy(self.validation, self.vocab_size)
+        seen = chain.from_iterable(part.batches for part in self.validation.values())
+        entropy = evaluation.unigram_entropy(seen, self.vocab_size)
         if self.main_rank:
             run_folder.describe(self.folder, self._facts(entropy), self.config)
         with ExitStack() as stack:
-            self.writer = MetricsWriter(self.folder if self.main_rank else None, first)
+            self.writer = open_metrics(self.folder, self.config, first) if self.main_rank else Several()
             stack.callback(self.writer.close)
             self.progress = Progress(first, steps, visible=self.main_rank)
             stack.callback(self.progress.close)
@@ -107,10 +115,15 @@ class Pretraining:
         if first == 0:
             self.writer.write({"step": 0, "tokens": 0, **self._validate()})
         clock = _Clock(self.position)
+        window = ProfileWindow(self.config.profile, self.folder / "profile", torch.distributed.get_rank())
         for step in range(first, steps):
+            window.before_step(step + 1)
             loss, interrupted = self._train_step(step)
             self.position.step = step + 1
+            if said := window.after_step(step + 1):
+                self.progress.say(said)
             log, save = self._due("log_every", "evaluate_every"), self._due("save_every") or interrupted
+            save = save or self.position.step in self.config.training.milestones
             self.progress.step(step + 1, self._log(float(loss), clock) if log else None)
             if save:
                 self._save()
@@ -168,17 +181,23 @@ class Pretraining:
             raise FloatingPointError(f"the loss of step {step} is {loss}: a lower optimizer.lr may help")
         return shown
 
-    def _validate(self) -> dict[str, float]:
-        loss = evaluation.validation_loss(self.engine, map(self._to_device, self.validation))
-        return {"valid_loss": loss, "valid_bits_per_byte": loss / math.log(2) / self.bytes_per_token}
+    def _validate(self) -> dict[str, Any]:
+        return evaluation.validate(self.engine, self.validation)
 
     def _due(self, *settings: str) -> bool:
         step, training = self.position.step, self.config.training
         return step == training.steps or any(step % getattr(training, name) == 0 for name in settings)
 
     def _save(self) -> None:
-        keep = self.config.training.keep_checkpoints
-        store.save(self.folder / "checkpoints", self.position.step, self.engine, asdict(self.position), keep=keep)
+        training, state = self.config.training, {**asdict(self.position), **self.identity}
+        store.save(
+            self.folder / "checkpoints",
+            self.position.step,
+            self.engine,
+            state,
+            keep=training.keep_checkpoints,
+            milestones=training.milestones,
+        )
 
     def _open_data(self, data: PreparedData) -> None:
         """Take up this rank's share of both splits; the validation set, small, stays in memory."""
@@ -192,10 +211,8 @@ class Pretraining:
         self.batches = StepBatches(
             train, seed=training.seed, global_batch=training.global_batch, micro_batch=training.micro_batch, **share
         )
-        self.validation = list(
-            validation_batches(valid, training.micro_batch, **share, limit=settings.validation_samples)
-        )
-        self.bytes_per_token = data.manifest.splits["valid"].bytes_per_token
+        batches = list(validation_batches(valid, training.micro_batch, **share, limit=settings.validation_samples))
+        self.validation = {"valid": ValidationSet(batches, data.manifest.splits["valid"].bytes_per_token)}
         self.cut = data.share_cut(length) if settings.samples == "row" else 0.0
 
     def _build_engine(self) -> zero.Engine:
@@ -207,19 +224,36 @@ class Pretraining:
         return engine
 
     def _resume(self) -> Position:
-        """Take up the newest whole checkpoint of the run's folder, if there is one and it is of this very run."""
+        """Take up the newest whole checkpoint of the run's folder, if there is one and it is of this very run.
+
+        Where there is none, a warm start takes the weights of another run.
+        """
         checkpoints = self.folder / "checkpoints"
         if checkpoints.exists():
             run_folder.check_same_run(self.folder, self.config)
-        return Position(**(store.load_latest(checkpoints, self.engine) or {}))
+        state = store.load_latest(checkpoints, self.engine)
+        if state is not None:
+            _require_same(self.identity, state, f"the checkpoints in {self.folder}")
+            return Position(state["step"], state["tokens"])
+        if self.config.training.warm_start is not None:
+            self._warm_start(Path(self.config.training.warm_start))
+        return Position()
+
+    def _warm_start(self, source: Path) -> None:
+        try:
+            checkpoint, state = store.load_weights(source, self.engine)
+        except ValueError as error:
+            raise ValueError(f"training.warm_start is {source}: {error}") from error
+        _require_same({"tokenizer": self.identity["tokenizer"]}, state, f"training.warm_start {source}")
+        self.begun_with = f"begins with the weights of {checkpoint}, after {state['tokens']:,} tokens"
 
     def _facts(self, entropy: float) -> dict[str, Any]:
         """What run.json says of a run beyond its config."""
-        counted, chain, moe = closed_forms.parameters(self.shape), self.config.chain, self.config.moe
-        name = "MoE" if chain.iterations == 1 else f"CoE-{chain.iterations}"
+        counted, settings, moe = closed_forms.parameters(self.shape), self.config.chain, self.config.moe
+        name = "MoE" if settings.iterations == 1 else f"CoE-{settings.iterations}"
         shared = f"+{moe.num_shared_experts}" if moe.num_shared_experts else ""
         return {
-            "model": f"{name}({moe.topk}/{moe.num_experts}){shared}, {self.shape.layers} layers, {chain.topology}",
+            "model": f"{name}({moe.topk}/{moe.num_experts}){shared}, {self.shape.layers} layers, {settings.topology}",
             "parameters": asdict(counted) | {"total": counted.total, "active": counted.active},
             "flops_per_token": self.flops.total,
             "unigram_entropy": entropy,
@@ -239,11 +273,32 @@ class Pretraining:
                 f"{self.cut:.0%} of the training documents are longer than model.seq_length ({self.shape.seq_length}) "
                 "and lose their end; data.samples packed loses nothing"
             )
+        if self.begun_with:
+            self.progress.say(self.begun_with)
         if self.position.step:
             self.progress.say(f"resumed at step {self.position.step}")
 
     def _to_device(self, batch: Batch) -> Batch:
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+
+def _identity(data: PreparedData) -> dict[str, str]:
+    """What a checkpoint remembers of its data, wherever the data lie."""
+    return {"tokenizer": data.manifest.tokenizer_sha256, "data": data.manifest.files["train.bin"].sha256}
+
+
+def _require_same(wanted: Mapping[str, str], found: Mapping[str, Any], whose: str) -> None:
+    """Refuse a checkpoint that was trained with another tokenizer or on other data.
+
+    Raises:
+        ValueError: names data.path, and what differs.
+    """
+    for kind, digest in wanted.items():
+        if found[kind] != digest:
+            raise ValueError(
+                f"data.path has another {'tokenizer' if kind == 'tokenizer' else 'training text'} than {whose}: "
+                f"SHA-256 {digest[:12]} here, {found[kind][:12]} there"
+            )
 
 
 class _Clock:

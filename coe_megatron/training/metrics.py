@@ -1,45 +1,129 @@
-"""Where a run's numbers go: metrics.jsonl (an object a logged step) and TensorBoard. Rank 0 alone writes."""
+"""Where a run's numbers go: metrics.jsonl (an object a logged step), TensorBoard, Weights & Biases. Rank 0 writes."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from secrets import token_hex
+from typing import Any, Protocol, TypeAlias
 
 from torch.utils.tensorboard import SummaryWriter
 
+from coe_megatron.config import ConfigError, RunConfig
+from coe_megatron.config.settings import WandbSettings
 
-class MetricsWriter:
-    """Appends to `metrics.jsonl` and `tensorboard/` in a run's folder; what lies behind `first_step` is kept.
+Values: TypeAlias = Mapping[str, Any]
 
-    Args:
-        folder: the run's folder; None writes nowhere (ranks other than 0).
-        first_step: steps after this one are written anew, so lines beyond it, of a run that was killed some time after
-            its checkpoint, are dropped. 0 begins anew; an old file is then kept as `metrics.previous.jsonl`.
-    """
 
-    def __init__(self, folder: Path | None, first_step: int = 0) -> None:
-        self._lines, self._board = None, None
-        if folder is None:
-            return
-        path = folder / "metrics.jsonl"
-        _keep_until(path, first_step)
-        self._lines = path.open("a", buffering=1)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+class Metrics(Protocol):
+    """Takes the objects of logged steps, in their order; `values["step"]` says where each belongs."""
 
-    def write(self, values: Mapping[str, Any]) -> None:
-        """One object; `values["step"]` is its place in TensorBoard, where loads do not go."""
-        if self._lines is None or self._board is None:
-            return
-        self._lines.write(json.dumps(values) + "\n")
-        for name, value in _scalars(values):
-            if name != "step":
-                self._board.add_scalar(name, value, values["step"])
+    def write(self, values: Values) -> None:
+        """One object; numbers in nested objects count as `outer/inner` where names are flat."""
 
     def close(self) -> None:
-        """Flush everything; the writer is of no use afterwards."""
-        if self._lines is not None and self._board is not None:
-            self._lines.close()
-            self._board.close()
+        """Flush everything; of no use afterwards."""
+
+
+def open_metrics(folder: Path, config: RunConfig, first_step: int = 0) -> Metrics:
+    """Where the metrics of a run go: metrics.jsonl always, the rest as `logging` says.
+
+    Args:
+        folder: the run's folder; what lies there up to `first_step` is kept.
+        first_step: steps after this one are written anew, so what lies beyond it, of a run that was killed some time
+            after its checkpoint, is dropped. 0 begins anew; an old metrics.jsonl is kept as `metrics.previous.jsonl`.
+
+    Raises:
+        ConfigError: Weights & Biases cannot be reached; the message says why.
+    """
+    logging = config.logging
+    opened: list[Metrics] = [JsonLines(folder / "metrics.jsonl", first_step)]
+    if logging.tensorboard:
+        opened.append(TensorBoard(folder / "tensorboard", first_step))
+    if logging.wandb is not None:
+        opened.append(WeightsAndBiases(folder, logging.wandb, config))
+    return Several(opened)
+
+
+class Several:
+    """Metrics that go to several places, to none as well."""
+
+    def __init__(self, places: Sequence[Metrics] = ()) -> None:
+        self._places = places
+
+    def write(self, values: Values) -> None:
+        for place in self._places:
+            place.write(values)
+
+    def close(self) -> None:
+        for place in self._places:
+            place.close()
+
+
+class JsonLines:
+    """A file with an object a line, each on its way to the disk when `write` returns."""
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        _keep_until(path, first_step)
+        self._lines = path.open("a", buffering=1)
+
+    def write(self, values: Values) -> None:
+        self._lines.write(json.dumps(values) + "\n")
+
+    def close(self) -> None:
+        self._lines.close()
+
+
+class TensorBoard:
+    """Event files of the scalars; loads of experts stay out."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        self._board = SummaryWriter(str(folder), purge_step=first_step + 1)
+
+    def write(self, values: Values) -> None:
+        for name, value in _scalars(values):
+            self._board.add_scalar(name, value, values["step"])
+
+    def close(self) -> None:
+        self._board.close()
+
+
+class WeightsAndBiases:
+    """The same scalars at Weights & Biases; a run that goes on goes on there too.
+
+    Raises:
+        ConfigError: the package is missing, or the service refuses.
+    """
+
+    def __init__(self, folder: Path, settings: WandbSettings, config: RunConfig) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise ConfigError("logging.wandb is set: install the package wandb for it, or set it to null") from None
+        identity = folder / "wandb-id"
+        if not identity.exists():
+            identity.write_text(token_hex(8))
+        try:
+            self._run = wandb.init(
+                project=settings.project,
+                name=settings.name or folder.resolve().name,
+                entity=settings.entity,
+                mode=settings.mode,
+                id=identity.read_text(),
+                resume="allow",
+                dir=str(folder),
+                config=asdict(config),
+                settings=wandb.Settings(console="off", silent=True, init_timeout=60),
+            )
+        except wandb.Error as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"logging.wandb is set: {reason} (mode: offline needs no account)") from error
+
+    def write(self, values: Values) -> None:
+        self._run.log(dict(_scalars(values)), step=values["step"])
+
+    def close(self) -> None:
+        self._run.finish()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -70,6 +154,6 @@ def _scalars(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, flo
                 found += _scalars({"imbalance": part["imbalance"], **part["losses"]}, place)
         elif isinstance(value, Mapping):
             found += _scalars(value, f"{prefix}{key}/")
-        elif isinstance(value, int | float):
+        elif isinstance(value, int | float) and key != "step":
             found.append((prefix + key, value))
     return found

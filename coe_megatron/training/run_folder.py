@@ -20,6 +20,7 @@ _PACKAGES = ("coe-megatron", "torch", "megatron-core", "deepspeed")
 # What may differ between the attempts of one run: it changes what is shown and kept, or how far the run goes.
 _FREE = {
     "output",
+    "data.path",  # the checkpoint remembers the data themselves
     "data.validation_samples",
     "parallel.world_size",
     "training.steps",
@@ -27,7 +28,9 @@ _FREE = {
     "training.evaluate_every",
     "training.save_every",
     "training.keep_checkpoints",
+    "training.milestones",
 }
+_FREE_SECTIONS = ("logging.", "profile.")
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ def check_same_run(folder: Path, config: RunConfig) -> None:
         return
     then, now = (dict(_settings(asdict(c))) for c in (load(folder / "config.yaml"), config))
     for name, value in now.items():
-        if then.get(name) != value and name not in _FREE:
+        if then.get(name) != value and name not in _FREE and not name.startswith(_FREE_SECTIONS):
             raise ConfigError(
                 f"{name} is {value}: the checkpoints in {folder} were made with {then.get(name)}; "
                 "choose another output, or that value"

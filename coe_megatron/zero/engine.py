@@ -27,6 +27,7 @@ import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from coe_megatron.config.settings import OptimizerSettings, TrainingSettings, ZeroSettings
+from coe_megatron.modules.stats import routers
 from coe_megatron.parallel.groups import MegatronGroups
 from coe_megatron.zero import expert_groups, states
 
@@ -55,7 +56,7 @@ def build_engine(
     # stdout is for what programs print; DeepSpeed reports its memory there.
     with expert_groups.announced(model), redirect_stdout(io.StringIO()):
         adam = torch.optim.AdamW(
-            _parameter_groups(model, optimizer.weight_decay), lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps
+            _parameter_groups(model, optimizer), lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps
         )
         engine, *_ = deepspeed.initialize(
             model=model,
@@ -116,16 +117,18 @@ def _config(
     }
 
 
-def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Groups by weight decay (none for norms and biases) and, as DeepSpeed demands, by dense and expert parameters."""
+def _parameter_groups(model: torch.nn.Module, optimizer: OptimizerSettings) -> list[dict[str, Any]]:
+    """Groups by weight decay (matrices, routers if asked) and, as DeepSpeed demands, by dense and expert parameters."""
+    spared = set() if optimizer.decay_routers else {p for _, _, router in routers(model) for p in router.parameters()}
     found: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            found.setdefault((expert_groups.is_expert(parameter), parameter.ndim > 1), []).append(parameter)
+            decays = parameter.ndim > 1 and parameter not in spared
+            found.setdefault((expert_groups.is_expert(parameter), decays), []).append(parameter)
     return [
         {
             "params": parameters,
-            "weight_decay": weight_decay if decays else 0.0,
+            "weight_decay": optimizer.weight_decay if decays else 0.0,
             "name": expert_groups.group_name() if expert else "dense",
             "moe": expert,
         }

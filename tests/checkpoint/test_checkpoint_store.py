@@ -111,6 +111,7 @@ def test_torn_checkpoints_are_named_skipped_and_replaced(tmp_path: Path) -> None
     assert "is of another model: decoder" in found["other model"] and "\n" not in found["other model"]
     assert found["after going on"] == ["step-00000003", *found["after a new save"]], "what lies beyond step 3 stays"
     assert found["loaded after that"] == {"step": 3}
+    assert found["milestones"] == ["step-00000002", "step-00000003", "step-00000008"], "2 and 3 are milestones"
 
 
 REASONS = {
@@ -150,6 +151,9 @@ def damage(folder: Path) -> dict:
     found["after going on"] = names(folder)
     with contextlib.redirect_stderr(io.StringIO()):
         found["loaded after that"] = store.load_latest(folder, engine)
+    for step in (2, 3, 7, 8):
+        store.save(folder, step, engine, {"step": step}, keep=1, milestones=(2, 3))
+    found["milestones"] = names(folder)
     return found
 
 

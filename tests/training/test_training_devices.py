@@ -1,8 +1,11 @@
-"""Peaks of known devices, and none for others."""
+"""Peaks of known devices, and none for others; deterministic algorithms."""
+
+import os
 
 import pytest
+import torch
 
-from coe_megatron.training.devices import peak_flops
+from coe_megatron.training.devices import make_deterministic, peak_flops
 
 
 @pytest.mark.parametrize(
@@ -19,3 +22,15 @@ from coe_megatron.training.devices import peak_flops
 def test_the_peak_of_a_device(name: str, peak: float | None) -> None:
     assert peak_flops("bf16", name) == peak
     assert peak_flops("fp32", name) is None
+
+
+def test_deterministic_algorithms_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {"NCCL_ALGO": "Tree"})
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        make_deterministic()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ == {"NCCL_ALGO": "Tree", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}, "the user's choice stays"
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = fills

@@ -1,16 +1,19 @@
 """metrics.jsonl and the picture drawn from it."""
 
+import sys
 from pathlib import Path
 
+import pytest
 from matplotlib import image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from coe_megatron.training.metrics import MetricsWriter, read_metrics
+from coe_megatron.config import ConfigError, RunConfig, parse
+from coe_megatron.training.metrics import Several, open_metrics, read_metrics
 from coe_megatron.training.picture import draw_loss
 
 
 def test_what_is_written_is_read_and_shown_in_tensorboard(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path)
+    writer = open_metrics(tmp_path, RunConfig())
     router = {"layer": 1, "iteration": 2, "imbalance": 1.5, "load": [0.75, 0.25], "losses": {"z_loss": 3.0}}
     for step in (1, 2):
         writer.write({"step": step, "train_loss": 1.0 / step, "memory": {"parameters": 7}, "routing": [router]})
@@ -24,13 +27,13 @@ def test_what_is_written_is_read_and_shown_in_tensorboard(tmp_path: Path) -> Non
 
 
 def test_resuming_drops_the_lines_beyond_the_checkpoint(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path)
+    writer = open_metrics(tmp_path, RunConfig())
     for step in (1, 2, 3):
         writer.write({"step": step})
     writer.close()
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text() + '{"step": 4, "train_l')  # killed while writing
-    writer = MetricsWriter(tmp_path, first_step=2)
+    writer = open_metrics(tmp_path, RunConfig(), first_step=2)
     writer.write({"step": 3, "again": True})
     writer.close()
     assert read_metrics(path) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
@@ -38,18 +41,46 @@ def test_resuming_drops_the_lines_beyond_the_checkpoint(tmp_path: Path) -> None:
 
 def test_beginning_anew_keeps_the_old_file_aside(tmp_path: Path) -> None:
     for text in ("old", "new"):
-        writer = MetricsWriter(tmp_path)
+        writer = open_metrics(tmp_path, RunConfig())
         writer.write({"step": 0, "note": text})
         writer.close()
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 0, "note": "new"}]
     assert read_metrics(tmp_path / "metrics.previous.jsonl") == [{"step": 0, "note": "old"}]
 
 
-def test_ranks_without_a_folder_write_nothing(tmp_path: Path) -> None:
-    writer = MetricsWriter(None)
-    writer.write({"step": 1})
-    writer.close()
-    assert not list(tmp_path.iterdir())
+def test_metrics_that_go_nowhere_may_be_written() -> None:
+    nowhere = Several()
+    nowhere.write({"step": 1})
+    nowhere.close()
+
+
+def test_tensorboard_can_be_left_out(tmp_path: Path) -> None:
+    open_metrics(tmp_path, parse({"logging": {"tensorboard": False}})).close()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_weights_and_biases_offline_goes_on_as_the_same_run(tmp_path: Path) -> None:
+    config = parse({"logging": {"wandb": {"mode": "offline"}}})
+    for step in (1, 2):
+        writer = open_metrics(tmp_path, config, first_step=step - 1)
+        writer.write({"step": step, "train_loss": 1.0 / step, "memory": {"parameters": 7}})
+        writer.close()
+    written = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert {path.stem.removeprefix("run-") for path in written} == {(tmp_path / "wandb-id").read_text()}
+    assert any(b"train_loss" in path.read_bytes() and b"memory/parameters" in path.read_bytes() for path in written)
+
+
+def test_weights_and_biases_without_the_package_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"^logging.wandb is set: install the package wandb"):
+        open_metrics(tmp_path, parse({"logging": {"wandb": {}}}))
+
+
+def test_weights_and_biases_without_an_account_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"^logging.wandb is set: .*API key.* \(mode: offline needs no account\)$"):
+        open_metrics(tmp_path, parse({"logging": {"wandb": {}}}))
 
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:

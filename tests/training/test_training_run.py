@@ -1,6 +1,8 @@
 """The main program from start to end on two gloo ranks: trains, stops, goes on, and says what is wrong."""
 
+import gzip
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,6 +33,15 @@ training: {steps: 12, global_batch: 16, micro_batch: 4, log_every: 1, evaluate_e
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "builtin"
     done = python("launch/prepare_data.py", "--builtin", 400, "--vocab-size", 512, "--output", folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def other_data(prepared: Path) -> Path:
+    """Text of another seed, and so another tokenizer of the same size."""
+    folder = prepared.parent / "other"
+    done = python("launch/prepare_data.py", "--builtin", 400, "--seed", 9, "--vocab-size", 512, "--output", folder)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -142,6 +153,68 @@ def test_going_on_with_another_config_is_refused(config: Path, prepared: Path, f
     )
     assert done.returncode != 0
     assert "optimizer.lr is 0.001: the checkpoints in" in done.stderr and "were made with 0.003" in done.stderr
+
+
+def test_profile_milestones_and_determinism_change_no_loss(config: Path, prepared: Path, finished: Path) -> None:
+    folder = prepared.parent / "watched"
+    options = (
+        "training.deterministic=true", "profile.first_step=2", "profile.steps=2", "profile.memory=true",
+        "training.milestones=[1, 3]", "training.keep_checkpoints=1",
+    )  # fmt: skip
+    done = torchrun("launch/pretrain_coe.py", config, f"data.path={prepared}", f"output={folder}", *options)
+    assert done.returncode == 0, done.stderr
+    assert f"profile of steps 2 to 3 in {folder / 'profile'}" in done.stderr
+    expected, found = (read_metrics(path / "metrics.jsonl") for path in (finished, folder))
+    for name in ("train_loss", "valid_loss", "grad_norm"):
+        assert [line.get(name) for line in found] == [line.get(name) for line in expected]
+    kept = [path.name for path in sorted((folder / "checkpoints").iterdir())]
+    assert kept == ["step-00000001", "step-00000003", "step-00000012"]
+    trace, table = sorted((folder / "profile").iterdir(), reverse=True)
+    assert (trace.name, table.name) == ("trace-rank00000.json.gz", "operators-rank00000.txt")
+    events = {event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
+    assert {"aten::mm", "[memory]"} <= events
+    assert "aten::mm" in table.read_text()
+
+
+def test_a_warm_start_takes_weights_alone(config: Path, prepared: Path, finished: Path) -> None:
+    folder = prepared.parent / "warm"
+    common = ("launch/pretrain_coe.py", config, f"data.path={prepared}", f"output={folder}")
+    done = torchrun(*common, f"training.warm_start={finished}", "training.steps=1", "optimizer.lr=1e-9", *NO_DROPOUT)
+    assert done.returncode == 0, done.stderr
+    source = read_metrics(finished / "metrics.jsonl")[-1]
+    assert f"begins with the weights of {finished / 'checkpoints' / 'step-00000012'}, after " in done.stderr
+    begin, after = read_metrics(folder / "metrics.jsonl")
+    assert begin["step"] == begin["tokens"] == 0 and begin["valid_loss"] == source["valid_loss"]
+    assert after["valid_loss"] == pytest.approx(source["valid_loss"], rel=1e-5), "the master weights came along"
+    assert after["learning_rate"] == 1e-9
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("model.num_layers=1",), "is of another model: decoder.layers.mlp"),
+        (("training.warm_start=configs",), "training.warm_start is configs: configs holds no checkpoint"),
+        (("training.warm_start={run}/checkpoints/step-00000001",), "is not whole: complete.json is missing"),
+        (("data.path={other}",), "data.path has another tokenizer than training.warm_start"),
+    ],
+)
+def test_a_warm_start_that_does_not_fit_is_one_line(
+    options: tuple[str, ...], said: str, config: Path, prepared: Path, other_data: Path, finished: Path, tmp_path: Path
+) -> None:
+    common = ("launch/pretrain_coe.py", config, f"data.path={prepared}", f"output={tmp_path}", "parallel.expert=1")
+    filled = [option.format(run=finished, other=other_data) for option in options]
+    done = python(*common, f"training.warm_start={finished}", *filled)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and said in done.stderr, done.stderr
+
+
+def test_data_may_move_but_not_change(config: Path, prepared: Path, other_data: Path, finished: Path) -> None:
+    moved = shutil.copytree(prepared, prepared.parent / "moved")
+    done = torchrun("launch/pretrain_coe.py", config, f"data.path={moved}", f"output={finished}")
+    assert done.returncode == 0, done.stderr
+    done = torchrun("launch/pretrain_coe.py", config, f"data.path={other_data}", f"output={finished}")
+    assert done.returncode != 0
+    assert f"data.path has another tokenizer than the checkpoints in {finished}" in done.stderr
 
 
 def test_the_layout_does_not_change_the_training(config: Path, prepared: Path, tmp_path: Path) -> None:

@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 import torch
 from engine_build import Trace, joined, make_engine, micro_batches, take_steps
-from modules_build import errors
+from modules_build import errors, make_config, make_gpt
 from ranks import run_ranks
 
+from coe_megatron.chain.settings import ChainSettings
+from coe_megatron.config.settings import OptimizerSettings
+from coe_megatron.modules import coe_layer_spec
 from coe_megatron.zero import engine as zero
 from coe_megatron.zero import expert_groups, states
 
@@ -153,12 +156,19 @@ def moved(engine, weight: torch.nn.Parameter, rate: float, factor: float = 1.0) 
 
 
 @pytest.mark.usefixtures("single_rank")
-def test_weight_decay_spares_vectors_and_experts_have_groups_of_their_own() -> None:
-    model = torch.nn.ModuleDict({"norm": torch.nn.LayerNorm(4), "linear": torch.nn.Linear(4, 4)})
-    expert = torch.nn.Parameter(torch.ones(2, 4, 4))
-    expert.allreduce = False  # type: ignore[attr-defined]
-    model.register_parameter("expert", expert)
-    groups = {(g["moe"], g["weight_decay"]): g["params"] for g in zero._parameter_groups(model, 0.1)}
+@pytest.mark.parametrize("decay_routers", [True, False])
+def test_weight_decay_spares_vectors_and_by_option_routers(decay_routers: bool) -> None:
+    config = make_config(num_layers=2, expert_model_parallel_size=1)
+    model = make_gpt(config, coe_layer_spec(config, ChainSettings(iterations=2)), vocab=64)
+    experts = [parameter for name, parameter in model.named_parameters() if ".experts." in name]
+    for expert in experts:
+        expert.allreduce = False  # type: ignore[attr-defined]
+    settings = OptimizerSettings(weight_decay=0.1, decay_routers=decay_routers)
+    groups = {(g["moe"], g["weight_decay"]): set(g["params"]) for g in zero._parameter_groups(model, settings)}
     assert groups.keys() == {(False, 0.0), (False, 0.1), (True, 0.1)}
-    assert [p.ndim for p in groups[False, 0.0]] == [1, 1, 1]
-    assert groups[True, 0.1] == [expert] and expert_groups.is_expert(expert)
+    assert groups[True, 0.1] == set(experts) and all(map(expert_groups.is_expert, experts))
+    spared = {name for name, parameter in model.named_parameters() if parameter in groups[False, 0.0]}
+    vectors = {name for name, parameter in model.named_parameters() if parameter.ndim == 1}
+    routers = {name for name, parameter in model.named_parameters() if "router" in name and parameter.ndim == 2}
+    assert len(routers) == 4 and "decoder.final_layernorm.weight" in vectors
+    assert spared == vectors | (set() if decay_routers else routers)
