@@ -9,6 +9,7 @@ import sys
 import tomllib
 import zipfile
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def _canonical(name: str) -> str:
 
 def _requirements() -> list[str]:
     """All but what names another of the package's own extras."""
-    found = [*PROJECT["dependencies"], *sum(PROJECT["optional-dependencies"].values(), [])]
+    found = list(chain(PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()))
     return [requirement for requirement in found if not requirement.startswith(f"{PROJECT['name']}[")]
 
 
