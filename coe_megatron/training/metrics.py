@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.tensorboard import SummaryWriter
 
 
@@ -27,13 +28,15 @@ class MetricsWriter:
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, values: Mapping[str, Any]) -> None:
-        """One object; `values["step"]` is its place in TensorBoard, where loads do not go."""
+        """One object; `values["step"]` is its place in TensorBoard, where the N loads of a router are a histogram."""
         if self._lines is None or self._board is None:
             return
         self._lines.write(json.dumps(values) + "\n")
         for name, value in _scalars(values):
             if name != "step":
                 self._board.add_scalar(name, value, values["step"])
+        for part in values.get("routing", ()):
+            self._board.add_histogram(_place(part) + "load", torch.tensor(part["load"]), values["step"])
 
     def close(self) -> None:
         """Flush everything; the writer is of no use afterwards."""
@@ -61,13 +64,17 @@ def _keep_until(path: Path, step: int) -> None:
     cut.replace(path)
 
 
+def _place(part: Mapping[str, Any]) -> str:
+    return f"routing/layer{part['layer']}/iteration{part['iteration']}/"
+
+
 def _scalars(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
     found: list[tuple[str, float]] = []
     for key, value in values.items():
         if key == "routing":
             for part in value:
-                place = f"routing/layer{part['layer']}/iteration{part['iteration']}/"
-                found += _scalars({"imbalance": part["imbalance"], **part["losses"]}, place)
+                numbers = {name: part[name] for name in part if name not in ("layer", "iteration", "losses")}
+                found += _scalars({**numbers, **part["losses"]}, _place(part))
         elif isinstance(value, Mapping):
             found += _scalars(value, f"{prefix}{key}/")
         elif isinstance(value, int | float):
