@@ -25,6 +25,7 @@ from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.dispatch.alltoall import AllToAllDispatcher
 from coe_megatron.modules.norm import Norm
 from coe_megatron.modules.router import CoERouter
+from coe_megatron.modules.watch import ChainWatch
 
 Routing = tuple[torch.Tensor, torch.Tensor]
 
@@ -60,6 +61,7 @@ class CoELayer(MoELayer):
         router = partial(CoERouter, chain=chain)
         super().__init__(config, replace(submodules, router=router), layer_number, groups)
         self.chain = chain
+        self.watch: ChainWatch | None = None  # set by stats.reset_routing for a step whose metrics are logged
         self.later_routers = torch.nn.ModuleList(
             router(
                 config=config,
@@ -121,10 +123,12 @@ class CoELayer(MoELayer):
     def _run_chain(self, start: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
         """x(0) -> what leaves the layer; `increment` is x(C) - x(0), with `outer` x(C) (eq. 9)."""
         step, routing = self._iterate(0, start, None, padding_mask)
+        self._note(0, start, start, step, routing, padding_mask)
         state, increment = start, step
         for t in range(1, self.chain.iterations):
             state = self._next_state(start, state, step)
             step, routing = self._iterate(t, state, routing, padding_mask)
+            self._note(t, start, state, step, routing, padding_mask)
             increment = increment + step if self.chain.residual == "inner" else step
         if self.chain.topology != "reference":
             return increment
@@ -136,6 +140,25 @@ class CoELayer(MoELayer):
         if self.chain.residual == "outer":
             return step
         return step + (state if self.chain.residual == "inner" else start)
+
+    def _note(
+        self,
+        t: int,
+        start: torch.Tensor,
+        state: torch.Tensor,
+        step: torch.Tensor,
+        routing: Routing,
+        padding_mask: torch.Tensor | None,
+    ) -> None:
+        """Tell the watch of iteration t, if there is one; here and not in _iterate: a replay may go backwards."""
+        if self.watch is None or not self.router.is_counting:
+            return
+        probs, visits = routing
+        if self.config.moe_pad_expert_input_to_capacity:  # the map then has who fills an expert up, with a gate of 0
+            visits = probs != 0
+        with torch.no_grad():
+            after = self._next_state(start, state, step)
+            self.watch.note(t, visits, state, step, after, padding_mask)
 
     def _iterate(
         self, t: int, state: torch.Tensor, routing: Routing | None, padding_mask: torch.Tensor | None

@@ -5,7 +5,8 @@ What differs from the stock router, and why:
 * auxiliary and z-losses are also noted in `stats` of this very router, because Megatron's tracker has one slot a layer
   and C routers would add up in it. Into the tracker goes 1/C of each, so that it shows the mean over iterations;
 * with `balance="mean"` the coefficients are those of the config divided by the number of routers;
-* a padding mask reaches the load counts of the expert bias without an error (the stock code broadcasts it wrongly).
+* a padding mask reaches the load counts of the expert bias without an error (the stock code broadcasts it wrongly);
+* on watched steps it also notes the entropy of its distribution over the experts.
 """
 
 from copy import copy
@@ -29,17 +30,21 @@ _DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
 @dataclass
 class RoutingStats:
-    """What one router saw since the last `reset`; sums over micro-batches, on the router's device, this rank only.
+    """What one router saw since `reset_routing`; sums over micro-batches, on the router's device, this rank only.
 
     Attributes:
         losses: name -> sum of the loss without its coefficient (1.0 each for a perfectly balanced aux loss).
         load: [N] float64, token copies each expert was chosen for (padding not counted).
         calls: micro-batches seen.
+        watched: whether to note what only the metrics need.
+        entropy: where watched, sum over counted tokens of the entropy in nats of the distribution over experts.
     """
 
     losses: dict[str, torch.Tensor] = field(default_factory=dict)
     load: torch.Tensor | None = None
     calls: int = 0
+    watched: bool = False
+    entropy: torch.Tensor | float = 0.0
 
     def add_loss(self, name: str, value: torch.Tensor) -> None:
         self.losses[name] = self.losses.get(name, 0.0) + value.detach()
@@ -47,9 +52,6 @@ class RoutingStats:
     def add_load(self, load_N: torch.Tensor) -> None:
         self.load = load_N.double() if self.load is None else self.load + load_N
         self.calls += 1
-
-    def reset(self) -> None:
-        self.losses, self.load, self.calls = {}, None, 0
 
 
 class CoERouter(TopKRouter):
@@ -82,11 +84,24 @@ class CoERouter(TopKRouter):
         """The router whose weights this one uses; None if it has its own."""
         return self._leader[0]
 
+    @property
+    def is_counting(self) -> bool:
+        """False in evaluation, and in the first of the two passes of what is recomputed."""
+        return self.training and torch.is_grad_enabled()
+
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         """Logits [S, B, N] = x W_t^T in the router's dtype (`moe_router_dtype`, else the input's)."""
         owner = self.leader or self
         dtype = _DTYPES.get(self.config.moe_router_dtype, input.dtype)
         return router_gating_linear(input, owner.weight, owner.bias, dtype)
+
+    def routing(
+        self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As the stock method: logits [S, B, N] -> gates and choices [T, N]; notes the entropy on watched steps."""
+        if self.stats.watched and self.is_counting:
+            self.stats.entropy = self.stats.entropy + _summed_entropy(logits, self.score_function, padding_mask)
+        return super().routing(logits, padding_mask)
 
     def attach_and_log_load_balancing_loss(self, activation, aux_loss_coeff, aux_loss, aux_loss_name, *args, **kwargs):
         """As the stock method; the loss is also noted here, and 1/C of it goes into Megatron's tracker."""
@@ -99,7 +114,7 @@ class CoERouter(TopKRouter):
     def apply_z_loss(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Attach the z-loss of arXiv 2202.08906 to logits [T, N]; padding (mask True) does not count."""
         coefficient = self.config.moe_z_loss_coeff
-        if coefficient is None or not (self.training and torch.is_grad_enabled()):
+        if coefficient is None or not self.is_counting:
             return logits
         coefficient = coefficient / self.tp_cp_group.size()
         loss = z_loss_func(logits, coefficient, padding_mask=padding_mask)
@@ -111,17 +126,26 @@ class CoERouter(TopKRouter):
         return MoEAuxLossAutoScaler.apply(logits, loss)
 
     def _apply_expert_bias(self, routing_map: torch.Tensor, padding_mask: torch.Tensor | None = None) -> None:
-        """Count each expert's load from routing_map [T, N]: for the statistics, and for the expert bias if it is on.
-
-        Evaluation does not count, and neither does the first of the two passes of a recomputed layer.
-        """
-        if not (self.training and torch.is_grad_enabled()):
+        """Count each expert's load from routing_map [T, N]: for the statistics, and for the expert bias if it is on."""
+        if not self.is_counting:
             return
         counted = routing_map if padding_mask is None else routing_map & ~padding_mask.unsqueeze(-1)
         load_N = counted.sum(dim=0)
         self.stats.add_load(load_N)
         if self.enable_expert_bias:
             self.local_tokens_per_expert += load_N
+
+
+@torch.no_grad()
+def _summed_entropy(logits: torch.Tensor, score_function: str, padding_mask: torch.Tensor | None) -> torch.Tensor:
+    """Sum over tokens of the entropy of softmax(logits [S, B, N]) or of sigmoids over their sum; a float64 scalar."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if score_function == "softmax":
+        shares = wide.softmax(dim=-1)
+    else:
+        shares = torch.nn.functional.normalize(wide.sigmoid(), p=1, dim=-1)
+    entropies = torch.special.entr(shares).sum(dim=-1).double()
+    return entropies.sum() if padding_mask is None else (entropies * ~padding_mask).sum()
 
 
 def _with_balance(config: TransformerConfig, chain: ChainSettings, num_routers: int) -> TransformerConfig:

@@ -1,5 +1,6 @@
-"""Reads what the routers noted during a step: losses and loads by (layer, iteration), over all ranks."""
+"""Reads what routers and chains noted during a step: by (layer, iteration), over all ranks."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -8,62 +9,91 @@ from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_utils import get_updated_expert_bias
 
 from coe_megatron.modules.coe_layer import CoELayer
-from coe_megatron.modules.router import CoERouter
+from coe_megatron.modules.router import CoERouter, RoutingStats
+from coe_megatron.modules.watch import ChainWatch
 
 
 @dataclass(frozen=True)
 class RoutingReport:
-    """One router's step, means over the micro-batches of all ranks.
+    """One iteration of one layer in a step, over the micro-batches of all ranks; padding counts in nothing.
+
+    With `fixed` gating every iteration has a report, since its experts serve the tokens again: with the numbers of the
+    one routing there is, and losses in iteration 1 only.
 
     Attributes:
         layer, iteration: both counted from 1.
-        losses: name -> mean of the loss without its coefficient (1.0 for a perfectly balanced auxiliary loss).
+        losses: name -> mean over micro-batches of the loss without its coefficient (1.0 for a perfectly balanced
+            auxiliary loss).
         load: the N experts' shares of all token copies; they add up to 1.
+        load_max_over_mean: load of the busiest expert over the mean load; 1.0 is perfect balance.
+        dead_experts: how many experts got no copy.
+        entropy: mean over tokens of the entropy in nats of the router's distribution; log(N) where it is uniform.
+        dropped: share of all K copies of the tokens that an expert's capacity turned away.
+        overlap: share of the copies that went to an expert where their token had been in an earlier iteration; None in
+            iteration 1. A token sees K (1 - overlap) new experts.
+        state_norm: root mean square over tokens and hidden dimensions of x(t), the state that the iteration leaves.
+        increment_norm: the same of F_t, what the experts made.
+        increment_over_state: increment_norm over the same of x(t-1), the state that the iteration received.
     """
 
     layer: int
     iteration: int
     losses: dict[str, float]
     load: list[float]
+    load_max_over_mean: float
+    dead_experts: int
+    entropy: float
+    dropped: float
+    overlap: float | None
+    state_norm: float
+    increment_norm: float
+    increment_over_state: float
 
-    @property
-    def imbalance(self) -> float:
-        """Load of the busiest expert over the mean load; 1.0 is perfect balance."""
-        return max(self.load) * len(self.load)
+
+def layers(model: torch.nn.Module) -> Iterator[CoELayer]:
+    """Every layer with a chain, in the model's order."""
+    return (layer for layer in model.modules() if isinstance(layer, CoELayer))
 
 
 def routers(model: torch.nn.Module) -> Iterator[tuple[int, int, CoERouter]]:
     """(layer, iteration, router) of every router in the model, both counted from 1."""
-    for layer in model.modules():
-        if isinstance(layer, CoELayer):
-            for t, router in enumerate(layer.routers):
-                yield layer.layer_number, t + 1, router
+    for layer in layers(model):
+        for t, router in enumerate(layer.routers):
+            yield layer.layer_number, t + 1, router
 
 
-def reset_routing(model: torch.nn.Module) -> None:
-    """Forget what the routers have noted; call it before a step whose report is wanted."""
-    for _, _, router in routers(model):
-        router.stats.reset()
+def reset_routing(model: torch.nn.Module, watch: bool = False) -> None:
+    """Forget what was noted; call it before each step, with `watch` if its report is wanted, which takes time."""
+    for layer in layers(model):
+        layer.watch = ChainWatch(layer.chain.iterations) if watch else None
+        for router in layer.routers:
+            router.stats = RoutingStats(watched=watch)
 
 
 def report_routing(model: torch.nn.Module) -> list[RoutingReport]:
-    """What the routers noted since `reset_routing`; one collective over the ranks that saw other tokens."""
-    found = list(routers(model))
-    noted = [_as_vector(router) for _, _, router in found]
+    """What was noted in a watched step, by layer and iteration; one collective over the ranks that saw other tokens."""
+    found = [(layer, t) for layer in layers(model) for t in range(layer.chain.iterations)]
+    noted = [_as_vector(layer, t) for layer, t in found]
     together = torch.cat(noted)
     group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
     torch.distributed.all_reduce(together, group=group)
     summed = together.cpu().split([len(vector) for vector in noted])
-    return [_report(*router, vector.tolist()) for router, vector in zip(found, summed, strict=True)]
+    return [_report(*place, vector.tolist()) for place, vector in zip(found, summed, strict=True)]
 
 
-def mean_losses(reports: list[RoutingReport]) -> dict[str, float]:
-    """`aux_loss` (balancing losses of any kind) and `z_loss`, means over layers and iterations; what is off is 0."""
-    kinds: dict[str, list[float]] = {"aux_loss": [], "z_loss": []}
+def summary(reports: list[RoutingReport]) -> dict[str, float]:
+    """Means over layers and iterations: `aux_loss` (balancing losses of any kind), `z_loss` and `routing_...`.
+
+    A loss that is off is 0; `routing_overlap` is left out where there is one iteration.
+    """
+    found: dict[str, list[float]] = {"aux_loss": [], "z_loss": []}
     for report in reports:
         for name, value in report.losses.items():
-            kinds["z_loss" if name == "z_loss" else "aux_loss"].append(value)
-    return {name: sum(values) / len(values) if values else 0.0 for name, values in kinds.items()}
+            found["z_loss" if name == "z_loss" else "aux_loss"].append(value)
+    for name in ("entropy", "load_max_over_mean", "dead_experts", "dropped", "overlap"):
+        values = [getattr(report, name) for report in reports]
+        found[f"routing_{name}"] = [value for value in values if value is not None]
+    return {name: _ratio(sum(values), len(values)) for name, values in found.items() if values or "loss" in name}
 
 
 def finish_step(model: torch.nn.Module) -> None:
@@ -86,16 +116,43 @@ def finish_step(model: torch.nn.Module) -> None:
         router.expert_bias.copy_(bias)
 
 
-def _as_vector(router: CoERouter) -> torch.Tensor:
-    """The losses by name, the number of calls, and the N loads, float64."""
-    stats = router.stats
-    assert stats.load is not None, "no training step since reset_routing"
-    losses = [stats.losses[name].double().view(1) for name in sorted(stats.losses)]
-    return torch.cat([*losses, stats.load.new_tensor([stats.calls], dtype=torch.float64), stats.load.double()])
+def _router(layer: CoELayer, t: int) -> CoERouter:
+    """The router of iteration t (from 0), whose choice `fixed` gating uses again."""
+    return layer.routers[min(t, len(layer.routers) - 1)]
 
 
-def _report(layer: int, iteration: int, router: CoERouter, summed: list[float]) -> RoutingReport:
+def _as_vector(layer: CoELayer, t: int) -> torch.Tensor:
+    """The losses by name, the number of calls, the entropy, the watch's sums, and the N loads, float64."""
+    stats = _router(layer, t).stats
+    assert layer.watch is not None and stats.load is not None, "no watched training step since reset_routing"
+    noted = [*(stats.losses[name] for name in sorted(stats.losses)), stats.calls, stats.entropy]
+    scalars = [torch.as_tensor(value).to(stats.load).view(1) for value in noted]
+    return torch.cat([*scalars, layer.watch.sums[t], stats.load])
+
+
+def _report(layer: CoELayer, t: int, summed: list[float]) -> RoutingReport:
+    router = _router(layer, t)
     names = sorted(router.stats.losses)
-    calls, load = summed[len(names)], summed[len(names) + 1 :]
-    losses = {name: value / calls for name, value in zip(names, summed, strict=False)}
-    return RoutingReport(layer, iteration, losses, [part / sum(load) for part in load])
+    losses, (calls, entropy, *rest) = summed[: len(names)], summed[len(names) :]
+    (tokens, copies, repeated, before, increment, after), load = rest[:6], rest[6:]
+    charged = t < len(layer.routers)
+    values = tokens * layer.config.hidden_size
+    return RoutingReport(
+        layer.layer_number,
+        t + 1,
+        losses={name: loss / calls for name, loss in zip(names, losses, strict=True)} if charged else {},
+        load=[_ratio(part, sum(load)) for part in load],
+        load_max_over_mean=_ratio(max(load) * len(load), sum(load)),
+        dead_experts=load.count(0.0),
+        entropy=_ratio(entropy, tokens),
+        dropped=_ratio(router.topk * tokens - copies, router.topk * tokens),
+        overlap=_ratio(repeated, copies) if t else None,
+        state_norm=math.sqrt(_ratio(after, values)),
+        increment_norm=math.sqrt(_ratio(increment, values)),
+        increment_over_state=math.sqrt(_ratio(increment, before)),
+    )
+
+
+def _ratio(part: float, whole: float) -> float:
+    """0 where there is nothing to take a share of."""
+    return part / whole if whole else 0.0

@@ -135,7 +135,7 @@ class Pretraining:
     def _train_step(self, step: int) -> tuple[torch.Tensor, bool]:
         """One optimizer step; returns its loss in nats per counted token, and whether a rank was asked to stop."""
         model, settings = self.engine.module, self.config.optimizer
-        stats.reset_routing(model)
+        stats.reset_routing(model, watch=self._due("log_every", "evaluate_every", ahead=1))
         batches = self.batches.for_step(step)
         own = torch.stack([batch["loss_mask"].sum() for batch in batches]).double().sum()
         counted, asked = evaluation.all_reduce_sum(torch.stack([own, own.new_tensor(self.interruption.asked)])).tolist()
@@ -164,13 +164,14 @@ class Pretraining:
             "train_loss": loss,
             "learning_rate": learning_rate(settings, step - 1, self.config.training.steps),
             "grad_norm": zero.gradient_norm(self.engine),
-            **stats.mean_losses(reports),
+            **stats.summary(reports),
             "step_seconds": seconds,
             "tokens_per_second": tokens_per_second,
+            "eta_seconds": self.progress.seconds_left(step),
             "tflops": flops / 1e12,
             **({"mfu": flops / self.peak_flops} if self.peak_flops else {}),
             "memory": memory.measure(self.engine),
-            "routing": [{**asdict(report), "imbalance": report.imbalance} for report in reports],
+            "routing": [asdict(report) for report in reports],
         }
         shown = {"loss": loss, "tokens/s": tokens_per_second}
         if self._due("evaluate_every"):
@@ -184,8 +185,8 @@ class Pretraining:
     def _validate(self) -> dict[str, Any]:
         return evaluation.validate(self.engine, self.validation)
 
-    def _due(self, *settings: str) -> bool:
-        step, training = self.position.step, self.config.training
+    def _due(self, *settings: str, ahead: int = 0) -> bool:
+        step, training = self.position.step + ahead, self.config.training
         return step == training.steps or any(step % getattr(training, name) == 0 for name in settings)
 
     def _save(self) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any, Protocol, TypeAlias
 
+import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from coe_megatron.config import ConfigError, RunConfig
@@ -75,7 +76,7 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Event files of the scalars; loads of experts stay out."""
+    """Event files of the scalars, and of each router's N loads as a histogram."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         self._board = SummaryWriter(str(folder), purge_step=first_step + 1)
@@ -83,6 +84,8 @@ class TensorBoard:
     def write(self, values: Values) -> None:
         for name, value in _scalars(values):
             self._board.add_scalar(name, value, values["step"])
+        for part in values.get("routing", ()):
+            self._board.add_histogram(_place(part) + "load", torch.tensor(part["load"]), values["step"])
 
     def close(self) -> None:
         self._board.close()
@@ -145,13 +148,17 @@ def _keep_until(path: Path, step: int) -> None:
     cut.replace(path)
 
 
+def _place(part: Mapping[str, Any]) -> str:
+    return f"routing/layer{part['layer']}/iteration{part['iteration']}/"
+
+
 def _scalars(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
     found: list[tuple[str, float]] = []
     for key, value in values.items():
         if key == "routing":
             for part in value:
-                place = f"routing/layer{part['layer']}/iteration{part['iteration']}/"
-                found += _scalars({"imbalance": part["imbalance"], **part["losses"]}, place)
+                numbers = {name: part[name] for name in part if name not in ("layer", "iteration", "losses")}
+                found += _scalars({**numbers, **part["losses"]}, _place(part))
         elif isinstance(value, Mapping):
             found += _scalars(value, f"{prefix}{key}/")
         elif isinstance(value, int | float) and key != "step":

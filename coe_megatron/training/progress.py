@@ -28,10 +28,12 @@ class Progress:
             if logged:
                 self._bar.set_postfix_str(_text(logged))
         elif self._visible and logged:
-            seconds = (time.monotonic() - self._start) / (step - self._first) * (self._steps - step)
-            print(
-                f"step {step}/{self._steps}  {_text(logged)}  left {timedelta(seconds=round(seconds))}", file=sys.stderr
-            )
+            left = timedelta(seconds=round(self.seconds_left(step)))
+            print(f"step {step}/{self._steps}  {_text(logged)}  left {left}", file=sys.stderr)
+
+    def seconds_left(self, step: int) -> float:
+        """An estimate after step `step`, from the time since the start: evaluations and checkpoints are in it."""
+        return (time.monotonic() - self._start) / (step - self._first) * (self._steps - step)
 
     def say(self, text: str) -> None:
         """A line of its own that does not tear the bar."""

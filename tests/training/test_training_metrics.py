@@ -14,7 +14,8 @@ from coe_megatron.training.picture import draw_loss
 
 def test_what_is_written_is_read_and_shown_in_tensorboard(tmp_path: Path) -> None:
     writer = open_metrics(tmp_path, RunConfig())
-    router = {"layer": 1, "iteration": 2, "imbalance": 1.5, "load": [0.75, 0.25], "losses": {"z_loss": 3.0}}
+    router = {"layer": 1, "iteration": 2, "losses": {"z_loss": 3.0}, "load": [0.75, 0.25]}
+    router |= {"load_max_over_mean": 1.5, "dead_experts": 0, "overlap": None}
     for step in (1, 2):
         writer.write({"step": step, "train_loss": 1.0 / step, "memory": {"parameters": 7}, "routing": [router]})
     writer.close()
@@ -22,8 +23,16 @@ def test_what_is_written_is_read_and_shown_in_tensorboard(tmp_path: Path) -> Non
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in board.Scalars("train_loss")] == [(1, 1.0), (2, 0.5)]
     assert board.Scalars("memory/parameters")[0].value == 7
-    assert board.Scalars("routing/layer1/iteration2/imbalance")[0].value == 1.5
-    assert board.Scalars("routing/layer1/iteration2/z_loss")[0].value == 3.0
+    tags = board.Tags()
+    place = "routing/layer1/iteration2/"
+    of_router = {
+        f"{place}{name}": value for name, value in (("load_max_over_mean", 1.5), ("dead_experts", 0), ("z_loss", 3.0))
+    }
+    assert set(tags["scalars"]) == {"train_loss", "memory/parameters", *of_router}
+    assert {tag: board.Scalars(tag)[0].value for tag in of_router} == of_router
+    assert tags["histograms"] == [f"{place}load"]
+    load = board.Histograms(f"{place}load")[0].histogram_value
+    assert (load.num, load.min, load.max, load.sum) == (2, 0.25, 0.75, 1.0)
 
 
 def test_resuming_drops_the_lines_beyond_the_checkpoint(tmp_path: Path) -> None:

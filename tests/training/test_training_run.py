@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -73,6 +74,12 @@ def test_a_run_leaves_everything_it_should(finished: Path) -> None:
     routers = [(part["layer"], part["iteration"]) for part in lines[-1]["routing"]]
     assert routers == [(1, 1), (1, 2), (2, 1), (2, 2)]
     assert all(abs(sum(part["load"]) - 1) < 1e-5 for part in lines[-1]["routing"])
+    assert [part["overlap"] is None for part in lines[-1]["routing"]] == [True, False] * 2
+    first = lines[1]  # near initialisation a router has next to no preference, and chance alone repeats choices
+    assert first["routing_entropy"] == pytest.approx(math.log(8), abs=0.1)
+    assert first["routing_overlap"] == pytest.approx(2 / 8, abs=0.2)
+    assert first["routing_dropped"] == 0.0 and first["routing_load_max_over_mean"] > 1.0
+    assert lines[1]["eta_seconds"] > lines[-2]["eta_seconds"] > lines[-1]["eta_seconds"] == 0.0
     assert list((finished / "tensorboard").iterdir())
     assert (finished / "loss.png").stat().st_size > 10_000
     assert '"outcome": "finished"' in (finished / "run.json").read_text()

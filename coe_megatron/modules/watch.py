@@ -1,0 +1,51 @@
+"""What the C iterations of one layer do to its tokens, as sums; taken on steps whose metrics are logged only.
+
+T: tokens, D: hidden size, N: experts, C: iterations. Padding counts in nothing.
+"""
+
+import torch
+
+
+class ChainWatch:
+    """Follows the tokens of a layer through its iterations.
+
+    Attributes:
+        sums: [C, 6] float64, over this rank's counted tokens since the watch was made: tokens, their copies that
+            reached an expert, the copies among these whose expert the token had been at in an earlier iteration, and
+            the squared norms of x(t-1), F_t and x(t).
+    """
+
+    def __init__(self, iterations: int) -> None:
+        self.sums = torch.zeros(iterations, 6, dtype=torch.float64, device=torch.cuda.current_device())
+        self._visited_TN: torch.Tensor | None = None
+
+    def note(
+        self,
+        t: int,
+        visits_TN: torch.Tensor,
+        before: torch.Tensor,
+        increment: torch.Tensor,
+        after: torch.Tensor,
+        padding: torch.Tensor | None,
+    ) -> None:
+        """Add iteration t (from 0) of one micro-batch, without gradients; the iterations of a pass come in their order.
+
+        Args:
+            visits_TN: bool, the experts that each token reaches.
+            before, increment, after: x(t-1), F_t and x(t), [S, B, D] with S * B = T.
+            padding: [S, B] bool, True at padding.
+        """
+        counted_T = torch.ones_like(visits_TN[:, 0]) if padding is None else ~padding.flatten()
+        visits_TN = visits_TN & counted_T.unsqueeze(1)
+        if t == 0 or self._visited_TN is None:
+            self._visited_TN = torch.zeros_like(visits_TN)
+        repeated = (visits_TN & self._visited_TN).sum()
+        self._visited_TN = self._visited_TN | visits_TN
+        norms = [_squared_norm(hidden, counted_T) for hidden in (before, increment, after)]
+        self.sums[t] += torch.stack([counted_T.sum(), visits_TN.sum(), repeated, *norms])
+
+
+def _squared_norm(hidden: torch.Tensor, counted_T: torch.Tensor) -> torch.Tensor:
+    """Sum of squares over the counted tokens of [S, B, D]; tokens are added up in float64."""
+    norms_T = torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32).flatten().double()
+    return (norms_T.square() * counted_T).sum()
