@@ -36,7 +36,7 @@ class MetricsWriter:
             if name != "step":
                 self._board.add_scalar(name, value, values["step"])
         for part in values.get("routing", ()):
-            self._board.add_histogram(_place(part) + "load", torch.tensor(part["load"]), values["step"])
+            self._board.add_histogram(_place(part) + "load", torch.tensor(part["load"]), values["step"], bins="auto")
 
     def close(self) -> None:
         """Flush everything; the writer is of no use afterwards."""
