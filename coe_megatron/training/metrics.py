@@ -85,7 +85,7 @@ class TensorBoard:
         for name, value in _scalars(values):
             self._board.add_scalar(name, value, values["step"])
         for part in values.get("routing", ()):
-            self._board.add_histogram(_place(part) + "load", torch.tensor(part["load"]), values["step"])
+            self._board.add_histogram(_place(part) + "load", torch.tensor(part["load"]), values["step"], bins="auto")
 
     def close(self) -> None:
         self._board.close()
