@@ -2,7 +2,6 @@
 
 import difflib
 import re
-import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -93,7 +92,7 @@ def _read_yaml(path: Path) -> Any:
             f"{path}: cannot be read: {error.strerror or 'it must be a mapping of keys to values'}"
         ) from None
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: not valid YAML: {_first_line(error)}") from None
+        raise ConfigError(f"{path}: {error.full_key or 'its YAML'} is not valid: {_first_line(error)}") from None
     except (YAMLError, ValueError) as error:  # a ValueError: a number of thousands of digits, a NUL in the name
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not OmegaConf.is_dict(values) or not values:
@@ -152,7 +151,7 @@ def _misread(given: Any, found: Any, name: str = "") -> Iterator[str]:
     elif isinstance(given, list):
         for index, (value, other) in enumerate(zip(given, found, strict=True)):
             yield from _misread(value, other, f"{name}.{index}")
-    elif isinstance(given, bool) and type(found) is not bool or given is True and found == 1 and found is not True:
+    elif isinstance(given, bool) and found is not given:
         yield f"{name} is {_shown(given)}: it should be a number"
     elif isinstance(found, str) and not (found.strip() and found.isprintable()):
         yield f"{name} is {_shown(found)}: it should be text on one line"
@@ -162,7 +161,8 @@ def _shown(value: object) -> str:
     """A value as YAML has it, cut where it is long."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return _SHORT.repr(value)
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def _first_line(error: Exception) -> str:
@@ -198,6 +198,5 @@ def _forbid_unknown_keys(cls: Any) -> None:
                 _forbid_unknown_keys(inner)
 
 
-_SHORT = reprlib.Repr(maxstring=80, maxother=80, maxlist=20, maxdict=20)
 _forbid_unknown_keys(RunConfig)
 _ADAPTER = TypeAdapter(RunConfig)

@@ -27,6 +27,8 @@ def model_shape(config: RunConfig, vocab_size: int) -> ModelShape:
         qk_nope=mla.qk_head_dim if mla else 0,
         qk_rope=mla.qk_pos_emb_head_dim if mla else 0,
         v_head_dim=mla.v_head_dim if mla else 0,
+        qk_norm=model.qk_layernorm,
+        norm_biases=model.normalization == "LayerNorm",
         swiglu=model.activation == "swiglu",
         untied_embeddings=model.untied_embeddings,
         chain=config.chain,
