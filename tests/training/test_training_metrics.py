@@ -98,3 +98,15 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
     pixels = image.imread(path)
     assert pixels.shape[0] > 400
     assert pixels[..., :3].min() < 0.2  # something is on the paper
+
+
+def test_the_picture_shows_every_validation_set(tmp_path: Path) -> None:
+    def line(step: int, sets: tuple[str, ...]) -> dict:
+        losses = {name: {"loss": 5 - step / 10 + place} for place, name in enumerate(sets)}
+        return {"step": step, "tokens": 4096 * step, "train_loss": 6 - step / 10, "valid_loss": 5.4, "valid": losses}
+
+    sizes = [
+        draw_loss([line(step, sets) for step in range(8)], 5.2, "a run", tmp_path / "loss.png").stat().st_size
+        for sets in ((), ("math", "wiki"))
+    ]
+    assert sizes[1] > sizes[0] + 1000
