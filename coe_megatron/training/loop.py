@@ -18,7 +18,8 @@ from coe_megatron.chain import closed_forms
 from coe_megatron.checkpoint import store
 from coe_megatron.config import ConfigError, RunConfig
 from coe_megatron.config.shape import model_shape, padded_vocabulary
-from coe_megatron.data.datasets import PreparedData, StepBatches, validation_batches
+from coe_megatron.data.datasets import StepBatches, validation_batches
+from coe_megatron.data.run_data import RunData
 from coe_megatron.modules import stats
 from coe_megatron.parallel import groups
 from coe_megatron.training import devices, evaluation, memory, run_folder
@@ -76,8 +77,8 @@ class Pretraining:
         self.main_rank = torch.distributed.get_rank() == 0
         self.data_ranks = parallel_state.get_data_parallel_world_size()
         try:
-            data = PreparedData.open(config.data.path)
-            self.vocab_size = padded_vocabulary(config, data.tokenizer.vocab_size)
+            data = RunData.open(config.data)
+            self.vocab_size = padded_vocabulary(config, data.tokenizer_size)
             self._open_data(data)
             self.engine = self._build_engine()
             self.position = self._resume()
@@ -180,23 +181,27 @@ class Pretraining:
         keep = self.config.training.keep_checkpoints
         store.save(self.folder / "checkpoints", self.position.step, self.engine, asdict(self.position), keep=keep)
 
-    def _open_data(self, data: PreparedData) -> None:
-        """Take up this rank's share of both splits; the validation set, small, stays in memory."""
-        training, settings = self.config.training, self.config.data
+    def _open_data(self, data: RunData) -> None:
+        """Take up this rank's share of all splits; the validation sets, small, stay in memory."""
+        training, limit = self.config.training, self.config.data.validation_samples
         share = {"dp_rank": parallel_state.get_data_parallel_rank(), "dp_size": self.data_ranks}
-        length, cache = self.config.model.seq_length, self.folder / "index"
-        train, valid = (
-            data.samples(settings.samples, split, length, seed=training.seed, cache_dir=cache)
-            for split in ("train", "valid")
-        )
+        length, index = self.config.model.seq_length, self.folder / "index"
         self.batches = StepBatches(
-            train, seed=training.seed, global_batch=training.global_batch, micro_batch=training.micro_batch, **share
+            data.training_samples(length, seed=training.seed, cache_dir=index),
+            data.weights,
+            seed=training.seed,
+            global_batch=training.global_batch,
+            micro_batch=training.micro_batch,
+            **share,
         )
-        self.validation = list(
-            validation_batches(valid, training.micro_batch, **share, limit=settings.validation_samples)
-        )
-        self.bytes_per_token = data.manifest.splits["valid"].bytes_per_token
-        self.cut = data.share_cut(length) if settings.samples == "row" else 0.0
+        self.validation_sets = {
+            name: list(validation_batches(samples, training.micro_batch, **share, limit=limit))
+            for name, samples in data.validation_samples(length, seed=training.seed, cache_dir=index).items()
+        }
+        self.validation = [batch for batches in self.validation_sets.values() for batch in batches]
+        splits = [prepared.manifest.splits["valid"] for prepared in data.validation.values()]
+        self.bytes_per_token = sum(split.bytes for split in splits) / sum(split.tokens for split in splits)
+        self.cut = data.share_cut(length)
 
     def _build_engine(self) -> zero.Engine:
         config = self.config
