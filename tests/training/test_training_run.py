@@ -283,6 +283,12 @@ def test_every_config_can_be_costed_without_data(path: Path) -> None:
     assert cost["memory_bytes_per_rank"]["total"] > 0 and cost["flops_per_token"]["total"] > 0
 
 
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    command = f"{sys.executable} launch/pretrain_coe.py configs/quickstart.yaml --dry-run | true"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("iterations", [1, 3])
 def test_one_process_without_torchrun(config: Path, prepared: Path, tmp_path: Path, iterations: int) -> None:
     done = python(
