@@ -34,7 +34,11 @@ def parser() -> Parser:
     document = made.add_mutually_exclusive_group()
     document.add_argument("--field", metavar="NAME", help="the field that is the document (default: text)")
     document.add_argument(
-        "--template", help=r"the document made of several fields in braces; \n stands for a new line, \t for a tab"
+        "--template",
+        action="append",
+        default=[],
+        help=r"the document made of several fields in braces; \n stands for a new line, \t for a tab; given several "
+        "times, a record takes the first whose fields it has",
     )
     valid = made.add_mutually_exclusive_group()
     valid.add_argument(
@@ -65,9 +69,8 @@ def settings_from(arguments: argparse.Namespace) -> PrepareSettings:
     values = vars(arguments)
     name = values.pop("field")
     if name is not None:
-        values["template"] = "{" + name + "}"
-    elif values["template"] is not None:
-        values["template"] = values["template"].replace("\\n", "\n").replace("\\t", "\t")
+        values["template"] = ["{" + name + "}"]
+    values["template"] = tuple(text.replace("\\n", "\n").replace("\\t", "\t") for text in values["template"])
     values["inputs"], values["valid_inputs"] = tuple(values["inputs"]), tuple(values["valid_inputs"])
     settings = PrepareSettings(**values)
     settings.check_files()

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from coe_megatron.data.manifest import Split
-from coe_megatron.data.sources import Chunk, MalformedRecord, Template
+from coe_megatron.data.sources import Chunk, MalformedRecord, Templates
 from coe_megatron.data.tokenizer import Tokenizer
 
 
@@ -20,13 +20,13 @@ class Recipe:
     """How records become documents of a split.
 
     Attributes:
-        template: of a document.
+        templates: of documents.
         seed: of the held-out share.
         valid_fraction: share of the documents held out by their hash (equal documents stay together).
         skip_malformed: count records that give no document instead of stopping at the first.
     """
 
-    template: Template
+    templates: Templates
     seed: int
     valid_fraction: float
     skip_malformed: bool
@@ -44,7 +44,7 @@ class Recipe:
             try:
                 if isinstance(record, MalformedRecord):
                     raise record
-                document = self.template.render(record)
+                document = self.templates.render(record)
             except MalformedRecord as error:
                 if not self.skip_malformed:
                     raise ValueError(f"{chunk.source}, {place}: {error} (skip-malformed would go on)") from error

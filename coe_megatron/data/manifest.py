@@ -56,7 +56,7 @@ class Manifest:
         vocab_size: pieces of the tokenizer.
         token_dtype: how .bin stores a token, "uint16" or "int32".
         tokenizer_sha256: identity of the tokenizer.
-        template: how a record became a document.
+        template: how a record became a document: by the first of these whose fields it had.
         seed: of the split and of the built-in corpus.
         source: names of the input files or the count of built-in problems, and how validation was chosen.
         malformed: records that were skipped because they gave no document.
@@ -67,7 +67,7 @@ class Manifest:
     vocab_size: int
     token_dtype: str
     tokenizer_sha256: str
-    template: str
+    template: list[str]
     seed: int
     source: dict[str, Any]
     malformed: int

@@ -24,7 +24,7 @@ from coe_megatron.data.sources import (
     CHUNK_BYTES,
     Chunk,
     MalformedRecord,
-    Template,
+    Templates,
     check_readable,
     chunks_of,
     read_chunks,
@@ -49,8 +49,8 @@ class PrepareSettings:
         builtin: how many training problems to draw from the built-in corpus.
         vocab_size: pieces of the tokenizer to train; with `tokenizer`, what that one must have.
         tokenizer: a SentencePiece model to take instead of training one.
-        template: how a record becomes a document; default "{text}", for the built-in corpus
-            "query : {query} response : {response}".
+        template: how a record becomes a document: by the first of these whose fields it has. Without any "{text}", for
+            the built-in corpus "query : {query} response : {response}".
         valid_inputs: files of validation documents; without them,
         valid_fraction: the share of documents held out by their hash (equal documents stay together); for the
             built-in corpus the number of held-out problems relative to `builtin`.
@@ -68,7 +68,7 @@ class PrepareSettings:
     builtin: int | None = None
     vocab_size: int | None = None
     tokenizer: Path | None = None
-    template: str | None = None
+    template: tuple[str, ...] = ()
     valid_inputs: tuple[Path, ...] = ()
     valid_fraction: float = 0.02
     seed: int = 0
@@ -90,9 +90,9 @@ class PrepareSettings:
             raise ValueError(f"workers is {self.workers}: it must be at least 1")
 
     @property
-    def document_template(self) -> Template:
-        """The template to use."""
-        return Template(self.template or (TEXT_TEMPLATE if self.inputs else PROBLEM_TEMPLATE))
+    def templates(self) -> Templates:
+        """The templates to use."""
+        return Templates.of(self.template or (TEXT_TEMPLATE if self.inputs else PROBLEM_TEMPLATE,))
 
     def check_files(self) -> None:
         """Look for the inputs and the place of the output, without reading or writing anything.
@@ -109,7 +109,7 @@ class PrepareSettings:
     def _check_source(self) -> None:
         if bool(self.inputs) == (self.builtin is not None):
             raise ValueError("exactly one of input and builtin must be given")
-        names = self.document_template.fields
+        names = [name for template in self.templates.choices for name in template.fields]
         if self.builtin is None:
             return
         if self.builtin < 1:
@@ -159,7 +159,7 @@ def _job(settings: PrepareSettings) -> dict[str, Any]:
         "builtin": settings.builtin,
         "vocab_size": settings.vocab_size,
         "tokenizer": settings.tokenizer is not None,
-        "template": settings.document_template.text,
+        "template": [template.text for template in settings.templates.choices],
         "valid_fraction": settings.valid_fraction,
         "seed": settings.seed,
         "skip_malformed": settings.skip_malformed,
@@ -205,7 +205,7 @@ class _Input:
         before = 0
         for index, path in enumerate((*inputs, *valid_inputs)):
             split: Split = "train" if index < len(inputs) else "valid"
-            for chunk in read_chunks(path, self.settings.document_template.fields):
+            for chunk in read_chunks(path, self.settings.templates):
                 yield _Piece(chunk, split if valid_inputs else None, before + chunk.consumed)
             before += path.stat().st_size
 
@@ -223,7 +223,7 @@ def _builtin_counts(settings: PrepareSettings) -> dict[Split, int]:
 
 
 def _recipe(settings: PrepareSettings) -> Recipe:
-    return Recipe(settings.document_template, settings.seed, settings.valid_fraction, settings.skip_malformed)
+    return Recipe(settings.templates, settings.seed, settings.valid_fraction, settings.skip_malformed)
 
 
 def _provide_tokenizer(settings: PrepareSettings, staging: Staging, bar: Callable[..., tqdm]) -> Tokenizer:
@@ -337,7 +337,7 @@ def _describe(
         vocab_size=tokenizer.vocab_size,
         token_dtype=_token_dtype(tokenizer.vocab_size).__name__,
         tokenizer_sha256=tokenizer.sha256,
-        template=settings.document_template.text,
+        template=[template.text for template in settings.templates.choices],
         seed=settings.seed,
         source=source,
         malformed=malformed,

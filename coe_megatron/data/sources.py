@@ -12,7 +12,7 @@ import json
 import lzma
 import string
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -51,7 +51,7 @@ class Template:
         if not self.fields:
             raise ValueError(f"template {self.text!r} names no field: write at least one in braces, such as {{text}}")
 
-    @property
+    @cached_property
     def fields(self) -> tuple[str, ...]:
         """The names in braces, each once, in their order."""
         return tuple(dict.fromkeys(name for _, name in self._parts if name is not None))
@@ -84,6 +84,31 @@ class Template:
                     f"template {self.text!r} is not valid: braces hold a field's plain name, as in {{text}}"
                 )
         return [(literal, name) for literal, name, _, _ in parts]
+
+
+@dataclass(frozen=True)
+class Templates:
+    """Templates for records of several kinds: each record takes the first whose fields it has."""
+
+    choices: tuple[Template, ...]
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> "Templates":
+        """From their texts."""
+        return cls(tuple(map(Template, texts)))
+
+    def fitting(self, names: Iterable[str]) -> Template:
+        """The first template whose fields are all there; if none is, the first of all."""
+        present = set(names)
+        return next((choice for choice in self.choices if present.issuperset(choice.fields)), self.choices[0])
+
+    def render(self, record: Record) -> str:
+        """The document of a record.
+
+        Raises:
+            MalformedRecord: no template fits, or see `Template.render`.
+        """
+        return self.fitting(record).render(record)
 
 
 def check_readable(path: Path) -> None:
@@ -121,11 +146,11 @@ class Chunk:
             yield f"{self.unit} {number}", self.parse(payload)
 
 
-def read_chunks(path: Path, fields: Sequence[str]) -> Iterator[Chunk]:
+def read_chunks(path: Path, templates: Templates) -> Iterator[Chunk]:
     """Yield a file's records in chunks of about CHUNK_BYTES, the same ones every time.
 
     Args:
-        fields: what is wanted of each record; a Parquet file reads these columns alone.
+        templates: of a Parquet file only the columns are read that the template for them needs.
 
     Raises:
         ValueError: the file as a whole cannot be read (unknown kind, damaged, truncated, a column missing).
@@ -133,7 +158,7 @@ def read_chunks(path: Path, fields: Sequence[str]) -> Iterator[Chunk]:
     kind = _kind(path)
     try:
         if kind in PARQUET:
-            yield from _in_chunks(_parquet_rows(path, fields), str(path), "row", as_record)
+            yield from _in_chunks(_parquet_rows(path, templates), str(path), "row", as_record)
             return
         parse = _json_record if kind in JSON_LINES else _text_record
         with path.open("rb") as file, _decompressed(file, path.suffix) as stream:
@@ -229,13 +254,14 @@ def _text_record(block: bytes) -> Record | MalformedRecord:
         return MalformedRecord(f"not valid UTF-8 ({error})")
 
 
-def _parquet_rows(path: Path, fields: Sequence[str]) -> Iterator[tuple[int, Record, int]]:
+def _parquet_rows(path: Path, templates: Templates) -> Iterator[tuple[int, Record, int]]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = file.schema_arrow.names
+            fields = templates.fitting(columns).fields
             if missing := [name for name in fields if name not in columns]:
                 raise ValueError(f"input {path} has no column {missing[0]!r}; there is {', '.join(columns)}")
             batches = file.iter_batches(batch_size=1024, columns=list(fields))

@@ -52,7 +52,7 @@ def settings(tmp_path, model):
         inputs=(tmp_path / "in.jsonl",),
         valid_inputs=(tmp_path / "valid.jsonl",),
         tokenizer=model,
-        template=TEMPLATE,
+        template=(TEMPLATE,),
     )
 
 
@@ -89,7 +89,7 @@ def test_documents_come_back_as_they_were_written(settings, tmp_path, name):
     WRITERS[name](tmp_path / f"valid_{name}")
     template = "{text}" if ".txt" in name else TEMPLATE
     paths = {"inputs": (tmp_path / name,), "valid_inputs": (tmp_path / f"valid_{name}",)}
-    prepare(replace(settings, template=template, **paths))
+    prepare(replace(settings, template=(template,), **paths))
     assert decoded(settings.output, "train") == TEXTS
     assert decoded(settings.output, "valid") == TEXTS
 
@@ -135,7 +135,7 @@ def test_the_tokenizer_never_sees_validation(settings, tmp_path):
 
 def test_the_builtin_corpus_brings_its_own_validation(settings):
     manifest = prepare(
-        replace(settings, inputs=(), valid_inputs=(), builtin=60, template=None, valid_fraction=0.1, seed=2)
+        replace(settings, inputs=(), valid_inputs=(), builtin=60, template=(), valid_fraction=0.1, seed=2)
     )
     assert (manifest.splits["train"].documents, manifest.splits["valid"].documents) == (60, 6)
     first, held_out = RECORDS[0], next(generate("valid", 1, 2))
@@ -170,7 +170,7 @@ def test_a_malformed_line_is_named_and_can_be_skipped(settings, line, reason):
 def test_text_that_is_no_utf8_names_its_line(settings, tmp_path):
     (tmp_path / "in.txt").write_bytes(b"good\n\n\nbad \xff\nblock\n")
     with pytest.raises(ValueError, match=r"in\.txt, line 4: not valid UTF-8"):
-        prepare(replace(settings, inputs=(tmp_path / "in.txt",), template="{text}"))
+        prepare(replace(settings, inputs=(tmp_path / "in.txt",), template=("{text}",)))
 
 
 @pytest.mark.parametrize("name", ["in.jsonl.gz", "in.jsonl.xz", "in.jsonl.zst", "in.parquet"])
@@ -186,7 +186,7 @@ def test_a_truncated_file_is_named(settings, tmp_path, name):
 def test_a_missing_column_is_named(settings, tmp_path):
     write_parquet(tmp_path / "in.parquet")
     with pytest.raises(ValueError, match=r"no column 'answer'; there is query, response, other"):
-        prepare(replace(settings, inputs=(tmp_path / "in.parquet",), template="{answer}"))
+        prepare(replace(settings, inputs=(tmp_path / "in.parquet",), template=("{answer}",)))
 
 
 def contents(folder):
@@ -250,7 +250,7 @@ def test_whole_chunks_and_the_tokenizer_are_kept(settings, monkeypatch, small_ch
 @pytest.mark.parametrize(
     "change",
     [
-        lambda settings: replace(settings, template="{query}"),
+        lambda settings: replace(settings, template=("{query}",)),
         lambda settings: replace(settings, seed=1),
         lambda settings: replace(settings, skip_malformed=True),
         lambda settings: settings.inputs[0].write_bytes(JSONL[: JSONL.index(b"\n") + 1] * 2) and settings,
@@ -278,7 +278,7 @@ def test_another_job_starts_anew(settings, monkeypatch, small_chunks, change):
 def test_a_mistake_leaves_nothing_behind(settings, tmp_path):
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ValueError, match=r"field .answer. is missing"):
-        prepare(replace(settings, template="{answer}"))
+        prepare(replace(settings, template=("{answer}",)))
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -389,7 +389,7 @@ def test_an_output_is_replaced_only_when_asked_and_only_if_ours(settings):
     prepare(settings)
     with pytest.raises(ValueError, match="is not empty"):
         prepare(settings)
-    assert prepare(replace(settings, template="{query}", overwrite=True)).template == "{query}"
+    assert prepare(replace(settings, template=("{query}",), overwrite=True)).template == ["{query}"]
     (settings.output / "thesis.tex").touch()
     with pytest.raises(ValueError, match=r"thesis\.tex, which no preparation wrote"):
         prepare(replace(settings, overwrite=True))
@@ -412,11 +412,11 @@ def test_an_empty_folder_may_be_the_output(settings):
         ({"valid_fraction": 1.5}, "valid-fraction is 1.5"),
         ({"seed": -1}, "seed is -1"),
         ({"workers": 0}, "workers is 0"),
-        ({"template": "no field"}, "names no field"),
-        ({"template": "{a!r}"}, "plain name"),
-        ({"template": "{a"}, "not valid"),
+        ({"template": ("no field",)}, "names no field"),
+        ({"template": ("{a!r}",)}, "plain name"),
+        ({"template": ("{a",)}, "not valid"),
         ({"inputs": (), "builtin": 5}, "validation problems of its own"),
-        ({"inputs": (), "builtin": 5, "valid_inputs": (), "template": "{text}"}, "query and response"),
+        ({"inputs": (), "builtin": 5, "valid_inputs": (), "template": ("{text}",)}, "query and response"),
     ],
 )
 def test_a_wrong_setting_is_named(settings, changes, message):
@@ -430,6 +430,19 @@ def test_what_only_the_files_can_tell_is_named(settings):
     with pytest.raises(ValueError, match="valid split is empty"):
         prepare(replace(settings, valid_inputs=(), valid_fraction=1e-9))
     assert not settings.output.exists()
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_each_record_takes_the_first_template_that_fits(settings, tmp_path, ending):
+    """Two corpora of different fields share a folder, and so a tokenizer."""
+    (tmp_path / "text.jsonl").write_text('{"title": "t", "text": "a text"}\n')
+    WRITERS[f"in.{ending}"](tmp_path / f"in.{ending}")
+    inputs = (tmp_path / f"in.{ending}", tmp_path / "text.jsonl")
+    manifest = prepare(replace(settings, inputs=inputs, template=("{text}", TEMPLATE)))
+    assert decoded(settings.output, "train") == [*TEXTS, "a text"]
+    assert manifest.template == ["{text}", TEMPLATE]
+    with pytest.raises(ValueError, match=r"text\.jsonl, line 1: field 'other' is missing; there is title, text"):
+        prepare(replace(settings, inputs=inputs[1:], template=("{other}", TEMPLATE), overwrite=True))
 
 
 def test_a_template_takes_names_as_they_are():
