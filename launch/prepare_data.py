@@ -1,6 +1,7 @@
 """Prepare text for training: train or take a tokenizer, write Megatron indexed datasets and a manifest."""
 
 import argparse
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -16,10 +17,10 @@ EPILOG = """examples:
   prepare_data.py --input wiki.parquet --tokenizer data/math/tokenizer.model --output data/wiki
 
 files: .jsonl and .ndjson (an object a line), .parquet, .txt, .text and .md (blank lines separate documents, the
-field is "text"); all but Parquet also compressed as .gz or .xz.
+field is "text"); all but Parquet also compressed as .gz, .xz or .zst.
 
 exit status: 0 done, 1 the input could not be prepared, 2 a bad argument, 130 interrupted; each failure is one line
-on stderr and leaves --output as it was."""
+on stderr and leaves --output as it was. After an interruption the same command goes on where it stopped."""
 
 
 def parser() -> Parser:
@@ -33,7 +34,11 @@ def parser() -> Parser:
     document = made.add_mutually_exclusive_group()
     document.add_argument("--field", metavar="NAME", help="the field that is the document (default: text)")
     document.add_argument(
-        "--template", help=r"the document made of several fields in braces; \n stands for a new line, \t for a tab"
+        "--template",
+        action="append",
+        default=[],
+        help=r"the document made of several fields in braces; \n stands for a new line, \t for a tab; given several "
+        "times, a record takes the first whose fields it has",
     )
     valid = made.add_mutually_exclusive_group()
     valid.add_argument(
@@ -48,6 +53,13 @@ def parser() -> Parser:
     )
     made.add_argument("--seed", type=int, default=0, help="of the held-out share and the built-in corpus (default: 0)")
     made.add_argument("--skip-malformed", action="store_true", help="count malformed records instead of stopping")
+    made.add_argument(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="processes that parse and encode (default: the CPUs this one may use, %(default)s)",
+    )
     made.add_argument("--overwrite", action="store_true", help="replace data prepared earlier")
     return made
 
@@ -57,9 +69,8 @@ def settings_from(arguments: argparse.Namespace) -> PrepareSettings:
     values = vars(arguments)
     name = values.pop("field")
     if name is not None:
-        values["template"] = "{" + name + "}"
-    elif values["template"] is not None:
-        values["template"] = values["template"].replace("\\n", "\n").replace("\\t", "\t")
+        values["template"] = ["{" + name + "}"]
+    values["template"] = tuple(text.replace("\\n", "\n").replace("\\t", "\t") for text in values["template"])
     values["inputs"], values["valid_inputs"] = tuple(values["inputs"]), tuple(values["valid_inputs"])
     settings = PrepareSettings(**values)
     settings.check_files()
@@ -88,7 +99,7 @@ def main() -> int:
     except (ValueError, OSError) as error:
         program.exit(1, f"{program.prog}: error: {error}\n")
     except KeyboardInterrupt:
-        program.exit(130, f"{program.prog}: interrupted, nothing was written\n")
+        program.exit(130, f"{program.prog}: interrupted; the same command goes on from there\n")
     return 0
 
 

@@ -11,7 +11,7 @@ import os
 import sys
 
 from coe_megatron.config import ConfigError, RunConfig, load
-from coe_megatron.config.arguments import Parser
+from coe_megatron.config.arguments import Parser, write_out
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,7 +39,7 @@ def _forecast(config: RunConfig, as_json: bool) -> int:
         cost = forecast(config, vocabulary(config), config.parallel.world_size or config.parallel.expert)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    print(json.dumps(cost.as_dict(), indent=2) if as_json else cost.table())
+    write_out(json.dumps(cost.as_dict(), indent=2) if as_json else cost.table())
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from typing import Never
 
 
@@ -15,3 +16,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Never:
         self.exit(2, None if self._silent else f"{self.prog}: error: {message}\n")
+
+
+def write_out(text: str) -> None:
+    """Print what was asked for; a reader that has gone away, such as `head`, is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that closing it is none either

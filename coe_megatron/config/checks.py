@@ -1,8 +1,10 @@
 """What settings demand of each other. Each rule is one line for the user; torch is not needed to check them."""
 
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
-from coe_megatron.config.settings import ModelSettings, MoESettings, RunConfig
+from coe_megatron.config.settings import DataSettings, ModelSettings, MoESettings, RunConfig
 
 
 def check(config: RunConfig, world_size: int | None = None) -> None:
@@ -20,6 +22,7 @@ def problems(config: RunConfig, world_size: int | None = None) -> Iterator[str]:
     yield from _model(config.model)
     yield from _moe(config.moe, config.model.num_layers)
     yield from _alignment(config)
+    yield from _data(config.data)
     yield from _training(config)
     yield from _layout(config, world_size)
     yield from _steps(config, world_size)
@@ -86,6 +89,22 @@ def _alignment(config: RunConfig) -> Iterator[str]:
     ):
         if value % multiple:
             yield f"{name} is {value}: in {config.training.precision} it must be a multiple of {multiple}"
+
+
+def _data(data: DataSettings) -> Iterator[str]:
+    if data.reset_at_documents and data.samples == "row":
+        yield "data.reset_at_documents is true: it goes with data.samples packed, in a row there is one document alone"
+    if data.blend is not None and not data.blend:
+        yield "data.blend is []: it must name at least one folder, or be null"
+    if data.validation is not None and not data.validation:
+        yield "data.validation is {}: it must name at least one folder, or be null"
+    for name in data.validation or {}:
+        if not name.strip() or "/" in name:
+            yield f"data.validation has the name {name!r}: a name is text without slashes"
+    names = Counter(Path(part.path).name for part in data.blend or [] if data.validation is None)
+    if names and names.most_common(1)[0][1] > 1:
+        name = names.most_common(1)[0][0]
+        yield f"data.blend has two folders named {name!r}: give data.validation, so that their losses have names"
 
 
 def _training(config: RunConfig) -> Iterator[str]:

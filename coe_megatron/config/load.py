@@ -51,7 +51,9 @@ def parse(values: Any) -> RunConfig:
     try:
         config = _ADAPTER.validate_python(values)
     except ValidationError as error:
-        raise ConfigError(_explain(error.errors()[0])) from None
+        # A misspelt key is missing under its right name too, and its own line says more.
+        told = min(error.errors(), key=lambda found: found["type"] == "missing")
+        raise ConfigError(_explain(told)) from None
     for problem in _misread(values, asdict(config)):
         raise ConfigError(problem)
     return config
@@ -174,11 +176,20 @@ def _is_union_tag(part: object) -> bool:
     return isinstance(part, str) and (not part.isidentifier() or part in ("int", "float", "MLASettings"))
 
 
+def dataclasses_in(hint: Any) -> Iterator[Any]:
+    """The dataclasses that a type is made of."""
+    if is_dataclass(hint):
+        yield hint
+    for inner in get_args(hint):
+        yield from dataclasses_in(inner)
+
+
 def _field_names(path: Sequence[str]) -> list[str]:
     cls: Any = RunConfig
     for part in path:
-        hint = get_type_hints(cls).get(part)
-        cls = next((t for t in (hint, *get_args(hint)) if is_dataclass(t)), None)
+        if part.isdecimal():  # a place in a list
+            continue
+        cls = next(dataclasses_in(get_type_hints(cls).get(part)), None)
         if cls is None:
             return []
     return [f.name for f in fields(cls)]
@@ -193,9 +204,8 @@ def _plain(value: Any) -> Any:
 def _forbid_unknown_keys(cls: Any) -> None:
     cls.__pydantic_config__ = ConfigDict(extra="forbid")
     for hint in get_type_hints(cls).values():
-        for inner in (hint, *get_args(hint)):
-            if is_dataclass(inner):
-                _forbid_unknown_keys(inner)
+        for inner in dataclasses_in(hint):
+            _forbid_unknown_keys(inner)
 
 
 _forbid_unknown_keys(RunConfig)

@@ -11,6 +11,7 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from coe_megatron.config.load import dataclasses_in
 from coe_megatron.config.settings import RunConfig
 
 _HEAD = """# Settings
@@ -29,9 +30,9 @@ def reference() -> str:
 def _sections(cls: Any, prefix: str) -> Iterator[tuple[Any, str]]:
     yield cls, prefix
     for name, hint in get_type_hints(cls).items():
-        for inner in (hint, *get_args(hint)):
-            if is_dataclass(inner):
-                yield from _sections(inner, f"{prefix}{name}.")
+        for inner in dataclasses_in(hint):
+            listed = "N." if list in (get_origin(hint), *map(get_origin, get_args(hint))) else ""
+            yield from _sections(inner, f"{prefix}{name}.{listed}")
 
 
 def _section(cls: Any, prefix: str) -> str:
@@ -68,6 +69,8 @@ def _type(hint: Any) -> str:
     if get_origin(hint) in (list, tuple):
         inner = ", ".join(_type(part) for part in get_args(hint))
         return f"list of {inner}" if get_origin(hint) is list else f"[{inner}]"
+    if get_origin(hint) is dict:
+        return "names with " + _type(get_args(hint)[1])
     if arguments := get_args(hint):
         return " or ".join(_type(part) for part in arguments)
     return {bool: "`true`, `false`", int: "integer", float: "number", str: "text"}.get(hint, "section")
@@ -85,6 +88,8 @@ def _bounds(metadata: tuple[Any, ...]) -> str:
 
 def _default(field: Field) -> str:
     factory = field.default_factory
+    if factory is MISSING and field.default is MISSING:
+        return "must be given"
     value = field.default if factory is MISSING else factory()
     if value is None or isinstance(value, bool):
         return {None: "`null`", True: "`true`", False: "`false`"}[value]

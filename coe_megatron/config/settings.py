@@ -148,18 +148,39 @@ class MoESettings:
 
 
 @dataclass(frozen=True)
+class BlendPart:
+    """One of the corpora of a blend.
+
+    Attributes:
+        path: a folder that `launch/prepare_data.py` wrote.
+        weight: its share of the samples, relative to the other weights.
+    """
+
+    path: str
+    weight: Positive
+
+
+@dataclass(frozen=True)
 class DataSettings:
-    """What to train on: a folder that `launch/prepare_data.py` wrote.
+    """What to train on: folders that `launch/prepare_data.py` wrote, all with the same tokenizer.
 
     Attributes:
         path: the folder.
+        blend: several folders, whose samples are drawn in these proportions, in place of `path`; each goes through
+            epochs of its own.
+        validation: folders to validate on (their validation split), by the names their losses shall have; when null
+            that of `path`, named `valid`, or those of `blend`, named as their folders are.
         samples: `row` makes each document one sample, cut or padded to seq_length, with the loss on what is not
             padding; `packed` cuts the concatenated documents into full samples.
+        reset_at_documents: in packed samples attention does not see earlier documents and positions begin at 0 in each.
         validation_samples: how many samples of the validation set an evaluation reads; all when null.
     """
 
     path: str = "data/builtin"
+    blend: list[BlendPart] | None = None
+    validation: dict[str, str] | None = None
     samples: Literal["row", "packed"] = "row"
+    reset_at_documents: bool = False
     validation_samples: Count | None = None
 
 

@@ -6,7 +6,9 @@ Legend: S sequence length, b rows of a micro-batch. A sample is a dict of tensor
     loss_mask     float32  1 where labels[i] is a real token (eos counts), 0 elsewhere
     position_ids  int64    0 ... S - 1
     padding_mask  bool     True where tokens[i] is padding
-A batch holds the same keys with tensors of shape [b, S].
+Where documents of a packed sample shall not see each other there is also, of shape [1, S, S],
+    attention_mask  bool   True where attention is forbidden
+A batch holds the same keys with tensors of shape [b, S] and [b, 1, S, S].
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -57,12 +59,18 @@ class PreparedData:
         """
         folder = Path(folder)
         manifest = Manifest.read(folder)
-        tokenizer = Tokenizer(folder / TOKENIZER)
-        if tokenizer.sha256 != manifest.tokenizer_sha256:
-            raise ValueError(f"{folder / TOKENIZER} is not the tokenizer this data was prepared with")
-        return cls(folder, manifest, tokenizer)
+        return cls(folder, manifest, Tokenizer(folder / TOKENIZER))
 
-    def samples(self, mode: Mode, split: Split, seq_length: int, *, seed: int, cache_dir: str | Path) -> SampleSource:
+    def samples(
+        self,
+        mode: Mode,
+        split: Split,
+        seq_length: int,
+        *,
+        seed: int,
+        cache_dir: str | Path,
+        reset_at_documents: bool = False,
+    ) -> SampleSource:
         """The samples of a split in one of the two modes; see `rows` and `packed`, which need not all arguments.
 
         Raises:
@@ -72,7 +80,7 @@ class PreparedData:
             raise ValueError(f"mode is {mode!r}: it must be one of {', '.join(get_args(Mode))}")
         if mode == "row":
             return self.rows(split, seq_length)
-        return self.packed(split, seq_length, seed=seed, cache_dir=cache_dir)
+        return self.packed(split, seq_length, seed=seed, cache_dir=cache_dir, reset_at_documents=reset_at_documents)
 
     def rows(self, split: Split, seq_length: int) -> "RowDataset":
         """One document a sample, cut after seq_length labels or padded, in the order of preparation.
@@ -82,17 +90,21 @@ class PreparedData:
         """
         return RowDataset(self._indexed(split, seq_length), seq_length, self.tokenizer.pad_id)
 
-    def packed(self, split: Split, seq_length: int, *, seed: int, cache_dir: str | Path) -> "PackedDataset":
+    def packed(
+        self, split: Split, seq_length: int, *, seed: int, cache_dir: str | Path, reset_at_documents: bool = False
+    ) -> "PackedDataset":
         """Windows of seq_length labels over shuffled documents that follow each other (Megatron's GPTDataset).
 
         Every token but the first is a label once. The last tokens that fill no window are dropped in training and
-        padded in validation. Attention and positions run across documents.
+        padded in validation.
 
         Under torch.distributed all ranks must call this together: rank 0 builds the index, then a barrier.
 
         Args:
             seed: of the documents' order; another seed gives other windows.
             cache_dir: where the index is kept; a folder of the run, seen by all ranks.
+            reset_at_documents: attention does not see earlier documents and positions begin at 0 in each; otherwise
+                both run across documents.
 
         Raises:
             ValueError: there is no such split, or it has too few tokens for one window.
@@ -103,7 +115,8 @@ class PreparedData:
             raise ValueError(f"seq_length is {seq_length}: the train split has {tokens} tokens, one more is needed")
         identity = self.manifest.files[f"{split}.bin"].sha256[:16]
         cache = Path(cache_dir) / f"{split}-{identity}-{seq_length}-{seed}"
-        dataset = _build_index_once(cache, lambda path: _gpt_dataset(self, indexed, split, seq_length, seed, path))
+        config = {"random_seed": seed, "sequence_length": seq_length, **_at_documents(reset_at_documents)}
+        dataset = _build_index_once(cache, lambda path: _gpt_dataset(self, indexed, split, path, config))
         return PackedDataset(dataset, self.tokenizer.pad_id)
 
     def share_cut(self, seq_length: int) -> float:
@@ -173,24 +186,34 @@ class PackedDataset:
 class StepBatches:
     """The batches of every step, computed from the step alone: resuming is asking for a later step.
 
-    Samples are drawn in a permutation per epoch that depends on (seed, epoch). Step s takes the next `global_batch`
-    of them, whatever the number of ranks; micro-batch m of rank r holds rows (m * dp_size + r) * micro_batch and on.
+    Step s takes the next `global_batch` samples, whatever the number of ranks; micro-batch m of rank r holds rows
+    (m * dp_size + r) * micro_batch and on. Which samples follow each other says `BlendedOrder`.
 
     Args:
-        dataset: the samples.
-        seed: of the permutations, at least 0.
+        corpora: the samples of each.
+        weights: each corpus' share of the samples, relative to the others'.
+        seed: of the order, at least 0.
         global_batch: rows of a step over all ranks.
         micro_batch: rows of one forward pass on one rank (b).
         dp_rank, dp_size: this rank's place among those that split the batch.
 
     Raises:
-        ValueError: the sizes do not divide, a number is out of range, or the dataset is empty.
+        ValueError: the sizes do not divide, a number is out of range, or a corpus is empty.
     """
 
     def __init__(
-        self, dataset: SampleSource, *, seed: int, global_batch: int, micro_batch: int, dp_rank: int, dp_size: int
+        self,
+        corpora: Sequence[SampleSource],
+        weights: Sequence[float] = (1.0,),
+        *,
+        seed: int,
+        global_batch: int,
+        micro_batch: int,
+        dp_rank: int,
+        dp_size: int,
     ) -> None:
-        _check_share(dataset, micro_batch, dp_rank, dp_size)
+        for corpus in corpora:
+            _check_share(corpus, micro_batch, dp_rank, dp_size)
         if global_batch < 1 or global_batch % (micro_batch * dp_size):
             raise ValueError(
                 f"global_batch is {global_batch}: it must be a multiple of micro_batch * dp_size = "
@@ -198,12 +221,11 @@ class StepBatches:
             )
         if seed < 0:
             raise ValueError(f"seed is {seed}: it must be at least 0")
-        self._dataset = dataset
-        self._seed = seed
+        self._corpora = corpora
+        self._order = BlendedOrder([len(corpus) for corpus in corpora], weights, seed)
         self._global_batch = global_batch
         self._micro_batch = micro_batch
         self._rank, self._ranks = dp_rank, dp_size
-        self._orders: dict[int, np.ndarray] = {}
 
     def for_step(self, step: int) -> list[Sample]:
         """This rank's micro-batches of a step, tensors [b, S], in their order.
@@ -214,26 +236,77 @@ class StepBatches:
         Raises:
             ValueError: the step is negative.
         """
-        rows = np.asarray(self.indices(step)).reshape(-1, self._ranks, self._micro_batch)
-        return [_stack([self._dataset[int(index)] for index in micro]) for micro in rows[:, self._rank]]
+        rows = np.asarray(self.indices(step)).reshape(-1, self._ranks, self._micro_batch, 2)
+        return [_stack([self._corpora[corpus][int(index)] for corpus, index in micro]) for micro in rows[:, self._rank]]
 
-    def indices(self, step: int) -> list[int]:
-        """Which samples make up the whole global batch of a step, in their order.
+    def indices(self, step: int) -> list[tuple[int, int]]:
+        """Which samples make up the whole global batch of a step, in their order: (corpus, index in it).
 
         Raises:
             ValueError: the step is negative.
         """
         if step < 0:
             raise ValueError(f"step is {step}: it must be at least 0")
-        first = step * self._global_batch
-        places = (divmod(place, len(self._dataset)) for place in range(first, first + self._global_batch))
-        return [int(self._order(epoch)[offset]) for epoch, offset in places]
+        return self._order.between(step * self._global_batch, (step + 1) * self._global_batch)
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self._orders:
-            order = np.random.default_rng([self._seed, epoch]).permutation(len(self._dataset))
-            self._orders = {epoch: order}  # only the latest is kept: steps go forward
-        return self._orders[epoch]
+
+class BlendedOrder:
+    """An endless order of the samples of several corpora, a function of the seed alone.
+
+    Before every place, each corpus has had its share of the samples, to within about one (Megatron's
+    `build_blending_indices`: next comes the corpus that is furthest behind). Each corpus is gone through in a
+    permutation per epoch of its own that depends on (seed, epoch, corpus).
+
+    Args:
+        sizes: samples of each corpus.
+        weights: relative to their sum.
+        seed: at least 0.
+    """
+
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
+        assert len(sizes) == len(weights) and 0 not in sizes
+        self._sizes, self._seed = sizes, seed
+        self._weights = np.array(weights) / sum(weights)
+        self._corpus_of = np.empty(0, dtype=np.int16)  # by place, as far as it was needed
+        self._latest = 0, np.zeros(len(sizes), dtype=np.int64)  # a place, and what each corpus gave before it
+        self._permutations: dict[int, tuple[int, np.ndarray]] = {}  # each corpus' latest epoch
+
+    def between(self, first: int, end: int) -> list[tuple[int, int]]:
+        """The samples at places first ... end - 1, as (corpus, index in it)."""
+        self._grow(end)
+        taken = self._taken_before(first)
+        places = []
+        for corpus in self._corpus_of[first:end].tolist():
+            places.append((corpus, self._sample(corpus, int(taken[corpus]))))
+            taken[corpus] += 1
+        return places
+
+    def _grow(self, end: int) -> None:
+        """Choices do not depend on how many are made, so more can be made at any time."""
+        if end <= len(self._corpus_of):
+            return
+        from megatron.core.datasets import helpers
+
+        size = 2 * end
+        self._corpus_of = np.empty(size, dtype=np.int16)
+        helpers.build_blending_indices(
+            self._corpus_of, np.empty(size, dtype=np.int64), self._weights, len(self._weights), size, False
+        )
+
+    def _taken_before(self, place: int) -> np.ndarray:
+        start, taken = self._latest
+        if place < start:
+            start, taken = 0, np.zeros_like(taken)
+        taken = taken + np.bincount(self._corpus_of[start:place], minlength=len(taken))
+        self._latest = place, taken
+        return taken.copy()
+
+    def _sample(self, corpus: int, number: int) -> int:
+        epoch, offset = divmod(number, self._sizes[corpus])
+        if self._permutations.get(corpus, (-1,))[0] != epoch:  # steps go forward: one epoch is enough
+            source = np.random.default_rng([self._seed, epoch, corpus])
+            self._permutations[corpus] = epoch, source.permutation(self._sizes[corpus])
+        return int(self._permutations[corpus][1][offset])
 
 
 def validation_batches(
@@ -282,23 +355,23 @@ def _stack(samples: Sequence[Sample]) -> Sample:
     return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
 
 
-def _gpt_dataset(data: PreparedData, indexed: Any, split: Split, seq_length: int, seed: int, cache: Path) -> Any:
+def _at_documents(reset: bool) -> dict[str, bool]:
+    return dict.fromkeys(("reset_position_ids", "reset_attention_mask", "create_attention_mask"), reset)
+
+
+def _gpt_dataset(data: PreparedData, indexed: Any, split: Split, cache: Path, options: dict[str, Any]) -> Any:
     """Megatron's GPTDataset over one epoch of a split, its index kept in `cache`."""
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.utils import Split as MegatronSplit
 
     prefix = str(data.folder / split)
     config = GPTDatasetConfig(
-        random_seed=seed,
-        sequence_length=seq_length,
         blend_per_split=[([prefix], None) if name.name == split else None for name in MegatronSplit],
         path_to_cache=str(cache),
         tokenizer=_TokenizerFacts(data.tokenizer),
-        reset_position_ids=False,
-        reset_attention_mask=False,
         eod_mask_loss=False,
-        create_attention_mask=False,
         drop_last_partial_validation_sequence=False,
+        **options,
     )
     documents = np.arange(len(indexed), dtype=np.int32)
     # The path is part of the index's name; the split alone lets the data move to another place.

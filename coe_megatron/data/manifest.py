@@ -56,7 +56,7 @@ class Manifest:
         vocab_size: pieces of the tokenizer.
         token_dtype: how .bin stores a token, "uint16" or "int32".
         tokenizer_sha256: identity of the tokenizer.
-        template: how a record became a document.
+        template: how a record became a document: by the first of these whose fields it had.
         seed: of the split and of the built-in corpus.
         source: names of the input files or the count of built-in problems, and how validation was chosen.
         malformed: records that were skipped because they gave no document.
@@ -67,7 +67,7 @@ class Manifest:
     vocab_size: int
     token_dtype: str
     tokenizer_sha256: str
-    template: str
+    template: list[str]
     seed: int
     source: dict[str, Any]
     malformed: int
@@ -81,10 +81,11 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """Read the manifest of a folder and compare the sizes of the files with it.
+        """Read the manifest of a folder and compare the sizes of the files, and the tokenizer's checksum, with it.
 
         Raises:
-            ValueError: there is no manifest, it is not ours, or a file is missing or of another size.
+            ValueError: there is no manifest, it is not ours, a file is missing or of another size, or the tokenizer is
+                another.
         """
         path = folder / MANIFEST
         if not path.is_file():
@@ -94,6 +95,8 @@ class Manifest:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is no manifest of format {FORMAT}, version {VERSION}: {error}") from error
         manifest._check_sizes(folder)
+        if FileSummary.of(folder / TOKENIZER).sha256 != manifest.tokenizer_sha256:
+            raise ValueError(f"{folder / TOKENIZER} is not the tokenizer this data was prepared with")
         return manifest
 
     def verify(self, folder: Path) -> None:

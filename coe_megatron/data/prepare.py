@@ -1,25 +1,37 @@
 """From text to a folder of prepared data: tokenizer, Megatron's indexed datasets for both splits, manifest.
 
-The folder is written under a hidden name beside its place and renamed when it is whole, so an interrupted
-preparation never looks finished. Equal settings and inputs give equal files, byte for byte.
+Text is read in chunks, and each becomes a file of token ids in a hidden folder beside the output; these are joined, and
+the output takes its place when it is whole. So an interrupted preparation never looks finished and goes on where it
+stopped. Equal settings and inputs give equal files, byte for byte, whatever the number of workers and interruptions.
 """
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from hashlib import sha256
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-from secrets import token_hex
 from typing import Any, get_args
 
 import numpy as np
 from tqdm import tqdm
 
 from coe_megatron.data.corpus import generate
+from coe_megatron.data.encode import Encoded, Recipe, encode_chunk, read_encoded
 from coe_megatron.data.manifest import DATA_FILES, MANIFEST, TOKENIZER, FileSummary, Manifest, Split, SplitSummary
-from coe_megatron.data.sources import MalformedRecord, Template, check_readable, read_records
+from coe_megatron.data.sources import (
+    CHUNK_BYTES,
+    Chunk,
+    MalformedRecord,
+    Templates,
+    check_readable,
+    chunks_of,
+    read_chunks,
+)
+from coe_megatron.data.staging import Staging, staged
 from coe_megatron.data.tokenizer import Tokenizer, train_tokenizer
+from coe_megatron.data.workers import in_order
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 PROBLEM_TEMPLATE = "query : {query} response : {response}"
@@ -37,14 +49,15 @@ class PrepareSettings:
         builtin: how many training problems to draw from the built-in corpus.
         vocab_size: pieces of the tokenizer to train; with `tokenizer`, what that one must have.
         tokenizer: a SentencePiece model to take instead of training one.
-        template: how a record becomes a document; default "{text}", for the built-in corpus
-            "query : {query} response : {response}".
+        template: how a record becomes a document: by the first of these whose fields it has. Without any "{text}", for
+            the built-in corpus "query : {query} response : {response}".
         valid_inputs: files of validation documents; without them,
         valid_fraction: the share of documents held out by their hash (equal documents stay together); for the
             built-in corpus the number of held-out problems relative to `builtin`.
         seed: of that hash and of the built-in corpus.
         skip_malformed: count records that give no document instead of stopping at the first.
         overwrite: replace a folder that an earlier preparation wrote.
+        workers: processes that parse and encode; they change nothing but the time.
 
     Raises:
         ValueError: a field, or two of them together, make no sense.
@@ -55,12 +68,13 @@ class PrepareSettings:
     builtin: int | None = None
     vocab_size: int | None = None
     tokenizer: Path | None = None
-    template: str | None = None
+    template: tuple[str, ...] = ()
     valid_inputs: tuple[Path, ...] = ()
     valid_fraction: float = 0.02
     seed: int = 0
     skip_malformed: bool = False
     overwrite: bool = False
+    workers: int = 1
 
     def __post_init__(self) -> None:
         self._check_source()
@@ -72,11 +86,13 @@ class PrepareSettings:
             raise ValueError(f"valid-fraction is {self.valid_fraction}: it must be between 0 and 1")
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}: it must be at least 0")
+        if self.workers < 1:
+            raise ValueError(f"workers is {self.workers}: it must be at least 1")
 
     @property
-    def document_template(self) -> Template:
-        """The template to use."""
-        return Template(self.template or (TEXT_TEMPLATE if self.inputs else PROBLEM_TEMPLATE))
+    def templates(self) -> Templates:
+        """The templates to use."""
+        return Templates.of(self.template or (TEXT_TEMPLATE if self.inputs else PROBLEM_TEMPLATE,))
 
     def check_files(self) -> None:
         """Look for the inputs and the place of the output, without reading or writing anything.
@@ -93,7 +109,7 @@ class PrepareSettings:
     def _check_source(self) -> None:
         if bool(self.inputs) == (self.builtin is not None):
             raise ValueError("exactly one of input and builtin must be given")
-        names = self.document_template.fields
+        names = [name for template in self.templates.choices for name in template.fields]
         if self.builtin is None:
             return
         if self.builtin < 1:
@@ -112,130 +128,188 @@ def prepare(settings: PrepareSettings, *, progress: bool = False) -> Manifest:
 
     Raises:
         ValueError: an input is missing, damaged or malformed (the message names file and line), a split would be
-            empty, the tokenizer does not suit, or the output must not be replaced. `output` stays as it was then.
+            empty, the tokenizer does not suit, the output must not be replaced, or another process prepares it.
+            `output` stays as it was then.
+        ChildProcessError: a worker was killed; the next attempt goes on from there.
     """
     settings.check_files()
-    documents = _Documents(settings)
-
-    def shown(task: str) -> tqdm:
-        return tqdm(documents, desc=task, unit=" documents", mininterval=1, disable=not progress)
-
-    with _staged(settings.output.resolve()) as folder:
-        tokenizer = _provide_tokenizer(settings, folder / TOKENIZER, shown)
-        with shown("encoding") as shown_documents:
-            splits = _write_splits(folder, tokenizer, shown_documents)
-        manifest = _describe(settings, folder, tokenizer, splits, documents.malformed)
+    output = settings.output.resolve()
+    with staged(output) as staging:
+        _check_output(output, settings.overwrite)  # again: another process may just have finished
+        staging.begin(_job(settings))
+        _tell_what_is_done(staging, progress)
+        bar = partial(tqdm, unit_scale=True, mininterval=0.5, disable=not progress)
+        tokenizer = _provide_tokenizer(settings, staging, bar)
+        chunks = _encode(settings, staging, tokenizer, bar)
+        folder = staging.new_whole()
+        shutil.copyfile(staging.tokenizer, folder / TOKENIZER)
+        splits, malformed = _join(chunks, folder, tokenizer.vocab_size)
+        manifest = _describe(settings, folder, tokenizer, splits, malformed)
         manifest.write(folder)
+        staging.publish(output)
     return manifest
 
 
-@dataclass
-class _Documents:
-    """The documents of both splits, in the order of the files; can be gone through again and again."""
+def _job(settings: PrepareSettings) -> dict[str, Any]:
+    """All that decides what chunks hold; a job that differs in anything starts anew."""
+    paths = (*settings.inputs, *settings.valid_inputs, *([settings.tokenizer] if settings.tokenizer else []))
+    return {
+        "files": [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths],
+        "inputs": len(settings.inputs),
+        "builtin": settings.builtin,
+        "vocab_size": settings.vocab_size,
+        "tokenizer": settings.tokenizer is not None,
+        "template": [template.text for template in settings.templates.choices],
+        "valid_fraction": settings.valid_fraction,
+        "seed": settings.seed,
+        "skip_malformed": settings.skip_malformed,
+        "chunk_bytes": CHUNK_BYTES,
+        "versions": {name: version(name) for name in ("coe-megatron", "sentencepiece")},
+    }
+
+
+def _tell_what_is_done(staging: Staging, progress: bool) -> None:
+    if progress and staging.tokenizer.exists():
+        done = f"the tokenizer and {staging.chunks_done} chunks of {CHUNK_BYTES >> 20} MiB of text are there"
+        print(f"goes on: {done}", file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A chunk, the split its documents belong to (None: their hash decides), and how far all inputs are with it."""
+
+    chunk: Chunk
+    split: Split | None
+    position: int
+
+
+@dataclass(frozen=True)
+class _Input:
+    """All chunks in the order of the files; can be gone through again and again."""
 
     settings: PrepareSettings
-    malformed: int = field(default=0, init=False)
 
-    def __iter__(self) -> Iterator[tuple[Split, str]]:
-        self.malformed = 0
-        template = self.settings.document_template
+    @property
+    def size(self) -> dict[str, Any]:
+        """Where `position` ends, for a bar."""
         if self.settings.builtin is not None:
-            for split, problem in _builtin_problems(self.settings):
-                yield split, template.render(problem)
-            return
-        for path in self.settings.inputs:
-            for document in self._read(path, template):
-                yield self._split_of(document), document
-        for path in self.settings.valid_inputs:
-            for document in self._read(path, template):
-                yield "valid", document
+            return {"total": sum(_builtin_counts(self.settings).values()), "unit": " problems"}
+        paths = (*self.settings.inputs, *self.settings.valid_inputs)
+        return {"total": sum(path.stat().st_size for path in paths), "unit": "B"}
 
-    def _read(self, path: Path, template: Template) -> Iterator[str]:
-        for place, record in read_records(path, template.fields):
-            try:
-                if isinstance(record, MalformedRecord):
-                    raise record
-                yield template.render(record)
-            except MalformedRecord as error:
-                if not self.settings.skip_malformed:
-                    raise ValueError(f"{path}, {place}: {error} (skip-malformed would go on)") from error
-                self.malformed += 1
+    def __iter__(self) -> Iterator[_Piece]:
+        return self._builtin() if self.settings.builtin is not None else self._files()
 
-    def _split_of(self, document: str) -> Split:
-        if self.settings.valid_inputs:
-            return "train"
-        digest = sha256(f"{self.settings.seed} {document}".encode()).digest()
-        return "valid" if int.from_bytes(digest[:8]) < self.settings.valid_fraction * 2**64 else "train"
+    def _files(self) -> Iterator[_Piece]:
+        inputs, valid_inputs = self.settings.inputs, self.settings.valid_inputs
+        before = 0
+        for index, path in enumerate((*inputs, *valid_inputs)):
+            split: Split = "train" if index < len(inputs) else "valid"
+            for chunk in read_chunks(path, self.settings.templates):
+                yield _Piece(chunk, split if valid_inputs else None, before + chunk.consumed)
+            before += path.stat().st_size
+
+    def _builtin(self) -> Iterator[_Piece]:
+        position = 0
+        for split, count in _builtin_counts(self.settings).items():
+            for chunk in chunks_of(generate(split, count, self.settings.seed), "built-in corpus", "problem"):
+                position += len(chunk.payloads)
+                yield _Piece(chunk, split, position)
 
 
-def _builtin_problems(settings: PrepareSettings) -> Iterator[tuple[Split, dict[str, str]]]:
+def _builtin_counts(settings: PrepareSettings) -> dict[Split, int]:
     assert settings.builtin is not None
-    counts = {"train": settings.builtin, "valid": max(1, round(settings.builtin * settings.valid_fraction))}
-    for split in SPLITS:
-        for problem in generate(split, counts[split], settings.seed):
-            yield split, problem
+    return {"train": settings.builtin, "valid": max(1, round(settings.builtin * settings.valid_fraction))}
 
 
-def _provide_tokenizer(settings: PrepareSettings, path: Path, shown: Callable[[str], tqdm]) -> Tokenizer:
-    """Train the tokenizer on the training documents, or take the given one."""
+def _recipe(settings: PrepareSettings) -> Recipe:
+    return Recipe(settings.templates, settings.seed, settings.valid_fraction, settings.skip_malformed)
+
+
+def _provide_tokenizer(settings: PrepareSettings, staging: Staging, bar: Callable[..., tqdm]) -> Tokenizer:
+    """Train the tokenizer on the training documents, or take the given one, if that is not done yet."""
+    if staging.tokenizer.exists():
+        return Tokenizer(staging.tokenizer)
+    scratch = staging.scratch(TOKENIZER)
     if settings.tokenizer is None:
         assert settings.vocab_size is not None
-        with shown("tokenizer") as documents:
-            texts = (text for split, text in documents if split == "train")
-            return train_tokenizer(texts, settings.vocab_size, path)
-    tokenizer = Tokenizer(settings.tokenizer)
-    if settings.vocab_size not in (None, tokenizer.vocab_size):
-        raise ValueError(f"vocab-size is {settings.vocab_size}: {settings.tokenizer} has {tokenizer.vocab_size} pieces")
-    shutil.copyfile(settings.tokenizer, path)
-    return tokenizer
+        train_tokenizer(_training_documents(settings, bar), settings.vocab_size, scratch)
+    else:
+        tokenizer = Tokenizer(settings.tokenizer)
+        if settings.vocab_size not in (None, tokenizer.vocab_size):
+            raise ValueError(
+                f"vocab-size is {settings.vocab_size}: {settings.tokenizer} has {tokenizer.vocab_size} pieces"
+            )
+        shutil.copyfile(settings.tokenizer, scratch)
+    staging.keep_tokenizer(scratch)
+    return Tokenizer(staging.tokenizer)
 
 
-def _write_splits(
-    folder: Path, tokenizer: Tokenizer, documents: Iterable[tuple[Split, str]]
-) -> dict[str, SplitSummary]:
-    writers = {split: _SplitWriter(folder / split, tokenizer) for split in SPLITS}
-    for split, text in documents:
-        writers[split].add(text)
-    return {split: writer.finish() for split, writer in writers.items()}
+def _training_documents(settings: PrepareSettings, bar: Callable[..., tqdm]) -> Iterator[str]:
+    pieces, recipe = _Input(settings), _recipe(settings)
+    with bar(desc="tokenizer", **pieces.size) as shown:
+        for piece in pieces:
+            for item in recipe.documents(piece.chunk, piece.split):
+                if not isinstance(item, MalformedRecord) and item[0] == "train":
+                    yield item[1]
+            shown.update(piece.position - shown.n)
+
+
+def _encode(settings: PrepareSettings, staging: Staging, tokenizer: Tokenizer, bar: Callable[..., tqdm]) -> list[Path]:
+    """Encode all chunks that are not there yet; returns the files of all, in their order."""
+    pieces, recipe, chunks = _Input(settings), _recipe(settings), []
+
+    def tasks() -> Iterator[tuple[Any, ...]]:
+        for index, piece in enumerate(pieces):
+            chunks.append(staging.chunk(index))
+            if not chunks[-1].exists():
+                model = staging.tokenizer, tokenizer.sha256
+                yield recipe, *model, piece.chunk, piece.split, chunks[-1], piece.position
+
+    with bar(desc="encoding", **pieces.size) as shown:
+        for position in in_order(encode_chunk, tasks(), settings.workers):
+            shown.update(position - shown.n)
+    return chunks
+
+
+def _join(chunks: list[Path], folder: Path, vocab_size: int) -> tuple[dict[str, SplitSummary], int]:
+    """Write the indexed datasets of both splits; returns their summaries and the number of malformed records."""
+    writers = {split: _SplitWriter(folder / split, vocab_size) for split in SPLITS}
+    malformed = 0
+    for chunk in chunks:
+        splits, malformed_here = read_encoded(chunk)
+        malformed += malformed_here
+        for split in SPLITS:
+            writers[split].add(splits[split])
+    return {split: writer.finish() for split, writer in writers.items()}, malformed
 
 
 class _SplitWriter:
-    """Encodes documents, writes them as a Megatron indexed dataset, and counts."""
+    """Writes encoded documents as a Megatron indexed dataset, and counts."""
 
-    BATCH = 256  # documents encoded at once
-
-    def __init__(self, prefix: Path, tokenizer: Tokenizer) -> None:
+    def __init__(self, prefix: Path, vocab_size: int) -> None:
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
         self._prefix = prefix
-        self._tokenizer = tokenizer
-        self._builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=_token_dtype(tokenizer.vocab_size))
-        self._waiting: list[str] = []
-        self._counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+        self._builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=_token_dtype(vocab_size))
+        self._counts = np.zeros(vocab_size, dtype=np.int64)
         self._documents = self._bytes = 0
 
-    def add(self, text: str) -> None:
-        self._waiting.append(text)
-        if len(self._waiting) == self.BATCH:
-            self._flush()
+    def add(self, encoded: Encoded) -> None:
+        ends = np.cumsum(encoded.lengths)
+        for end, length in zip(ends, encoded.lengths, strict=True):
+            self._builder.add_document(encoded.tokens[end - length : end], [length])
+        self._counts += np.bincount(encoded.tokens, minlength=len(self._counts))
+        self._documents += len(encoded.lengths)
+        self._bytes += encoded.bytes
 
     def finish(self) -> SplitSummary:
         """Close the files; a split without documents is refused."""
-        self._flush()
         self._builder.finalize(f"{self._prefix}.idx")
         tokens = int(self._counts.sum())
         if not tokens:
             raise ValueError(f"the {self._prefix.name} split is empty: give more documents or change valid-fraction")
         return SplitSummary(self._documents, tokens, self._bytes, _entropy(self._counts), self._bytes / tokens)
-
-    def _flush(self) -> None:
-        for text, ids in zip(self._waiting, self._tokenizer.encode_many(self._waiting), strict=True):
-            row = np.array([*ids, self._tokenizer.eos_id])
-            self._builder.add_document(row, [len(row)])
-            np.add.at(self._counts, row, 1)
-            self._documents += 1
-            self._bytes += len(text.encode())
-        self._waiting = []
 
 
 def _entropy(counts: np.ndarray) -> float:
@@ -263,7 +337,7 @@ def _describe(
         vocab_size=tokenizer.vocab_size,
         token_dtype=_token_dtype(tokenizer.vocab_size).__name__,
         tokenizer_sha256=tokenizer.sha256,
-        template=settings.document_template.text,
+        template=[template.text for template in settings.templates.choices],
         seed=settings.seed,
         source=source,
         malformed=malformed,
@@ -282,25 +356,3 @@ def _check_output(output: Path, overwrite: bool) -> None:
         raise ValueError(f"output {output} is not empty: choose another folder, or overwrite it")
     if foreign := sorted(present - {*DATA_FILES, MANIFEST}):
         raise ValueError(f"output {output} holds {foreign[0]}, which no preparation wrote: remove it or choose another")
-
-
-@contextmanager
-def _staged(output: Path) -> Iterator[Path]:
-    """A hidden folder beside `output` that takes its place at the end, and vanishes when something goes wrong."""
-    staging = output.with_name(f".{output.name}.{token_hex(4)}.partial")
-    staging.mkdir(parents=True)
-    try:
-        yield staging
-        _move_into_place(staging, output)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _move_into_place(staging: Path, output: Path) -> None:
-    if not output.exists() or not any(output.iterdir()):
-        staging.rename(output)
-        return
-    old = output.with_name(f"{staging.name}.old")
-    output.rename(old)
-    staging.rename(output)
-    shutil.rmtree(old)

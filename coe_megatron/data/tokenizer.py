@@ -2,14 +2,21 @@
 
 import hashlib
 import io
+import zlib
+from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+import numpy as np
 
 ModelType = Literal["bpe", "unigram"]
 
 PAD_ID, UNK_ID, BOS_ID, EOS_ID = range(4)
 TRAINING_CHARACTERS = 64_000_000  # more text changes a vocabulary of usual size little, but costs gigabytes
+LONGEST_LINE = 1 << 14  # characters that are in the sample together
+REMEMBERED_WORDS = 1 << 19  # about 100 MB
+_SPACE = "\u2581"  # how pieces write a space
 
 
 class Tokenizer:
@@ -43,18 +50,56 @@ class Tokenizer:
         pad_id: int = self._processor.pad_id()
         self.pad_id = pad_id if pad_id >= 0 else self.eos_id
         self.sha256 = hashlib.sha256(model).hexdigest()
+        self._words = _Words(self._processor) if _splits_at_spaces(model) else None
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without bos or eos."""
-        return self._processor.encode(text)
-
-    def encode_many(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of several texts, faster than one at a time."""
-        return self._processor.encode(texts)
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids of a text [n] int32, without bos or eos: SentencePiece's own, found word by word where that is
+        the same (`_splits_at_spaces`), for most words of a text have been seen before.
+        """
+        if self._words is None:
+            return np.array(self._processor.encode(text), dtype=np.int32)
+        first, *rest = text.split(" ")
+        found = b"".join([_bytes_of(self._processor.encode(first)), *map(self._words.__getitem__, rest)])
+        return np.frombuffer(found, dtype=np.int32)
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids; control ids such as eos and pad vanish."""
         return self._processor.decode(ids)
+
+
+class _Words(dict[str, bytes]):
+    """Ids of words that follow a space, the space included, as int32 in memory; each looked up in the model once."""
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+
+    def __missing__(self, word: str) -> bytes:
+        if len(self) >= REMEMBERED_WORDS:
+            self.clear()
+        ids = self[word] = _bytes_of(self._processor.encode(f" {word}"))
+        return ids
+
+
+def _bytes_of(ids: list[int]) -> bytes:
+    return array("i", ids).tobytes()
+
+
+def _splits_at_spaces(model: bytes) -> bool:
+    """Whether the ids of a text are those of its words, each with the space before it, one after the other.
+
+    So it is with BPE when no piece holds a space but at its start, and nothing else looks across a space: no
+    normalisation, and bytes for unknown characters (which otherwise melt into one unknown piece).
+    """
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    proto = ModelProto.FromString(model)
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    lossless = not (
+        normalizer.precompiled_charsmap or normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces
+    )
+    plain = lossless and normalizer.escape_whitespaces and not trainer.treat_whitespace_as_suffix
+    is_bpe = trainer.model_type == trainer.BPE and trainer.byte_fallback
+    return plain and is_bpe and not any(_SPACE in piece.piece[1:] for piece in proto.pieces)
 
 
 def train_tokenizer(
@@ -72,9 +117,10 @@ def train_tokenizer(
     Ids: pad 0, unk 1, bos 2, eos 3.
 
     Args:
-        texts: documents to learn from; the first `max_characters` characters are used.
+        texts: documents to learn from.
         vocab_size: pieces including the 256 bytes and the 4 special ones.
         path: where the model file goes.
+        max_characters: of a longer text a sample is used, half as large as this at least, its lines chosen by hash.
 
     Raises:
         ValueError: an option has no valid value, or the texts are too few or too varied for `vocab_size`.
@@ -83,7 +129,7 @@ def train_tokenizer(
 
     if model_type not in get_args(ModelType):
         raise ValueError(f"model_type is {model_type!r}: it must be one of {', '.join(get_args(ModelType))}")
-    lines = list(_lines(texts, max_characters))  # read here: SentencePiece would disguise an error of the texts
+    lines = _sample(texts, max_characters)  # read here: SentencePiece would disguise an error of the texts
     model = io.BytesIO()
     try:
         SentencePieceTrainer.train(
@@ -113,13 +159,28 @@ def _fixed_options() -> dict[str, Any]:
     return {**ids, **lossless, **fixed}
 
 
-def _lines(texts: Iterable[str], max_characters: int) -> Iterator[str]:
-    """Lines of the texts up to a number of characters. NUL would end SentencePiece's input, so it is left out."""
+def _sample(texts: Iterable[str], most: int) -> list[str]:
+    """Lines of the texts with at most so many characters, all of them or those with the smallest checksums: a sample
+    spread over the whole, the same for the same texts. NUL would end SentencePiece's input, so it is left out.
+    """
+    ceiling, size = 1 << 32, 0
+    kept: list[tuple[int, str]] = []
+    for line in _lines(texts):
+        if (checksum := zlib.crc32(line.encode())) >= ceiling:
+            continue
+        kept.append((checksum, line))
+        size += len(line)
+        while size > most:
+            ceiling //= 2
+            kept = [(checksum, line) for checksum, line in kept if checksum < ceiling]
+            size = sum(len(line) for _, line in kept)
+    return [line for _, line in kept]
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
-        if max_characters <= 0:
-            return
-        yield from (line for line in text[:max_characters].replace("\0", "").split("\n") if line)
-        max_characters -= len(text)
+        for line in text.replace("\0", "").split("\n"):
+            yield from (line[start : start + LONGEST_LINE] for start in range(0, len(line), LONGEST_LINE))
 
 
 def _reason(error: RuntimeError) -> str:

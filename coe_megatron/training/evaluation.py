@@ -15,11 +15,11 @@ def token_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Loss of every token [B, S] in fp32; padding holds values of no meaning and is not counted in any auxiliary loss.
 
     Args:
-        batch: tokens, labels, position_ids [B, S] int64 and padding_mask [B, S] bool, True at padding.
+        batch: tokens, labels, position_ids [B, S] int64 and padding_mask [B, S] bool, True at padding; maybe
+            attention_mask [B, 1, S, S] bool, True where attention is forbidden, in place of the causal mask.
     """
-    return model(
-        batch["tokens"], batch["position_ids"], None, labels=batch["labels"], padding_mask=batch["padding_mask"]
-    ).float()
+    masks = {"labels": batch["labels"], "padding_mask": batch["padding_mask"]}
+    return model(batch["tokens"], batch["position_ids"], batch.get("attention_mask"), **masks).float()
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,13 @@ Bytes are of one rank. The formulas hold for what runs today: data and expert pa
 """
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from coe_megatron.chain import closed_forms
 from coe_megatron.chain.closed_forms import Flops, ModelShape, ParameterCount
 from coe_megatron.config.settings import RunConfig
 from coe_megatron.config.shape import model_shape, padded_vocabulary
-from coe_megatron.data.manifest import Manifest
+from coe_megatron.data.folders import check_folders, folders
 
 _MASTER_AND_MOMENTS = 12  # bytes a parameter: fp32 master weight and AdamW's two moments
 _FP32 = 4  # bytes; gradients are summed and sent in fp32
@@ -87,14 +86,18 @@ def vocabulary(config: RunConfig) -> int:
     """Rows of the embedding: `model.vocab_size`, or what the prepared data's tokenizer asks for.
 
     Raises:
-        ValueError: neither is there to tell.
+        ValueError: neither is there to tell, or there is data and it is broken or of several tokenizers.
     """
-    try:
-        return padded_vocabulary(config, Manifest.read(Path(config.data.path)).vocab_size)
-    except ValueError as error:
-        if config.model.vocab_size is None:
-            raise ValueError(f"model.vocab_size is null: without prepared data it must be given ({error})") from None
-        return config.model.vocab_size
+    manifest = check_folders(config.data, needed=False)
+    if manifest is not None:
+        return padded_vocabulary(config, manifest.vocab_size)
+    if config.model.vocab_size is None:
+        missing = next(folders(config.data))
+        raise ValueError(
+            "model.vocab_size is null: without prepared data it must be given "
+            f"(there is no folder {missing.path}, which {missing.setting} names)"
+        )
+    return config.model.vocab_size
 
 
 def _memory(config: RunConfig, counted: ParameterCount, ranks: int) -> dict[str, int]:

@@ -6,9 +6,8 @@ tokens of the whole step, on all ranks and in all micro-batches, so that a token
 
 import math
 import time
-from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,14 @@ import torch
 from megatron.core import parallel_state
 
 from coe_megatron.chain import closed_forms
-from coe_megatron.checkpoint import store
 from coe_megatron.config import ConfigError, RunConfig
 from coe_megatron.config.shape import model_shape, padded_vocabulary
-from coe_megatron.data.datasets import PreparedData, StepBatches, validation_batches
+from coe_megatron.data.datasets import StepBatches, validation_batches
+from coe_megatron.data.run_data import RunData
 from coe_megatron.modules import stats
 from coe_megatron.parallel import groups
 from coe_megatron.training import devices, evaluation, memory, run_folder
+from coe_megatron.training.continuation import Checkpoints, Position
 from coe_megatron.training.evaluation import Batch, ValidationSet
 from coe_megatron.training.interruption import Interruption
 from coe_megatron.training.metrics import Several, open_metrics
@@ -65,14 +65,6 @@ def train(config: RunConfig, ranks: groups.Ranks) -> run_folder.Outcome | None:
     return outcome
 
 
-@dataclass
-class Position:
-    """Where a run stands: what a checkpoint has to hold beside weights, optimizer states and random states."""
-
-    step: int = 0
-    tokens: int = 0
-
-
 class Pretraining:
     """One run on this rank: data, model, engine, and the loop over the steps."""
 
@@ -81,13 +73,12 @@ class Pretraining:
         self.main_rank = torch.distributed.get_rank() == 0
         self.data_ranks = parallel_state.get_data_parallel_world_size()
         try:
-            data = PreparedData.open(config.data.path)
-            self.identity = _identity(data)
-            self.vocab_size = padded_vocabulary(config, data.tokenizer.vocab_size)
+            data = RunData.open(config.data)
+            self.vocab_size = padded_vocabulary(config, data.tokenizer_size)
             self._open_data(data)
             self.engine = self._build_engine()
-            self.begun_with = ""
-            self.position = self._resume()
+            self.checkpoints = Checkpoints(self.folder, config, data, self.engine)
+            self.position, self.begun = self.checkpoints.take_up()
         except ValueError as error:  # what is wrong with config, data or checkpoint is for the user, in one line
             raise ConfigError(str(error)) from error
         self.shape = model_shape(config, self.vocab_size)
@@ -126,7 +117,7 @@ class Pretraining:
             save = save or self.position.step in self.config.training.milestones
             self.progress.step(step + 1, self._log(float(loss), clock) if log else None)
             if save:
-                self._save()
+                self.checkpoints.save(self.position)
             if log or save:
                 clock = _Clock(self.position)  # evaluating and saving are not training time
             if interrupted and step + 1 < steps:
@@ -189,32 +180,27 @@ class Pretraining:
         step, training = self.position.step + ahead, self.config.training
         return step == training.steps or any(step % getattr(training, name) == 0 for name in settings)
 
-    def _save(self) -> None:
-        training, state = self.config.training, {**asdict(self.position), **self.identity}
-        store.save(
-            self.folder / "checkpoints",
-            self.position.step,
-            self.engine,
-            state,
-            keep=training.keep_checkpoints,
-            milestones=training.milestones,
-        )
-
-    def _open_data(self, data: PreparedData) -> None:
-        """Take up this rank's share of both splits; the validation set, small, stays in memory."""
-        training, settings = self.config.training, self.config.data
+    def _open_data(self, data: RunData) -> None:
+        """Take up this rank's share of all splits; the validation sets, small, stay in memory."""
+        training, limit = self.config.training, self.config.data.validation_samples
         share = {"dp_rank": parallel_state.get_data_parallel_rank(), "dp_size": self.data_ranks}
-        length, cache = self.config.model.seq_length, self.folder / "index"
-        train, valid = (
-            data.samples(settings.samples, split, length, seed=training.seed, cache_dir=cache)
-            for split in ("train", "valid")
-        )
+        length, index = self.config.model.seq_length, self.folder / "index"
         self.batches = StepBatches(
-            train, seed=training.seed, global_batch=training.global_batch, micro_batch=training.micro_batch, **share
+            data.training_samples(length, seed=training.seed, cache_dir=index),
+            data.weights,
+            seed=training.seed,
+            global_batch=training.global_batch,
+            micro_batch=training.micro_batch,
+            **share,
         )
-        batches = list(validation_batches(valid, training.micro_batch, **share, limit=settings.validation_samples))
-        self.validation = {"valid": ValidationSet(batches, data.manifest.splits["valid"].bytes_per_token)}
-        self.cut = data.share_cut(length) if settings.samples == "row" else 0.0
+        self.validation = {
+            name: ValidationSet(
+                list(validation_batches(samples, training.micro_batch, **share, limit=limit)),
+                data.validation[name].manifest.splits["valid"].bytes_per_token,
+            )
+            for name, samples in data.validation_samples(length, seed=training.seed, cache_dir=index).items()
+        }
+        self.cut = data.share_cut(length)
 
     def _build_engine(self) -> zero.Engine:
         config = self.config
@@ -223,30 +209,6 @@ class Pretraining:
         engine = zero.build_engine(model, config.optimizer, config.training, config.zero, accumulation)
         groups.seed_dropout(config.training.seed)
         return engine
-
-    def _resume(self) -> Position:
-        """Take up the newest whole checkpoint of the run's folder, if there is one and it is of this very run.
-
-        Where there is none, a warm start takes the weights of another run.
-        """
-        checkpoints = self.folder / "checkpoints"
-        if checkpoints.exists():
-            run_folder.check_same_run(self.folder, self.config)
-        state = store.load_latest(checkpoints, self.engine)
-        if state is not None:
-            _require_same(self.identity, state, f"the checkpoints in {self.folder}")
-            return Position(state["step"], state["tokens"])
-        if self.config.training.warm_start is not None:
-            self._warm_start(Path(self.config.training.warm_start))
-        return Position()
-
-    def _warm_start(self, source: Path) -> None:
-        try:
-            checkpoint, state = store.load_weights(source, self.engine)
-        except ValueError as error:
-            raise ValueError(f"training.warm_start is {source}: {error}") from error
-        _require_same({"tokenizer": self.identity["tokenizer"]}, state, f"training.warm_start {source}")
-        self.begun_with = f"begins with the weights of {checkpoint}, after {state['tokens']:,} tokens"
 
     def _facts(self, entropy: float) -> dict[str, Any]:
         """What run.json says of a run beyond its config."""
@@ -274,32 +236,11 @@ class Pretraining:
                 f"{self.cut:.0%} of the training documents are longer than model.seq_length ({self.shape.seq_length}) "
                 "and lose their end; data.samples packed loses nothing"
             )
-        if self.begun_with:
-            self.progress.say(self.begun_with)
-        if self.position.step:
-            self.progress.say(f"resumed at step {self.position.step}")
+        if self.begun:
+            self.progress.say(self.begun)
 
     def _to_device(self, batch: Batch) -> Batch:
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
-
-
-def _identity(data: PreparedData) -> dict[str, str]:
-    """What a checkpoint remembers of its data, wherever the data lie."""
-    return {"tokenizer": data.manifest.tokenizer_sha256, "data": data.manifest.files["train.bin"].sha256}
-
-
-def _require_same(wanted: Mapping[str, str], found: Mapping[str, Any], whose: str) -> None:
-    """Refuse a checkpoint that was trained with another tokenizer or on other data.
-
-    Raises:
-        ValueError: names data.path, and what differs.
-    """
-    for kind, digest in wanted.items():
-        if found[kind] != digest:
-            raise ValueError(
-                f"data.path has another {'tokenizer' if kind == 'tokenizer' else 'training text'} than {whose}: "
-                f"SHA-256 {digest[:12]} here, {found[kind][:12]} there"
-            )
 
 
 class _Clock:

@@ -1,7 +1,7 @@
 """Where a run's numbers go: metrics.jsonl (an object a logged step), TensorBoard, Weights & Biases. Rank 0 writes."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from secrets import token_hex
@@ -14,6 +14,12 @@ from coe_megatron.config import ConfigError, RunConfig
 from coe_megatron.config.settings import WandbSettings
 
 Values: TypeAlias = Mapping[str, Any]
+
+_GROUPS = {
+    "loss": ("train_loss", "valid_loss", "valid_bits_per_byte", "valid", "aux_loss", "z_loss"),
+    "optimizer": ("learning_rate", "grad_norm"),
+    "speed": ("tokens", "step_seconds", "tokens_per_second", "eta_seconds", "tflops", "mfu"),
+}
 
 
 class Metrics(Protocol):
@@ -148,19 +154,27 @@ def _keep_until(path: Path, step: int) -> None:
     cut.replace(path)
 
 
-def _place(part: Mapping[str, Any]) -> str:
-    return f"routing/layer{part['layer']}/iteration{part['iteration']}/"
+def _place(part: Values) -> str:
+    return f"routing_layer{part['layer']}/iteration{part['iteration']}/"
 
 
-def _scalars(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
-    found: list[tuple[str, float]] = []
+def _scalars(values: Values) -> Iterator[tuple[str, float]]:
+    """The numbers of a logged step by tag; what stands before a tag's first slash is its group on a board."""
     for key, value in values.items():
         if key == "routing":
             for part in value:
                 numbers = {name: part[name] for name in part if name not in ("layer", "iteration", "losses")}
-                found += _scalars({**numbers, **part["losses"]}, _place(part))
-        elif isinstance(value, Mapping):
-            found += _scalars(value, f"{prefix}{key}/")
-        elif isinstance(value, int | float) and key != "step":
-            found.append((prefix + key, value))
-    return found
+                yield from _flat({**numbers, **part["losses"]}, _place(part))
+        elif key.startswith("routing_"):
+            yield from _flat({key.removeprefix("routing_"): value}, "routing/")
+        elif key != "step":
+            group = next((group for group, keys in _GROUPS.items() if key in keys), None)
+            yield from _flat({key: value}, f"{group}/" if group else "")
+
+
+def _flat(values: Values, prefix: str) -> Iterator[tuple[str, float]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float):
+            yield prefix + key, value

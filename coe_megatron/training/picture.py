@@ -1,13 +1,16 @@
 """The picture of a run: training and validation loss against tokens seen."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#666666"  # apart for colour-blind readers and in print
+_DASHES = ("--", ":", "-.")  # of single validation sets, in the colour of all
 
 
 def draw_loss(lines: Sequence[Mapping[str, Any]], entropy: float, title: str, path: Path) -> Path:
@@ -28,19 +31,21 @@ def draw_loss(lines: Sequence[Mapping[str, Any]], entropy: float, title: str, pa
     for key, label, style in curves:
         points = [(line["tokens"], line[key]) for line in lines if key in line]
         axes.plot([tokens for tokens, _ in points], [loss for _, loss in points], label=label, **style)
-    axes.axhline(entropy, color=_GREY, linestyle="--", linewidth=1, label="entropy of token frequencies")
     last = next(line for line in reversed(lines) if "valid_loss" in line)
-    axes.annotate(
-        f"{last['valid_loss']:.3f}",
-        (last["tokens"], last["valid_loss"]),
-        textcoords="offset points",
-        xytext=(-4, 8),
-        ha="right",
-        color=_ORANGE,
-    )
+    _number(axes, last["tokens"], last["valid_loss"])
+    for name, dashes in zip(last.get("valid", ()), cycle(_DASHES), strict=False):
+        points = [(line["tokens"], line["valid"][name]["loss"]) for line in lines if "valid" in line]
+        axes.plot(*zip(*points, strict=True), color=_ORANGE, linestyle=dashes, label=f"validation: {name}")
+        _number(axes, *points[-1])
+    axes.axhline(entropy, color=_GREY, linestyle="--", linewidth=1, label="entropy of token frequencies")
     axes.set(xlabel="tokens seen (padding not counted)", ylabel="loss [nats per token]", title=title)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     return path
+
+
+def _number(axes: Axes, tokens: float, loss: float) -> None:
+    """The last value of a curve, above its end."""
+    axes.annotate(f"{loss:.3f}", (tokens, loss), textcoords="offset points", xytext=(-4, 8), ha="right", color=_ORANGE)

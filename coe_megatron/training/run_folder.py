@@ -20,7 +20,9 @@ _PACKAGES = ("coe-megatron", "torch", "megatron-core", "deepspeed")
 # What may differ between the attempts of one run: it changes what is shown and kept, or how far the run goes.
 _FREE = {
     "output",
-    "data.path",  # the checkpoint remembers the data themselves
+    "data.path",  # checkpoints remember the text and its weights themselves
+    "data.blend",
+    "data.validation",
     "data.validation_samples",
     "parallel.world_size",
     "training.steps",

@@ -54,7 +54,8 @@ def test_later_override_wins(small: Path) -> None:
 
 
 def test_dump_is_read_back_to_an_equal_config(small: Path) -> None:
-    config = load(small, ["model.mla={}", "training.precision=bf16"])
+    blend = "data.blend=[{path: a, weight: 1}, {path: b, weight: 3}]"
+    config = load(small, ["model.mla={}", "training.precision=bf16", blend, "data.validation={far: c}"])
     assert config.model.mla is not None
     assert parse(OmegaConf.to_container(OmegaConf.create(dump(config)))) == config
 
@@ -93,6 +94,15 @@ def test_every_config_of_the_project_is_valid(path: Path) -> None:
         ("training.micro_batch=32", "training.micro_batch x ranks (32 x 2 = 64)"),
         ("training.precision=fp16", "training.precision is 'fp16': it should be 'fp32' or 'bf16'"),
         ("zero.stage=7", "zero.stage is 7"),
+        ("data.reset_at_documents=true", "data.reset_at_documents is true: it goes with data.samples packed"),
+        ("data.blend=[]", "data.blend is []: it must name at least one folder"),
+        ("data.blend=[{path: a}]", "data.blend.0.weight is missing"),
+        ("data.blend=[{path: a, wight: 1}]", "data.blend.0.wight is not a setting; did you mean data.blend.0.weight?"),
+        ("data.blend=[{path: a, weight: 0}]", "data.blend.0.weight is 0: it should be greater than 0"),
+        ("data.blend=[{path: x/a, weight: 1}, {path: y/a, weight: 1}]", "data.blend has two folders named 'a'"),
+        ("data.validation={}", "data.validation is {}: it must name at least one folder"),
+        ("data.validation={'': a}", "data.validation has the name ''"),
+        ("data.validation={a: 3}", "data.validation.a is 3: it should be a valid string"),
         ("topk", "override 'topk': write it as key.sub=value"),
         ("moe=[1", "override 'moe=[1'"),
     ],

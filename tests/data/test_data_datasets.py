@@ -187,7 +187,7 @@ def test_another_tokenizer_and_changed_bytes_are_noticed(broken):
 
 def batches(count, *, ranks, rank=0, global_batch=8, micro_batch=2, seed=0):
     return StepBatches(
-        Numbers(count), seed=seed, global_batch=global_batch, micro_batch=micro_batch, dp_rank=rank, dp_size=ranks
+        [Numbers(count)], seed=seed, global_batch=global_batch, micro_batch=micro_batch, dp_rank=rank, dp_size=ranks
     )
 
 
@@ -200,7 +200,7 @@ def global_order(count, step, ranks):
 
 @pytest.mark.parametrize("step", [0, 3, 11])
 def test_a_step_is_the_same_on_any_number_of_ranks(step):
-    expected = batches(29, ranks=1).indices(step)
+    expected = [index for _, index in batches(29, ranks=1).indices(step)]
     assert [global_order(29, step, ranks) for ranks in (1, 2, 4)] == [expected] * 3
 
 
@@ -214,7 +214,7 @@ def test_resuming_is_asking_for_a_later_step():
 @pytest.mark.parametrize("count", [29, 8, 3])
 def test_every_epoch_holds_each_sample_once(count):
     source = batches(count, ranks=1)
-    drawn = np.concatenate([source.indices(step) for step in range(count)]).reshape(8, count)
+    drawn = np.concatenate([source.indices(step) for step in range(count)])[:, 1].reshape(8, count)
     assert all(sorted(epoch) == list(range(count)) for epoch in drawn)
     assert count < 8 or len({tuple(epoch) for epoch in drawn}) == 8
 

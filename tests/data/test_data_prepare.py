@@ -4,9 +4,12 @@ import gzip
 import json
 import lzma
 import math
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +20,9 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from coe_megatron.data import prepare as prepare_module
+from coe_megatron.data import sources
 from coe_megatron.data.corpus import generate
+from coe_megatron.data.encode import encode_chunk
 from coe_megatron.data.manifest import DATA_FILES, MANIFEST, Manifest
 from coe_megatron.data.prepare import PrepareSettings, prepare
 from coe_megatron.data.sources import Template
@@ -47,7 +52,7 @@ def settings(tmp_path, model):
         inputs=(tmp_path / "in.jsonl",),
         valid_inputs=(tmp_path / "valid.jsonl",),
         tokenizer=model,
-        template=TEMPLATE,
+        template=(TEMPLATE,),
     )
 
 
@@ -61,10 +66,17 @@ def write_parquet(path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{**record, "other": 1} for record in RECORDS]), path)
 
 
+def zst(content):
+    """Two frames, as parallel compressors and `cat` make them."""
+    half = len(content) // 2
+    return b"".join(pyarrow.compress(part, "zstd", asbytes=True) for part in (content[:half], content[half:]))
+
+
 WRITERS = {
     "in.jsonl": lambda path: path.write_bytes(JSONL),
     "in.jsonl.gz": lambda path: path.write_bytes(gzip.compress(JSONL)),
     "in.ndjson.xz": lambda path: path.write_bytes(lzma.compress(JSONL)),
+    "in.jsonl.zst": lambda path: path.write_bytes(zst(JSONL)),
     "in.parquet": write_parquet,
     "in.txt": lambda path: path.write_text("\n\n".join(TEXTS) + "\n"),
     "in.txt.xz": lambda path: path.write_bytes(lzma.compress(("\n \n\n" + "\n\n\n".join(TEXTS)).encode())),
@@ -77,7 +89,7 @@ def test_documents_come_back_as_they_were_written(settings, tmp_path, name):
     WRITERS[name](tmp_path / f"valid_{name}")
     template = "{text}" if ".txt" in name else TEMPLATE
     paths = {"inputs": (tmp_path / name,), "valid_inputs": (tmp_path / f"valid_{name}",)}
-    prepare(replace(settings, template=template, **paths))
+    prepare(replace(settings, template=(template,), **paths))
     assert decoded(settings.output, "train") == TEXTS
     assert decoded(settings.output, "valid") == TEXTS
 
@@ -123,7 +135,7 @@ def test_the_tokenizer_never_sees_validation(settings, tmp_path):
 
 def test_the_builtin_corpus_brings_its_own_validation(settings):
     manifest = prepare(
-        replace(settings, inputs=(), valid_inputs=(), builtin=60, template=None, valid_fraction=0.1, seed=2)
+        replace(settings, inputs=(), valid_inputs=(), builtin=60, template=(), valid_fraction=0.1, seed=2)
     )
     assert (manifest.splits["train"].documents, manifest.splits["valid"].documents) == (60, 6)
     first, held_out = RECORDS[0], next(generate("valid", 1, 2))
@@ -158,14 +170,14 @@ def test_a_malformed_line_is_named_and_can_be_skipped(settings, line, reason):
 def test_text_that_is_no_utf8_names_its_line(settings, tmp_path):
     (tmp_path / "in.txt").write_bytes(b"good\n\n\nbad \xff\nblock\n")
     with pytest.raises(ValueError, match=r"in\.txt, line 4: not valid UTF-8"):
-        prepare(replace(settings, inputs=(tmp_path / "in.txt",), template="{text}"))
+        prepare(replace(settings, inputs=(tmp_path / "in.txt",), template=("{text}",)))
 
 
-@pytest.mark.parametrize("name", ["in.jsonl.gz", "in.jsonl.xz", "in.parquet"])
+@pytest.mark.parametrize("name", ["in.jsonl.gz", "in.jsonl.xz", "in.jsonl.zst", "in.parquet"])
 def test_a_truncated_file_is_named(settings, tmp_path, name):
     whole = tmp_path / "whole.parquet"
     write_parquet(whole)
-    content = {"gz": gzip.compress(JSONL), "xz": lzma.compress(JSONL), "parquet": whole.read_bytes()}
+    content = {"gz": gzip.compress(JSONL), "xz": lzma.compress(JSONL), "zst": zst(JSONL), "parquet": whole.read_bytes()}
     (tmp_path / name).write_bytes(content[name.rpartition(".")[2]][:-100])
     with pytest.raises(ValueError, match=f"{name} cannot be read: "):
         prepare(replace(settings, inputs=(tmp_path / name,)))
@@ -174,38 +186,210 @@ def test_a_truncated_file_is_named(settings, tmp_path, name):
 def test_a_missing_column_is_named(settings, tmp_path):
     write_parquet(tmp_path / "in.parquet")
     with pytest.raises(ValueError, match=r"no column 'answer'; there is query, response, other"):
-        prepare(replace(settings, inputs=(tmp_path / "in.parquet",), template="{answer}"))
+        prepare(replace(settings, inputs=(tmp_path / "in.parquet",), template=("{answer}",)))
 
 
-@pytest.mark.parametrize("when", ["train_tokenizer", "_write_splits", "_describe", "_move_into_place"])
-def test_an_interrupted_preparation_leaves_nothing(settings, tmp_path, monkeypatch, when):
-    def interrupted(*_):
-        raise KeyboardInterrupt
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
-    before = sorted(tmp_path.iterdir())
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """So that sixty records are many chunks; workers of their own would not see it, and need not."""
+    monkeypatch.setattr(sources, "CHUNK_BYTES", 2000)
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("when", ["train_tokenizer", "encode_chunk", "_join", "_describe", "Staging.publish"])
+def test_an_interrupted_preparation_never_looks_whole_and_goes_on(settings, monkeypatch, small_chunks, when):
+    settings = replace(settings, tokenizer=None, vocab_size=450)
+    undisturbed = prepare(replace(settings, output=settings.output.with_name("undisturbed")))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prepare_module, when, interrupted)
-        prepare(replace(settings, tokenizer=None, vocab_size=450))
+        patch.setattr(f"coe_megatron.data.prepare.{when}", interrupted)
+        prepare(settings)
+    assert not settings.output.exists()
+    assert prepare(settings) == undisturbed
+    assert contents(settings.output) == contents(settings.output.with_name("undisturbed"))
+    assert not list(settings.output.parent.glob(".*"))
+
+
+class StopsAfter:
+    """encode_chunk, interrupted after so many chunks; counts them."""
+
+    def __init__(self, chunks):
+        self.left, self.done = chunks, 0
+
+    def __call__(self, *arguments):
+        if not self.left:
+            raise KeyboardInterrupt
+        self.left, self.done = self.left - 1, self.done + 1
+        return encode_chunk(*arguments)
+
+
+def test_whole_chunks_and_the_tokenizer_are_kept(settings, monkeypatch, small_chunks, capsys):
+    settings = replace(settings, tokenizer=None, vocab_size=450)
+    encode, trained = StopsAfter(3), []
+    monkeypatch.setattr(prepare_module, "encode_chunk", encode)
+    monkeypatch.setattr(
+        prepare_module, "train_tokenizer", lambda *arguments: trained.append(train_tokenizer(*arguments))
+    )
+    with pytest.raises(KeyboardInterrupt):
+        prepare(settings)
+    encode.left = 1000
+    prepare(settings, progress=True)
+    assert "goes on: the tokenizer and 3 chunks" in capsys.readouterr().err
+    again = StopsAfter(1000)
+    monkeypatch.setattr(prepare_module, "encode_chunk", again)
+    prepare(replace(settings, overwrite=True))
+    assert encode.done == again.done > 6 and len(trained) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda settings: replace(settings, template=("{query}",)),
+        lambda settings: replace(settings, seed=1),
+        lambda settings: replace(settings, skip_malformed=True),
+        lambda settings: settings.inputs[0].write_bytes(JSONL[: JSONL.index(b"\n") + 1] * 2) and settings,
+        lambda settings: os.utime(settings.inputs[0], ns=(0, 0)) or settings,
+    ],
+)
+def test_another_job_starts_anew(settings, monkeypatch, small_chunks, change):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare_module, "encode_chunk", StopsAfter(3))
+        prepare(settings)
+    (partial,) = settings.output.parent.glob(".out.partial")
+    kept = {path: path.stat().st_ino for path in partial.glob("chunks/*.npz")}
+    assert len(kept) == 3
+    changed = change(settings)
+    encode = StopsAfter(1000)
+    monkeypatch.setattr(prepare_module, "encode_chunk", encode)
+    prepare(changed)
+    expected = StopsAfter(1000)
+    monkeypatch.setattr(prepare_module, "encode_chunk", expected)
+    prepare(replace(changed, output=settings.output.with_name("undisturbed")))
+    assert encode.done == expected.done
+    assert contents(settings.output) == contents(settings.output.with_name("undisturbed"))
+
+
+def test_a_mistake_leaves_nothing_behind(settings, tmp_path):
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"field .answer. is missing"):
+        prepare(replace(settings, template=("{answer}",)))
     assert sorted(tmp_path.iterdir()) == before
 
 
 def test_an_interrupted_replacement_keeps_the_old_data(settings, monkeypatch):
     manifest = prepare(settings)
-
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(prepare_module, "_describe", interrupted)
         prepare(replace(settings, overwrite=True))
     assert Manifest.read(settings.output) == manifest
 
 
+def test_one_preparation_at_a_time(settings, monkeypatch, small_chunks):
+    def meanwhile(*arguments):
+        with pytest.raises(ValueError, match="is being prepared by another process"):
+            prepare(settings)
+        return encode_chunk(*arguments)
+
+    monkeypatch.setattr(prepare_module, "encode_chunk", meanwhile)
+    assert prepare(settings).splits["train"].documents == 60
+
+
+@pytest.mark.run
+def test_workers_change_nothing(settings, tmp_path):
+    """Three chunks, so that three workers have one each."""
+    settings.inputs[0].write_bytes(JSONL * (9_000_000 // len(JSONL)))
+    for workers in (1, 3):
+        prepare(replace(settings, output=tmp_path / f"by_{workers}", workers=workers))
+    assert contents(tmp_path / "by_1") == contents(tmp_path / "by_3")
+
+
+@pytest.mark.run
+def test_a_worker_names_the_malformed_line(settings):
+    settings.inputs[0].write_bytes(JSONL * (5_000_000 // len(JSONL)) + b"{\n")
+    line = settings.inputs[0].read_bytes().count(b"\n")
+    with pytest.raises(ValueError, match=rf"in\.jsonl, line {line}: not valid JSON"):
+        prepare(replace(settings, workers=2))
+    assert not list(settings.output.parent.glob(".*"))
+
+
+@pytest.fixture
+def slow(settings):
+    """Arguments of a preparation that takes a while, with chunks enough to be interrupted between them."""
+    settings.inputs[0].write_bytes(JSONL * (24_000_000 // len(JSONL)))
+    return [
+        *("--input", settings.inputs[0], "--valid", settings.valid_inputs[0], "--output", settings.output),
+        *("--tokenizer", settings.tokenizer, "--template", r"{query}\n{response}", "--workers", 2),
+    ]
+
+
+def start(arguments):
+    """The program as the leader of a group of processes, when two of its chunks are there."""
+    output = Path(arguments[arguments.index("--output") + 1])
+    command = [sys.executable, PROGRAM, *map(str, arguments)]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    chunks = output.with_name(f".{output.name}.partial") / "chunks"
+    while len(list(chunks.glob("*.npz"))) < 2:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    return process
+
+
+def workers_of(process):
+    listed = subprocess.run(["ps", "-Aww", "-o", "pid=,pgid=,args="], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(maxsplit=2) for line in listed.splitlines()]
+    return [int(pid) for pid, group, command in rows if int(group) == process.pid and "spawn_main" in command]
+
+
+def gone(process):
+    """Waits until no process of the group is left."""
+    while workers_of(process):
+        time.sleep(0.05)
+    return True
+
+
+@pytest.mark.run
+def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(settings, slow):
+    process = start(slow)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not settings.output.exists() and list(settings.output.parent.glob(".out.partial/chunks/*.npz"))
+    done = run(*slow)
+    assert done.returncode == 0 and "goes on: the tokenizer and " in done.stderr
+    undisturbed = settings.output.with_name("undisturbed")
+    run(*slow[:5], undisturbed, *slow[6:])
+    assert contents(settings.output) == contents(undisturbed)
+    assert not list(settings.output.parent.glob(".*"))
+
+
+@pytest.mark.run
+@pytest.mark.parametrize(
+    ("strike", "status", "message"),
+    [
+        (lambda process: os.killpg(process.pid, signal.SIGINT), 130, "interrupted; the same command goes on from"),
+        (lambda process: os.kill(workers_of(process)[0], signal.SIGKILL), 1, "error: a worker process was killed"),
+        (lambda process: process.kill(), -9, ""),
+    ],
+)
+def test_an_end_is_clean(settings, slow, strike, status, message):
+    process = start(slow)
+    strike(process)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == status and message in said.splitlines()[-1]
+    assert "Traceback" not in said and gone(process)
+    assert not settings.output.exists() and list(settings.output.parent.glob(".out.partial/chunks/*.npz"))
+
+
 def test_an_output_is_replaced_only_when_asked_and_only_if_ours(settings):
     prepare(settings)
     with pytest.raises(ValueError, match="is not empty"):
         prepare(settings)
-    assert prepare(replace(settings, template="{query}", overwrite=True)).template == "{query}"
+    assert prepare(replace(settings, template=("{query}",), overwrite=True)).template == ["{query}"]
     (settings.output / "thesis.tex").touch()
     with pytest.raises(ValueError, match=r"thesis\.tex, which no preparation wrote"):
         prepare(replace(settings, overwrite=True))
@@ -227,11 +411,12 @@ def test_an_empty_folder_may_be_the_output(settings):
         ({"vocab_size": 100}, "vocab-size is 100: it must be at least 261"),
         ({"valid_fraction": 1.5}, "valid-fraction is 1.5"),
         ({"seed": -1}, "seed is -1"),
-        ({"template": "no field"}, "names no field"),
-        ({"template": "{a!r}"}, "plain name"),
-        ({"template": "{a"}, "not valid"),
+        ({"workers": 0}, "workers is 0"),
+        ({"template": ("no field",)}, "names no field"),
+        ({"template": ("{a!r}",)}, "plain name"),
+        ({"template": ("{a",)}, "not valid"),
         ({"inputs": (), "builtin": 5}, "validation problems of its own"),
-        ({"inputs": (), "builtin": 5, "valid_inputs": (), "template": "{text}"}, "query and response"),
+        ({"inputs": (), "builtin": 5, "valid_inputs": (), "template": ("{text}",)}, "query and response"),
     ],
 )
 def test_a_wrong_setting_is_named(settings, changes, message):
@@ -245,6 +430,19 @@ def test_what_only_the_files_can_tell_is_named(settings):
     with pytest.raises(ValueError, match="valid split is empty"):
         prepare(replace(settings, valid_inputs=(), valid_fraction=1e-9))
     assert not settings.output.exists()
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_each_record_takes_the_first_template_that_fits(settings, tmp_path, ending):
+    """Two corpora of different fields share a folder, and so a tokenizer."""
+    (tmp_path / "text.jsonl").write_text('{"title": "t", "text": "a text"}\n')
+    WRITERS[f"in.{ending}"](tmp_path / f"in.{ending}")
+    inputs = (tmp_path / f"in.{ending}", tmp_path / "text.jsonl")
+    manifest = prepare(replace(settings, inputs=inputs, template=("{text}", TEMPLATE)))
+    assert decoded(settings.output, "train") == [*TEXTS, "a text"]
+    assert manifest.template == ["{text}", TEMPLATE]
+    with pytest.raises(ValueError, match=r"text\.jsonl, line 1: field 'other' is missing; there is title, text"):
+        prepare(replace(settings, inputs=inputs[1:], template=("{other}", TEMPLATE), overwrite=True))
 
 
 def test_a_template_takes_names_as_they_are():

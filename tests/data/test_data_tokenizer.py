@@ -5,16 +5,25 @@ import io
 
 import pytest
 import sentencepiece
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from coe_megatron.data.corpus import generate
-from coe_megatron.data.tokenizer import BOS_ID, EOS_ID, PAD_ID, UNK_ID, Tokenizer, train_tokenizer
+from coe_megatron.data.tokenizer import BOS_ID, EOS_ID, PAD_ID, UNK_ID, Tokenizer, _sample, train_tokenizer
 
 TEXTS = [f"{problem['query']}\n{problem['response']}" for problem in generate("train", 400, 1)]
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return train_tokenizer(TEXTS, 600, tmp_path_factory.mktemp("tokenizer") / "model")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "model"
+    train_tokenizer(TEXTS, 600, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model):
+    return Tokenizer(model)
 
 
 @pytest.mark.parametrize(
@@ -30,13 +39,13 @@ def tokenizer(tmp_path_factory):
     ],
 )
 def test_decoding_gives_the_text_back(tokenizer, text):
-    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode(tokenizer.encode(text).tolist()) == text
     assert UNK_ID not in tokenizer.encode(text)
 
 
 def test_special_ids_are_fixed_and_vanish_when_decoded(tokenizer):
     assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.vocab_size) == (PAD_ID, EOS_ID, 600)
-    ids = tokenizer.encode("17 apples")
+    ids = tokenizer.encode("17 apples").tolist()
     assert tokenizer.decode([BOS_ID, *ids, EOS_ID, PAD_ID, PAD_ID]) == "17 apples"
 
 
@@ -45,8 +54,56 @@ def test_digits_stand_alone_however_common_their_number_is(tmp_path):
     assert len(tokenizer.encode("2024")) == 4
 
 
-def test_many_at_once_equals_one_at_a_time(tokenizer):
-    assert tokenizer.encode_many(TEXTS[:5]) == [tokenizer.encode(text) for text in TEXTS[:5]]
+WORDS = (
+    "apple",
+    "17",
+    "don't",
+    "a\u2581b",
+    "\u2581",
+    "日本",
+    "🙂",
+    "x\ny",
+    "\n",
+    "\t",
+    "",
+    "\0",
+    "</s>",
+    "\u00a0",
+    "(3*x)^2",
+)
+
+
+@given(st.lists(st.sampled_from(WORDS) | st.text(max_size=5), max_size=30), st.sampled_from(["", " ", "  "]))
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_word_by_word_gives_what_sentencepiece_gives(model, tokenizer, words, space):
+    text = space + " ".join(words) + space
+    assert tokenizer._words is not None
+    assert tokenizer.encode(text).tolist() == plain(model, text)
+
+
+def plain(model, text):
+    """SentencePiece's own ids."""
+    return sentencepiece.SentencePieceProcessor(model_file=str(model)).encode(text)
+
+
+def test_a_word_forgotten_is_found_again(model, monkeypatch):
+    monkeypatch.setattr("coe_megatron.data.tokenizer.REMEMBERED_WORDS", 3)
+    assert Tokenizer(model).encode(TEXTS[0]).tolist() == plain(model, TEXTS[0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model_type": "unigram", "vocab_size": 300},
+        {"model_type": "bpe"},
+        {"split_by_whitespace": False, "byte_fallback": True, "model_type": "bpe", "vocab_size": 700},
+    ],
+)
+def test_a_model_that_does_not_split_at_spaces_encodes_whole_texts(tmp_path, options):
+    """Unknown characters that melt together, normalised spaces, pieces that hold spaces."""
+    path = foreign_model(tmp_path / "model", **options)
+    for text in (*TEXTS[:20], "日本 日本  and  more ", " how many apples are there in all?"):
+        assert Tokenizer(path).encode(text).tolist() == plain(path, text)
 
 
 @pytest.mark.parametrize(("model_type", "size"), [("bpe", 600), ("unigram", 450)])
@@ -56,12 +113,19 @@ def test_equal_texts_train_equal_files(tmp_path, model_type, size):
     assert one.sha256 == two.sha256 == hashlib.sha256((tmp_path / "a").read_bytes()).hexdigest()
 
 
-def test_training_uses_no_more_text_than_asked(tmp_path):
-    def endless():
-        while True:
-            yield from TEXTS
+def test_a_long_text_is_learned_from_a_sample_of_all_its_parts(tmp_path):
+    """The second half is in another alphabet, and none of its lines would be among the first characters."""
+    texts = [*TEXTS, *(text.translate({ord(c): ord(c) + 0x370 for c in "abcdefgh"}) for text in TEXTS)]
+    size = sum(map(len, texts)) // 3
+    sampled = train_tokenizer(texts, 500, tmp_path / "model", max_characters=size)
+    assert len(sampled.encode("\u03d1")) == len(sampled.encode("a")) == 1
+    lines = _sample(texts, size)
+    assert size / 2.5 < sum(map(len, lines)) <= size
+    assert sorted(_sample(reversed(texts), size)) == sorted(lines)
 
-    train_tokenizer(endless(), 500, tmp_path / "model", max_characters=60_000)
+
+def test_one_endless_line_can_be_sampled():
+    assert 0 < sum(map(len, _sample(["ab " * 100_000], 100_000))) <= 100_000
 
 
 def test_an_error_of_the_texts_comes_through(tmp_path):
@@ -101,10 +165,10 @@ def test_what_is_no_model_is_refused(tmp_path):
         Tokenizer(tmp_path / "none")
 
 
-def foreign_model(path, **ids):
+def foreign_model(path, **options):
     writer = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS), model_writer=writer, vocab_size=300, minloglevel=2, **ids
+        sentence_iterator=iter(TEXTS), model_writer=writer, minloglevel=2, **{"vocab_size": 300, **options}
     )
     path.write_bytes(writer.getvalue())
     return path

@@ -57,3 +57,9 @@ def test_without_data_the_vocabulary_must_be_given() -> None:
     config = load(PAPER / "moe_8-64.yaml", ["model.vocab_size=null", "data.path=nowhere"])
     with pytest.raises(ValueError, match=r"model\.vocab_size is null: without prepared data it must be given"):
         vocabulary(config)
+
+
+def test_broken_data_is_told_even_if_the_vocabulary_is_given(tmp_path: Path) -> None:
+    config = load(PAPER / "moe_8-64.yaml", [f"data.path={tmp_path}"])
+    with pytest.raises(ValueError, match=r"data\.path is .*: .* has no manifest\.json"):
+        vocabulary(config)

@@ -21,14 +21,14 @@ def test_what_is_written_is_read_and_shown_in_tensorboard(tmp_path: Path) -> Non
     writer.close()
     assert [line["train_loss"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1.0, 0.5]
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in board.Scalars("train_loss")] == [(1, 1.0), (2, 0.5)]
+    assert [(event.step, event.value) for event in board.Scalars("loss/train_loss")] == [(1, 1.0), (2, 0.5)]
     assert board.Scalars("memory/parameters")[0].value == 7
     tags = board.Tags()
-    place = "routing/layer1/iteration2/"
+    place = "routing_layer1/iteration2/"
     of_router = {
         f"{place}{name}": value for name, value in (("load_max_over_mean", 1.5), ("dead_experts", 0), ("z_loss", 3.0))
     }
-    assert set(tags["scalars"]) == {"train_loss", "memory/parameters", *of_router}
+    assert set(tags["scalars"]) == {"loss/train_loss", "memory/parameters", *of_router}
     assert {tag: board.Scalars(tag)[0].value for tag in of_router} == of_router
     assert tags["histograms"] == [f"{place}load"]
     load = board.Histograms(f"{place}load")[0].histogram_value
@@ -98,3 +98,15 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
     pixels = image.imread(path)
     assert pixels.shape[0] > 400
     assert pixels[..., :3].min() < 0.2  # something is on the paper
+
+
+def test_the_picture_shows_every_validation_set(tmp_path: Path) -> None:
+    def line(step: int, sets: tuple[str, ...]) -> dict:
+        losses = {name: {"loss": 5 - step / 10 + place} for place, name in enumerate(sets)}
+        return {"step": step, "tokens": 4096 * step, "train_loss": 6 - step / 10, "valid_loss": 5.4, "valid": losses}
+
+    sizes = [
+        draw_loss([line(step, sets) for step in range(8)], 5.2, "a run", tmp_path / "loss.png").stat().st_size
+        for sets in ((), ("math", "wiki"))
+    ]
+    assert sizes[1] > sizes[0] + 1000

@@ -202,7 +202,7 @@ def test_a_warm_start_takes_weights_alone(config: Path, prepared: Path, finished
         (("model.num_layers=1",), "is of another model: decoder.layers.mlp"),
         (("training.warm_start=configs",), "training.warm_start is configs: configs holds no checkpoint"),
         (("training.warm_start={run}/checkpoints/step-00000001",), "is not whole: complete.json is missing"),
-        (("data.path={other}",), "data.path has another tokenizer than training.warm_start"),
+        (("data.path={other}",), "the data have another tokenizer than training.warm_start"),
     ],
 )
 def test_a_warm_start_that_does_not_fit_is_one_line(
@@ -221,7 +221,7 @@ def test_data_may_move_but_not_change(config: Path, prepared: Path, other_data: 
     assert done.returncode == 0, done.stderr
     done = torchrun("launch/pretrain_coe.py", config, f"data.path={other_data}", f"output={finished}")
     assert done.returncode != 0
-    assert f"data.path has another tokenizer than the checkpoints in {finished}" in done.stderr
+    assert f"the data have another tokenizer than the checkpoints in {finished}" in done.stderr
 
 
 def test_the_layout_does_not_change_the_training(config: Path, prepared: Path, tmp_path: Path) -> None:
@@ -281,6 +281,12 @@ def test_every_config_can_be_costed_without_data(path: Path) -> None:
     cost = json.loads(done.stdout)
     assert 0 < cost["parameters"]["active"] <= cost["parameters"]["total"]  # equal where K is N
     assert cost["memory_bytes_per_rank"]["total"] > 0 and cost["flops_per_token"]["total"] > 0
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    command = f"{sys.executable} launch/pretrain_coe.py configs/quickstart.yaml --dry-run | true"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("iterations", [1, 3])

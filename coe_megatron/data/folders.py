@@ -1,0 +1,75 @@
+"""The prepared folders that a run's settings name, checked without torch: they must be whole and of one tokenizer."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from coe_megatron.config.settings import BlendPart, DataSettings
+from coe_megatron.data.manifest import TOKENIZER, Manifest
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder, and the setting that names it, for messages."""
+
+    setting: str
+    path: Path
+
+    def read(self) -> Manifest:
+        """Its manifest.
+
+        Raises:
+            ValueError: it is no prepared data, or not whole; the message names the setting.
+        """
+        try:
+            return Manifest.read(self.path)
+        except ValueError as error:
+            raise ValueError(f"{self.setting} is {self.path}: {error}") from error
+
+
+def training_parts(settings: DataSettings) -> list[BlendPart]:
+    """The corpora to train on: `blend`, or `path` alone."""
+    return list(settings.blend or [BlendPart(settings.path, 1.0)])
+
+
+def validation_paths(settings: DataSettings) -> dict[str, str]:
+    """The folders to validate on, by name."""
+    if settings.validation is not None:
+        return settings.validation
+    if settings.blend is not None:
+        return {Path(part.path).name: part.path for part in settings.blend}
+    return {"valid": settings.path}
+
+
+def folders(settings: DataSettings) -> Iterator[Folder]:
+    """Every folder of a run."""
+    if settings.blend is None:
+        yield Folder("data.path", Path(settings.path))
+    for index, part in enumerate(settings.blend or []):
+        yield Folder(f"data.blend.{index}.path", Path(part.path))
+    for name, path in (settings.validation or {}).items():
+        yield Folder(f"data.validation.{name}", Path(path))
+
+
+def check_folders(settings: DataSettings, *, needed: bool) -> Manifest | None:
+    """Read the manifest of every folder of a run; returns one of them, or None if no folder is there.
+
+    Args:
+        needed: a folder that does not exist is an error too.
+
+    Raises:
+        ValueError: a folder is missing, broken, or of another tokenizer than the others; one line that names the
+            setting.
+    """
+    first: tuple[Folder, Manifest] | None = None
+    for folder in folders(settings):
+        if not needed and not folder.path.exists():
+            continue
+        manifest = folder.read()
+        first = first or (folder, manifest)
+        if manifest.tokenizer_sha256 != first[1].tokenizer_sha256:
+            raise ValueError(
+                f"{folder.setting} is {folder.path}: its tokenizer is another than that of {first[0].setting} "
+                f"({first[0].path}): prepare it with --tokenizer {first[0].path / TOKENIZER}"
+            )
+    return first[1] if first else None

@@ -1,0 +1,85 @@
+"""The data of a run, opened as its settings say: corpora to train on, and named sets to validate on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from coe_megatron.config.settings import DataSettings
+from coe_megatron.data.datasets import PreparedData, SampleSource
+from coe_megatron.data.folders import check_folders, training_parts, validation_paths
+from coe_megatron.data.manifest import Split
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Prepared folders of one tokenizer.
+
+    Attributes:
+        settings: what was asked for.
+        corpora: to train on.
+        weights: of each corpus, in samples.
+        validation: to validate on, by name.
+    """
+
+    settings: DataSettings
+    corpora: list[PreparedData]
+    weights: list[float]
+    validation: dict[str, PreparedData]
+
+    @classmethod
+    def open(cls, settings: DataSettings) -> "RunData":
+        """Open all folders that the settings name, after `check_folders`.
+
+        Raises:
+            ValueError: a folder is missing, broken, or of another tokenizer than the others.
+        """
+        check_folders(settings, needed=True)
+        parts = training_parts(settings)
+        paths = {*(part.path for part in parts), *validation_paths(settings).values()}
+        opened = {path: PreparedData.open(path) for path in paths}
+        return cls(
+            settings,
+            [opened[part.path] for part in parts],
+            [part.weight for part in parts],
+            {name: opened[path] for name, path in validation_paths(settings).items()},
+        )
+
+    @property
+    def tokenizer_size(self) -> int:
+        """Pieces of the tokenizer."""
+        return self.corpora[0].manifest.vocab_size
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        """Identity of the tokenizer."""
+        return self.corpora[0].manifest.tokenizer_sha256
+
+    @property
+    def text_identity(self) -> list[list[str | float]]:
+        """SHA-256 and weight of each corpus to train on, for JSON."""
+        digests = [corpus.manifest.files["train.bin"].sha256 for corpus in self.corpora]
+        return [[digest, weight] for digest, weight in zip(digests, self.weights, strict=True)]
+
+    def training_samples(self, seq_length: int, *, seed: int, cache_dir: Path) -> list[SampleSource]:
+        """The training split of each corpus.
+
+        Raises:
+            ValueError: a corpus has too few tokens for one window.
+        """
+        return [self._samples(corpus, "train", seq_length, seed, cache_dir) for corpus in self.corpora]
+
+    def validation_samples(self, seq_length: int, *, seed: int, cache_dir: Path) -> dict[str, SampleSource]:
+        """The validation split of each named set."""
+        return {
+            name: self._samples(data, "valid", seq_length, seed, cache_dir) for name, data in self.validation.items()
+        }
+
+    def share_cut(self, seq_length: int) -> float:
+        """The share of the documents that training meets and cuts; 0 where samples are packed."""
+        if self.settings.samples == "packed":
+            return 0.0
+        cut = [weight * corpus.share_cut(seq_length) for corpus, weight in zip(self.corpora, self.weights, strict=True)]
+        return sum(cut) / sum(self.weights)
+
+    def _samples(self, data: PreparedData, split: Split, seq_length: int, seed: int, cache_dir: Path) -> SampleSource:
+        mode, reset = self.settings.samples, self.settings.reset_at_documents
+        return data.samples(mode, split, seq_length, seed=seed, cache_dir=cache_dir, reset_at_documents=reset)

@@ -1,0 +1,70 @@
+"""Where a run stands, saved and taken up again: from its own checkpoints, or with the weights of another run."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from coe_megatron.checkpoint import store
+from coe_megatron.config import RunConfig
+from coe_megatron.data.run_data import RunData
+from coe_megatron.training import run_folder
+from coe_megatron.zero.engine import Engine
+
+
+@dataclass
+class Position:
+    """Where a run stands: what a checkpoint has to hold beside weights, optimizer states and random states."""
+
+    step: int = 0
+    tokens: int = 0
+
+
+class Checkpoints:
+    """The checkpoints of one run. Each remembers the tokenizer and the training text, wherever these lie.
+
+    Args:
+        folder: of the run.
+        engine: whose weights and states are saved and taken up.
+    """
+
+    def __init__(self, folder: Path, config: RunConfig, data: RunData, engine: Engine) -> None:
+        self._run, self._folder, self._config, self._engine = folder, folder / "checkpoints", config, engine
+        self._identity: dict[str, Any] = {"tokenizer": data.tokenizer_sha256, "text": data.text_identity}
+
+    def take_up(self) -> tuple[Position, str]:
+        """Go on from the newest whole checkpoint; where there is none begin, with another run's weights if asked.
+
+        Returns:
+            Where the run stands, and a line for the user, empty when it begins with random weights.
+
+        Raises:
+            ValueError: a checkpoint is of another config, model, tokenizer or text.
+        """
+        if self._folder.exists():
+            run_folder.check_same_run(self._run, self._config)
+        state = store.load_latest(self._folder, self._engine)
+        if state is not None:
+            self._require_same(state, ("tokenizer", "text"), f"the checkpoints in {self._run}")
+            return Position(state["step"], state["tokens"]), f"resumed at step {state['step']}"
+        if self._config.training.warm_start is not None:
+            return Position(), self._warm_start(Path(self._config.training.warm_start))
+        return Position(), ""
+
+    def save(self, position: Position) -> None:
+        """Save the run as it stands; all ranks together."""
+        training, state = self._config.training, {**asdict(position), **self._identity}
+        keep, milestones = training.keep_checkpoints, training.milestones
+        store.save(self._folder, position.step, self._engine, state, keep, milestones)
+
+    def _warm_start(self, source: Path) -> str:
+        try:
+            checkpoint, state = store.load_weights(source, self._engine)
+        except ValueError as error:
+            raise ValueError(f"training.warm_start is {source}: {error}") from error
+        self._require_same(state, ("tokenizer",), f"training.warm_start {source}")
+        return f"begins with the weights of {checkpoint}, after {state['tokens']:,} tokens"
+
+    def _require_same(self, state: dict[str, Any], kinds: tuple[str, ...], whose: str) -> None:
+        for kind in kinds:
+            if state[kind] != self._identity[kind]:
+                raise ValueError(f"the data have another {kind} than {whose}: give the data these were trained on")
