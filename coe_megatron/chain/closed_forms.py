@@ -204,7 +204,7 @@ def _attention_matrices(shape: ModelShape) -> int:
 
 
 def _norms(shape: ModelShape) -> int:
-    """Before attention, before the feed-forward (C in `iteration_norm`), on latents or queries and keys, the final one."""
+    """Before attention, before the feed-forward (C in `iteration_norm`), of latents or queries and keys, the last."""
     per_moe = shape.chain.iterations if shape.chain.topology == "iteration_norm" else 1
     in_moe = shape.num_moe_layers * per_moe
     in_dense = shape.layers - shape.num_moe_layers
