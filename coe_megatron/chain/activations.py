@@ -1,0 +1,5 @@
+"""Closed forms."""
+
+from typing import Literal
+
+Recompute = Literal["none", "experts", "iteration", "layer"]
