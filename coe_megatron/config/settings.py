@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from coe_megatron.chain.activations import Recompute
 from coe_megatron.chain.settings import ChainSettings
 
 Count = Annotated[int, Field(ge=1)]
@@ -118,7 +119,8 @@ class MoESettings:
         drop_policy: drop the copies with the lowest gates, or the last ones.
         pad_to_capacity: fill every expert up to its capacity, for fixed sizes.
         dispatcher: how tokens travel to the experts' ranks.
-        recompute: recompute the layer in the backward pass instead of keeping its activations.
+        recompute: what the backward pass computes again instead of keeping it: `none`; `experts`, what lies between the
+            two products of an expert; `iteration`, each iteration on its own; `layer`, the whole chain at once.
     """
 
     num_experts: Count = 64
@@ -143,7 +145,7 @@ class MoESettings:
     drop_policy: Literal["probs", "position"] = "probs"
     pad_to_capacity: bool = False
     dispatcher: Literal["alltoall", "allgather"] = "alltoall"
-    recompute: bool = False
+    recompute: Recompute = "none"
 
 
 @dataclass(frozen=True)
