@@ -113,7 +113,7 @@ def write_encoded(target: Path, splits: dict[str, Encoded], malformed: int) -> N
     arrays: dict[str, Any] = {"malformed": malformed}
     for name, encoded in splits.items():
         arrays |= {f"{name}_{part}": value for part, value in vars(encoded).items()}
-    partial = target.with_suffix(".partial")
+    partial = target.with_suffix(f".{os.getpid()}.partial")
     with partial.open("wb") as file:
         np.savez(file, **arrays)
         file.flush()

@@ -8,6 +8,7 @@ stopped. Equal settings and inputs give equal files, byte for byte, whatever the
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -272,8 +273,11 @@ def _encode(settings: PrepareSettings, staging: Staging, tokenizer: Tokenizer, b
                 model = staging.tokenizer, tokenizer.sha256
                 yield recipe, *model, piece.chunk, piece.split, chunks[-1], piece.position
 
-    with bar(desc="encoding", **pieces.size) as shown:
-        for position in in_order(encode_chunk, tasks(), settings.workers):
+    with (
+        bar(desc="encoding", **pieces.size) as shown,
+        closing(in_order(encode_chunk, tasks(), settings.workers)) as done,
+    ):
+        for position in done:
             shown.update(position - shown.n)
     return chunks
 
