@@ -174,7 +174,7 @@ class DataSettings:
         samples: `row` makes each document one sample, cut or padded to seq_length, with the loss on what is not
             padding; `packed` cuts the concatenated documents into full samples.
         reset_at_documents: in packed samples attention does not see earlier documents and positions begin at 0 in each.
-        validation_samples: how many samples of the validation set an evaluation reads; all when null.
+        validation_samples: how many samples of each validation set an evaluation reads; all when null.
     """
 
     path: str = "data/builtin"
