@@ -33,6 +33,7 @@ class Pass:
         z_loss: they have a z-loss.
         jitter: noise on their input.
         dropout: of the hidden states (that of attention weights has a fused kernel on CUDA, and is not counted).
+        expert_parallel: EP, the ranks that divide the experts among them.
     """
 
     micro_batch: int
@@ -43,6 +44,7 @@ class Pass:
     z_loss: bool = False
     jitter: bool = False
     dropout: bool = False
+    expert_parallel: int = 1
 
 
 @dataclass(frozen=True)
@@ -56,20 +58,20 @@ class Activations:
             `routers`: scores, choices, and the order of the rows; `output`: logits (their softmax) and loss.
         recomputed: the most that the backward pass computes again at once.
         logits_gradient: what the loss's gradient takes beside the softmax, which it overwrites.
+        gradients: what the backward pass of an iteration's experts holds beside that: gradients of their rows and, over
+            more than one iteration, of one layer's experts, which autograd adds up before it hands them on.
     """
 
     kept: dict[str, int]
     recomputed: int
     logits_gradient: int
+    gradients: int
 
     @property
     def peak(self) -> int:
-        """Bytes where the backward pass holds most: at the logits, or at the last chain when the logits are gone.
-
-        Gradients of what lies in between pass through and are not counted.
-        """
+        """Bytes where the backward pass holds most: at the logits, or in the last chain when the logits are gone."""
         total = sum(self.kept.values())
-        return max(total + self.logits_gradient, total - self.kept["output"] + self.recomputed)
+        return max(total + self.logits_gradient, total - self.kept["output"] + self.recomputed + self.gradients)
 
 
 def activations(shape: ModelShape, run: Pass) -> Activations:
@@ -88,8 +90,8 @@ def activations(shape: ModelShape, run: Pass) -> Activations:
         "output": tokens * (run.element * shape.hidden + _FP32 * shape.vocab + _INDEX + 1 + _FP32),
     }
     kept["norms"] += norms * tokens * _norm(shape, run, shape.hidden)
-    half = run.element < _FP32
-    return Activations(kept, _recomputed(shape, run), tokens * shape.vocab * run.element if half else 0)
+    logits_gradient = tokens * shape.vocab * run.element if run.element < _FP32 else 0
+    return Activations(kept, _recomputed(shape, run), logits_gradient, _gradients(shape, run))
 
 
 def extra_flops(shape: ModelShape, recompute: Recompute) -> int:
@@ -125,11 +127,22 @@ def _recomputed(shape: ModelShape, run: Pass) -> int:
         return 0
     if run.recompute == "experts":
         return run.micro_batch * shape.seq_length * shape.topk * run.element * _between(shape)
-    whole = [sum(_iteration(shape, run, routed=t < shape.routings).values()) for t in range(shape.chain.iterations)]
-    first_state = run.micro_batch * shape.seq_length * run.element * shape.hidden
+    each = [sum(_iteration(shape, run, routed=t < shape.routings).values()) for t in range(shape.chain.iterations)]
+    known = shape.routings * run.micro_batch * shape.seq_length * shape.topk * _INDEX  # the routes, kept anyway
+    state = run.micro_batch * shape.seq_length * run.element * shape.hidden  # as is the input of what is recomputed
     if run.recompute == "iteration":
-        return max(whole)
-    return sum(whole) - (first_state if shape.chain.topology != "iteration_norm" else 0)
+        return max(each) - known // shape.routings - state
+    return sum(each) - known - state
+
+
+def _gradients(shape: ModelShape, run: Pass) -> int:
+    """See Activations.gradients."""
+    if not shape.num_moe_layers:
+        return 0
+    rows = run.micro_batch * shape.seq_length * shape.topk
+    of_rows = rows * (shape.hidden + shape.ffn_matrices * shape.expert_ffn)
+    experts = shape.experts // run.expert_parallel * shape.ffn_matrices * shape.hidden * shape.expert_ffn
+    return run.element * (of_rows + (experts if shape.chain.iterations > 1 else 0))
 
 
 def _iteration(shape: ModelShape, run: Pass, routed: bool) -> dict[str, int]:

@@ -49,6 +49,7 @@ def training_pass(config: RunConfig, recompute: Recompute | None = None) -> Pass
         z_loss=moe.z_loss_coeff > 0,
         jitter=moe.input_jitter > 0,
         dropout=config.model.hidden_dropout > 0,
+        expert_parallel=config.parallel.expert,
     )
 
 
