@@ -1,6 +1,7 @@
 """From a YAML file and overrides to a checked RunConfig; whatever is wrong becomes one line that names the field."""
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -32,11 +33,11 @@ def load(path: str | Path, overrides: Sequence[str] = (), world_size: int | None
     Raises:
         ConfigError: with one line that names the field, its value and what would be valid.
     """
-    merged = OmegaConf.merge(_read(Path(path)), *(_override(text) for text in overrides))
+    given = [_read(Path(path)), *(_override(text) for text in overrides)]
     try:
-        values = OmegaConf.to_container(merged, resolve=True)
+        values = OmegaConf.to_container(OmegaConf.merge(*given), resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: a value refers to what is not there: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{error.full_key or path} has no value: {_first_line(error)}") from None
     config = parse(values)
     try:
         check(config, world_size)
@@ -48,11 +49,14 @@ def load(path: str | Path, overrides: Sequence[str] = (), world_size: int | None
 def parse(values: Any) -> RunConfig:
     """Nested dict -> RunConfig; ConfigError on unknown keys and wrong types or values."""
     try:
-        return _ADAPTER.validate_python(values)
+        config = _ADAPTER.validate_python(values)
     except ValidationError as error:
         # A misspelt key is missing under its right name too, and its own line says more.
         told = min(error.errors(), key=lambda found: found["type"] == "missing")
         raise ConfigError(_explain(told)) from None
+    for problem in _misread(values, asdict(config)):
+        raise ConfigError(problem)
+    return config
 
 
 def dump(config: RunConfig) -> str:
@@ -62,16 +66,20 @@ def dump(config: RunConfig) -> str:
 
 def _read(path: Path, including: tuple[Path, ...] = ()) -> Any:
     """The file's settings over those of its bases; `including` is the chain of files that led here."""
+    values = _read_yaml(path)
     if path.resolve() in including:
         raise ConfigError(
             f"{path}: base leads back to this file: {' -> '.join(p.name for p in including)} -> {path.name}"
         )
-    values = _read_yaml(path)
     bases = values.pop("base", [])
     names = [bases] if isinstance(bases, str) else bases
-    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"{path}: base is {bases!r}: it must name a file or a list of files")
-    return OmegaConf.merge(*(_read(path.parent / name, (*including, path.resolve())) for name in names), values)
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) and name for name in names):
+        raise ConfigError(f"{path}: base is {_shown(bases)}: it must name a file or a list of files")
+    given = [_read(path.parent / name, (*including, path.resolve())) for name in names]
+    try:
+        return OmegaConf.merge(*given, values)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: does not fit to its base: {_first_line(error)}") from None
 
 
 def _read_yaml(path: Path) -> Any:
@@ -79,45 +87,88 @@ def _read_yaml(path: Path) -> Any:
         values = OmegaConf.load(path)
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such config file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
-    except (YAMLError, OmegaConfBaseException) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: cannot be read: it must be text in UTF-8 ({error.reason})") from None
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read: {error.strerror or 'it must be a mapping of keys to values'}"
+        ) from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {error.full_key or 'its YAML'} is not valid: {_first_line(error)}") from None
+    except (YAMLError, ValueError) as error:  # a ValueError: a number of thousands of digits, a NUL in the name
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not OmegaConf.is_dict(values):
-        raise ConfigError(f"{path}: a config is a mapping of keys to values")
+    if not OmegaConf.is_dict(values) or not values:
+        raise ConfigError(f"{path}: a config must be a mapping of keys to values, such as model: {{num_layers: 4}}")
     return values
 
 
 def _override(text: str) -> Any:
     key, equals, _ = text.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"override {text!r}: write it as key.sub=value")
+        raise ConfigError(f"override {_shown(text)}: write it as key.sub=value")
+    if key == "base":
+        raise ConfigError(f"override {_shown(text)}: base must stand in a config file")
     try:
         return OmegaConf.from_dotlist([text])
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"override {text!r}: {' '.join(str(error).split())}") from None
+    except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
+        said = " ".join(str(error).split())
+        raise ConfigError(
+            f"override {_shown(text)}: write it as key.sub=value, the value as in YAML ({said})"
+        ) from None
 
 
 def _explain(error: Any) -> str:
-    path = [str(part) for part in error["loc"] if isinstance(part, str | int) and not _is_union_tag(part)]
-    name = ".".join(path)
+    *above, last = error["loc"] or ("",)
+    path = [str(part) for part in above if not _is_union_tag(part)]
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden", "invalid_key"):
+        return _unknown(path, error["input"] if error["type"] == "invalid_key" else last)
+    name = ".".join(path if _is_union_tag(last) else [*path, str(last)])
     match error["type"]:
         case "missing":
             return f"{name} is missing: a value is needed there"
-        case _ if not path:
-            return f"the config cannot be read: {error['msg']}"
-        case "unexpected_keyword_argument" | "extra_forbidden":
-            names = _field_names(path[:-1])
-            near = difflib.get_close_matches(path[-1], names, n=1, cutoff=0.5)
-            hint = f"did you mean {'.'.join([*path[:-1], near[0]])}?" if near else f"valid keys: {', '.join(names)}"
-            return f"{name} is not a setting; {hint}"
         case "dataclass_type":
-            return f"{name} is {error['input']!r}: it must hold keys of its own: {', '.join(_field_names(path))}"
+            names = ", ".join(_field_names(name.split(".") if name else []))
+            return f"{name or 'the config'} is {_shown(error['input'])}: it must hold keys of its own: {names}"
         case "value_error":
             return str(error["ctx"]["error"])
         case _:
-            valid = error["msg"].removeprefix("Input should be ").removeprefix("Input ")
-            return f"{name} is {error['input']!r}: it should be {valid}"
+            should = re.sub(r"^\w+ should ", "should ", error["msg"])
+            return f"{name} is {_shown(error['input'])}: it {should}"
+
+
+def _unknown(path: Sequence[str], key: object) -> str:
+    """One line on a key that is none of a section's; of YAML's dotted keys too, which are no sections."""
+    names = _field_names(path)
+    name = ".".join([*path, key if isinstance(key, str) and key.isidentifier() else _shown(key)])
+    near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
+    hint = f"did you mean {'.'.join([*path, near[0]])}?" if near else f"valid keys: {', '.join(names)}"
+    return f"{name} is not a setting; {hint}"
+
+
+def _misread(given: Any, found: Any, name: str = "") -> Iterator[str]:
+    """What pydantic takes and nobody can have meant: true for 1, and text that is empty or has line breaks."""
+    if isinstance(given, dict):
+        for key, value in given.items():
+            yield from _misread(value, found[key], f"{name}.{key}" if name else key)
+    elif isinstance(given, list):
+        for index, (value, other) in enumerate(zip(given, found, strict=True)):
+            yield from _misread(value, other, f"{name}.{index}")
+    elif isinstance(given, bool) and found is not given:
+        yield f"{name} is {_shown(given)}: it should be a number"
+    elif isinstance(found, str) and not (found.strip() and found.isprintable()):
+        yield f"{name} is {_shown(found)}: it should be text on one line"
+
+
+def _shown(value: object) -> str:
+    """A value as YAML has it, cut where it is long."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _is_union_tag(part: object) -> bool:

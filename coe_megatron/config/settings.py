@@ -11,8 +11,9 @@ from pydantic import Field
 from coe_megatron.chain.activations import Recompute
 from coe_megatron.chain.settings import ChainSettings
 
-Count = Annotated[int, Field(ge=1)]
-Index = Annotated[int, Field(ge=0)]
+_LARGEST = 2**31 - 1  # what torch's and numpy's 32-bit sizes and seeds hold
+Count = Annotated[int, Field(ge=1, le=_LARGEST)]
+Index = Annotated[int, Field(ge=0, le=_LARGEST)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -39,7 +40,7 @@ class MLASettings:
     qk_head_dim: Count = 128
     qk_pos_emb_head_dim: Count = 64
     v_head_dim: Count = 128
-    rotary_scaling_factor: Annotated[float, Field(ge=1)] = 1.0
+    rotary_scaling_factor: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
     original_max_position_embeddings: Count = 4096
     mscale: Positive = 0.707
     mscale_all_dim: Positive = 0.707
@@ -71,7 +72,7 @@ class ModelSettings:
         mla: multi-latent attention instead of MHA or GQA; `{}` takes its defaults.
     """
 
-    num_layers: Count = 4
+    num_layers: Annotated[int, Field(ge=1, le=10_000)] = 4
     hidden_size: Count = 128
     num_attention_heads: Count = 4
     num_query_groups: Count | None = None
