@@ -298,7 +298,7 @@ class BlendedOrder:
         if place < start:
             start, taken = 0, np.zeros_like(taken)
         since = self._corpus_of[start:place]
-        taken = taken + [np.count_nonzero(since == corpus) for corpus in range(len(taken))]
+        taken = taken + np.array([np.count_nonzero(since == corpus) for corpus in range(len(taken))])
         self._latest = place, taken
         return taken.copy()
 
