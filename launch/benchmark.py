@@ -2,10 +2,13 @@
 
     python launch/benchmark.py layer                                    the default table of shapes
     python launch/benchmark.py layer --hidden 256 --ffn 176 --tokens 512 2048
+    python launch/benchmark.py data                                     the built-in corpus
+    python launch/benchmark.py data --input wiki.jsonl.xz --vocab-size 16384
 
 `layer` times forward and backward of one MoE sub-layer: Megatron's (local spec), ours with the same weights, and ours
-as CoE-2 with half the experts a token. Exit status: 0 done, 1 the layers' outputs differ, 2 a bad argument, 130
-interrupted from the keyboard.
+as CoE-2 with half the experts a token. `data` times each phase of a preparation on one core, and SentencePiece's own
+encoding beside it. Exit status: 0 done, 1 the layers' outputs differ or the data cannot be prepared, 2 a bad argument,
+130 interrupted from the keyboard.
 """
 
 import argparse
@@ -13,7 +16,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from coe_megatron.chain.closed_forms import ModelShape
 from coe_megatron.chain.settings import ChainSettings
@@ -53,11 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json is not None and not options.json.parent.is_dir():
         parser.error(f"--json is {options.json}: there is no folder {options.json.parent}")
     try:
-        shapes = _shapes(options)
-    except ValueError as error:
-        parser.error(str(error).removeprefix("shape."))
-    try:
-        return _layer(options, shapes, parser)
+        return options.measure(options, parser)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -65,8 +64,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> Parser:
     parser = Parser(prog="benchmark.py", description=__doc__)
-    layer = parser.add_subparsers(required=True, metavar="layer").add_parser("layer", description=__doc__)
-    layer.prog = parser.prog
+    kinds = parser.add_subparsers(required=True, metavar="layer|data")
+    for name, add, measure in (("layer", _add_layer, _layer), ("data", _add_data, _data)):
+        kind = kinds.add_parser(name, description=__doc__)
+        kind.prog = parser.prog
+        add(kind)
+        kind.add_argument(
+            "--clock", choices=("wall", "cpu"), default="wall", help="cpu: this process's CPU time, for busy machines"
+        )
+        kind.add_argument("--json", type=Path, metavar="FILE", help="write what was measured here as well")
+        kind.set_defaults(measure=measure)
+    return parser
+
+
+def _add_layer(layer: argparse.ArgumentParser) -> None:
     for (name, text), default in zip(SIZES.items(), TABLE[0], strict=False):
         layer.add_argument(f"--{name}", type=_positive, metavar="N", help=f"{text} (default: {default})")
     layer.add_argument("--shared-ffn", type=int, metavar="N", help="width of the shared expert, 0 for none (ffn)")
@@ -74,11 +85,13 @@ def _parser() -> Parser:
     layer.add_argument("--repeats", type=_positive, default=20, metavar="N", help="rounds of a shape (default: 20)")
     layer.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     layer.add_argument("--threads", type=_positive, metavar="N", help="threads of the CPU (default: torch's)")
-    layer.add_argument(
-        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: this process's CPU time, for busy machines"
-    )
-    layer.add_argument("--json", type=Path, metavar="FILE", help="write what was measured here as well")
-    return parser
+
+
+def _add_data(data: argparse.ArgumentParser) -> None:
+    data.add_argument("--input", type=Path, nargs="+", default=[], metavar="FILE", help="(default: built-in corpus)")
+    data.add_argument("--template", action="append", default=[], help="as for prepare_data.py (default: {text})")
+    data.add_argument("--vocab-size", type=_positive, default=4096, metavar="N", help="(default: 4096)")
+    data.add_argument("--tokenizer", type=Path, metavar="MODEL", help="a SentencePiece model instead of a new one")
 
 
 def _positive(text: str) -> int:
@@ -117,7 +130,11 @@ def _shape(sizes: Sizes, shared_ffn: int) -> ModelShape:
     )
 
 
-def _layer(options: argparse.Namespace, shapes: list[ModelShape], parser: Parser) -> int:
+def _layer(options: argparse.Namespace, parser: Parser) -> int:
+    try:
+        shapes = _shapes(options)
+    except ValueError as error:
+        parser.error(str(error).removeprefix("shape."))
     # torch on CPU takes memory in huge pages if asked: an expert's gradients are large tensors made anew in each step,
     # and with small pages the kernel needs up to a quarter of the time to hand them out.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -128,41 +145,73 @@ def _layer(options: argparse.Namespace, shapes: list[ModelShape], parser: Parser
     import torch
 
     from coe_megatron.training import benchmark
-    from coe_megatron.training.progress import Progress
 
     if options.clock == "cpu" and torch.cuda.is_available():
         parser.error("--clock is cpu: it does not see what a CUDA device does, use wall")
     if options.threads:
         torch.set_num_threads(options.threads)
-    progress = Progress(0, len(shapes) * options.repeats, visible=True)
-
-    def on_round(rounds: int, finished: ModelShape | None) -> None:
-        shown = ("hidden", "expert_ffn", "experts", "topk", "seq_length")
-        progress.step(rounds, {name: getattr(finished, name) for name in shown} if finished else None)
-
     try:
-        results = benchmark.benchmark_layers(
-            shapes,
-            repeats=options.repeats,
-            dtype=benchmark.DTYPES[options.dtype],
-            clock=options.clock,
-            on_round=on_round,
-        )
+        results = _time_layers(options, shapes)
     except benchmark.LayersDifferError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    finally:
-        progress.close()
     asked = {name: getattr(options, name) for name in ("dtype", "clock", "repeats")}
     measured = {**benchmark.machine(), "THP_MEM_ALLOC_ENABLE": os.environ["THP_MEM_ALLOC_ENABLE"], **asked}
     print("forward and backward of one MoE sub-layer; ", end="")
     print(", ".join(f"{name} {value}" for name, value in measured.items()))
     print("ratios from minima/medians; speed-up: stock over ours; CoE/MoE: CoE-2(K/2) over MoE(K), both ours")
     print(benchmark.table(results))
-    if options.json:
-        document = {"machine": measured, "results": [result.as_dict() for result in results]}
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
+    _write(options.json, {"machine": measured, "results": [result.as_dict() for result in results]})
     return 0
+
+
+def _time_layers(options: argparse.Namespace, shapes: list[ModelShape]) -> list[Any]:
+    from coe_megatron.training import benchmark
+    from coe_megatron.training.progress import Progress
+
+    progress = Progress(0, len(shapes) * options.repeats, visible=True)
+
+    def on_round(rounds: int, finished: ModelShape | None) -> None:
+        shown = ("hidden", "expert_ffn", "experts", "topk", "seq_length")
+        progress.step(rounds, {name: getattr(finished, name) for name in shown} if finished else None)
+
+    dtype = benchmark.DTYPES[options.dtype]
+    try:
+        return benchmark.benchmark_layers(
+            shapes, repeats=options.repeats, dtype=dtype, clock=options.clock, on_round=on_round
+        )
+    finally:
+        progress.close()
+
+
+def _data(options: argparse.Namespace, parser: Parser) -> int:
+    from coe_megatron.data.prepare import PrepareSettings
+
+    source = {"inputs": tuple(options.input)} if options.input else {"builtin": 20_000}
+    vocabulary = {"tokenizer": options.tokenizer} if options.tokenizer else {"vocab_size": options.vocab_size}
+    try:
+        settings = PrepareSettings(Path(), **source, **vocabulary, template=tuple(options.template))
+        settings.check_inputs()
+    except ValueError as error:
+        parser.error(str(error))
+    from coe_megatron.data.benchmark import time_preparation
+    from coe_megatron.training.console import quiet_libraries
+
+    quiet_libraries()
+    try:
+        times = time_preparation(settings, clock=options.clock, progress=True)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"one process, {options.clock} time")
+    print(times.table())
+    _write(options.json, {"clock": options.clock, **times.as_dict()})
+    return 0
+
+
+def _write(path: Path | None, document: dict[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

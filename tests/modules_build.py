@@ -81,9 +81,9 @@ def make_coe(config: TransformerConfig, **chain: Any) -> CoELayer:
     return layer
 
 
-def make_layer(config: TransformerConfig, chain: ChainSettings) -> TransformerLayer:
+def make_layer(config: TransformerConfig, chain: ChainSettings, **spec: Any) -> TransformerLayer:
     """A whole transformer layer, so that norm, topology and residual are there; `_forward_mlp` is the sub-layer."""
-    return build_module(coe_layer_spec(config, chain), config=config, layer_number=1)
+    return build_module(coe_layer_spec(config, chain, **spec), config=config, layer_number=1)
 
 
 def make_gpt(config: TransformerConfig, spec: Any, vocab: int = 48, position: str = "rope", **more: Any) -> GPTModel:

@@ -47,6 +47,35 @@ def test_a_tiny_shape_from_start_to_end(tmp_path: Path) -> None:
         assert f"{result['speed_up']['minimum']:.2f}/{result['speed_up']['median']:.2f}" in done.stdout
 
 
+@pytest.mark.run
+def test_a_preparation_is_timed_phase_by_phase(tmp_path: Path) -> None:
+    text, file = tmp_path / "in.txt", tmp_path / "times.json"
+    text.write_text("\n\n".join(f"{number} apples and {number * 7} pears" for number in range(2000)))
+    done = python("launch/benchmark.py", "data", "--input", text, "--vocab-size", 300, "--json", file)
+    assert done.returncode == 0, done.stderr
+    written = json.loads(file.read_text())
+    assert written["bytes"] == sum(len(part.encode()) for part in text.read_text().split("\n\n"))
+    seconds, rates = written["seconds"], written["megabytes_per_second"]
+    assert set(seconds) == {"read", "parse", "encode", "plain", "write"} and min(seconds.values()) > 0
+    whole = sum(value for name, value in seconds.items() if name != "plain")
+    assert rates["whole"] == pytest.approx(written["bytes"] / 1e6 / whole)
+    assert written["encode_speed_up"] == pytest.approx(seconds["plain"] / seconds["encode"])
+    assert f"{written['encode_speed_up']:.2f}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--input", "none.jsonl"), "input none.jsonl is not a file"),
+        (("--vocab-size", "12"), "vocab-size is 12: it must be at least 261"),
+    ],
+)
+def test_a_bad_argument_for_data_is_one_line(arguments: tuple[str, ...], says: str) -> None:
+    done = python("launch/benchmark.py", "data", *arguments)
+    assert done.returncode == 2
+    assert says in done.stderr and len(done.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -41,8 +41,8 @@ class ModelShape:
         qk_nope: of `mla`, dimensions of a query head without position.
         qk_rope: of `mla`, dimensions with position; one key of this width is shared by all heads.
         v_head_dim: of `mla`.
-        qk_norm: of `mha`, norms on the queries and keys of a head; all heads share their gains.
-        norm_biases: norms have biases as well as gains (LayerNorm).
+        qk_layernorm: norms on the queries and keys of `mha`; the latents of `mla` have theirs anyway.
+        layer_norm: every norm is a LayerNorm, with a bias, and not an RMSNorm.
         swiglu: two halves in the first matrix of every feed-forward, else one.
         untied_embeddings: the output layer has weights of its own.
         chain: iterations, gating, topology.
@@ -70,8 +70,8 @@ class ModelShape:
     qk_nope: int = 0
     qk_rope: int = 0
     v_head_dim: int = 0
-    qk_norm: bool = False
-    norm_biases: bool = False
+    qk_layernorm: bool = False
+    layer_norm: bool = False
     swiglu: bool = True
     untied_embeddings: bool = True
     chain: ChainSettings = field(default_factory=ChainSettings)
@@ -104,6 +104,11 @@ class ModelShape:
         return self.layers if self.moe_layers is None else self.moe_layers
 
     @property
+    def head_width(self) -> int:
+        """Dimensions of a head of `mha`."""
+        return self.head_dim or self.hidden // self.heads
+
+    @property
     def routings(self) -> int:
         """How often a layer routes a token: once if `fixed`, else in each of C iterations."""
         return 1 if self.chain.gating == "fixed" else self.chain.iterations
@@ -126,7 +131,7 @@ class ParameterCount:
     Attributes:
         embedding, output: vocab x hidden each; output is 0 when tied.
         attention: matrices of all layers.
-        norms: gains (and biases) of all layers, of queries and keys or latents, and of the final norm.
+        norms: gains (and biases) of all layers, of the latents of `mla`, and of the final norm.
         final_norm: the part of `norms` that stands behind the last layer.
         routers, experts, shared, dense: of all layers.
         idle_experts: the part of `experts` that a token cannot reach: all but min(N, R·K) experts a layer.
@@ -178,8 +183,8 @@ def parameters(shape: ModelShape) -> ParameterCount:
         embedding=table,
         output=table if shape.untied_embeddings else 0,
         attention=shape.layers * _attention_matrices(shape),
-        norms=_norms(shape),
-        final_norm=shape.hidden * (1 + shape.norm_biases),
+        norms=_norm_gains(shape),
+        final_norm=_of_a_norm(shape) * shape.hidden,
         routers=moe * shape.routers * shape.experts * shape.hidden,
         experts=moe * shape.experts * expert,
         shared=moe * shape.ffn_matrices * shape.hidden * shape.shared_ffn,
@@ -192,7 +197,7 @@ def _attention_matrices(shape: ModelShape) -> int:
     """Parameters of the matrices of one layer's attention, which are its multiply-adds a token as well."""
     d, heads = shape.hidden, shape.heads
     if shape.attention == "mha":
-        width = _head_dim(shape)
+        width = shape.head_width
         groups = shape.kv_groups or heads
         return d * width * (heads + 2 * groups) + heads * width * d
     query = heads * (shape.qk_nope + shape.qk_rope)
@@ -203,21 +208,22 @@ def _attention_matrices(shape: ModelShape) -> int:
     return queries + down + up + heads * shape.v_head_dim * d
 
 
-def _norms(shape: ModelShape) -> int:
-    """Before attention, before the feed-forward (C in `iteration_norm`), of latents or queries and keys, the last."""
+def _norm_gains(shape: ModelShape) -> int:
+    """Of norms before and inside attention, before the feed-forward (C in `iteration_norm`), and the final one."""
     per_moe = shape.chain.iterations if shape.chain.topology == "iteration_norm" else 1
     in_moe = shape.num_moe_layers * per_moe
     in_dense = shape.layers - shape.num_moe_layers
     if shape.attention == "mla":
         inside = shape.kv_lora_rank + (shape.q_lora_rank or 0)
     else:
-        inside = 2 * _head_dim(shape) if shape.qk_norm else 0
+        inside = 2 * shape.head_width if shape.qk_layernorm else 0
     gains = (shape.layers + in_moe + in_dense + 1) * shape.hidden + shape.layers * inside
-    return gains * (1 + shape.norm_biases)
+    return _of_a_norm(shape) * gains
 
 
-def _head_dim(shape: ModelShape) -> int:
-    return shape.head_dim or shape.hidden // shape.heads
+def _of_a_norm(shape: ModelShape) -> int:
+    """Parameters of a norm for each dimension: a gain, and a bias in LayerNorm."""
+    return 2 if shape.layer_norm else 1
 
 
 @dataclass(frozen=True)
@@ -276,7 +282,7 @@ def _score_width(shape: ModelShape) -> int:
     """Multiply-adds of one query against one position: the widths of keys and of values, over all heads."""
     if shape.attention == "mla":
         return shape.heads * (shape.qk_nope + shape.qk_rope + shape.v_head_dim)
-    return shape.heads * 2 * _head_dim(shape)
+    return shape.heads * 2 * shape.head_width
 
 
 def expert_combinations(experts: int, topk: int, iterations: int = 1) -> int:

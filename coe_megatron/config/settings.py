@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from coe_megatron.chain.activations import Recompute
 from coe_megatron.chain.settings import ChainSettings
 
 _LARGEST = 2**31 - 1  # what torch's and numpy's 32-bit sizes and seeds hold
@@ -119,7 +120,8 @@ class MoESettings:
         drop_policy: drop the copies with the lowest gates, or the last ones.
         pad_to_capacity: fill every expert up to its capacity, for fixed sizes.
         dispatcher: how tokens travel to the experts' ranks.
-        recompute: recompute the layer in the backward pass instead of keeping its activations.
+        recompute: what the backward pass computes again instead of keeping it: `none`; `experts`, what lies between the
+            two products of an expert; `iteration`, each iteration on its own; `layer`, the whole chain at once.
     """
 
     num_experts: Count = 64
@@ -144,7 +146,7 @@ class MoESettings:
     drop_policy: Literal["probs", "position"] = "probs"
     pad_to_capacity: bool = False
     dispatcher: Literal["alltoall", "allgather"] = "alltoall"
-    recompute: bool = False
+    recompute: Recompute = "none"
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ class DataSettings:
         samples: `row` makes each document one sample, cut or padded to seq_length, with the loss on what is not
             padding; `packed` cuts the concatenated documents into full samples.
         reset_at_documents: in packed samples attention does not see earlier documents and positions begin at 0 in each.
-        validation_samples: how many samples of the validation set an evaluation reads; all when null.
+        validation_samples: how many samples of each validation set an evaluation reads; all when null.
     """
 
     path: str = "data/builtin"

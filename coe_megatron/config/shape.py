@@ -1,5 +1,6 @@
 """What the closed forms need to know of a run: its settings as a ModelShape."""
 
+from coe_megatron.chain.activations import Pass, Recompute, Scores
 from coe_megatron.chain.closed_forms import ModelShape
 from coe_megatron.config.settings import RunConfig
 
@@ -27,11 +28,28 @@ def model_shape(config: RunConfig, vocab_size: int) -> ModelShape:
         qk_nope=mla.qk_head_dim if mla else 0,
         qk_rope=mla.qk_pos_emb_head_dim if mla else 0,
         v_head_dim=mla.v_head_dim if mla else 0,
-        qk_norm=model.qk_layernorm,
-        norm_biases=model.normalization == "LayerNorm",
+        qk_layernorm=model.qk_layernorm,
+        layer_norm=model.normalization == "LayerNorm",
         swiglu=model.activation == "swiglu",
         untied_embeddings=model.untied_embeddings,
         chain=config.chain,
+    )
+
+
+def training_pass(config: RunConfig, recompute: Recompute | None = None) -> Pass:
+    """The run's micro-batch for `coe_megatron.chain.activations`; `recompute` takes the place of the run's own."""
+    moe = config.moe
+    scores: Scores = "renormalised" if moe.renormalise else moe.score_function
+    return Pass(
+        micro_batch=config.training.micro_batch,
+        element=2 if config.training.precision == "bf16" else 4,
+        recompute=recompute or moe.recompute,
+        scores=scores,
+        balanced=moe.load_balancing != "none" and moe.aux_loss_coeff > 0,
+        z_loss=moe.z_loss_coeff > 0,
+        jitter=moe.input_jitter > 0,
+        dropout=config.model.hidden_dropout > 0,
+        expert_parallel=config.parallel.expert,
     )
 
 

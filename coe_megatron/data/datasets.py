@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import as_strided
 from torch import Tensor
 
 from coe_megatron.data.manifest import TOKENIZER, Manifest, Split
@@ -289,15 +290,15 @@ class BlendedOrder:
 
         size = 2 * end
         self._corpus_of = np.empty(size, dtype=np.int16)
-        helpers.build_blending_indices(
-            self._corpus_of, np.empty(size, dtype=np.int64), self._weights, len(self._weights), size, False
-        )
+        unused = as_strided(np.zeros(1, dtype=np.int64), (size,), (0,))  # all entries in one place: eight bytes in all
+        helpers.build_blending_indices(self._corpus_of, unused, self._weights, len(self._weights), size, False)
 
     def _taken_before(self, place: int) -> np.ndarray:
         start, taken = self._latest
         if place < start:
             start, taken = 0, np.zeros_like(taken)
-        taken = taken + np.bincount(self._corpus_of[start:place], minlength=len(taken))
+        since = self._corpus_of[start:place]
+        taken = taken + np.bincount(since, minlength=len(taken))
         self._latest = place, taken
         return taken.copy()
 

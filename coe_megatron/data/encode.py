@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -96,18 +96,29 @@ def encode_chunk(
     """
     found = list(recipe.documents(chunk, split))
     good = [item for item in found if not isinstance(item, MalformedRecord)]
-    arrays: dict[str, Any] = {"malformed": len(found) - len(good)}
-    for name in ("train", "valid"):
-        texts = [document for split_of_it, document in good if split_of_it == name]
-        encoded = Encoded.of(texts, _open_tokenizer(tokenizer, identity))
+    write_encoded(target, encode_splits(good, _open_tokenizer(tokenizer, identity)), len(found) - len(good))
+    return position
+
+
+def encode_splits(documents: list[tuple[Split, str]], tokenizer: Tokenizer) -> dict[str, Encoded]:
+    """Encode documents, each split by itself."""
+    return {
+        name: Encoded.of([document for split, document in documents if split == name], tokenizer)
+        for name in get_args(Split)
+    }
+
+
+def write_encoded(target: Path, splits: dict[str, Encoded], malformed: int) -> None:
+    """Write what `read_encoded` reads; the file is there whole or not at all."""
+    arrays: dict[str, Any] = {"malformed": malformed}
+    for name, encoded in splits.items():
         arrays |= {f"{name}_{part}": value for part, value in vars(encoded).items()}
-    partial = target.with_suffix(".partial")
+    partial = target.with_suffix(f".{os.getpid()}.partial")
     with partial.open("wb") as file:
         np.savez(file, **arrays)
         file.flush()
         os.fsync(file.fileno())
     partial.rename(target)
-    return position
 
 
 def read_encoded(path: Path) -> tuple[dict[str, Encoded], int]:
@@ -115,7 +126,7 @@ def read_encoded(path: Path) -> tuple[dict[str, Encoded], int]:
     with np.load(path) as arrays:
         splits = {
             name: Encoded(arrays[f"{name}_tokens"], arrays[f"{name}_lengths"], int(arrays[f"{name}_bytes"]))
-            for name in ("train", "valid")
+            for name in get_args(Split)
         }
         return splits, int(arrays["malformed"])
 

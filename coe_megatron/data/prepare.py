@@ -8,6 +8,7 @@ stopped. Equal settings and inputs give equal files, byte for byte, whatever the
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -94,17 +95,26 @@ class PrepareSettings:
         """The templates to use."""
         return Templates.of(self.template or (TEXT_TEMPLATE if self.inputs else PROBLEM_TEMPLATE,))
 
+    @property
+    def recipe(self) -> Recipe:
+        """How records become documents."""
+        return Recipe(self.templates, self.seed, self.valid_fraction, self.skip_malformed)
+
     def check_files(self) -> None:
         """Look for the inputs and the place of the output, without reading or writing anything.
 
         Raises:
             ValueError: a file is missing or of an unknown kind, or the output must not be replaced.
         """
+        self.check_inputs()
+        _check_output(self.output, self.overwrite)
+
+    def check_inputs(self) -> None:
+        """Of `check_files` what concerns the inputs alone."""
         for path in (*self.inputs, *self.valid_inputs):
             check_readable(path)
         if self.tokenizer is not None and not self.tokenizer.is_file():
             raise ValueError(f"tokenizer {self.tokenizer} is not a file")
-        _check_output(self.output, self.overwrite)
 
     def _check_source(self) -> None:
         if bool(self.inputs) == (self.builtin is not None):
@@ -143,7 +153,7 @@ def prepare(settings: PrepareSettings, *, progress: bool = False) -> Manifest:
         chunks = _encode(settings, staging, tokenizer, bar)
         folder = staging.new_whole()
         shutil.copyfile(staging.tokenizer, folder / TOKENIZER)
-        splits, malformed = _join(chunks, folder, tokenizer.vocab_size)
+        splits, malformed = join(chunks, folder, tokenizer.vocab_size)
         manifest = _describe(settings, folder, tokenizer, splits, malformed)
         manifest.write(folder)
         staging.publish(output)
@@ -175,7 +185,7 @@ def _tell_what_is_done(staging: Staging, progress: bool) -> None:
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """A chunk, the split its documents belong to (None: their hash decides), and how far all inputs are with it."""
 
     chunk: Chunk
@@ -184,7 +194,7 @@ class _Piece:
 
 
 @dataclass(frozen=True)
-class _Input:
+class Input:
     """All chunks in the order of the files; can be gone through again and again."""
 
     settings: PrepareSettings
@@ -197,33 +207,29 @@ class _Input:
         paths = (*self.settings.inputs, *self.settings.valid_inputs)
         return {"total": sum(path.stat().st_size for path in paths), "unit": "B"}
 
-    def __iter__(self) -> Iterator[_Piece]:
+    def __iter__(self) -> Iterator[Piece]:
         return self._builtin() if self.settings.builtin is not None else self._files()
 
-    def _files(self) -> Iterator[_Piece]:
+    def _files(self) -> Iterator[Piece]:
         inputs, valid_inputs = self.settings.inputs, self.settings.valid_inputs
         before = 0
         for index, path in enumerate((*inputs, *valid_inputs)):
             split: Split = "train" if index < len(inputs) else "valid"
             for chunk in read_chunks(path, self.settings.templates):
-                yield _Piece(chunk, split if valid_inputs else None, before + chunk.consumed)
+                yield Piece(chunk, split if valid_inputs else None, before + chunk.consumed)
             before += path.stat().st_size
 
-    def _builtin(self) -> Iterator[_Piece]:
+    def _builtin(self) -> Iterator[Piece]:
         position = 0
         for split, count in _builtin_counts(self.settings).items():
             for chunk in chunks_of(generate(split, count, self.settings.seed), "built-in corpus", "problem"):
                 position += len(chunk.payloads)
-                yield _Piece(chunk, split, position)
+                yield Piece(chunk, split, position)
 
 
 def _builtin_counts(settings: PrepareSettings) -> dict[Split, int]:
     assert settings.builtin is not None
     return {"train": settings.builtin, "valid": max(1, round(settings.builtin * settings.valid_fraction))}
-
-
-def _recipe(settings: PrepareSettings) -> Recipe:
-    return Recipe(settings.templates, settings.seed, settings.valid_fraction, settings.skip_malformed)
 
 
 def _provide_tokenizer(settings: PrepareSettings, staging: Staging, bar: Callable[..., tqdm]) -> Tokenizer:
@@ -233,7 +239,7 @@ def _provide_tokenizer(settings: PrepareSettings, staging: Staging, bar: Callabl
     scratch = staging.scratch(TOKENIZER)
     if settings.tokenizer is None:
         assert settings.vocab_size is not None
-        train_tokenizer(_training_documents(settings, bar), settings.vocab_size, scratch)
+        train_tokenizer(training_documents(settings, bar), settings.vocab_size, scratch)
     else:
         tokenizer = Tokenizer(settings.tokenizer)
         if settings.vocab_size not in (None, tokenizer.vocab_size):
@@ -245,8 +251,9 @@ def _provide_tokenizer(settings: PrepareSettings, staging: Staging, bar: Callabl
     return Tokenizer(staging.tokenizer)
 
 
-def _training_documents(settings: PrepareSettings, bar: Callable[..., tqdm]) -> Iterator[str]:
-    pieces, recipe = _Input(settings), _recipe(settings)
+def training_documents(settings: PrepareSettings, bar: Callable[..., tqdm]) -> Iterator[str]:
+    """What a tokenizer learns from; a bar shows how far it is."""
+    pieces, recipe = Input(settings), settings.recipe
     with bar(desc="tokenizer", **pieces.size) as shown:
         for piece in pieces:
             for item in recipe.documents(piece.chunk, piece.split):
@@ -257,7 +264,7 @@ def _training_documents(settings: PrepareSettings, bar: Callable[..., tqdm]) -> 
 
 def _encode(settings: PrepareSettings, staging: Staging, tokenizer: Tokenizer, bar: Callable[..., tqdm]) -> list[Path]:
     """Encode all chunks that are not there yet; returns the files of all, in their order."""
-    pieces, recipe, chunks = _Input(settings), _recipe(settings), []
+    pieces, recipe, chunks = Input(settings), settings.recipe, []
 
     def tasks() -> Iterator[tuple[Any, ...]]:
         for index, piece in enumerate(pieces):
@@ -266,13 +273,16 @@ def _encode(settings: PrepareSettings, staging: Staging, tokenizer: Tokenizer, b
                 model = staging.tokenizer, tokenizer.sha256
                 yield recipe, *model, piece.chunk, piece.split, chunks[-1], piece.position
 
-    with bar(desc="encoding", **pieces.size) as shown:
-        for position in in_order(encode_chunk, tasks(), settings.workers):
+    with (
+        bar(desc="encoding", **pieces.size) as shown,
+        closing(in_order(encode_chunk, tasks(), settings.workers)) as done,
+    ):
+        for position in done:
             shown.update(position - shown.n)
     return chunks
 
 
-def _join(chunks: list[Path], folder: Path, vocab_size: int) -> tuple[dict[str, SplitSummary], int]:
+def join(chunks: list[Path], folder: Path, vocab_size: int) -> tuple[dict[str, SplitSummary], int]:
     """Write the indexed datasets of both splits; returns their summaries and the number of malformed records."""
     writers = {split: _SplitWriter(folder / split, vocab_size) for split in SPLITS}
     malformed = 0

@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 Result = TypeVar("Result")
 
 
-def in_order(function: Callable[..., Result], tasks: Iterable[tuple[Any, ...]], workers: int) -> Iterator[Result]:
+def in_order(function: Callable[..., Result], tasks: Iterable[tuple[Any, ...]], workers: int) -> Generator[Result]:
     """Yield function(*task) for each task in their order, computed by so many processes; by this one if it is 1.
 
-    Tasks are taken as they are needed, a few ahead. The first error, in the order of the tasks, is raised, and what
-    was begun is waited for.
+    Tasks are taken as they are needed, a few ahead. The first error, in the order of the tasks, is raised. When the
+    generator ends, or is closed, what was begun is waited for and the rest forgotten.
 
     Raises:
         ChildProcessError: a worker was killed.

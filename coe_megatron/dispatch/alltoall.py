@@ -32,3 +32,13 @@ class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
     def combine_preprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Expert outputs [T', D] back into the order in which they came."""
         return hidden_states if self._is_sorted else super().combine_preprocess(hidden_states)
+
+    def combine_postprocess(self, permutated_local_input_tokens: torch.Tensor) -> torch.Tensor:
+        """Expert outputs in the order in which they were sent -> [S, B, D], each token's copies added up.
+
+        Nothing of the pass stays on the dispatcher: until its next one it would keep alive what is to be recomputed.
+        """
+        try:
+            return super().combine_postprocess(permutated_local_input_tokens)
+        finally:  # checkpointing leaves a pass that it recomputes by an exception
+            self.probs = self.routing_map = self.reversed_local_input_permutation_mapping = None

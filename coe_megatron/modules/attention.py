@@ -1,5 +1,7 @@
 """Core attention over torch's scaled_dot_product_attention: no S x S scores in memory, on CPU and CUDA alike.
 
+The exception is attention dropout on the CPU, which torch computes step by step.
+
 S: sequence, B: batch, A: heads on this rank, G: key/value heads on this rank, H: query/key head size, V: value head
 size. Multi-latent attention uses V different from H; grouped-query attention G smaller than A.
 """
@@ -68,6 +70,10 @@ class SDPACoreAttention(MegatronModule):
         assert attention_bias is None, "attention bias is not supported by SDPACoreAttention"
         assert packed_seq_params is None, "packed sequences are not supported by SDPACoreAttention"
         mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
+        value_size = value.shape[3]
+        if value_size < key.shape[3] and not value.is_cuda:
+            # On CPU torch has no fused kernel for heads of two sizes and would keep all S x S weights.
+            value = F.pad(value, (0, key.shape[3] - value_size))
         query_BASH, key_BGSH, value_BGSV = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         dropout = self.dropout if self.training else 0.0
         with get_cuda_rng_tracker().fork() if dropout else nullcontext():
@@ -81,7 +87,7 @@ class SDPACoreAttention(MegatronModule):
                 scale=self.softmax_scale,
                 enable_gqa=key.shape[2] != query.shape[2],
             )
-        return out_BASV.permute(2, 0, 1, 3).flatten(2)
+        return out_BASV[..., :value_size].permute(2, 0, 1, 3).flatten(2)
 
 
 def _refuse_unsupported(config: TransformerConfig) -> None:

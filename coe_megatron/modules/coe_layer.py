@@ -9,11 +9,12 @@ what leaves the layer. Increments F_t are summed as they come: x(C) - x(0) compu
 S: sequence, B: micro-batch, D: hidden size, T = S * B.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
-from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
@@ -21,13 +22,13 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from coe_megatron.chain.activations import Recompute
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.dispatch.alltoall import AllToAllDispatcher
 from coe_megatron.modules.norm import Norm
+from coe_megatron.modules.recompute import Route, recompute_mode, replayed
 from coe_megatron.modules.router import CoERouter
 from coe_megatron.modules.watch import ChainWatch
-
-Routing = tuple[torch.Tensor, torch.Tensor]
 
 
 class CoELayer(MoELayer):
@@ -39,6 +40,9 @@ class CoELayer(MoELayer):
         config: Megatron's, with `num_moe_experts`; what it says of a MoE layer holds in every iteration.
         submodules: Megatron's MoE submodules; the router among them is replaced by CoERouter.
         chain: the chain's settings.
+        recompute: what the backward pass computes again instead of keeping it: nothing, each `iteration` on its own, or
+            the `layer` (whole chain) at once; the `experts` do their part themselves. Megatron's `recompute_modules`
+            `moe` and `moe_act` mean `layer` and `experts`.
         pg_collection: process groups; Megatron's global ones when None.
 
     Raises:
@@ -53,14 +57,16 @@ class CoELayer(MoELayer):
         pg_collection: ProcessGroupCollection | None = None,
         chain: ChainSettings | None = None,
         norm: type = Norm,
+        recompute: Recompute = "none",
     ) -> None:
         chain = chain or ChainSettings()
         _refuse_unsupported(config, chain)
+        recompute = recompute_mode(config, recompute)
         assert submodules is not None, "CoELayer needs submodules: take them from coe_layer_spec"
         groups = pg_collection or get_default_pg_collection()
         router = partial(CoERouter, chain=chain)
         super().__init__(config, replace(submodules, router=router), layer_number, groups)
-        self.chain = chain
+        self.chain, self.recompute = chain, recompute
         self.watch: ChainWatch | None = None  # set by stats.reset_routing for a step whose metrics are logged
         self.later_routers = torch.nn.ModuleList(
             router(
@@ -70,6 +76,8 @@ class CoELayer(MoELayer):
             )
             for _ in range(self.router.num_routers - 1)
         )
+        # With overlap the shared experts assert that each pass reaches its end.
+        self._replayed = partial(replayed, to_the_end=self.shared_expert_overlap)
         # A dispatcher keeps the state of one pass on itself and owns no weights: one for each iteration.
         stock: type = type(self.token_dispatcher)  # type: ignore[has-type]
         make = AllToAllDispatcher if stock is MoEAlltoAllTokenDispatcher else stock
@@ -116,19 +124,26 @@ class CoELayer(MoELayer):
             raise ValueError("sequence_parallel is False: MoE layers with tensor parallelism need it in training")
         if padding_mask is not None:
             padding_mask = padding_mask.transpose(0, 1).bool()
-        if self.moe_layer_recompute:
-            return tensor_parallel.checkpoint(self._run_chain, False, hidden_states, padding_mask), None
-        return self._run_chain(hidden_states, padding_mask), None
+        routes: list[Route | None] = [None] * len(self.routers)
+        if torch.is_grad_enabled() and self.recompute in ("iteration", "layer"):
+            routes = [Route() for _ in routes]
+        run = self._replayed if self.recompute == "layer" else _called
+        return run(self._run_chain, hidden_states, padding_mask, routes), None
 
-    def _run_chain(self, start: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
+    def _run_chain(
+        self, start: torch.Tensor, padding_mask: torch.Tensor | None, routes: list[Route | None]
+    ) -> torch.Tensor:
         """x(0) -> what leaves the layer; `increment` is x(C) - x(0), with `outer` x(C) (eq. 9)."""
-        step, routing = self._iterate(0, start, None, padding_mask)
-        self._note(0, start, start, step, routing, padding_mask)
+        iterate = partial(self._replayed if self.recompute == "iteration" else _called, self._iterate)
+        note = partial(self._note, self._watch(routes[0]), start, padding_mask)
+        step, *routing = iterate(0, start, padding_mask, routes[0])
+        note(0, start, step, *routing)
+        given = routing if self.chain.gating == "fixed" else []
         state, increment = start, step
         for t in range(1, self.chain.iterations):
             state = self._next_state(start, state, step)
-            step, routing = self._iterate(t, state, routing, padding_mask)
-            self._note(t, start, state, step, routing, padding_mask)
+            step, *routing = iterate(t, state, padding_mask, None if given else routes[t], *given)
+            note(t, state, step, *routing)
             increment = increment + step if self.chain.residual == "inner" else step
         if self.chain.topology != "reference":
             return increment
@@ -141,37 +156,55 @@ class CoELayer(MoELayer):
             return step
         return step + (state if self.chain.residual == "inner" else start)
 
+    def _watch(self, route: Route | None) -> ChainWatch | None:
+        """Who watches this pass: nobody in evaluation and when it is recomputed."""
+        recomputed = route is not None and route.is_known
+        return self.watch if self.training and torch.is_grad_enabled() and not recomputed else None
+
+    @torch.no_grad()
     def _note(
         self,
-        t: int,
+        watch: ChainWatch | None,
         start: torch.Tensor,
+        padding_mask: torch.Tensor | None,
+        t: int,
         state: torch.Tensor,
         step: torch.Tensor,
-        routing: Routing,
-        padding_mask: torch.Tensor | None,
+        probs: torch.Tensor,
+        visits: torch.Tensor,
     ) -> None:
-        """Tell the watch of iteration t, if there is one; here and not in _iterate: a replay may go backwards."""
-        if self.watch is None or not self.router.is_counting:
+        """Tell the watch of iteration t; here and not in _iterate, whose second passes go backwards."""
+        if watch is None:
             return
-        probs, visits = routing
         if self.config.moe_pad_expert_input_to_capacity:  # the map then has who fills an expert up, with a gate of 0
             visits = probs != 0
-        with torch.no_grad():
-            after = self._next_state(start, state, step)
-            self.watch.note(t, visits, state, step, after, padding_mask)
+        watch.note(t, visits, state, step, self._next_state(start, state, step), padding_mask)
 
     def _iterate(
-        self, t: int, state: torch.Tensor, routing: Routing | None, padding_mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, Routing]:
-        """F_t: Megatron's MoE pass with iteration t's norm, router and dispatcher; also returns the routing it used."""
+        self,
+        t: int,
+        state: torch.Tensor,
+        padding_mask: torch.Tensor | None,
+        route: Route | None,
+        *routing: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        """F_t: Megatron's MoE pass with iteration t's norm, router (unless the routing is given) and dispatcher.
+
+        Returns:
+            F_t(x) [S, B, D], and the routing it used: gates and choices [T, N].
+        """
         hidden = self.norms[t](state) if self.norms else state
         self.token_dispatcher = self.dispatchers[t]
         shared = self.shared_experts_compute(hidden)
-        if routing is None or self.chain.gating != "fixed":
-            routing = self.routers[t](hidden, padding_mask)
+        if not routing:
+            routing = self.routers[t](hidden, padding_mask, route)
         dispatched, probs = self.dispatch(*self.preprocess(hidden, *routing))
         output, _ = self.routed_experts_compute(dispatched, probs)
-        return self.postprocess(self.combine(output), shared), routing
+        return self.postprocess(self.combine(output), shared), *routing
+
+
+def _called(function: Callable, *args: Any) -> Any:
+    return function(*args)
 
 
 def _refuse_unsupported(config: TransformerConfig, chain: ChainSettings) -> None:

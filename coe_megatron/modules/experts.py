@@ -8,6 +8,8 @@ of Megatron's `SequentialMLP` and `TEGroupedMLP` (`experts.experts.linear_fc1.we
 value apart), so either reads the other's.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -18,6 +20,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from megatron.core.utils import divide
+
+Activate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class GroupedExperts(MegatronModule):
@@ -30,6 +34,10 @@ class GroupedExperts(MegatronModule):
         num_local_experts: E.
         submodules: ignored; accepted because Megatron passes it.
         pg_collection: groups `ep`, `expt_tp`, `expt_dp`.
+        recompute: keep the rows and the first product alone; what lies between the products is computed again in the
+            backward pass. Of D + 5F numbers a row (D + 4F without gating) D + 2F (D + F) are left, for elementwise work
+            and no matrix product. The next step down, D, would cost the first product again, two thirds of an expert's
+            forward pass: who needs it saves more with a whole iteration.
 
     Raises:
         ValueError: the config asks for what grouped products do not offer here.
@@ -41,10 +49,12 @@ class GroupedExperts(MegatronModule):
         config: TransformerConfig,
         submodules: MLPSubmodules | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        recompute: bool = False,
     ) -> None:
         super().__init__(config=config)
         _refuse_unsupported(config)
         assert pg_collection is not None
+        self.recompute = recompute
         self.num_local_experts = num_local_experts
         self.ep_group, self.tp_group = pg_collection.ep, pg_collection.expt_tp
         self.dp_group = pg_collection.expt_dp
@@ -103,13 +113,18 @@ class GroupedExperts(MegatronModule):
         """
         ends = tokens_per_expert.to(hidden_TD.device, non_blocking=True).cumsum(0, dtype=torch.int32)
         inner_TF = GroupedLinear.apply(hidden_TD, self.weight1, ends)
+        if self.recompute:
+            return RecomputedLinear.apply(self._activate, inner_TF, probs_T, self.weight2, ends), None
+        return GroupedLinear.apply(self._activate(inner_TF, probs_T), self.weight2, ends), None
+
+    def _activate(self, inner_TF: torch.Tensor, probs_T: torch.Tensor) -> torch.Tensor:
+        """Between the products: [T, 2F] (or [T, F] without gating) -> [T, F], weighted by the gates of the router."""
         if self.config.gated_linear_unit:
             gate_TF, value_TF = inner_TF.chunk(2, dim=-1)
-            inner_TF = self.config.activation_func(gate_TF) * value_TF
+            active_TF = self.config.activation_func(gate_TF) * value_TF
         else:
-            inner_TF = self.config.activation_func(inner_TF)
-        inner_TF = (inner_TF * probs_T.unsqueeze(-1)).to(hidden_TD.dtype)
-        return GroupedLinear.apply(inner_TF, self.weight2, ends), None
+            active_TF = self.config.activation_func(inner_TF)
+        return (active_TF * probs_T.unsqueeze(-1)).to(inner_TF.dtype)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -211,6 +226,33 @@ class GroupedLinear(torch.autograd.Function):
             F.grouped_mm(grad_TO.t(), x_TI, offs=ends_E) if of_weight else None,
             None,
         )
+
+
+class RecomputedLinear(torch.autograd.Function):
+    """GroupedLinear of activate(inner, probs), which is computed again in the backward pass instead of kept.
+
+    A checkpoint around both would compute the product again as well: its input is what it keeps, so the input is known
+    only when the product is done.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, activate: Activate, inner_TI: torch.Tensor, probs_T: torch.Tensor, weight_EOF: torch.Tensor, ends_E
+    ) -> torch.Tensor:
+        ctx.activate = activate
+        ctx.save_for_backward(inner_TI, probs_T, weight_EOF, ends_E)
+        return F.grouped_mm(activate(inner_TI, probs_T), weight_EOF.transpose(1, 2), offs=ends_E)
+
+    @staticmethod
+    def backward(ctx, grad_TO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        inner_TI, probs_T, weight_EOF, ends_E = ctx.saved_tensors
+        grad_TO = grad_TO.contiguous()  # as in GroupedLinear
+        inputs = inner_TI.detach().requires_grad_(), probs_T.detach().requires_grad_()
+        with torch.enable_grad():
+            active_TF = ctx.activate(*inputs)
+        of_weight = F.grouped_mm(grad_TO.t(), active_TF.detach(), offs=ends_E) if ctx.needs_input_grad[3] else None
+        of_inputs = torch.autograd.grad(active_TF, inputs, F.grouped_mm(grad_TO, weight_EOF, offs=ends_E))
+        return None, *of_inputs, of_weight, None
 
 
 def _refuse_unsupported(config: TransformerConfig) -> None:

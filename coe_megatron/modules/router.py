@@ -6,24 +6,29 @@ What differs from the stock router, and why:
   and C routers would add up in it. Into the tracker goes 1/C of each, so that it shows the mean over iterations;
 * with `balance="mean"` the coefficients are those of the config divided by the number of routers;
 * a padding mask reaches the load counts of the expert bias without an error (the stock code broadcasts it wrongly);
-* on watched steps it also notes the entropy of its distribution over the experts.
+* on watched steps it also notes the entropy of its distribution over the experts;
+* a pass that is recomputed takes the routes of the first one, whatever its logits have become, and counts nothing.
 """
 
 from copy import copy
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import (
     MoEAuxLossAutoScaler,
+    apply_router_token_dropping,
     router_gating_linear,
     save_to_aux_losses_tracker,
     z_loss_func,
 )
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.router_replay import RouterReplay
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from coe_megatron.chain.settings import ChainSettings
+from coe_megatron.modules.recompute import Route
 
 _DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
@@ -63,6 +68,10 @@ class CoERouter(TopKRouter):
         leader: the router whose weights this one uses (gating `shared_router`); None for weights of its own.
     """
 
+    router_replay: RouterReplay | Route | None
+    global_tokens_per_expert: torch.Tensor | None
+    ga_steps: torch.Tensor
+
     def __init__(
         self,
         config: TransformerConfig,
@@ -72,9 +81,16 @@ class CoERouter(TopKRouter):
     ) -> None:
         chain = chain or ChainSettings(iterations=1)
         self.num_routers = 1 if chain.gating == "fixed" else chain.iterations
-        super().__init__(config=_with_balance(config, chain, self.num_routers), pg_collection=pg_collection)
+        config = _with_balance(config, chain, self.num_routers)
+        self.capacity_factor = config.moe_expert_capacity_factor
+        if self.capacity_factor is not None:  # `routing` applies it, which can keep to a route
+            config = copy(config)
+            config.moe_expert_capacity_factor = None
+        super().__init__(config=config, pg_collection=pg_collection)
         self._leader = (leader,)  # in a tuple, so that torch does not take it for a child
         self.stats = RoutingStats()
+        self._route: Route | None = None  # of the call in progress
+        self._replays = False
         if leader is not None:
             del self.weight, self.bias
         self.to(torch.cuda.current_device())  # the stock router moves its weight in the first forward pass
@@ -86,8 +102,26 @@ class CoERouter(TopKRouter):
 
     @property
     def is_counting(self) -> bool:
-        """False in evaluation, and in the first of the two passes of what is recomputed."""
-        return self.training and torch.is_grad_enabled()
+        """False in evaluation, and when a pass is recomputed."""
+        return self.training and torch.is_grad_enabled() and not self._replays
+
+    def forward(
+        self, input: torch.Tensor, padding_mask: torch.Tensor | None = None, route: Route | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As the stock method: input [S, B, D] -> gates and choices [T, N].
+
+        Args:
+            padding_mask: [S, B] bool, True at padding.
+            route: written if it is empty; else followed, and nothing is counted or noted.
+        """
+        if route is None:
+            return super().forward(input, padding_mask)
+        stock, self.router_replay = self.router_replay, route
+        self._route, self._replays, route.stock = route, route.is_known, stock
+        try:
+            return super().forward(input, padding_mask)
+        finally:
+            self._route, self._replays, self.router_replay = None, False, stock
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         """Logits [S, B, N] = x W_t^T in the router's dtype (`moe_router_dtype`, else the input's)."""
@@ -101,35 +135,87 @@ class CoERouter(TopKRouter):
         """As the stock method: logits [S, B, N] -> gates and choices [T, N]; notes the entropy on watched steps."""
         if self.stats.watched and self.is_counting:
             self.stats.entropy = self.stats.entropy + _summed_entropy(logits, self.score_function, padding_mask)
-        return super().routing(logits, padding_mask)
+        probs, routing_map = super().routing(logits, padding_mask)
+        if self.capacity_factor is not None:
+            kept = self._within_capacity(probs.detach(), routing_map)
+            probs, routing_map = probs * kept, kept
+        if self.is_counting:
+            self._count(routing_map, padding_mask)
+        return probs, routing_map
 
-    def attach_and_log_load_balancing_loss(self, activation, aux_loss_coeff, aux_loss, aux_loss_name, *args, **kwargs):
+    def attach_and_log_load_balancing_loss(
+        self,
+        activation,
+        aux_loss_coeff,
+        aux_loss,
+        aux_loss_name,
+        reduce_group,
+        reduce_group_has_dp=False,
+        valid_token_count=None,
+    ):
         """As the stock method; the loss is also noted here, and 1/C of it goes into Megatron's tracker."""
-        self.stats.add_loss(aux_loss_name, aux_loss / aux_loss_coeff)
-        # The coefficient's only use in the stock method is to be divided out again for the tracker.
-        return super().attach_and_log_load_balancing_loss(
-            activation, aux_loss_coeff * self.num_routers, aux_loss, aux_loss_name, *args, **kwargs
-        )
+        if self.is_counting:
+            loss = aux_loss.detach() / aux_loss_coeff
+            self.stats.add_loss(aux_loss_name, loss)
+            self._track(aux_loss_name, loss, reduce_group, reduce_group_has_dp)
+        if self.calculate_per_token_loss:  # Megatron then divides every gradient by the number of tokens
+            aux_loss = aux_loss * (activation.shape[0] if valid_token_count is None else valid_token_count)
+        return MoEAuxLossAutoScaler.apply(activation, aux_loss)
 
     def apply_z_loss(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Attach the z-loss of arXiv 2202.08906 to logits [T, N]; padding (mask True) does not count."""
         coefficient = self.config.moe_z_loss_coeff
-        if coefficient is None or not self.is_counting:
+        if coefficient is None or not (self.training and torch.is_grad_enabled()):
             return logits
         coefficient = coefficient / self.tp_cp_group.size()
         loss = z_loss_func(logits, coefficient, padding_mask=padding_mask)
-        self.stats.add_loss("z_loss", loss / coefficient)
-        layers = self.config.num_layers + (self.config.mtp_num_layers or 0)
-        save_to_aux_losses_tracker("z_loss", loss / (coefficient * self.num_routers), self.layer_number, layers)
+        if self.is_counting:
+            self.stats.add_loss("z_loss", loss.detach() / coefficient)
+            self._track("z_loss", loss.detach() / coefficient)
         if self.calculate_per_token_loss:  # Megatron then divides every gradient by the number of tokens
             loss = loss * (logits.shape[0] if padding_mask is None else (~padding_mask).sum())
         return MoEAuxLossAutoScaler.apply(logits, loss)
 
+    def _track(self, name: str, loss: torch.Tensor, *reduced: Any) -> None:
+        layers = self.config.num_layers + (self.config.mtp_num_layers or 0)
+        save_to_aux_losses_tracker(name, loss / self.num_routers, self.layer_number, layers, *reduced)
+
+    def _apply_global_aux_loss(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As the stock method; a pass that is recomputed averages what the first one did, and adds nothing to it."""
+        if self._route is None or self.global_tokens_per_expert is None:
+            return super()._apply_global_aux_loss(*args, **kwargs)
+        now = self.global_tokens_per_expert, self.ga_steps
+        if self._route.counted is None:
+            self._route.counted = now[0].clone(), now[1].clone()
+            return super()._apply_global_aux_loss(*args, **kwargs)
+        self.global_tokens_per_expert, self.ga_steps = (before.clone() for before in self._route.counted)
+        try:
+            return super()._apply_global_aux_loss(*args, **kwargs)
+        finally:
+            self.global_tokens_per_expert, self.ga_steps = now
+
+    def _within_capacity(self, probs: torch.Tensor, routing_map: torch.Tensor) -> torch.Tensor:
+        """The choices [T, N] that no expert turns away, filled up where the config pads to the capacity."""
+        if self._route is not None and self._route.kept_TN is not None:
+            return self._route.kept_TN
+        _, kept = apply_router_token_dropping(
+            probs,
+            routing_map,
+            router_topk=self.topk,
+            capacity_factor=self.capacity_factor,
+            drop_policy=self.config.moe_token_drop_policy,
+            pad_to_capacity=self.config.moe_pad_expert_input_to_capacity,
+        )
+        if self._route is not None:
+            self._route.kept_TN = kept
+        return kept
+
     def _apply_expert_bias(self, routing_map: torch.Tensor, padding_mask: torch.Tensor | None = None) -> None:
+        """Nothing: the stock method counts here, but a capacity is still to be applied. See `_count`."""
+
+    def _count(self, routing_map: torch.Tensor, padding_mask: torch.Tensor | None) -> None:
         """Count each expert's load from routing_map [T, N]: for the statistics, and for the expert bias if it is on."""
-        if not self.is_counting:
-            return
-        counted = routing_map if padding_mask is None else routing_map & ~padding_mask.unsqueeze(-1)
+        counted = routing_map if padding_mask is None else routing_map & ~padding_mask.reshape(-1, 1)
         load_N = counted.sum(dim=0)
         self.stats.add_load(load_N)
         if self.enable_expert_bias:

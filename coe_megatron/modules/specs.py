@@ -20,11 +20,13 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
+from coe_megatron.chain.activations import Recompute
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.modules.attention import SDPACoreAttention
 from coe_megatron.modules.coe_layer import CoELayer
 from coe_megatron.modules.experts import GroupedExperts
 from coe_megatron.modules.norm import Norm
+from coe_megatron.modules.recompute import recompute_mode
 from coe_megatron.parallel.without_te import has_transformer_engine
 
 
@@ -32,6 +34,7 @@ def coe_layer_spec(
     config: TransformerConfig,
     chain: ChainSettings | None = None,
     *,
+    recompute: Recompute = "none",
     use_transformer_engine: bool = False,
     pg_collection: ProcessGroupCollection | None = None,
 ) -> ModuleSpec:
@@ -40,6 +43,7 @@ def coe_layer_spec(
     Args:
         config: decides, as for Megatron's own specs, between MHA/GQA and MLA, norms, experts and shared experts.
         chain: the chain's settings; CoE-2 with the paper's defaults in the pre-norm topology when None.
+        recompute: what the backward pass computes again instead of keeping it; see CoELayer.
         use_transformer_engine: build on Megatron's Transformer Engine spec (its experts with `moe_grouped_gemm`).
             Written against Megatron-Core 0.16.1, not yet run on a machine with Transformer Engine.
         pg_collection: process groups of the layer; Megatron's global ones when None.
@@ -61,13 +65,15 @@ def coe_layer_spec(
             multi_latent_attention=config.multi_latent_attention,
             normalization=config.normalization,
         )
-    return _convert(spec, chain or ChainSettings(), use_transformer_engine, pg_collection)
+    mode = _recompute(config, recompute, use_transformer_engine)
+    return _convert(spec, chain or ChainSettings(), mode, use_transformer_engine, pg_collection)
 
 
 def coe_block_spec(
     config: TransformerConfig,
     chain: ChainSettings | None = None,
     *,
+    recompute: Recompute = "none",
     use_transformer_engine: bool = False,
     pg_collection: ProcessGroupCollection | None = None,
     vp_stage: int | None = None,
@@ -80,8 +86,10 @@ def coe_block_spec(
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine, normalization=config.normalization, vp_stage=vp_stage
     )
+    mode = _recompute(config, recompute, use_transformer_engine)
     layers = [
-        _convert(spec, chain or ChainSettings(), use_transformer_engine, pg_collection) for spec in block.layer_specs
+        _convert(spec, chain or ChainSettings(), mode, use_transformer_engine, pg_collection)
+        for spec in block.layer_specs
     ]
     layer_norm = block.layer_norm if use_transformer_engine else Norm
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=layer_norm)
@@ -92,9 +100,16 @@ def _refuse_missing_engine(use_transformer_engine: bool) -> None:
         raise ValueError("use_transformer_engine is True: Transformer Engine is not installed, set it to False")
 
 
+def _recompute(config: TransformerConfig, recompute: Recompute, use_transformer_engine: bool) -> Recompute:
+    if use_transformer_engine and recompute == "experts":
+        raise ValueError("recompute is 'experts': with Transformer Engine's experts use recompute_modules ['moe_act']")
+    return recompute_mode(config, recompute)
+
+
 def _convert(
     spec: ModuleSpec,
     chain: ChainSettings,
+    recompute: Recompute,
     use_transformer_engine: bool,
     pg_collection: ProcessGroupCollection | None,
 ) -> ModuleSpec:
@@ -107,11 +122,13 @@ def _convert(
         _use_torch_parts(parts)
     if parts.mlp.module is MoELayer:
         parts.mlp.module = CoELayer
-        parts.mlp.params = {**(parts.mlp.params or {}), "chain": chain, "norm": norm}
+        parts.mlp.params = {**(parts.mlp.params or {}), "chain": chain, "norm": norm, "recompute": recompute}
         if pg_collection is not None:
             parts.mlp.params["pg_collection"] = pg_collection
         if not use_transformer_engine:
-            parts.mlp.submodules.experts = ModuleSpec(module=GroupedExperts)
+            parts.mlp.submodules.experts = ModuleSpec(
+                module=GroupedExperts, params={"recompute": recompute == "experts"}
+            )
         _use_topology(parts, chain)
     return spec
 

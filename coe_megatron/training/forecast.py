@@ -4,12 +4,13 @@ Bytes are of one rank. The formulas hold for what runs today: data and expert pa
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args
 
 from coe_megatron.chain import closed_forms
+from coe_megatron.chain.activations import Activations, Recompute, activations, extra_flops
 from coe_megatron.chain.closed_forms import Flops, ModelShape, ParameterCount
 from coe_megatron.config.settings import RunConfig
-from coe_megatron.config.shape import model_shape, padded_vocabulary
+from coe_megatron.config.shape import model_shape, padded_vocabulary, training_pass
 from coe_megatron.data.folders import check_data, folders
 
 _MASTER_AND_MOMENTS = 12  # bytes a parameter: fp32 master weight and AdamW's two moments
@@ -24,8 +25,11 @@ class Forecast:
         parameters: of the whole model, by kind.
         flops_per_token: forward and backward, by kind.
         tokens_per_step: positions of a global batch, padding among them.
-        memory: bytes a rank holds whatever the batch, at the end of a backward pass: weights, gradients, the buffer
-            they are reduced in, and the optimizer's masters and moments.
+        memory: bytes a rank holds: weights, gradients, the buffer they are reduced in, the optimizer's masters and
+            moments, and at their peak the activations of a micro-batch.
+        recompute: the run's `moe.recompute`.
+        activations: bytes of a micro-batch's activations in each mode of `moe.recompute`, uniform routing assumed.
+        extra_flops: FLOPs a token that each mode adds to `flops_per_token`.
         communication: bytes a rank sends in one step, by what for, uniform routing assumed.
     """
 
@@ -33,6 +37,9 @@ class Forecast:
     flops_per_token: Flops
     tokens_per_step: int
     memory: dict[str, int]
+    recompute: Recompute
+    activations: dict[str, Activations]
+    extra_flops: dict[str, int]
     communication: dict[str, int]
 
     def as_dict(self) -> dict[str, Any]:
@@ -44,6 +51,10 @@ class Forecast:
             "flops_per_token": {"total": flops.total} | asdict(flops),
             "tokens_per_step": self.tokens_per_step,
             "memory_bytes_per_rank": {"total": sum(self.memory.values())} | self.memory,
+            "recompute": {
+                mode: {"extra_flops_per_token": self.extra_flops[mode], "peak": each.peak} | asdict(each)
+                for mode, each in self.activations.items()
+            },
             "communication_bytes_per_rank_and_step": {"total": sum(self.communication.values())} | self.communication,
         }
 
@@ -57,11 +68,16 @@ class Forecast:
             "FLOPs a token": f"{flops.total:,} to train (forward and backward)",
             " ": ", ".join(f"{name} {value / flops.total:.1%}" for name, value in asdict(flops).items() if value),
             "tokens a step": f"{self.tokens_per_step:,}, {self.tokens_per_step * flops.total / 1e12:.3g} TFLOP",
-            "memory a rank": f"{_mebibytes(self.memory)}, activations not counted",
+            "memory a rank": _mebibytes(self.memory),
+            "recompute": f"{self.recompute}; activations by mode: {', '.join(map(self._mode, self.activations))}",
             "sent a step": f"{_mebibytes(self.communication)} by each rank",
         }
         width = max(map(len, rows))
         return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
+
+    def _mode(self, mode: str) -> str:
+        extra = self.extra_flops[mode] / self.flops_per_token.total
+        return f"{mode} {self.activations[mode].peak / 2**20:,.1f} MiB" + (f" (+{extra:.0%} FLOPs)" if extra else "")
 
 
 def forecast(config: RunConfig, vocab_size: int, world_size: int) -> Forecast:
@@ -73,11 +89,15 @@ def forecast(config: RunConfig, vocab_size: int, world_size: int) -> Forecast:
     """
     shape = model_shape(config, vocab_size)
     counted = closed_forms.parameters(shape)
+    modes = {mode: activations(shape, training_pass(config, mode)) for mode in get_args(Recompute)}
     return Forecast(
         parameters=counted,
         flops_per_token=closed_forms.training_flops(shape),
         tokens_per_step=config.training.global_batch * shape.seq_length,
-        memory=_memory(config, counted, world_size),
+        memory=_memory(config, counted, world_size) | {"activations": modes[config.moe.recompute].peak},
+        recompute=config.moe.recompute,
+        activations=modes,
+        extra_flops={mode: extra_flops(shape, mode) for mode in modes},
         communication=_communication(config, shape, counted, world_size),
     )
 

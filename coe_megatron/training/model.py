@@ -23,7 +23,7 @@ def build_model(config: RunConfig, vocab_size: int) -> GPTModel:
     megatron = transformer_config(config)
     model = GPTModel(
         config=megatron,
-        transformer_layer_spec=coe_block_spec(megatron, config.chain),
+        transformer_layer_spec=coe_block_spec(megatron, config.chain, recompute=config.moe.recompute),
         vocab_size=vocab_size,
         max_sequence_length=config.model.seq_length,
         position_embedding_type="rope",
@@ -100,8 +100,6 @@ def _moe_fields(moe: MoESettings) -> dict[str, Any]:
         "moe_token_drop_policy": moe.drop_policy,
         "moe_pad_expert_input_to_capacity": moe.pad_to_capacity,
         "moe_token_dispatcher_type": moe.dispatcher,
-        "recompute_granularity": "selective" if moe.recompute else None,
-        "recompute_modules": ["moe"] if moe.recompute else None,
     }
 
 

@@ -191,6 +191,14 @@ def test_flops_of_the_layer_alone(chain):
     assert counter.get_total_flops() == pytest.approx(10 * (flops.routers + flops.experts + flops.shared), rel=0.01)
 
 
+def test_norms_on_queries_and_keys_and_with_biases():
+    shape = replace(PAPER, attention="mha", head_dim=64)
+    count = parameters(shape)
+    assert parameters(replace(shape, qk_layernorm=True)).norms - count.norms == 4 * 2 * 64
+    assert parameters(replace(shape, layer_norm=True)).norms == 2 * count.norms
+    assert parameters(replace(PAPER, qk_layernorm=True)) == parameters(PAPER)  # latents have their norms anyway
+
+
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
@@ -210,5 +218,5 @@ def test_bad_shapes_are_one_clear_line(fields, named):
 
 
 def test_closed_forms_need_no_torch():
-    code = "import sys, coe_megatron.chain.closed_forms; sys.exit('torch' in sys.modules)"
+    code = "import sys, coe_megatron.chain.activations; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""Valid configs changed at random: what is accepted can be costed and built; the rest gets one line with a name.
+"""Valid configs changed at random: what is accepted can be costed, dumped and built; the rest gets a line with a name.
 
 Values are drawn from the type hints of the settings, so that a new setting is covered by being there.
 """

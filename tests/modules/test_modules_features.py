@@ -177,9 +177,6 @@ def test_recompute_changes_nothing(gating: str, topology: str, modules: str) -> 
         found.append(
             {"out": out, "h": h.grad, **loads, **losses} | {n: gradient(p) for n, p in layer.named_parameters()}
         )
-    # With `iteration_norm` h's gradient is a sum of several paths, which a recomputed layer adds up in another order.
-    assert relative_error(found[1]["h"], found[0]["h"]) < (1e-6 if topology == "iteration_norm" else 1e-30)
-    found = [{name: value for name, value in values.items() if name != "h"} for values in found]
     assert [name for name in found[0] if not torch.equal(found[0][name], found[1][name])] == []
 
 

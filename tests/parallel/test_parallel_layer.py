@@ -37,6 +37,7 @@ from modules_checkpoint import load, make_stock_layer, save, scramble, sub_layer
 from modules_oracle import CHAINS, ITERATIONS, chain_of, make_batch, oracle_step
 from ranks import run_ranks
 
+from coe_megatron.chain.activations import Recompute
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.modules.stats import finish_step
 
@@ -49,6 +50,8 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "allgather": {"moe_token_dispatcher_type": "allgather"},
     "mean": {},
     "recompute": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+    "recompute experts": {"recompute": "experts"},
+    "recompute iterations": {"recompute": "iteration"},
     "sigmoid": {"moe_router_score_function": "sigmoid", "moe_router_pre_softmax": False},
     "all of N": {"moe_router_topk": EXPERTS},
 }
@@ -89,6 +92,10 @@ FEATURES: dict[str, dict[str, Any]] = {
     "allgather": ROUTERS["allgather"],
     "recompute": ROUTERS["recompute"],
     "recompute, jitter, expert bias": {**ROUTERS["recompute"], **JITTER, **BIAS},
+    "recompute iterations, jitter, expert bias": {**ROUTERS["recompute iterations"], **JITTER, **BIAS},
+    "capacity, recompute iterations": {**ROUTERS["recompute iterations"], **CAPACITY},
+    "recompute iterations, global_aux_loss": {**ROUTERS["recompute iterations"], **GLOBAL},
+    "replay, recompute iterations": {**ROUTERS["recompute iterations"], "moe_enable_routing_replay": True},
 }
 
 
@@ -107,7 +114,7 @@ def parallel_config(layout: dict[str, int], **changes: Any) -> Any:
 
 
 def sub_layer_errors(
-    layout: dict[str, int], chain: ChainSettings, crowd: bool = False, **changes: Any
+    layout: dict[str, int], chain: ChainSettings, crowd: bool = False, recompute: Recompute = "none", **changes: Any
 ) -> dict[str, float]:
     """How far this rank's part of h', of the input's gradient and of each parameter's gradient is from the oracle's.
 
@@ -115,7 +122,7 @@ def sub_layer_errors(
     """
     config = parallel_config(layout, **LOSSES, **SHARED, **changes)
     torch.manual_seed(2)
-    oracle, layer = make_oracle(config, chain), make_layer(config, chain)
+    oracle, layer = make_oracle(config, chain), make_layer(config, chain, recompute=recompute)
     h_BSD, grad_BSD = make_batch(HIDDEN, batch=4)
     if crowd:  # every token to expert 0: a rank without it has no rows
         _send_all_to_expert_0(oracle, h_BSD)
@@ -190,9 +197,11 @@ def feature_rounds(name: str, gating: str, layout: dict[str, int]) -> Named:
     so; outputs, the input's gradient and those of routed experts are this rank's.
     """
     reset_megatron()
-    config, chain = make_config(**layout, **{**LOSSES, **SHARED, **FEATURES[name]}), ChainSettings(2, gating)
+    changes = {**LOSSES, **SHARED, **FEATURES[name]}
+    recompute = changes.pop("recompute", "none")
+    config, chain = make_config(**layout, **changes), ChainSettings(2, gating)
     torch.manual_seed(2)
-    oracle, layer = make_oracle(config, chain), make_layer(config, chain)
+    oracle, layer = make_oracle(config, chain), make_layer(config, chain, recompute=recompute)
     copy_from_oracle(layer, oracle)
     counts: list[torch.Tensor] = []
     recorded: dict[int, list[torch.Tensor]] = {}
@@ -386,7 +395,7 @@ def _assert_that_it_shows(name: str, gating: str, found: Named) -> None:
             assert total == 6 * EXPERTS if name.endswith("padded") else total < places * TOPK
         else:
             assert total == places * TOPK
-    assert all(map(torch.equal, first, second)) == (name == "replay" or name.endswith("padded"))
+    assert all(map(torch.equal, first, second)) == (name.startswith("replay") or name.endswith("padded"))
     if "bias" in name:
         for t, load_N in enumerate(first):
             assert torch.equal(found[f"counts {t}"], load_N)

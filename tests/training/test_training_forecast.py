@@ -53,6 +53,33 @@ def test_the_all_to_all_of_a_chain_is_that_of_a_moe_with_as_many_choices() -> No
     assert moe.communication["all_to_all"] == chain.communication["all_to_all"] == sent
 
 
+def test_activations_of_every_mode_are_shown_and_the_runs_own_is_in_the_memory() -> None:
+    plain, iteration = (_of("coe-2_4-64", f"moe.recompute={mode}") for mode in ("none", "iteration"))
+    assert plain.activations == iteration.activations
+    peaks = {mode: each.peak for mode, each in plain.activations.items()}
+    assert plain.memory["activations"] == peaks["none"] > iteration.memory["activations"] == peaks["iteration"]
+    assert sum(plain.as_dict()["recompute"]["none"]["kept"].values()) <= peaks["none"]
+    chain = sum(getattr(plain.flops_per_token, kind) for kind in ("routers", "experts", "shared"))
+    assert plain.extra_flops == {"none": 0, "experts": 0, "iteration": chain // 3, "layer": chain // 3}
+    shown = iteration.table()
+    for part in (
+        f"activations {peaks['iteration'] / 2**20:,.1f}",
+        f"none {peaks['none'] / 2**20:,.1f} MiB",
+        "+14% FLOPs",
+    ):
+        assert part in shown
+
+
+def test_activations_grow_with_the_micro_batch_and_not_with_the_ranks() -> None:
+    one, two = (_of("coe-2_4-64", f"training.micro_batch={size}") for size in (16, 32))
+    assert sum(two.activations["layer"].kept.values()) == pytest.approx(
+        2 * sum(one.activations["layer"].kept.values()), rel=0.001
+    )
+    eight = _of("coe-2_4-64", "training.micro_batch=8", "parallel.expert=8", ranks=8)
+    same = _of("coe-2_4-64", "training.micro_batch=8")
+    assert eight.activations["layer"].kept == same.activations["layer"].kept
+
+
 def test_without_data_the_vocabulary_must_be_given() -> None:
     config = load(PAPER / "moe_8-64.yaml", ["model.vocab_size=null", "data.path=nowhere"])
     with pytest.raises(ValueError, match=r"model\.vocab_size is null: without prepared data it must be given"):

@@ -1,0 +1,238 @@
+"""Closed forms of the memory between forward and backward pass: what is kept, what is recomputed, and the peak.
+
+Needs no torch. Tests hold every form against the tensors that the built Megatron model keeps on the CPU; on CUDA the
+same parts are kept but for torch's fused RMSNorm, which keeps one copy of its input fewer (two in bf16), and dropout
+masks, which take a byte an element: there the forms are upper bounds.
+
+Letters: T tokens of a micro-batch on a rank, b bytes of an element, D hidden, N experts, K chosen for a token, F ffn.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from coe_megatron.chain.closed_forms import ModelShape, forward_flops
+
+Recompute = Literal["none", "experts", "iteration", "layer"]
+Scores = Literal["softmax", "renormalised", "sigmoid"]
+
+_FP32 = 4
+_INDEX = 8  # torch counts in int64
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a forward and backward pass of one rank depends on besides the model.
+
+    Attributes:
+        micro_batch: sequences of S tokens.
+        element: b, bytes of an element of weights and hidden states; routers and losses take fp32 anyway.
+        recompute: what the backward pass computes again. `none`; `experts`, what lies between the two products of an
+            expert; `iteration`, each iteration of a chain on its own; `layer`, a whole chain at once.
+        scores: `softmax` over all experts, `renormalised` over the chosen ones, or `sigmoid`.
+        balanced: the routers have an auxiliary loss.
+        z_loss: they have a z-loss.
+        jitter: noise on their input.
+        dropout: of the hidden states (that of attention weights has a fused kernel on CUDA, and is not counted).
+        expert_parallel: EP, the ranks that divide the experts among them.
+    """
+
+    micro_batch: int
+    element: int = 4
+    recompute: Recompute = "none"
+    scores: Scores = "softmax"
+    balanced: bool = True
+    z_loss: bool = False
+    jitter: bool = False
+    dropout: bool = False
+    expert_parallel: int = 1
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes on one rank for one micro-batch.
+
+    Routing is taken to be uniform: with expert parallelism as many rows reach a rank as it sends.
+
+    Attributes:
+        kept: by kind, what lies between the passes. `state`: the inputs of the iterations and what each passes on;
+            `routers`: scores, choices, and the order of the rows; `output`: logits (their softmax) and loss.
+        recomputed: the most that the backward pass computes again at once.
+        logits_gradient: what the loss's gradient takes beside the softmax, which it overwrites.
+        gradients: what the backward pass of an iteration's experts holds beside that: gradients of their rows and, over
+            more than one iteration, of one layer's experts, which autograd adds up before it hands them on.
+    """
+
+    kept: dict[str, int]
+    recomputed: int
+    logits_gradient: int
+    gradients: int
+
+    @property
+    def peak(self) -> int:
+        """Bytes where the backward pass holds most: at the logits, or in the last chain when the logits are gone."""
+        total = sum(self.kept.values())
+        return max(total + self.logits_gradient, total - self.kept["output"] + self.recomputed + self.gradients)
+
+
+def activations(shape: ModelShape, run: Pass) -> Activations:
+    """What the whole model keeps on one rank for one micro-batch, and its peak."""
+    tokens = run.micro_batch * shape.seq_length
+    dense = shape.layers - shape.num_moe_layers
+    chain = _chain(shape, run)
+    own_norms = shape.chain.topology == "iteration_norm"
+    norms = 1 + shape.layers + (dense if own_norms else shape.layers)
+    kept = {
+        "embedding": tokens * _INDEX,
+        "attention": shape.layers * _attention(shape, run),
+        "dense": dense * tokens * run.element * (shape.hidden + _feed_forward(shape, shape.dense_ffn)),
+        **{kind: shape.num_moe_layers * size for kind, size in chain.items()},
+        "dropout": tokens * run.element * shape.hidden * (1 + 2 * shape.layers) if run.dropout else 0,
+        "output": tokens * (run.element * shape.hidden + _FP32 * shape.vocab + _INDEX + 1 + _FP32),
+    }
+    kept["norms"] += norms * tokens * _norm(shape, run, shape.hidden)
+    logits_gradient = tokens * shape.vocab * run.element if run.element < _FP32 else 0
+    return Activations(kept, _recomputed(shape, run), logits_gradient, _gradients(shape, run))
+
+
+def extra_flops(shape: ModelShape, recompute: Recompute) -> int:
+    """FLOPs a token that recomputing adds to `training_flops`: matrix products alone, so none for `experts`."""
+    if recompute not in get_args(Recompute):
+        raise ValueError(f"recompute is {recompute!r}: it must be one of {', '.join(get_args(Recompute))}")
+    if recompute in ("none", "experts"):
+        return 0
+    flops = forward_flops(shape)
+    return flops.routers + flops.experts + flops.shared
+
+
+def _chain(shape: ModelShape, run: Pass) -> dict[str, int]:
+    """What one chain keeps, by kind."""
+    tokens, c = run.micro_batch * shape.seq_length, shape.chain.iterations
+    state = tokens * run.element * shape.hidden
+    routes = shape.routings * tokens * shape.topk * _INDEX
+    kept = dict.fromkeys(("norms", "state", "routers", "experts", "shared"), 0)
+    if run.recompute == "layer":
+        return kept | {"state": state, "routers": routes}
+    if run.recompute == "iteration":
+        given = tokens * shape.experts * (_FP32 + 1) if c > shape.routings else 0
+        return kept | {"state": c * state, "routers": routes + given}
+    for t in range(c):
+        for kind, size in _iteration(shape, run, routed=t < shape.routings).items():
+            kept[kind] += size
+    return kept
+
+
+def _recomputed(shape: ModelShape, run: Pass) -> int:
+    """The most that the backward pass computes again at once: of one iteration, or of a chain."""
+    if run.recompute == "none" or not shape.num_moe_layers:
+        return 0
+    if run.recompute == "experts":
+        return run.micro_batch * shape.seq_length * shape.topk * run.element * _between(shape)
+    each = [sum(_iteration(shape, run, routed=t < shape.routings).values()) for t in range(shape.chain.iterations)]
+    known = shape.routings * run.micro_batch * shape.seq_length * shape.topk * _INDEX  # the routes, kept anyway
+    state = run.micro_batch * shape.seq_length * run.element * shape.hidden  # as is the input of what is recomputed
+    if run.recompute == "iteration":
+        return max(each) - known // shape.routings - state
+    return sum(each) - known - state
+
+
+def _gradients(shape: ModelShape, run: Pass) -> int:
+    """See Activations.gradients."""
+    if not shape.num_moe_layers:
+        return 0
+    rows = run.micro_batch * shape.seq_length * shape.topk
+    of_rows = rows * (shape.hidden + shape.ffn_matrices * shape.expert_ffn)
+    experts = shape.experts // run.expert_parallel * shape.ffn_matrices * shape.hidden * shape.expert_ffn
+    return run.element * (of_rows + (experts if shape.chain.iterations > 1 else 0))
+
+
+def _iteration(shape: ModelShape, run: Pass, routed: bool) -> dict[str, int]:
+    """What one iteration keeps where nothing is recomputed but, perhaps, in the experts.
+
+    Its input is kept for the first products of router and shared experts; who routes copies of it alone does not.
+    """
+    tokens, b = run.micro_batch * shape.seq_length, run.element
+    reads_input = bool(shape.shared_ffn) or (routed and not run.jitter)
+    jittered = 2 * b * shape.hidden if routed and run.jitter else 0
+    own_norm = shape.chain.topology == "iteration_norm"
+    return {
+        "norms": tokens * _norm(shape, run, shape.hidden) if own_norm else 0,
+        "state": tokens * b * shape.hidden if reads_input else 0,
+        "routers": tokens * (jittered + _router(shape, run, routed)),
+        "experts": tokens * shape.topk * _row(shape, run),
+        "shared": tokens * b * _feed_forward(shape, shape.shared_ffn) if shape.shared_ffn else 0,
+    }
+
+
+def _router(shape: ModelShape, run: Pass, routed: bool) -> int:
+    """Bytes a token: to sort its copies (the gates and choices of all experts, the order of rows), and to choose."""
+    n, k = shape.experts, shape.topk
+    order = n * (_FP32 + 1) + k * _INDEX
+    if not routed:
+        return order
+    chosen = k * _INDEX
+    scores = {"softmax": n, "renormalised": k, "sigmoid": n + (k + 1 if k > 1 else 0)}[run.scores] * _FP32
+    losses = (n * run.balanced + (n + 1) * run.z_loss) * _FP32
+    return order + chosen + scores + losses
+
+
+def _row(shape: ModelShape, run: Pass) -> int:
+    """Bytes of a token's copy in an expert: its input, the first product, its gate, and what `experts` recomputes."""
+    first = (2 if shape.swiglu else 1) * shape.expert_ffn
+    between = 0 if run.recompute == "experts" else _between(shape)
+    return run.element * (shape.hidden + first + between) + _FP32
+
+
+def _between(shape: ModelShape) -> int:
+    """Elements of a row between the products: SiLU, its product with the other half (or GELU), and that weighted."""
+    return (3 if shape.swiglu else 2) * shape.expert_ffn
+
+
+def _feed_forward(shape: ModelShape, ffn: int) -> int:
+    """Elements a token behind the input of Megatron's feed-forward: two halves, one again, SiLU, product; or GELU."""
+    return (5 if shape.swiglu else 2) * ffn
+
+
+def _norm(shape: ModelShape, run: Pass, width: int) -> int:
+    """Bytes a row: RMSNorm keeps its input and the normed one in fp32, LayerNorm its input and two moments."""
+    return run.element * (width + 2) if shape.layer_norm else _FP32 * (2 * width + 1)
+
+
+def _attention(shape: ModelShape, run: Pass) -> int:
+    """Bytes of one layer: its input, what makes queries, keys and values of it, the kernel's part, and the angles."""
+    tokens, b = run.micro_batch * shape.seq_length, run.element
+    kernel = _FP32 * shape.heads  # a logarithm for each head and position; never S x S weights
+    if shape.attention == "mla":
+        per_token, angles = _latent_attention(shape, run), shape.qk_rope
+    else:
+        per_token, angles = _grouped_attention(shape, run), shape.head_width
+    # Sine and cosine, for queries and keys apart.
+    return tokens * (b * shape.hidden + per_token + kernel) + shape.seq_length * b * 4 * angles
+
+
+def _grouped_attention(shape: ModelShape, run: Pass) -> int:
+    """Bytes a token: keys and queries before rotation stay, since values are a part of the same tensor."""
+    b, size, heads, groups = run.element, shape.head_width, shape.heads, shape.kv_groups or shape.heads
+    straight = b * size * (heads + 2 * groups)
+    rotated, out = b * size * (heads + groups), b * size * heads
+    if not shape.qk_layernorm:
+        return straight + rotated + out
+    rows = heads + groups
+    normed = rows * _norm(shape, run, size)
+    if shape.layer_norm or b == _FP32:  # the input of a norm in its own dtype is a part of `straight`
+        normed -= rows * size * b
+        normed += b * size * heads if groups < heads else 0  # but grouped queries are copied
+    return straight + normed + rotated + out
+
+
+def _latent_attention(shape: ModelShape, run: Pass) -> int:
+    """Bytes a token: the latents and their norms, then queries, keys and values of all heads."""
+    b, rank, queries = run.element, shape.kv_lora_rank, shape.q_lora_rank
+    latents = b * rank + _norm(shape, run, rank)
+    if shape.layer_norm or b == _FP32:
+        latents += b * shape.qk_rope  # the norm's input is a part of a tensor that holds the shared key too
+    if queries is not None:
+        latents += b * queries + _norm(shape, run, queries)
+    size, value = shape.qk_nope + shape.qk_rope, shape.v_head_dim
+    # Short values are padded for the kernel, and its output is cut to their size.
+    values = 2 * size + value if value < size else 2 * value
+    return latents + b * shape.heads * (2 * size + values)

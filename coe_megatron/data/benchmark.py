@@ -1,0 +1,134 @@
+"""Times a preparation phase by phase in one process, and SentencePiece's own encoding of the same documents beside it.
+
+Chunk by chunk the phases take turns, so that what else goes on in the machine strikes all of them.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from sentencepiece import SentencePieceProcessor
+from tqdm import tqdm
+
+from coe_megatron.data.encode import encode_splits, write_encoded
+from coe_megatron.data.prepare import Input, PrepareSettings, join, training_documents
+from coe_megatron.data.sources import MalformedRecord
+from coe_megatron.data.tokenizer import Tokenizer, train_tokenizer
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+PHASES = ("read", "parse", "encode", "write")
+
+
+@dataclass(frozen=True)
+class PhaseTimes:
+    """What was measured.
+
+    Attributes:
+        bytes: of all documents in UTF-8.
+        tokens: they became, eos included.
+        vocab_size: of the tokenizer.
+        seconds: by phase: read (decompress, cut into lines; or generate the built-in corpus), parse (JSON, template),
+            encode, write (chunks, fsync, joined as Megatron's indexed datasets); and `plain`, SentencePiece's encoding
+            by itself.
+    """
+
+    bytes: int
+    tokens: int
+    vocab_size: int
+    seconds: dict[str, float]
+
+    def rate(self, *phases: str) -> float:
+        """Megabytes of text a second, through so many phases."""
+        return self.bytes / 1e6 / sum(self.seconds[phase] for phase in phases)
+
+    @property
+    def speed_up(self) -> float:
+        """How much faster we encode than plain SentencePiece."""
+        return self.seconds["plain"] / self.seconds["encode"]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything measured and derived, for JSON."""
+        rates = {phase: self.rate(phase) for phase in self.seconds} | {"whole": self.rate(*PHASES)}
+        return {**vars(self), "megabytes_per_second": rates, "encode_speed_up": self.speed_up}
+
+    def table(self) -> str:
+        """The same for a person."""
+        lines = [f"{self.bytes / 1e6:,.1f} MB of text, {self.tokens:,} tokens of a vocabulary of {self.vocab_size:,}"]
+        rows = [(phase, self.seconds[phase], self.rate(phase)) for phase in (*PHASES, "plain")]
+        rows.append(("whole", sum(self.seconds[phase] for phase in PHASES), self.rate(*PHASES)))
+        lines += [f"{name:<7} {seconds:>8.2f} s {rate:>8.1f} MB/s" for name, seconds, rate in rows]
+        return "\n".join([*lines, f"encode over plain SentencePiece: {self.speed_up:.2f}"])
+
+
+def time_preparation(settings: PrepareSettings, *, clock: str = "wall", progress: bool = False) -> PhaseTimes:
+    """Prepare in this process into a folder that is thrown away; training a tokenizer is not timed.
+
+    Args:
+        settings: what to prepare; output, overwrite and workers are not used.
+        clock: `wall`, or `cpu` for the CPU time of this process, which a busy machine disturbs less.
+
+    Raises:
+        ValueError: the inputs or the tokenizer are at fault.
+    """
+    bar = partial(tqdm, unit_scale=True, mininterval=0.5, disable=not progress)
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        model = settings.tokenizer or folder / "tokenizer.model"
+        if settings.tokenizer is None:
+            assert settings.vocab_size is not None
+            train_tokenizer(training_documents(settings, bar), settings.vocab_size, model)
+        return _time_phases(settings, model, folder, CLOCKS[clock], bar)
+
+
+def _time_phases(
+    settings: PrepareSettings, model: Path, folder: Path, clock: Callable[[], float], bar: Callable[..., tqdm]
+) -> PhaseTimes:
+    from megatron.core.datasets import indexed_dataset  # noqa: F401  (imported here, so that its import is not timed)
+
+    tokenizer, processor = Tokenizer(model), SentencePieceProcessor(model_file=str(model))
+    timer, pieces = _Timer(clock), Input(settings)
+    chunks: list[Path] = []
+    remaining = iter(pieces)
+    with bar(desc="measuring", **pieces.size) as shown:
+        while True:
+            with timer.of("read"):
+                piece = next(remaining, None)
+            if piece is None:
+                break
+            with timer.of("parse"):
+                found = list(settings.recipe.documents(piece.chunk, piece.split))
+                documents = [item for item in found if not isinstance(item, MalformedRecord)]
+            with timer.of("encode"):
+                splits = encode_splits(documents, tokenizer)
+            with timer.of("plain"):
+                for _, document in documents:
+                    processor.encode(document)
+            with timer.of("write"):
+                chunks.append(folder / f"{len(chunks)}.npz")
+                write_encoded(chunks[-1], splits, len(found) - len(documents))
+            shown.update(piece.position - shown.n)
+    with timer.of("write"):
+        summaries, _ = join(chunks, folder, tokenizer.vocab_size)
+    size = sum(summary.bytes for summary in summaries.values())
+    tokens = sum(summary.tokens for summary in summaries.values())
+    return PhaseTimes(size, tokens, tokenizer.vocab_size, dict(timer.seconds))
+
+
+class _Timer:
+    """Sums of seconds by name."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        start = self._clock()
+        yield
+        self.seconds[name] += self._clock() - start

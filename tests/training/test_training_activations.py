@@ -1,0 +1,126 @@
+"""The closed forms of activations against what built models keep between forward and backward pass, and their peak."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from typing import get_args
+
+import pytest
+import torch
+from modules_build import reset_megatron
+from ranks import run_ranks
+from saved_bytes import kept_bytes, peak_bytes
+
+from coe_megatron.chain.activations import Recompute, activations
+from coe_megatron.chain.settings import ChainSettings
+from coe_megatron.config import RunConfig
+from coe_megatron.config.settings import MLASettings, ModelSettings, MoESettings, ParallelSettings, TrainingSettings
+from coe_megatron.config.shape import model_shape, training_pass
+from coe_megatron.training.evaluation import token_losses
+from coe_megatron.training.model import build_model
+
+MODES = get_args(Recompute)
+VOCABULARY = 160
+MODEL = ModelSettings(num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=64)
+MOE = MoESettings(num_experts=8, topk=2, ffn_hidden_size=48)
+MLA = MLASettings(kv_lora_rank=16, qk_head_dim=8, qk_pos_emb_head_dim=4, v_head_dim=6)
+GROUPED = replace(MODEL, num_query_groups=2, qk_layernorm=True)
+ATTENTIONS = [
+    replace(MODEL, kv_channels=24),
+    replace(MODEL, qk_layernorm=True),
+    GROUPED,
+    replace(GROUPED, normalization="LayerNorm"),
+    replace(MODEL, mla=MLA),
+    replace(MODEL, mla=replace(MLA, q_lora_rank=12, v_head_dim=12)),
+    replace(MODEL, mla=replace(MLA, q_lora_rank=12), normalization="LayerNorm"),
+    replace(MODEL, activation="gelu", hidden_dropout=0.1, untied_embeddings=False),
+]
+CHAINS = [
+    (MOE, ChainSettings(1)),
+    (MOE, ChainSettings(2, topology="reference")),
+    (replace(MOE, num_shared_experts=0), ChainSettings(3, "fixed", "outer")),
+    (replace(MOE, renormalise=True, layer_freq=2), ChainSettings(3, "shared_router", "init", "iteration_norm")),
+    (replace(MOE, score_function="sigmoid", topk=3, input_jitter=0.1), ChainSettings(2, "fixed", "inner")),
+    (replace(MOE, load_balancing="none", z_loss_coeff=0.1, num_experts=32), ChainSettings(2, "fixed", "init")),
+]
+
+
+def run_config(model: ModelSettings, moe: MoESettings, chain: ChainSettings, precision: str = "fp32", expert: int = 1):
+    training = TrainingSettings(precision=precision, micro_batch=2, global_batch=2 * expert)
+    return RunConfig(model=model, moe=moe, chain=chain, parallel=ParallelSettings(expert=expert), training=training)
+
+
+def built(config: RunConfig) -> tuple[torch.nn.Module, Callable[[], torch.Tensor]]:
+    """The model, and its forward pass to the loss of one micro-batch."""
+    reset_megatron()
+    model = build_model(config, VOCABULARY)
+    if config.training.precision == "bf16":
+        model.bfloat16()
+    shape = (config.training.micro_batch, config.model.seq_length)
+    tokens = torch.randint(VOCABULARY, shape)
+    batch = {
+        "tokens": tokens,
+        "labels": tokens,
+        "position_ids": torch.arange(shape[1]).expand(shape).contiguous(),
+        "padding_mask": torch.zeros(shape, dtype=torch.bool),
+    }
+    mask = torch.ones(shape)
+    return model, lambda: (token_losses(model, batch) * mask).sum() / mask.sum()
+
+
+def expected(config: RunConfig):
+    return activations(model_shape(config, VOCABULARY), training_pass(config))
+
+
+def measured_and_expected(config: RunConfig) -> tuple[int, int]:
+    return kept_bytes(*built(config)), sum(expected(config).kept.values())
+
+
+@pytest.mark.usefixtures("single_rank")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("model", ATTENTIONS, ids=range(len(ATTENTIONS)))
+def test_what_attention_and_norms_keep(model: ModelSettings, precision: str) -> None:
+    measured, closed = measured_and_expected(run_config(model, MOE, ChainSettings(1), precision))
+    assert closed == pytest.approx(measured, rel=0.005)
+
+
+@pytest.mark.usefixtures("single_rank")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("moe", "chain"), CHAINS, ids=range(len(CHAINS)))
+def test_what_a_chain_keeps_and_what_recomputing_saves(moe: MoESettings, chain: ChainSettings, precision: str) -> None:
+    configs = [run_config(MODEL, replace(moe, recompute=mode), chain, precision) for mode in MODES]
+    found = [measured_and_expected(config) for config in configs]
+    for measured, closed in found:
+        assert closed == pytest.approx(measured, rel=0.005)
+    for (more, closed_more), (less, closed_less) in pairwise(found):
+        assert closed_more - closed_less == pytest.approx(more - less, rel=0.005)
+    if chain.iterations > 1:
+        assert all(more > less for (more, _), (less, _) in pairwise(found))
+
+
+@pytest.mark.usefixtures("single_rank")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_peak(mode: Recompute, precision: str) -> None:
+    """The form adds up what need not be there at the same moment, and leaves out what is there for a moment only."""
+    moe = replace(MOE, recompute=mode, ffn_hidden_size=96)
+    config = run_config(MODEL, moe, ChainSettings(3), precision)
+    assert 0.95 < expected(config).peak / peak_bytes(*built(config)) < 1.2
+
+
+def kept_on_a_rank() -> list[tuple[int, int]]:
+    torch.manual_seed(torch.distributed.get_rank())
+    moe, chain = replace(MOE, num_experts=4), ChainSettings(2)
+    return [
+        measured_and_expected(run_config(MODEL, replace(moe, recompute=mode), chain, precision, expert=2))
+        for mode in MODES
+        for precision in ("fp32", "bf16")
+    ]
+
+
+@pytest.mark.ranks
+def test_two_ranks_keep_what_uniform_routing_would() -> None:
+    ranks = run_ranks(kept_on_a_rank, 2, expert_model_parallel_size=2)
+    for (first, closed), (second, _) in zip(*ranks, strict=True):
+        assert closed == pytest.approx((first + second) / 2, rel=0.02)
+        assert closed == pytest.approx(max(first, second), rel=0.1)

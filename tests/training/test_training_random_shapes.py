@@ -1,0 +1,198 @@
+"""Thirty random configs: parameters and FLOPs by the closed forms against built models, ours and the oracle."""
+
+import random
+from dataclasses import replace
+from typing import Any, get_args
+
+import pytest
+import torch
+from modules_build import reset_megatron
+from torch.utils.flop_counter import FlopCounterMode
+
+from coe_megatron.chain.activations import Recompute, extra_flops
+from coe_megatron.chain.closed_forms import ModelShape, forward_flops, parameters, training_flops
+from coe_megatron.chain.method import RouterSettings
+from coe_megatron.chain.model import ChainLanguageModel
+from coe_megatron.chain.model import ModelSettings as OracleSettings
+from coe_megatron.chain.settings import ChainSettings, Gating, Residual, Topology
+from coe_megatron.config import RunConfig
+from coe_megatron.config.checks import check
+from coe_megatron.config.settings import MLASettings, ModelSettings, MoESettings
+from coe_megatron.config.shape import model_shape
+from coe_megatron.training.model import build_model
+
+pytestmark = pytest.mark.usefixtures("single_rank")
+BATCH = 2
+SEEDS = range(30)
+
+
+def draw(seed: int) -> tuple[RunConfig, int]:
+    """A config and its vocabulary; every third one the oracle can be built for as well (see `has_oracle`)."""
+    pick = random.Random(seed)
+    plain = seed % 3 == 0
+    heads, layers = pick.choice([2, 4]), pick.randint(1, 3)
+    model = ModelSettings(
+        num_layers=layers,
+        hidden_size=heads * pick.choice([8, 12]),
+        num_attention_heads=heads,
+        seq_length=pick.choice([8, 20]),
+        ffn_hidden_size=pick.choice([12, 40]),
+        activation=pick.choice(["swiglu", "gelu"]),
+    )
+    if not plain:
+        model = replace(
+            model,
+            **_attention(pick, heads),
+            normalization=pick.choice(["RMSNorm", "LayerNorm"]),
+            untied_embeddings=pick.random() < 0.5,
+        )
+    experts = pick.choice([4, 6, 8])
+    layer_freq = [0] * (layers - 1) + [1]
+    pick.shuffle(layer_freq)
+    moe = MoESettings(
+        num_experts=experts,
+        topk=pick.randint(1, experts),
+        ffn_hidden_size=4 * pick.randint(2, 6),
+        num_shared_experts=pick.randint(0, 2),
+        layer_freq=1 if plain or pick.random() < 0.5 else layer_freq,
+    )
+    chain = ChainSettings(pick.randint(1, 4), *(pick.choice(get_args(kind)) for kind in (Gating, Residual, Topology)))
+    config = RunConfig(model=model, moe=moe, chain=chain)
+    check(config)
+    return config, pick.choice([40, 96])
+
+
+def _attention(pick: random.Random, heads: int) -> dict[str, Any]:
+    kind = pick.choice(["mha", "gqa", "mla"])
+    if kind == "mla":
+        sizes = {name: 2 * pick.randint(2, 6) for name in ("qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")}
+        return {"mla": MLASettings(kv_lora_rank=10, q_lora_rank=pick.choice([None, 14]), **sizes)}
+    groups = {"num_query_groups": heads // 2} if kind == "gqa" else {}
+    return {"qk_layernorm": pick.random() < 0.5, "kv_channels": pick.choice([None, 6]), **groups}
+
+
+def has_oracle(config: RunConfig) -> bool:
+    model = config.model
+    own_attention = model.mla or model.num_query_groups or model.kv_channels or model.qk_layernorm
+    rms = model.normalization == "RMSNorm"
+    return not own_attention and rms and model.untied_embeddings and config.moe.layer_freq == 1
+
+
+def oracle(shape: ModelShape) -> ChainLanguageModel:
+    return ChainLanguageModel(
+        OracleSettings(
+            shape.vocab,
+            shape.hidden,
+            shape.layers,
+            shape.heads,
+            shape.expert_ffn,
+            RouterSettings(shape.experts, shape.topk),
+            shape.chain,
+            shape.shared_ffn,
+            "swiglu" if shape.swiglu else "gelu",
+        )
+    )
+
+
+def grouped_product(rows: Any, weights: Any, *_args: Any, **_more: Any) -> int:
+    """Of grouped_mm: each row meets one expert's matrix, or (for the weights' gradients) two lists of rows meet."""
+    return 2 * rows[0] * rows[1] * weights[-1]
+
+
+def attention_of(shape: ModelShape) -> Any:
+    """Of the CPU's attention kernel, without the zeros that short values are filled up with."""
+
+    def count(query: Any, key: Any, value: Any, *_args: Any, **_more: Any) -> int:
+        width = shape.v_head_dim if shape.attention == "mla" else value[3]
+        return 2 * query[0] * query[1] * query[2] * key[2] * (query[3] + width)
+
+    return count
+
+
+def counting(shape: ModelShape) -> FlopCounterMode:
+    """torch's counter, told of the two kernels that it does not know."""
+    kernels = {
+        torch.ops.aten._grouped_mm: grouped_product,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_of(shape),
+    }
+    return FlopCounterMode(display=False, custom_mapping=kernels)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_parameters_are_exact(seed: int) -> None:
+    config, vocabulary = draw(seed)
+    shape = model_shape(config, vocabulary)
+    counted = parameters(shape)
+    reset_megatron()
+    models: list[torch.nn.Module] = [build_model(config, vocabulary)]
+    if has_oracle(config):
+        models.append(oracle(shape))
+    for model in models:
+        assert counted.total == sum(p.numel() for p in model.parameters()), config
+    named = dict(models[0].named_parameters())
+
+    def size(*parts: str) -> int:
+        return sum(p.numel() for name, p in named.items() if any(part in name for part in parts))
+
+    assert counted.experts == size(".mlp.experts."), config
+    assert counted.shared == size(".shared_experts."), config
+    assert counted.routers == size(".mlp.router.", ".later_routers."), config
+    assert counted.norms == size("norm"), config
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_flops_are_those_of_the_forward_pass(seed: int) -> None:
+    config, vocabulary = draw(seed)
+    shape = model_shape(config, vocabulary)
+    reset_megatron()
+    model = build_model(config, vocabulary)
+    tokens = torch.randint(vocabulary, (BATCH, shape.seq_length))
+    positions = torch.arange(shape.seq_length).expand_as(tokens)
+    with counting(shape) as counter:
+        model(tokens, positions, None)
+    expected = forward_flops(shape).total * tokens.numel()
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.01), config
+
+
+@pytest.mark.parametrize("seed", [seed for seed in SEEDS if has_oracle(draw(seed)[0])])
+def test_flops_are_those_of_the_oracle(seed: int) -> None:
+    config, vocabulary = draw(seed)
+    shape = model_shape(config, vocabulary)
+    tokens = torch.randint(vocabulary, (BATCH, shape.seq_length))
+    with FlopCounterMode(display=False) as forward:
+        output = oracle(shape)(tokens)
+    with FlopCounterMode(display=False) as backward:
+        (output.logits.sum() + output.balance_loss).backward()
+    assert forward.get_total_flops() == pytest.approx(forward_flops(shape).total * tokens.numel(), rel=0.01), config
+    both = forward.get_total_flops() + backward.get_total_flops()
+    assert both == pytest.approx(training_flops(shape).total * tokens.numel(), rel=0.01), config
+
+
+@pytest.mark.parametrize("seed", SEEDS[:6])
+def test_recomputing_costs_the_chains_forward_pass_again(seed: int) -> None:
+    config, vocabulary = draw(seed)
+    shape = model_shape(config, vocabulary)
+    tokens = torch.randint(vocabulary, (BATCH, shape.seq_length))
+    positions = torch.arange(shape.seq_length).expand_as(tokens)
+    found = {}
+    for mode in get_args(Recompute):
+        reset_megatron()
+        model = build_model(replace(config, moe=replace(config.moe, recompute=mode)), vocabulary)
+        with counting(shape) as counter:
+            model(tokens, positions, None).sum().backward()
+        found[mode] = counter.get_total_flops()
+    for mode, flops in found.items():
+        assert flops - found["none"] == pytest.approx(extra_flops(shape, mode) * tokens.numel(), rel=0.01), config
+
+
+def test_the_draw_reaches_everything() -> None:
+    configs = [draw(seed)[0] for seed in SEEDS]
+    assert sum(map(has_oracle, configs)) >= 10
+    models = [config.model for config in configs]
+    assert {bool(model.mla) for model in models} == {bool(model.num_query_groups) for model in models} == {True, False}
+    assert {model.untied_embeddings for model in models} == {model.qk_layernorm for model in models} == {True, False}
+    assert {config.moe.num_shared_experts > 0 for config in configs} == {True, False}
+    assert any(isinstance(config.moe.layer_freq, list) for config in configs)
+    for field, kind in (("gating", Gating), ("residual", Residual), ("topology", Topology)):
+        assert {getattr(config.chain, field) for config in configs} == set(get_args(kind))
+    assert {config.chain.iterations for config in configs} == {1, 2, 3, 4}
