@@ -294,6 +294,7 @@ def test_one_process_without_torchrun(config: Path, prepared: Path, tmp_path: Pa
     done = python(
         "launch/pretrain_coe.py", config, f"data.path={prepared}", f"output={tmp_path}", "parallel.expert=1",
         "training.steps=3", f"chain.iterations={iterations}", "training.precision=bf16", "data.samples=packed",
+        "data.reset_at_documents=true",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
 
