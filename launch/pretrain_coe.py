@@ -12,6 +12,7 @@ import sys
 
 from coe_megatron.config import ConfigError, RunConfig, load
 from coe_megatron.config.arguments import Parser, write_out
+from coe_megatron.training.forecast import forecast, vocabulary
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,18 +34,22 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _forecast(config: RunConfig, as_json: bool) -> int:
-    from coe_megatron.training.forecast import forecast, vocabulary
-
-    try:
-        cost = forecast(config, vocabulary(config), config.parallel.world_size or config.parallel.expert)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    write_out(json.dumps(cost.as_dict(), indent=2) if as_json else cost.table())
+    cost = forecast(config, _vocabulary(config), config.parallel.world_size or config.parallel.expert)
+    if os.environ.get("RANK", "0") == "0":
+        write_out(json.dumps(cost.as_dict(), indent=2) if as_json else cost.table())
     return 0
 
 
+def _vocabulary(config: RunConfig, *, data_needed: bool = False) -> int:
+    try:
+        return vocabulary(config, data_needed=data_needed)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def _pretrain(config: RunConfig) -> int:
-    # Imported here: the stack takes seconds, and a mistake in the config should not.
+    _vocabulary(config, data_needed=True)
+    # Imported here: the stack takes seconds, and a mistake in config or data should not.
     from coe_megatron.training.console import quiet_libraries
 
     quiet_libraries()

@@ -3,7 +3,10 @@
 import argparse
 import os
 import sys
+import time
 from typing import Never
+
+_SECONDS_FOR_RANK_0 = 10
 
 
 class Parser(argparse.ArgumentParser):
@@ -15,6 +18,8 @@ class Parser(argparse.ArgumentParser):
         self._silent = os.environ.get("RANK", "0") != "0"
 
     def error(self, message: str) -> Never:
+        if self._silent:  # the first rank to end makes torchrun kill the others, rank 0 before it has spoken
+            time.sleep(_SECONDS_FOR_RANK_0)
         self.exit(2, None if self._silent else f"{self.prog}: error: {message}\n")
 
 

@@ -11,7 +11,7 @@ def check(config: RunConfig, world_size: int | None = None) -> None:
     """Raise ValueError with the first rule that is broken.
 
     Args:
-        world_size: number of ranks; rules about ranks are left out when None.
+        world_size: number of ranks; when None `parallel.world_size`, or as few as `parallel.expert` allows.
     """
     for problem in problems(config, world_size):
         raise ValueError(problem)
@@ -131,9 +131,7 @@ def _layout(config: RunConfig, world_size: int | None) -> Iterator[str]:
     meant = config.parallel.world_size
     if None not in (meant, world_size) and meant != world_size:
         yield f"parallel.world_size is {meant}: {world_size} ranks were started, start as many or leave it null"
-    world_size = meant or world_size
-    if world_size is None:
-        return
+    world_size = meant or world_size or expert
     if world_size % expert:
         yield f"parallel.expert is {expert}: it must divide the number of ranks ({world_size})"
     rows = config.training.micro_batch * world_size
@@ -145,12 +143,17 @@ def _layout(config: RunConfig, world_size: int | None) -> Iterator[str]:
 
 
 def _steps(config: RunConfig, world_size: int | None) -> Iterator[str]:
-    """Settings that name steps or ranks of the run."""
+    """Settings that name steps, ranks or folders of runs."""
     steps, profile = config.training.steps, config.profile
     if late := [step for step in config.training.milestones if step > steps]:
         yield f"training.milestones has {late[0]}: the run ends with step {steps} (training.steps)"
     if profile.first_step is not None and profile.first_step > steps:
         yield f"profile.first_step is {profile.first_step}: the run ends with step {steps} (training.steps)"
+    if profile.first_step is not None and not profile.ranks:
+        yield "profile.ranks is []: it must name at least one rank"
     ranks = config.parallel.world_size or world_size
     if profile.first_step is not None and ranks and max(profile.ranks, default=0) >= ranks:
         yield f"profile.ranks is {profile.ranks}: the run has ranks 0 to {ranks - 1}"
+    begun = config.training.warm_start
+    if begun is not None and Path(begun).is_relative_to(config.output):
+        yield f"training.warm_start is {begun}: it must name another run than output, which goes on by itself"

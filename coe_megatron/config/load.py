@@ -33,9 +33,11 @@ def load(path: str | Path, overrides: Sequence[str] = (), world_size: int | None
     Raises:
         ConfigError: with one line that names the field, its value and what would be valid.
     """
-    given = [_read(Path(path)), *(_override(text) for text in overrides)]
+    merged = _read(Path(path))
+    for text in overrides:
+        merged = _merge(f"override {_shown(text)}", merged, _override(text))
     try:
-        values = OmegaConf.to_container(OmegaConf.merge(*given), resolve=True, throw_on_missing=True)
+        values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or path} has no value: {_first_line(error)}") from None
     config = parse(values)
@@ -75,11 +77,14 @@ def _read(path: Path, including: tuple[Path, ...] = ()) -> Any:
     names = [bases] if isinstance(bases, str) else bases
     if not isinstance(names, Sequence) or not all(isinstance(name, str) and name for name in names):
         raise ConfigError(f"{path}: base is {_shown(bases)}: it must name a file or a list of files")
-    given = [_read(path.parent / name, (*including, path.resolve())) for name in names]
+    return _merge(str(path), *(_read(path.parent / name, (*including, path.resolve())) for name in names), values)
+
+
+def _merge(whose: str, *given: Any) -> Any:
     try:
-        return OmegaConf.merge(*given, values)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: does not fit to its base: {_first_line(error)}") from None
+        return OmegaConf.merge(*given)
+    except (OmegaConfBaseException, TypeError) as error:  # such as keys where there was a list
+        raise ConfigError(f"{whose}: it does not fit to what it changes: {_first_line(error)}") from None
 
 
 def _read_yaml(path: Path) -> Any:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from coe_megatron.config.settings import BlendPart, DataSettings
+from coe_megatron.config.settings import BlendPart, DataSettings, RunConfig
 from coe_megatron.data.manifest import TOKENIZER, Manifest
 
 
@@ -73,3 +73,22 @@ def check_folders(settings: DataSettings, *, needed: bool) -> Manifest | None:
                 f"({first[0].path}): prepare it with --tokenizer {first[0].path / TOKENIZER}"
             )
     return first[1] if first else None
+
+
+def check_data(config: RunConfig, *, needed: bool) -> Manifest | None:
+    """`check_folders`, and that the text to train on fills a sample.
+
+    Raises:
+        ValueError: as `check_folders`, or a packed sample is longer than a training split.
+    """
+    manifest = check_folders(config.data, needed=needed)
+    length = config.model.seq_length
+    for part in training_parts(config.data) if config.data.samples == "packed" else []:
+        if not (folder := Path(part.path)).exists():
+            continue
+        tokens = Manifest.read(folder).splits["train"].tokens
+        if tokens <= length:
+            raise ValueError(
+                f"model.seq_length is {length}: packed samples need more tokens than {folder} has ({tokens})"
+            )
+    return manifest

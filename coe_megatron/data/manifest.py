@@ -4,7 +4,9 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from pydantic import TypeAdapter, ValidationError
 
 Split = Literal["train", "valid"]
 
@@ -92,7 +94,11 @@ class Manifest:
             raise ValueError(f"{folder} is no prepared data: it has no {MANIFEST} (launch/prepare_data.py makes one)")
         try:
             manifest = cls._from_json(json.loads(path.read_bytes()))
-        except (ValueError, KeyError, TypeError) as error:
+        except ValidationError as error:
+            first = error.errors()[0]
+            said = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+            raise ValueError(f"{path} is no manifest of format {FORMAT}, version {VERSION}: {said}") from error
+        except ValueError as error:
             raise ValueError(f"{path} is no manifest of format {FORMAT}, version {VERSION}: {error}") from error
         manifest._check_sizes(folder)
         if FileSummary.of(folder / TOKENIZER).sha256 != manifest.tokenizer_sha256:
@@ -110,13 +116,16 @@ class Manifest:
                 raise ValueError(f"{folder / name} has changed since it was prepared: its SHA-256 differs")
 
     @classmethod
-    def _from_json(cls, content: dict[str, Any]) -> "Manifest":
-        found = content.pop("format"), content.pop("version")
+    def _from_json(cls, content: Any) -> "Manifest":
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
+        found = content.pop("format", None), content.pop("version", None)
         if found != (FORMAT, VERSION):
             raise ValueError(f"it is format {found[0]!r}, version {found[1]!r}")
-        splits = {name: SplitSummary(**value) for name, value in content.pop("splits").items()}
-        files = {name: FileSummary(**value) for name, value in content.pop("files").items()}
-        return cls(splits=splits, files=files, **content)
+        manifest = TypeAdapter(cls).validate_python(content)
+        if missing := set(get_args(Split)) - manifest.splits.keys():
+            raise ValueError(f"splits has no {min(missing)}")
+        return manifest
 
     def _check_sizes(self, folder: Path) -> None:
         for name in DATA_FILES:

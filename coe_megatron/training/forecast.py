@@ -11,7 +11,7 @@ from coe_megatron.chain.activations import Activations, Recompute, activations, 
 from coe_megatron.chain.closed_forms import Flops, ModelShape, ParameterCount
 from coe_megatron.config.settings import RunConfig
 from coe_megatron.config.shape import model_shape, padded_vocabulary, training_pass
-from coe_megatron.data.folders import check_folders, folders
+from coe_megatron.data.folders import check_data, folders
 
 _MASTER_AND_MOMENTS = 12  # bytes a parameter: fp32 master weight and AdamW's two moments
 _FP32 = 4  # bytes; gradients are summed and sent in fp32
@@ -102,13 +102,16 @@ def forecast(config: RunConfig, vocab_size: int, world_size: int) -> Forecast:
     )
 
 
-def vocabulary(config: RunConfig) -> int:
+def vocabulary(config: RunConfig, *, data_needed: bool = False) -> int:
     """Rows of the embedding: `model.vocab_size`, or what the prepared data's tokenizer asks for.
 
+    Args:
+        data_needed: that there is no data is an error, also where `model.vocab_size` is given.
+
     Raises:
-        ValueError: neither is there to tell, or there is data and it is broken or of several tokenizers.
+        ValueError: neither is there to tell, or there is data and it does not suit (see `check_data`).
     """
-    manifest = check_folders(config.data, needed=False)
+    manifest = check_data(config, needed=data_needed)
     if manifest is not None:
         return padded_vocabulary(config, manifest.vocab_size)
     if config.model.vocab_size is None:

@@ -169,7 +169,7 @@ BUILT = ("model", "moe", "chain")
 
 
 @given(data=st.data())
-@settings(FIXED, max_examples=40)
+@settings(FIXED, max_examples=100)
 @pytest.mark.usefixtures("single_rank")
 def test_what_is_accepted_can_be_built_and_has_the_parameters_it_was_said_to_have(
     data: st.DataObject, tmp_path: Path
