@@ -67,10 +67,9 @@ def parser() -> Parser:
 def settings_from(arguments: argparse.Namespace) -> PrepareSettings:
     """The settings the arguments ask for, checked as far as can be without reading a file."""
     values = vars(arguments)
-    name = values.pop("field")
-    if name is not None:
-        values["template"] = ["{" + name + "}"]
     values["template"] = tuple(text.replace("\\n", "\n").replace("\\t", "\t") for text in values["template"])
+    if (name := values.pop("field")) is not None:
+        values["template"] = ("{" + name + "}",)
     values["inputs"], values["valid_inputs"] = tuple(values["inputs"]), tuple(values["valid_inputs"])
     settings = PrepareSettings(**values)
     settings.check_files()

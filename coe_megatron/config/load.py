@@ -31,7 +31,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), world_size: int | None
         path: YAML file; keys are the fields of RunConfig, missing ones take their defaults. The key `base` names one
             file or a list of files, relative to this one, whose settings hold where this one says nothing; of several
             the later wins.
-        overrides: `key.sub=value`, the value written as in YAML; they win over the file.
+        overrides: `key.sub=value`, the value written as in YAML; they win over the file. In a list a number is a key.
         world_size: number of ranks, if known, to check the layout and the batch against.
 
     Raises:
@@ -39,7 +39,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), world_size: int | None
     """
     merged = _read(Path(path))
     for text in overrides:
-        merged = _merge(f"override {_shown(text)}", merged, _override(text))
+        _override(merged, text)
     try:
         values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
@@ -111,15 +111,19 @@ def _read_yaml(path: Path) -> Any:
     return values
 
 
-def _override(text: str) -> Any:
+def _override(values: Any, text: str) -> None:
+    """Put an override's value in its place, which may be in a list (`data.blend.0.path=...`)."""
     key, equals, _ = text.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"override {_shown(text)}: write it as key.sub=value")
     if key == "base":
         raise ConfigError(f"override {_shown(text)}: base must stand in a config file")
     try:
-        return OmegaConf.from_dotlist([text])
-    except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
+        value: Any = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
+        for _ in re.split(r"[.\[]", key):
+            (value,) = value.values()
+        OmegaConf.update(values, key, value)
+    except (YAMLError, OmegaConfBaseException, ValueError, TypeError, IndexError) as error:
         said = " ".join(str(error).split())
         raise ConfigError(
             f"override {_shown(text)}: write it as key.sub=value, the value as in YAML ({said})"

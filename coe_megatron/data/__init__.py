@@ -1,5 +1,5 @@
 """Data: the built-in corpus, tokenizers, preparation into Megatron's indexed datasets, and batches for training.
 
-`corpus` and `prepare` need no torch to import; `datasets` needs it. Nothing here starts or needs process groups,
+`datasets` and `run_data` need torch to import, the rest does not. Nothing here starts or needs process groups,
 but a packed dataset opened under several ranks lets rank 0 build its index first.
 """

@@ -139,3 +139,12 @@ def test_vocabulary_is_rounded_up_or_as_asked() -> None:
 def test_checking_a_config_needs_no_torch() -> None:
     code = "import sys, coe_megatron.config, coe_megatron.config.shape; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_override_reaches_into_a_list(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("data: {blend: [{path: a, weight: 1}, {path: b, weight: 2}], samples: packed}")
+    blend = load(path, ["data.blend.1.path=c", "data.blend.0.weight=3"]).data.blend
+    assert [(part.path, part.weight) for part in blend or []] == [("a", 3), ("c", 2)]
+    with pytest.raises(ConfigError, match=r"^override 'data.blend.2.path=d': write it as key.sub=value.*out of range"):
+        load(path, ["data.blend.2.path=d"])

@@ -38,7 +38,7 @@ OVERRIDES: list[tuple[str, str]] = [
     ("topk", "override 'topk': write it as key.sub=value"),
     ("=3", "override '=3': write it as key.sub=value"),
     ("moe=[1", "override 'moe=[1': write it as key.sub=value, the value as in YAML (while parsing"),
-    ("training.milestones.last=3", "override 'training.milestones.last=3': it does not fit to what it changes"),
+    ("training.milestones.last=3", "override 'training.milestones.last=3': write it as key.sub=value"),
     # types
     ("moe.topk=many", "moe.topk is 'many': it should be a valid integer"),
     ("moe.topk=1k", "moe.topk is '1k': it should be a valid integer"),

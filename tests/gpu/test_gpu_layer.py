@@ -9,6 +9,8 @@ from modules_build import EXPERTS, copy_from_oracle, errors, make_config, make_l
 from modules_oracle import CHAINS, chain_of, layer_step, make_batch, oracle_step
 from programs import python
 
+from coe_megatron.chain.settings import ChainSettings
+
 pytestmark = pytest.mark.gpu
 SIZES = {"hidden_size": 32, "moe_ffn_hidden_size": 16, "moe_shared_expert_intermediate_size": 16}
 
@@ -37,6 +39,24 @@ def test_layer_follows_oracle_in_bf16(device: torch.device, chain: tuple[str, st
     """With every expert chosen for every token, since bf16 may turn a close choice and then nothing is alike."""
     found = _compare(device, chain, torch.bfloat16, moe_router_topk=EXPERTS)
     assert found["h'"] <= 0.02 and max(found.values()) <= 0.06, found
+
+
+@pytest.mark.parametrize("mode", ["experts", "iteration", "layer"])
+def test_recomputing_in_bf16(device: torch.device, mode: str) -> None:
+    """With few choices: had a close one turned in the second pass, tensors would have other shapes and torch refuse."""
+    config = make_config(**SIZES, params_dtype=torch.bfloat16, bf16=True, moe_router_dtype="fp32", hidden_dropout=0.1)
+    found: list[dict[str, torch.Tensor]] = []
+    weights: dict[str, torch.Tensor] = {}
+    for recompute in ("none", mode):
+        reset_megatron()
+        torch.manual_seed(5)
+        layer = make_layer(config, ChainSettings(3), recompute=recompute).to(device)
+        weights = weights or layer.state_dict()
+        layer.load_state_dict(weights)
+        torch.manual_seed(7)
+        batch = (part.to(device, torch.bfloat16) for part in make_batch(SIZES["hidden_size"], batch=64))
+        found.append({name: value.float() for name, value in layer_step(layer, *batch).items()})
+    assert max(errors(found[1], found[0]).values()) <= 0.02
 
 
 def test_a_run_in_bf16(device: torch.device, tmp_path: Path) -> None:

@@ -64,6 +64,18 @@ def finished(config: Path, prepared: Path) -> Path:
     return folder
 
 
+def test_recomputing_changes_no_loss_and_no_gradient(finished: Path, config: Path, prepared: Path) -> None:
+    """Through ZeRO, accumulation, dropout and expert parallelism; fp32, so to the last bit."""
+    folder = prepared.parent / "recomputed"
+    settings = (f"data.path={prepared}", f"output={folder}", "moe.recompute=iteration")
+    done = torchrun("launch/pretrain_coe.py", config, *settings)
+    assert done.returncode == 0, done.stderr
+    lines = zip(*(read_metrics(path / "metrics.jsonl") for path in (folder, finished)), strict=True)
+    for found, plain in lines:
+        for name in ("train_loss", "valid_loss", "grad_norm", "aux_loss", "routing"):
+            assert found.get(name) == plain.get(name)
+
+
 def test_a_run_leaves_everything_it_should(finished: Path) -> None:
     lines = read_metrics(finished / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(13))
@@ -294,6 +306,7 @@ def test_one_process_without_torchrun(config: Path, prepared: Path, tmp_path: Pa
     done = python(
         "launch/pretrain_coe.py", config, f"data.path={prepared}", f"output={tmp_path}", "parallel.expert=1",
         "training.steps=3", f"chain.iterations={iterations}", "training.precision=bf16", "data.samples=packed",
+        "data.reset_at_documents=true",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
 
