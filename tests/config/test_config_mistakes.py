@@ -32,11 +32,12 @@ OVERRIDES: list[tuple[str, str]] = [
     ("logging.wandb.projct=x", "logging.wandb.projct is not a setting; did you mean logging.wandb.project?"),
     ("data.blend=[{path: a, wieght: 1}]", "data.blend.0.wieght is not a setting; did you mean data.blend.0.weight?"),
     ("chain.zzz=2", "chain.zzz is not a setting; valid keys: iterations, gating, residual"),
-    ("moe..topk=3", "moe.'' is not a setting; valid keys: num_experts, topk"),
     ("base=other.yaml", "override 'base=other.yaml': base must stand in a config file"),
     # overrides
     ("topk", "override 'topk': write it as key.sub=value"),
     ("=3", "override '=3': write it as key.sub=value"),
+    ("moe..topk=3", "override 'moe..topk=3': write it as key.sub=value"),
+    ("moe[topk=3", "override 'moe[topk=3': write it as key.sub=value"),
     ("moe=[1", "override 'moe=[1': write it as key.sub=value, the value as in YAML (while parsing"),
     ("training.milestones.last=3", "override 'training.milestones.last=3': write it as key.sub=value"),
     # types

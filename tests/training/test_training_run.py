@@ -150,7 +150,6 @@ def test_a_mistake_is_said_once_by_rank_0(config: Path) -> None:
         (("configs/quickstart.yaml", "parallel.expert=1", "model.seq_lenth=9"), "did you mean model.seq_length?"),
         (("configs/quickstart.yaml", "parallel.expert=1", "--jsn"), "unrecognized arguments: --jsn"),
         (("configs/quickstart.yaml", "--json"), "--json goes with --dry-run"),
-        (("configs/quickstart.yaml", "parallel.expert=1", "output=Makefile/run"), "output is Makefile/run: cannot be"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_2(arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:
@@ -161,9 +160,16 @@ def test_a_mistake_is_one_line_and_exit_2(arguments: tuple[str, ...], said: str,
     ), done.stderr
 
 
+def test_an_output_that_cannot_be_written_is_one_line_and_exit_2(config: Path, prepared: Path) -> None:
+    done = python(
+        "launch/pretrain_coe.py", config, f"data.path={prepared}", "parallel.expert=1", "output=Makefile/run"
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("pretrain_coe.py: error: output is Makefile/run: cannot be"), done.stderr
+
+
 def _into(folder: Path, arguments: tuple[str, ...]) -> list[str]:
-    given = any(argument.startswith("output=") for argument in arguments)
-    return [] if given or len(arguments) == 1 else [f"output={folder}"]
+    return [] if len(arguments) == 1 else [f"output={folder}"]
 
 
 def test_going_on_with_another_config_is_refused(config: Path, prepared: Path, finished: Path) -> None:
