@@ -20,7 +20,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Never:
         if self._silent:  # the first rank to end makes torchrun kill the others, rank 0 before it has spoken
             time.sleep(_SECONDS_FOR_RANK_0)
-        self.exit(2, None if self._silent else f"{self.prog}: error: {message}\n")
+        self.exit(2, None if self._silent else f"{self.prog}: error: {one_line(message)}\n")
+
+
+def one_line(text: str) -> str:
+    """The text with line breaks and whatever else no terminal shows (from names of files and keys) as escapes."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 def write_out(text: str) -> None:

@@ -99,8 +99,8 @@ def _data(data: DataSettings) -> Iterator[str]:
     if data.validation is not None and not data.validation:
         yield "data.validation is {}: it must name at least one folder, or be null"
     for name in data.validation or {}:
-        if not name.strip() or "/" in name:
-            yield f"data.validation has the name {name!r}: a name is text without slashes"
+        if not name.strip() or "/" in name or not name.isprintable():
+            yield f"data.validation has the name {name!r}: a name is text on one line without slashes"
     names = Counter(Path(part.path).name for part in data.blend or [] if data.validation is None)
     if names and names.most_common(1)[0][1] > 1:
         name = names.most_common(1)[0][0]

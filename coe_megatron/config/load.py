@@ -12,12 +12,16 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from yaml import YAMLError
 
+from coe_megatron.config.arguments import one_line
 from coe_megatron.config.checks import check
 from coe_megatron.config.settings import RunConfig
 
 
 class ConfigError(ValueError):
     """A mistake in a config or an override; its text is one line for the user."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(one_line(text))
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), world_size: int | None = None) -> RunConfig:

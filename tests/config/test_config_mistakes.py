@@ -107,7 +107,7 @@ OVERRIDES: list[tuple[str, str]] = [
     ("training.warm_start=runs/mistakes", "training.warm_start is runs/mistakes: it must name another run than output"),
     ("data.reset_at_documents=true", "data.reset_at_documents is true: it goes with data.samples packed"),
     ("data.blend=[]", "data.blend is []: it must name at least one folder, or be null"),
-    ("data.validation={a/b: x}", "data.validation has the name 'a/b': a name is text without slashes"),
+    ("data.validation={a/b: x}", "data.validation has the name 'a/b': a name is text on one line without slashes"),
     # what refers to something else
     ("moe.topk=${moe.nothing}", "moe.topk has no value: Interpolation key 'moe.nothing' not found"),
     ("moe.topk=${oc.env:NO_SUCH_VARIABLE}", "moe.topk has no value: "),
@@ -130,6 +130,7 @@ FILES: dict[str, tuple[str | bytes, str]] = {
     "an unclosed reference": ("moe: {topk: '${moe.'}\n", "config.yaml: moe.topk is not valid: "),
     "many digits": ("moe: {topk: " + "9" * 5000 + "}\n", "config.yaml: not valid YAML: "),
     "a line break in text": ('output: "a\\nb"\n', "output is 'a\\nb': it should be text on one line"),
+    "a line break in a key": ('data: {validation: {"a\\nb": "${"}}\n', "data.validation.a\\nb is not valid: "),
     "itself as base": ("base: config.yaml\n", "config.yaml: base leads back to this file"),
     "a base in a circle": ("base: circle.yaml\n", "base leads back to this file: config.yaml -> circle.yaml"),
     "no such base": ("base: none.yaml\n", "none.yaml: there is no such config file"),
@@ -188,6 +189,7 @@ def test_a_mistake_in_a_file(name: str, config: Path, capsys: pytest.CaptureFixt
         ([ROOT], "cannot be read: Is a directory"),
         ([], "the following arguments are required: config"),
         (["{config}", "--jsn"], "unrecognized arguments: --jsn"),
+        (["{config}", "--a\nb"], "unrecognized arguments: --a\\nb"),
     ],
 )
 def test_a_mistake_in_the_command(

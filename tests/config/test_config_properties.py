@@ -127,7 +127,7 @@ def valid() -> list[dict[str, Any]]:
 
 
 @given(data=st.data())
-@settings(FIXED, max_examples=300)
+@settings(FIXED, max_examples=200)
 def test_a_changed_config_is_costed_or_refused_in_one_line(
     data: st.DataObject, valid: list[dict[str, Any]], tmp_path: Path
 ) -> None:
