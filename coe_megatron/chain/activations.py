@@ -1,8 +1,8 @@
 """Closed forms of the memory between forward and backward pass: what is kept, what is recomputed, and the peak.
 
-Needs no torch. Tests hold every form against the tensors that the built Megatron model keeps on the CPU; on CUDA the
-same parts are kept but for torch's fused RMSNorm, which keeps one copy of its input fewer (two in bf16), and dropout
-masks, which take a byte an element: there the forms are upper bounds.
+Needs no torch. Tests hold every form against the tensors that the built Megatron model keeps on the CPU. On CUDA
+torch's RMSNorm is one kernel, which need not keep the normed input, and dropout masks are bytes: the forms
+should be upper bounds there; nothing was measured. Rows that a capacity turns away are counted, a router's fp64 is not.
 
 Letters: T tokens of a micro-batch on a rank, b bytes of an element, D hidden, N experts, K chosen for a token, F ffn.
 """

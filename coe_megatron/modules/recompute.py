@@ -1,5 +1,7 @@
 """What the backward pass computes again instead of keeping it: the modes, the second pass, and the routes it follows.
 
+Megatron's `recompute_granularity="full"` recomputes transformer layers from outside: it works, but without routes.
+
 T: tokens, N: experts, K: chosen for a token.
 """
 

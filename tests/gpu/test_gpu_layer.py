@@ -45,14 +45,11 @@ def test_layer_follows_oracle_in_bf16(device: torch.device, chain: tuple[str, st
 def test_recomputing_in_bf16(device: torch.device, mode: str) -> None:
     """With few choices: had a close one turned in the second pass, tensors would have other shapes and torch refuse."""
     config = make_config(**SIZES, params_dtype=torch.bfloat16, bf16=True, moe_router_dtype="fp32", hidden_dropout=0.1)
-    found: list[dict[str, torch.Tensor]] = []
-    weights: dict[str, torch.Tensor] = {}
-    for recompute in ("none", mode):
-        reset_megatron()
-        torch.manual_seed(5)
-        layer = make_layer(config, ChainSettings(3), recompute=recompute).to(device)
-        weights = weights or layer.state_dict()
-        layer.load_state_dict(weights)
+    reset_megatron()
+    layers = [make_layer(config, ChainSettings(3), recompute=each).to(device) for each in ("none", mode)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    found = []
+    for layer in layers:
         torch.manual_seed(7)
         batch = (part.to(device, torch.bfloat16) for part in make_batch(SIZES["hidden_size"], batch=64))
         found.append({name: value.float() for name, value in layer_step(layer, *batch).items()})
