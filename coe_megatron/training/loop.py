@@ -6,16 +6,18 @@ tokens of the whole step, on all ranks and in all micro-batches, so that a token
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from megatron.core import parallel_state
 
 from coe_megatron.chain import closed_forms
+from coe_megatron.checkpoint.seal import shared
 from coe_megatron.config import ConfigError, RunConfig
 from coe_megatron.config.shape import model_shape, padded_vocabulary
 from coe_megatron.data.datasets import StepBatches, validation_batches
@@ -33,6 +35,8 @@ from coe_megatron.training.progress import Progress
 from coe_megatron.training.schedule import learning_rate
 from coe_megatron.zero import engine as zero
 
+Result = TypeVar("Result")
+
 
 class Interrupted(Exception):
     """The run was asked to stop, and has saved a checkpoint."""
@@ -49,8 +53,7 @@ def train(config: RunConfig, ranks: groups.Ranks) -> run_folder.Outcome | None:
     if config.training.deterministic:
         devices.make_deterministic()
     device = groups.start(config.parallel, config.training.seed, ranks)
-    if ranks.rank == 0:
-        run_folder.begin(Path(config.output), config)
+    _at_rank_0(lambda: run_folder.begin(Path(config.output), config))
     try:
         run = Pretraining(config, device)
         run.run()
@@ -93,7 +96,7 @@ class Pretraining:
         if self.main_rank:
             run_folder.describe(self.folder, self._facts(entropy), self.config)
         with ExitStack() as stack:
-            self.writer = open_metrics(self.folder, self.config, first) if self.main_rank else Several()
+            self.writer = _at_rank_0(lambda: open_metrics(self.folder, self.config, first)) or Several()
             stack.callback(self.writer.close)
             self.progress = Progress(first, steps, visible=self.main_rank)
             stack.callback(self.progress.close)
@@ -241,6 +244,23 @@ class Pretraining:
 
     def _to_device(self, batch: Batch) -> Batch:
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+
+def _at_rank_0(action: Callable[[], Result]) -> Result | None:
+    """What `action` returns on rank 0, which alone calls it; None on the others.
+
+    Raises:
+        ConfigError: it did, on rank 0; on all ranks, or the others would wait for rank 0 and end with an error of theirs.
+    """
+    result, refused = None, ""
+    if torch.distributed.get_rank() == 0:
+        try:
+            result = action()
+        except ConfigError as error:
+            refused = str(error)
+    if refused := shared(refused):
+        raise ConfigError(refused)
+    return result
 
 
 class _Clock:

@@ -24,6 +24,7 @@ _FREE = {
     "data.blend",
     "data.validation",
     "data.validation_samples",
+    "parallel.expert",  # checkpoints are read by any layout
     "parallel.world_size",
     "training.steps",
     "training.log_every",
@@ -116,11 +117,15 @@ def check_same_run(folder: Path, config: RunConfig) -> None:
     """Refuse to go on from checkpoints that another config made.
 
     Raises:
-        ConfigError: names a setting that differs, its value then and now.
+        ConfigError: names a setting that differs, its value then and now; or the checkpoints' config cannot be read.
     """
     if not (folder / "config.yaml").exists():
         return
-    then, now = (dict(_settings(asdict(c))) for c in (load(folder / "config.yaml"), config))
+    try:
+        saved = load(folder / "config.yaml")
+    except ConfigError as error:
+        raise ConfigError(f"output is {folder}: the config.yaml of its checkpoints cannot be used: {error}") from error
+    then, now = (dict(_settings(asdict(c))) for c in (saved, config))
     for name, value in now.items():
         if then.get(name) != value and name not in _FREE and not name.startswith(_FREE_SECTIONS):
             raise ConfigError(

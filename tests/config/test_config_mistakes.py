@@ -74,6 +74,7 @@ OVERRIDES: list[tuple[str, str]] = [
     ("optimizer.warmup=100", "optimizer.warmup is 100: it should be less than 1"),
     ("optimizer.betas=[0.9,1.5]", "optimizer.betas.1 is 1.5: it should be less than 1"),
     ("chain.iterations=0", "chain.iterations is 0: it must be an integer of at least 1"),
+    ("chain.iterations=2_000_000_000", "chain.iterations is 2000000000: it must be at most 10000"),
     ("moe.capacity_factor=0", "moe.capacity_factor is 0: it should be greater than 0"),
     ("chain.gating=other", "chain.gating is 'other': it should be 'independent', 'shared_router' or 'fixed'"),
     ("training.precision=fp16", "training.precision is 'fp16': it should be 'fp32' or 'bf16'"),
