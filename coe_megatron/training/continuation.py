@@ -42,13 +42,12 @@ class Checkpoints:
         Raises:
             ValueError: a checkpoint is of another config, model, tokenizer or text, or beyond `training.steps`.
         """
-        if self._folder.exists():
-            run_folder.check_same_run(self._run, self._config)
+        remark = run_folder.check_same_run(self._run, self._config) if self._folder.exists() else ""
         state = store.load_latest(self._folder, self._engine)
         if state is not None:
             self._require_same(state, ("tokenizer", "text"), f"the checkpoints in {self._run}")
             self._require_steps(state["step"])
-            return Position(state["step"], state["tokens"]), f"resumed at step {state['step']}"
+            return Position(state["step"], state["tokens"]), self._resumed(state["step"], remark)
         if self._config.training.warm_start is not None:
             return Position(), self._warm_start(Path(self._config.training.warm_start))
         return Position(), ""
@@ -58,6 +57,12 @@ class Checkpoints:
         training, state = self._config.training, {**asdict(position), **self._identity}
         keep, milestones = training.keep_checkpoints, training.milestones
         store.save(self._folder, position.step, self._engine, state, keep, milestones)
+
+    def _resumed(self, step: int, remark: str) -> str:
+        steps = self._config.training.steps
+        if step >= steps:
+            return f"finished already, at step {step}; a larger training.steps goes on"
+        return f"resumed at step {step}{remark}"
 
     def _warm_start(self, source: Path) -> str:
         try:

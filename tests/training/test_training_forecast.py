@@ -114,7 +114,7 @@ def held_on_a_rank(expert: int) -> dict[str, tuple[dict[str, int], dict[str, int
 
 
 def held_in(precision: str, expert: int) -> tuple[dict[str, int], dict[str, int], int]:
-    """After the first of two micro-batches: when ranks reduce, after the last one, they let go of what is not theirs."""
+    """After the first of two micro-batches: when ranks reduce, after the last, they let go of what is not theirs."""
     ranks = torch.distributed.get_world_size()
     config = RunConfig(
         model=ModelSettings(num_layers=2, hidden_size=128, num_attention_heads=2, seq_length=8),

@@ -135,6 +135,7 @@ def test_a_finished_run_started_again_has_nothing_to_do(config: Path, prepared: 
     before = (finished / "metrics.jsonl").read_text()
     done = torchrun("launch/pretrain_coe.py", config, f"data.path={prepared}", f"output={finished}")
     assert done.returncode == 0, done.stderr
+    assert "finished already, at step 12; a larger training.steps goes on" in done.stderr
     assert (finished / "metrics.jsonl").read_text() == before
 
 
@@ -218,7 +219,7 @@ def test_profile_milestones_and_determinism_change_no_loss(config: Path, prepare
     trace, table = sorted((folder / "profile").iterdir(), reverse=True)
     assert (trace.name, table.name) == ("trace-rank00000.json.gz", "operators-rank00000.txt")
     events = {event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
-    assert {"aten::mm", "[memory]"} <= events
+    assert {"aten::mm", "[memory]", "ProfilerStep#1", "layer 1, iteration 1", "layer 2, iteration 2"} <= events
     assert "aten::mm" in table.read_text()
 
 
