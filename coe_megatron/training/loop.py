@@ -250,7 +250,7 @@ def _at_rank_0(action: Callable[[], Result]) -> Result | None:
     """What `action` returns on rank 0, which alone calls it; None on the others.
 
     Raises:
-        ConfigError: on all ranks if `action` did; the others would wait for rank 0 and end with an error of their own.
+        ConfigError: on all ranks if `action` did; the others would wait for rank 0 and end in an error of theirs.
     """
     result, refused = None, ""
     if torch.distributed.get_rank() == 0:

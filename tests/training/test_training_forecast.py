@@ -135,7 +135,7 @@ def held_in(precision: str, expert: int) -> tuple[dict[str, int], dict[str, int]
 @pytest.mark.ranks
 @pytest.mark.parametrize("expert", [1, 2])
 def test_a_rank_holds_what_was_said(expert: int) -> None:
-    """Weights, gradients, the buffer they are reduced in and the optimizer's states; a gradient in the making may stand beside."""
+    """Weights, gradients, their buffer and the optimizer's states; a gradient in the making may stand beside."""
     for rank in run_ranks(held_on_a_rank, 2, expert, expert_model_parallel_size=expert):
         for precision, (said, measured, held) in rank.items():
             assert measured["parameters"] == said["weights"]

@@ -171,11 +171,17 @@ def test_a_mistake_is_said_once_by_rank_0(mistake: str, said: str, config: Path,
         (("configs/quickstart.yaml", "parallel.expert=1", "model.seq_lenth=9"), "did you mean model.seq_length?"),
         (("configs/quickstart.yaml", "parallel.expert=1", "--jsn"), "unrecognized arguments: --jsn"),
         (("configs/quickstart.yaml", "--json"), "--json goes with --dry-run"),
-        (("configs/quickstart.yaml", "parallel.expert=1", "output=Makefile/run"), "output is Makefile/run: cannot be"),
+        (
+            ("{config}", "parallel.expert=1", "data.path={data}", "output=Makefile/run"),
+            "output is Makefile/run: cannot",
+        ),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_2(arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:
-    done = python("launch/pretrain_coe.py", *arguments, *_into(tmp_path, arguments))
+def test_a_mistake_is_one_line_and_exit_2(
+    arguments: tuple[str, ...], said: str, config: Path, prepared: Path, tmp_path: Path
+) -> None:
+    filled = [argument.format(config=config, data=prepared) for argument in arguments]
+    done = python("launch/pretrain_coe.py", *filled, *_into(tmp_path, arguments))
     assert done.returncode == 2
     assert (
         done.stderr.startswith("pretrain_coe.py: error: ") and done.stderr.count("\n") == 1 and said in done.stderr
