@@ -260,7 +260,7 @@ def _at_rank_0(action: Callable[[], Result]) -> Result | None:
     """What `action` returns on rank 0, which alone calls it; None on the others.
 
     Raises:
-        ConfigError: it did, on rank 0; on all ranks, or the others would wait for rank 0 and fail otherwise.
+        ConfigError: on all ranks if `action` did; the others would wait for rank 0 and end in an error of theirs.
     """
     result, refused = None, ""
     if torch.distributed.get_rank() == 0:
