@@ -8,7 +8,7 @@ from pathlib import Path
 
 from coe_megatron.config.arguments import Parser
 from coe_megatron.data.manifest import Manifest
-from coe_megatron.data.prepare import PrepareSettings, prepare
+from coe_megatron.data.prepare import PrepareSettings, prepare, what_is_done
 
 EPILOG = """examples:
   prepare_data.py --builtin 20000 --vocab-size 2048 --output data/problems
@@ -20,7 +20,8 @@ files: .jsonl and .ndjson (an object a line), .parquet, .txt, .text and .md (bla
 field is "text"); all but Parquet also compressed as .gz, .xz or .zst.
 
 exit status: 0 done, 1 the input could not be prepared, 2 a bad argument, 130 interrupted; each failure is one line
-on stderr and leaves --output as it was. After an interruption the same command goes on where it stopped."""
+on stderr and leaves --output as it was. When the tokenizer is there, an interrupted command goes on where it stopped;
+what it has done stands in the hidden folder .NAME.partial beside --output, and deleting that discards it."""
 
 
 def parser() -> Parser:
@@ -98,7 +99,9 @@ def main() -> int:
     except (ValueError, OSError) as error:
         program.exit(1, f"{program.prog}: error: {error}\n")
     except KeyboardInterrupt:
-        program.exit(130, f"{program.prog}: interrupted; the same command goes on from there\n")
+        done = what_is_done(settings.output)
+        goes_on = f"the same command goes on from there: {done}" if done else "the same command begins anew"
+        program.exit(130, f"{program.prog}: interrupted; {goes_on}\n")
     return 0
 
 

@@ -67,7 +67,7 @@ def test_a_preparation_is_timed_phase_by_phase(tmp_path: Path) -> None:
     ("arguments", "says"),
     [
         (("--input", "none.jsonl"), "input none.jsonl is not a file"),
-        (("--vocab-size", "12"), "vocab-size is 12: it must be at least 261"),
+        (("--vocab-size", "12"), "--vocab-size is 12: it must be at least 261"),
     ],
 )
 def test_a_bad_argument_for_data_is_one_line(arguments: tuple[str, ...], says: str) -> None:
