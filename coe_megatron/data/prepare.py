@@ -272,6 +272,7 @@ def training_documents(settings: PrepareSettings, bar: Callable[..., tqdm]) -> I
     pieces, recipe = Input(settings), settings.recipe
     training = held_out = malformed = 0
     with bar(desc="tokenizer", **pieces.size) as shown:
+        visible = not shown.disable
         for piece in pieces:
             for item in recipe.documents(piece.chunk, piece.split):
                 if isinstance(item, MalformedRecord):
@@ -284,7 +285,7 @@ def training_documents(settings: PrepareSettings, bar: Callable[..., tqdm]) -> I
             shown.update(piece.position - shown.n)
     if not training:
         raise ValueError(_why_empty(settings, "train", held_out, malformed))
-    if not shown.disable:
+    if visible:
         print(f"learning {settings.vocab_size:,} pieces ...", file=sys.stderr)
 
 
