@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+from pathlib import Path
 
 GOES_ON = "the same command goes on from the newest checkpoint"
 
@@ -64,8 +65,16 @@ def _vocabulary(config: RunConfig, *, data_needed: bool = False) -> int:
         raise ConfigError(str(error)) from error
 
 
+def _require_warm_start(config: RunConfig) -> None:
+    source = config.training.warm_start
+    begins = not (Path(config.output) / "checkpoints").exists()
+    if source is not None and begins and not Path(source).is_dir():
+        raise ConfigError(f"training.warm_start is {source}: it must be a checkpoint or the folder of a run")
+
+
 def _pretrain(config: RunConfig) -> int:
     _vocabulary(config, data_needed=True)
+    _require_warm_start(config)
     # Imported here: the stack takes seconds, and a mistake in config or data should not.
     from coe_megatron.training.console import quiet_libraries
 
