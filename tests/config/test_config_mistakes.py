@@ -48,7 +48,7 @@ OVERRIDES: list[tuple[str, str]] = [
         "data.blend=[{path: a, weight: 1}, {path: b, weight: 1}] & data.blend.2.weight=5",
         "override 'data.blend.2.weight=5': data.blend has 2 entries (0 to 1)",
     ),
-    ("training.milestones=[] & training.milestones.0=5", "training.milestones.0=5': training.milestones has no e"),
+    ("training.milestones=[] & training.milestones.0=5", "training.milestones has no entries"),
     ("training.milestones.last=3", "override 'training.milestones.last=3': write it as key.sub=value"),
     # types
     ("moe.topk=many", "moe.topk is 'many': it should be a valid integer"),
