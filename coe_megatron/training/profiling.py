@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from coe_megatron.config.settings import ProfileSettings
 
@@ -25,13 +25,20 @@ class ProfileWindow:
     def __init__(self, settings: ProfileSettings, folder: Path, rank: int) -> None:
         self._settings, self._folder, self._rank = settings, folder, rank
         self._profile: profile | None = None
+        self._mark: record_function | None = None  # of the step at hand
         first = settings.first_step if rank in settings.ranks else None
         self._window = range(0) if first is None else range(first, first + settings.steps)
 
     def before_step(self, step: int) -> None:
         """To be called before step `step` (1-based)."""
-        if self._profile is not None or step not in self._window:
+        if step not in self._window:
             return
+        if self._profile is None:
+            self._start()
+        self._mark = record_function(f"step {step}")
+        self._mark.__enter__()
+
+    def _start(self) -> None:
         cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
         memory = self._settings.memory
         self._profile = profile(
@@ -43,9 +50,9 @@ class ProfileWindow:
 
     def after_step(self, step: int) -> str | None:
         """To be called after step `step`; says where the files are when the window has closed."""
-        if self._profile is None:
+        if self._profile is None or self._mark is None:
             return None
-        self._profile.step()  # marks where a step ends
+        self._mark.__exit__(None, None, None)
         if step + 1 in self._window:
             return None
         if torch.cuda.is_available():

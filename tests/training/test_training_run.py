@@ -219,7 +219,7 @@ def test_profile_milestones_and_determinism_change_no_loss(config: Path, prepare
     trace, table = sorted((folder / "profile").iterdir(), reverse=True)
     assert (trace.name, table.name) == ("trace-rank00000.json.gz", "operators-rank00000.txt")
     events = {event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
-    assert {"aten::mm", "[memory]", "ProfilerStep#1", "layer 1, iteration 1", "layer 2, iteration 2"} <= events
+    assert {"aten::mm", "[memory]", "step 2", "step 3", "layer 1, iteration 1", "layer 2, iteration 2"} <= events
     assert "aten::mm" in table.read_text()
 
 
@@ -242,15 +242,17 @@ def test_a_warm_start_takes_weights_alone(config: Path, prepared: Path, finished
         (("model.num_layers=1",), "is of another model: decoder.layers.mlp"),
         (("training.warm_start=configs",), "training.warm_start is configs: configs holds no checkpoint"),
         (("training.warm_start=nowhere",), "training.warm_start is nowhere: it must be a checkpoint or the folder of"),
-        (("training.warm_start={run}/checkpoints/step-00000001",), "is not whole: complete.json is missing"),
+        (("training.warm_start={here}/step-00000001",), "is not whole: complete.json is missing"),
         (("data.path={other}",), "data.path has another tokenizer than training.warm_start"),
     ],
 )
 def test_a_warm_start_that_does_not_fit_is_one_line(
     options: tuple[str, ...], said: str, config: Path, prepared: Path, other_data: Path, finished: Path, tmp_path: Path
 ) -> None:
-    common = ("launch/pretrain_coe.py", config, f"data.path={prepared}", f"output={tmp_path}", "parallel.expert=1")
-    filled = [option.format(run=finished, other=other_data) for option in options]
+    output = f"output={tmp_path / 'run'}"
+    common = ("launch/pretrain_coe.py", config, f"data.path={prepared}", output, "parallel.expert=1")
+    (tmp_path / "step-00000001").mkdir()
+    filled = [option.format(here=tmp_path, other=other_data) for option in options]
     done = python(*common, f"training.warm_start={finished}", *filled)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and said in done.stderr, done.stderr
