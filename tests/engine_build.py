@@ -40,6 +40,8 @@ def make_engine(
     chain: ChainSettings | None = None,
     layers: int = 2,
     seed: int = 1,
+    stage: int = 1,
+    offload: str = "",
     spoil: Callable[[torch.nn.Module], None] = lambda model: None,
 ) -> DeepSpeedEngine:
     """Eight experts a layer, two iterations, both auxiliary losses with large coefficients; clipping bites.
@@ -67,7 +69,10 @@ def make_engine(
     training = TrainingSettings(global_batch=ROWS, micro_batch=micro_batch, precision=precision)
     ranks = parallel_state.get_data_parallel_world_size()
     optimizer = OptimizerSettings(lr=1e-2, clip=0.1)
-    return zero.build_engine(model, optimizer, training, ZeroSettings(), ROWS // (micro_batch * ranks))
+    settings = ZeroSettings(
+        stage=stage, offload_optimizer="optimizer" in offload, offload_parameters="parameters" in offload
+    )
+    return zero.build_engine(model, optimizer, training, settings, ROWS // (micro_batch * ranks))
 
 
 def take_steps(engine: DeepSpeedEngine, first: int, count: int, mean_of_means: bool = False) -> Trace:
@@ -81,7 +86,7 @@ def take_steps(engine: DeepSpeedEngine, first: int, count: int, mean_of_means: b
             loss += _pass(engine, tokens, counts, int(counts.sum()) * parts if mean_of_means else total)
             if step == first and engine.is_gradient_accumulation_boundary():
                 trace.gradients = gradients(engine)
-            engine.step()
+            zero.step(engine)
         trace.norms.append(zero.gradient_norm(engine))
         trace.losses.append(float(_summed(loss)))
     trace.weights = {name: weight.detach().clone() for name, weight in engine.module.named_parameters()}

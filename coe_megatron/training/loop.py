@@ -136,7 +136,7 @@ class Pretraining:
             token_losses = evaluation.token_losses(self.engine, batch)
             loss = (token_losses * batch["loss_mask"]).sum() / max(counted, 1)
             zero.backward(self.engine, loss)
-            self.engine.step()
+            zero.step(self.engine)
             total += loss.detach()
         stats.finish_step(model)
         self.position.tokens += int(counted)

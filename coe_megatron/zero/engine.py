@@ -3,7 +3,7 @@
     for micro_batch in step:        # `accumulation` of them
         loss = token_losses(engine(...)).sum() / tokens_of_the_step
         backward(engine, loss)
-        engine.step()               # counts micro-batches; the weights change after the last
+        step(engine)                # counts micro-batches; the weights change after the last
     norm = gradient_norm(engine)
 
 What the gradients are (all scaling is done by `backward`, nowhere else):
@@ -24,12 +24,14 @@ from typing import Any, TypeAlias
 import deepspeed
 import deepspeed.ops
 import torch
+from deepspeed.utils import set_z3_leaf_modules
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from coe_megatron.config.settings import OptimizerSettings, TrainingSettings, ZeroSettings
+from coe_megatron.modules.coe_layer import CoELayer
 from coe_megatron.modules.stats import routers
 from coe_megatron.parallel.groups import MegatronGroups
-from coe_megatron.zero import expert_groups, states
+from coe_megatron.zero import expert_groups, states, whole
 
 Engine: TypeAlias = deepspeed.DeepSpeedEngine
 
@@ -53,6 +55,8 @@ def build_engine(
         The engine; `engine.module` is the model.
     """
     _prepare_deepspeed()
+    if zero.stage == 3:
+        set_z3_leaf_modules(model, [CoELayer], raise_if_not_found=False)  # gathered once a pass, not C times
     # stdout is for what programs print; DeepSpeed reports its memory there.
     with expert_groups.announced(model), redirect_stdout(io.StringIO()):
         adam = torch.optim.AdamW(
@@ -81,6 +85,15 @@ def backward(engine: Engine, loss: torch.Tensor) -> None:
     engine.backward(loss * engine.dp_world_size, scale_wrt_gas=False)
 
 
+def step(engine: Engine) -> None:
+    """Count a micro-batch; after the last one of a step clip the gradients and change the weights."""
+    if engine.zero_optimization_stage() == 0 and engine.is_gradient_accumulation_boundary():
+        norm = whole.gradient_norm(engine.module)
+        whole.clip(engine.module, norm, engine.gradient_clipping())
+        engine._global_grad_norm = norm
+    engine.step()
+
+
 def set_lr(engine: Engine, lr: float) -> None:
     """Set the learning rate of the coming steps."""
     for group in engine.optimizer.param_groups:
@@ -102,11 +115,8 @@ def _config(
         "train_micro_batch_size_per_gpu": training.micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": optimizer.clip or 0.0,
-        "zero_optimization": {
-            "stage": zero.stage,
-            "reduce_bucket_size": zero.reduce_bucket_size,
-            "allgather_bucket_size": zero.reduce_bucket_size,
-        },
+        "zero_optimization": _zero_config(zero),
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW is as fast on a CPU, and needs no compiler
         "bf16": {"enabled": training.precision == "bf16"},
         # Gradients are summed, over micro-batches and over ranks, in fp32 whatever the weights are.
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -114,6 +124,16 @@ def _config(
         # Progress, timing and memory are reported by the training loop.
         "steps_per_print": sys.maxsize,
         "timers": {"throughput": {"enabled": False}},
+    }
+
+
+def _zero_config(zero: ZeroSettings) -> dict[str, Any]:
+    offloaded = {"offload_optimizer": zero.offload_optimizer, "offload_param": zero.offload_parameters}
+    return {
+        "stage": zero.stage,
+        "reduce_bucket_size": zero.reduce_bucket_size,
+        "allgather_bucket_size": zero.reduce_bucket_size,
+        **{name: {"device": "cpu"} for name, asked in offloaded.items() if asked},
     }
 
 

@@ -111,7 +111,9 @@ def train_in_bf16(size: int) -> tuple[Trace, bool]:
     """The trace, and whether the weights are the masters rounded, where the masters are finer."""
     engine = make_engine(size, precision="bf16")
     trace = take_steps(engine, 0, STEPS)
-    masters = {name: states.read(parameter, states.MASTER) for name, parameter in engine.module.named_parameters()}
+    masters = {
+        name: states.read(engine, parameter, states.MASTER) for name, parameter in engine.module.named_parameters()
+    }
     rounded = all(torch.equal(trace.weights[name], master.bfloat16()) for name, master in masters.items())
     return trace, rounded and any(not torch.equal(trace.weights[name].float(), masters[name]) for name in masters)
 
@@ -135,7 +137,7 @@ def try_promises() -> dict:
     embedding = engine.module.embedding.word_embeddings.weight
     found = {"printed": printed.getvalue(), "modules of the model": modules[0]}
     found["modules"] = len(list(engine.module.modules()))
-    found["moments"] = float(states.read(embedding, "exp_avg").abs().max())
+    found["moments"] = float(states.read(engine, embedding, "exp_avg").abs().max())
     found["moved without a rate"] = moved(engine, embedding, rate=0.0)
     found["moved"] = moved(engine, embedding, rate=1e-3)
     found["moved by it"] = moved(engine, embedding, rate=1e-3, factor=float("inf"))
