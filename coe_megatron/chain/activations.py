@@ -115,10 +115,16 @@ def _chain(shape: ModelShape, run: Pass) -> dict[str, int]:
     if run.recompute == "iteration":
         given = tokens * shape.experts * (_FP32 + 1) if c > shape.routings else 0
         return kept | {"state": c * state, "routers": routes + given}
-    for t in range(c):
-        for kind, size in _iteration(shape, run, routed=t < shape.routings).items():
-            kept[kind] += size
+    for routed, times in _iterations(shape):
+        for kind, size in _iteration(shape, run, routed).items():
+            kept[kind] += times * size
     return kept
+
+
+def _iterations(shape: ModelShape) -> list[tuple[bool, int]]:
+    """How many iterations of a chain route, and how many use a routing again."""
+    again = shape.chain.iterations - shape.routings
+    return [(True, shape.routings), *([(False, again)] if again else [])]
 
 
 def _recomputed(shape: ModelShape, run: Pass) -> int:
@@ -127,12 +133,12 @@ def _recomputed(shape: ModelShape, run: Pass) -> int:
         return 0
     if run.recompute == "experts":
         return run.micro_batch * shape.seq_length * shape.topk * run.element * _between(shape)
-    each = [sum(_iteration(shape, run, routed=t < shape.routings).values()) for t in range(shape.chain.iterations)]
+    each = [(sum(_iteration(shape, run, routed).values()), times) for routed, times in _iterations(shape)]
     known = shape.routings * run.micro_batch * shape.seq_length * shape.topk * _INDEX  # the routes, kept anyway
     state = run.micro_batch * shape.seq_length * run.element * shape.hidden  # as is the input of what is recomputed
     if run.recompute == "iteration":
-        return max(each) - known // shape.routings - state
-    return sum(each) - known - state
+        return max(size for size, _ in each) - known // shape.routings - state
+    return sum(times * size for size, times in each) - known - state
 
 
 def _gradients(shape: ModelShape, run: Pass) -> int:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from coe_megatron.config.settings import DataSettings, ModelSettings, MoESettings, RunConfig
 
+_MOST_ITERATIONS = 10_000  # as of layers
+
 
 def check(config: RunConfig, world_size: int | None = None) -> None:
     """Raise ValueError with the first rule that is broken.
@@ -21,6 +23,8 @@ def problems(config: RunConfig, world_size: int | None = None) -> Iterator[str]:
     """Every broken rule, one line each."""
     yield from _model(config.model)
     yield from _moe(config.moe, config.model.num_layers)
+    if config.chain.iterations > _MOST_ITERATIONS:
+        yield f"chain.iterations is {config.chain.iterations}: it must be at most {_MOST_ITERATIONS}"
     yield from _alignment(config)
     yield from _data(config.data)
     yield from _training(config)

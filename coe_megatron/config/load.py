@@ -114,7 +114,7 @@ def _read_yaml(path: Path) -> Any:
 def _override(values: Any, text: str) -> None:
     """Put an override's value in its place, which may be in a list (`data.blend.0.path=...`)."""
     key, equals, _ = text.partition("=")
-    if not equals or not key.strip():
+    if not equals or not _KEY.fullmatch(key):
         raise ConfigError(f"override {_shown(text)}: write it as key.sub=value")
     if key == "base":
         raise ConfigError(f"override {_shown(text)}: base must stand in a config file")
@@ -221,5 +221,6 @@ def _forbid_unknown_keys(cls: Any) -> None:
             _forbid_unknown_keys(inner)
 
 
+_KEY = re.compile(r"[^.\[\]]+(\.[^.\[\]]+|\[[^.\[\]]+\])*")  # key.sub, and key[sub], which OmegaConf reads alike
 _forbid_unknown_keys(RunConfig)
 _ADAPTER = TypeAdapter(RunConfig)

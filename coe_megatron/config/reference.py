@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from coe_megatron.config.load import dataclasses_in
-from coe_megatron.config.settings import RunConfig
+from coe_megatron.config.settings import LARGEST, RunConfig
 
 _HEAD = """# Settings
 
@@ -80,8 +80,8 @@ def _bounds(metadata: tuple[Any, ...]) -> str:
     constraints = [part for info in metadata for part in getattr(info, "metadata", [info])]
     limits = []
     for part in constraints:
-        for name, sign in (("ge", "≥"), ("gt", ">"), ("lt", "<")):
-            if (limit := getattr(part, name, None)) is not None:
+        for name, sign in (("ge", "≥"), ("gt", ">"), ("lt", "<"), ("le", "≤")):
+            if (limit := getattr(part, name, None)) not in (None, LARGEST):  # that one goes without saying
                 limits.append(f"{sign} {limit}")
     return f" {', '.join(limits)}"
 

@@ -11,9 +11,9 @@ from pydantic import Field
 from coe_megatron.chain.activations import Recompute
 from coe_megatron.chain.settings import ChainSettings
 
-_LARGEST = 2**31 - 1  # what torch's and numpy's 32-bit sizes and seeds hold
-Count = Annotated[int, Field(ge=1, le=_LARGEST)]
-Index = Annotated[int, Field(ge=0, le=_LARGEST)]
+LARGEST = 2**31 - 1  # what torch's and numpy's 32-bit sizes and seeds hold
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
+Index = Annotated[int, Field(ge=0, le=LARGEST)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -72,6 +72,7 @@ def padded_vocabulary(config: RunConfig, tokenizer_size: int) -> int:
         return -(-tokenizer_size // 64) * 64
     if wanted < tokenizer_size:
         raise ValueError(
-            f"model.vocab_size is {wanted}: the tokenizer has {tokenizer_size} pieces, so at least that many"
+            f"model.vocab_size is {wanted}: the tokenizer has {tokenizer_size} pieces, so at least that many, "
+            "or null for as many as it has"
         )
     return wanted

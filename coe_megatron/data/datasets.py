@@ -22,7 +22,7 @@ import torch
 from numpy.lib.stride_tricks import as_strided
 from torch import Tensor
 
-from coe_megatron.data.manifest import TOKENIZER, Manifest, Split
+from coe_megatron.data.manifest import TOKENIZER, FileSummary, Manifest, Split
 from coe_megatron.data.tokenizer import Tokenizer
 
 Sample = dict[str, Tensor]
@@ -132,6 +132,9 @@ class PreparedData:
             raise ValueError(f"split is {split!r}: it must be one of {', '.join(get_args(Split))}")
         if seq_length < 1:
             raise ValueError(f"seq_length is {seq_length}: it must be at least 1")
+        index = f"{split}.idx"  # small, and Megatron fails on a damaged one in ways of its own
+        if FileSummary.of(self.folder / index) != self.manifest.files[index]:
+            raise ValueError(f"{self.folder} is damaged: the content of {index} has changed; prepare it again")
         return IndexedDataset(str(self.folder / split))
 
 

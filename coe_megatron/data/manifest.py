@@ -13,7 +13,7 @@ Split = Literal["train", "valid"]
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
 FORMAT = "coe_megatron.data"
-VERSION = 1
+VERSION = 2
 DATA_FILES = ("train.bin", "train.idx", "valid.bin", "valid.idx", TOKENIZER)
 
 

@@ -21,6 +21,7 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.profiler import record_function
 
 from coe_megatron.chain.activations import Recompute
 from coe_megatron.chain.settings import ChainSettings
@@ -193,14 +194,15 @@ class CoELayer(MoELayer):
         Returns:
             F_t(x) [S, B, D], and the routing it used: gates and choices [T, N].
         """
-        hidden = self.norms[t](state) if self.norms else state
-        self.token_dispatcher = self.dispatchers[t]
-        shared = self.shared_experts_compute(hidden)
-        if not routing:
-            routing = self.routers[t](hidden, padding_mask, route)
-        dispatched, probs = self.dispatch(*self.preprocess(hidden, *routing))
-        output, _ = self.routed_experts_compute(dispatched, probs)
-        return self.postprocess(self.combine(output), shared), *routing
+        with record_function(f"layer {self.layer_number}, iteration {t + 1}"):  # a mark in a profile
+            hidden = self.norms[t](state) if self.norms else state
+            self.token_dispatcher = self.dispatchers[t]
+            shared = self.shared_experts_compute(hidden)
+            if not routing:
+                routing = self.routers[t](hidden, padding_mask, route)
+            dispatched, probs = self.dispatch(*self.preprocess(hidden, *routing))
+            output, _ = self.routed_experts_compute(dispatched, probs)
+            return self.postprocess(self.combine(output), shared), *routing
 
 
 def _called(function: Callable, *args: Any) -> Any:

@@ -10,6 +10,8 @@ from coe_megatron.data.run_data import RunData
 from coe_megatron.training import run_folder
 from coe_megatron.zero.engine import Engine
 
+_ANOTHER = {"tokenizer": "another tokenizer", "text": "another text (or order or weights)"}
+
 
 @dataclass
 class Position:
@@ -38,14 +40,14 @@ class Checkpoints:
             Where the run stands, and a line for the user, empty when it begins with random weights.
 
         Raises:
-            ValueError: a checkpoint is of another config, model, tokenizer or text.
+            ValueError: a checkpoint is of another config, model, tokenizer or text, or beyond `training.steps`.
         """
-        if self._folder.exists():
-            run_folder.check_same_run(self._run, self._config)
+        remark = run_folder.check_same_run(self._run, self._config) if self._folder.exists() else ""
         state = store.load_latest(self._folder, self._engine)
         if state is not None:
             self._require_same(state, ("tokenizer", "text"), f"the checkpoints in {self._run}")
-            return Position(state["step"], state["tokens"]), f"resumed at step {state['step']}"
+            self._require_steps(state["step"])
+            return Position(state["step"], state["tokens"]), self._resumed(state["step"], remark)
         if self._config.training.warm_start is not None:
             return Position(), self._warm_start(Path(self._config.training.warm_start))
         return Position(), ""
@@ -56,6 +58,12 @@ class Checkpoints:
         keep, milestones = training.keep_checkpoints, training.milestones
         store.save(self._folder, position.step, self._engine, state, keep, milestones)
 
+    def _resumed(self, step: int, remark: str) -> str:
+        steps = self._config.training.steps
+        if step >= steps:
+            return f"finished already, at step {step}; a larger training.steps goes on"
+        return f"resumed at step {step}{remark}"
+
     def _warm_start(self, source: Path) -> str:
         try:
             checkpoint, state = store.load_weights(source, self._engine)
@@ -65,6 +73,13 @@ class Checkpoints:
         return f"begins with the weights of {checkpoint}, after {state['tokens']:,} tokens"
 
     def _require_same(self, state: dict[str, Any], kinds: tuple[str, ...], whose: str) -> None:
+        setting = "data.path" if self._config.data.blend is None else "data.blend"
         for kind in kinds:
             if state[kind] != self._identity[kind]:
-                raise ValueError(f"the data have another {kind} than {whose}: give the data these were trained on")
+                raise ValueError(f"{setting} has {_ANOTHER[kind]} than {whose}: give the data these were trained on")
+
+    def _require_steps(self, done: int) -> None:
+        if (steps := self._config.training.steps) < done:
+            raise ValueError(
+                f"training.steps is {steps}: the run in {self._run} has done {done}; give as many or another output"
+            )

@@ -63,6 +63,11 @@ def validate(model: torch.nn.Module, sets: Mapping[str, ValidationSet]) -> dict[
     return values
 
 
+def shown(values: Mapping[str, Any]) -> dict[str, float]:
+    """Of what `validate` returns, the losses for a line of progress."""
+    return {"valid": values["valid_loss"], **{name: part["loss"] for name, part in values.get("valid", {}).items()}}
+
+
 @torch.no_grad()
 def _sums(model: torch.nn.Module, batches: Iterable[Batch]) -> tuple[float, float]:
     """Loss in nats and counted tokens, added up over all ranks."""

@@ -27,12 +27,14 @@ class Forecast:
         tokens_per_step: positions of a global batch, padding among them.
         memory: bytes a rank holds: weights, gradients, the buffer they are reduced in, the optimizer's masters and
             moments, and at their peak the activations of a micro-batch.
+        layout: how many ranks there are, and how they share experts and batch.
         recompute: the run's `moe.recompute`.
         activations: bytes of a micro-batch's activations in each mode of `moe.recompute`, uniform routing assumed.
         extra_flops: FLOPs a token that each mode adds to `flops_per_token`.
         communication: bytes a rank sends in one step, by what for, uniform routing assumed.
     """
 
+    layout: dict[str, int]
     parameters: ParameterCount
     flops_per_token: Flops
     tokens_per_step: int
@@ -47,6 +49,7 @@ class Forecast:
         counted, flops = self.parameters, self.flops_per_token
         totals = {name: getattr(counted, name) for name in ("total", "active", "without_embeddings")}
         return {
+            "layout": self.layout,
             "parameters": totals | asdict(counted),
             "flops_per_token": {"total": flops.total} | asdict(flops),
             "tokens_per_step": self.tokens_per_step,
@@ -62,22 +65,23 @@ class Forecast:
         """The same for a person."""
         counted, flops = self.parameters, self.flops_per_token
         rows = {
+            "layout": ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in self.layout.items()),
             "parameters": f"{counted.total:,} in all, {counted.active:,} active for a token, "
             f"{counted.without_embeddings:,} without embeddings",
             "": ", ".join(f"{name} {value:,}" for name, value in asdict(counted).items() if value),
             "FLOPs a token": f"{flops.total:,} to train (forward and backward)",
             " ": ", ".join(f"{name} {value / flops.total:.1%}" for name, value in asdict(flops).items() if value),
             "tokens a step": f"{self.tokens_per_step:,}, {self.tokens_per_step * flops.total / 1e12:.3g} TFLOP",
-            "memory a rank": _mebibytes(self.memory),
+            "memory a rank": _sizes(self.memory),
             "recompute": f"{self.recompute}; activations by mode: {', '.join(map(self._mode, self.activations))}",
-            "sent a step": f"{_mebibytes(self.communication)} by each rank",
+            "sent a step": f"{_sizes(self.communication)} by each rank",
         }
         width = max(map(len, rows))
         return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
 
     def _mode(self, mode: str) -> str:
         extra = self.extra_flops[mode] / self.flops_per_token.total
-        return f"{mode} {self.activations[mode].peak / 2**20:,.1f} MiB" + (f" (+{extra:.0%} FLOPs)" if extra else "")
+        return f"{mode} {_size(self.activations[mode].peak)}" + (f" (+{extra:.0%} FLOPs)" if extra else "")
 
 
 def forecast(config: RunConfig, vocab_size: int, world_size: int) -> Forecast:
@@ -91,6 +95,7 @@ def forecast(config: RunConfig, vocab_size: int, world_size: int) -> Forecast:
     counted = closed_forms.parameters(shape)
     modes = {mode: activations(shape, training_pass(config, mode)) for mode in get_args(Recompute)}
     return Forecast(
+        layout=_layout(config, world_size),
         parameters=counted,
         flops_per_token=closed_forms.training_flops(shape),
         tokens_per_step=config.training.global_batch * shape.seq_length,
@@ -121,6 +126,17 @@ def vocabulary(config: RunConfig, *, data_needed: bool = False) -> int:
             f"(there is no folder {missing.path}, which {missing.setting} names)"
         )
     return config.model.vocab_size
+
+
+def _layout(config: RunConfig, ranks: int) -> dict[str, int]:
+    expert, training = config.parallel.expert, config.training
+    return {
+        "ranks": ranks,
+        "expert_parallel": expert,
+        "replicas_of_an_expert": ranks // expert,
+        "micro_batch": training.micro_batch,
+        "micro_batches_a_step": training.global_batch // (training.micro_batch * ranks),
+    }
 
 
 def _memory(config: RunConfig, counted: ParameterCount, ranks: int) -> dict[str, int]:
@@ -162,6 +178,10 @@ def _bytes(config: RunConfig) -> int:
     return 2 if config.training.precision == "bf16" else 4
 
 
-def _mebibytes(parts: dict[str, int]) -> str:
-    listed = ", ".join(f"{name.replace('_', '-')} {value / 2**20:,.1f}" for name, value in parts.items())
-    return f"{sum(parts.values()) / 2**20:,.1f} MiB ({listed})"
+def _sizes(parts: dict[str, int]) -> str:
+    listed = ", ".join(f"{name.replace('_', '-')} {_size(value)}" for name, value in parts.items() if value)
+    return _size(sum(parts.values())) + (f" ({listed})" if listed else "")
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:,.1f} GiB" if count >= 10 * 2**30 else f"{count / 2**20:,.1f} MiB"

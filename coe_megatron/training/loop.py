@@ -6,16 +6,18 @@ tokens of the whole step, on all ranks and in all micro-batches, so that a token
 
 import math
 import time
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from megatron.core import parallel_state
 
 from coe_megatron.chain import closed_forms
+from coe_megatron.checkpoint.seal import shared
 from coe_megatron.config import ConfigError, RunConfig
 from coe_megatron.config.shape import model_shape, padded_vocabulary
 from coe_megatron.data.datasets import StepBatches, validation_batches
@@ -33,6 +35,8 @@ from coe_megatron.training.progress import Progress
 from coe_megatron.training.schedule import learning_rate
 from coe_megatron.zero import engine as zero
 
+Result = TypeVar("Result")
+
 
 class Interrupted(Exception):
     """The run was asked to stop, and has saved a checkpoint."""
@@ -49,11 +53,14 @@ def train(config: RunConfig, ranks: groups.Ranks) -> run_folder.Outcome | None:
     if config.training.deterministic:
         devices.make_deterministic()
     device = groups.start(config.parallel, config.training.seed, ranks)
-    if ranks.rank == 0:
-        run_folder.begin(Path(config.output), config)
+    _at_rank_0(lambda: run_folder.begin(Path(config.output), config))
     try:
         run = Pretraining(config, device)
         run.run()
+    except ConfigError:
+        if ranks.rank == 0:
+            run_folder.withdraw(Path(config.output))
+        raise
     except BaseException as error:
         if ranks.rank == 0:
             run_folder.end(
@@ -93,7 +100,8 @@ class Pretraining:
         if self.main_rank:
             run_folder.describe(self.folder, self._facts(entropy), self.config)
         with ExitStack() as stack:
-            self.writer = open_metrics(self.folder, self.config, first) if self.main_rank else Several()
+            opened = _at_rank_0(lambda: open_metrics(self.folder, self.config, first) if first < steps else None)
+            self.writer = opened or Several()
             stack.callback(self.writer.close)
             self.progress = Progress(first, steps, visible=self.main_rank)
             stack.callback(self.progress.close)
@@ -104,15 +112,19 @@ class Pretraining:
 
     def _run_steps(self, first: int, steps: int) -> None:
         if first == 0:
-            self.writer.write({"step": 0, "tokens": 0, **self._validate()})
+            values = self._validate()
+            self.writer.write({"step": 0, "tokens": 0, **values})
+            self.progress.step(0, evaluation.shown(values))
         clock = _Clock(self.position)
         window = ProfileWindow(self.config.profile, self.folder / "profile", torch.distributed.get_rank())
         for step in range(first, steps):
-            window.before_step(step + 1)
+            with clock.stopped():
+                window.before_step(step + 1)
             loss, interrupted = self._train_step(step)
             self.position.step = step + 1
-            if said := window.after_step(step + 1):
-                self.progress.say(said)
+            with clock.stopped():
+                if said := window.after_step(step + 1):
+                    self.progress.say(said)
             log, save = self._due("log_every", "evaluate_every"), self._due("save_every") or interrupted
             save = save or self.position.step in self.config.training.milestones
             self.progress.step(step + 1, self._log(float(loss), clock) if log else None)
@@ -167,7 +179,7 @@ class Pretraining:
         shown = {"loss": loss, "tokens/s": tokens_per_second}
         if self._due("evaluate_every"):
             values |= self._validate()
-            shown["valid"] = values["valid_loss"]
+            shown |= evaluation.shown(values)
         self.writer.write(values)
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss of step {step} is {loss}: a lower optimizer.lr may help")
@@ -229,7 +241,8 @@ class Pretraining:
         counted, parallel = closed_forms.parameters(self.shape), self.config.parallel
         ranks = torch.distributed.get_world_size()
         self.progress.say(
-            f"{counted.total:,} parameters on {ranks} ranks ({self.device.type}), expert parallel {parallel.expert}"
+            f"{counted.total:,} parameters on {ranks} rank{'s' * (ranks > 1)} ({self.device.type}), "
+            f"expert parallel {parallel.expert}"
         )
         if self.cut > 0.05:
             self.progress.say(
@@ -243,12 +256,36 @@ class Pretraining:
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
 
+def _at_rank_0(action: Callable[[], Result]) -> Result | None:
+    """What `action` returns on rank 0, which alone calls it; None on the others.
+
+    Raises:
+        ConfigError: it did, on rank 0; on all ranks, or the others would wait for rank 0 and fail otherwise.
+    """
+    result, refused = None, ""
+    if torch.distributed.get_rank() == 0:
+        try:
+            result = action()
+        except ConfigError as error:
+            refused = str(error)
+    if refused := shared(refused):
+        raise ConfigError(refused)
+    return result
+
+
 class _Clock:
     """Times the steps from its making on."""
 
     def __init__(self, position: Position) -> None:
         self._position, self._began = position, time.perf_counter()
         self._step, self._tokens = position.step, position.tokens
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """What is done meanwhile does not count."""
+        began = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - began
 
     def read(self) -> tuple[float, float]:
         """Seconds a step, and counted tokens a second over all ranks."""

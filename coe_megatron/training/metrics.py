@@ -18,7 +18,8 @@ Values: TypeAlias = Mapping[str, Any]
 _GROUPS = {
     "loss": ("train_loss", "valid_loss", "valid_bits_per_byte", "valid", "aux_loss", "z_loss"),
     "optimizer": ("learning_rate", "grad_norm"),
-    "speed": ("tokens", "step_seconds", "tokens_per_second", "eta_seconds", "tflops", "mfu"),
+    "speed": ("step_seconds", "tokens_per_second", "tflops", "mfu"),
+    "progress": ("tokens", "eta_seconds"),
 }
 
 

@@ -30,13 +30,11 @@ def draw_loss(lines: Sequence[Mapping[str, Any]], entropy: float, title: str, pa
     )
     for key, label, style in curves:
         points = [(line["tokens"], line[key]) for line in lines if key in line]
-        axes.plot([tokens for tokens, _ in points], [loss for _, loss in points], label=label, **style)
-    last = next(line for line in reversed(lines) if "valid_loss" in line)
-    _number(axes, last["tokens"], last["valid_loss"])
-    for name, dashes in zip(last.get("valid", ()), cycle(_DASHES), strict=False):
+        _curve(axes, points, label, **style)
+    sets = next((line["valid"] for line in reversed(lines) if "valid" in line), ())
+    for name, dashes in zip(sets, cycle(_DASHES), strict=False):
         points = [(line["tokens"], line["valid"][name]["loss"]) for line in lines if "valid" in line]
-        axes.plot(*zip(*points, strict=True), color=_ORANGE, linestyle=dashes, label=f"validation: {name}")
-        _number(axes, *points[-1])
+        _curve(axes, points, f"validation: {name}", color=_ORANGE, linestyle=dashes)
     axes.axhline(entropy, color=_GREY, linestyle="--", linewidth=1, label="entropy of token frequencies")
     axes.set(xlabel="tokens seen (padding not counted)", ylabel="loss [nats per token]", title=title)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -46,6 +44,6 @@ def draw_loss(lines: Sequence[Mapping[str, Any]], entropy: float, title: str, pa
     return path
 
 
-def _number(axes: Axes, tokens: float, loss: float) -> None:
-    """The last value of a curve, above its end."""
-    axes.annotate(f"{loss:.3f}", (tokens, loss), textcoords="offset points", xytext=(-4, 8), ha="right", color=_ORANGE)
+def _curve(axes: Axes, points: Sequence[tuple[float, float]], label: str, **style: Any) -> None:
+    """A curve through (tokens, loss), with its last loss in the legend."""
+    axes.plot(*zip(*points, strict=True), label=f"{label}, {points[-1][1]:.3f} at the end", **style)

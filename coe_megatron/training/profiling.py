@@ -43,7 +43,10 @@ class ProfileWindow:
 
     def after_step(self, step: int) -> str | None:
         """To be called after step `step`; says where the files are when the window has closed."""
-        if self._profile is None or step + 1 in self._window:
+        if self._profile is None:
+            return None
+        self._profile.step()  # marks where a step ends
+        if step + 1 in self._window:
             return None
         if torch.cuda.is_available():
             torch.cuda.synchronize()

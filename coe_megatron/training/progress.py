@@ -22,14 +22,14 @@ class Progress:
             self._bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True)
 
     def step(self, step: int, logged: dict[str, float] | None) -> None:
-        """After step `step` (1-based); `logged` holds what to show where the step is logged."""
+        """After step `step` (1-based; 0 before the first); `logged` holds what to show where the step is logged."""
         if self._bar is not None:
-            self._bar.update(1)
+            self._bar.update(step > self._first)
             if logged:
                 self._bar.set_postfix_str(_text(logged))
         elif self._visible and logged:
-            left = timedelta(seconds=round(self.seconds_left(step)))
-            print(f"step {step}/{self._steps}  {_text(logged)}  left {left}", file=sys.stderr)
+            left = f"  left {timedelta(seconds=round(self.seconds_left(step)))}" if step > self._first else ""
+            print(f"step {step}/{self._steps}  {_text(logged)}{left}", file=sys.stderr)
 
     def seconds_left(self, step: int) -> float:
         """An estimate after step `step`, from the time since the start: evaluations and checkpoints are in it."""

@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -22,8 +23,7 @@ _FREE = {
     "output",
     "data.path",  # checkpoints remember the text and its weights themselves
     "data.blend",
-    "data.validation",
-    "data.validation_samples",
+    "parallel.expert",  # checkpoints are read by any layout
     "parallel.world_size",
     "training.steps",
     "training.log_every",
@@ -32,7 +32,10 @@ _FREE = {
     "training.keep_checkpoints",
     "training.milestones",
 }
-_FREE_SECTIONS = ("logging.", "profile.")
+_FREE_SECTIONS = ("data.validation", "logging.", "profile.")
+
+
+_DIED = "died"  # without a word: it was killed, or the machine went down
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,8 @@ def begin(folder: Path, config: RunConfig) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         record = _read(folder)
-        _write(folder, {**record, "attempts": [*record.get("attempts", []), attempt]})
+        earlier = [{**old, "outcome": _DIED} if old["outcome"] == "running" else old for old in _attempts(record)]
+        _write(folder, {**record, "attempts": [*earlier, attempt]})
         if not (folder / "checkpoints").exists():  # otherwise the checkpoints' config stays until it is compared
             (folder / "config.yaml").write_text(dump(config))
     except OSError as error:
@@ -94,6 +98,17 @@ def describe(folder: Path, facts: Mapping[str, Any], config: RunConfig) -> None:
     """Add to run.json what is known once data and model stand; config.yaml is from now on this attempt's."""
     _write(folder, {**_read(folder), **facts})
     (folder / "config.yaml").write_text(dump(config))
+
+
+def withdraw(folder: Path) -> None:
+    """Forget this attempt, which was refused before it began; a folder that it made goes too."""
+    record = _read(folder)
+    if attempts := _attempts(record)[:-1]:
+        return _write(folder, {**record, "attempts": attempts})
+    for name in ("run.json", "config.yaml"):
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):  # there is something else in it
+        folder.rmdir()
 
 
 def end(folder: Path, outcome: str) -> None:
@@ -112,21 +127,29 @@ def finish(folder: Path) -> Outcome:
     return Outcome(folder, record, [line for line in lines if "valid_loss" in line], newest, picture)
 
 
-def check_same_run(folder: Path, config: RunConfig) -> None:
-    """Refuse to go on from checkpoints that another config made.
+def check_same_run(folder: Path, config: RunConfig) -> str:
+    """Refuse to go on from checkpoints that another config made; returns what a user should know, if anything.
 
     Raises:
-        ConfigError: names a setting that differs, its value then and now.
+        ConfigError: names a setting that differs, its value then and now; or the checkpoints' config cannot be read.
     """
     if not (folder / "config.yaml").exists():
-        return
-    then, now = (dict(_settings(asdict(c))) for c in (load(folder / "config.yaml"), config))
+        return ""
+    try:
+        saved = load(folder / "config.yaml")
+    except ConfigError as error:
+        raise ConfigError(f"output is {folder}: the config.yaml of its checkpoints cannot be used: {error}") from error
+    then, now = (dict(_settings(asdict(c))) for c in (saved, config))
     for name, value in now.items():
         if then.get(name) != value and name not in _FREE and not name.startswith(_FREE_SECTIONS):
             raise ConfigError(
                 f"{name} is {value}: the checkpoints in {folder} were made with {then.get(name)}; "
                 "choose another output, or that value"
             )
+    was, steps = then["training.steps"], config.training.steps
+    if was == steps or config.optimizer.decay == "constant":
+        return ""
+    return f"; training.steps was {was} and is {steps}, so that the learning rate is another from here on"
 
 
 def _settings(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -135,6 +158,10 @@ def _settings(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield from _settings(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
+
+
+def _attempts(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return record.get("attempts", [])
 
 
 def _read(folder: Path) -> dict[str, Any]:

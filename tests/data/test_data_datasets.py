@@ -173,6 +173,12 @@ def test_a_damaged_folder_is_refused(broken, damage, message):
         PreparedData.open(broken)
 
 
+def test_an_index_of_the_right_size_that_is_none_is_one_line(broken):
+    (broken / "train.idx").write_bytes(bytes((broken / "train.idx").stat().st_size))
+    with pytest.raises(ValueError, match=r"data is damaged: the content of train\.idx has changed; prepare it again$"):
+        PreparedData.open(broken).rows("train", S)
+
+
 def test_another_tokenizer_and_changed_bytes_are_noticed(broken):
     manifest = PreparedData.open(broken).manifest
     changed = bytearray((broken / "train.bin").read_bytes())

@@ -1,7 +1,7 @@
 """The routing reports against what the oracle's chain says of the same tokens."""
 
 from itertools import product
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -21,7 +21,8 @@ from modules_build import (
 from modules_oracle import CHAINS, chain_of, make_batch
 from modules_reports import Batch, assert_reported, expected_reports
 
-from coe_megatron.chain.settings import ChainSettings
+from coe_megatron.chain.activations import Recompute
+from coe_megatron.chain.settings import ChainSettings, Gating
 from coe_megatron.modules.stats import RoutingReport, report_routing, reset_routing, summary
 
 SHARED = {"moe_shared_expert_intermediate_size": 20}
@@ -36,10 +37,10 @@ def two_batches() -> list[Batch]:
     return [(make_batch(HIDDEN, seed=3 + i)[0], padding_BS) for i, padding_BS in enumerate(paddings)]
 
 
-def pair(chain: ChainSettings, **changes: Any) -> tuple[Any, Any]:
+def pair(chain: ChainSettings, recompute: Recompute = "none", **changes: Any) -> tuple[Any, Any]:
     """The oracle, and a layer with its weights."""
     config = make_config(**LOSSES, **changes)
-    oracle, layer = make_oracle(config, chain), make_layer(config, chain)
+    oracle, layer = make_oracle(config, chain), make_layer(config, chain, recompute=recompute)
     copy_from_oracle(layer, oracle)
     return oracle, layer
 
@@ -71,6 +72,20 @@ def test_reports_are_the_oracle_s_with_other_routers(changes: dict[str, Any], ga
     assert_reported(reports, expected_reports(oracle, two_batches()))
     if gating == "fixed" or changes.get("moe_router_topk") == EXPERTS:
         assert [report.overlap for report in reports] == [None, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("mode", get_args(Recompute)[1:])
+@pytest.mark.parametrize("gating", get_args(Gating))
+def test_recomputing_changes_no_report(mode: Recompute, gating: Gating) -> None:
+    """What a second pass does is in no sum; the modes also agree where a capacity turns copies away."""
+    oracle, layer = pair(ChainSettings(3, gating), mode, **SHARED)
+    assert_reported(watched_step(layer, two_batches()), expected_reports(oracle, two_batches()))
+    limits = {"moe_expert_capacity_factor": 0.7, "moe_router_load_balancing_type": "aux_loss"}
+    config, chain = make_config(**{**LOSSES, **limits}), ChainSettings(3, gating)
+    twins = [make_layer(config, chain, recompute=each) for each in ("none", mode)]
+    twins[1].load_state_dict(twins[0].state_dict())
+    plain, recomputed = (watched_step(twin, two_batches()) for twin in twins)
+    assert recomputed == plain and plain[0].dropped > 0
 
 
 def test_an_expert_that_no_router_wants_is_dead() -> None:

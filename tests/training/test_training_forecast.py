@@ -1,11 +1,19 @@
 """What --dry-run says, against facts of the paper and against what a run measures."""
 
+import gc
 from pathlib import Path
 
 import pytest
+import torch
+from ranks import run_ranks
 
-from coe_megatron.config import load
+from coe_megatron.config import RunConfig, load
+from coe_megatron.config.settings import ModelSettings, MoESettings, ParallelSettings, TrainingSettings, ZeroSettings
+from coe_megatron.training.evaluation import token_losses
 from coe_megatron.training.forecast import Forecast, forecast, vocabulary
+from coe_megatron.training.memory import measure
+from coe_megatron.training.model import build_model
+from coe_megatron.zero import engine as zero
 
 PAPER = Path(__file__).parents[2] / "configs" / "paper"
 
@@ -90,3 +98,57 @@ def test_broken_data_is_told_even_if_the_vocabulary_is_given(tmp_path: Path) -> 
     config = load(PAPER / "moe_8-64.yaml", [f"data.path={tmp_path}"])
     with pytest.raises(ValueError, match=r"data\.path is .*: .* has no manifest\.json"):
         vocabulary(config)
+
+
+def bytes_of_tensors() -> dict[int, int]:
+    """Every storage that a Python object or a gradient holds, by its address."""
+    gc.collect()
+    found = [tensor for tensor in gc.get_objects() if issubclass(type(tensor), torch.Tensor)]
+    found += [tensor.grad for tensor in found if tensor.is_leaf and tensor.grad is not None]
+    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in found}
+
+
+def held_on_a_rank(expert: int) -> dict[str, tuple[dict[str, int], dict[str, int], int]]:
+    """By precision: what the forecast says, what the metrics measure, and all that is there."""
+    return {precision: held_in(precision, expert) for precision in ("fp32", "bf16")}
+
+
+def held_in(precision: str, expert: int) -> tuple[dict[str, int], dict[str, int], int]:
+    """After the first of two micro-batches: when ranks reduce, after the last, they let go of what is not theirs."""
+    ranks = torch.distributed.get_world_size()
+    config = RunConfig(
+        model=ModelSettings(num_layers=2, hidden_size=128, num_attention_heads=2, seq_length=8),
+        moe=MoESettings(num_experts=8, topk=2, ffn_hidden_size=128),
+        parallel=ParallelSettings(expert=expert),
+        zero=ZeroSettings(reduce_bucket_size=200_000),
+        training=TrainingSettings(precision=precision, micro_batch=1, global_batch=2 * ranks),
+    )
+    before = bytes_of_tensors()
+    engine = zero.build_engine(build_model(config, 1024), config.optimizer, config.training, config.zero, 2)
+    tokens = torch.randint(1024, (1, 8))
+    batch = {"tokens": tokens, "labels": tokens, "position_ids": torch.arange(8)[None], "padding_mask": tokens < 0}
+    zero.backward(engine, token_losses(engine, batch).sum())
+    held = sum(size for place, size in bytes_of_tensors().items() if place not in before)
+    return forecast(config, 1024, ranks).memory, measure(engine), held
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("expert", [1, 2])
+def test_a_rank_holds_what_was_said(expert: int) -> None:
+    """Weights, gradients, the buffer they are reduced in and the optimizer's states, to half a percent."""
+    for rank in run_ranks(held_on_a_rank, 2, expert, expert_model_parallel_size=expert):
+        for precision, (said, measured, held) in rank.items():
+            assert measured["parameters"] == said["weights"]
+            assert measured["optimizer"] == pytest.approx(said["optimizer"], abs=64)  # AdamW counts its steps
+            assert held == pytest.approx(sum(said.values()) - said["activations"], rel=0.005), precision
+            assert said["buffer"] == (800_000 if precision == "fp32" else 0)
+
+
+def test_what_a_rank_sends_to_reduce_and_to_gather() -> None:
+    """A ring of n sends (n-1)/n of the data; twice to reduce, in fp32, and once to gather the bf16 weights."""
+    said = _of("moe_8-64", "parallel.expert=2", ranks=8)
+    experts = said.parameters.experts // 2
+    dense = said.parameters.total - said.parameters.experts
+    assert said.communication["gradients"] == 2 * 4 * (dense * 7 // 8 + experts * 3 // 4)
+    assert said.communication["weights"] == 2 * (dense * 7 // 8 + experts * 3 // 4)
+    assert said.tokens_per_step == 64 * 512

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from programs import ROOT, kill, python, start_torchrun, torchrun
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from coe_megatron.training.metrics import read_metrics
 
@@ -43,6 +44,15 @@ def other_data(prepared: Path) -> Path:
     """Text of another seed, and so another tokenizer of the same size."""
     folder = prepared.parent / "other"
     done = python("launch/prepare_data.py", "--builtin", 400, "--seed", 9, "--vocab-size", 512, "--output", folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def same_tokenizer(prepared: Path) -> Path:
+    """Other text, prepared with the first one's tokenizer."""
+    folder, tokenizer = prepared.parent / "more", prepared / "tokenizer.model"
+    done = python("launch/prepare_data.py", "--builtin", 60, "--seed", 5, "--tokenizer", tokenizer, "--output", folder)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -91,6 +101,10 @@ def test_a_run_leaves_everything_it_should(finished: Path) -> None:
     assert first["routing_entropy"] == pytest.approx(math.log(8), abs=0.1)
     assert first["routing_overlap"] == pytest.approx(2 / 8, abs=0.2)
     assert first["routing_dropped"] == 0.0 and first["routing_load_max_over_mean"] > 1.0
+    record = json.loads((finished / "run.json").read_text())
+    for line in lines[1:]:  # the closed form for all positions of a batch, padding too, on one of the two ranks
+        achieved = record["flops_per_token"] * 16 * 32 / line["step_seconds"] / 2
+        assert line["tflops"] == pytest.approx(achieved / 1e12) and "mfu" not in line
     assert lines[1]["eta_seconds"] > lines[-2]["eta_seconds"] > lines[-1]["eta_seconds"] == 0.0
     assert list((finished / "tensorboard").iterdir())
     assert (finished / "loss.png").stat().st_size > 10_000
@@ -121,6 +135,7 @@ def test_a_finished_run_started_again_has_nothing_to_do(config: Path, prepared: 
     before = (finished / "metrics.jsonl").read_text()
     done = torchrun("launch/pretrain_coe.py", config, f"data.path={prepared}", f"output={finished}")
     assert done.returncode == 0, done.stderr
+    assert "finished already, at step 12; a larger training.steps goes on" in done.stderr
     assert (finished / "metrics.jsonl").read_text() == before
 
 
@@ -135,10 +150,17 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
-def test_a_mistake_is_said_once_by_rank_0(config: Path) -> None:
-    done = torchrun("launch/pretrain_coe.py", config, "moe.topk=9")
+@pytest.mark.parametrize(
+    ("mistake", "said"),
+    [
+        ("moe.topk=9", "moe.topk is 9: it must be at most moe.num_experts (8)"),
+        ("output=Makefile/run", "output is Makefile/run: cannot be written"),  # which rank 0 alone finds out
+    ],
+)
+def test_a_mistake_is_said_once_by_rank_0(mistake: str, said: str, config: Path, prepared: Path) -> None:
+    done = torchrun("launch/pretrain_coe.py", config, f"data.path={prepared}", mistake)
     assert done.returncode != 0
-    assert done.stderr.count("pretrain_coe.py: error: moe.topk is 9: it must be at most moe.num_experts (8)") == 1
+    assert done.stderr.count("pretrain_coe.py: error: ") == done.stderr.count(f"pretrain_coe.py: error: {said}") == 1
     assert 'pretrain_coe.py", line' not in done.stderr  # the traceback that torchrun prints is its own
 
 
@@ -150,7 +172,6 @@ def test_a_mistake_is_said_once_by_rank_0(config: Path) -> None:
         (("configs/quickstart.yaml", "parallel.expert=1", "model.seq_lenth=9"), "did you mean model.seq_length?"),
         (("configs/quickstart.yaml", "parallel.expert=1", "--jsn"), "unrecognized arguments: --jsn"),
         (("configs/quickstart.yaml", "--json"), "--json goes with --dry-run"),
-        (("configs/quickstart.yaml", "parallel.expert=1", "output=Makefile/run"), "output is Makefile/run: cannot be"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_2(arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:
@@ -161,9 +182,16 @@ def test_a_mistake_is_one_line_and_exit_2(arguments: tuple[str, ...], said: str,
     ), done.stderr
 
 
+def test_an_output_that_cannot_be_written_is_one_line_and_exit_2(config: Path, prepared: Path) -> None:
+    done = python(
+        "launch/pretrain_coe.py", config, f"data.path={prepared}", "parallel.expert=1", "output=Makefile/run"
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("pretrain_coe.py: error: output is Makefile/run: cannot be"), done.stderr
+
+
 def _into(folder: Path, arguments: tuple[str, ...]) -> list[str]:
-    given = any(argument.startswith("output=") for argument in arguments)
-    return [] if given or len(arguments) == 1 else [f"output={folder}"]
+    return [] if len(arguments) == 1 else [f"output={folder}"]
 
 
 def test_going_on_with_another_config_is_refused(config: Path, prepared: Path, finished: Path) -> None:
@@ -191,7 +219,7 @@ def test_profile_milestones_and_determinism_change_no_loss(config: Path, prepare
     trace, table = sorted((folder / "profile").iterdir(), reverse=True)
     assert (trace.name, table.name) == ("trace-rank00000.json.gz", "operators-rank00000.txt")
     events = {event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
-    assert {"aten::mm", "[memory]"} <= events
+    assert {"aten::mm", "[memory]", "ProfilerStep#1", "layer 1, iteration 1", "layer 2, iteration 2"} <= events
     assert "aten::mm" in table.read_text()
 
 
@@ -214,7 +242,7 @@ def test_a_warm_start_takes_weights_alone(config: Path, prepared: Path, finished
         (("model.num_layers=1",), "is of another model: decoder.layers.mlp"),
         (("training.warm_start=configs",), "training.warm_start is configs: configs holds no checkpoint"),
         (("training.warm_start={run}/checkpoints/step-00000001",), "is not whole: complete.json is missing"),
-        (("data.path={other}",), "the data have another tokenizer than training.warm_start"),
+        (("data.path={other}",), "data.path has another tokenizer than training.warm_start"),
     ],
 )
 def test_a_warm_start_that_does_not_fit_is_one_line(
@@ -233,7 +261,7 @@ def test_data_may_move_but_not_change(config: Path, prepared: Path, other_data: 
     assert done.returncode == 0, done.stderr
     done = torchrun("launch/pretrain_coe.py", config, f"data.path={other_data}", f"output={finished}")
     assert done.returncode != 0
-    assert f"the data have another tokenizer than the checkpoints in {finished}" in done.stderr
+    assert f"data.path has another tokenizer than the checkpoints in {finished}" in done.stderr
 
 
 def test_the_layout_does_not_change_the_training(config: Path, prepared: Path, tmp_path: Path) -> None:
@@ -249,6 +277,44 @@ def test_the_layout_does_not_change_the_training(config: Path, prepared: Path, t
         assert alone["tokens"] == shared["tokens"]
         for name in {"train_loss", "valid_loss", "grad_norm"} & alone.keys():
             assert shared[name] == pytest.approx(alone[name], rel=2e-4), (alone["step"], name)
+
+
+def test_a_blend_with_named_sets_goes_on_with_another_number_of_ranks(
+    config: Path, prepared: Path, same_tokenizer: Path, tmp_path: Path
+) -> None:
+    """Three steps on two ranks with EP 2, three more on one: but for rounding the run of six on two ranks."""
+    blend = f"data.blend=[{{path: {prepared}, weight: 1}}, {{path: {same_tokenizer}, weight: 3}}]"
+    common = (
+        "launch/pretrain_coe.py", config, blend, f"data.validation={{near: {prepared}, far: {same_tokenizer}}}",
+        "training.evaluate_every=3", "training.save_every=3", "optimizer.warmup=0", *NO_DROPOUT,
+    )  # fmt: skip
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    for folder, steps in ((whole, 6), (parted, 3)):
+        done = torchrun(*common, f"output={folder}", f"training.steps={steps}")
+        assert done.returncode == 0, done.stderr
+    done = python(*common, f"output={parted}", "training.steps=6", "parallel.expert=1")
+    assert done.returncode == 0 and "resumed at step 3" in done.stderr, done.stderr
+    lines = [read_metrics(folder / "metrics.jsonl") for folder in (whole, parted)]
+    assert [line["step"] for line in lines[1]] == list(range(7))
+    for expected, found in zip(*lines, strict=True):
+        assert found["tokens"] == expected["tokens"]
+        for name in {"train_loss", "valid_loss", "grad_norm", "aux_loss"} & expected.keys():
+            assert found[name] == pytest.approx(expected[name], rel=2e-4), (expected["step"], name)
+        assert found.get("valid", {}).keys() == ({"near", "far"} if expected["step"] % 3 == 0 else set())
+    near, far = (lines[1][-1]["valid"][name]["loss"] for name in ("near", "far"))
+    assert near != far and min(near, far) < lines[1][-1]["valid_loss"] < max(near, far)
+    board = EventAccumulator(str(parted / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("loss/valid/far/loss")] == [0, 3, 6]
+    assert board.Scalars("loss/valid/far/loss")[-1].value == pytest.approx(far)
+
+    back = python(*common, f"output={parted}", "training.steps=5", "parallel.expert=1")
+    assert back.returncode == 2
+    assert back.stderr.endswith(
+        f"training.steps is 5: the run in {parted} has done 6; give as many or another output\n"
+    )
+    other = python(*common, f"output={parted}", "parallel.expert=1", "data.blend.1.weight=2")
+    assert other.returncode == 2
+    assert "error: data.blend has another text (or order or weights) than the checkpoints in" in other.stderr
 
 
 def test_ctrl_c_stops_after_a_step_with_a_checkpoint_and_goes_on(config: Path, prepared: Path, tmp_path: Path) -> None:

@@ -33,6 +33,15 @@ def test_wsd_is_constant_and_then_cools_down() -> None:
     assert rates == pytest.approx([0.5, *[1.0] * 6, 0.75, 0.5, 0.25])
 
 
+@pytest.mark.parametrize("decay", ["constant", "linear", "cosine", "wsd"])
+def test_every_schedule_warms_up_to_the_rate_and_never_rises_again(decay: str) -> None:
+    settings = OptimizerSettings(lr=1.0, min_lr=0.0, warmup=0.2, decay=decay, cooldown=0.3)
+    rates = [learning_rate(settings, step, 50) for step in range(50)]
+    assert rates[:11] == pytest.approx([(step + 1) / 11 for step in range(11)])
+    assert all(later <= earlier for earlier, later in pairwise(rates[10:]))
+    assert (rates[-1] < 0.07) is (decay != "constant")
+
+
 @pytest.mark.parametrize("decay", ["linear", "cosine", "wsd"])
 def test_every_decay_is_continuous_at_its_start(decay: str) -> None:
     settings = OptimizerSettings(lr=1.0, decay=decay)

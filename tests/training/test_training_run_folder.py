@@ -1,0 +1,48 @@
+"""The folder of a run: its attempts, and what may differ between them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from coe_megatron.config import ConfigError, RunConfig, parse
+from coe_megatron.training import run_folder
+
+
+def outcomes(folder: Path) -> list[str]:
+    return [attempt["outcome"] for attempt in json.loads((folder / "run.json").read_text())["attempts"]]
+
+
+def test_an_attempt_that_said_nothing_has_died(tmp_path: Path) -> None:
+    run_folder.begin(tmp_path, RunConfig())
+    run_folder.begin(tmp_path, RunConfig())
+    run_folder.end(tmp_path, "finished")
+    assert outcomes(tmp_path) == ["died", "finished"]
+
+
+def test_what_is_refused_leaves_no_trace(tmp_path: Path) -> None:
+    run_folder.begin(tmp_path / "new", RunConfig())
+    run_folder.withdraw(tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+    run_folder.begin(tmp_path, RunConfig())
+    run_folder.end(tmp_path, "finished")
+    run_folder.begin(tmp_path, RunConfig())
+    run_folder.withdraw(tmp_path)
+    assert outcomes(tmp_path) == ["finished"]
+
+
+@pytest.mark.parametrize(("decay", "warns"), [("constant", False), ("linear", True)])
+def test_other_steps_change_a_schedule_that_falls(decay: str, warns: bool, tmp_path: Path) -> None:
+    then, now = (parse({"optimizer": {"decay": decay}, "training": {"steps": steps}}) for steps in (60, 12))
+    run_folder.describe(tmp_path, {}, then)
+    remark = run_folder.check_same_run(tmp_path, now)
+    assert ("training.steps was 60 and is 12" in remark) == warns
+    assert run_folder.check_same_run(tmp_path, then) == ""
+
+
+def test_other_settings_are_refused_and_where_things_lie_is_free(tmp_path: Path) -> None:
+    run_folder.describe(tmp_path, {}, RunConfig())
+    free = {"data": {"path": "moved", "validation": {"far": "away"}}, "logging": {"tensorboard": False}, "output": "x"}
+    assert run_folder.check_same_run(tmp_path, parse(free)) == ""
+    with pytest.raises(ConfigError, match=r"^moe.topk is 2: the checkpoints in .* were made with 4"):
+        run_folder.check_same_run(tmp_path, parse({"moe": {"topk": 2}}))
