@@ -75,7 +75,9 @@ def make_engine(
     return zero.build_engine(model, optimizer, training, settings, ROWS // (micro_batch * ranks))
 
 
-def take_steps(engine: DeepSpeedEngine, first: int, count: int, mean_of_means: bool = False) -> Trace:
+def take_steps(
+    engine: DeepSpeedEngine, first: int, count: int, mean_of_means: bool = False, spoil_loss: float = 1.0
+) -> Trace:
     """Train on the rows of steps `first` to `first + count - 1`; `mean_of_means` is the wrong way to weigh rows."""
     trace = Trace()
     for step in range(first, first + count):
@@ -83,7 +85,8 @@ def take_steps(engine: DeepSpeedEngine, first: int, count: int, mean_of_means: b
         loss = torch.zeros(())
         for tokens, counts, total in micro_batches(step, engine.train_micro_batch_size_per_gpu()):
             parts = ROWS // len(tokens)
-            loss += _pass(engine, tokens, counts, int(counts.sum()) * parts if mean_of_means else total)
+            divisor = int(counts.sum()) * parts if mean_of_means else total
+            loss += _pass(engine, tokens, counts, divisor / spoil_loss)
             if step == first and engine.is_gradient_accumulation_boundary():
                 trace.gradients = gradients(engine)
             zero.step(engine)
@@ -120,7 +123,7 @@ def joined(ranks: list[Trace], layout: str) -> Trace:
     return whole
 
 
-def _pass(engine: DeepSpeedEngine, tokens: torch.Tensor, counts: torch.Tensor, total: int) -> torch.Tensor:
+def _pass(engine: DeepSpeedEngine, tokens: torch.Tensor, counts: torch.Tensor, total: float) -> torch.Tensor:
     positions = torch.arange(SEQUENCE).expand(len(tokens), -1)
     losses = engine(tokens[:, :-1], positions, None, labels=tokens[:, 1:].contiguous())
     loss = (losses.float() * counts).sum() / total

@@ -88,9 +88,7 @@ def backward(engine: Engine, loss: torch.Tensor) -> None:
 def step(engine: Engine) -> None:
     """Count a micro-batch; after the last one of a step clip the gradients and change the weights."""
     if engine.zero_optimization_stage() == 0 and engine.is_gradient_accumulation_boundary():
-        norm = whole.gradient_norm(engine.module)
-        whole.clip(engine.module, norm, engine.gradient_clipping())
-        engine._global_grad_norm = norm
+        engine._global_grad_norm = whole.clip(engine.module, engine.gradient_clipping())
     engine.step()
 
 
@@ -164,7 +162,7 @@ def _prepare_deepspeed() -> None:
     compatible ops spares the start that, and the machine a C++ compiler.
     """
     for handler in logging.getLogger("DeepSpeed").handlers:
-        if isinstance(handler, logging.StreamHandler):
+        if type(handler) is logging.StreamHandler:
             handler.setStream(sys.stderr)
     os.environ.setdefault("LOCAL_RANK", str(torch.cuda.current_device()) if torch.cuda.is_available() else "0")
     if not torch.cuda.is_available():

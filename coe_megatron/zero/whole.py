@@ -1,5 +1,7 @@
 """ZeRO stage 0: norm and clipping of whole gradients. DeepSpeed's own there take a rank's experts for everybody's."""
 
+import math
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -26,7 +28,16 @@ def gradient_norm(model: torch.nn.Module) -> float:
     return float((dense + experts).sqrt())
 
 
-def clip(model: torch.nn.Module, norm: float, largest: float) -> None:
-    """Scale all gradients so that their norm is at most `largest`; 0 leaves them as they are."""
+def clip(model: torch.nn.Module, largest: float) -> float:
+    """Scale all gradients so that their norm is at most `largest` (0: do not); returns the norm before that.
+
+    Where it is not finite the gradients are forgotten, so that the step changes nothing.
+    """
+    norm = gradient_norm(model)
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    if not math.isfinite(norm):
+        model.zero_grad(set_to_none=True)
+        return math.inf
     if largest and norm > largest:
-        torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], largest / (norm + 1e-6))
+        torch._foreach_mul_(gradients, largest / (norm + 1e-6))
+    return norm
