@@ -5,10 +5,8 @@
     python launch/benchmark.py data                                     the built-in corpus
     python launch/benchmark.py data --input wiki.jsonl.xz --vocab-size 16384
 
-`layer` times forward and backward of one MoE sub-layer: Megatron's (local spec), ours with the same weights, and ours
-as CoE-2 with half the experts a token. `data` times each phase of a preparation on one core, and SentencePiece's own
-encoding beside it. Exit status: 0 done, 1 the layers' outputs differ or the data cannot be prepared, 2 a bad argument,
-130 interrupted from the keyboard.
+Each has a --help of its own. Exit status: 0 done, 1 the layers' outputs differ or the data cannot be prepared, 2 a bad
+argument, 130 interrupted from the keyboard.
 """
 
 import argparse
@@ -21,6 +19,20 @@ from typing import Any, NamedTuple
 from coe_megatron.chain.closed_forms import ModelShape
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.config.arguments import Parser
+from coe_megatron.data.options import add_document_options, templates
+
+LAYER = """Times forward and backward of one MoE sub-layer: Megatron's own (local spec), ours with the same weights, and
+ours as CoE-2 with half the experts a token. Without sizes, the default table of shapes.
+"""
+DATA = """Times each phase of a preparation on one core. Without --input, of the built-in corpus.
+
+read    decompress and cut into lines, or generate the built-in corpus
+parse   JSON and template
+encode  text to token ids, as a preparation does it
+write   chunks to the disk, and joined as Megatron's indexed datasets
+plain   SentencePiece's own encoding of the same text, for comparison with encode; no part of a preparation
+whole   read, parse, encode and write together
+"""
 
 
 class Sizes(NamedTuple):
@@ -65,9 +77,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(prog="benchmark.py", description=__doc__)
     kinds = parser.add_subparsers(required=True, metavar="layer|data")
-    for name, add, measure in (("layer", _add_layer, _layer), ("data", _add_data, _data)):
-        kind = kinds.add_parser(name, description=__doc__)
-        kind.prog = parser.prog
+    for name, about, add, measure in (("layer", LAYER, _add_layer, _layer), ("data", DATA, _add_data, _data)):
+        kind = kinds.add_parser(name, description=about)
+        kind.prog = f"{parser.prog} {name}"
         add(kind)
         kind.add_argument(
             "--clock", choices=("wall", "cpu"), default="wall", help="cpu: this process's CPU time, for busy machines"
@@ -89,7 +101,7 @@ def _add_layer(layer: argparse.ArgumentParser) -> None:
 
 def _add_data(data: argparse.ArgumentParser) -> None:
     data.add_argument("--input", type=Path, nargs="+", default=[], metavar="FILE", help="(default: built-in corpus)")
-    data.add_argument("--template", action="append", default=[], help="as for prepare_data.py (default: {text})")
+    add_document_options(data)
     data.add_argument("--vocab-size", type=_positive, default=4096, metavar="N", help="(default: 4096)")
     data.add_argument("--tokenizer", type=Path, metavar="MODEL", help="a SentencePiece model instead of a new one")
 
@@ -190,7 +202,7 @@ def _data(options: argparse.Namespace, parser: Parser) -> int:
     source = {"inputs": tuple(options.input)} if options.input else {"builtin": 20_000}
     vocabulary = {"tokenizer": options.tokenizer} if options.tokenizer else {"vocab_size": options.vocab_size}
     try:
-        settings = PrepareSettings(Path(), **source, **vocabulary, template=tuple(options.template))
+        settings = PrepareSettings(Path(), **source, **vocabulary, template=templates(options))
         settings.check_inputs()
     except ValueError as error:
         parser.error(str(error))

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from coe_megatron.config.arguments import Parser
 from coe_megatron.data.manifest import Manifest
-from coe_megatron.data.prepare import PrepareSettings, prepare
+from coe_megatron.data.options import add_document_options, templates
+from coe_megatron.data.prepare import PrepareSettings, prepare, what_is_done
 
 EPILOG = """examples:
   prepare_data.py --builtin 20000 --vocab-size 2048 --output data/problems
@@ -20,7 +21,8 @@ files: .jsonl and .ndjson (an object a line), .parquet, .txt, .text and .md (bla
 field is "text"); all but Parquet also compressed as .gz, .xz or .zst.
 
 exit status: 0 done, 1 the input could not be prepared, 2 a bad argument, 130 interrupted; each failure is one line
-on stderr and leaves --output as it was. After an interruption the same command goes on where it stopped."""
+on stderr and leaves --output as it was. When the tokenizer is there, an interrupted command goes on where it stopped;
+what it has done stands in the hidden folder .NAME.partial beside --output, and deleting that discards it."""
 
 
 def parser() -> Parser:
@@ -31,15 +33,7 @@ def parser() -> Parser:
     made.add_argument("--output", type=Path, required=True, metavar="DIR", help="the folder to make")
     made.add_argument("--vocab-size", type=int, metavar="N", help="pieces of the tokenizer to train")
     made.add_argument("--tokenizer", type=Path, metavar="MODEL", help="a SentencePiece model to take instead")
-    document = made.add_mutually_exclusive_group()
-    document.add_argument("--field", metavar="NAME", help="the field that is the document (default: text)")
-    document.add_argument(
-        "--template",
-        action="append",
-        default=[],
-        help=r"the document made of several fields in braces; \n stands for a new line, \t for a tab; given several "
-        "times, a record takes the first whose fields it has",
-    )
+    add_document_options(made)
     valid = made.add_mutually_exclusive_group()
     valid.add_argument(
         "--valid", type=Path, nargs="+", default=[], metavar="FILE", dest="valid_inputs", help="validation documents"
@@ -67,9 +61,8 @@ def parser() -> Parser:
 def settings_from(arguments: argparse.Namespace) -> PrepareSettings:
     """The settings the arguments ask for, checked as far as can be without reading a file."""
     values = vars(arguments)
-    values["template"] = tuple(text.replace("\\n", "\n").replace("\\t", "\t") for text in values["template"])
-    if (name := values.pop("field")) is not None:
-        values["template"] = ("{" + name + "}",)
+    values["template"] = templates(arguments)
+    del values["field"]
     values["inputs"], values["valid_inputs"] = tuple(values["inputs"]), tuple(values["valid_inputs"])
     settings = PrepareSettings(**values)
     settings.check_files()
@@ -98,7 +91,9 @@ def main() -> int:
     except (ValueError, OSError) as error:
         program.exit(1, f"{program.prog}: error: {error}\n")
     except KeyboardInterrupt:
-        program.exit(130, f"{program.prog}: interrupted; the same command goes on from there\n")
+        done = what_is_done(settings.output)
+        goes_on = f"the same command goes on from there: {done}" if done else "the same command begins anew"
+        program.exit(130, f"{program.prog}: interrupted; {goes_on}\n")
     return 0
 
 

@@ -4,22 +4,40 @@
 
 Run again with the same config, it goes on from its newest checkpoint. Exit status: 0 done, 2 a mistake in the config or
 the data (one line on stderr says which), 130 interrupted from the keyboard, 1 anything else.
+
+Torchrun exits with 1 whatever the status was, and prints a report of its own below that line: the first line is the one
+to read. With --dry-run, and without torchrun, mistakes in the config and in prepared data are found by themselves.
 """
 
 import json
 import os
+import signal
 import sys
+from pathlib import Path
 
-from coe_megatron.config import ConfigError, RunConfig, load
-from coe_megatron.config.arguments import Parser, write_out
-from coe_megatron.training.forecast import forecast, vocabulary
+GOES_ON = "the same command goes on from the newest checkpoint"
+
+
+def leave(*_: object) -> None:
+    """End at once, for nothing has begun: a KeyboardInterrupt in the midst of an import may be lost in a library."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"interrupted; {GOES_ON}", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, leave)  # before the imports, which take seconds
+
+from coe_megatron.config import ConfigError, RunConfig, load  # noqa: E402
+from coe_megatron.config.arguments import Parser, write_out  # noqa: E402
+from coe_megatron.training.forecast import forecast, vocabulary  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse, check, train; returns the exit status."""
     parser = Parser(prog="pretrain_coe.py", description=__doc__)
     parser.add_argument("config", help="YAML file, such as configs/quickstart.yaml")
-    parser.add_argument("overrides", nargs="*", help="key.sub=value, which wins over the file")
+    parser.add_argument("overrides", nargs="*", default=[], help="key.sub=value, which wins over the file")
     parser.add_argument("--dry-run", action="store_true", help="say what the run would cost; needs no data, no ranks")
     parser.add_argument("--json", action="store_true", help="with --dry-run: say it as one JSON object")
     options = parser.parse_intermixed_args(arguments)
@@ -47,8 +65,16 @@ def _vocabulary(config: RunConfig, *, data_needed: bool = False) -> int:
         raise ConfigError(str(error)) from error
 
 
+def _require_warm_start(config: RunConfig) -> None:
+    source = config.training.warm_start
+    begins = not (Path(config.output) / "checkpoints").exists()
+    if source is not None and begins and not Path(source).is_dir():
+        raise ConfigError(f"training.warm_start is {source}: it must be a checkpoint or the folder of a run")
+
+
 def _pretrain(config: RunConfig) -> int:
     _vocabulary(config, data_needed=True)
+    _require_warm_start(config)
     # Imported here: the stack takes seconds, and a mistake in config or data should not.
     from coe_megatron.training.console import quiet_libraries
 
@@ -57,12 +83,12 @@ def _pretrain(config: RunConfig) -> int:
     from coe_megatron.training.loop import Interrupted, train
 
     ranks = Ranks.from_environment(os.environ)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on there is a run, which notes how it ended
     try:
         outcome = train(config, ranks)
     except (Interrupted, KeyboardInterrupt, FloatingPointError) as error:
         if ranks.rank == 0:
-            goes_on = "the same command goes on from the newest checkpoint"
-            print(f"{error}; {goes_on}" if str(error) else f"interrupted; {goes_on}", file=sys.stderr)
+            print(f"{str(error) or 'interrupted'}; {GOES_ON}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 130
     if outcome is not None:
         print(outcome.summary())

@@ -49,12 +49,14 @@ def test_a_tiny_shape_from_start_to_end(tmp_path: Path) -> None:
 
 @pytest.mark.run
 def test_a_preparation_is_timed_phase_by_phase(tmp_path: Path) -> None:
-    text, file = tmp_path / "in.txt", tmp_path / "times.json"
-    text.write_text("\n\n".join(f"{number} apples and {number * 7} pears" for number in range(2000)))
-    done = python("launch/benchmark.py", "data", "--input", text, "--vocab-size", 300, "--json", file)
+    text, file = tmp_path / "in.jsonl", tmp_path / "times.json"
+    documents = [f"{number} apples and {number * 7} pears" for number in range(2000)]
+    text.write_text("".join(json.dumps({"story": document}) + "\n" for document in documents))
+    options = ("--input", text, "--field", "story", "--vocab-size", 300, "--json", file)
+    done = python("launch/benchmark.py", "data", *options)
     assert done.returncode == 0, done.stderr
     written = json.loads(file.read_text())
-    assert written["bytes"] == sum(len(part.encode()) for part in text.read_text().split("\n\n"))
+    assert written["bytes"] == sum(len(document.encode()) for document in documents)
     seconds, rates = written["seconds"], written["megabytes_per_second"]
     assert set(seconds) == {"read", "parse", "encode", "plain", "write"} and min(seconds.values()) > 0
     whole = sum(value for name, value in seconds.items() if name != "plain")
@@ -64,10 +66,18 @@ def test_a_preparation_is_timed_phase_by_phase(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("kind", "explained"), [("layer", "CoE-2 with half the experts"), ("data", "plain   SentencePiece's own encoding")]
+)
+def test_each_benchmark_explains_itself(kind: str, explained: str) -> None:
+    done = python("launch/benchmark.py", kind, "--help")
+    assert done.stdout.startswith(f"usage: benchmark.py {kind} ") and done.stdout.count(explained) == 1
+
+
+@pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (("--input", "none.jsonl"), "input none.jsonl is not a file"),
-        (("--vocab-size", "12"), "vocab-size is 12: it must be at least 261"),
+        (("--vocab-size", "12"), "--vocab-size is 12: it must be at least 261"),
     ],
 )
 def test_a_bad_argument_for_data_is_one_line(arguments: tuple[str, ...], says: str) -> None:

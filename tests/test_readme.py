@@ -1,10 +1,12 @@
 """What the README shows works as it stands there."""
 
+import math
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from programs import python
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -29,8 +31,16 @@ def test_the_megatron_example_builds_a_chain_that_learns() -> None:
     assert losses[-1] < losses[0] - 0.5
 
 
+@pytest.mark.run
+def test_the_example_in_megatron_learns() -> None:
+    done = python("examples/chain_in_megatron.py")
+    assert done.returncode == 0, done.stderr
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", done.stdout)]
+    assert losses[0] == pytest.approx(math.log(512), abs=0.5) and losses[-1] < 0.5
+
+
 def test_every_file_the_readme_names_is_there() -> None:
-    for name in re.findall(r"\]\(([\w./-]+)\)", README) + re.findall(r"(?:launch|configs)/[\w.]+\w", README):
+    for name in re.findall(r"\]\(([\w./-]+)\)", README) + re.findall(r"(?:launch|configs)/[\w./-]+\w", README):
         assert (ROOT / name).exists(), name
 
 

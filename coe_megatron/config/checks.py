@@ -137,7 +137,10 @@ def _layout(config: RunConfig, world_size: int | None) -> Iterator[str]:
         yield f"parallel.world_size is {meant}: {world_size} ranks were started, start as many or leave it null"
     world_size = meant or world_size or expert
     if world_size % expert:
-        yield f"parallel.expert is {expert}: it must divide the number of ranks ({world_size})"
+        yield (
+            f"parallel.expert is {expert}: it must divide the number of ranks ({world_size}); start a "
+            f"multiple of {expert} (torchrun --nproc-per-node {expert}) or give parallel.expert=1"
+        )
     rows = config.training.micro_batch * world_size
     if config.training.global_batch % rows:
         yield (

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -118,6 +118,8 @@ def _override(values: Any, text: str) -> None:
         raise ConfigError(f"override {_shown(text)}: write it as key.sub=value")
     if key == "base":
         raise ConfigError(f"override {_shown(text)}: base must stand in a config file")
+    if said := _beyond_a_list(values, re.findall(r"[^.\[\]]+", key)):
+        raise ConfigError(f"override {_shown(text)}: {said}")
     try:
         value: Any = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
         for _ in re.split(r"[.\[]", key):
@@ -128,6 +130,19 @@ def _override(values: Any, text: str) -> None:
         raise ConfigError(
             f"override {_shown(text)}: write it as key.sub=value, the value as in YAML ({said})"
         ) from None
+
+
+def _beyond_a_list(values: Any, path: Sequence[str]) -> str:
+    """What is there where a path leads to a place that its list does not have; "" for any other path."""
+    for depth, part in enumerate(path):
+        if OmegaConf.is_list(values) and part.isdecimal() and int(part) >= len(values):
+            places = {0: "no entries", 1: "one entry (0)"}
+            return f"{'.'.join(path[:depth])} has {places.get(n := len(values), f'{n} entries (0 to {n - 1})')}"
+        try:
+            values = values[int(part) if OmegaConf.is_list(values) else part]
+        except (OmegaConfBaseException, ValueError, TypeError, LookupError):  # what else is wrong with it is told later
+            break
+    return ""
 
 
 def _explain(error: Any) -> str:
@@ -153,9 +168,19 @@ def _unknown(path: Sequence[str], key: object) -> str:
     """One line on a key that is none of a section's; of YAML's dotted keys too, which are no sections."""
     names = _field_names(path)
     name = ".".join([*path, key if isinstance(key, str) and key.isidentifier() else _shown(key)])
-    near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
-    hint = f"did you mean {'.'.join([*path, near[0]])}?" if near else f"valid keys: {', '.join(names)}"
+    near = [".".join([*path, close]) for close in difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)]
+    meant = " or ".join([found for found in _settings(RunConfig) if found.rpartition(".")[2] == key] or near)
+    hint = f"did you mean {meant}?" if meant else f"valid keys: {', '.join(names)}"
     return f"{name} is not a setting; {hint}"
+
+
+def _settings(cls: Any) -> Iterator[str]:
+    """The dotted names of all settings; N stands for a place in a list."""
+    for name, hint in get_type_hints(cls).items():
+        yield name
+        prefix = f"{name}.N" if is_listed(hint) else name
+        for inner in dataclasses_in(hint):
+            yield from (f"{prefix}.{below}" for below in _settings(inner))
 
 
 def _misread(given: Any, found: Any, name: str = "") -> Iterator[str]:
@@ -195,6 +220,11 @@ def dataclasses_in(hint: Any) -> Iterator[Any]:
         yield hint
     for inner in get_args(hint):
         yield from dataclasses_in(inner)
+
+
+def is_listed(hint: Any) -> bool:
+    """Whether a type, or one of several that it may be, is a list."""
+    return list in (get_origin(hint), *map(get_origin, get_args(hint)))
 
 
 def _field_names(path: Sequence[str]) -> list[str]:

@@ -11,7 +11,7 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from coe_megatron.config.load import dataclasses_in
+from coe_megatron.config.load import dataclasses_in, is_listed
 from coe_megatron.config.settings import LARGEST, RunConfig
 
 _HEAD = """# Settings
@@ -31,7 +31,7 @@ def _sections(cls: Any, prefix: str) -> Iterator[tuple[Any, str]]:
     yield cls, prefix
     for name, hint in get_type_hints(cls).items():
         for inner in dataclasses_in(hint):
-            listed = "N." if list in (get_origin(hint), *map(get_origin, get_args(hint))) else ""
+            listed = "N." if is_listed(hint) else ""
             yield from _sections(inner, f"{prefix}{name}.{listed}")
 
 

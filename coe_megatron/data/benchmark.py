@@ -114,7 +114,7 @@ def _time_phases(
                 write_encoded(chunks[-1], splits, len(found) - len(documents))
             shown.update(piece.position - shown.n)
     with timer.of("write"):
-        summaries, _ = join(chunks, folder, tokenizer.vocab_size)
+        summaries, _ = join(settings, chunks, folder, tokenizer.vocab_size)
     size = sum(summary.bytes for summary in summaries.values())
     tokens = sum(summary.tokens for summary in summaries.values())
     return PhaseTimes(size, tokens, tokenizer.vocab_size, dict(timer.seconds))

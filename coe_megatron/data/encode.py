@@ -32,7 +32,7 @@ class Recipe:
     skip_malformed: bool
 
     def documents(self, chunk: Chunk, split: Split | None) -> Iterator[tuple[Split, str] | MalformedRecord]:
-        """The documents of a chunk, and the errors of records that give none.
+        """The documents of a chunk, and the errors of records that give none, with file and line.
 
         Args:
             split: of all its documents; None lets their hash decide.
@@ -47,8 +47,8 @@ class Recipe:
                 document = self.templates.render(record)
             except MalformedRecord as error:
                 if not self.skip_malformed:
-                    raise ValueError(f"{chunk.source}, {place}: {error} (skip-malformed would go on)") from error
-                yield error
+                    raise ValueError(f"{chunk.source}, {place}: {error} (--skip-malformed would go on)") from error
+                yield MalformedRecord(f"{chunk.source}, {place}: {error}")
             else:
                 yield split or self._split_of(document), document
 

@@ -19,12 +19,12 @@ class Folder:
         """Its manifest.
 
         Raises:
-            ValueError: it is no prepared data, or not whole; the message names the setting.
+            ValueError: it is no prepared data, or not whole; the message names the setting, and the folder once.
         """
         try:
             return Manifest.read(self.path)
         except ValueError as error:
-            raise ValueError(f"{self.setting} is {self.path}: {error}") from error
+            raise ValueError(f"{self.setting}: {error}") from error
 
 
 def training_parts(settings: DataSettings) -> list[BlendPart]:

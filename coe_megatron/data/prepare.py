@@ -61,7 +61,8 @@ class PrepareSettings:
         workers: processes that parse and encode; they change nothing but the time.
 
     Raises:
-        ValueError: a field, or two of them together, make no sense.
+        ValueError: a field, or two of them together, make no sense; the message names it as the option that
+            launch/prepare_data.py, the one program made of these settings, has for it.
     """
 
     output: Path
@@ -80,15 +81,15 @@ class PrepareSettings:
     def __post_init__(self) -> None:
         self._check_source()
         if self.vocab_size is None and self.tokenizer is None:
-            raise ValueError("vocab-size is missing: give it, or a tokenizer")
+            raise ValueError("--vocab-size is missing: give it, or a --tokenizer")
         if self.vocab_size is not None and self.vocab_size < SMALLEST_VOCABULARY:
-            raise ValueError(f"vocab-size is {self.vocab_size}: it must be at least {SMALLEST_VOCABULARY}")
+            raise ValueError(f"--vocab-size is {self.vocab_size}: it must be at least {SMALLEST_VOCABULARY}")
         if not 0 < self.valid_fraction < 1:
-            raise ValueError(f"valid-fraction is {self.valid_fraction}: it must be between 0 and 1")
+            raise ValueError(f"--valid-fraction is {self.valid_fraction}: it must be between 0 and 1")
         if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}: it must be at least 0")
+            raise ValueError(f"--seed is {self.seed}: it must be at least 0")
         if self.workers < 1:
-            raise ValueError(f"workers is {self.workers}: it must be at least 1")
+            raise ValueError(f"--workers is {self.workers}: it must be at least 1")
 
     @property
     def templates(self) -> Templates:
@@ -113,21 +114,26 @@ class PrepareSettings:
         """Of `check_files` what concerns the inputs alone."""
         for path in (*self.inputs, *self.valid_inputs):
             check_readable(path)
+        inputs = {path.resolve() for path in self.inputs}
+        if twice := [path for path in self.valid_inputs if path.resolve() in inputs]:
+            raise ValueError(
+                f"--valid names {twice[0]}, as --input does: validation text must be none of the training's"
+            )
         if self.tokenizer is not None and not self.tokenizer.is_file():
-            raise ValueError(f"tokenizer {self.tokenizer} is not a file")
+            raise ValueError(f"--tokenizer {self.tokenizer} is not a file")
 
     def _check_source(self) -> None:
         if bool(self.inputs) == (self.builtin is not None):
-            raise ValueError("exactly one of input and builtin must be given")
+            raise ValueError("exactly one of --input and --builtin must be given")
         names = [name for template in self.templates.choices for name in template.fields]
         if self.builtin is None:
             return
         if self.builtin < 1:
-            raise ValueError(f"builtin is {self.builtin}: it must be at least 1")
+            raise ValueError(f"--builtin is {self.builtin}: it must be at least 1")
         if self.valid_inputs:
-            raise ValueError("valid goes with input: the built-in corpus has validation problems of its own")
+            raise ValueError("--valid goes with --input: the built-in corpus has validation problems of its own")
         if unknown := [name for name in names if name not in ("query", "response")]:
-            raise ValueError(f"template names field {unknown[0]!r}: built-in problems have query and response")
+            raise ValueError(f"--template names field {unknown[0]!r}: built-in problems have query and response")
 
 
 def prepare(settings: PrepareSettings, *, progress: bool = False) -> Manifest:
@@ -147,13 +153,14 @@ def prepare(settings: PrepareSettings, *, progress: bool = False) -> Manifest:
     with staged(output) as staging:
         _check_output(output, settings.overwrite)  # again: another process may just have finished
         staging.begin(_job(settings))
-        _tell_what_is_done(staging, progress)
+        if progress and (done := _what_is_done(staging)):
+            print(f"goes on: {done}", file=sys.stderr)
         bar = partial(tqdm, unit_scale=True, mininterval=0.5, disable=not progress)
         tokenizer = _provide_tokenizer(settings, staging, bar)
         chunks = _encode(settings, staging, tokenizer, bar)
         folder = staging.new_whole()
         shutil.copyfile(staging.tokenizer, folder / TOKENIZER)
-        splits, malformed = join(chunks, folder, tokenizer.vocab_size)
+        splits, malformed = join(settings, chunks, folder, tokenizer.vocab_size)
         manifest = _describe(settings, folder, tokenizer, splits, malformed)
         manifest.write(folder)
         staging.publish(output)
@@ -178,10 +185,15 @@ def _job(settings: PrepareSettings) -> dict[str, Any]:
     }
 
 
-def _tell_what_is_done(staging: Staging, progress: bool) -> None:
-    if progress and staging.tokenizer.exists():
-        done = f"the tokenizer and {staging.chunks_done} chunks of {CHUNK_BYTES >> 20} MiB of text are there"
-        print(f"goes on: {done}", file=sys.stderr)
+def what_is_done(output: Path) -> str:
+    """What an interrupted preparation has left for the next one to go on with, for a person; "" if nothing."""
+    return _what_is_done(Staging.of(output.resolve()))
+
+
+def _what_is_done(staging: Staging) -> str:
+    if not staging.tokenizer.exists():
+        return ""
+    return f"the tokenizer and {staging.chunks_done} chunks of {CHUNK_BYTES >> 20} MiB of text are there"
 
 
 @dataclass(frozen=True)
@@ -244,7 +256,7 @@ def _provide_tokenizer(settings: PrepareSettings, staging: Staging, bar: Callabl
         tokenizer = Tokenizer(settings.tokenizer)
         if settings.vocab_size not in (None, tokenizer.vocab_size):
             raise ValueError(
-                f"vocab-size is {settings.vocab_size}: {settings.tokenizer} has {tokenizer.vocab_size} pieces"
+                f"--vocab-size is {settings.vocab_size}: {settings.tokenizer} has {tokenizer.vocab_size} pieces"
             )
         shutil.copyfile(settings.tokenizer, scratch)
     staging.keep_tokenizer(scratch)
@@ -252,14 +264,29 @@ def _provide_tokenizer(settings: PrepareSettings, staging: Staging, bar: Callabl
 
 
 def training_documents(settings: PrepareSettings, bar: Callable[..., tqdm]) -> Iterator[str]:
-    """What a tokenizer learns from; a bar shows how far it is."""
+    """What a tokenizer learns from; a bar shows how far it is.
+
+    Raises:
+        ValueError: there is none; or as `Recipe.documents`.
+    """
     pieces, recipe = Input(settings), settings.recipe
+    training = held_out = malformed = 0
     with bar(desc="tokenizer", **pieces.size) as shown:
+        visible = not shown.disable
         for piece in pieces:
             for item in recipe.documents(piece.chunk, piece.split):
-                if not isinstance(item, MalformedRecord) and item[0] == "train":
+                if isinstance(item, MalformedRecord):
+                    malformed += 1
+                elif item[0] == "valid":
+                    held_out += 1
+                else:
+                    training += 1
                     yield item[1]
             shown.update(piece.position - shown.n)
+    if not training:
+        raise ValueError(_why_empty(settings, "train", held_out, malformed))
+    if visible:
+        print(f"learning {settings.vocab_size:,} pieces ...", file=sys.stderr)
 
 
 def _encode(settings: PrepareSettings, staging: Staging, tokenizer: Tokenizer, bar: Callable[..., tqdm]) -> list[Path]:
@@ -282,8 +309,14 @@ def _encode(settings: PrepareSettings, staging: Staging, tokenizer: Tokenizer, b
     return chunks
 
 
-def join(chunks: list[Path], folder: Path, vocab_size: int) -> tuple[dict[str, SplitSummary], int]:
-    """Write the indexed datasets of both splits; returns their summaries and the number of malformed records."""
+def join(
+    settings: PrepareSettings, chunks: list[Path], folder: Path, vocab_size: int
+) -> tuple[dict[str, SplitSummary], int]:
+    """Write the indexed datasets of both splits; returns their summaries and the number of malformed records.
+
+    Raises:
+        ValueError: a split is empty.
+    """
     writers = {split: _SplitWriter(folder / split, vocab_size) for split in SPLITS}
     malformed = 0
     for chunk in chunks:
@@ -291,7 +324,21 @@ def join(chunks: list[Path], folder: Path, vocab_size: int) -> tuple[dict[str, S
         malformed += malformed_here
         for split in SPLITS:
             writers[split].add(splits[split])
+    documents = sum(writer.documents for writer in writers.values())
+    for split, writer in writers.items():
+        if not writer.documents:
+            raise ValueError(_why_empty(settings, split, documents, malformed))
     return {split: writer.finish() for split, writer in writers.items()}, malformed
+
+
+def _why_empty(settings: PrepareSettings, split: Split, documents: int, malformed: int) -> str:
+    """One line on a split without documents; the numbers are those of both splits."""
+    if not malformed:
+        return f"the {split} split is empty: give more documents or change --valid-fraction"
+    records = (item for piece in Input(settings) for item in settings.recipe.documents(piece.chunk, piece.split))
+    first = next(item for item in records if isinstance(item, MalformedRecord))
+    said = f"the {split} split is empty and {malformed:,}" if documents else f"all {malformed:,}"
+    return f"{said} records are malformed, the first: {first}"
 
 
 class _SplitWriter:
@@ -303,23 +350,21 @@ class _SplitWriter:
         self._prefix = prefix
         self._builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=_token_dtype(vocab_size))
         self._counts = np.zeros(vocab_size, dtype=np.int64)
-        self._documents = self._bytes = 0
+        self.documents = self._bytes = 0
 
     def add(self, encoded: Encoded) -> None:
         ends = np.cumsum(encoded.lengths)
         for end, length in zip(ends, encoded.lengths, strict=True):
             self._builder.add_document(encoded.tokens[end - length : end], [length])
         self._counts += np.bincount(encoded.tokens, minlength=len(self._counts))
-        self._documents += len(encoded.lengths)
+        self.documents += len(encoded.lengths)
         self._bytes += encoded.bytes
 
     def finish(self) -> SplitSummary:
-        """Close the files; a split without documents is refused."""
+        """Close the files."""
         self._builder.finalize(f"{self._prefix}.idx")
         tokens = int(self._counts.sum())
-        if not tokens:
-            raise ValueError(f"the {self._prefix.name} split is empty: give more documents or change valid-fraction")
-        return SplitSummary(self._documents, tokens, self._bytes, _entropy(self._counts), self._bytes / tokens)
+        return SplitSummary(self.documents, tokens, self._bytes, _entropy(self._counts), self._bytes / tokens)
 
 
 def _entropy(counts: np.ndarray) -> float:
@@ -363,6 +408,6 @@ def _check_output(output: Path, overwrite: bool) -> None:
         raise ValueError(f"output {output} is a file: name a folder")
     present = {path.name for path in output.iterdir()}
     if present and not overwrite:
-        raise ValueError(f"output {output} is not empty: choose another folder, or overwrite it")
+        raise ValueError(f"output {output} is not empty: choose another folder, or give --overwrite")
     if foreign := sorted(present - {*DATA_FILES, MANIFEST}):
         raise ValueError(f"output {output} holds {foreign[0]}, which no preparation wrote: remove it or choose another")

@@ -227,8 +227,10 @@ def _json_lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 def _json_record(line: bytes) -> Record | MalformedRecord:
     try:
-        record = json.loads(line)
-    except ValueError as error:  # of JSON or of UTF-8
+        record = json.loads(line.rstrip())
+    except json.JSONDecodeError as error:
+        return MalformedRecord(f"not valid JSON ({error.msg}, column {error.colno})")
+    except ValueError as error:  # of UTF-8, or a number of thousands of digits
         return MalformedRecord(f"not valid JSON ({error})")
     return record if isinstance(record, dict) else MalformedRecord("not a JSON object")
 

@@ -21,11 +21,16 @@ from coe_megatron.data.manifest import TOKENIZER
 
 
 class Staging:
-    """The folder of one output; made by `staged`."""
+    """The folder of one output; `staged` makes it."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._chunks = folder / "chunks"
+
+    @classmethod
+    def of(cls, output: Path) -> "Staging":
+        """The folder that belongs to an output, whether it is there or not."""
+        return cls(_folder_of(output))
 
     @property
     def tokenizer(self) -> Path:
@@ -97,7 +102,7 @@ def staged(output: Path) -> Iterator[Staging]:
     Raises:
         ValueError: another process prepares this output.
     """
-    folder = output.with_name(f".{output.name}.partial")
+    folder = _folder_of(output)
     with _lock(folder, output):
         try:
             yield Staging(folder)
@@ -105,6 +110,10 @@ def staged(output: Path) -> Iterator[Staging]:
             shutil.rmtree(folder)
             raise
         shutil.rmtree(folder)
+
+
+def _folder_of(output: Path) -> Path:
+    return output.with_name(f".{output.name}.partial")
 
 
 @contextmanager

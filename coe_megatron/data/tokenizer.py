@@ -140,7 +140,7 @@ def train_tokenizer(
             **_fixed_options(),
         )
     except RuntimeError as error:
-        raise ValueError(f"vocab_size {vocab_size} does not suit the text: {_reason(error)}") from error
+        raise ValueError(f"{vocab_size} pieces do not suit the text: {_reason(error)}") from error
     Path(path).write_bytes(model.getvalue())
     return Tokenizer(path)
 

@@ -46,7 +46,9 @@ def coe_layer_spec(
         recompute: what the backward pass computes again instead of keeping it; see CoELayer.
         use_transformer_engine: build on Megatron's Transformer Engine spec (its experts with `moe_grouped_gemm`).
             Written against Megatron-Core 0.16.1, not yet run on a machine with Transformer Engine.
-        pg_collection: process groups of the layer; Megatron's global ones when None.
+        pg_collection: process groups of the layer; Megatron's global ones when None. Megatron hands the model's own to
+            layer classes that it knows by name, and for CoELayer logs "Unknown MLP type" instead: only who gives
+            GPTModel a `pg_collection` needs to act on that, by giving it here too.
     """
     if config.num_moe_experts is None:
         raise ValueError("num_moe_experts is None: a Chain-of-Experts layer needs at least one routed expert")

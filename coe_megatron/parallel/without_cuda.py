@@ -63,7 +63,10 @@ def _cpu_tracker(base: type) -> type:
         @contextlib.contextmanager
         def fork(self, name: str = "model-parallel-rng") -> Iterator[None]:
             if name not in self.states_:
-                raise ValueError(f"there is no generator state {name!r}: seed the model-parallel states first")
+                raise ValueError(
+                    f"there is no generator state {name!r}: call megatron.core.tensor_parallel.random."
+                    "model_parallel_cuda_manual_seed(seed) before the model is built"
+                )
             before = torch.get_rng_state()
             torch.set_rng_state(self.states_[name])
             try:

@@ -36,6 +36,7 @@ from coe_megatron.training.schedule import learning_rate
 from coe_megatron.zero import engine as zero
 
 Result = TypeVar("Result")
+_STEPS_LEFT_OUT = 5  # in a row, for gradients that were not finite
 
 
 class Interrupted(Exception):
@@ -115,13 +116,14 @@ class Pretraining:
             values = self._validate()
             self.writer.write({"step": 0, "tokens": 0, **values})
             self.progress.step(0, evaluation.shown(values))
-        clock = _Clock(self.position)
+        clock, self.left_out = _Clock(self.position), 0
         window = ProfileWindow(self.config.profile, self.folder / "profile", torch.distributed.get_rank())
         for step in range(first, steps):
             with clock.stopped():
                 window.before_step(step + 1)
             loss, interrupted = self._train_step(step)
             self.position.step = step + 1
+            self._require_progress()
             with clock.stopped():
                 if said := window.after_step(step + 1):
                     self.progress.say(said)
@@ -153,6 +155,15 @@ class Pretraining:
         stats.finish_step(model)
         self.position.tokens += int(counted)
         return evaluation.all_reduce_sum(total), asked > 0
+
+    def _require_progress(self) -> None:
+        """A step with a gradient that is not finite is left out; a run of them will not recover by itself."""
+        self.left_out = 0 if math.isfinite(zero.gradient_norm(self.engine)) else self.left_out + 1
+        if self.left_out == _STEPS_LEFT_OUT:
+            raise FloatingPointError(
+                f"the gradients of the last {_STEPS_LEFT_OUT} steps, to step {self.position.step}, were not finite, "
+                "and these steps changed nothing: a lower optimizer.lr may help"
+            )
 
     def _log(self, loss: float, clock: "_Clock") -> dict[str, float]:
         """Write a metrics object for the step just done; returns what the progress line shows."""
@@ -260,7 +271,7 @@ def _at_rank_0(action: Callable[[], Result]) -> Result | None:
     """What `action` returns on rank 0, which alone calls it; None on the others.
 
     Raises:
-        ConfigError: it did, on rank 0; on all ranks, or the others would wait for rank 0 and fail otherwise.
+        ConfigError: on all ranks if `action` did; the others would wait for rank 0 and end in an error of theirs.
     """
     result, refused = None, ""
     if torch.distributed.get_rank() == 0:

@@ -1,6 +1,7 @@
 """Where a run's numbers go: metrics.jsonl (an object a logged step), TensorBoard, Weights & Biases. Rank 0 writes."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -76,7 +77,7 @@ class JsonLines:
         self._lines = path.open("a", buffering=1)
 
     def write(self, values: Values) -> None:
-        self._lines.write(json.dumps(values) + "\n")
+        self._lines.write(json.dumps(_finite(values), allow_nan=False) + "\n")
 
     def close(self) -> None:
         self._lines.close()
@@ -153,6 +154,15 @@ def _keep_until(path: Path, step: int) -> None:
     cut = path.with_suffix(".cut.jsonl")
     cut.write_text("".join(json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step))
     cut.replace(path)
+
+
+def _finite(value: Any) -> Any:
+    """None in place of every number that is not finite, which JSON cannot hold."""
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _place(part: Values) -> str:

@@ -31,6 +31,10 @@ OVERRIDES: list[tuple[str, str]] = [
     ("model.mla.kv_lora=3", "model.mla.kv_lora is not a setting; did you mean model.mla.kv_lora_rank?"),
     ("logging.wandb.projct=x", "logging.wandb.projct is not a setting; did you mean logging.wandb.project?"),
     ("data.blend=[{path: a, wieght: 1}]", "data.blend.0.wieght is not a setting; did you mean data.blend.0.weight?"),
+    ("training.world_size=2", "training.world_size is not a setting; did you mean parallel.world_size?"),
+    ("model.topk=2", "model.topk is not a setting; did you mean moe.topk?"),
+    ("num_layers=2", "num_layers is not a setting; did you mean model.num_layers?"),
+    ("chain.path=a", "chain.path is not a setting; did you mean data.path or data.blend.N.path?"),
     ("chain.zzz=2", "chain.zzz is not a setting; valid keys: iterations, gating, residual"),
     ("base=other.yaml", "override 'base=other.yaml': base must stand in a config file"),
     # overrides
@@ -39,6 +43,12 @@ OVERRIDES: list[tuple[str, str]] = [
     ("moe..topk=3", "override 'moe..topk=3': write it as key.sub=value"),
     ("moe[topk=3", "override 'moe[topk=3': write it as key.sub=value"),
     ("moe=[1", "override 'moe=[1': write it as key.sub=value, the value as in YAML (while parsing"),
+    ("data.blend=[{path: a, weight: 1}] & data.blend.2.weight=5", "weight=5': data.blend has one entry (0)"),
+    (
+        "data.blend=[{path: a, weight: 1}, {path: b, weight: 1}] & data.blend.2.weight=5",
+        "override 'data.blend.2.weight=5': data.blend has 2 entries (0 to 1)",
+    ),
+    ("training.milestones=[] & training.milestones.0=5", "training.milestones has no entries"),
     ("training.milestones.last=3", "override 'training.milestones.last=3': write it as key.sub=value"),
     # types
     ("moe.topk=many", "moe.topk is 'many': it should be a valid integer"),
@@ -94,6 +104,11 @@ OVERRIDES: list[tuple[str, str]] = [
     ("moe.pad_to_capacity=true", "moe.pad_to_capacity is true: it needs a moe.capacity_factor"),
     ("parallel.expert=3", "parallel.expert is 3: it must divide moe.num_experts (8)"),
     ("parallel.world_size=3", "training.global_batch is 16: it must be a multiple of training.micro_batch x ranks (4"),
+    (
+        "parallel.expert=2 & parallel.world_size=3",
+        "parallel.expert is 2: it must divide the number of ranks (3); start a multiple of 2 "
+        "(torchrun --nproc-per-node 2) or give parallel.expert=1",
+    ),
     ("parallel.expert=8", "training.global_batch is 16: it must be a multiple of training.micro_batch x ranks (4 x 8"),
     ("training.micro_batch=5", "training.micro_batch is 5: it must divide training.global_batch (16)"),
     ("optimizer.min_lr=1", "optimizer.min_lr is 1.0: it must be at most optimizer.lr (0.0003)"),
@@ -240,12 +255,12 @@ def nothing(folder: Path) -> None:
 
 
 DATA: dict[str, tuple[Callable[[Path], None], str, str]] = {
-    "file cut": (cut, "", "data.path is {a}: {a} is not whole: train.bin has 10 bytes instead of"),
+    "file cut": (cut, "", "data.path: {a} is not whole: train.bin has 10 bytes instead of"),
     "file missing": (lambda folder: (folder / "valid.idx").unlink(), "", "valid.idx is missing; prepare it again"),
-    "manifest missing": (lambda folder: (folder / MANIFEST).unlink(), "", "data.path is {a}: {a} is no prepared data"),
+    "manifest missing": (lambda folder: (folder / MANIFEST).unlink(), "", "data.path: {a} is no prepared data"),
     "manifest no JSON": (replace(MANIFEST, b"{"), "", "manifest.json is no manifest of format coe_megatron.data, ver"),
     "manifest null": (replace(MANIFEST, b"null"), "", "of format coe_megatron.data, version 2: it is no JSON object"),
-    "manifest no text": (replace(MANIFEST, b"\xff"), "", "data.path is {a}: {a}/manifest.json is no manifest"),
+    "manifest no text": (replace(MANIFEST, b"\xff"), "", "data.path: {a}/manifest.json is no manifest"),
     "other version": (rewrite(version=7), "", "is no manifest of format coe_megatron.data, version 2: it is format"),
     "other type": (rewrite(vocab_size="many"), "", "version 2: vocab_size: Input should be a valid integer"),
     "no splits": (rewrite(splits={}), "", "version 2: splits has no train"),
@@ -286,9 +301,9 @@ def test_a_mistake_in_the_data(
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["data.path=nowhere"], "data.path is nowhere: nowhere is no prepared data: it has no manifest.json"),
-        (["data.blend=[{path: nowhere, weight: 1}]"], "data.blend.0.path is nowhere"),
-        (["data.path={a}", "data.validation={far: nowhere}"], "data.validation.far is nowhere"),
+        (["data.path=nowhere"], "data.path: nowhere is no prepared data: it has no manifest.json"),
+        (["data.blend=[{path: nowhere, weight: 1}]"], "data.blend.0.path: nowhere is no prepared data"),
+        (["data.path={a}", "data.validation={far: nowhere}"], "data.validation.far: nowhere is no prepared data"),
     ],
 )
 def test_missing_data_is_a_mistake_where_it_is_needed(

@@ -24,7 +24,7 @@ from coe_megatron.data import sources
 from coe_megatron.data.corpus import generate
 from coe_megatron.data.encode import encode_chunk
 from coe_megatron.data.manifest import DATA_FILES, MANIFEST, Manifest
-from coe_megatron.data.prepare import PrepareSettings, prepare
+from coe_megatron.data.prepare import PrepareSettings, prepare, what_is_done
 from coe_megatron.data.sources import Template
 from coe_megatron.data.tokenizer import Tokenizer, train_tokenizer
 
@@ -146,7 +146,7 @@ def test_the_builtin_corpus_brings_its_own_validation(settings):
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b'{"query": "a", "response": ', "not valid JSON"),
+        (b'{"query": "a", "response": ', r"not valid JSON \(Expecting value, column 27\)"),
         (b'["a"]', "not a JSON object"),
         (b'{"query": "a"}', "field 'response' is missing; there is query"),
         (b'{"query": "a", "response": null}', "field 'response' is NoneType"),
@@ -165,6 +165,25 @@ def test_a_malformed_line_is_named_and_can_be_skipped(settings, line, reason):
     assert not settings.output.exists()
     manifest = prepare(replace(settings, skip_malformed=True))
     assert manifest.malformed == 1 and manifest.splits["train"].documents == 61
+
+
+@pytest.mark.parametrize("vocabulary", [{}, {"tokenizer": None, "vocab_size": 450}])
+def test_where_all_records_are_malformed_the_first_is_named(settings, vocabulary):
+    mistyped = replace(settings, template=("{answer}",), skip_malformed=True, **vocabulary)
+    first = (
+        r"records are malformed, the first: .*in\.jsonl, line 1: field 'answer' is missing; there is query, response"
+    )
+    with pytest.raises(ValueError, match=f"^all 70 {first}"):
+        prepare(mistyped)
+    settings.valid_inputs[0].write_text('{"answer": "a"}\n')
+    with pytest.raises(ValueError, match=f"^the train split is empty and 60 {first}"):
+        prepare(mistyped)
+
+
+def test_a_file_cannot_be_both_training_and_validation(settings, tmp_path):
+    (tmp_path / "link.jsonl").symlink_to(settings.inputs[0])
+    with pytest.raises(ValueError, match=r"--valid names .*link\.jsonl, as --input does"):
+        prepare(replace(settings, valid_inputs=(*settings.valid_inputs, tmp_path / "link.jsonl")))
 
 
 def test_text_that_is_no_utf8_names_its_line(settings, tmp_path):
@@ -211,6 +230,7 @@ def test_an_interrupted_preparation_never_looks_whole_and_goes_on(settings, monk
         patch.setattr(f"coe_megatron.data.prepare.{when}", interrupted)
         prepare(settings)
     assert not settings.output.exists()
+    assert bool(what_is_done(settings.output)) == (when != "train_tokenizer")
     assert prepare(settings) == undisturbed
     assert contents(settings.output) == contents(settings.output.with_name("undisturbed"))
     assert not list(settings.output.parent.glob(".*"))
@@ -243,7 +263,8 @@ def test_whole_chunks_and_the_tokenizer_are_kept(settings, monkeypatch, small_ch
     assert "goes on: the tokenizer and 3 chunks" in capsys.readouterr().err
     again = StopsAfter(1000)
     monkeypatch.setattr(prepare_module, "encode_chunk", again)
-    prepare(replace(settings, overwrite=True))
+    prepare(replace(settings, overwrite=True), progress=True)
+    assert "learning 450 pieces ...\n" in capsys.readouterr().err
     assert encode.done == again.done > 6 and len(trained) == 2
 
 
@@ -371,7 +392,7 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(settings, slow):
 @pytest.mark.parametrize(
     ("strike", "status", "message"),
     [
-        (lambda process: os.killpg(process.pid, signal.SIGINT), 130, "interrupted; the same command goes on from"),
+        (lambda process: os.killpg(process.pid, signal.SIGINT), 130, "goes on from there: the tokenizer and "),
         (lambda process: os.kill(workers_of(process)[0], signal.SIGKILL), 1, "error: a worker process was killed"),
         (lambda process: process.kill(), -9, ""),
     ],
@@ -405,13 +426,13 @@ def test_an_empty_folder_may_be_the_output(settings):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"builtin": 5}, "exactly one of input and builtin"),
-        ({"inputs": ()}, "exactly one of input and builtin"),
-        ({"tokenizer": None}, "vocab-size is missing"),
-        ({"vocab_size": 100}, "vocab-size is 100: it must be at least 261"),
-        ({"valid_fraction": 1.5}, "valid-fraction is 1.5"),
-        ({"seed": -1}, "seed is -1"),
-        ({"workers": 0}, "workers is 0"),
+        ({"builtin": 5}, "exactly one of --input and --builtin"),
+        ({"inputs": ()}, "exactly one of --input and --builtin"),
+        ({"tokenizer": None}, "--vocab-size is missing"),
+        ({"vocab_size": 100}, "--vocab-size is 100: it must be at least 261"),
+        ({"valid_fraction": 1.5}, "--valid-fraction is 1.5"),
+        ({"seed": -1}, "--seed is -1"),
+        ({"workers": 0}, "--workers is 0"),
         ({"template": ("no field",)}, "names no field"),
         ({"template": ("{a!r}",)}, "plain name"),
         ({"template": ("{a",)}, "not valid"),
@@ -425,7 +446,7 @@ def test_a_wrong_setting_is_named(settings, changes, message):
 
 
 def test_what_only_the_files_can_tell_is_named(settings):
-    with pytest.raises(ValueError, match=r"vocab-size is 400: .*has 500 pieces"):
+    with pytest.raises(ValueError, match=r"--vocab-size is 400: .*has 500 pieces"):
         prepare(replace(settings, vocab_size=400))
     with pytest.raises(ValueError, match="valid split is empty"):
         prepare(replace(settings, valid_inputs=(), valid_fraction=1e-9))
@@ -470,7 +491,7 @@ def test_the_program_prepares_and_reports(settings):
     ("arguments", "message"),
     [
         (["--input", "none.jsonl", "--vocab-size", "300"], "input none.jsonl is not a file"),
-        (["--builtin", "10", "--vocab-size", "12"], "vocab-size is 12"),
+        (["--builtin", "10", "--vocab-size", "12"], "--vocab-size is 12"),
         (["--builtin", "ten", "--vocab-size", "300"], "invalid int value: 'ten'"),
         (["--input", str(PROGRAM), "--vocab-size", "300"], "unknown kind: its name must end in .jsonl"),
     ],

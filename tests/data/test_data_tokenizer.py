@@ -140,9 +140,9 @@ def test_an_error_of_the_texts_comes_through(tmp_path):
 @pytest.mark.parametrize(
     ("texts", "size", "message"),
     [
-        (TEXTS[:20], 30_000, "vocab_size 30000 .*too high"),
-        (TEXTS[:20], 270, "vocab_size 270 .*smaller"),
-        ([], 300, "vocab_size 300 "),
+        (TEXTS[:20], 30_000, "30000 pieces .*too high"),
+        (TEXTS[:20], 270, "270 pieces .*smaller"),
+        ([], 300, "300 pieces do not suit"),
     ],
 )
 def test_a_size_that_does_not_suit_is_one_line(tmp_path, texts, size, message):

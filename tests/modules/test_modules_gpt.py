@@ -134,7 +134,7 @@ PAPER = dict(
     qk_layernorm=True,
     perform_initialization=False,
 )
-PAPER_PARAMETERS = 570_955_776  # paper.md section 2, without embeddings and final norm; 4 layers of 142,738,944
+PAPER_PARAMETERS = 570_955_776  # the paper section 2, without embeddings and final norm; 4 layers of 142,738,944
 ROUTERS_OF_ITERATION_2 = 4 * 63 * 1024
 NORMS_OF_ITERATION_2 = 4 * 1024
 

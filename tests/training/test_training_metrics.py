@@ -48,6 +48,14 @@ def test_resuming_drops_the_lines_beyond_the_checkpoint(tmp_path: Path) -> None:
     assert read_metrics(path) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
 
 
+def test_numbers_that_are_not_finite_are_null_and_the_file_stays_json(tmp_path: Path) -> None:
+    writer = open_metrics(tmp_path, RunConfig())
+    writer.write({"step": 1, "train_loss": float("nan"), "valid": {"a": {"loss": float("inf")}}, "load": [0.5, 1.0]})
+    writer.close()
+    (line,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert line == {"step": 1, "train_loss": None, "valid": {"a": {"loss": None}}, "load": [0.5, 1.0]}
+
+
 def test_beginning_anew_keeps_the_old_file_aside(tmp_path: Path) -> None:
     for text in ("old", "new"):
         writer = open_metrics(tmp_path, RunConfig())

@@ -241,6 +241,7 @@ def test_a_warm_start_takes_weights_alone(config: Path, prepared: Path, finished
     [
         (("model.num_layers=1",), "is of another model: decoder.layers.mlp"),
         (("training.warm_start=configs",), "training.warm_start is configs: configs holds no checkpoint"),
+        (("training.warm_start=nowhere",), "training.warm_start is nowhere: it must be a checkpoint or the folder of"),
         (("training.warm_start={run}/checkpoints/step-00000001",), "is not whole: complete.json is missing"),
         (("data.path={other}",), "data.path has another tokenizer than training.warm_start"),
     ],
@@ -361,8 +362,16 @@ def test_every_config_can_be_costed_without_data(path: Path) -> None:
     assert cost["memory_bytes_per_rank"]["total"] > 0 and cost["flops_per_token"]["total"] > 0
 
 
+def test_a_run_that_diverges_ends_and_says_so(config: Path, prepared: Path, tmp_path: Path) -> None:
+    common = ("launch/pretrain_coe.py", config, f"data.path={prepared}", f"output={tmp_path}", "parallel.expert=1")
+    done = python(*common, "optimizer.lr=1e30", "training.log_every=99", "training.evaluate_every=99")
+    assert done.returncode == 1
+    assert "a lower optimizer.lr may help" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert '"outcome": "failed' in (tmp_path / "run.json").read_text()
+
+
 def test_a_reader_that_goes_away_is_no_error() -> None:
-    command = f"{sys.executable} launch/pretrain_coe.py configs/quickstart.yaml --dry-run | true"
+    command = f"{sys.executable} launch/pretrain_coe.py configs/quickstart.yaml data.path=nowhere --dry-run | true"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
