@@ -89,7 +89,7 @@ def take_steps(
             loss += _pass(engine, tokens, counts, divisor / spoil_loss)
             if step == first and engine.is_gradient_accumulation_boundary():
                 trace.gradients = gradients(engine)
-            zero.step(engine)
+            engine.step()
         trace.norms.append(zero.gradient_norm(engine))
         trace.losses.append(float(_summed(loss)))
     trace.weights = {name: weight.detach().clone() for name, weight in engine.module.named_parameters()}

@@ -150,7 +150,7 @@ class Pretraining:
             token_losses = evaluation.token_losses(self.engine, batch)
             loss = (token_losses * batch["loss_mask"]).sum() / max(counted, 1)
             zero.backward(self.engine, loss)
-            zero.step(self.engine)
+            self.engine.step()
             total += loss.detach()
         stats.finish_step(model)
         self.position.tokens += int(counted)

@@ -3,7 +3,7 @@
     for micro_batch in step:        # `accumulation` of them
         loss = token_losses(engine(...)).sum() / tokens_of_the_step
         backward(engine, loss)
-        step(engine)                # counts micro-batches; the weights change after the last
+        engine.step()               # counts micro-batches; the weights change after the last
     norm = gradient_norm(engine)
 
 What the gradients are (all scaling is done by `backward`, nowhere else):
@@ -16,9 +16,11 @@ What the gradients are (all scaling is done by `backward`, nowhere else):
 
 import io
 import logging
+import math
 import os
 import sys
 from contextlib import redirect_stdout
+from functools import partial
 from typing import Any, TypeAlias
 
 import deepspeed
@@ -69,6 +71,8 @@ def build_engine(
             config=_config(optimizer, training, zero, accumulation),
             dist_init_required=False,
         )
+    if zero.stage == 0:
+        engine.clip_fp32_gradients = partial(_clip_whole, engine)  # in place of DeepSpeed's, see `whole`
     states.create(engine)
     return engine
 
@@ -85,13 +89,6 @@ def backward(engine: Engine, loss: torch.Tensor) -> None:
     engine.backward(loss * engine.dp_world_size, scale_wrt_gas=False)
 
 
-def step(engine: Engine) -> None:
-    """Count a micro-batch; after the last one of a step clip the gradients and change the weights."""
-    if engine.zero_optimization_stage() == 0 and engine.is_gradient_accumulation_boundary():
-        engine._global_grad_norm = whole.clip(engine.module, engine.gradient_clipping())
-    engine.step()
-
-
 def set_lr(engine: Engine, lr: float) -> None:
     """Set the learning rate of the coming steps."""
     for group in engine.optimizer.param_groups:
@@ -106,13 +103,17 @@ def gradient_norm(engine: Engine) -> float:
     return float(engine.get_global_grad_norm())
 
 
+def _clip_whole(engine: Engine) -> None:
+    engine._global_grad_norm = whole.clip(engine.module, engine.gradient_clipping())
+
+
 def _config(
     optimizer: OptimizerSettings, training: TrainingSettings, zero: ZeroSettings, accumulation: int
 ) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": training.micro_batch,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": optimizer.clip or 0.0,
+        "gradient_clipping": optimizer.clip or (math.inf if zero.stage == 0 else 0.0),  # inf: only take the norm
         "zero_optimization": _zero_config(zero),
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW is as fast on a CPU, and needs no compiler
         "bf16": {"enabled": training.precision == "bf16"},

@@ -29,7 +29,7 @@ def gradient_norm(model: torch.nn.Module) -> float:
 
 
 def clip(model: torch.nn.Module, largest: float) -> float:
-    """Scale all gradients so that their norm is at most `largest` (0: do not); returns the norm before that.
+    """Scale all gradients so that their norm is at most `largest`; returns the norm before that.
 
     Where it is not finite the gradients are forgotten, so that the step changes nothing.
     """
@@ -38,6 +38,6 @@ def clip(model: torch.nn.Module, largest: float) -> float:
     if not math.isfinite(norm):
         model.zero_grad(set_to_none=True)
         return math.inf
-    if largest and norm > largest:
+    if norm > largest:
         torch._foreach_mul_(gradients, largest / (norm + 1e-6))
     return norm
