@@ -5,8 +5,9 @@
 Run again with the same config, it goes on from its newest checkpoint. Exit status: 0 done, 2 a mistake in the config or
 the data (one line on stderr says which), 130 interrupted from the keyboard, 1 anything else.
 
-Torchrun exits with 1 whatever the status was, and prints a report of its own below that line: the first line is the one
-to read. With --dry-run, and without torchrun, mistakes in the config and in prepared data are found by themselves.
+Torchrun exits with 1 whatever the status was, and adds warnings and a traceback of its own: the line that begins with
+"pretrain_coe.py: error:" is the one to read. With --dry-run, and no torchrun, mistakes in the config and in prepared
+data show alone.
 """
 
 import json
