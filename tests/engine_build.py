@@ -40,6 +40,8 @@ def make_engine(
     chain: ChainSettings | None = None,
     layers: int = 2,
     seed: int = 1,
+    stage: int = 1,
+    offload: str = "",
     spoil: Callable[[torch.nn.Module], None] = lambda model: None,
 ) -> DeepSpeedEngine:
     """Eight experts a layer, two iterations, both auxiliary losses with large coefficients; clipping bites.
@@ -67,10 +69,15 @@ def make_engine(
     training = TrainingSettings(global_batch=ROWS, micro_batch=micro_batch, precision=precision)
     ranks = parallel_state.get_data_parallel_world_size()
     optimizer = OptimizerSettings(lr=1e-2, clip=0.1)
-    return zero.build_engine(model, optimizer, training, ZeroSettings(), ROWS // (micro_batch * ranks))
+    settings = ZeroSettings(
+        stage=stage, offload_optimizer="optimizer" in offload, offload_parameters="parameters" in offload
+    )
+    return zero.build_engine(model, optimizer, training, settings, ROWS // (micro_batch * ranks))
 
 
-def take_steps(engine: DeepSpeedEngine, first: int, count: int, mean_of_means: bool = False) -> Trace:
+def take_steps(
+    engine: DeepSpeedEngine, first: int, count: int, mean_of_means: bool = False, spoil_loss: float = 1.0
+) -> Trace:
     """Train on the rows of steps `first` to `first + count - 1`; `mean_of_means` is the wrong way to weigh rows."""
     trace = Trace()
     for step in range(first, first + count):
@@ -78,7 +85,8 @@ def take_steps(engine: DeepSpeedEngine, first: int, count: int, mean_of_means: b
         loss = torch.zeros(())
         for tokens, counts, total in micro_batches(step, engine.train_micro_batch_size_per_gpu()):
             parts = ROWS // len(tokens)
-            loss += _pass(engine, tokens, counts, int(counts.sum()) * parts if mean_of_means else total)
+            divisor = int(counts.sum()) * parts if mean_of_means else total
+            loss += _pass(engine, tokens, counts, divisor / spoil_loss)
             if step == first and engine.is_gradient_accumulation_boundary():
                 trace.gradients = gradients(engine)
             engine.step()
@@ -115,7 +123,7 @@ def joined(ranks: list[Trace], layout: str) -> Trace:
     return whole
 
 
-def _pass(engine: DeepSpeedEngine, tokens: torch.Tensor, counts: torch.Tensor, total: int) -> torch.Tensor:
+def _pass(engine: DeepSpeedEngine, tokens: torch.Tensor, counts: torch.Tensor, total: float) -> torch.Tensor:
     positions = torch.arange(SEQUENCE).expand(len(tokens), -1)
     losses = engine(tokens[:, :-1], positions, None, labels=tokens[:, 1:].contiguous())
     loss = (losses.float() * counts).sum() / total

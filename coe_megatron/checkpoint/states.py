@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -39,12 +40,13 @@ _TRACKED, _OPTIMIZER = "tracker.", "optimizer."
 def save_tensors(engine: Engine, folder: Path) -> None:
     """Write weights and optimizer states into an empty folder; collective.
 
-    The first replica of each shard writes it. It needs 12 bytes of host memory for every parameter it writes.
+    The first replica of each shard writes it. It needs 12 bytes of host memory for every parameter it writes, and with
+    ZeRO stage 3 the device's memory for the rank's whole weights.
     """
-    shards = _weights(engine.module)
-    for kind in zero_states.KINDS:
-        shards |= _optimizer_states(engine.module, kind, _read_for_saving)
-    with _deprecations_unsaid():
+    with zero_states.gathered(engine), _deprecations_unsaid():
+        shards = _weights(engine.module)
+        for kind in zero_states.KINDS:
+            shards |= _optimizer_states(engine.module, kind, partial(_read_for_saving, engine))
         dist_checkpointing.save(shards, str(folder), _SaveInProcess("torch_dist", 1))
 
 
@@ -58,13 +60,19 @@ def load_tensors(engine: Engine, folder: Path, kinds: Sequence[str] = zero_state
         ValueError: the checkpoint holds other tensors than the model.
     """
     model = engine.module
-    _refuse_other_model(_weights(model), folder)
-    unknown = model.load_state_dict(_load(_weights(model), folder), strict=False).unexpected_keys
+    with zero_states.gathered(engine):
+        _refuse_other_model(_weights(model), folder)
+        weights = _load(_weights(model), folder)
+    for name, parameter in model.named_parameters():
+        zero_states.write_weight(engine, parameter, weights.pop(name))
+    unknown = model.load_state_dict(weights, strict=False).unexpected_keys  # what is left are buffers
     assert not unknown, unknown
     for kind in kinds:
-        loaded = _load(_optimizer_states(model, kind, _allocate), folder)
+        with zero_states.gathered(engine):
+            shards = _optimizer_states(model, kind, _allocate)
+        loaded = _load(shards, folder)
         for name, parameter in model.named_parameters():
-            zero_states.write(parameter, kind, loaded[_state_name(kind, name)])
+            zero_states.write(engine, parameter, kind, loaded[_state_name(kind, name)])
 
 
 def random_states() -> Random:
@@ -127,9 +135,9 @@ def _with_data(shard: Shard, kind: str, data: torch.Tensor) -> Shard:
     return replace(shard, **changes)
 
 
-def _read_for_saving(parameter: torch.nn.Parameter, kind: str, shard: Shard) -> torch.Tensor:
+def _read_for_saving(engine: Engine, parameter: torch.nn.Parameter, kind: str, shard: Shard) -> torch.Tensor:
     """The whole state where it will be written, elsewhere something of its shape that takes no memory."""
-    whole = zero_states.read(parameter, kind)
+    whole = zero_states.read(engine, parameter, kind)
     return whole.cpu() if is_main_replica(shard.replica_id) else torch.zeros(()).expand(whole.shape)
 
 

@@ -30,6 +30,7 @@ def problems(config: RunConfig, world_size: int | None = None) -> Iterator[str]:
     yield from _training(config)
     yield from _layout(config, world_size)
     yield from _steps(config, world_size)
+    yield from _zero(config)
 
 
 def _model(model: ModelSettings) -> Iterator[str]:
@@ -164,3 +165,13 @@ def _steps(config: RunConfig, world_size: int | None) -> Iterator[str]:
     begun = config.training.warm_start
     if begun is not None and Path(begun).is_relative_to(config.output):
         yield f"training.warm_start is {begun}: it must name another run than output, which goes on by itself"
+
+
+def _zero(config: RunConfig) -> Iterator[str]:
+    zero = config.zero
+    if zero.stage == 0 and config.training.precision == "bf16":
+        yield "zero.stage is 0: without fp32 master weights it is for training.precision fp32, take 1 to 3 with bf16"
+    if zero.stage == 0 and zero.offload_optimizer:
+        yield "zero.offload_optimizer is true: it needs zero.stage 1, 2 or 3"
+    if zero.stage != 3 and zero.offload_parameters:
+        yield f"zero.offload_parameters is true: it needs zero.stage 3, not {zero.stage}"

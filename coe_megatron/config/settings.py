@@ -231,14 +231,18 @@ class ParallelSettings:
 
 @dataclass(frozen=True)
 class ZeroSettings:
-    """DeepSpeed ZeRO: stage 1 cuts the optimizer's states over the data-parallel ranks.
+    """DeepSpeed ZeRO: what the data-parallel ranks hold a part of each, instead of all of it.
 
     Attributes:
-        stage: the ZeRO stage.
+        stage: 0 nothing (fp32 only); 1 the optimizer's states; 2 gradients as well; 3 weights as well.
+        offload_optimizer: keep the optimizer's states, and step, in host memory (stages 1 to 3).
+        offload_parameters: keep the weights of stage 3 in host memory.
         reduce_bucket_size: parameters whose gradients are reduced at once; with fp32 a buffer of that size is kept.
     """
 
-    stage: Literal[1] = 1
+    stage: Literal[0, 1, 2, 3] = 1
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
     reduce_bucket_size: Count = 50_000_000
 
 

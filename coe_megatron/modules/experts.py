@@ -170,7 +170,7 @@ class GroupedExperts(MegatronModule):
         experts = self.ep_group.size() * self.num_local_experts
         first = self.ep_group.rank() * self.num_local_experts
         tp, rank = self.tp_group.size(), self.tp_group.rank()
-        axes = len(offsets)
+        axes, shape = len(offsets), weight.shape  # of now: later ZeRO-3 may have let go of the weight
 
         def build(key: str, weight: torch.Tensor, replica_id: tuple, _range: object) -> list[ShardedTensor]:
             return [
@@ -189,7 +189,7 @@ class GroupedExperts(MegatronModule):
 
         @torch.no_grad()
         def merge(parts: list[torch.Tensor]) -> torch.Tensor:
-            return torch.cat(parts).view(weight.shape) if halves > 1 else torch.stack(parts)
+            return torch.cat(parts).view(shape) if halves > 1 else torch.stack(parts)
 
         return ShardedTensorFactory(key, weight, build, merge, replica_id=(0, 0, self.dp_group.rank()))
 

@@ -32,7 +32,7 @@ _FREE = {
     "training.keep_checkpoints",
     "training.milestones",
 }
-_FREE_SECTIONS = ("data.validation", "logging.", "profile.")
+_FREE_SECTIONS = ("data.validation", "logging.", "profile.", "zero.")
 
 
 _DIED = "died"  # without a word: it was killed, or the machine went down

@@ -16,20 +16,24 @@ What the gradients are (all scaling is done by `backward`, nowhere else):
 
 import io
 import logging
+import math
 import os
 import sys
 from contextlib import redirect_stdout
+from functools import partial
 from typing import Any, TypeAlias
 
 import deepspeed
 import deepspeed.ops
 import torch
+from deepspeed.utils import set_z3_leaf_modules
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from coe_megatron.config.settings import OptimizerSettings, TrainingSettings, ZeroSettings
+from coe_megatron.modules.coe_layer import CoELayer
 from coe_megatron.modules.stats import routers
 from coe_megatron.parallel.groups import MegatronGroups
-from coe_megatron.zero import expert_groups, states
+from coe_megatron.zero import expert_groups, states, whole
 
 Engine: TypeAlias = deepspeed.DeepSpeedEngine
 
@@ -53,6 +57,8 @@ def build_engine(
         The engine; `engine.module` is the model.
     """
     _prepare_deepspeed()
+    if zero.stage == 3:
+        set_z3_leaf_modules(model, [CoELayer], raise_if_not_found=False)  # gathered once a pass, not C times
     # stdout is for what programs print; DeepSpeed reports its memory there.
     with expert_groups.announced(model), redirect_stdout(io.StringIO()):
         adam = torch.optim.AdamW(
@@ -65,6 +71,8 @@ def build_engine(
             config=_config(optimizer, training, zero, accumulation),
             dist_init_required=False,
         )
+    if zero.stage == 0:
+        engine.clip_fp32_gradients = partial(_clip_whole, engine)  # in place of DeepSpeed's, see `whole`
     states.create(engine)
     return engine
 
@@ -95,18 +103,19 @@ def gradient_norm(engine: Engine) -> float:
     return float(engine.get_global_grad_norm())
 
 
+def _clip_whole(engine: Engine) -> None:
+    engine._global_grad_norm = whole.clip(engine.module, engine.gradient_clipping())
+
+
 def _config(
     optimizer: OptimizerSettings, training: TrainingSettings, zero: ZeroSettings, accumulation: int
 ) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": training.micro_batch,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": optimizer.clip or 0.0,
-        "zero_optimization": {
-            "stage": zero.stage,
-            "reduce_bucket_size": zero.reduce_bucket_size,
-            "allgather_bucket_size": zero.reduce_bucket_size,
-        },
+        "gradient_clipping": optimizer.clip or (math.inf if zero.stage == 0 else 0.0),  # inf: only take the norm
+        "zero_optimization": _zero_config(zero),
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW is as fast on a CPU, and needs no compiler
         "bf16": {"enabled": training.precision == "bf16"},
         # Gradients are summed, over micro-batches and over ranks, in fp32 whatever the weights are.
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -114,6 +123,16 @@ def _config(
         # Progress, timing and memory are reported by the training loop.
         "steps_per_print": sys.maxsize,
         "timers": {"throughput": {"enabled": False}},
+    }
+
+
+def _zero_config(zero: ZeroSettings) -> dict[str, Any]:
+    offloaded = {"offload_optimizer": zero.offload_optimizer, "offload_param": zero.offload_parameters}
+    return {
+        "stage": zero.stage,
+        "reduce_bucket_size": zero.reduce_bucket_size,
+        "allgather_bucket_size": zero.reduce_bucket_size,
+        **{name: {"device": "cpu"} for name, asked in offloaded.items() if asked},
     }
 
 
@@ -144,7 +163,7 @@ def _prepare_deepspeed() -> None:
     compatible ops spares the start that, and the machine a C++ compiler.
     """
     for handler in logging.getLogger("DeepSpeed").handlers:
-        if isinstance(handler, logging.StreamHandler):
+        if type(handler) is logging.StreamHandler:
             handler.setStream(sys.stderr)
     os.environ.setdefault("LOCAL_RANK", str(torch.cuda.current_device()) if torch.cuda.is_available() else "0")
     if not torch.cuda.is_available():

@@ -37,6 +37,9 @@ def announced(model: torch.nn.Module) -> Iterator[None]:
         return
     for parameter in experts:
         parameter.group_name = group_name()  # type: ignore[attr-defined]
+        # Stage 3 cuts what bears these marks over the replicas of an expert; without them it mixes different experts.
+        parameter.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
+        parameter.ds_zero_partition_group_name = group_name()  # type: ignore[attr-defined]
     model.add_module(_Announcement.NAME, _Announcement(num_experts=model.config.num_moe_experts))  # type: ignore
     try:
         yield

@@ -89,7 +89,7 @@ def load_and_tell(folder: Path) -> tuple[Trace, Named]:
 
 def optimizer_states(engine) -> Named:
     parameters = engine.module.named_parameters()
-    return {f"{kind}.{name}": states.read(p, kind).clone() for name, p in parameters for kind in states.KINDS}
+    return {f"{kind}.{name}": states.read(engine, p, kind).clone() for name, p in parameters for kind in states.KINDS}
 
 
 def same(left: Named, right: Named) -> bool:

@@ -49,6 +49,10 @@ OVERRIDES: list[tuple[str, str]] = [
         "override 'data.blend.2.weight=5': data.blend has 2 entries (0 to 1)",
     ),
     ("training.milestones=[] & training.milestones.0=5", "training.milestones has no entries"),
+    ("zero.stage=4", "zero.stage is 4: it should be 0, 1, 2 or 3"),
+    ("zero.stage=0 & training.precision=bf16", "zero.stage is 0: without fp32 master weights"),
+    ("zero.stage=0 & zero.offload_optimizer=true", "zero.offload_optimizer is true: it needs zero.stage 1, 2 or 3"),
+    ("zero.offload_parameters=true", "zero.offload_parameters is true: it needs zero.stage 3, not 1"),
     ("training.milestones.last=3", "override 'training.milestones.last=3': write it as key.sub=value"),
     # types
     ("moe.topk=many", "moe.topk is 'many': it should be a valid integer"),

@@ -108,27 +108,34 @@ def bytes_of_tensors() -> dict[int, int]:
     return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in found}
 
 
-def held_on_a_rank(expert: int) -> dict[str, tuple[dict[str, int], dict[str, int], int]]:
-    """By precision: what the forecast says, what the metrics measure, and all that is there."""
-    return {precision: held_in(precision, expert) for precision in ("fp32", "bf16")}
+STAGES = [(0, "fp32"), *((stage, precision) for stage in (1, 2, 3) for precision in ("fp32", "bf16"))]
 
 
-def held_in(precision: str, expert: int) -> tuple[dict[str, int], dict[str, int], int]:
+def held_on_a_rank(expert: int) -> dict[tuple[int, str], tuple[dict[str, int], dict[str, int], int]]:
+    """By stage and precision: what the forecast says, what the metrics measure, and all that is there."""
+    engines: list[zero.Engine] = []  # kept, for one that ends in the midst of another would be counted
+    return {(stage, precision): held_in(stage, precision, expert, engines) for stage, precision in STAGES}
+
+
+def held_in(
+    stage: int, precision: str, expert: int, engines: list[zero.Engine]
+) -> tuple[dict[str, int], dict[str, int], int]:
     """After the first of two micro-batches: with the last one ranks let go of gradients that are not theirs."""
     ranks = torch.distributed.get_world_size()
     config = RunConfig(
         model=ModelSettings(num_layers=2, hidden_size=128, num_attention_heads=2, seq_length=8),
         moe=MoESettings(num_experts=8, topk=2, ffn_hidden_size=128),
         parallel=ParallelSettings(expert=expert),
-        zero=ZeroSettings(reduce_bucket_size=1_000_000),
+        zero=ZeroSettings(stage=stage, reduce_bucket_size=1_000_000),
         training=TrainingSettings(precision=precision, micro_batch=1, global_batch=2 * ranks),
     )
-    before = bytes_of_tensors()
+    before = sum(bytes_of_tensors().values())
     engine = zero.build_engine(build_model(config, 1024), config.optimizer, config.training, config.zero, 2)
+    engines.append(engine)
     tokens = torch.randint(1024, (1, 8))
     batch = {"tokens": tokens, "labels": tokens, "position_ids": torch.arange(8)[None], "padding_mask": tokens < 0}
     zero.backward(engine, token_losses(engine, batch).sum())
-    held = sum(size for place, size in bytes_of_tensors().items() if place not in before)
+    held = sum(bytes_of_tensors().values()) - before
     return forecast(config, 1024, ranks).memory, measure(engine), held
 
 
@@ -137,11 +144,13 @@ def held_in(precision: str, expert: int) -> tuple[dict[str, int], dict[str, int]
 def test_a_rank_holds_what_was_said(expert: int) -> None:
     """Weights, gradients, their buffer and the optimizer's states; a gradient in the making may stand beside."""
     for rank in run_ranks(held_on_a_rank, 2, expert, expert_model_parallel_size=expert):
-        for precision, (said, measured, held) in rank.items():
-            assert measured["parameters"] == said["weights"]
-            assert measured["optimizer"] == pytest.approx(said["optimizer"], abs=64)  # AdamW counts its steps
-            assert held == pytest.approx(sum(said.values()) - said["activations"], rel=0.05), precision
-            assert said["buffer"] == (4_000_000 if precision == "fp32" else 0)
+        for (stage, precision), (said, measured, held) in rank.items():
+            assert measured["parameters"] == pytest.approx(said["weights"], rel=1e-3)  # parts are padded
+            assert measured["optimizer"] == pytest.approx(said["optimizer"], rel=1e-3)  # AdamW counts its steps
+            passing = said["activations"] + said["gathered"] + (said["buffer"] if stage == 2 else 0)
+            assert held == pytest.approx(sum(said.values()) - passing, rel=0.06), (stage, precision)
+            bytes_each = {(1, "bf16"): 0, (2, "bf16"): 2}.get((stage, precision), 4 if stage else 0)
+            assert said["buffer"] == bytes_each * 1_000_000
 
 
 def test_what_a_rank_sends_to_reduce_and_to_gather() -> None:

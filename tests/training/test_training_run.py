@@ -202,6 +202,22 @@ def test_going_on_with_another_config_is_refused(config: Path, prepared: Path, f
     assert "optimizer.lr is 0.001: the checkpoints in" in done.stderr and "were made with 0.003" in done.stderr
 
 
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_run_goes_on_at_another_zero_stage(stage: int, config: Path, prepared: Path, finished: Path) -> None:
+    """From step 8 of a run at stage 1, with the dropout of that run."""
+    folder = shutil.copytree(finished, prepared.parent / f"stage{stage}")
+    shutil.rmtree(folder / "checkpoints" / "step-00000012")
+    common = ("launch/pretrain_coe.py", config, f"data.path={prepared}", f"output={folder}")
+    done = torchrun(*common, f"zero.stage={stage}", "zero.reduce_bucket_size=100000")
+    assert done.returncode == 0, done.stderr
+    expected, found = (read_metrics(path / "metrics.jsonl") for path in (finished, folder))
+    assert [line["step"] for line in found] == list(range(13)) and "resumed at step 8" in done.stderr
+    for left, right in zip(expected[9:], found[9:], strict=True):
+        for name in {"train_loss", "valid_loss", "grad_norm"} & left.keys():
+            assert right[name] == pytest.approx(left[name], rel=1e-4), (left["step"], name)
+    assert found[-1]["memory"]["parameters"] > 0 and found[-1]["memory"]["optimizer"] > 0
+
+
 def test_profile_milestones_and_determinism_change_no_loss(config: Path, prepared: Path, finished: Path) -> None:
     folder = prepared.parent / "watched"
     options = (

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from engine_build import Trace, joined, make_engine, micro_batches, take_steps
 from modules_build import errors, make_config, make_gpt
 from ranks import run_ranks
@@ -16,6 +17,7 @@ from ranks import run_ranks
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.config.settings import OptimizerSettings
 from coe_megatron.modules import coe_layer_spec
+from coe_megatron.modules.stats import layers
 from coe_megatron.zero import engine as zero
 from coe_megatron.zero import expert_groups, states
 
@@ -26,10 +28,10 @@ STEPS = 3
 def runs() -> dict[str, dict[str, list]]:
     """By layout and kind of run: what every rank has to tell. A layout's ranks are started once for all its runs."""
     return {
-        "one": by_kind(run_ranks(train, 1, ["micro 8", "micro 4", "micro 2", "bf16 8", "promises"])),
-        "dp2": by_kind(run_ranks(train, 2, ["micro 4", "micro 2"])),
-        "ep2": by_kind(run_ranks(train, 2, ["micro 4", "micro 2", "bf16 2", *MISTAKES], expert_model_parallel_size=2)),
-        "ep2dp2": by_kind(run_ranks(train, 4, ["micro 2"], expert_model_parallel_size=2)),
+        "one": by_kind(run_ranks(train, 1, ["micro 8", "micro 4", "micro 2", "bf16 8", "promises", "0", "2", "3"])),
+        "dp2": by_kind(run_ranks(train, 2, ["micro 4", "micro 2", *OTHERS])),
+        "ep2": by_kind(run_ranks(train, 2, ["micro 4", "bf16 2", *OTHERS, *MISTAKES], expert_model_parallel_size=2)),
+        "ep2dp2": by_kind(run_ranks(train, 4, ["micro 2", "0", "3"], expert_model_parallel_size=2)),
     }
 
 
@@ -41,6 +43,8 @@ def run(kind: str) -> Any:
     name, _, size = kind.partition(" ")
     if name == "micro":
         return take_steps(make_engine(int(size)), 0, STEPS)
+    if name[0].isdigit():
+        return train_at_stage(int(kind[0]), kind[1:])
     return {"bf16": train_in_bf16, "promises": try_promises, **MISTAKES}[name](*map(int, size.split()))
 
 
@@ -64,7 +68,22 @@ def weigh_rows_equally() -> Trace:
 
 
 MISTAKES = {"forgotten": forget_experts, "unweighted": weigh_rows_equally}
-LAYOUTS = [("one", 4), ("one", 2), ("dp2", 4), ("dp2", 2), ("ep2", 4), ("ep2", 2), ("ep2dp2", 2)]
+LAYOUTS = [("one", 4), ("one", 2), ("dp2", 4), ("dp2", 2), ("ep2", 4), ("ep2dp2", 2)]
+# Other stages than 1, all with micro-batches of 2; and with the optimizer, or weights too, in host memory.
+OTHERS = ["0", "2", "3", "1optimizer", "2optimizer", "3optimizer parameters"]
+STAGES = [
+    *(("one", kind) for kind in ("0", "2", "3")),
+    *((layout, kind) for layout in ("dp2", "ep2") for kind in OTHERS),
+    *(("ep2dp2", kind) for kind in ("0", "3")),
+]
+
+
+def train_at_stage(stage: int, offload: str) -> Trace:
+    engine = make_engine(2, stage=stage, offload=offload)
+    trace = take_steps(engine, 0, STEPS)
+    masters = {name: states.read(engine, p, states.MASTER) for name, p in engine.module.named_parameters()}
+    trace.weights = {name: master.clone() for name, master in masters.items()}
+    return trace
 
 
 @pytest.mark.ranks
@@ -78,6 +97,18 @@ def test_gradients_norms_and_losses_equal_one_process(runs: dict, layout: str, s
     assert ranks[0].norms == pytest.approx(whole.norms, rel=1e-5)
     assert ranks[0].losses == pytest.approx(whole.losses, rel=1e-5)
     # Where a gradient is near zero AdamW's first steps are its sign: weights are looser than gradients.
+    assert max(errors(found.weights, whole.weights).values()) < 1e-3
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("layout", "kind"), STAGES)
+def test_every_stage_is_the_training_of_one_process(runs: dict, layout: str, kind: str) -> None:
+    (whole,), ranks = runs["one"]["micro 8"], runs[layout][kind]
+    found = joined(ranks, layout)
+    worst = errors(found.gradients, whole.gradients)
+    assert max(worst.values()) < 1e-5, worst
+    assert ranks[0].norms == pytest.approx(whole.norms, rel=1e-5)
+    assert ranks[0].losses == pytest.approx(whole.losses, rel=1e-5)
     assert max(errors(found.weights, whole.weights).values()) < 1e-3
 
 
@@ -111,7 +142,9 @@ def train_in_bf16(size: int) -> tuple[Trace, bool]:
     """The trace, and whether the weights are the masters rounded, where the masters are finer."""
     engine = make_engine(size, precision="bf16")
     trace = take_steps(engine, 0, STEPS)
-    masters = {name: states.read(parameter, states.MASTER) for name, parameter in engine.module.named_parameters()}
+    masters = {
+        name: states.read(engine, parameter, states.MASTER) for name, parameter in engine.module.named_parameters()
+    }
     rounded = all(torch.equal(trace.weights[name], master.bfloat16()) for name, master in masters.items())
     return trace, rounded and any(not torch.equal(trace.weights[name].float(), masters[name]) for name in masters)
 
@@ -135,7 +168,7 @@ def try_promises() -> dict:
     embedding = engine.module.embedding.word_embeddings.weight
     found = {"printed": printed.getvalue(), "modules of the model": modules[0]}
     found["modules"] = len(list(engine.module.modules()))
-    found["moments"] = float(states.read(embedding, "exp_avg").abs().max())
+    found["moments"] = float(states.read(engine, embedding, "exp_avg").abs().max())
     found["moved without a rate"] = moved(engine, embedding, rate=0.0)
     found["moved"] = moved(engine, embedding, rate=1e-3)
     found["moved by it"] = moved(engine, embedding, rate=1e-3, factor=float("inf"))
@@ -172,3 +205,32 @@ def test_weight_decay_spares_vectors_and_by_option_routers(decay_routers: bool) 
     routers = {name for name, parameter in model.named_parameters() if "router" in name and parameter.ndim == 2}
     assert len(routers) == 4 and "decoder.final_layernorm.weight" in vectors
     assert spared == vectors | (set() if decay_routers else routers)
+
+
+@pytest.mark.usefixtures("single_rank")
+def test_stage_3_gathers_a_layer_once_a_pass_whatever_its_iterations(monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[str] = []
+    fetch = PartitionedParameterCoordinator.fetch_sub_module
+
+    def noted(self: PartitionedParameterCoordinator, module: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        fetched.append(type(module).__name__)
+        fetch(self, module, *args, **kwargs)
+
+    monkeypatch.setattr(PartitionedParameterCoordinator, "fetch_sub_module", noted)
+    engine = make_engine(8, stage=3, chain=ChainSettings(iterations=3), layers=2)
+    take_steps(engine, 0, 1)
+    assert fetched.count("CoELayer") == 2 * 2, "each of two layers once forward and once backward"
+    inside = {type(module).__name__ for layer in layers(engine.module) for module in layer.modules()} - {"CoELayer"}
+    assert {"CoERouter", "GroupedExperts"} <= inside
+    assert not {"CoERouter", "GroupedExperts", "SharedExpertMLP"} & set(fetched)
+
+
+@pytest.mark.usefixtures("single_rank")
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_gradient_that_is_not_finite_changes_nothing(stage: int) -> None:
+    engine = make_engine(8, stage=stage)
+    before = [states.read(engine, p, states.MASTER).clone() for p in engine.module.parameters()]
+    trace = take_steps(engine, 0, 1, spoil_loss=float("nan"))
+    assert not trace.norms[0] < float("inf")
+    after = [states.read(engine, p, states.MASTER) for p in engine.module.parameters()]
+    assert all(map(torch.equal, before, after)) and states.steps(engine) == 0
