@@ -42,6 +42,7 @@ def make_engine(
     seed: int = 1,
     stage: int = 1,
     offload: str = "",
+    native: str | None = None,
     spoil: Callable[[torch.nn.Module], None] = lambda model: None,
 ) -> DeepSpeedEngine:
     """Eight experts a layer, two iterations, both auxiliary losses with large coefficients; clipping bites.
@@ -70,7 +71,10 @@ def make_engine(
     ranks = parallel_state.get_data_parallel_world_size()
     optimizer = OptimizerSettings(lr=1e-2, clip=0.1)
     settings = ZeroSettings(
-        stage=stage, offload_optimizer="optimizer" in offload, offload_parameters="parameters" in offload
+        stage=stage,
+        offload_optimizer="optimizer" in offload,
+        offload_parameters="parameters" in offload,
+        deepspeed=native,
     )
     return zero.build_engine(model, optimizer, training, settings, ROWS // (micro_batch * ranks))
 

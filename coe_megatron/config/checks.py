@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from coe_megatron.config.native import read_native
 from coe_megatron.config.settings import DataSettings, ModelSettings, MoESettings, RunConfig
 
 _MOST_ITERATIONS = 10_000  # as of layers
@@ -173,5 +174,10 @@ def _zero(config: RunConfig) -> Iterator[str]:
         yield "zero.stage is 0: without fp32 master weights it is for training.precision fp32, take 1 to 3 with bf16"
     if zero.stage == 0 and zero.offload_optimizer:
         yield "zero.offload_optimizer is true: it needs zero.stage 1, 2 or 3"
+    if zero.deepspeed is not None:
+        try:
+            read_native(zero.deepspeed)
+        except ValueError as error:
+            yield str(error)
     if zero.stage != 3 and zero.offload_parameters:
         yield f"zero.offload_parameters is true: it needs zero.stage 3, not {zero.stage}"

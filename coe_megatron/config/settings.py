@@ -238,12 +238,15 @@ class ZeroSettings:
         offload_optimizer: keep the optimizer's states, and step, in host memory (stages 1 to 3).
         offload_parameters: keep the weights of stage 3 in host memory.
         reduce_bucket_size: parameters whose gradients are reduced at once; with fp32 a buffer of that size is kept.
+        deepspeed: a JSON file in DeepSpeed's own words, whose keys are merged over ours. What a setting here decides
+            (batch, precision, clipping, stage, optimizer) it must not say.
     """
 
     stage: Literal[0, 1, 2, 3] = 1
     offload_optimizer: bool = False
     offload_parameters: bool = False
     reduce_bucket_size: Count = 50_000_000
+    deepspeed: str | None = None
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,9 @@ import deepspeed.ops
 import torch
 from deepspeed.utils import set_z3_leaf_modules
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from pydantic import ValidationError
 
+from coe_megatron.config.native import merged, read_native
 from coe_megatron.config.settings import OptimizerSettings, TrainingSettings, ZeroSettings
 from coe_megatron.modules.coe_layer import CoELayer
 from coe_megatron.modules.stats import routers
@@ -55,6 +57,9 @@ def build_engine(
 
     Returns:
         The engine; `engine.module` is the model.
+
+    Raises:
+        ValueError: DeepSpeed does not know a key or value of `zero.deepspeed`.
     """
     _prepare_deepspeed()
     if zero.stage == 3:
@@ -64,13 +69,19 @@ def build_engine(
         adam = torch.optim.AdamW(
             _parameter_groups(model, optimizer), lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps
         )
-        engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=adam,
-            mpu=MegatronGroups(),
-            config=_config(optimizer, training, zero, accumulation),
-            dist_init_required=False,
-        )
+        try:
+            engine, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=adam,
+                mpu=MegatronGroups(),
+                config=_config(optimizer, training, zero, accumulation),
+                dist_init_required=False,
+            )
+        except ValidationError as error:  # ours is valid
+            first = error.errors()[0]
+            raise ValueError(
+                f"zero.deepspeed is {zero.deepspeed}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+            ) from error
     if zero.stage == 0:
         engine.clip_fp32_gradients = partial(_clip_whole, engine)  # in place of DeepSpeed's, see `whole`
     states.create(engine)
@@ -110,7 +121,8 @@ def _clip_whole(engine: Engine) -> None:
 def _config(
     optimizer: OptimizerSettings, training: TrainingSettings, zero: ZeroSettings, accumulation: int
 ) -> dict[str, Any]:
-    return {
+    native = {} if zero.deepspeed is None else read_native(zero.deepspeed)
+    ours = {
         "train_micro_batch_size_per_gpu": training.micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": optimizer.clip or (math.inf if zero.stage == 0 else 0.0),  # inf: only take the norm
@@ -124,6 +136,7 @@ def _config(
         "steps_per_print": sys.maxsize,
         "timers": {"throughput": {"enabled": False}},
     }
+    return merged(ours, native)
 
 
 def _zero_config(zero: ZeroSettings) -> dict[str, Any]:

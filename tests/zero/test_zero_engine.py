@@ -5,6 +5,7 @@ Gradients are compared, not only what AdamW makes of them: it forgives a wrong f
 
 import contextlib
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -90,25 +91,23 @@ def train_at_stage(stage: int, offload: str) -> Trace:
 @pytest.mark.parametrize(("layout", "size"), LAYOUTS)
 def test_gradients_norms_and_losses_equal_one_process(runs: dict, layout: str, size: int) -> None:
     """Accumulation 1, 2, 4 and 2 or 4 ranks: every gradient to 1e-5 of its largest entry, with clipping in between."""
-    (whole,), ranks = runs["one"]["micro 8"], runs[layout][f"micro {size}"]
-    found = joined(ranks, layout)
-    worst = errors(found.gradients, whole.gradients)
-    assert max(worst.values()) < 1e-5, worst
-    assert ranks[0].norms == pytest.approx(whole.norms, rel=1e-5)
-    assert ranks[0].losses == pytest.approx(whole.losses, rel=1e-5)
-    # Where a gradient is near zero AdamW's first steps are its sign: weights are looser than gradients.
-    assert max(errors(found.weights, whole.weights).values()) < 1e-3
+    require_training_of_one_process(runs, layout, f"micro {size}")
 
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(("layout", "kind"), STAGES)
 def test_every_stage_is_the_training_of_one_process(runs: dict, layout: str, kind: str) -> None:
+    require_training_of_one_process(runs, layout, kind)
+
+
+def require_training_of_one_process(runs: dict, layout: str, kind: str) -> None:
     (whole,), ranks = runs["one"]["micro 8"], runs[layout][kind]
     found = joined(ranks, layout)
     worst = errors(found.gradients, whole.gradients)
     assert max(worst.values()) < 1e-5, worst
     assert ranks[0].norms == pytest.approx(whole.norms, rel=1e-5)
     assert ranks[0].losses == pytest.approx(whole.losses, rel=1e-5)
+    # Where a gradient is near zero AdamW's first steps are its sign: weights are looser than gradients.
     assert max(errors(found.weights, whole.weights).values()) < 1e-3
 
 
@@ -234,3 +233,15 @@ def test_a_gradient_that_is_not_finite_changes_nothing(stage: int) -> None:
     assert not trace.norms[0] < float("inf")
     after = [states.read(engine, p, states.MASTER) for p in engine.module.parameters()]
     assert all(map(torch.equal, before, after)) and states.steps(engine) == 0
+
+
+@pytest.mark.usefixtures("single_rank")
+def test_native_json_is_merged_over_ours(tmp_path: Path) -> None:
+    native = tmp_path / "deepspeed.json"
+    native.write_text('{"zero_optimization": {"overlap_comm": true}, "wall_clock_breakdown": true}')
+    engine = make_engine(8, stage=2, native=str(native))
+    assert engine.zero_overlap_comm() and engine.wall_clock_breakdown()
+    assert engine.zero_optimization_stage() == 2 and engine.gradient_clipping() == 0.1, "what it does not say is ours"
+    native.write_text('{"zero_optimization": {"overlap_com": true}}')
+    with pytest.raises(ValueError, match=r"^zero.deepspeed is .*: overlap_com: Extra inputs are not permitted$"):
+        make_engine(8, stage=2, native=str(native))

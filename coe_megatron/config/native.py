@@ -1,0 +1,59 @@
+"""DeepSpeed's own JSON, merged over what the settings make of it; torch is not needed to check one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+# What a setting decides, and which; said twice it could contradict the layout or the batch.
+_DECIDED = {
+    "train_batch_size": "training.global_batch",
+    "train_micro_batch_size_per_gpu": "training.micro_batch",
+    "gradient_accumulation_steps": "training.global_batch",
+    "gradient_clipping": "optimizer.clip",
+    "optimizer": "optimizer",
+    "scheduler": "optimizer.decay",
+    "bf16": "training.precision",
+    "fp16": "training.precision",
+    "data_types": "training.precision",
+    "communication_data_type": "training.precision",
+    "zero_optimization.stage": "zero.stage",
+    "zero_optimization.reduce_bucket_size": "zero.reduce_bucket_size",
+    "zero_optimization.offload_optimizer.device": "zero.offload_optimizer",
+    "zero_optimization.offload_param.device": "zero.offload_parameters",
+    "zero_force_ds_cpu_optimizer": "optimizer",
+}
+
+
+def read_native(path: str) -> dict[str, Any]:
+    """The JSON object of a file.
+
+    Raises:
+        ValueError: it cannot be read, or says what a setting decides; one line that names both.
+    """
+    try:
+        native = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"not valid JSON ({error})"
+        raise ValueError(f"zero.deepspeed is {path}: {reason}") from error
+    if not isinstance(native, dict):
+        raise ValueError(f"zero.deepspeed is {path}: it must hold a JSON object")
+    for key, setting in _DECIDED.items():
+        if _holds(native, key.split(".")):
+            raise ValueError(f"zero.deepspeed is {path}: it says {key}, which {setting} decides; leave it out")
+    return native
+
+
+def merged(ours: dict[str, Any], native: dict[str, Any]) -> dict[str, Any]:
+    """`native` over `ours`, objects key by key."""
+    inner = {key: merged(ours[key], value) for key, value in native.items() if _both_objects(ours.get(key), value)}
+    return {**ours, **native, **inner}
+
+
+def _both_objects(left: object, right: object) -> bool:
+    return isinstance(left, dict) and isinstance(right, dict)
+
+
+def _holds(values: Any, path: list[str]) -> bool:
+    if not path:
+        return True
+    return isinstance(values, dict) and path[0] in values and _holds(values[path[0]], path[1:])

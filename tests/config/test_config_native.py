@@ -1,0 +1,40 @@
+"""DeepSpeed's own JSON: what it may say, and what settings decide."""
+
+from pathlib import Path
+
+import pytest
+
+from coe_megatron.config.native import merged, read_native
+
+
+def test_objects_are_merged_key_by_key() -> None:
+    ours = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 5}, "steps_per_print": 9}
+    native = {"zero_optimization": {"overlap_comm": True}, "steps_per_print": 1, "comms_logger": {"enabled": True}}
+    assert merged(ours, native) == {
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 5, "overlap_comm": True},
+        "steps_per_print": 1,
+        "comms_logger": {"enabled": True},
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"train_batch_size": 8}', "it says train_batch_size, which training.global_batch decides; leave it out"),
+        ('{"zero_optimization": {"stage": 3}}', "it says zero_optimization.stage, which zero.stage decides"),
+        ('{"bf16": {"enabled": true}}', "it says bf16, which training.precision decides"),
+        ("[]", "it must hold a JSON object"),
+        ("{", "not valid JSON"),
+    ],
+)
+def test_what_settings_decide_is_refused(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "deepspeed.json"
+    path.write_text(text)
+    with pytest.raises(ValueError) as refused:
+        read_native(str(path))
+    assert str(refused.value).startswith(f"zero.deepspeed is {path}: ") and said in str(refused.value)
+
+
+def test_a_file_that_is_not_there() -> None:
+    with pytest.raises(ValueError, match=r"^zero.deepspeed is nowhere.json: No such file or directory$"):
+        read_native("nowhere.json")
