@@ -16,7 +16,7 @@ from modules_build import make_config, make_gpt
 
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.config.settings import OptimizerSettings, TrainingSettings, ZeroSettings
-from coe_megatron.modules import coe_layer_spec
+from coe_megatron.modules import coe_block_spec
 from coe_megatron.zero import engine as zero
 
 ROWS, SEQUENCE, VOCAB = 8, 12, 64
@@ -62,10 +62,13 @@ def make_engine(
         moe_aux_loss_coeff=0.1,
         moe_z_loss_coeff=0.01,
         expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
+        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        expert_tensor_parallel_size=parallel_state.get_expert_tensor_parallel_world_size(),
+        sequence_parallel=parallel_state.get_tensor_model_parallel_world_size() > 1,
         params_dtype=dtype,
         bf16=precision == "bf16",
     )
-    model = make_gpt(config, coe_layer_spec(config, chain or ChainSettings(iterations=2)), vocab=VOCAB)
+    model = make_gpt(config, coe_block_spec(config, chain or ChainSettings(iterations=2)), vocab=VOCAB)
     spoil(model)
     training = TrainingSettings(global_batch=ROWS, micro_batch=micro_batch, precision=precision)
     ranks = parallel_state.get_data_parallel_world_size()

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict, ShardedTensorFactory
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -62,18 +63,20 @@ class GroupedExperts(MegatronModule):
         local_ffn = divide(ffn, self.tp_group.size())
         _require_aligned("hidden_size", config.hidden_size, 1, config.params_dtype)
         _require_aligned("moe_ffn_hidden_size", ffn, self.tp_group.size(), config.params_dtype)
-        self.weight1 = self._empty(halves * local_ffn, config.hidden_size)
-        self.weight2 = self._empty(config.hidden_size, local_ffn)
+        self.weight1 = self._empty(halves * local_ffn, config.hidden_size, tp_axis=0)
+        self.weight2 = self._empty(config.hidden_size, local_ffn, tp_axis=1)
         if config.perform_initialization:
             self._initialise(ffn, halves)
 
-    def _empty(self, rows: int, columns: int) -> torch.nn.Parameter:
+    def _empty(self, rows: int, columns: int, tp_axis: int) -> torch.nn.Parameter:
         weight = torch.empty(
             (self.num_local_experts, rows, columns),
             dtype=self.config.params_dtype,
             device=torch.cuda.current_device(),
         )
         parameter = torch.nn.Parameter(weight)
+        if self.tp_group.size() > 1:  # for norms of gradients, which count what is not marked on one rank only
+            set_tensor_model_parallel_attributes(parameter, True, dim=tp_axis + 1, stride=1)
         parameter.allreduce = self.config.expert_model_parallel_size == 1  # type: ignore[attr-defined]
         return parameter
 

@@ -27,6 +27,7 @@ import deepspeed
 import deepspeed.ops
 import torch
 from deepspeed.utils import set_z3_leaf_modules
+from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from pydantic import ValidationError
 
@@ -62,6 +63,7 @@ def build_engine(
         ValueError: DeepSpeed does not know a key or value of `zero.deepspeed`.
     """
     _prepare_deepspeed()
+    _sum_over_sequence_parts(model)
     if zero.stage == 3:
         set_z3_leaf_modules(model, [CoELayer], raise_if_not_found=False)  # gathered once a pass, not C times
     # stdout is for what programs print; DeepSpeed reports its memory there.
@@ -112,6 +114,25 @@ def gradient_norm(engine: Engine) -> float:
     Infinite when a gradient was not finite; such a step has left the weights as they were.
     """
     return float(engine.get_global_grad_norm())
+
+
+def _sum_over_sequence_parts(model: torch.nn.Module) -> None:
+    """Sequence parallelism: a parameter that every tensor-parallel rank has, but for its part of the tokens.
+
+    Its gradients are summed as they come: ZeRO 2 and 3 take them away within the backward pass.
+    """
+    group = parallel_state.get_tensor_model_parallel_group()
+    if group.size() == 1:
+        return
+    for parameter in model.parameters():
+        if getattr(parameter, "sequence_parallel", False):
+            parameter.register_hook(partial(_all_reduced, group))
+
+
+def _all_reduced(group: torch.distributed.ProcessGroup, gradient: torch.Tensor) -> torch.Tensor:
+    summed = gradient.contiguous().clone()
+    torch.distributed.all_reduce(summed, group=group)
+    return summed
 
 
 def _clip_whole(engine: Engine) -> None:
