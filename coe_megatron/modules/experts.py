@@ -75,7 +75,7 @@ class GroupedExperts(MegatronModule):
             device=torch.cuda.current_device(),
         )
         parameter = torch.nn.Parameter(weight)
-        if self.tp_group.size() > 1:  # for norms of gradients, which count what is not marked on one rank only
+        if self.config.tensor_model_parallel_size > 1:  # norms of gradients count on one rank what is not marked
             set_tensor_model_parallel_attributes(parameter, True, dim=tp_axis + 1, stride=1)
         parameter.allreduce = self.config.expert_model_parallel_size == 1  # type: ignore[attr-defined]
         return parameter
