@@ -27,6 +27,7 @@ import torch.distributed as dist
 
 from coe_megatron.checkpoint import states
 from coe_megatron.checkpoint.seal import SEAL, problem, seal, shared, write_json
+from coe_megatron.durable import to_disk
 from coe_megatron.zero import states as zero_states
 from coe_megatron.zero.engine import Engine
 
@@ -146,11 +147,11 @@ def _make_empty(partial: Path) -> None:
 
 def _publish(partial: Path, final: Path) -> None:
     """Give a sealed checkpoint its name; one that had it (damaged, or saved by an earlier attempt) makes room."""
-    _sync(partial)
+    to_disk(partial)
     if final.exists():
         _delete(final)
     partial.rename(final)
-    _sync(final.parent)
+    to_disk(final.parent)
 
 
 def _prune(folder: Path, step: int, keep: int, milestones: Collection[int]) -> None:
@@ -177,12 +178,3 @@ def _step(checkpoint: Path) -> int:
     match = _NAME.fullmatch(checkpoint.name)
     assert match is not None, checkpoint
     return int(match[1])
-
-
-def _sync(folder: Path) -> None:
-    """Bring a folder's own entries (names, renames) to the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from coe_megatron.data.manifest import TOKENIZER
+from coe_megatron.durable import to_disk
 
 
 class Staging:
@@ -48,7 +49,7 @@ class Staging:
 
     def keep_tokenizer(self, model: Path) -> None:
         """Move a finished model, a file in this folder, to its place."""
-        _to_disk(model)
+        to_disk(model)
         model.rename(self.tokenizer)
 
     def scratch(self, name: str) -> Path:
@@ -66,13 +67,13 @@ class Staging:
         """Put the output in its place, where older data goes only when the new is there."""
         whole, replaced = self._folder / "whole", self._folder / "replaced"
         for path in whole.iterdir():
-            _to_disk(path)
-        _to_disk(whole)
+            to_disk(path)
+        to_disk(whole)
         shutil.rmtree(replaced, ignore_errors=True)
         if output.exists():
             output.rename(replaced)
         whole.rename(output)
-        _to_disk(output.parent)
+        to_disk(output.parent)
 
     def begin(self, job: dict[str, Any]) -> None:
         """Keep what an earlier preparation of the same job left; what another one left goes."""
@@ -82,7 +83,7 @@ class Staging:
             self._clear()
             scratch = self.scratch("job")
             scratch.write_text(text)
-            _to_disk(scratch)
+            to_disk(scratch)
             scratch.rename(record)
         self._chunks.mkdir(exist_ok=True)
 
@@ -138,11 +139,3 @@ def _lock(folder: Path, output: Path) -> Iterator[None]:
 def _is_at(file: BinaryIO, path: Path) -> bool:
     """Whether the open file still stands there, and was not removed before it was locked."""
     return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

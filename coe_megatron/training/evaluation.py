@@ -22,6 +22,11 @@ def token_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return model(batch["tokens"], batch["position_ids"], batch.get("attention_mask"), **masks).float()
 
 
+def to_device(batch: Batch, device: torch.device | int) -> Batch:
+    """The batch with all its tensors on a device."""
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
 @dataclass(frozen=True)
 class ValidationSet:
     """This rank's share of a fixed set of samples; every rank has equally many batches.
@@ -76,7 +81,7 @@ def _sums(model: torch.nn.Module, batches: Iterable[Batch]) -> tuple[float, floa
     device = torch.cuda.current_device()
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:
-        moved = {name: tensor.to(device) for name, tensor in batch.items()}
+        moved = to_device(batch, device)
         mask = moved["loss_mask"]
         sums += torch.stack([(token_losses(model, moved) * mask).sum(), mask.sum()])
     model.train(was_training)

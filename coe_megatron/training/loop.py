@@ -26,7 +26,7 @@ from coe_megatron.modules import stats
 from coe_megatron.parallel import groups
 from coe_megatron.training import devices, evaluation, memory, run_folder
 from coe_megatron.training.continuation import Checkpoints, Position
-from coe_megatron.training.evaluation import Batch, ValidationSet
+from coe_megatron.training.evaluation import ValidationSet
 from coe_megatron.training.interruption import Interruption
 from coe_megatron.training.metrics import Several, open_metrics
 from coe_megatron.training.model import build_model
@@ -146,7 +146,8 @@ class Pretraining:
         counted, asked = evaluation.all_reduce_sum(torch.stack([own, own.new_tensor(self.interruption.asked)])).tolist()
         zero.set_lr(self.engine, learning_rate(settings, step, self.config.training.steps))
         total = torch.zeros((), device=self.device)
-        for batch in map(self._to_device, batches):
+        for batch in batches:
+            batch = evaluation.to_device(batch, self.device)
             token_losses = evaluation.token_losses(self.engine, batch)
             loss = (token_losses * batch["loss_mask"]).sum() / max(counted, 1)
             zero.backward(self.engine, loss)
@@ -262,9 +263,6 @@ class Pretraining:
             )
         if self.begun:
             self.progress.say(self.begun)
-
-    def _to_device(self, batch: Batch) -> Batch:
-        return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
 
 def _at_rank_0(action: Callable[[], Result]) -> Result | None:

@@ -130,7 +130,7 @@ def _sum_over_sequence_parts(model: torch.nn.Module) -> None:
 
 
 def _all_reduced(group: torch.distributed.ProcessGroup, gradient: torch.Tensor) -> torch.Tensor:
-    summed = gradient.contiguous().clone()
+    summed = gradient.clone(memory_format=torch.contiguous_format)
     torch.distributed.all_reduce(summed, group=group)
     return summed
 
