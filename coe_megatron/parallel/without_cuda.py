@@ -9,10 +9,13 @@ What is replaced, and why (Megatron-Core 0.16.1):
   Megatron forks for dropout, initialisation and recompute are CUDA's; here they are states of the CPU generator.
 * `MoEAlltoAllTokenDispatcher.cuda_dtoh_stream` and `._maybe_dtoh_and_synchronize`: split sizes travel to the host on a
   CUDA stream and stay tensors otherwise, which `all_to_all_single` refuses; here they become lists at once.
+* `pipeline_parallel.schedules.torch`: all three schedules count tokens in a `torch.zeros(..., device="cuda")`. In that
+  module alone the name `torch` now stands for torch with another `zeros`, which takes "cuda" for the current device.
 """
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -21,6 +24,7 @@ def install() -> None:
     """Apply the replacements where CUDA is missing; does nothing on a machine that has it."""
     if torch.cuda.is_available():
         return
+    from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
@@ -31,6 +35,7 @@ def install() -> None:
     random.CudaRNGStatesTracker = _cpu_tracker(random.CudaRNGStatesTracker)
     MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = "none: the split sizes are on the host already"
     MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = _splits_to_lists
+    schedules.torch = _TorchOfSchedules()
 
 
 def _cpu_device() -> torch.device:
@@ -86,3 +91,14 @@ def _splits_to_lists(self, point: str, tokens_per_expert: torch.Tensor) -> torch
             if isinstance(value, torch.Tensor):
                 setattr(self, name, value.tolist())
     return tokens_per_expert
+
+
+class _TorchOfSchedules:
+    """torch, but for a `zeros` that makes on the current device what is asked for on "cuda"."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def zeros(*size: Any, device: Any = None, **options: Any) -> torch.Tensor:
+        return torch.zeros(*size, device=torch.cuda.current_device() if device == "cuda" else device, **options)
