@@ -218,14 +218,22 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class ParallelSettings:
-    """How the ranks divide the work; what is left of them is data parallelism.
+    """How the ranks divide the work; what is left of them is data parallelism. config/layout.py says what is valid.
 
     Attributes:
+        tensor: TP, the ranks that cut attention, shared experts and embedding, and the sequence in between.
+        pipeline: PP, the stages of consecutive layers (ZeRO stages 0 and 1).
         expert: EP, the ranks that divide the experts of a layer among them.
+        expert_tensor: ETP, the ranks that cut every expert; independent of `tensor`.
+        context: ranks that cut the sequence in attention too; only 1 works.
         world_size: number of ranks the run is meant for; null takes as many as are started. `--dry-run` counts on it.
     """
 
+    tensor: Count = 1
+    pipeline: Count = 1
     expert: Count = 1
+    expert_tensor: Count = 1
+    context: Count = 1
     world_size: Count | None = None
 
 
