@@ -18,7 +18,7 @@ from modules_build import make_config, make_gpt
 
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.config.settings import OptimizerSettings, TrainingSettings, ZeroSettings
-from coe_megatron.modules import coe_block_spec
+from coe_megatron.modules import coe_block_spec, stats
 from coe_megatron.zero import engine as zero
 from coe_megatron.zero import passes
 
@@ -36,6 +36,17 @@ class Trace:
     weights: Named = field(default_factory=dict)
 
 
+def use_groups(tensor: int = 1, pipeline: int = 1, expert: int = 1, expert_tensor: int = 1) -> None:
+    """Other process groups on the same ranks."""
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        expert_model_parallel_size=expert,
+        expert_tensor_parallel_size=expert_tensor,
+    )
+
+
 def make_engine(
     micro_batch: int = 2,
     precision: str = "fp32",
@@ -46,6 +57,8 @@ def make_engine(
     stage: int = 1,
     offload: str = "",
     native: str | None = None,
+    optimizer: OptimizerSettings | None = None,
+    balancing: str = "seq_aux_loss",
     spoil: Callable[[torch.nn.Module], None] = lambda model: None,
 ) -> DeepSpeedEngine:
     """Eight experts a layer, two iterations, both auxiliary losses with large coefficients; clipping bites.
@@ -61,7 +74,7 @@ def make_engine(
         hidden_dropout=dropout,
         attention_dropout=dropout,
         moe_shared_expert_intermediate_size=24,
-        moe_router_load_balancing_type="seq_aux_loss",
+        moe_router_load_balancing_type=balancing,
         moe_aux_loss_coeff=0.1,
         moe_z_loss_coeff=0.01,
         expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
@@ -81,7 +94,7 @@ def make_engine(
     spoil(model)
     training = TrainingSettings(global_batch=ROWS, micro_batch=micro_batch, precision=precision)
     ranks = parallel_state.get_data_parallel_world_size()
-    optimizer = OptimizerSettings(lr=1e-2, clip=0.1)
+    optimizer = optimizer or OptimizerSettings(lr=1e-2, clip=0.1)
     settings = ZeroSettings(
         stage=stage,
         offload_optimizer="optimizer" in offload,
@@ -92,7 +105,12 @@ def make_engine(
 
 
 def take_steps(
-    engine: DeepSpeedEngine, first: int, count: int, mean_of_means: bool = False, spoil_loss: float = 1.0
+    engine: DeepSpeedEngine,
+    first: int,
+    count: int,
+    mean_of_means: bool = False,
+    spoil_loss: float = 1.0,
+    rate: float = 1e-2,
 ) -> Trace:
     """Train on the rows of steps `first` to `first + count - 1`; `mean_of_means` is the wrong way to weigh rows."""
     trace = Trace()
@@ -103,10 +121,11 @@ def take_steps(
         return (losses.float() * counts).sum() * spoil_loss / total
 
     for step in range(first, first + count):
-        zero.set_lr(engine, 1e-2 / (1 + step))
+        zero.set_lr(engine, rate / (1 + step))
         batches = list(micro_batches(step, engine.train_micro_batch_size_per_gpu()))
         with _seen_before_the_step(engine, trace) if step == first else nullcontext():
             loss = passes.train_step(engine, batches, _forward, loss_of)
+        stats.finish_step(engine.module)
         trace.norms.append(zero.gradient_norm(engine))
         trace.losses.append(float(_summed(loss)))
     trace.weights = {name: weight.detach().clone() for name, weight in engine.module.named_parameters()}

@@ -100,7 +100,8 @@ def backward(engine: Engine, loss: torch.Tensor) -> None:
     accumulation is switched off. An auxiliary loss has a gradient of Megatron's scale, whatever `loss` is; with the
     division by the ranks this one makes it the mean.
     """
-    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1 / engine.gradient_accumulation_steps(), device=loss.device))
+    scale = torch.full((1,), 1 / engine.gradient_accumulation_steps(), device=loss.device)  # as Megatron's schedules do
+    MoEAuxLossAutoScaler.set_loss_scale(scale)
     engine.backward(loss * engine.dp_world_size, scale_wrt_gas=False)
 
 
