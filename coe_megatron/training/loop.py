@@ -17,7 +17,7 @@ import torch
 from megatron.core import parallel_state
 
 from coe_megatron.chain import closed_forms
-from coe_megatron.checkpoint.seal import shared
+from coe_megatron.checkpoint.collective import shared
 from coe_megatron.config import ConfigError, RunConfig
 from coe_megatron.config.shape import model_shape, padded_vocabulary
 from coe_megatron.data.datasets import StepBatches, validation_batches
