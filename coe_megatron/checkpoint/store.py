@@ -15,6 +15,7 @@ as if it had never stopped, on the same layout; on another one only the random n
 
 import io
 import json
+import pickle
 import shutil
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
@@ -188,12 +189,19 @@ def _read(checkpoint: Path, engine: Engine) -> dict[str, Any]:
     states.load_tensors(engine, checkpoint / "tensors")
     zero_states.set_steps(engine, facts["optimizer_steps"])
     if facts["layout"]["ranks"] == dist.get_world_size():  # otherwise no rank's generators are those of one that saved
-        states.set_random_states(torch.load(_random_file(checkpoint, dist.get_rank()), weights_only=True))
+        states.set_random_states(_read_random(_random_file(checkpoint, dist.get_rank())))
     return facts["state"]
 
 
 def _facts(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "state.json").read_text())
+
+
+def _read_random(path: Path) -> states.Random:
+    try:
+        return torch.load(path, weights_only=True)
+    except pickle.UnpicklingError as error:  # torch's explanation is a page long
+        raise ValueError(f"random/{path.name} of checkpoint {path.parents[1]} holds more than tensors") from error
 
 
 def _random_file(folder: Path, rank: int) -> Path:

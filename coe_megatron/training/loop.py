@@ -50,6 +50,7 @@ def train(config: RunConfig, ranks: groups.Ranks) -> run_folder.Outcome | None:
         ConfigError: config, data and folder do not fit together; one line that says what would.
         Interrupted: SIGINT or SIGTERM came; all ranks have stopped after the same step and saved.
         FloatingPointError: the loss is not finite any more.
+        NotSaved: a checkpoint could not be written.
     """
     if config.training.deterministic:
         devices.make_deterministic()
@@ -108,6 +109,7 @@ class Pretraining:
             stack.callback(self.progress.close)
             self.interruption = Interruption()
             stack.callback(self.interruption.forget)
+            stack.enter_context(self.checkpoints)
             self._greet()
             self._run_steps(first, steps)
 
@@ -131,7 +133,7 @@ class Pretraining:
             save = save or self.position.step in self.config.training.milestones
             self.progress.step(step + 1, self._log(float(loss), clock) if log else None)
             if save:
-                self.checkpoints.save(self.position)
+                self.checkpoints.save(self.position, last=interrupted or step + 1 == steps)
             if log or save:
                 clock = _Clock(self.position)  # evaluating and saving are not training time
             if interrupted and step + 1 < steps:

@@ -31,6 +31,7 @@ _FREE = {
     "training.save_every",
     "training.keep_checkpoints",
     "training.milestones",
+    "training.background_saving",
 }
 _FREE_SECTIONS = ("data.validation", "logging.", "profile.", "zero.")
 
