@@ -81,6 +81,7 @@ def _pretrain(config: RunConfig) -> int:
     from coe_megatron.training.console import quiet_libraries
 
     quiet_libraries()
+    from coe_megatron.checkpoint.store import NotSaved
     from coe_megatron.parallel.groups import Ranks
     from coe_megatron.training.loop import Interrupted, train
 
@@ -88,10 +89,10 @@ def _pretrain(config: RunConfig) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on there is a run, which notes how it ended
     try:
         outcome = train(config, ranks)
-    except (Interrupted, KeyboardInterrupt, FloatingPointError) as error:
+    except (Interrupted, KeyboardInterrupt, FloatingPointError, NotSaved) as error:
         if ranks.rank == 0:
             print(f"{str(error) or 'interrupted'}; {GOES_ON}", file=sys.stderr)
-        return 1 if isinstance(error, FloatingPointError) else 130
+        return 130 if isinstance(error, Interrupted | KeyboardInterrupt) else 1
     if outcome is not None:
         print(outcome.summary())
     return 0

@@ -6,21 +6,21 @@ All ranks share the reading; the folder has to be on storage that all of them se
 import hashlib
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
+from coe_megatron.checkpoint.collective import Group, gathered, share, shared, together
 
 SEAL = "complete.json"
 
 
-def seal(folder: Path) -> None:
+def seal(folder: Path, group: Group = None) -> None:
     """Write the list of a folder's files into it; collective, after all ranks have written theirs."""
-    files = shared(sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()))
-    entries = gathered([(name, _describe(folder / name)) for name in _share(files)])
-    if dist.get_rank() == 0:
-        write_json(folder / SEAL, {"files": dict(sorted(entries))})
+    files = shared(sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()), group)
+    own: list[tuple[str, dict]] = []
+    together(lambda: own.extend((name, _describe(folder / name)) for name in share(files)), group)
+    entries = dict(sorted(gathered(own, group)))
+    together(lambda: write_text(folder / SEAL, _sealed(entries)), group, first_alone=True)
 
 
 def problem(folder: Path) -> str | None:
@@ -28,26 +28,39 @@ def problem(folder: Path) -> str | None:
     listed = shared(_read_seal(folder))
     if isinstance(listed, str):
         return listed
-    found = [_difference(folder / name, name, listed[name]) for name in _share(sorted(listed))]
+    found = [_difference(folder / name, name, listed[name]) for name in share(sorted(listed))]
     return next((difference for difference in gathered(found) if difference), None)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON that is on the disk, not only on its way there, when this returns."""
-    with path.open("w") as file:
-        json.dump(value, file, indent=1)
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is on the disk, not only on its way there, when this returns."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """The same for bytes."""
+    with path.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _sealed(files: dict[str, dict]) -> str:
+    """The seal's own text. It vouches for itself as well: one of other words, digits or blanks is not this one."""
+    digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    return json.dumps({"files": files, "sha256": digest}, indent=1)
 
 
 def _read_seal(folder: Path) -> dict[str, dict] | str:
     """The files a checkpoint should have, or why that is not known."""
     try:
-        return dict(json.loads((folder / SEAL).read_text())["files"])
+        text = (folder / SEAL).read_bytes().decode()  # read_text would pass over the kind of a line break
+        files = json.loads(text)["files"]
     except FileNotFoundError:
         return f"{SEAL} is missing"
     except (OSError, ValueError, KeyError, TypeError):
         return f"{SEAL} cannot be read"
+    return files if text == _sealed(files) else f"the content of {SEAL} has changed"
 
 
 def _difference(path: Path, name: str, listed: dict) -> str | None:
@@ -62,22 +75,3 @@ def _difference(path: Path, name: str, listed: dict) -> str | None:
 def _describe(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def shared(value: Any) -> Any:
-    """Rank 0's value on all ranks."""
-    box = [value]
-    dist.broadcast_object_list(box)
-    return box[0]
-
-
-def _share(items: Sequence) -> Sequence:
-    """This rank's part of a list that all ranks have."""
-    return items[dist.get_rank() :: dist.get_world_size()]
-
-
-def gathered(items: list) -> list:
-    """What all ranks have, in one list."""
-    lists: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(lists, items)
-    return [item for part in lists for item in part]

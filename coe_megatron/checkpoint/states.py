@@ -9,49 +9,77 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 import torch.distributed.checkpoint as dcp
-from megatron.core import dist_checkpointing
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, apply_factories, is_main_replica
+from megatron.core.dist_checkpointing.exchange_utils import determine_main_replica_uniform_distribution
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, apply_factory_merges, is_main_replica
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    distribute_main_replicas_with_precomputed_distribution,
+)
 from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreLoadPlanner,
     MCoreSavePlanner,
-    TorchDistSaveShardedStrategy,
+    _replace_sharded_keys_with_state_dict_keys,
     _replace_state_dict_keys_with_sharded_keys,
+    _unwrap_pyt_sharded_tensor,
     mcore_to_pyt_state_dict,
 )
+from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-from coe_megatron.checkpoint.seal import gathered
+from coe_megatron.checkpoint.collective import Group, am_first, gathered
+from coe_megatron.checkpoint.storage import OPTIMIZER, Reader, Writer
 from coe_megatron.zero import states as zero_states
 from coe_megatron.zero.engine import Engine
 
 Shard: TypeAlias = ShardedTensor | ShardedTensorFactory
 Shards = dict[str, Shard]
 Random = dict[str, torch.Tensor]
-_TRACKED, _OPTIMIZER = "tracker.", "optimizer."
+Tensors = dict[str, Any]
+_TRACKED = "tracker."
 
 
-def save_tensors(engine: Engine, folder: Path) -> None:
-    """Write weights and optimizer states into an empty folder; collective.
+def take_tensors(engine: Engine) -> Tensors:
+    """Copy weights and optimizer states into host memory, each rank what it will write; collective.
 
-    The first replica of each shard writes it. It needs 12 bytes of host memory for every parameter it writes, and with
-    ZeRO stage 3 the device's memory for the rank's whole weights.
+    What several ranks have in common is spread over them, evenly by bytes. A copy takes as much host memory as a rank
+    writes: 16 bytes a parameter (14 with bf16) over the number of ranks that share it. With ZeRO stage 3 it also needs
+    the device's memory for the rank's whole weights.
     """
-    with zero_states.gathered(engine), _deprecations_unsaid():
-        shards = _weights(engine.module)
-        for kind in zero_states.KINDS:
-            shards |= _optimizer_states(engine.module, kind, partial(_read_for_saving, engine))
-        dist_checkpointing.save(shards, str(folder), _SaveInProcess("torch_dist", 1))
+    with torch.no_grad(), zero_states.gathered(engine), _deprecations_unsaid():
+        planned = {name: _parts(shard) for name, shard in _saved(engine.module, _no_data)}
+        _spread(planned)
+        for name, shard in _saved(engine.module, lambda *of: zero_states.read(engine, *of)):
+            for target, part in zip(planned[name], _parts(shard), strict=True):
+                target.data = _copied(part.data) if is_main_replica(target.replica_id) else None
+        by_key, *_ = _replace_state_dict_keys_with_sharded_keys(planned, keep_only_main_replica=True)
+        return mcore_to_pyt_state_dict(by_key, is_loading=False)
+
+
+def write_tensors(tensors: Tensors, folder: Path, group: Group = None) -> None:
+    """Write what `take_tensors` copied into an empty folder, in Megatron's torch_dist format; collective.
+
+    Every rank writes a file. Megatron's own way forks the rank to write, and starts a helper process that imports the
+    program again: seconds a save, a hang for programs without a `__main__` guard, and forks of processes that use CUDA.
+    """
+    planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+    dcp.save(tensors, storage_writer=Writer(folder), planner=planner, process_group=group)
+    if am_first():  # for Megatron's own way of loading; ours needs neither
+        TorchCommonSaveStrategy("torch", 1).save_common({}, folder)
+        save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 
 
 def load_tensors(engine: Engine, folder: Path, kinds: Sequence[str] = zero_states.KINDS) -> None:
-    """Read what `save_tensors` wrote on any layout; collective. 4 bytes of host memory for each of a rank's parameters.
+    """Read a checkpoint of any layout; collective. It takes 4 bytes of host memory for each of a rank's parameters.
 
     Args:
         kinds: which of the optimizer's states to read; fp32 master weights alone leave the moments as they are.
@@ -59,18 +87,18 @@ def load_tensors(engine: Engine, folder: Path, kinds: Sequence[str] = zero_state
     Raises:
         ValueError: the checkpoint holds other tensors than the model.
     """
-    model = engine.module
+    model, reader = engine.module, Reader(folder)
     with zero_states.gathered(engine):
-        _refuse_other_model(_weights(model), folder)
-        weights = _load(_weights(model), folder)
+        _refuse_other_model(_weights(model), reader)
+        weights = _load(_weights(model), reader)
     for name, parameter in model.named_parameters():
         zero_states.write_weight(engine, parameter, weights.pop(name))
     unknown = model.load_state_dict(weights, strict=False).unexpected_keys  # what is left are buffers
     assert not unknown, unknown
     for kind in kinds:
         with zero_states.gathered(engine):
-            shards = _optimizer_states(model, kind, _allocate)
-        loaded = _load(shards, folder)
+            shards = dict(_optimizer_states(model, kind, _allocate))
+        loaded = _load(shards, reader)
         for name, parameter in model.named_parameters():
             zero_states.write(engine, parameter, kind, loaded[_state_name(kind, name)])
 
@@ -92,40 +120,31 @@ def set_random_states(states: Random) -> None:
     get_cuda_rng_tracker().set_states(tracked)
 
 
-class _SaveInProcess(TorchDistSaveShardedStrategy):
-    """Megatron's torch_dist format, written by threads of this process.
-
-    Megatron's own way forks the rank to write, and starts a helper process that imports the program again: seconds a
-    save, a hang for programs without a `__main__` guard, and forks of processes that use CUDA.
-    """
-
-    def save(self, sharded_state_dict: Shards, checkpoint_dir: str | Path) -> None:
-        """Write the main replica of every shard (their keys, offsets and planner are Megatron's)."""
-        by_key, *_ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
-        dcp.save(
-            mcore_to_pyt_state_dict(by_key, is_loading=False),
-            storage_writer=dcp.FileSystemWriter(checkpoint_dir, thread_count=2, sync_files=True),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-        )
-
-
 def _weights(model: torch.nn.Module) -> Shards:
     """The model's parameters and buffers by name. Pickled `_extra_state` objects, empty in our models, stay out."""
     shards = model.sharded_state_dict()  # type: ignore[operator]
     return {name: shard for name, shard in shards.items() if isinstance(shard, Shard)}
 
 
-def _optimizer_states(model: torch.nn.Module, kind: str, value: Callable[..., torch.Tensor]) -> Shards:
-    """One kind of optimizer state of all parameters, with `value(parameter, kind, shard)` as data."""
+Value = Callable[[torch.nn.Parameter, str], torch.Tensor]
+
+
+def _saved(model: torch.nn.Module, value: Value) -> Iterator[tuple[str, Shard]]:
+    """All that a checkpoint holds, one after the other."""
+    yield from _weights(model).items()
+    for kind in zero_states.KINDS:
+        yield from _optimizer_states(model, kind, value)
+
+
+def _optimizer_states(model: torch.nn.Module, kind: str, value: Value) -> Iterator[tuple[str, Shard]]:
+    """One kind of optimizer state of all parameters, with `value(parameter, kind)` as data."""
     shards = _weights(model)
-    return {
-        _state_name(kind, name): _with_data(shards[name], kind, value(parameter, kind, shards[name]))
-        for name, parameter in model.named_parameters()
-    }
+    for name, parameter in model.named_parameters():
+        yield _state_name(kind, name), _with_data(shards[name], kind, value(parameter, kind))
 
 
 def _state_name(kind: str, name: str) -> str:
-    return f"{_OPTIMIZER}{kind}.{name}"
+    return f"{OPTIMIZER}{kind}.{name}"
 
 
 def _with_data(shard: Shard, kind: str, data: torch.Tensor) -> Shard:
@@ -135,31 +154,54 @@ def _with_data(shard: Shard, kind: str, data: torch.Tensor) -> Shard:
     return replace(shard, **changes)
 
 
-def _read_for_saving(engine: Engine, parameter: torch.nn.Parameter, kind: str, shard: Shard) -> torch.Tensor:
-    """The whole state where it will be written, elsewhere something of its shape that takes no memory."""
-    whole = zero_states.read(engine, parameter, kind)
-    return whole.cpu() if is_main_replica(shard.replica_id) else torch.zeros(()).expand(whole.shape)
+def _no_data(parameter: torch.nn.Parameter, _kind: str) -> torch.Tensor:
+    """Something of a state's shape that takes no memory."""
+    return torch.zeros(()).expand(parameter.shape)
 
 
-def _refuse_other_model(shards: Shards, folder: Path) -> None:
+def _parts(shard: Shard) -> list[ShardedTensor]:
+    """A parameter as it is stored: experts one by one."""
+    return [shard] if isinstance(shard, ShardedTensor) else list(nested_values(shard.build()))
+
+
+def _spread(planned: dict[str, list[ShardedTensor]]) -> None:
+    """Decide who writes what: of several ranks that have a part, the one with least to write until then."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    distribution = determine_main_replica_uniform_distribution(planned, group)
+    distribute_main_replicas_with_precomputed_distribution(planned, group, distribution)
+    validate_sharding_integrity(determine_global_metadata(planned)[1])
+
+
+def _copied(data: torch.Tensor) -> torch.Tensor:
+    """In host memory of its own, with nothing around it."""
+    return torch.empty(data.shape, dtype=data.dtype).copy_(data)
+
+
+def _refuse_other_model(shards: Shards, reader: Reader) -> None:
     """Compare names and sizes: Megatron's own message is a page long, and it is silent on what is left over."""
-    stored = dist_checkpointing.load_tensors_metadata(str(folder))
-    held = {key: list(entry.global_shape) for key, entry in stored.items() if not key.startswith(_OPTIMIZER)}
-    apply_factories(shards)
-    wanted = dict(gathered([(shard.key, list(shard.global_shape)) for shard in nested_values(shards)]))
+    held = {key: list(entry.size) for key, entry in reader.entries.items() if not key.startswith(OPTIMIZER)}
+    parts = [part for shard in shards.values() for part in _parts(shard)]
+    wanted = dict(gathered([(part.key, list(part.global_shape)) for part in parts]))
     for key in sorted(held.keys() | wanted.keys()):
         if held.get(key) != wanted.get(key):
             sizes = f"{held.get(key, 'missing')} in the checkpoint and {wanted.get(key, 'missing')} in the model"
-            raise ValueError(f"checkpoint {folder.parent} is of another model: {key} is {sizes}")
+            raise ValueError(f"checkpoint {reader.folder.parent} is of another model: {key} is {sizes}")
 
 
-def _allocate(parameter: torch.nn.Parameter, _kind: str, _shard: Shard) -> torch.Tensor:
+def _allocate(parameter: torch.nn.Parameter, _kind: str) -> torch.Tensor:
     return torch.empty(parameter.shape, dtype=torch.float32)
 
 
-def _load(shards: Shards, folder: Path) -> dict[str, torch.Tensor]:
+def _load(shards: Shards, reader: Reader) -> dict[str, torch.Tensor]:
+    """What `dist_checkpointing.load` does, but all that is unpickled on the way goes through `Reader`."""
     with _deprecations_unsaid():
-        return dist_checkpointing.load(shards, str(folder))
+        stored, _, factories = load_preprocess(shards)
+        by_key, *names = _replace_state_dict_keys_with_sharded_keys(stored)
+        tensors = mcore_to_pyt_state_dict(by_key, is_loading=True)
+        planner = MCoreLoadPlanner(shapes_validation_sharded_tensors=list(nested_values(stored)))
+        dcp.load(tensors, storage_reader=reader, planner=planner)
+        parts = {key: _unwrap_pyt_sharded_tensor(tensor) for key, tensor in tensors.items()}
+        return apply_factory_merges(_replace_sharded_keys_with_state_dict_keys(parts, *names), factories)
 
 
 @contextmanager

@@ -13,29 +13,51 @@ the one before. All functions are collective, and the folder must be seen by all
 as if it had never stopped, on the same layout; on another one only the random numbers (dropout) differ.
 """
 
+import io
 import json
-import os
-import re
+import pickle
 import shutil
-import sys
 from collections.abc import Collection
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
+from torch.distributed.checkpoint.api import CheckpointException
 
-from coe_megatron.checkpoint import states
-from coe_megatron.checkpoint.seal import SEAL, problem, seal, shared, write_json
-from coe_megatron.durable import to_disk
+from coe_megatron.checkpoint import listing, states
+from coe_megatron.checkpoint.background import Background
+from coe_megatron.checkpoint.collective import Group, together
+from coe_megatron.checkpoint.seal import SEAL, seal, write_bytes, write_text
 from coe_megatron.zero import states as zero_states
 from coe_megatron.zero.engine import Engine
 
-_NAME = re.compile(r"step-(\d+)(\.tmp)?")
+
+class NotSaved(Exception):
+    """A checkpoint could not be written, on one rank at least; those before it are as they were."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the ranks that saved divided the work; any other can load."""
+
+    ranks: int
+    tensor: int
+    pipeline: int
+    expert: int
+    zero_stage: int
 
 
 def save(
-    folder: Path, step: int, engine: Engine, state: dict[str, Any], keep: int, milestones: Collection[int] = ()
+    folder: Path,
+    step: int,
+    engine: Engine,
+    state: dict[str, Any],
+    keep: int,
+    milestones: Collection[int] = (),
+    background: Background | None = None,
 ) -> Path:
     """Save a run between two steps, and delete what is older than the newest `keep` checkpoints up to this one.
 
@@ -46,22 +68,28 @@ def save(
         folder: where the checkpoints of this run lie; made if needed.
         step: steps done.
         state: what the training loop wants back from `load_latest`; goes into JSON.
+        background: writes while training goes on; until it is done the copies take host memory (`states.take_tensors`
+            says how much). What it was given before is waited for first, so that there is one copy at a time.
 
     Returns:
         The checkpoint's folder. One of the same step is replaced.
+
+    Raises:
+        NotSaved: on all ranks; by `background` the next time it is waited for.
     """
-    final = folder / f"step-{step:08d}"
-    partial = final.with_suffix(".tmp")
-    if dist.get_rank() == 0:
-        _make_empty(partial)
-    dist.barrier()
-    _write(partial, engine, state)
-    dist.barrier()
-    seal(partial)
-    if dist.get_rank() == 0:
-        _publish(partial, final)
-        _prune(folder, step, keep, milestones)
-    dist.barrier()
+    final = folder / listing.name_of(step)
+    if background is not None:
+        background.wait()
+    snapshot = _Snapshot.take(engine, state)
+
+    def write(group: Group = None) -> None:
+        _write(snapshot, final, group)
+        together(lambda: _prune(folder, step, keep, milestones), group, first_alone=True)
+
+    if background is None:
+        _unless_not_saved(final, write)
+    else:
+        background.start(lambda group: _unless_not_saved(final, write, group))
     return final
 
 
@@ -71,12 +99,15 @@ def load_latest(folder: Path, engine: Engine) -> dict[str, Any] | None:
     What is unfinished or damaged is named on stderr, and left where it is.
 
     Returns:
-        The `state` that was saved with it; None if there is no whole checkpoint.
+        The `state` that was saved with it; None if no save was ever finished.
 
     Raises:
-        ValueError: the checkpoint is whole but of another model.
+        ValueError: there are checkpoints, but none is whole; or the newest whole one is of another model.
     """
-    checkpoint = _newest_whole(folder)
+    try:
+        checkpoint = listing.newest_whole(folder)
+    except ValueError as error:
+        raise ValueError(f"{error}: choose another output, or delete that folder to begin anew") from error
     return None if checkpoint is None else _read(checkpoint, engine)
 
 
@@ -93,46 +124,84 @@ def load_weights(source: Path, engine: Engine) -> tuple[Path, dict[str, Any]]:
         ValueError: there is no whole checkpoint, or it is of another model.
     """
     checkpoint: Path | None = source
-    if _NAME.fullmatch(source.name):
-        if trouble := problem(source):
+    if listing.is_checkpoint(source):
+        if trouble := listing.trouble(source):
             raise ValueError(f"checkpoint {source} is not whole: {trouble}")
     else:
-        checkpoint = _newest_whole(source / "checkpoints" if (source / "checkpoints").is_dir() else source)
+        checkpoint = listing.newest_whole(listing.checkpoints_of(source))
     if checkpoint is None:
         raise ValueError(f"{source} holds no checkpoint: name one, or the folder of a run that saved one")
     states.load_tensors(engine, checkpoint / "tensors", kinds=(zero_states.MASTER,))
-    return checkpoint, json.loads((checkpoint / "state.json").read_text())["state"]
+    return checkpoint, _facts(checkpoint)["state"]
 
 
-def _newest_whole(folder: Path) -> Path | None:
-    """The newest checkpoint of a folder that is whole; those passed over are named on stderr."""
-    for checkpoint in shared(_newest_first(folder)):
-        trouble = "saving it was not finished" if checkpoint.suffix else problem(checkpoint)
-        if trouble is None:
-            return checkpoint
-        if dist.get_rank() == 0:
-            print(f"checkpoint {checkpoint} is skipped: {trouble}", file=sys.stderr)
-    return None
+@dataclass(frozen=True)
+class _Snapshot:
+    """A run between two steps, copied into this rank's memory: what it has to write."""
+
+    tensors: states.Tensors
+    random: bytes
+    facts: dict[str, Any]
+
+    @classmethod
+    def take(cls, engine: Engine, state: dict[str, Any]) -> "_Snapshot":
+        random = io.BytesIO()
+        torch.save(states.random_states(), random)
+        facts = {"layout": asdict(_layout(engine)), "optimizer_steps": zero_states.steps(engine), "state": state}
+        return cls(states.take_tensors(engine), random.getvalue(), facts)
 
 
-def _write(folder: Path, engine: Engine, state: dict[str, Any]) -> None:
-    states.save_tensors(engine, folder / "tensors")
-    with _random_file(folder, dist.get_rank()).open("wb") as file:
-        torch.save(states.random_states(), file)
-        file.flush()
-        os.fsync(file.fileno())
-    if dist.get_rank() == 0:
-        facts = {"ranks": dist.get_world_size(), "optimizer_steps": zero_states.steps(engine), "state": state}
-        write_json(folder / "state.json", facts)
+def _layout(engine: Engine) -> Layout:
+    return Layout(
+        ranks=dist.get_world_size(),
+        tensor=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline=parallel_state.get_pipeline_model_parallel_world_size(),
+        expert=parallel_state.get_expert_model_parallel_world_size(),
+        zero_stage=engine.zero_optimization_stage(),
+    )
+
+
+def _unless_not_saved(final: Path, write: Any, *group: Group) -> None:
+    """Whatever is in the way of writing becomes one line; the cause stays with it."""
+    try:
+        write(*group)
+    except CheckpointException as error:  # torch's, of all ranks
+        cause = next(iter(error.failures.values()))[0]
+        raise NotSaved(f"checkpoint {final} could not be saved: {cause}") from error
+    except (OSError, RuntimeError) as error:  # torch.save makes the latter of the former
+        raise NotSaved(f"checkpoint {final} could not be saved: {error}") from error
+
+
+def _write(snapshot: _Snapshot, final: Path, group: Group) -> None:
+    partial = final.with_suffix(".tmp")
+    together(lambda: _make_empty(partial), group, first_alone=True)
+    states.write_tensors(snapshot.tensors, partial / "tensors", group)
+    together(lambda: write_bytes(_random_file(partial, dist.get_rank()), snapshot.random), group)
+    together(lambda: write_text(partial / "state.json", json.dumps(snapshot.facts, indent=1)), group, first_alone=True)
+    seal(partial, group)
+    together(lambda: listing.publish(partial, final), group, first_alone=True)
 
 
 def _read(checkpoint: Path, engine: Engine) -> dict[str, Any]:
+    facts = _facts(checkpoint)
+    if facts["optimizer_steps"] is None:
+        raise ValueError(f"checkpoint {checkpoint} holds weights alone: begin a run with it as training.warm_start")
     states.load_tensors(engine, checkpoint / "tensors")
-    facts = json.loads((checkpoint / "state.json").read_text())
     zero_states.set_steps(engine, facts["optimizer_steps"])
-    if facts["ranks"] == dist.get_world_size():  # otherwise no rank's generators are those of a rank that saved
-        states.set_random_states(torch.load(_random_file(checkpoint, dist.get_rank()), weights_only=True))
+    if facts["layout"]["ranks"] == dist.get_world_size():  # otherwise no rank's generators are those of one that saved
+        states.set_random_states(_read_random(_random_file(checkpoint, dist.get_rank())))
     return facts["state"]
+
+
+def _facts(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / "state.json").read_text())
+
+
+def _read_random(path: Path) -> states.Random:
+    try:
+        return torch.load(path, weights_only=True)
+    except pickle.UnpicklingError as error:  # torch's explanation is a page long
+        raise ValueError(f"random/{path.name} of checkpoint {path.parents[1]} holds more than tensors") from error
 
 
 def _random_file(folder: Path, rank: int) -> Path:
@@ -145,36 +214,10 @@ def _make_empty(partial: Path) -> None:
         (partial / part).mkdir(parents=True)
 
 
-def _publish(partial: Path, final: Path) -> None:
-    """Give a sealed checkpoint its name; one that had it (damaged, or saved by an earlier attempt) makes room."""
-    to_disk(partial)
-    if final.exists():
-        _delete(final)
-    partial.rename(final)
-    to_disk(final.parent)
-
-
 def _prune(folder: Path, step: int, keep: int, milestones: Collection[int]) -> None:
     """Of what is not newer than `step`, leave the newest `keep` checkpoints with a seal, and what is among them."""
-    entries = [entry for entry in _newest_first(folder) if _step(entry) <= step and _step(entry) not in milestones]
-    sealed = [entry for entry in entries if not entry.suffix and (entry / SEAL).exists()]
+    listed = [(entry, listing.step_of(entry)) for entry in listing.newest_first(folder)]
+    entries = [entry for entry, its_step in listed if its_step <= step and its_step not in milestones]
+    sealed = [entry for entry in entries if listing.finished(entry) and (entry / SEAL).exists()]
     for entry in entries[entries.index(sealed[keep - 1]) + 1 :] if len(sealed) >= keep else []:
-        _delete(entry)
-
-
-def _delete(checkpoint: Path) -> None:
-    """Delete a checkpoint so that at no moment a part of it passes for one."""
-    (checkpoint / SEAL).unlink(missing_ok=True)
-    shutil.rmtree(checkpoint)
-
-
-def _newest_first(folder: Path) -> list[Path]:
-    """Checkpoints, unfinished ones among them, by falling step."""
-    found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: (_step(path), path.name), reverse=True)
-
-
-def _step(checkpoint: Path) -> int:
-    match = _NAME.fullmatch(checkpoint.name)
-    assert match is not None, checkpoint
-    return int(match[1])
+        listing.delete(entry)

@@ -273,6 +273,8 @@ class TrainingSettings:
         save_every: steps between two checkpoints; the last step always saves one.
         keep_checkpoints: how many of the newest stay.
         milestones: steps after which a checkpoint is saved as well, and never deleted.
+        background_saving: training goes on while a checkpoint is written; until then a copy of the states stays in host
+            memory (16 bytes a parameter, divided among the ranks that share it).
         warm_start: a checkpoint, or the folder of a run for its newest one, whose weights a new run begins with;
             steps, optimizer states, data and schedule begin anew. null begins with random weights.
         deterministic: choose algorithms that give the same bits in every run on the same devices; slower on CUDA.
@@ -288,6 +290,7 @@ class TrainingSettings:
     save_every: Count = 200
     keep_checkpoints: Count = 2
     milestones: list[Count] = field(default_factory=list)
+    background_saving: bool = False
     warm_start: str | None = None
     deterministic: bool = False
 

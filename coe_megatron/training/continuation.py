@@ -2,9 +2,11 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from coe_megatron.checkpoint import store
+from coe_megatron.checkpoint.background import Background
 from coe_megatron.config import RunConfig
 from coe_megatron.data.run_data import RunData
 from coe_megatron.training import run_folder
@@ -24,6 +26,9 @@ class Position:
 class Checkpoints:
     """The checkpoints of one run. Each remembers the tokenizer and the training text, wherever these lie.
 
+    As a context it ends, by an error too, when no checkpoint is being written any more; an interruption is not kept
+    waiting.
+
     Args:
         folder: of the run.
         engine: whose weights and states are saved and taken up.
@@ -31,6 +36,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, config: RunConfig, data: RunData, engine: Engine) -> None:
         self._run, self._folder, self._config, self._engine = folder, folder / "checkpoints", config, engine
+        self._background = Background() if config.training.background_saving else None
         self._identity: dict[str, Any] = {"tokenizer": data.tokenizer_sha256, "text": data.text_identity}
 
     def take_up(self) -> tuple[Position, str]:
@@ -52,11 +58,32 @@ class Checkpoints:
             return Position(), self._warm_start(Path(self._config.training.warm_start))
         return Position(), ""
 
-    def save(self, position: Position) -> None:
-        """Save the run as it stands; all ranks together."""
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _error: object, _trace: TracebackType | None) -> None:
+        if self._background is None or (kind is not None and not issubclass(kind, Exception)):
+            return
+        try:
+            self._background.wait()
+        except store.NotSaved:
+            if kind is None:  # otherwise the error that is under way is the one to tell
+                raise
+
+    def save(self, position: Position, last: bool = False) -> None:
+        """Save the run as it stands; all ranks together.
+
+        Args:
+            last: return when it is written, also with `training.background_saving`.
+
+        Raises:
+            NotSaved: this checkpoint, or one that was being written, could not be.
+        """
         training, state = self._config.training, {**asdict(position), **self._identity}
         keep, milestones = training.keep_checkpoints, training.milestones
-        store.save(self._folder, position.step, self._engine, state, keep, milestones)
+        store.save(self._folder, position.step, self._engine, state, keep, milestones, self._background)
+        if last and self._background is not None:
+            self._background.wait()
 
     def _resumed(self, step: int, remark: str) -> str:
         steps = self._config.training.steps

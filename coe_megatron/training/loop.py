@@ -17,7 +17,7 @@ import torch
 from megatron.core import parallel_state
 
 from coe_megatron.chain import closed_forms
-from coe_megatron.checkpoint.seal import shared
+from coe_megatron.checkpoint.collective import shared
 from coe_megatron.config import ConfigError, RunConfig
 from coe_megatron.config.layout import layout
 from coe_megatron.config.shape import model_shape, padded_vocabulary
@@ -52,6 +52,7 @@ def train(config: RunConfig, ranks: groups.Ranks) -> run_folder.Outcome | None:
         ConfigError: config, data and folder do not fit together; one line that says what would.
         Interrupted: SIGINT or SIGTERM came; all ranks have stopped after the same step and saved.
         FloatingPointError: the loss is not finite any more.
+        NotSaved: a checkpoint could not be written.
     """
     if config.training.deterministic:
         devices.make_deterministic()
@@ -110,6 +111,7 @@ class Pretraining:
             stack.callback(self.progress.close)
             self.interruption = Interruption()
             stack.callback(self.interruption.forget)
+            stack.enter_context(self.checkpoints)
             self._greet()
             self._run_steps(first, steps)
 
@@ -133,7 +135,7 @@ class Pretraining:
             save = save or self.position.step in self.config.training.milestones
             self.progress.step(step + 1, self._log(float(loss), clock) if log else None)
             if save:
-                self.checkpoints.save(self.position)
+                self.checkpoints.save(self.position, last=interrupted or step + 1 == steps)
             if log or save:
                 clock = _Clock(self.position)  # evaluating and saving are not training time
             if interrupted and step + 1 < steps:

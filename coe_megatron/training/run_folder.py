@@ -32,6 +32,7 @@ _FREE = {
     "training.save_every",
     "training.keep_checkpoints",
     "training.milestones",
+    "training.background_saving",
 }
 # Any layout and ZeRO stage reads the checkpoints of any other.
 _FREE_SECTIONS = ("data.validation", "logging.", "parallel.", "profile.", "zero.")

@@ -119,7 +119,7 @@ REASONS = {
     "step-00000005": f"{SEAL} is missing",
     "step-00000004": f"{SEAL} cannot be read",
     "step-00000003": "tensors/__0_0.distcp has 1000 bytes instead of",
-    "step-00000002": "the content of tensors/__1_1.distcp has changed",
+    "step-00000002": "the content of tensors/__1_0.distcp has changed",
 }
 
 
@@ -163,7 +163,7 @@ def tear(folder: Path) -> None:
     (folder / "step-00000004" / SEAL).write_text("{")
     cut = folder / "step-00000003/tensors/__0_0.distcp"
     cut.write_bytes(cut.read_bytes()[:1000])
-    flip_a_bit(folder / "step-00000002/tensors/__1_1.distcp")
+    flip_a_bit(folder / "step-00000002/tensors/__1_0.distcp")
 
 
 def flip_a_bit(path: Path) -> None:
@@ -193,7 +193,8 @@ def test_a_checkpoint_holds_no_pickled_objects_and_keys_by_parameter(tmp_path: P
     for kind in states.KINDS:
         assert {f"optimizer.{kind}.{key}" for key in weights} <= keys
     facts = json.loads((tmp_path / "step-00000003" / "state.json").read_text())
-    assert facts == {"ranks": 1, "optimizer_steps": 1, "state": {"step": 3}}
+    layout = {"ranks": 1, "tensor": 1, "pipeline": 1, "expert": 1, "zero_stage": 1}
+    assert facts == {"layout": layout, "optimizer_steps": 1, "state": {"step": 3}}
 
 
 def list_keys(folder: Path) -> set[str]:

@@ -1,0 +1,54 @@
+"""What the ranks do together around a checkpoint, over any process group of all ranks (the default one when None).
+
+Without process groups this process is alone.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch.distributed as dist
+
+Group: TypeAlias = dist.ProcessGroup | None
+
+
+def shared(value: Any, group: Group = None) -> Any:
+    """The first rank's value on all ranks."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, group=group)
+    return box[0]
+
+
+def gathered(items: list, group: Group = None) -> list:
+    """What all ranks have, in one list."""
+    lists: list[Any] = [items]
+    if dist.is_initialized():
+        lists = [None] * dist.get_world_size()
+        dist.all_gather_object(lists, items, group=group)
+    return [item for part in lists for item in part]
+
+
+def am_first() -> bool:
+    """Whether this rank does what one rank has to do for all."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def share(items: Sequence) -> Sequence:
+    """This rank's part of a list that all ranks have."""
+    return items[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else items
+
+
+def together(work: Callable[[], None], group: Group, first_alone: bool = False) -> None:
+    """Do something on every rank (or on the first alone) and wait for all; what fails on one is raised on all.
+
+    Raises:
+        OSError: what the disk said first.
+    """
+    failure = None
+    if am_first() or not first_alone:
+        try:
+            work()
+        except OSError as error:
+            failure = str(error)
+    if failures := [found for found in gathered([failure], group) if found]:
+        raise OSError(failures[0])

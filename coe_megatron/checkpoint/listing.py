@@ -1,0 +1,94 @@
+"""Which checkpoints a folder holds, and which of them are whole. Without process groups this process is alone."""
+
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from coe_megatron.checkpoint.collective import am_first, shared
+from coe_megatron.checkpoint.seal import SEAL, problem
+from coe_megatron.checkpoint.storage import refusal
+from coe_megatron.durable import to_disk
+
+_NAME = re.compile(r"step-(\d+)(\.tmp)?")
+UNFINISHED = "saving it was not finished"
+
+
+def name_of(step: int) -> str:
+    """The name of a checkpoint's folder."""
+    return f"step-{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    match = _NAME.fullmatch(checkpoint.name)
+    assert match is not None, checkpoint
+    return int(match[1])
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """A checkpoint by its name or by its seal, whole or not."""
+    return _NAME.fullmatch(folder.name) is not None or (folder / SEAL).exists()
+
+
+def checkpoints_of(folder: Path) -> Path:
+    """Where the checkpoints lie: in the folder of a run, or in this very folder."""
+    return folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """Checkpoints, unfinished ones among them, by falling step."""
+    found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: (step_of(path), path.name), reverse=True)
+
+
+def finished(checkpoint: Path) -> bool:
+    """It got its name, so that all of it was there once."""
+    match = _NAME.fullmatch(checkpoint.name)
+    return match is None or match[2] is None
+
+
+def trouble(checkpoint: Path) -> str | None:
+    """Why a checkpoint is not to be used, None if it is whole; collective, the same answer on all ranks."""
+    if not finished(checkpoint):
+        return UNFINISHED
+    return problem(checkpoint) or shared(refusal(checkpoint / "tensors"))
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole; those passed over are named on stderr. Collective.
+
+    Returns:
+        None if no save was ever finished.
+
+    Raises:
+        ValueError: there are finished checkpoints, and none is whole.
+    """
+    damaged = []
+    for checkpoint in shared(newest_first(folder)):
+        found = trouble(checkpoint)
+        if found is None:
+            return checkpoint
+        if finished(checkpoint):
+            damaged.append(f"{checkpoint.name}: {found}")
+        if am_first():
+            print(f"checkpoint {checkpoint} is skipped: {found}", file=sys.stderr)
+    if damaged:
+        raise ValueError(f"no checkpoint in {folder} is whole, the newest is {damaged[0]}")
+    return None
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Give a sealed checkpoint its name; one that had it (damaged, or saved by an earlier attempt) makes room."""
+    to_disk(partial)
+    if final.exists():
+        delete(final)
+    os.rename(partial, final)
+    to_disk(final.parent)
+
+
+def delete(checkpoint: Path) -> None:
+    """Delete a checkpoint so that at no moment a part of it passes for one."""
+    (checkpoint / SEAL).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint)

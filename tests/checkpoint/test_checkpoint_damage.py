@@ -1,0 +1,164 @@
+"""What is not as it was saved is named, skipped and kept; what would run code when it is read is never read."""
+
+import builtins
+import io
+import json
+import pickle
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deepspeed import DeepSpeedEngine
+from engine_build import make_engine, take_steps
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+from coe_megatron.checkpoint import listing, store
+from coe_megatron.checkpoint.seal import SEAL, seal
+from coe_megatron.checkpoint.storage import Reader
+
+
+@pytest.fixture
+def engine(single_rank: None) -> DeepSpeedEngine:
+    engine = make_engine(8, layers=1)
+    take_steps(engine, 0, 1)
+    return engine
+
+
+@pytest.fixture
+def run(engine: DeepSpeedEngine, tmp_path: Path) -> Path:
+    """Two checkpoints."""
+    for step in (1, 2):
+        store.save(tmp_path, step, engine, {"step": step}, keep=9)
+    return tmp_path
+
+
+def test_a_byte_changed_or_a_file_cut_is_always_found(
+    engine: DeepSpeedEngine, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newest = run / listing.name_of(2)
+    files = sorted(path for path in newest.rglob("*") if path.is_file())
+    names = {str(path.relative_to(newest)) for path in files}
+    assert names >= {SEAL, "state.json", "random/00000.pt", "tensors/.metadata", "tensors/__0_0.distcp"}
+    for path in files:
+        whole = path.read_bytes()
+        for number, damaged in enumerate(damages(whole)):
+            path.write_bytes(damaged)
+            assert store.load_latest(run, engine) == {"step": 1}, (path, number)
+            said = capsys.readouterr().err
+            assert said.startswith(f"checkpoint {newest} is skipped: ") and path.name in said, said
+            assert said.count("\n") == 1 and path.read_bytes() == damaged
+        path.unlink()
+        assert store.load_latest(run, engine) == {"step": 1}
+        assert f"{path.relative_to(newest)} is missing" in capsys.readouterr().err
+        path.write_bytes(whole)
+    assert store.load_latest(run, engine) == {"step": 2} and not capsys.readouterr().err
+
+
+def damages(whole: bytes) -> Iterator[bytes]:
+    for place in (0, len(whole) // 2, len(whole) - 1):
+        yield whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+    for kept in (0, len(whole) // 2, len(whole) - 1):
+        yield whole[:kept]
+
+
+def test_no_byte_of_the_seal_can_change(run: Path) -> None:
+    """Also a blank for a line break, which JSON would not mind."""
+    path = run / listing.name_of(2) / SEAL
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        for other in (whole[place] ^ 1, ord(" "), ord("\n"), ord("\r"), ord("0")):
+            if other != whole[place]:
+                path.write_bytes(whole[:place] + bytes([other]) + whole[place + 1 :])
+                assert listing.trouble(path.parent), place
+
+
+def test_a_run_without_a_whole_checkpoint_does_not_begin_anew(
+    engine: DeepSpeedEngine, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / listing.name_of(1) / SEAL).unlink()
+    (run / listing.name_of(2) / "state.json").write_text("{}")
+    with pytest.raises(ValueError, match="is whole, the newest is step-00000002: state.json has 2 bytes") as raised:
+        store.load_latest(run, engine)
+    assert "choose another output, or delete that folder to begin anew" in str(raised.value)
+    assert "\n" not in str(raised.value) and len(listing.newest_first(run)) == 2
+    with pytest.raises(ValueError, match="no checkpoint in .* is whole, the newest is step-00000002"):
+        store.load_weights(run, engine)
+
+
+def test_a_run_that_never_finished_a_save_begins_anew(
+    engine: DeepSpeedEngine, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(run / listing.name_of(1))
+    (run / listing.name_of(2)).rename(run / "step-00000002.tmp")
+    assert store.load_latest(run, engine) is None
+    assert "step-00000002.tmp is skipped: saving it was not finished" in capsys.readouterr().err
+
+
+class Malicious:
+    """Unpickling it calls `function(*arguments)`."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self._call = function, arguments
+
+    def __reduce__(self) -> tuple:
+        return self._call
+
+
+def test_a_list_of_tensors_that_runs_code_is_refused_unread(
+    engine: DeepSpeedEngine, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newest, proof = run / listing.name_of(2), tmp_path / "proof"
+    forge(newest, "tensors/.metadata", pickle.dumps(Malicious(builtins.exec, f"open({str(proof)!r}, 'w')")))
+    assert store.load_latest(run, engine) == {"step": 1}
+    reason = "tensors/.metadata asks for builtins.exec, of which no list of tensors is made"
+    assert capsys.readouterr().err == f"checkpoint {newest} is skipped: {reason}\n"
+    with pytest.raises(ValueError, match=r"is not whole: tensors/.metadata asks for builtins.exec"):
+        store.load_weights(newest, engine)
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda found: found.state_dict_metadata.update(weight=BytesStorageMetadata()), "asks for torch.distributed"),
+        (lambda found: setattr(found, "planner_data", Malicious(print, "read")), "asks for builtins.print"),
+        (lambda found: found.storage_data.update(x=place("../../secret")), "asks for the file ../../secret"),
+        (lambda found: setattr(found, "storage_data", None), "is no list of tensors"),
+    ],
+    ids=["bytes", "class", "path", "nothing"],
+)
+def test_a_list_with_more_than_tensors_is_refused(
+    spoil: Any, said: str, engine: DeepSpeedEngine, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newest = run / listing.name_of(2)
+    found = Reader(newest / "tensors").read_metadata()
+    spoil(found)
+    forge(newest, "tensors/.metadata", pickle.dumps(found))
+    assert store.load_latest(run, engine) == {"step": 1}
+    assert capsys.readouterr().err.startswith(f"checkpoint {newest} is skipped: tensors/.metadata {said}")
+
+
+def place(path: str) -> Any:
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    return _StorageInfo(path, 0, 1)
+
+
+def test_states_of_generators_that_run_code_are_refused(engine: DeepSpeedEngine, run: Path, tmp_path: Path) -> None:
+    proof, newest = tmp_path / "proof", run / listing.name_of(2)
+    content = io.BytesIO()
+    torch.save(Malicious(builtins.exec, f"open({str(proof)!r}, 'w')"), content)
+    forge(newest, "random/00000.pt", content.getvalue())
+    with pytest.raises(ValueError, match=r"random/00000.pt of checkpoint .* holds more than tensors"):
+        store.load_latest(run, engine)
+    assert not proof.exists()
+
+
+def forge(checkpoint: Path, name: str, content: bytes) -> None:
+    (checkpoint / name).write_bytes(content)
+    (checkpoint / SEAL).unlink()
+    seal(checkpoint)
+    assert name in json.loads((checkpoint / SEAL).read_text())["files"]
