@@ -110,7 +110,7 @@ class MoESettings:
         group_topk: group-limited routing: from how many groups a token chooses.
         router_dtype: in which the router computes.
         router_init: `normal` as all other weights (Megatron), or `kaiming_uniform` with a = sqrt(5) (the paper's code).
-        load_balancing: the auxiliary loss: `seq_aux_loss` balances each sequence, `aux_loss` each micro-batch of a rank,
+        load_balancing: auxiliary loss: `seq_aux_loss` balances each sequence, `aux_loss` each micro-batch of a rank,
             `global_aux_loss` the micro-batches of all ranks, those before it in the step included; `none` for no loss.
         aux_loss_coeff: its coefficient (how it scales with the iterations: `chain.balance`).
         z_loss_coeff: coefficient of the router's z-loss; 0 for none.
