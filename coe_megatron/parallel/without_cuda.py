@@ -11,7 +11,7 @@ What is replaced, and why (Megatron-Core 0.16.1):
   CUDA stream and stay tensors otherwise, which `all_to_all_single` refuses; here they become lists at once.
 * `pipeline_parallel.schedules.torch`: all three schedules count tokens in a `torch.zeros(..., device="cuda")`. In that
   module alone the name `torch` now stands for torch with another `zeros`, which takes "cuda" for the current device.
-* `tensor_parallel.mappings._gather_along_first_dim`: experts that are both divided and cut gather as many rows from each
+* `tensor_parallel.mappings._gather_along_first_dim`: experts both divided and cut gather as many rows from each
   rank as it has got, and gloo's all-gather wants equally many. Rows of unequal number now come by an all-to-all.
 """
 
