@@ -30,7 +30,6 @@ from coe_megatron.modules import coe_layer_spec
 from coe_megatron.parallel import without_cuda, without_te
 
 VOCABULARY, LENGTH, ROWS, MICRO_BATCH = 512, 32, 8, 2
-CLIP = 1.0  # largest norm of the gradient
 
 
 def start(expert: int, pipeline: int, seed: int) -> torch.device:
@@ -87,15 +86,19 @@ def forward_step(batches: Iterator[torch.Tensor], model: DistributedDataParallel
 def token_loss(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sum and number of a micro-batch's losses [MICRO_BATCH, LENGTH], and what the schedule is to return.
 
-    Megatron takes the mean of the micro-batches' means, and adds auxiliary losses in proportion. Where micro-batches
-    differ in tokens, `calculate_per_token_loss` makes it the mean over tokens.
+    Megatron takes the mean of the micro-batches' means and scales auxiliary losses alike. Where micro-batches differ in
+    tokens, `calculate_per_token_loss` makes it the mean over tokens (and 0.16.1 then divides the coefficient of
+    `seq_aux_loss` by the rows of a micro-batch).
     """
     number = torch.tensor(losses.numel(), dtype=torch.int, device=losses.device)
     return losses.sum(), number, losses.detach().mean()
 
 
 def gradient_norm(model: DistributedDataParallel) -> float:
-    """The norm of the whole model's gradient: dense weights differ between stages, experts between expert ranks too."""
+    """The norm of the whole model's gradient: dense weights differ between stages, experts between expert ranks too.
+
+    Tensor parallelism would need more: some weights are on all of its ranks, and each counts once.
+    """
     dense, experts = torch.zeros(2, device=next(model.parameters()).device)
     for parameter in model.parameters():
         is_dense = getattr(parameter, "allreduce", True)
@@ -106,9 +109,12 @@ def gradient_norm(model: DistributedDataParallel) -> float:
 
 
 def train_step(
-    model: DistributedDataParallel, optimizer: torch.optim.Optimizer, rows: torch.Tensor
+    model: DistributedDataParallel, optimizer: torch.optim.Optimizer, rows: torch.Tensor, clip: float = 1.0
 ) -> tuple[float, float]:
-    """One step on this rank's share of rows [ROWS, LENGTH + 1]; loss in nats a token (last stage only) and norm."""
+    """One step on this rank's share of rows [ROWS, LENGTH + 1]; the loss in nats a token and the gradient's norm.
+
+    The loss is that of all ranks' rows, known to the last stage (0 on the others); the norm is that before clipping.
+    """
     group = parallel_state.get_data_parallel_group()
     batches = rows.chunk(group.size())[group.rank()].split(MICRO_BATCH)
     model.zero_grad_buffer()
@@ -122,7 +128,7 @@ def train_step(
         micro_batch_size=MICRO_BATCH,
     )
     norm = gradient_norm(model)
-    model.scale_gradients(min(1.0, CLIP / norm))
+    model.scale_gradients(min(1.0, clip / norm))
     for parameter in model.parameters():
         parameter.grad = parameter.main_grad
     optimizer.step()
