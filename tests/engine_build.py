@@ -68,6 +68,7 @@ def make_engine(
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    ranks = parallel_state.get_data_parallel_world_size()
     config = make_config(
         num_layers=layers,
         hidden_size=32,
@@ -75,7 +76,8 @@ def make_engine(
         attention_dropout=dropout,
         moe_shared_expert_intermediate_size=24,
         moe_router_load_balancing_type=balancing,
-        moe_aux_loss_coeff=0.1,
+        # As `training.model` has it, and for its reason.
+        moe_aux_loss_coeff=0.1 * (ranks if balancing == "global_aux_loss" else 1),
         moe_z_loss_coeff=0.01,
         expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
@@ -93,7 +95,6 @@ def make_engine(
     model = make_gpt(config, coe_block_spec(config, chain or ChainSettings(iterations=2)), vocab=VOCAB, **place)
     spoil(model)
     training = TrainingSettings(global_batch=ROWS, micro_batch=micro_batch, precision=precision)
-    ranks = parallel_state.get_data_parallel_world_size()
     optimizer = optimizer or OptimizerSettings(lr=1e-2, clip=0.1)
     settings = ZeroSettings(
         stage=stage,

@@ -155,8 +155,8 @@ class CoERouter(TopKRouter):
     ):
         """As the stock method; the loss is also noted here, and 1/C of it goes into Megatron's tracker."""
         if self.is_counting:
-            loss = aux_loss.detach() / aux_loss_coeff
-            self.stats.add_loss(aux_loss_name, loss)
+            loss = aux_loss.detach() / aux_loss_coeff  # what this rank's tokens add to the loss of all in reduce_group
+            self.stats.add_loss(aux_loss_name, loss * reduce_group.size())
             self._track(aux_loss_name, loss, reduce_group, reduce_group_has_dp)
         if self.calculate_per_token_loss:  # Megatron then divides every gradient by the number of tokens
             aux_loss = aux_loss * (activation.shape[0] if valid_token_count is None else valid_token_count)

@@ -106,7 +106,7 @@ def _moe_fields(moe: MoESettings) -> dict[str, Any]:
         "moe_router_group_topk": moe.group_topk,
         "moe_router_dtype": moe.router_dtype,
         "moe_router_load_balancing_type": moe.load_balancing,
-        "moe_aux_loss_coeff": 0.0 if moe.load_balancing == "none" else moe.aux_loss_coeff,
+        "moe_aux_loss_coeff": _balancing_coefficient(moe),
         "moe_z_loss_coeff": moe.z_loss_coeff or None,
         "moe_router_enable_expert_bias": moe.expert_bias,
         "moe_router_bias_update_rate": moe.expert_bias_rate,
@@ -116,6 +116,15 @@ def _moe_fields(moe: MoESettings) -> dict[str, Any]:
         "moe_pad_expert_input_to_capacity": moe.pad_to_capacity,
         "moe_token_dispatcher_type": moe.dispatcher,
     }
+
+
+def _balancing_coefficient(moe: MoESettings) -> float:
+    if moe.load_balancing == "none":
+        return 0.0
+    # On each replica Megatron's global loss is what its tokens add to the loss of all, and the gradients of auxiliary
+    # losses are means over replicas: without the factor it would fade as replicas are added.
+    replicas = parallel_state.get_data_parallel_world_size() if moe.load_balancing == "global_aux_loss" else 1
+    return moe.aux_loss_coeff * replicas
 
 
 def _mla_fields(mla: MLASettings, rotary_base: int) -> dict[str, Any]:

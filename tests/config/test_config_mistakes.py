@@ -114,6 +114,18 @@ OVERRIDES: list[tuple[str, str]] = [
         "(torchrun --nproc-per-node 2) or give parallel.expert=1",
     ),
     ("parallel.expert=8", "training.global_batch is 16: it must be a multiple of training.micro_batch x"),
+    ("parallel.tensor=4", "parallel.tensor is 4: it must divide model.num_attention_heads (2)"),
+    ("parallel.tensor=2 & model.seq_length=33", "parallel.tensor is 2: it must divide model.seq_length (33)"),
+    ("parallel.expert_tensor=8", "parallel.expert_tensor is 8: it must cut moe.ffn_hidden_size (16) into multiples"),
+    ("parallel.pipeline=3", "parallel.pipeline is 3: it must divide model.num_layers (2)"),
+    ("parallel.pipeline=2 & zero.stage=3", "zero.stage is 3: with parallel.pipeline (2) it must be 0 or 1, because"),
+    ("parallel.pipeline=2 & model.untied_embeddings=false", "model.untied_embeddings is false: with parallel.pipeline"),
+    ("parallel.context=2", "parallel.context is 2: attention here sees whole sequences, leave it 1"),
+    (
+        "parallel.tensor=2 & parallel.pipeline=2 & parallel.world_size=6",
+        "parallel.tensor is 2 and parallel.pipeline is 2: the number of ranks (6) must be a multiple of 4; start so "
+        "many (torchrun --nproc-per-node 4) or give parallel.tensor=1 parallel.pipeline=1",
+    ),
     ("training.micro_batch=5", "training.micro_batch is 5: it must divide training.global_batch (16)"),
     ("optimizer.min_lr=1", "optimizer.min_lr is 1.0: it must be at most optimizer.lr (0.0003)"),
     ("optimizer.min_lr=1e-5", "optimizer.min_lr is 1e-05: with optimizer.decay constant it has no meaning, use 0"),

@@ -298,6 +298,31 @@ def test_the_layout_does_not_change_the_training(config: Path, prepared: Path, t
             assert shared[name] == pytest.approx(alone[name], rel=2e-4), (alone["step"], name)
 
 
+def test_a_run_goes_on_with_tensor_and_pipeline_parallelism(config: Path, prepared: Path, tmp_path: Path) -> None:
+    """Begun by one process; losses, norms, validation and routing of all layers are those it would have had."""
+    common = ("launch/pretrain_coe.py", config, f"data.path={prepared}", "training.save_every=3", *NO_DROPOUT)
+    alone, tensor, pipeline = (tmp_path / name for name in ("alone", "tensor", "pipeline"))
+    done = python(*common, f"output={alone}", "parallel.expert=1", "training.steps=3", "optimizer.warmup=0")
+    assert done.returncode == 0, done.stderr
+    layouts = {tensor: ("parallel.tensor=2",), pipeline: ("parallel.expert=1", "parallel.pipeline=2")}
+    for folder, layout in layouts.items():
+        shutil.copytree(alone, folder)
+        done = torchrun(*common, f"output={folder}", "training.steps=6", "optimizer.warmup=0", *layout)
+        assert done.returncode == 0 and "resumed at step 3" in done.stderr, done.stderr
+    done = python(*common, f"output={alone}", "parallel.expert=1", "training.steps=6", "optimizer.warmup=0")
+    assert done.returncode == 0, done.stderr
+    expected = read_metrics(alone / "metrics.jsonl")
+    for folder in layouts:
+        for found, truth in zip(read_metrics(folder / "metrics.jsonl"), expected, strict=True):
+            assert found["tokens"] == truth["tokens"]
+            for name in {"train_loss", "valid_loss", "grad_norm", "aux_loss", "routing_entropy"} & truth.keys():
+                assert found[name] == pytest.approx(truth[name], rel=2e-4), (folder.name, truth["step"], name)
+            places = [
+                [(entry["layer"], entry["iteration"]) for entry in line.get("routing", [])] for line in (found, truth)
+            ]
+            assert places[0] == places[1]
+
+
 def test_a_blend_with_named_sets_goes_on_with_another_number_of_ranks(
     config: Path, prepared: Path, same_tokenizer: Path, tmp_path: Path
 ) -> None:

@@ -29,10 +29,10 @@ STEPS = 3
 def runs() -> dict[str, dict[str, list]]:
     """By layout and kind of run: what every rank has to tell. A layout's ranks are started once for all its runs."""
     return {
-        "one": by_kind(run_ranks(train, 1, ["micro 8", "micro 4", "micro 2", "bf16 8", "promises", "0", "2", "3"])),
-        "dp2": by_kind(run_ranks(train, 2, ["micro 4", "micro 2", *OTHERS])),
-        "ep2": by_kind(run_ranks(train, 2, ["micro 4", "bf16 2", *OTHERS, *MISTAKES], expert_model_parallel_size=2)),
-        "ep2dp2": by_kind(run_ranks(train, 4, ["micro 2", "0", "3"], expert_model_parallel_size=2)),
+        "one": by_kind(run_ranks(train, 1, ["micro 8", "micro 4", "micro 2", "bf16 8", "promises"])),
+        "dp2": by_kind(run_ranks(train, 2, ["micro 4", "micro 2"])),
+        "ep2": by_kind(run_ranks(train, 2, ["micro 4", "bf16 2", *MISTAKES], expert_model_parallel_size=2)),
+        "ep2dp2": by_kind(run_ranks(train, 4, ["micro 2"], expert_model_parallel_size=2)),
     }
 
 
@@ -44,8 +44,6 @@ def run(kind: str) -> Any:
     name, _, size = kind.partition(" ")
     if name == "micro":
         return take_steps(make_engine(int(size)), 0, STEPS)
-    if name[0].isdigit():
-        return train_at_stage(int(kind[0]), kind[1:])
     return {"bf16": train_in_bf16, "promises": try_promises, **MISTAKES}[name](*map(int, size.split()))
 
 
@@ -70,38 +68,13 @@ def weigh_rows_equally() -> Trace:
 
 MISTAKES = {"forgotten": forget_experts, "unweighted": weigh_rows_equally}
 LAYOUTS = [("one", 4), ("one", 2), ("dp2", 4), ("dp2", 2), ("ep2", 4), ("ep2dp2", 2)]
-# Other stages than 1, all with micro-batches of 2; and with the optimizer, or weights too, in host memory.
-OTHERS = ["0", "2", "3", "1optimizer", "2optimizer", "3optimizer parameters"]
-STAGES = [
-    *(("one", kind) for kind in ("0", "2", "3")),
-    *((layout, kind) for layout in ("dp2", "ep2") for kind in OTHERS),
-    *(("ep2dp2", kind) for kind in ("0", "3")),
-]
-
-
-def train_at_stage(stage: int, offload: str) -> Trace:
-    engine = make_engine(2, stage=stage, offload=offload)
-    trace = take_steps(engine, 0, STEPS)
-    masters = {name: states.read(engine, p, states.MASTER) for name, p in engine.module.named_parameters()}
-    trace.weights = {name: master.clone() for name, master in masters.items()}
-    return trace
 
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(("layout", "size"), LAYOUTS)
 def test_gradients_norms_and_losses_equal_one_process(runs: dict, layout: str, size: int) -> None:
     """Accumulation 1, 2, 4 and 2 or 4 ranks: every gradient to 1e-5 of its largest entry, with clipping in between."""
-    require_training_of_one_process(runs, layout, f"micro {size}")
-
-
-@pytest.mark.ranks
-@pytest.mark.parametrize(("layout", "kind"), STAGES)
-def test_every_stage_is_the_training_of_one_process(runs: dict, layout: str, kind: str) -> None:
-    require_training_of_one_process(runs, layout, kind)
-
-
-def require_training_of_one_process(runs: dict, layout: str, kind: str) -> None:
-    (whole,), ranks = runs["one"]["micro 8"], runs[layout][kind]
+    (whole,), ranks = runs["one"]["micro 8"], runs[layout][f"micro {size}"]
     found = joined(ranks, layout)
     worst = errors(found.gradients, whole.gradients)
     assert max(worst.values()) < 1e-5, worst

@@ -15,7 +15,7 @@ from unittest import mock
 
 import pytest
 import torch
-from engine_build import Named, Trace, make_engine, take_steps, use_groups
+from engine_build import ROWS, Named, Trace, make_engine, take_steps, use_groups
 from megatron.core import parallel_state
 from modules_build import errors
 from ranks import run_ranks
@@ -84,11 +84,14 @@ OFFLOADED = [
     for stage, offload in ((1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "optimizer parameters"))
     for optimizer in ("SGD", "AdamW")
 ]
-# Every layout with each of its stages; C and the optimizer take turns.
+# Every layout with each of its stages, and what can be offloaded; C and the optimizer take turns.
 COVERING = [
-    Case(layout, stage, 1 + (number + stage) % 3, ("SGD", "AdamW")[(number // 2 + stage) % 2])
-    for number, layout in enumerate(LAYOUTS)
-    for stage in stages(layout)
+    *(
+        Case(layout, stage, 1 + (number + stage) % 3, ("SGD", "AdamW")[(number // 2 + stage) % 2])
+        for number, layout in enumerate(LAYOUTS)
+        for stage in stages(layout)
+    ),
+    *(OFFLOADED[2 * number + number % 2] for number in range(4)),
 ]
 REST = [case for case in ALL + OFFLOADED if case not in COVERING]
 
@@ -142,7 +145,8 @@ def train_together(folder: Path, cases: list[Case]) -> None:
         _, layout = LAYOUTS[case.layout]
         use_groups(**layout)
         # Four or two micro-batches a step; one where a balancing loss looks at a whole batch.
-        train_case(case, folder, 2 if case.balancing == "seq_aux_loss" else 4)
+        replicas = parallel_state.get_data_parallel_world_size()
+        train_case(case, folder, 2 if case.balancing == "seq_aux_loss" else ROWS // replicas)
 
 
 def train_case(case: Case, folder: Path, micro_batch: int) -> None:
@@ -189,8 +193,15 @@ def norm_of_a_stage() -> AbstractContextManager:
 
 
 def experts_as_dense() -> AbstractContextManager:
-    """The gradients of different experts are averaged."""
-    return mock.patch.object(expert_groups, "is_expert", lambda parameter: False)
+    """The gradients of different experts are averaged, as DeepSpeed does when it does not know them."""
+
+    @contextmanager
+    def forgotten(model: torch.nn.Module) -> Iterator[None]:
+        for parameter in model.parameters():
+            parameter.allreduce = True  # type: ignore[attr-defined]
+        yield
+
+    return mock.patch.object(expert_groups, "announced", forgotten)
 
 
 BROKEN = {
