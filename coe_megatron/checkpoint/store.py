@@ -123,14 +123,7 @@ def load_weights(source: Path, engine: Engine) -> tuple[Path, dict[str, Any]]:
     Raises:
         ValueError: there is no whole checkpoint, or it is of another model.
     """
-    checkpoint: Path | None = source
-    if listing.is_checkpoint(source):
-        if trouble := listing.trouble(source):
-            raise ValueError(f"checkpoint {source} is not whole: {trouble}")
-    else:
-        checkpoint = listing.newest_whole(listing.checkpoints_of(source))
-    if checkpoint is None:
-        raise ValueError(f"{source} holds no checkpoint: name one, or the folder of a run that saved one")
+    checkpoint = listing.find(source)
     states.load_tensors(engine, checkpoint / "tensors", kinds=(zero_states.MASTER,))
     return checkpoint, _facts(checkpoint)["state"]
 

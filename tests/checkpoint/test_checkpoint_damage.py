@@ -80,11 +80,11 @@ def test_a_run_without_a_whole_checkpoint_does_not_begin_anew(
 ) -> None:
     (run / listing.name_of(1) / SEAL).unlink()
     (run / listing.name_of(2) / "state.json").write_text("{}")
-    with pytest.raises(ValueError, match="is whole, the newest is step-00000002: state.json has 2 bytes") as raised:
+    with pytest.raises(ValueError, match=r"is whole, the newest is step-00000002: state.json has 2 bytes") as raised:
         store.load_latest(run, engine)
     assert "choose another output, or delete that folder to begin anew" in str(raised.value)
     assert "\n" not in str(raised.value) and len(listing.newest_first(run)) == 2
-    with pytest.raises(ValueError, match="no checkpoint in .* is whole, the newest is step-00000002"):
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is whole, the newest is step-00000002"):
         store.load_weights(run, engine)
 
 
