@@ -97,7 +97,8 @@ def find(source: Path) -> Path:
 
 def publish(partial: Path, final: Path) -> None:
     """Give a sealed checkpoint its name; one that had it (damaged, or saved by an earlier attempt) makes room."""
-    to_disk(partial)
+    for path in (partial, *partial.rglob("*")):  # names as well, and what others wrote
+        to_disk(path)
     if final.exists():
         delete(final)
     os.rename(partial, final)

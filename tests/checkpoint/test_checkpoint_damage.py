@@ -147,6 +147,20 @@ def place(path: str) -> Any:
     return _StorageInfo(path, 0, 1)
 
 
+def test_a_tensor_that_runs_code_is_refused(engine: DeepSpeedEngine, run: Path, tmp_path: Path) -> None:
+    proof, newest = tmp_path / "proof", run / listing.name_of(2)
+    payload = io.BytesIO()
+    torch.save(Malicious(builtins.exec, f"open({str(proof)!r}, 'w')"), payload)
+    found = Reader(newest / "tensors").read_metadata()
+    for place in found.storage_data.values():
+        place.offset, place.length = 0, len(payload.getvalue())
+    (newest / "tensors" / "__0_0.distcp").write_bytes(payload.getvalue())
+    forge(newest, "tensors/.metadata", pickle.dumps(found))
+    with pytest.raises(ValueError, match=r"checkpoint .*step-00000002 cannot be read: Weights only load failed"):
+        store.load_latest(run, engine)
+    assert not proof.exists()
+
+
 def test_states_of_generators_that_run_code_are_refused(engine: DeepSpeedEngine, run: Path, tmp_path: Path) -> None:
     proof, newest = tmp_path / "proof", run / listing.name_of(2)
     content = io.BytesIO()
