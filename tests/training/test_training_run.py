@@ -411,6 +411,26 @@ def test_ctrl_c_stops_after_a_step_with_a_checkpoint_and_goes_on(config: Path, p
     assert f"resumed at step {stopped}" in done.stderr
 
 
+def test_a_second_ctrl_c_does_not_wait_for_a_checkpoint(config: Path, prepared: Path, tmp_path: Path) -> None:
+    """While one is written after every step in the background; what was written before stays."""
+    common = ("launch/pretrain_coe.py", config, f"data.path={prepared}", f"output={tmp_path}", "parallel.expert=1")
+    process = start_python(
+        *common, "training.save_every=1", "training.steps=2000", "training.background_saving=true"
+    )  # fmt: skip
+    try:
+        wait_for_step(tmp_path, 3, process)
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.01)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "Traceback" not in said
+    assert said.endswith("; the same command goes on from the newest checkpoint\n")
+    done = python("launch/checkpoint.py", "verify", tmp_path)
+    assert done.returncode == 0 and ": whole\n" in done.stdout
+
+
 def test_global_aux_loss_and_expert_bias_resume_exactly(config: Path, prepared: Path, tmp_path: Path) -> None:
     settings = (
         "moe.load_balancing=global_aux_loss", "moe.aux_loss_coeff=0.1", "moe.score_function=sigmoid",
