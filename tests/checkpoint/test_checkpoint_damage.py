@@ -94,7 +94,9 @@ def test_a_run_that_never_finished_a_save_begins_anew(
     shutil.rmtree(run / listing.name_of(1))
     (run / listing.name_of(2)).rename(run / "step-00000002.tmp")
     assert store.load_latest(run, engine) is None
-    assert "step-00000002.tmp is skipped: saving it was not finished" in capsys.readouterr().err
+    skipped, said = capsys.readouterr().err.splitlines()
+    assert "step-00000002.tmp is skipped: saving it was not finished" in skipped
+    assert said == f"no save in {run} was ever finished: the run begins anew"
 
 
 class Malicious:
