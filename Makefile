@@ -1,6 +1,7 @@
 # The commands of this project. Each works from a fresh clone: what is missing is made first.
 #   make quickstart   train a small Chain-of-Experts model on two CPU ranks, and see what it learned
-#   make test         all tests but those that need a GPU
+#   make test         all tests but those that need a GPU, and a covering few of the many layouts
+#   make test-full    all layouts with all ZeRO stages (about an hour more)
 #   make check        format, lint, types and the fast tests
 #   make format       format and fix what can be fixed; make docs: write docs/settings.md anew
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 export PYTHONUNBUFFERED := 1
 
-.PHONY: quickstart test check format docs clean
+.PHONY: quickstart test test-full check format docs clean
 
 quickstart: $(INSTALLED) data/builtin/manifest.json
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 launch/pretrain_coe.py configs/quickstart.yaml
@@ -18,13 +19,16 @@ data/builtin/manifest.json: $(INSTALLED) $(CORPUS)
 	$(BIN)/python launch/prepare_data.py --builtin 20000 --vocab-size 2048 --output data/builtin --overwrite
 
 test: $(INSTALLED)
+	$(BIN)/pytest -m "not gpu and not full"
+
+test-full: $(INSTALLED)
 	$(BIN)/pytest -m "not gpu"
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q -m "not gpu and not ranks and not run"
+	$(BIN)/pytest -q -m "not gpu and not ranks and not run and not full"
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

@@ -1,12 +1,27 @@
-"""A Chain-of-Experts in Megatron-Core's own GPTModel learns a few random sequences by heart: one process, GPU or CPU.
+"""A Chain-of-Experts in a loop of Megatron-Core's parts learns a few random sequences by heart, on GPUs or CPUs.
 
-What a program of your own needs around the model stands in `start`, once and before the model is built.
+    python examples/chain_in_megatron.py
+    torchrun --nproc-per-node 2 examples/chain_in_megatron.py --expert 2
+    torchrun --nproc-per-node 2 examples/chain_in_megatron.py --pipeline 2
+    torchrun --nproc-per-node 4 examples/chain_in_megatron.py --expert 2 --pipeline 2
+
+Megatron's are the groups, the model, the data-parallel wrapper and the schedule that drives them; the optimizer is
+torch's. What a chain needs of the program is the layer spec in `build` and, for some machines, two lines in `start`.
 """
+
+import argparse
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -14,60 +29,131 @@ from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.modules import coe_layer_spec
 from coe_megatron.parallel import without_cuda, without_te
 
-VOCABULARY, ROWS, LENGTH = 512, 8, 32
+VOCABULARY, LENGTH, ROWS, MICRO_BATCH = 512, 32, 8, 2
 
 
-def start(seed: int) -> torch.device:
-    """Make this process Megatron's only rank; under torchrun leave out store, rank and world size."""
-    without_te.install()  # both do nothing where there is nothing to replace
+def start(expert: int, pipeline: int, seed: int) -> torch.device:
+    """Join the ranks that torchrun started, or be the only one; Megatron's groups and seeds; this rank's device."""
+    without_te.install()  # these two do nothing where there is nothing to replace
     without_cuda.install()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel(expert_model_parallel_size=1)
-    torch.manual_seed(seed)
-    model_parallel_cuda_manual_seed(seed)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", dist.get_node_local_rank(fallback_rank=0))
+        torch.cuda.set_device(device)
+    alone = {} if dist.is_torchelastic_launched() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **alone)
+    parallel_state.initialize_model_parallel(pipeline_model_parallel_size=pipeline, expert_model_parallel_size=expert)
+    torch.manual_seed(seed)  # the data, the same on all ranks
+    model_parallel_cuda_manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())  # the weights
     return device
 
 
-def build() -> GPTModel:
-    """Two layers, each a chain of two iterations with two of sixteen experts and one shared expert."""
-    config = TransformerConfig(
+def configure(expert: int, pipeline: int) -> TransformerConfig:
+    """Two layers with two of sixteen experts and one shared expert."""
+    return TransformerConfig(
         num_layers=2, hidden_size=64, num_attention_heads=4, normalization="RMSNorm", add_bias_linear=False,
         gated_linear_unit=True, activation_func=torch.nn.functional.silu, hidden_dropout=0.0, attention_dropout=0.0,
         num_moe_experts=16, moe_router_topk=2, moe_ffn_hidden_size=32, moe_shared_expert_intermediate_size=32,
-        moe_router_pre_softmax=True, moe_token_dispatcher_type="alltoall", moe_aux_loss_coeff=0.01,
+        moe_router_pre_softmax=True, moe_token_dispatcher_type="alltoall",
+        moe_router_load_balancing_type="seq_aux_loss", moe_aux_loss_coeff=0.01, moe_z_loss_coeff=0.001,
+        expert_model_parallel_size=expert, pipeline_model_parallel_size=pipeline, pipeline_dtype=torch.float32,
+        finalize_model_grads_func=finalize_model_grads,  # the schedule calls it after the last micro-batch
     )  # fmt: skip
-    spec = coe_layer_spec(config, ChainSettings(iterations=2))
-    return GPTModel(config, spec, VOCABULARY, max_sequence_length=LENGTH, position_embedding_type="rope")
 
 
-def train(model: GPTModel, device: torch.device, steps: int) -> list[float]:
-    """Learn one batch of random tokens; the loss in nats a token of every step."""
-    row = torch.randint(VOCABULARY, (ROWS, LENGTH + 1), device=device)
-    tokens, labels = row[:, :-1], row[:, 1:]
-    positions = torch.arange(LENGTH, device=device).expand(ROWS, -1)
+def build(config: TransformerConfig, chain: ChainSettings, device: torch.device) -> DistributedDataParallel:
+    """This rank's stage of the model, with its share of the experts."""
+    model = GPTModel(
+        config,
+        coe_layer_spec(config, chain),
+        VOCABULARY,
+        max_sequence_length=LENGTH,
+        position_embedding_type="rope",
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+    )
+    return DistributedDataParallel(config, DistributedDataParallelConfig(), model.to(device))
+
+
+def forward_step(batches: Iterator[torch.Tensor], model: DistributedDataParallel) -> tuple[torch.Tensor, Callable]:
+    """One micro-batch through this stage, and the function that makes a loss of what the last stage returns."""
+    row = next(batches)  # [MICRO_BATCH, LENGTH + 1]
+    tokens, labels = row[:, :-1], row[:, 1:].contiguous()
+    positions = torch.arange(LENGTH, device=row.device).expand(len(row), -1)
+    return model(tokens, positions, None, labels=labels), token_loss  # attention is causal without a mask
+
+
+def token_loss(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sum and number of a micro-batch's losses [MICRO_BATCH, LENGTH], and what the schedule is to return.
+
+    Megatron takes the mean of the micro-batches' means and scales auxiliary losses alike. Where micro-batches differ in
+    tokens, `calculate_per_token_loss` makes it the mean over tokens (and 0.16.1 then divides the coefficient of
+    `seq_aux_loss` by the rows of a micro-batch).
+    """
+    number = torch.tensor(losses.numel(), dtype=torch.int, device=losses.device)
+    return losses.sum(), number, losses.detach().mean()
+
+
+def gradient_norm(model: DistributedDataParallel) -> float:
+    """The norm of the whole model's gradient: dense weights differ between stages, experts between expert ranks too.
+
+    Tensor parallelism would need more: some weights are on all of its ranks, and each counts once.
+    """
+    dense, experts = torch.zeros(2, device=next(model.parameters()).device)
+    for parameter in model.parameters():
+        is_dense = getattr(parameter, "allreduce", True)
+        (dense if is_dense else experts).add_(parameter.main_grad.square().sum())
+    dist.all_reduce(dense, group=parallel_state.get_model_parallel_group())
+    dist.all_reduce(experts, group=parallel_state.get_expert_tensor_model_pipeline_parallel_group())
+    return float((dense + experts).sqrt())
+
+
+def train_step(
+    model: DistributedDataParallel, optimizer: torch.optim.Optimizer, rows: torch.Tensor, clip: float = 1.0
+) -> tuple[float, float]:
+    """One step on this rank's share of rows [ROWS, LENGTH + 1]; the loss in nats a token and the gradient's norm.
+
+    The loss is that of all ranks' rows, known to the last stage (0 on the others); the norm is that before clipping.
+    """
+    group = parallel_state.get_data_parallel_group()
+    batches = rows.chunk(group.size())[group.rank()].split(MICRO_BATCH)
+    model.zero_grad_buffer()
+    optimizer.zero_grad()  # to None: Megatron adds what backward leaves in `grad` to `main_grad`
+    losses = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(batches),
+        model=model,
+        num_microbatches=len(batches),
+        seq_length=LENGTH,
+        micro_batch_size=MICRO_BATCH,
+    )
+    norm = gradient_norm(model)
+    model.scale_gradients(min(1.0, clip / norm))
+    for parameter in model.parameters():
+        parameter.grad = parameter.main_grad
+    optimizer.step()
+    loss = sum(losses, torch.zeros((), device=rows.device)) / len(batches)
+    dist.all_reduce(loss, op=dist.ReduceOp.AVG, group=group)
+    return float(loss), norm
+
+
+def main(steps: int = 40, seed: int = 0) -> None:
+    """Build and train from a seed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--expert", type=int, default=1, help="ranks that divide the experts of a layer")
+    parser.add_argument("--pipeline", type=int, default=1, help="ranks that divide the layers")
+    layout = vars(parser.parse_args())
+    device = start(**layout, seed=seed)
+    model = build(configure(**layout), ChainSettings(iterations=2), device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    losses = []
-    for _ in range(steps):
-        loss = model(tokens, positions, None, labels=labels).mean()  # attention is causal without a mask
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-def main(steps: int = 40, seed: int = 0) -> list[float]:
-    """Build and train from a seed; returns the loss of every step."""
-    device = start(seed)
-    losses = train(build().to(device), device, steps)
-    for step in range(0, steps, 10):
-        print(f"step {step + 1:>3}  loss {losses[step]:.3f}")
-    print(f"step {steps:>3}  loss {losses[-1]:.3f}")
+    rows = torch.randint(VOCABULARY, (ROWS, LENGTH + 1), device=device)
+    speaks = parallel_state.is_pipeline_last_stage() and parallel_state.get_data_parallel_rank() == 0
+    for step in range(1, steps + 1):
+        loss, norm = train_step(model, optimizer, rows)
+        if speaks and step in (1, *range(10, steps, 10), steps):
+            print(f"step {step:>3}  loss {loss:.3f}  gradient norm {norm:.3f}")
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
-    return losses
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ if __name__ == "__main__":
 
 from coe_megatron.config import ConfigError, RunConfig, load  # noqa: E402
 from coe_megatron.config.arguments import Parser, write_out  # noqa: E402
+from coe_megatron.config.layout import layout  # noqa: E402
 from coe_megatron.training.forecast import forecast, vocabulary  # noqa: E402
 
 
@@ -57,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _forecast(config: RunConfig, as_json: bool) -> int:
-    cost = forecast(config, _vocabulary(config), config.parallel.world_size or config.parallel.expert)
+    cost = forecast(config, _vocabulary(config), layout(config).ranks)
     if os.environ.get("RANK", "0") == "0":
         write_out(json.dumps(cost.as_dict(), indent=2) if as_json else cost.table())
     return 0

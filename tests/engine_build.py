@@ -5,7 +5,9 @@ Whatever the layout, a step sees the same ROWS rows: of the micro-batches that c
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
@@ -16,8 +18,9 @@ from modules_build import make_config, make_gpt
 
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.config.settings import OptimizerSettings, TrainingSettings, ZeroSettings
-from coe_megatron.modules import coe_block_spec
+from coe_megatron.modules import coe_block_spec, stats
 from coe_megatron.zero import engine as zero
+from coe_megatron.zero import passes
 
 ROWS, SEQUENCE, VOCAB = 8, 12, 64
 Named = dict[str, torch.Tensor]
@@ -33,6 +36,17 @@ class Trace:
     weights: Named = field(default_factory=dict)
 
 
+def use_groups(tensor: int = 1, pipeline: int = 1, expert: int = 1, expert_tensor: int = 1) -> None:
+    """Other process groups on the same ranks."""
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        expert_model_parallel_size=expert,
+        expert_tensor_parallel_size=expert_tensor,
+    )
+
+
 def make_engine(
     micro_batch: int = 2,
     precision: str = "fp32",
@@ -43,6 +57,8 @@ def make_engine(
     stage: int = 1,
     offload: str = "",
     native: str | None = None,
+    optimizer: OptimizerSettings | None = None,
+    balancing: str = "seq_aux_loss",
     spoil: Callable[[torch.nn.Module], None] = lambda model: None,
 ) -> DeepSpeedEngine:
     """Eight experts a layer, two iterations, both auxiliary losses with large coefficients; clipping bites.
@@ -58,21 +74,27 @@ def make_engine(
         hidden_dropout=dropout,
         attention_dropout=dropout,
         moe_shared_expert_intermediate_size=24,
-        moe_router_load_balancing_type="seq_aux_loss",
+        moe_router_load_balancing_type=balancing,
         moe_aux_loss_coeff=0.1,
         moe_z_loss_coeff=0.01,
         expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         expert_tensor_parallel_size=parallel_state.get_expert_tensor_parallel_world_size(),
         sequence_parallel=parallel_state.get_tensor_model_parallel_world_size() > 1,
+        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=precision == "bf16",
     )
-    model = make_gpt(config, coe_block_spec(config, chain or ChainSettings(iterations=2)), vocab=VOCAB)
+    place = {
+        "pre_process": parallel_state.is_pipeline_first_stage(),
+        "post_process": parallel_state.is_pipeline_last_stage(),
+    }
+    model = make_gpt(config, coe_block_spec(config, chain or ChainSettings(iterations=2)), vocab=VOCAB, **place)
     spoil(model)
     training = TrainingSettings(global_batch=ROWS, micro_batch=micro_batch, precision=precision)
     ranks = parallel_state.get_data_parallel_world_size()
-    optimizer = OptimizerSettings(lr=1e-2, clip=0.1)
+    optimizer = optimizer or OptimizerSettings(lr=1e-2, clip=0.1)
     settings = ZeroSettings(
         stage=stage,
         offload_optimizer="optimizer" in offload,
@@ -83,28 +105,55 @@ def make_engine(
 
 
 def take_steps(
-    engine: DeepSpeedEngine, first: int, count: int, mean_of_means: bool = False, spoil_loss: float = 1.0
+    engine: DeepSpeedEngine,
+    first: int,
+    count: int,
+    mean_of_means: bool = False,
+    spoil_loss: float = 1.0,
+    rate: float = 1e-2,
 ) -> Trace:
     """Train on the rows of steps `first` to `first + count - 1`; `mean_of_means` is the wrong way to weigh rows."""
     trace = Trace()
+
+    def loss_of(losses: torch.Tensor, batch: Named) -> torch.Tensor:
+        counts = batch["counts"]
+        total = counts.sum() * (ROWS // len(counts)) if mean_of_means else batch["total"]
+        return (losses.float() * counts).sum() * spoil_loss / total
+
     for step in range(first, first + count):
-        zero.set_lr(engine, 1e-2 / (1 + step))
-        loss = torch.zeros(())
-        for tokens, counts, total in micro_batches(step, engine.train_micro_batch_size_per_gpu()):
-            parts = ROWS // len(tokens)
-            divisor = int(counts.sum()) * parts if mean_of_means else total
-            loss += _pass(engine, tokens, counts, divisor / spoil_loss)
-            if step == first and engine.is_gradient_accumulation_boundary():
-                trace.gradients = gradients(engine)
-            engine.step()
+        zero.set_lr(engine, rate / (1 + step))
+        batches = list(micro_batches(step, engine.train_micro_batch_size_per_gpu()))
+        with _seen_before_the_step(engine, trace) if step == first else nullcontext():
+            loss = passes.train_step(engine, batches, _forward, loss_of)
+        stats.finish_step(engine.module)
         trace.norms.append(zero.gradient_norm(engine))
         trace.losses.append(float(_summed(loss)))
     trace.weights = {name: weight.detach().clone() for name, weight in engine.module.named_parameters()}
     return trace
 
 
-def micro_batches(step: int, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-    """This rank's micro-batches: tokens [B, S + 1], which labels count [B, S], and how many count in the whole step."""
+@contextmanager
+def _seen_before_the_step(engine: DeepSpeedEngine, trace: Trace) -> Iterator[None]:
+    """Meanwhile the engine notes its gradients when they are reduced, before it changes or uses them."""
+    take_step = engine._take_model_step
+
+    def look_first(*args: Any) -> None:
+        trace.gradients = gradients(engine)
+        take_step(*args)
+
+    engine._take_model_step = look_first
+    yield
+    engine._take_model_step = take_step
+
+
+def _forward(model: torch.nn.Module, batch: Named) -> torch.Tensor:
+    tokens = batch["tokens"]
+    positions = torch.arange(SEQUENCE).expand(len(tokens), -1)
+    return model(tokens, positions, None, labels=batch["labels"])
+
+
+def micro_batches(step: int, size: int) -> Iterator[Named]:
+    """This rank's micro-batches: tokens and labels [B, S], which of these count [B, S], and the step's `total`."""
     generator = torch.Generator().manual_seed(100 + step)
     tokens = torch.randint(VOCAB, (ROWS, SEQUENCE + 1), generator=generator)
     lengths = torch.randint(1, SEQUENCE + 1, (ROWS, 1), generator=generator)
@@ -112,7 +161,12 @@ def micro_batches(step: int, size: int) -> Iterator[tuple[torch.Tensor, torch.Te
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     for number in range(rank, ROWS // size, ranks):
         rows = slice(number * size, (number + 1) * size)
-        yield tokens[rows], counts[rows], int(counts.sum())
+        yield {
+            "tokens": tokens[rows, :-1],
+            "labels": tokens[rows, 1:].contiguous(),
+            "counts": counts[rows],
+            "total": counts.sum(),
+        }
 
 
 def gradients(engine: DeepSpeedEngine) -> Named:
@@ -128,14 +182,6 @@ def joined(ranks: list[Trace], layout: str) -> Trace:
             whole.gradients[name] = torch.cat([rank.gradients[name] for rank in ranks[:2]])
             whole.weights[name] = torch.cat([rank.weights[name] for rank in ranks[:2]])
     return whole
-
-
-def _pass(engine: DeepSpeedEngine, tokens: torch.Tensor, counts: torch.Tensor, total: float) -> torch.Tensor:
-    positions = torch.arange(SEQUENCE).expand(len(tokens), -1)
-    losses = engine(tokens[:, :-1], positions, None, labels=tokens[:, 1:].contiguous())
-    loss = (losses.float() * counts).sum() / total
-    zero.backward(engine, loss)
-    return loss.detach()
 
 
 def _summed(value: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from programs import python
+from programs import python, torchrun
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -32,8 +32,11 @@ def test_the_megatron_example_builds_a_chain_that_learns() -> None:
 
 
 @pytest.mark.run
-def test_the_example_in_megatron_learns() -> None:
-    done = python("examples/chain_in_megatron.py")
+@pytest.mark.parametrize("layout", ["", "--expert 2", "--pipeline 2"])
+def test_the_example_in_megatron_learns(layout: str) -> None:
+    command = f"examples/chain_in_megatron.py {layout}".strip()
+    assert command in README
+    done = torchrun(*command.split()) if layout else python(command)
     assert done.returncode == 0, done.stderr
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", done.stdout)]
     assert losses[0] == pytest.approx(math.log(512), abs=0.5) and losses[-1] < 0.5

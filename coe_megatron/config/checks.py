@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from coe_megatron.config import layout
 from coe_megatron.config.native import read_native
 from coe_megatron.config.settings import DataSettings, ModelSettings, MoESettings, RunConfig
 
@@ -14,7 +15,7 @@ def check(config: RunConfig, world_size: int | None = None) -> None:
     """Raise ValueError with the first rule that is broken.
 
     Args:
-        world_size: number of ranks; when None `parallel.world_size`, or as few as `parallel.expert` allows.
+        world_size: number of ranks; when None `parallel.world_size`, or as few as the layout allows.
     """
     for problem in problems(config, world_size):
         raise ValueError(problem)
@@ -29,7 +30,7 @@ def problems(config: RunConfig, world_size: int | None = None) -> Iterator[str]:
     yield from _alignment(config)
     yield from _data(config.data)
     yield from _training(config)
-    yield from _layout(config, world_size)
+    yield from layout.problems(config, world_size)
     yield from _steps(config, world_size)
     yield from _zero(config)
 
@@ -127,27 +128,6 @@ def _training(config: RunConfig) -> Iterator[str]:
         yield (
             f"optimizer.cooldown is {config.optimizer.cooldown}: with optimizer.warmup ({config.optimizer.warmup}) it "
             "must leave a share of the steps, so their sum must be at most 1"
-        )
-
-
-def _layout(config: RunConfig, world_size: int | None) -> Iterator[str]:
-    expert, experts = config.parallel.expert, config.moe.num_experts
-    if experts % expert:
-        yield f"parallel.expert is {expert}: it must divide moe.num_experts ({experts})"
-    meant = config.parallel.world_size
-    if None not in (meant, world_size) and meant != world_size:
-        yield f"parallel.world_size is {meant}: {world_size} ranks were started, start as many or leave it null"
-    world_size = meant or world_size or expert
-    if world_size % expert:
-        yield (
-            f"parallel.expert is {expert}: it must divide the number of ranks ({world_size}); start a "
-            f"multiple of {expert} (torchrun --nproc-per-node {expert}) or give parallel.expert=1"
-        )
-    rows = config.training.micro_batch * world_size
-    if config.training.global_batch % rows:
-        yield (
-            f"training.global_batch is {config.training.global_batch}: it must be a multiple of "
-            f"training.micro_batch x ranks ({config.training.micro_batch} x {world_size} = {rows})"
         )
 
 

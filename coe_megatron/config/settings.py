@@ -110,7 +110,8 @@ class MoESettings:
         group_topk: group-limited routing: from how many groups a token chooses.
         router_dtype: in which the router computes.
         router_init: `normal` as all other weights (Megatron), or `kaiming_uniform` with a = sqrt(5) (the paper's code).
-        load_balancing: which auxiliary loss, `none` for no such loss.
+        load_balancing: auxiliary loss: `seq_aux_loss` balances each sequence, `aux_loss` each micro-batch of a rank,
+            `global_aux_loss` the micro-batches of all ranks, those before it in the step included; `none` for no loss.
         aux_loss_coeff: its coefficient (how it scales with the iterations: `chain.balance`).
         z_loss_coeff: coefficient of the router's z-loss; 0 for none.
         expert_bias: balance without a loss: a bias on the choice, moved after each step (sigmoid scores only).
@@ -218,14 +219,22 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class ParallelSettings:
-    """How the ranks divide the work; what is left of them is data parallelism.
+    """How the ranks divide the work; what is left of them is data parallelism. config/layout.py says what is valid.
 
     Attributes:
+        tensor: TP, the ranks that cut attention, shared experts and embedding, and the sequence in between.
+        pipeline: PP, the stages of consecutive layers (ZeRO stages 0 and 1).
         expert: EP, the ranks that divide the experts of a layer among them.
+        expert_tensor: ETP, the ranks that cut every expert; independent of `tensor`.
+        context: ranks that cut the sequence in attention too; only 1 works.
         world_size: number of ranks the run is meant for; null takes as many as are started. `--dry-run` counts on it.
     """
 
+    tensor: Count = 1
+    pipeline: Count = 1
     expert: Count = 1
+    expert_tensor: Count = 1
+    context: Count = 1
     world_size: Count | None = None
 
 

@@ -77,7 +77,10 @@ class GroupedExperts(MegatronModule):
         parameter = torch.nn.Parameter(weight)
         if self.config.tensor_model_parallel_size > 1:  # norms of gradients count on one rank what is not marked
             set_tensor_model_parallel_attributes(parameter, True, dim=tp_axis + 1, stride=1)
-        parameter.allreduce = self.config.expert_model_parallel_size == 1  # type: ignore[attr-defined]
+        # Megatron's mark for gradients that are reduced over the replicas of an expert: these are not those of dense
+        # parameters either where one of both kinds is cut by tensor parallelism and the other is not.
+        dense = self.ep_group.size() == 1 and self.tp_group.size() == self.config.tensor_model_parallel_size
+        parameter.allreduce = dense  # type: ignore[attr-defined]
         return parameter
 
     @torch.no_grad()

@@ -71,8 +71,18 @@ def reset_routing(model: torch.nn.Module, watch: bool = False) -> None:
 
 
 def report_routing(model: torch.nn.Module) -> list[RoutingReport]:
-    """What was noted in a watched step, by layer and iteration; one collective over the ranks that saw other tokens."""
+    """What was noted in a watched step, by layer and iteration, of all layers on all ranks; collective."""
+    stages = parallel_state.get_pipeline_model_parallel_group()
+    reports: list[list[RoutingReport]] = [[]] * stages.size()
+    torch.distributed.all_gather_object(reports, _report_stage(model), group=stages)
+    return [report for stage in reports for report in stage]
+
+
+def _report_stage(model: torch.nn.Module) -> list[RoutingReport]:
+    """The reports of this stage's layers; one collective over the ranks that saw other tokens."""
     found = [(layer, t) for layer in layers(model) for t in range(layer.chain.iterations)]
+    if not found:
+        return []
     noted = [_as_vector(layer, t) for layer, t in found]
     together = torch.cat(noted)
     group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)

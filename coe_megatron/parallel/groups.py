@@ -36,9 +36,10 @@ class Ranks:
 
 
 def start(parallel: ParallelSettings, seed: int, ranks: Ranks | None = None) -> torch.device:
-    """Make this process a rank: compatibility parts, device, process groups, and the same seeds on all ranks.
+    """Make this process a rank: compatibility parts, device, process groups, and the same seeds on all replicas.
 
-    Equal seeds let all ranks build equal weights; call `seed_dropout` when the model is built.
+    Equal seeds let replicas build equal weights; each pipeline stage has a seed of its own, or its layers would be
+    those of the first. Call `seed_dropout` when the model is built.
 
     Args:
         ranks: which rank this is; what torchrun says when None. Several ranks meet where torchrun tells them to
@@ -55,9 +56,13 @@ def start(parallel: ParallelSettings, seed: int, ranks: Ranks | None = None) -> 
     store = dist.HashStore() if ranks.world_size == 1 else None
     own = device if device.type == "cuda" else None  # lets NCCL connect at once, to the right device
     dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size, device_id=own)
-    parallel_state.initialize_model_parallel(expert_model_parallel_size=parallel.expert)
-    torch.manual_seed(seed)
-    model_parallel_cuda_manual_seed(seed)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
+    )
+    _seed(seed, parallel_state.get_pipeline_model_parallel_rank())
     return device
 
 
@@ -68,12 +73,18 @@ def stop() -> None:
 
 
 def seed_dropout(seed: int) -> None:
-    """Give every data-parallel rank random numbers of its own, so that dropout masks differ where the data differ.
+    """Give every replica of the model random numbers of its own, so that dropout masks differ where the data differ.
 
-    Ranks that share data (tensor and pipeline parallelism) go on sharing a seed; what has to differ between them
-    Megatron takes from its own generators. To be called when the weights are made.
+    Ranks of tensor parallelism go on sharing a seed: what has to differ between them Megatron takes from its own
+    generators. To be called when the weights are made.
     """
-    own = seed + _SEEDS_OF_A_RANK * (1 + parallel_state.get_data_parallel_rank())
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    replica, stage = parallel_state.get_data_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
+    _seed(seed, stages * (1 + replica) + stage)
+
+
+def _seed(seed: int, which: int) -> None:
+    own = seed + _SEEDS_OF_A_RANK * which
     torch.manual_seed(own)
     model_parallel_cuda_manual_seed(own)
 

@@ -9,19 +9,26 @@ What is replaced, and why (Megatron-Core 0.16.1):
   Megatron forks for dropout, initialisation and recompute are CUDA's; here they are states of the CPU generator.
 * `MoEAlltoAllTokenDispatcher.cuda_dtoh_stream` and `._maybe_dtoh_and_synchronize`: split sizes travel to the host on a
   CUDA stream and stay tensors otherwise, which `all_to_all_single` refuses; here they become lists at once.
+* `pipeline_parallel.schedules.torch`: all three schedules count tokens in a `torch.zeros(..., device="cuda")`. In that
+  module alone the name `torch` now stands for torch with another `zeros`, which takes "cuda" for the current device.
+* `tensor_parallel.mappings._gather_along_first_dim`: experts both divided and cut gather as many rows from each
+  rank as it has got, and gloo's all-gather wants equally many. Rows of unequal number now come by an all-to-all.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 
 def install() -> None:
     """Apply the replacements where CUDA is missing; does nothing on a machine that has it."""
     if torch.cuda.is_available():
         return
-    from megatron.core.tensor_parallel import random
+    from megatron.core.pipeline_parallel import schedules
+    from megatron.core.tensor_parallel import mappings, random
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
     torch.cuda.current_device = _cpu_device  # type: ignore[assignment]
@@ -31,6 +38,8 @@ def install() -> None:
     random.CudaRNGStatesTracker = _cpu_tracker(random.CudaRNGStatesTracker)
     MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = "none: the split sizes are on the host already"
     MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = _splits_to_lists
+    schedules.torch = _TorchOfSchedules()
+    mappings._gather_along_first_dim = _gathering_unequal_rows(mappings._gather_along_first_dim)
 
 
 def _cpu_device() -> torch.device:
@@ -86,3 +95,34 @@ def _splits_to_lists(self, point: str, tokens_per_expert: torch.Tensor) -> torch
             if isinstance(value, torch.Tensor):
                 setattr(self, name, value.tolist())
     return tokens_per_expert
+
+
+def _gathering_unequal_rows(stock: Callable) -> Callable:
+    """Megatron's gather of rows [T_r, ...] of all ranks r -> [sum of T_r, ...], where T_r may differ."""
+    if stock.__name__ == "gather_along_first_dim":
+        return stock
+
+    def gather_along_first_dim(
+        input_: torch.Tensor, group: dist.ProcessGroup, output_split_sizes=None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
+        if output_split_sizes is None or group.size() == 1:
+            return stock(input_, group, output_split_sizes, use_global_buffer)
+        counts = [int(count) for count in output_split_sizes]
+        output = input_.new_empty(sum(counts), *input_.shape[1:])
+        dist.all_to_all_single(
+            output, torch.cat([input_] * group.size()), counts, [len(input_)] * group.size(), group=group
+        )
+        return output
+
+    return gather_along_first_dim
+
+
+class _TorchOfSchedules:
+    """torch, but for a `zeros` that makes on the current device what is asked for on "cuda"."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def zeros(*size: Any, device: Any = None, **options: Any) -> torch.Tensor:
+        return torch.zeros(*size, device=torch.cuda.current_device() if device == "cuda" else device, **options)

@@ -8,23 +8,27 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-Batch = dict[str, torch.Tensor]
+from coe_megatron.zero import passes
+from coe_megatron.zero.engine import Engine
+from coe_megatron.zero.passes import Batch
 
 
-def token_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """Loss of every token [B, S] in fp32; padding holds values of no meaning and is not counted in any auxiliary loss.
+def forward(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """This rank's stage of a model: the loss of every token [B, S], or hidden states where another stage follows.
+
+    Padding has losses of no meaning, and is not counted in any auxiliary loss.
 
     Args:
         batch: tokens, labels, position_ids [B, S] int64 and padding_mask [B, S] bool, True at padding; maybe
             attention_mask [B, 1, S, S] bool, True where attention is forbidden, in place of the causal mask.
     """
     masks = {"labels": batch["labels"], "padding_mask": batch["padding_mask"]}
-    return model(batch["tokens"], batch["position_ids"], batch.get("attention_mask"), **masks).float()
+    return model(batch["tokens"], batch["position_ids"], batch.get("attention_mask"), **masks)
 
 
-def to_device(batch: Batch, device: torch.device | int) -> Batch:
-    """The batch with all its tensors on a device."""
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+def counted_loss(token_losses: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """The sum of the losses [B, S] over the tokens that count, fp32."""
+    return (token_losses.float() * batch["loss_mask"]).sum()
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class ValidationSet:
     bytes_per_token: float
 
 
-def validate(model: torch.nn.Module, sets: Mapping[str, ValidationSet]) -> dict[str, Any]:
+def validate(engine: Engine, sets: Mapping[str, ValidationSet]) -> dict[str, Any]:
     """Losses over the counted tokens of all ranks.
 
     Returns:
@@ -50,7 +54,7 @@ def validate(model: torch.nn.Module, sets: Mapping[str, ValidationSet]) -> dict[
     Raises:
         ValueError: a set has no token that counts.
     """
-    sums = {name: _sums(model, part.batches) for name, part in sets.items()}
+    sums = {name: _sums(engine, part.batches) for name, part in sets.items()}
     for name, (_, tokens) in sums.items():
         if not tokens:
             raise ValueError(f"validation set {name} holds no token to compute a loss on: prepare more of it")
@@ -73,19 +77,13 @@ def shown(values: Mapping[str, Any]) -> dict[str, float]:
     return {"valid": values["valid_loss"], **{name: part["loss"] for name, part in values.get("valid", {}).items()}}
 
 
-@torch.no_grad()
-def _sums(model: torch.nn.Module, batches: Iterable[Batch]) -> tuple[float, float]:
+def _sums(engine: Engine, batches: Sequence[Batch]) -> tuple[float, float]:
     """Loss in nats and counted tokens, added up over all ranks."""
-    was_training = model.training
-    model.eval()
-    device = torch.cuda.current_device()
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
-    for batch in batches:
-        moved = to_device(batch, device)
-        mask = moved["loss_mask"]
-        sums += torch.stack([(token_losses(model, moved) * mask).sum(), mask.sum()])
-    model.train(was_training)
-    nats, tokens = all_reduce_sum(sums).tolist()
+
+    def sums_of(token_losses: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return torch.stack([counted_loss(token_losses, batch), batch["loss_mask"].sum()]).double()
+
+    nats, tokens = all_reduce_sum(passes.evaluate(engine, batches, forward, sums_of, size=2)).tolist()
     return nats, tokens
 
 

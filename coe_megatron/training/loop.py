@@ -19,6 +19,7 @@ from megatron.core import parallel_state
 from coe_megatron.chain import closed_forms
 from coe_megatron.checkpoint.collective import shared
 from coe_megatron.config import ConfigError, RunConfig
+from coe_megatron.config.layout import layout
 from coe_megatron.config.shape import model_shape, padded_vocabulary
 from coe_megatron.data.datasets import StepBatches, validation_batches
 from coe_megatron.data.run_data import RunData
@@ -34,6 +35,7 @@ from coe_megatron.training.profiling import ProfileWindow
 from coe_megatron.training.progress import Progress
 from coe_megatron.training.schedule import learning_rate
 from coe_megatron.zero import engine as zero
+from coe_megatron.zero import passes
 
 Result = TypeVar("Result")
 _STEPS_LEFT_OUT = 5  # in a row, for gradients that were not finite
@@ -147,14 +149,12 @@ class Pretraining:
         own = torch.stack([batch["loss_mask"].sum() for batch in batches]).double().sum()
         counted, asked = evaluation.all_reduce_sum(torch.stack([own, own.new_tensor(self.interruption.asked)])).tolist()
         zero.set_lr(self.engine, learning_rate(settings, step, self.config.training.steps))
-        total = torch.zeros((), device=self.device)
-        for batch in batches:
-            batch = evaluation.to_device(batch, self.device)
-            token_losses = evaluation.token_losses(self.engine, batch)
-            loss = (token_losses * batch["loss_mask"]).sum() / max(counted, 1)
-            zero.backward(self.engine, loss)
-            self.engine.step()
-            total += loss.detach()
+        total = passes.train_step(
+            self.engine,
+            batches,
+            evaluation.forward,
+            lambda token_losses, batch: evaluation.counted_loss(token_losses, batch) / max(counted, 1),
+        )
         stats.finish_step(model)
         self.position.tokens += int(counted)
         return evaluation.all_reduce_sum(total), asked > 0
@@ -252,11 +252,11 @@ class Pretraining:
         }
 
     def _greet(self) -> None:
-        counted, parallel = closed_forms.parameters(self.shape), self.config.parallel
+        counted = closed_forms.parameters(self.shape)
         ranks = torch.distributed.get_world_size()
         self.progress.say(
-            f"{counted.total:,} parameters on {ranks} rank{'s' * (ranks > 1)} ({self.device.type}), "
-            f"expert parallel {parallel.expert}"
+            f"{counted.total:,} parameters on {ranks} rank{'s' * (ranks > 1)} ({self.device.type}): "
+            f"{layout(self.config, ranks)}"
         )
         if self.cut > 0.05:
             self.progress.say(

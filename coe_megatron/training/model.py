@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
@@ -29,6 +30,8 @@ def build_model(config: RunConfig, vocab_size: int) -> GPTModel:
         position_embedding_type="rope",
         rotary_base=config.model.rotary_base,
         share_embeddings_and_output_weights=not config.model.untied_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
     )
     if config.moe.router_init == "kaiming_uniform":
         for _, _, router in routers(model):
@@ -43,7 +46,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
     fields: dict[str, Any] = {
         **_model_fields(config.model),
         **_moe_fields(config.moe),
-        "expert_model_parallel_size": config.parallel.expert,
+        **_layout_fields(config),
         "bf16": bf16,
         "params_dtype": torch.bfloat16 if bf16 else torch.float32,
     }
@@ -51,6 +54,18 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
     if mla is None:
         return TransformerConfig(**fields)
     return MLATransformerConfig(**fields, **_mla_fields(mla, config.model.rotary_base))
+
+
+def _layout_fields(config: RunConfig) -> dict[str, Any]:
+    parallel = config.parallel
+    return {
+        "tensor_model_parallel_size": parallel.tensor,
+        "sequence_parallel": parallel.tensor > 1,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "pipeline_dtype": torch.bfloat16 if config.training.precision == "bf16" else torch.float32,
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": parallel.expert_tensor,
+    }
 
 
 def _model_fields(model: ModelSettings) -> dict[str, Any]:

@@ -18,14 +18,15 @@ from coe_megatron.training.metrics import read_metrics
 from coe_megatron.training.picture import draw_loss
 
 _PACKAGES = ("coe-megatron", "torch", "megatron-core", "deepspeed")
-# What may differ between the attempts of one run: it changes what is shown and kept, or how far the run goes.
+# What may differ between the attempts of one run: it changes what is shown and kept, how far the run goes, or how the
+# work is divided.
 _FREE = {
     "output",
     "data.path",  # checkpoints remember the text and its weights themselves
     "data.blend",
-    "parallel.expert",  # checkpoints are read by any layout
-    "parallel.world_size",
+    "moe.recompute",
     "training.steps",
+    "training.micro_batch",  # another layout may need another, and a step takes the same samples
     "training.log_every",
     "training.evaluate_every",
     "training.save_every",
@@ -33,7 +34,8 @@ _FREE = {
     "training.milestones",
     "training.background_saving",
 }
-_FREE_SECTIONS = ("data.validation", "logging.", "profile.", "zero.")
+# Any layout and ZeRO stage reads the checkpoints of any other.
+_FREE_SECTIONS = ("data.validation", "logging.", "parallel.", "profile.", "zero.")
 
 
 _DIED = "died"  # without a word: it was killed, or the machine went down

@@ -6,6 +6,8 @@
         engine.step()               # counts micro-batches; the weights change after the last
     norm = gradient_norm(engine)
 
+`zero.passes` does this, for pipelines too.
+
 What the gradients are (all scaling is done by `backward`, nowhere else):
 
 * of the loss: the SUM over ranks and micro-batches. So the loop divides the token losses of a micro-batch by the number
@@ -98,7 +100,8 @@ def backward(engine: Engine, loss: torch.Tensor) -> None:
     accumulation is switched off. An auxiliary loss has a gradient of Megatron's scale, whatever `loss` is; with the
     division by the ranks this one makes it the mean.
     """
-    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1 / engine.gradient_accumulation_steps(), device=loss.device))
+    scale = torch.full((1,), 1 / engine.gradient_accumulation_steps(), device=loss.device)  # as Megatron's schedules do
+    MoEAuxLossAutoScaler.set_loss_scale(scale)
     engine.backward(loss * engine.dp_world_size, scale_wrt_gas=False)
 
 
@@ -146,6 +149,8 @@ def _config(
     ours = {
         "train_micro_batch_size_per_gpu": training.micro_batch,
         "gradient_accumulation_steps": accumulation,
+        # In a pipeline Megatron's schedule calls the backward passes; the engine reduces when it steps.
+        "managed_gradient_accumulation": parallel_state.get_pipeline_model_parallel_world_size() == 1,
         "gradient_clipping": optimizer.clip or (math.inf if zero.stage == 0 else 0.0),  # inf: only take the norm
         "zero_optimization": _zero_config(zero),
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW is as fast on a CPU, and needs no compiler

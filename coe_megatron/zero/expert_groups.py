@@ -57,9 +57,13 @@ class _Announcement(AutoEPMoELayer):
         self.num_experts = num_experts
 
     def set_deepspeed_parallelism(self, *_args, **_kwargs) -> None:
-        """DeepSpeed asks here for expert groups; it gets Megatron's, and only those."""
+        """DeepSpeed asks here for expert groups; it gets Megatron's, and only those.
+
+        Over the first stage 3 adds up what the ranks of one replica hold of a norm: ranks that divide the experts, and
+        ranks that cut them.
+        """
         expert, replicas = (
-            parallel_state.get_expert_model_parallel_group(),
+            parallel_state.get_expert_tensor_and_model_parallel_group(),
             parallel_state.get_expert_data_parallel_group(),
         )
         tables = {

@@ -91,10 +91,10 @@ def test_every_config_of_the_project_is_valid(path: Path) -> None:
         ("parallel.expert=3", "parallel.expert is 3: it must divide moe.num_experts (64)"),
         (
             "parallel.expert=4",
-            "parallel.expert is 4: it must divide the number of ranks (2); start a multiple of 4 (torchrun",
+            "parallel.expert is 4: the number of ranks (2) must be a multiple of 4; start so many (torchrun",
         ),
         ("training.micro_batch=5", "training.micro_batch is 5: it must divide training.global_batch (32)"),
-        ("training.micro_batch=32", "training.micro_batch x ranks (32 x 2 = 64)"),
+        ("training.micro_batch=32", "training.micro_batch x data-parallel ranks (32 x 2 = 64)"),
         ("training.precision=fp16", "training.precision is 'fp16': it should be 'fp32' or 'bf16'"),
         ("zero.stage=7", "zero.stage is 7"),
         ("data.reset_at_documents=true", "data.reset_at_documents is true: it goes with data.samples packed"),

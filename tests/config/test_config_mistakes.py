@@ -107,13 +107,13 @@ OVERRIDES: list[tuple[str, str]] = [
     ("moe.expert_bias=true", "moe.expert_bias is true: it needs moe.score_function sigmoid, not softmax"),
     ("moe.pad_to_capacity=true", "moe.pad_to_capacity is true: it needs a moe.capacity_factor"),
     ("parallel.expert=3", "parallel.expert is 3: it must divide moe.num_experts (8)"),
-    ("parallel.world_size=3", "training.global_batch is 16: it must be a multiple of training.micro_batch x ranks (4"),
+    ("parallel.world_size=3", "training.global_batch is 16: it must be a multiple of training.micro_batch x"),
     (
         "parallel.expert=2 & parallel.world_size=3",
-        "parallel.expert is 2: it must divide the number of ranks (3); start a multiple of 2 "
+        "parallel.expert is 2: the number of ranks (3) must be a multiple of 2; start so many "
         "(torchrun --nproc-per-node 2) or give parallel.expert=1",
     ),
-    ("parallel.expert=8", "training.global_batch is 16: it must be a multiple of training.micro_batch x ranks (4 x 8"),
+    ("parallel.expert=8", "training.global_batch is 16: it must be a multiple of training.micro_batch x"),
     ("training.micro_batch=5", "training.micro_batch is 5: it must divide training.global_batch (16)"),
     ("optimizer.min_lr=1", "optimizer.min_lr is 1.0: it must be at most optimizer.lr (0.0003)"),
     ("optimizer.min_lr=1e-5", "optimizer.min_lr is 1e-05: with optimizer.decay constant it has no meaning, use 0"),

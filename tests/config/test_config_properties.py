@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from coe_megatron.config import ConfigError, RunConfig, dump, load
+from coe_megatron.config.layout import layout
 from coe_megatron.training.forecast import forecast, vocabulary
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
@@ -137,7 +138,7 @@ def test_a_changed_config_is_costed_or_refused_in_one_line(
     path.write_text(yaml.safe_dump(mutated(valid[start], changes)))
     try:
         config = load(path)
-        cost = forecast(config, vocabulary(config), config.parallel.world_size or config.parallel.expert)
+        cost = forecast(config, vocabulary(config), layout(config).ranks)
     except ValueError as error:
         said = str(error)
         assert said.isprintable(), said

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from megatron.core.pipeline_parallel import schedules
 from megatron.core.tensor_parallel import get_cuda_rng_tracker, random
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
@@ -29,6 +30,7 @@ def names():
     return {"current_device": id(torch.cuda.current_device), "synchronize": id(torch.cuda.synchronize)}
 before = names()
 import coe_megatron.modules, coe_megatron.parallel.without_cuda, coe_megatron.parallel.without_te
+from megatron.core.pipeline_parallel import schedules
 from megatron.core.tensor_parallel import random
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
@@ -37,7 +39,7 @@ found["torch.cuda is as it was"] = names() == before
 found["names of Megatron"] = [
     hasattr(moe_utils, "te_general_gemm"), multi_latent_attention.HAVE_TE, random.CudaRNGStatesTracker.__name__,
     token_dispatcher.MoEAlltoAllTokenDispatcher.cuda_dtoh_stream,
-    token_dispatcher.MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize.__module__,
+    token_dispatcher.MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize.__module__, schedules.torch is torch,
 ]
 
 def attempt(function):
@@ -74,6 +76,12 @@ import torch.distributed, tempfile
 from megatron.core import parallel_state
 torch.distributed.init_process_group("gloo", init_method=f"file://{tempfile.mkdtemp()}/meeting", rank=0, world_size=1)
 parallel_state.initialize_model_parallel()
+model = torch.nn.Linear(2, 1)
+model.config, model.model_type, model.set_input_tensor = config, None, lambda tensor: None
+schedule = lambda: schedules.get_forward_backward_func()(
+    forward_step_func=lambda data, model: (model(x).sum(), lambda loss: (loss, {})),
+    data_iterator=None, model=model, num_microbatches=1, seq_length=1, micro_batch_size=1)
+found["schedule"] = attempt(schedule)
 specs = get_gpt_decoder_block_spec(config, use_transformer_engine=False).layer_specs
 found["shared specs"] = specs[0] is specs[1]
 tracker = moe_utils.get_moe_layer_wise_logging_tracker()
@@ -85,6 +93,8 @@ counting = SimpleNamespace(enable_expert_bias=True, local_tokens_per_expert=torc
 padding = torch.zeros(3, dtype=torch.bool)
 plain = getattr(TopKRouter._apply_expert_bias, "_torchdynamo_orig_callable", TopKRouter._apply_expert_bias)
 found["padding and expert bias"] = attempt(lambda: plain(counting, torch.ones(3, 2, dtype=torch.bool), padding))
+coe_megatron.parallel.without_cuda.install()
+found["schedule, installed"] = attempt(schedule)
 print(json.dumps(found))
 """
 
@@ -111,6 +121,7 @@ def test_importing_the_modules_patches_nothing(as_it_is: dict) -> None:
         "CudaRNGStatesTracker",
         None,  # cuda_dtoh_stream
         "megatron.core.transformer.moe.token_dispatcher",
+        True,  # schedules have torch as it is
     ]
 
 
@@ -128,9 +139,10 @@ def test_contract_without_transformer_engine(as_it_is: dict) -> None:
 
 @no_cuda
 def test_contract_without_cuda(as_it_is: dict) -> None:
-    for name in ("dispatcher", "generators", "current_device", "synchronize"):
+    for name in ("dispatcher", "generators", "current_device", "synchronize", "schedule"):
         assert as_it_is[name] not in ("works", "NameError"), name
     assert as_it_is["splits"] == "Tensor"  # on CPU they stay what all_to_all_single refuses
+    assert as_it_is["schedule, installed"] == "works"
 
 
 def test_contract_of_chains(as_it_is: dict) -> None:
@@ -144,12 +156,24 @@ def test_contract_of_chains(as_it_is: dict) -> None:
 def test_installing_twice_changes_nothing_more(single_rank: None) -> None:
     def names() -> list[Callable]:
         dispatcher = MoEAlltoAllTokenDispatcher
-        return [random.CudaRNGStatesTracker, torch.cuda.current_device, dispatcher._maybe_dtoh_and_synchronize]
+        return [
+            random.CudaRNGStatesTracker,
+            torch.cuda.current_device,
+            dispatcher._maybe_dtoh_and_synchronize,
+            schedules.torch.zeros,
+        ]
 
     before = names()
     without_te.install()
     without_cuda.install()
     assert names() == before
+
+
+@no_cuda
+def test_schedules_alone_have_another_zeros(single_rank: None) -> None:
+    assert schedules.torch.zeros([], dtype=torch.int, device="cuda").device == torch.device("cpu")
+    assert schedules.torch.zeros(2, 3, device="meta").is_meta
+    assert schedules.torch.Tensor is torch.Tensor and torch.zeros is not schedules.torch.zeros
 
 
 @no_cuda

@@ -16,7 +16,7 @@ from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.config import RunConfig
 from coe_megatron.config.settings import MLASettings, ModelSettings, MoESettings, ParallelSettings, TrainingSettings
 from coe_megatron.config.shape import model_shape, training_pass
-from coe_megatron.training.evaluation import token_losses
+from coe_megatron.training.evaluation import forward
 from coe_megatron.training.model import build_model
 
 MODES = get_args(Recompute)
@@ -65,7 +65,7 @@ def built(config: RunConfig) -> tuple[torch.nn.Module, Callable[[], torch.Tensor
         "padding_mask": torch.zeros(shape, dtype=torch.bool),
     }
     mask = torch.ones(shape)
-    return model, lambda: (token_losses(model, batch) * mask).sum() / mask.sum()
+    return model, lambda: (forward(model, batch) * mask).sum() / mask.sum()
 
 
 def expected(config: RunConfig):

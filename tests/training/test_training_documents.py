@@ -11,7 +11,7 @@ from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.data.datasets import PackedDataset, PreparedData
 from coe_megatron.data.prepare import PrepareSettings, prepare
 from coe_megatron.modules import coe_layer_spec
-from coe_megatron.training.evaluation import Batch, token_losses
+from coe_megatron.training.evaluation import Batch, forward
 
 LENGTH = 30
 
@@ -57,8 +57,8 @@ def test_a_document_in_a_pack_is_as_alone_if_asked(
     model = make_gpt(config, coe_layer_spec(config, ChainSettings(2)), vocab=data.manifest.vocab_size)
     sample = _packed(data, tmp_path, reset)[0]
     place = _document(sample["tokens"], data.tokenizer.eos_id)
-    packed = token_losses(model, _batch(sample))[0, place][:-1]
-    alone = token_losses(model, _alone(sample["tokens"][place]))[0]
+    packed = forward(model, _batch(sample))[0, place][:-1]
+    alone = forward(model, _alone(sample["tokens"][place]))[0]
     assert len(alone) > 3 and alone.std() > 0.01
     assert torch.allclose(packed, alone, atol=1e-5) is reset
 

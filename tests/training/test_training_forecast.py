@@ -9,7 +9,7 @@ from ranks import run_ranks
 
 from coe_megatron.config import RunConfig, load
 from coe_megatron.config.settings import ModelSettings, MoESettings, ParallelSettings, TrainingSettings, ZeroSettings
-from coe_megatron.training.evaluation import token_losses
+from coe_megatron.training.evaluation import forward
 from coe_megatron.training.forecast import Forecast, forecast, vocabulary
 from coe_megatron.training.memory import measure
 from coe_megatron.training.model import build_model
@@ -134,7 +134,7 @@ def held_in(
     engines.append(engine)
     tokens = torch.randint(1024, (1, 8))
     batch = {"tokens": tokens, "labels": tokens, "position_ids": torch.arange(8)[None], "padding_mask": tokens < 0}
-    zero.backward(engine, token_losses(engine, batch).sum())
+    zero.backward(engine, forward(engine, batch).sum())
     held = sum(bytes_of_tensors().values()) - before
     return forecast(config, 1024, ranks).memory, measure(engine), held
 

@@ -179,10 +179,10 @@ def moved(engine, weight: torch.nn.Parameter, rate: float, factor: float = 1.0) 
     """How far one step moves a weight."""
     before = weight.detach().clone()
     zero.set_lr(engine, rate)
-    for tokens, _, total in micro_batches(0, 8):
-        inputs, labels = tokens[:, :-1], tokens[:, 1:].contiguous()
-        losses = engine(inputs, torch.arange(inputs.shape[1]).expand_as(inputs), None, labels=labels)
-        zero.backward(engine, losses.sum() * factor / total)
+    for batch in micro_batches(0, 8):
+        tokens = batch["tokens"]
+        losses = engine(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), None, labels=batch["labels"])
+        zero.backward(engine, losses.sum() * factor / batch["total"])
         engine.step()
     return float((weight - before).abs().max())
 

@@ -1,0 +1,278 @@
+"""Any layout and ZeRO stage is the training of one process: each gradient, five steps of SGD and of AdamW, the norm.
+
+All begin with the weights of one checkpoint; what they come to lies in checkpoints too, whole whatever the layout, and
+that is where it is compared. One start of ranks goes through many cases, which build their groups anew. A few cases
+cover every layout, stage, number of iterations and optimizer; those marked `full` are all combinations.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from engine_build import Named, Trace, make_engine, take_steps, use_groups
+from megatron.core import parallel_state
+from modules_build import errors
+from ranks import run_ranks
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader
+
+from coe_megatron.chain.settings import ChainSettings
+from coe_megatron.checkpoint import store
+from coe_megatron.config.settings import OptimizerSettings
+from coe_megatron.parallel.groups import MegatronGroups
+from coe_megatron.zero import engine as zero_engine
+from coe_megatron.zero import expert_groups, states
+
+STEPS = 5
+LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
+    "DP 2": (2, {}),
+    "EP 2": (2, {"expert": 2}),
+    "TP 2": (2, {"tensor": 2}),
+    "TP 2, EP 2": (2, {"tensor": 2, "expert": 2}),
+    "TP 2, ETP 2": (2, {"tensor": 2, "expert_tensor": 2}),
+    "ETP 2": (2, {"expert_tensor": 2}),
+    "PP 2": (2, {"pipeline": 2}),
+    "EP 2, replicas 2": (4, {"expert": 2}),
+    "TP 2, EP 2, DP 2": (4, {"tensor": 2, "expert": 2}),
+    "EP 2, ETP 2": (4, {"expert": 2, "expert_tensor": 2}),
+    "PP 2, EP 2": (4, {"pipeline": 2, "expert": 2}),
+    "PP 2, TP 2": (4, {"pipeline": 2, "tensor": 2}),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training; `offload` and `balancing` as make_engine takes them, `broken` a name in BROKEN."""
+
+    layout: str
+    stage: int
+    iterations: int
+    optimizer: str
+    offload: str = ""
+    balancing: str = "seq_aux_loss"
+    broken: str = ""
+
+    @property
+    def ranks(self) -> int:
+        return LAYOUTS[self.layout][0]
+
+    def __str__(self) -> str:
+        offloaded = f"{self.offload} offloaded" if self.offload else ""
+        more = [part for part in (offloaded, self.balancing.removeprefix("seq_aux_loss"), self.broken) if part]
+        return ", ".join([self.layout, f"stage {self.stage}", f"C {self.iterations}", self.optimizer, *more])
+
+
+def stages(layout: str) -> tuple[int, ...]:
+    return (0, 1) if "PP" in layout else (0, 1, 2, 3)
+
+
+ALL = [
+    Case(layout, stage, iterations, optimizer)
+    for layout in LAYOUTS
+    for stage in stages(layout)
+    for iterations in (1, 2, 3)
+    for optimizer in ("SGD", "AdamW")
+]
+OFFLOADED = [
+    Case("EP 2", stage, 2, optimizer, offload)
+    for stage, offload in ((1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "optimizer parameters"))
+    for optimizer in ("SGD", "AdamW")
+]
+# Every layout with each of its stages; C and the optimizer take turns.
+COVERING = [
+    Case(layout, stage, 1 + (number + stage) % 3, ("SGD", "AdamW")[(number // 2 + stage) % 2])
+    for number, layout in enumerate(LAYOUTS)
+    for stage in stages(layout)
+]
+REST = [case for case in ALL + OFFLOADED if case not in COVERING]
+
+
+@contextmanager
+def optimizer(name: str) -> Iterator[None]:
+    """While this lasts AdamW's steps are plain SGD's, if asked: AdamW hides wrong scales of gradients."""
+    step = torch.optim.AdamW.step
+    torch.optim.AdamW.step = descend if name == "SGD" else step  # type: ignore[method-assign, assignment]
+    yield
+    torch.optim.AdamW.step = step  # type: ignore[method-assign]
+
+
+@torch.no_grad()
+def descend(self: torch.optim.AdamW) -> None:
+    for group in self.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                parameter -= group["lr"] * parameter.grad
+
+
+def engine_of(case: Case, micro_batch: int, **more: Any) -> Any:
+    # Where a gradient is near zero AdamW's first steps are its sign, that is rounding: eps far above it makes them
+    # as smooth as the gradients are.
+    settings = OptimizerSettings(lr=1e-2, clip=0.1, eps=1e-4)
+    chain = ChainSettings(iterations=case.iterations)
+    more |= {"stage": case.stage, "offload": case.offload, "balancing": case.balancing}
+    return make_engine(micro_batch, chain=chain, optimizer=settings, **more)
+
+
+def train_alone(folder: Path) -> None:
+    for iterations in (1, 2, 3):
+        store.save(folder / f"begin {iterations}", 1, engine_of(Case("alone", 1, iterations, ""), 8), {}, keep=1)
+        for name in ("SGD", "AdamW"):
+            train_case(Case("alone", 1, iterations, name), folder, micro_batch=8)
+    for balancing in ("aux_loss", "global_aux_loss"):
+        train_case(Case("alone", 1, 2, "SGD", balancing=balancing), folder, micro_batch=8)
+
+
+def trained(engine: Any, name: str) -> Trace:
+    with optimizer(name):
+        return take_steps(engine, 0, STEPS, rate=RATES[name])
+
+
+# SGD's gradients are clipped to 0.1 in all: a rate at which its steps are as long as AdamW's.
+RATES = {"SGD": 1.0, "AdamW": 1e-2}
+
+
+def train_together(folder: Path, cases: list[Case]) -> None:
+    for case in cases:
+        _, layout = LAYOUTS[case.layout]
+        use_groups(**layout)
+        # Four or two micro-batches a step; one where a balancing loss looks at a whole batch.
+        train_case(case, folder, 2 if case.balancing == "seq_aux_loss" else 4)
+
+
+def train_case(case: Case, folder: Path, micro_batch: int) -> None:
+    with BROKEN[case.broken]():
+        engine = engine_of(case, micro_batch, seed=7)
+    store.load_weights(folder / f"begin {case.iterations}", engine)
+    write(engine, trained(engine, case.optimizer), folder / str(case))
+
+
+def write(engine: Any, trace: Trace, folder: Path) -> None:
+    """A checkpoint with the weights in the end and, where the first moments were, the gradients of the first step."""
+    shapes = {}
+    with states.gathered(engine):
+        shapes = {name: parameter.shape for name, parameter in engine.module.named_parameters()}
+    for name, parameter in engine.module.named_parameters():
+        assert trace.gradients[name].shape == shapes[name], name
+        states.write(engine, parameter, "exp_avg", trace.gradients[name])
+    numbers = {"norms": trace.norms, "losses": trace.losses}
+    store.save(folder, STEPS, engine, numbers, keep=1)
+
+
+def read(folder: Path) -> tuple[dict[str, Named], dict[str, list[float]]]:
+    """What `write` wrote, whole: gradients and weights by Megatron's keys, and the numbers."""
+    (checkpoint,) = folder.glob("step-*")
+    reader = FileSystemReader(checkpoint / "tensors")
+    kinds = {"gradients": "optimizer.exp_avg.", "weights": "optimizer.fp32_param."}
+    stored = reader.read_metadata().state_dict_metadata
+    wanted = [key for key in stored if key.startswith(tuple(kinds.values()))]
+    whole = {key: torch.empty(stored[key].size) for key in wanted}
+    dcp.load(whole, storage_reader=reader, no_dist=True)
+    found = {kind: {k: v for k, v in whole.items() if k.startswith(prefix)} for kind, prefix in kinds.items()}
+    return found, json.loads((checkpoint / "state.json").read_text())["state"]
+
+
+def no_sums_over_sequence_parts() -> AbstractContextManager:
+    """Gradients of what tensor-parallel ranks share are not summed over their parts of the sequence."""
+    return mock.patch.object(zero_engine, "_sum_over_sequence_parts", lambda model: None)
+
+
+def norm_of_a_stage() -> AbstractContextManager:
+    """Each pipeline stage clips by the norm of its own gradients."""
+    tensor = parallel_state.get_tensor_model_parallel_group
+    return mock.patch.object(MegatronGroups, "get_model_parallel_group", staticmethod(tensor))
+
+
+def experts_as_dense() -> AbstractContextManager:
+    """The gradients of different experts are averaged."""
+    return mock.patch.object(expert_groups, "is_expert", lambda parameter: False)
+
+
+BROKEN = {
+    "": nullcontext,
+    "no sums over sequence parts": no_sums_over_sequence_parts,
+    "norm of a stage": norm_of_a_stage,
+    "experts as dense": experts_as_dense,
+}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with what one process begins with and comes to."""
+    folder = tmp_path_factory.mktemp("layouts")
+    run_ranks(train_alone, 1, folder)
+    return folder
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_covering_cases_are_the_training_of_one_process(alone: Path, ranks: int) -> None:
+    compare(alone, [case for case in COVERING if case.ranks == ranks])
+
+
+@pytest.mark.full
+@pytest.mark.ranks
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("iterations", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_all_cases_are_the_training_of_one_process(alone: Path, ranks: int, iterations: int) -> None:
+    compare(alone, [case for case in REST if (case.ranks, case.iterations) == (ranks, iterations)])
+
+
+@pytest.mark.ranks
+def test_batch_losses_need_the_statistics_of_all_ranks(alone: Path) -> None:
+    """`aux_loss` balances each rank's micro-batch by itself, which is another loss; `global_aux_loss` is the same."""
+    same, other = (
+        [Case(layout, 1, 2, "SGD", balancing=name) for layout in ("DP 2", "EP 2", "TP 2, EP 2")]
+        for name in ("global_aux_loss", "aux_loss")
+    )
+    worst = train_and_measure(alone, same + other)
+    assert beyond_limits(worst) == {str(case) for case in other if case.layout != "TP 2, EP 2"}
+
+
+@pytest.mark.ranks
+def test_a_broken_sum_is_noticed(alone: Path) -> None:
+    broken = [
+        Case("TP 2", 1, 2, "SGD", broken="no sums over sequence parts"),
+        Case("PP 2", 1, 2, "SGD", broken="norm of a stage"),
+        Case("EP 2", 1, 2, "SGD", broken="experts as dense"),
+    ]
+    worst = train_and_measure(alone, broken)
+    assert beyond_limits(worst) == worst.keys()
+
+
+def compare(folder: Path, cases: list[Case]) -> None:
+    assert beyond_limits(train_and_measure(folder, cases)) == set()
+
+
+def train_and_measure(folder: Path, cases: list[Case]) -> dict[str, dict[str, float]]:
+    (ranks,) = {case.ranks for case in cases}
+    run_ranks(train_together, ranks, folder, cases, seconds=60 + 30 * len(cases))
+    worst = {str(case): deviations(folder, case) for case in cases}
+    for case, found in worst.items():
+        print(case, *(f"{kind} {deviation:.1e}" for kind, deviation in found.items()), sep=", ")
+    return worst
+
+
+def beyond_limits(worst: dict[str, dict[str, float]]) -> set[str]:
+    return {case for case, found in worst.items() if any(found[kind] > LIMITS[kind] for kind in found)}
+
+
+LIMITS = {"norms": 1e-5, "losses": 1e-5, "gradients": 1e-5, "weights": 1e-4}
+
+
+def deviations(folder: Path, case: Case) -> dict[str, float]:
+    """By kind the worst deviation from one process, relative to the value, or to a tensor's largest."""
+    found, numbers = read(folder / str(case))
+    truth, true_numbers = read(
+        folder / str(Case("alone", 1, case.iterations, case.optimizer, balancing=case.balancing))
+    )
+    worst = {kind: max(errors(found[kind], truth[kind]).values()) for kind in truth}
+    for kind, values in true_numbers.items():
+        worst[kind] = max(abs(mine - his) / his for mine, his in zip(numbers[kind], values, strict=True))
+    return worst
