@@ -18,6 +18,7 @@ from coe_megatron.checkpoint.storage import OPTIMIZER, Reader
 from coe_megatron.zero import states
 
 TENSOR = {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
+PIPELINE = {"pipeline_model_parallel_size": 2}
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +31,8 @@ def run(megatron_groups: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
     reset_megatron()
 
 
-def save_three_steps(folder: Path, precision: str) -> None:
-    engine = make_engine(4, precision=precision, layers=1)
+def save_three_steps(folder: Path, precision: str, layers: int = 1) -> None:
+    engine = make_engine(4, precision=precision, layers=layers)
     for step in range(3):
         take_steps(engine, step, 1)
         state = {"step": step + 1, "tokens": 10 * (step + 1), "tokenizer": "T"}
@@ -49,8 +50,8 @@ def held(engine: DeepSpeedEngine) -> Named:
     return found
 
 
-def loaded(folder: Path) -> tuple[dict[str, Any] | None, Named]:
-    engine = make_engine(4, precision="bf16", layers=1, seed=2)
+def loaded(folder: Path, layers: int = 1) -> tuple[dict[str, Any] | None, Named]:
+    engine = make_engine(4, precision="bf16", layers=layers, seed=2)
     return store.load_latest(folder, engine), held(engine)
 
 
@@ -80,8 +81,8 @@ def test_without_moments_it_begins_a_run_and_continues_none(run: Path, single_ra
         store.load_latest(tmp_path, engine)
 
 
-def loaded_weights(source: Path) -> Named:
-    engine = make_engine(4, precision="bf16", layers=1, seed=3)
+def loaded_weights(source: Path, layers: int = 1) -> Named:
+    engine = make_engine(4, precision="bf16", layers=layers, seed=3)
     store.load_weights(source, engine)
     return {name: value for name, value in held(engine).items() if not name.startswith(states.MOMENTS)}
 
@@ -168,17 +169,20 @@ def reseal(folder: Path) -> None:
 
 
 @pytest.mark.ranks
-def test_parts_of_tensor_and_expert_parallel_ranks_go_through(single_rank: None, tmp_path: Path) -> None:
-    """Two ranks with TP 2 and EP 2, read by one process before and after."""
-    run_ranks(save_three_steps, 2, tmp_path / "checkpoints", "bf16", **TENSOR)
+@pytest.mark.parametrize("layout", [TENSOR, PIPELINE], ids=["tensor and expert", "pipeline"])
+def test_parts_of_parallel_ranks_go_through(layout: dict[str, int], single_rank: None, tmp_path: Path) -> None:
+    """Saved in fp32 by two ranks, read in bf16 by one process before and after."""
+    run_ranks(save_three_steps, 2, tmp_path / "checkpoints", "fp32", 2, **layout)
     contents = tools.inspect(tmp_path)
-    assert contents.facts["layout"] == {"ranks": 2, "tensor": 2, "pipeline": 1, "expert": 2, "zero_stage": 1}
-    assert contents.tensors["output_layer.weight"].parts == 2
+    tensor, stages, expert = (layout.get(f"{kind}_model_parallel_size", 1) for kind in ("tensor", "pipeline", "expert"))
+    told = {"ranks": 2, "tensor": tensor, "pipeline": stages, "expert": expert, "zero_stage": 1}
+    assert contents.facts["layout"] == told
+    assert contents.tensors["output_layer.weight"].parts == tensor
     tools.reshard(tmp_path, tmp_path / "other" / listing.name_of(3))
-    (state, found), (_, expected) = loaded(tmp_path / "other"), loaded(tmp_path / "checkpoints")
+    (state, found), (_, expected) = loaded(tmp_path / "other", 2), loaded(tmp_path / "checkpoints", 2)
     assert state is not None and state["step"] == 3
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    each = [loaded_weights(checkpoint(tmp_path, step)) for step in (2, 3)]
-    mean = loaded_weights(tools.average(tools.newest(tmp_path, 2), tmp_path / "mean"))
+    each = [loaded_weights(checkpoint(tmp_path, step), 2) for step in (2, 3)]
+    mean = loaded_weights(tools.average(tools.newest(tmp_path, 2), tmp_path / "mean"), 2)
     for name in (name for name in mean if name.startswith(states.MASTER)):
         torch.testing.assert_close(mean[name], (each[0][name] + each[1][name]) / 2, rtol=0, atol=1e-7)
