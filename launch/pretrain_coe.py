@@ -15,12 +15,16 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Never
 
 GOES_ON = "the same command goes on from the newest checkpoint"
 
 
-def leave(*_: object) -> None:
-    """End at once, for nothing has begun: a KeyboardInterrupt in the midst of an import may be lost in a library."""
+def leave(*_: object) -> Never:
+    """End at once: a KeyboardInterrupt in the midst of an import may be lost in a library.
+
+    Python's own way out would abort where a thread is still writing a checkpoint.
+    """
     if os.environ.get("RANK", "0") == "0":
         print(f"interrupted; {GOES_ON}", file=sys.stderr, flush=True)
     os._exit(130)
@@ -89,10 +93,12 @@ def _pretrain(config: RunConfig) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on there is a run, which notes how it ended
     try:
         outcome = train(config, ranks)
-    except (Interrupted, KeyboardInterrupt, FloatingPointError, NotSaved) as error:
+    except KeyboardInterrupt:
+        leave()
+    except (Interrupted, FloatingPointError, NotSaved) as error:
         if ranks.rank == 0:
-            print(f"{str(error) or 'interrupted'}; {GOES_ON}", file=sys.stderr)
-        return 130 if isinstance(error, Interrupted | KeyboardInterrupt) else 1
+            print(f"{error}; {GOES_ON}", file=sys.stderr)
+        return 130 if isinstance(error, Interrupted) else 1
     if outcome is not None:
         print(outcome.summary())
     return 0

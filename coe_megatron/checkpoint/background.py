@@ -12,8 +12,8 @@ from coe_megatron.checkpoint.collective import Group, am_first
 class Background:
     """Does one thing at a time in a thread of this process: no process is forked, and none can be left over.
 
-    Its ranks talk over a process group of their own (gloo), since training uses the others at the same time. A thread
-    that nobody waits for ends with its process. To be made by all ranks together.
+    Its ranks talk over a process group of their own (gloo), since training uses the others at the same time. To be made
+    by all ranks together, and waited for before the process ends: Python's way out aborts while torch is in a thread.
     """
 
     def __init__(self) -> None:

@@ -79,9 +79,26 @@ def newest_whole(folder: Path) -> Path | None:
     return None
 
 
+def find(source: Path) -> Path:
+    """The checkpoint that is meant by a checkpoint, or by the folder of a run (the newest whole one). Collective.
+
+    Raises:
+        ValueError: it is not whole, or there is none.
+    """
+    if is_checkpoint(source):
+        if found := trouble(source):
+            raise ValueError(f"checkpoint {source} is not whole: {found}")
+        return source
+    newest = newest_whole(checkpoints_of(source))
+    if newest is None:
+        raise ValueError(f"{source} holds no checkpoint: name one, or the folder of a run that saved one")
+    return newest
+
+
 def publish(partial: Path, final: Path) -> None:
     """Give a sealed checkpoint its name; one that had it (damaged, or saved by an earlier attempt) makes room."""
-    to_disk(partial)
+    for path in (partial, *partial.rglob("*")):  # names as well, and what others wrote
+        to_disk(path)
     if final.exists():
         delete(final)
     os.rename(partial, final)

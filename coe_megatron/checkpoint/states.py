@@ -35,6 +35,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch.distributed.checkpoint.api import CheckpointException
 
 from coe_megatron.checkpoint.collective import Group, am_first, gathered
 from coe_megatron.checkpoint.storage import OPTIMIZER, Reader, Writer
@@ -85,7 +86,7 @@ def load_tensors(engine: Engine, folder: Path, kinds: Sequence[str] = zero_state
         kinds: which of the optimizer's states to read; fp32 master weights alone leave the moments as they are.
 
     Raises:
-        ValueError: the checkpoint holds other tensors than the model.
+        ValueError: the checkpoint holds other tensors than the model, or something that is no tensor.
     """
     model, reader = engine.module, Reader(folder)
     with zero_states.gathered(engine):
@@ -199,7 +200,11 @@ def _load(shards: Shards, reader: Reader) -> dict[str, torch.Tensor]:
         by_key, *names = _replace_state_dict_keys_with_sharded_keys(stored)
         tensors = mcore_to_pyt_state_dict(by_key, is_loading=True)
         planner = MCoreLoadPlanner(shapes_validation_sharded_tensors=list(nested_values(stored)))
-        dcp.load(tensors, storage_reader=reader, planner=planner)
+        try:
+            dcp.load(tensors, storage_reader=reader, planner=planner)
+        except CheckpointException as error:  # it has a traceback of every rank in it
+            cause = str(next(iter(error.failures.values()))[0]).splitlines()[0]
+            raise ValueError(f"checkpoint {reader.folder.parent} cannot be read: {cause}") from error
         parts = {key: _unwrap_pyt_sharded_tensor(tensor) for key, tensor in tensors.items()}
         return apply_factory_merges(_replace_sharded_keys_with_state_dict_keys(parts, *names), factories)
 

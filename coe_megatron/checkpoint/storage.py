@@ -32,6 +32,7 @@ from torch.serialization import _get_layout
 
 LIST = ".metadata"
 OPTIMIZER = "optimizer."  # AdamW's states are named `optimizer.<kind>.<key of the weight>`
+MASTER = f"{OPTIMIZER}fp32_param."
 _CLASSES = (
     ChunkStorageMetadata, Metadata, MetadataIndex, StorageMeta, TensorProperties, TensorStorageMetadata,
     _MEM_FORMAT_ENCODING, _StorageInfo, _get_layout,

@@ -4,7 +4,7 @@
       step-00000200/
         tensors/        weights and optimizer states, Megatron's distributed format (torch_dist)
         random/         the generators' states, a file a rank
-        state.json      where the run stands, in the training loop's own words
+        state.json      the layout that saved, and where the run stands in the training loop's own words
         complete.json   written last: every other file with its size and SHA-256
       step-00000400.tmp/    a save that was not finished
 
@@ -17,7 +17,8 @@ import io
 import json
 import pickle
 import shutil
-from collections.abc import Collection
+import sys
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from coe_megatron.checkpoint import listing, states
 from coe_megatron.checkpoint.background import Background
-from coe_megatron.checkpoint.collective import Group, together
+from coe_megatron.checkpoint.collective import Group, am_first, together
 from coe_megatron.checkpoint.seal import SEAL, seal, write_bytes, write_text
 from coe_megatron.zero import states as zero_states
 from coe_megatron.zero.engine import Engine
@@ -108,7 +109,11 @@ def load_latest(folder: Path, engine: Engine) -> dict[str, Any] | None:
         checkpoint = listing.newest_whole(folder)
     except ValueError as error:
         raise ValueError(f"{error}: choose another output, or delete that folder to begin anew") from error
-    return None if checkpoint is None else _read(checkpoint, engine)
+    if checkpoint is not None:
+        return _read(checkpoint, engine)
+    if am_first() and listing.newest_first(folder):
+        print(f"no save in {folder} was ever finished: the run begins anew", file=sys.stderr)
+    return None
 
 
 def load_weights(source: Path, engine: Engine) -> tuple[Path, dict[str, Any]]:
@@ -123,14 +128,7 @@ def load_weights(source: Path, engine: Engine) -> tuple[Path, dict[str, Any]]:
     Raises:
         ValueError: there is no whole checkpoint, or it is of another model.
     """
-    checkpoint: Path | None = source
-    if listing.is_checkpoint(source):
-        if trouble := listing.trouble(source):
-            raise ValueError(f"checkpoint {source} is not whole: {trouble}")
-    else:
-        checkpoint = listing.newest_whole(listing.checkpoints_of(source))
-    if checkpoint is None:
-        raise ValueError(f"{source} holds no checkpoint: name one, or the folder of a run that saved one")
+    checkpoint = listing.find(source)
     states.load_tensors(engine, checkpoint / "tensors", kinds=(zero_states.MASTER,))
     return checkpoint, _facts(checkpoint)["state"]
 
@@ -161,7 +159,7 @@ def _layout(engine: Engine) -> Layout:
     )
 
 
-def _unless_not_saved(final: Path, write: Any, *group: Group) -> None:
+def _unless_not_saved(final: Path, write: Callable[..., None], *group: Group) -> None:
     """Whatever is in the way of writing becomes one line; the cause stays with it."""
     try:
         write(*group)

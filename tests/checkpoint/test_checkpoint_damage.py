@@ -80,11 +80,11 @@ def test_a_run_without_a_whole_checkpoint_does_not_begin_anew(
 ) -> None:
     (run / listing.name_of(1) / SEAL).unlink()
     (run / listing.name_of(2) / "state.json").write_text("{}")
-    with pytest.raises(ValueError, match="is whole, the newest is step-00000002: state.json has 2 bytes") as raised:
+    with pytest.raises(ValueError, match=r"is whole, the newest is step-00000002: state.json has 2 bytes") as raised:
         store.load_latest(run, engine)
     assert "choose another output, or delete that folder to begin anew" in str(raised.value)
     assert "\n" not in str(raised.value) and len(listing.newest_first(run)) == 2
-    with pytest.raises(ValueError, match="no checkpoint in .* is whole, the newest is step-00000002"):
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is whole, the newest is step-00000002"):
         store.load_weights(run, engine)
 
 
@@ -94,7 +94,9 @@ def test_a_run_that_never_finished_a_save_begins_anew(
     shutil.rmtree(run / listing.name_of(1))
     (run / listing.name_of(2)).rename(run / "step-00000002.tmp")
     assert store.load_latest(run, engine) is None
-    assert "step-00000002.tmp is skipped: saving it was not finished" in capsys.readouterr().err
+    skipped, said = capsys.readouterr().err.splitlines()
+    assert "step-00000002.tmp is skipped: saving it was not finished" in skipped
+    assert said == f"no save in {run} was ever finished: the run begins anew"
 
 
 class Malicious:
@@ -145,6 +147,20 @@ def place(path: str) -> Any:
     from torch.distributed.checkpoint.filesystem import _StorageInfo
 
     return _StorageInfo(path, 0, 1)
+
+
+def test_a_tensor_that_runs_code_is_refused(engine: DeepSpeedEngine, run: Path, tmp_path: Path) -> None:
+    proof, newest = tmp_path / "proof", run / listing.name_of(2)
+    payload = io.BytesIO()
+    torch.save(Malicious(builtins.exec, f"open({str(proof)!r}, 'w')"), payload)
+    found = Reader(newest / "tensors").read_metadata()
+    for place in found.storage_data.values():
+        place.offset, place.length = 0, len(payload.getvalue())
+    (newest / "tensors" / "__0_0.distcp").write_bytes(payload.getvalue())
+    forge(newest, "tensors/.metadata", pickle.dumps(found))
+    with pytest.raises(ValueError, match=r"checkpoint .*step-00000002 cannot be read: Weights only load failed"):
+        store.load_latest(run, engine)
+    assert not proof.exists()
 
 
 def test_states_of_generators_that_run_code_are_refused(engine: DeepSpeedEngine, run: Path, tmp_path: Path) -> None:

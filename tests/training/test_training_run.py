@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import shlex
 import shutil
 import signal
 import subprocess
@@ -113,10 +114,13 @@ def test_a_run_leaves_everything_it_should(finished: Path) -> None:
 
 
 def test_killed_and_resumed_is_the_run_that_was_never_killed(config: Path, prepared: Path, finished: Path) -> None:
-    """SIGKILL of all ranks after a checkpoint in the middle of an epoch, with dropout 0.1 and accumulation 2."""
+    """SIGKILL of all ranks after a checkpoint in the middle of an epoch, with dropout 0.1 and accumulation 2.
+
+    Until then checkpoints are written in the background, after every step.
+    """
     folder = prepared.parent / "killed"
     command = ("launch/pretrain_coe.py", config, f"data.path={prepared}", f"output={folder}")
-    with start_torchrun(*command) as process:
+    with start_torchrun(*command, "training.background_saving=true", "training.save_every=1") as process:
         wait_for_step(folder, 5, process)
         kill(process)
     assert not (folder / "checkpoints" / "step-00000012").exists()
@@ -218,11 +222,61 @@ def test_a_run_goes_on_at_another_zero_stage(stage: int, config: Path, prepared:
     assert found[-1]["memory"]["parameters"] > 0 and found[-1]["memory"]["optimizer"] > 0
 
 
-def test_profile_milestones_and_determinism_change_no_loss(config: Path, prepared: Path, finished: Path) -> None:
+def test_a_damaged_checkpoint_is_skipped_and_without_a_whole_one_nothing_begins(
+    config: Path, prepared: Path, finished: Path
+) -> None:
+    folder = shutil.copytree(finished, prepared.parent / "damaged")
+    older, newer = sorted((folder / "checkpoints").iterdir())
+    common = ("launch/pretrain_coe.py", config, f"data.path={prepared}", f"output={folder}", "parallel.expert=1")
+    flip_a_bit(newer / "tensors" / "__0_0.distcp")
+    done = python(*common, "training.steps=9")
+    assert done.returncode == 0, done.stderr
+    assert f"checkpoint {newer} is skipped: the content of tensors/__0_0.distcp has changed\n" in done.stderr
+    assert "resumed at step 8" in done.stderr and newer.exists()
+    shutil.rmtree(folder / "checkpoints" / "step-00000009")
+    flip_a_bit(older / "state.json")
+    done = python(*common)
+    assert done.returncode == 2
+    *skipped, said = done.stderr.splitlines()
+    assert all(f"checkpoint {path} is skipped:" in line for path, line in zip((newer, older), skipped, strict=True))
+    assert said == (
+        f"pretrain_coe.py: error: no checkpoint in {folder / 'checkpoints'} is whole, the newest is step-00000012: the "
+        "content of tensors/__0_0.distcp has changed: choose another output, or delete that folder to begin anew"
+    )
+    assert json.loads((folder / "run.json").read_text())["attempts"][-1]["outcome"] == "finished"
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("background", ["false", "true"])
+def test_a_checkpoint_that_cannot_be_written_ends_a_run_in_one_line(
+    background: str, config: Path, prepared: Path, tmp_path: Path
+) -> None:
+    """No file may be larger than 300 kB, as if the disk were full."""
+    command = (
+        sys.executable, "launch/pretrain_coe.py", config, f"data.path={prepared}", f"output={tmp_path}",
+        "parallel.expert=1", "training.steps=3", "training.save_every=2", f"training.background_saving={background}",
+    )  # fmt: skip
+    limited = f"ulimit -f 300; exec {shlex.join(map(str, command))}"
+    done = subprocess.run(["bash", "-c", limited], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    step = tmp_path / "checkpoints" / "step-00000002"
+    assert f"checkpoint {step} could not be saved: " in done.stderr
+    assert done.stderr.endswith("; the same command goes on from the newest checkpoint\n")
+    assert not step.exists() and "NotSaved" in (tmp_path / "run.json").read_text()
+
+
+def test_profile_milestones_background_and_determinism_change_no_loss(
+    config: Path, prepared: Path, finished: Path
+) -> None:
     folder = prepared.parent / "watched"
     options = (
         "training.deterministic=true", "profile.first_step=2", "profile.steps=2", "profile.memory=true",
-        "training.milestones=[1, 3]", "training.keep_checkpoints=1",
+        "training.milestones=[1, 3]", "training.keep_checkpoints=1", "training.background_saving=true",
     )  # fmt: skip
     done = torchrun("launch/pretrain_coe.py", config, f"data.path={prepared}", f"output={folder}", *options)
     assert done.returncode == 0, done.stderr
@@ -363,7 +417,9 @@ def test_a_blend_with_named_sets_goes_on_with_another_number_of_ranks(
 
 def test_ctrl_c_stops_after_a_step_with_a_checkpoint_and_goes_on(config: Path, prepared: Path, tmp_path: Path) -> None:
     common = ("launch/pretrain_coe.py", config, f"data.path={prepared}", f"output={tmp_path}", "parallel.expert=1")
-    process = start_python(*common, "training.save_every=9999", "training.steps=2000")
+    process = start_python(
+        *common, "training.save_every=9999", "training.steps=2000", "training.background_saving=true"
+    )
     try:
         wait_for_step(tmp_path, 3, process)
         process.send_signal(signal.SIGINT)
@@ -378,6 +434,26 @@ def test_ctrl_c_stops_after_a_step_with_a_checkpoint_and_goes_on(config: Path, p
     done = python(*common, f"training.steps={stopped + 2}")
     assert done.returncode == 0, done.stderr
     assert f"resumed at step {stopped}" in done.stderr
+
+
+def test_a_second_ctrl_c_does_not_wait_for_a_checkpoint(config: Path, prepared: Path, tmp_path: Path) -> None:
+    """While one is written after every step in the background; what was written before stays."""
+    common = ("launch/pretrain_coe.py", config, f"data.path={prepared}", f"output={tmp_path}", "parallel.expert=1")
+    process = start_python(
+        *common, "training.save_every=1", "training.steps=2000", "training.background_saving=true"
+    )  # fmt: skip
+    try:
+        wait_for_step(tmp_path, 3, process)
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.01)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "Traceback" not in said
+    assert said.endswith("; the same command goes on from the newest checkpoint\n")
+    done = python("launch/checkpoint.py", "verify", tmp_path)
+    assert done.returncode == 0 and ": whole\n" in done.stdout
 
 
 def test_global_aux_loss_and_expert_bias_resume_exactly(config: Path, prepared: Path, tmp_path: Path) -> None:

@@ -1,0 +1,237 @@
+"""Looks at checkpoints and makes new ones of them, in one process, without a model, a GPU or process groups.
+
+What is made is sealed like any other checkpoint, appears under its name at once, and holds the parts that the tensors
+were saved in: no more than one part of each is in memory.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
+from coe_megatron.checkpoint import listing, storage
+from coe_megatron.checkpoint.seal import SEAL, seal, write_text
+from coe_megatron.checkpoint.storage import MASTER, OPTIMIZER, Entries, Reader
+
+_FOR_MEGATRON = ("common.pt", "metadata.json")  # equal in all checkpoints
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Shape and type of a whole tensor, and the number of parts it is stored in."""
+
+    shape: list[int]
+    dtype: str
+    parts: int
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint holds; `facts` is what the run that saved it noted."""
+
+    checkpoint: Path
+    facts: dict[str, Any]
+    age_seconds: float
+    files: int
+    bytes: int
+    parameters: int
+    tensors: dict[str, Tensor]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return {**asdict(self), "checkpoint": str(self.checkpoint)}
+
+    def table(self) -> str:
+        """For a person: the optimizer's states, shaped like the weights, are not listed one by one."""
+        weights = {key: tensor for key, tensor in self.tensors.items() if not key.startswith(OPTIMIZER)}
+        state, layout, made_of = self.facts["state"], self.facts["layout"], self.facts.get("made_of")
+        whole = self.facts["optimizer_steps"] is not None
+        rows = {
+            "checkpoint": self.checkpoint,
+            "step": f"{state.get('step', 0):,}, after {state.get('tokens', 0):,} tokens",
+            "age": _duration(self.age_seconds),
+            "saved from": ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in layout.items()),
+            **({"made of": ", ".join(made_of)} if made_of else {}),
+            "parameters": f"{self.parameters:,}, with " + ("AdamW's states" if whole else "fp32 masters alone"),
+            "size": f"{self.bytes / 1e6:,.1f} MB in {self.files} files",
+        }
+        width = max(map(len, weights))
+        lines = [f"{name:<12}{value}" for name, value in rows.items()]
+        return "\n".join([*lines, "", *(_row(key, tensor, width) for key, tensor in sorted(weights.items()))])
+
+
+def inspect(source: Path) -> Contents:
+    """What a checkpoint holds, or the newest finished one of a run's folder; its files are not verified.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
+    checkpoint = source
+    if not listing.is_checkpoint(source):
+        finished = [found for found in _listed(source) if listing.finished(found)]
+        if not finished:
+            raise ValueError(f"{source} holds no finished checkpoint")
+        checkpoint = finished[0]
+    entries = Reader(checkpoint / "tensors").entries
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    return Contents(
+        checkpoint,
+        _facts(checkpoint),
+        age_seconds=time.time() - (checkpoint / SEAL).stat().st_mtime,
+        files=len(files),
+        bytes=sum(path.stat().st_size for path in files),
+        parameters=sum(entry.size.numel() for key, entry in entries.items() if key.startswith(MASTER)),
+        tensors={
+            key: Tensor(list(entry.size), str(entry.properties.dtype).removeprefix("torch."), len(entry.chunks))
+            for key, entry in entries.items()
+        },
+    )
+
+
+def verify(source: Path) -> Iterator[tuple[Path, str | None]]:
+    """One checkpoint, or all of a run's folder from the newest on, each with what is wrong with it (None if whole).
+
+    Raises:
+        ValueError: there is none.
+    """
+    for checkpoint in [source] if listing.is_checkpoint(source) else _listed(source):
+        yield checkpoint, listing.trouble(checkpoint)
+
+
+def reshard(source: Path, out: Path, files: int = 1, weights_only: bool = False, overwrite: bool = False) -> Path:
+    """Write a checkpoint anew, its tensors in `files` files; with `weights_only` without AdamW's moments.
+
+    Raises:
+        ValueError: `source` is no whole checkpoint; or `out` exists, and `overwrite` is not asked for or it is none.
+    """
+    checkpoint = listing.find(source)
+    reader, facts = Reader(checkpoint / "tensors"), _facts(checkpoint)
+    with _making(out, overwrite) as folder:
+        _copy_rest(checkpoint, folder, with_random=not weights_only)
+        if weights_only:
+            facts = {**facts, "optimizer_steps": None, "made_of": [checkpoint.name]}
+        write_text(folder / "state.json", json.dumps(facts, indent=1))
+        entries = _without_moments(reader.entries) if weights_only else reader.entries
+        storage.write(folder / "tensors", entries, reader.part, files)
+    return out
+
+
+def average(sources: Sequence[Path], out: Path, overwrite: bool = False) -> Path:
+    """Write the mean of the weights of several checkpoints, to begin another run with (`training.warm_start`).
+
+    The fp32 masters are averaged, and the weights are these in their type. Moments are left out; position and tokens
+    are those of the newest.
+
+    Raises:
+        ValueError: fewer than two, not all whole, of different models or tokenizers; or `out` as in `reshard`.
+    """
+    if len(sources) < 2:
+        raise ValueError(f"{len(sources)} checkpoint given: a mean needs two")
+    checkpoints = sorted(map(listing.find, sources), key=lambda found: _facts(found)["state"].get("step", 0))
+    readers = [Reader(checkpoint / "tensors") for checkpoint in checkpoints]
+    _require_alike(checkpoints, readers)
+    newest, facts = checkpoints[-1], _facts(checkpoints[-1])
+    with _making(out, overwrite) as folder:
+        _copy_rest(newest, folder, with_random=False)
+        facts = {**facts, "optimizer_steps": None, "made_of": [checkpoint.name for checkpoint in checkpoints]}
+        write_text(folder / "state.json", json.dumps(facts, indent=1))
+        storage.write(folder / "tensors", _without_moments(readers[-1].entries), partial(_mean, readers))
+    return out
+
+
+def newest(folder: Path, count: int) -> list[Path]:
+    """The newest `count` checkpoints of a run's folder.
+
+    Raises:
+        ValueError: there are fewer, or one of them is not whole.
+    """
+    finished = [checkpoint for checkpoint in _listed(folder) if listing.finished(checkpoint)]
+    if len(finished) < count:
+        raise ValueError(f"{folder} holds {len(finished)} finished checkpoints, and {count} are asked for")
+    return [listing.find(checkpoint) for checkpoint in finished[:count]]
+
+
+def _listed(source: Path) -> list[Path]:
+    if found := listing.newest_first(listing.checkpoints_of(source)):
+        return found
+    raise ValueError(f"{source} holds no checkpoint: name one, or the folder of a run that saved one")
+
+
+def _facts(checkpoint: Path) -> dict[str, Any]:
+    try:
+        return json.loads((checkpoint / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"state.json of checkpoint {checkpoint} cannot be read") from error
+
+
+def _without_moments(entries: Entries) -> Entries:
+    return {key: entry for key, entry in entries.items() if key.startswith(MASTER) or not key.startswith(OPTIMIZER)}
+
+
+def _require_alike(checkpoints: Sequence[Path], readers: Sequence[Reader]) -> None:
+    model, tokenizer = (
+        [{key: entry.size for key, entry in _without_moments(reader.entries).items()} for reader in readers],
+        [_facts(checkpoint)["state"].get("tokenizer") for checkpoint in checkpoints],
+    )
+    for what, held in (("model", model), ("tokenizer", tokenizer)):
+        for checkpoint, its in zip(checkpoints, held, strict=True):
+            if its != held[-1]:
+                raise ValueError(f"{checkpoint} is of another {what} than {checkpoints[-1]}: a mean makes no sense")
+
+
+def _mean(readers: Sequence[Reader], key: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
+    """Of masters; of a weight its master's in the weight's type; of a buffer of integers the newest."""
+    newest = readers[-1]
+    averaged = MASTER + key if MASTER + key in newest.entries else key
+    dtype = newest.entries[averaged].properties.dtype
+    if not dtype.is_floating_point:
+        return newest.part(key, chunk)
+    total = torch.zeros(chunk.sizes, dtype=torch.float64)
+    for reader in readers:
+        total += reader.part(averaged, chunk)
+    return (total / len(readers)).to(dtype).to(newest.entries[key].properties.dtype)
+
+
+def _copy_rest(checkpoint: Path, folder: Path, with_random: bool) -> None:
+    for name in _FOR_MEGATRON:
+        shutil.copyfile(checkpoint / "tensors" / name, folder / "tensors" / name)
+    if with_random and (checkpoint / "random").is_dir():
+        shutil.copytree(checkpoint / "random", folder / "random")
+
+
+@contextmanager
+def _making(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder to fill, which is then sealed and takes the name `out`; of an attempt that fails nothing is left."""
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out} exists: name another folder, or give --overwrite")
+    if out.exists() and not listing.is_checkpoint(out):
+        raise ValueError(f"{out} is no checkpoint, and is not replaced by one: name another folder")
+    folder = out.absolute().with_name(f".{out.absolute().name}.partial")
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "tensors").mkdir(parents=True)
+    try:
+        yield folder
+        seal(folder)
+        listing.publish(folder, out)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _row(key: str, tensor: Tensor, width: int) -> str:
+    return f"{key:<{width}}  {tensor.dtype:<8}  {' x '.join(map(str, tensor.shape))}"
+
+
+def _duration(seconds: float) -> str:
+    for size, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {name}"
+    return f"{seconds:.0f} seconds"
