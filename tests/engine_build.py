@@ -14,7 +14,7 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.utils import safe_get_full_grad
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from modules_build import make_config, make_gpt
+from modules_build import TOPK, make_config, make_gpt
 
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.config.settings import OptimizerSettings, TrainingSettings, ZeroSettings
@@ -59,6 +59,7 @@ def make_engine(
     native: str | None = None,
     optimizer: OptimizerSettings | None = None,
     balancing: str = "seq_aux_loss",
+    topk: int = TOPK,
     spoil: Callable[[torch.nn.Module], None] = lambda model: None,
 ) -> DeepSpeedEngine:
     """Eight experts a layer, two iterations, both auxiliary losses with large coefficients; clipping bites.
@@ -75,6 +76,7 @@ def make_engine(
         hidden_dropout=dropout,
         attention_dropout=dropout,
         moe_shared_expert_intermediate_size=24,
+        moe_router_topk=topk,
         moe_router_load_balancing_type=balancing,
         # As `training.model` has it, and for its reason.
         moe_aux_loss_coeff=0.1 * (ranks if balancing == "global_aux_loss" else 1),

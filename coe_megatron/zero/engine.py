@@ -154,7 +154,8 @@ def _config(
         "gradient_clipping": optimizer.clip or (math.inf if zero.stage == 0 else 0.0),  # inf: only take the norm
         "zero_optimization": _zero_config(zero),
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW is as fast on a CPU, and needs no compiler
-        "bf16": {"enabled": training.precision == "bf16"},
+        # Stage 1 adds a gradient to its fp32 sum as it comes, so it keeps none in bf16, and pipelines work.
+        "bf16": {"enabled": training.precision == "bf16", "immediate_grad_update": True},
         # Gradients are summed, over micro-batches and over ranks, in fp32 whatever the weights are.
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
