@@ -77,6 +77,11 @@ def _unit(config: RunConfig) -> int:
 
 def _tensor(config: RunConfig) -> Iterator[str]:
     size, model, moe = config.parallel.tensor, config.model, config.moe
+    if size > 1 and model.mla is not None:
+        yield (
+            f"parallel.tensor is {size}: with model.mla it must be 1, because Megatron-Core 0.16.1 without Transformer "
+            "Engine then leaves out a part of the gradients of attention; take parallel.expert or parallel.pipeline"
+        )
     cut = {
         "model.num_attention_heads": model.num_attention_heads,
         "model.num_query_groups": model.num_query_groups or size,

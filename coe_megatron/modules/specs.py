@@ -52,7 +52,7 @@ def coe_layer_spec(
     """
     if config.num_moe_experts is None:
         raise ValueError("num_moe_experts is None: a Chain-of-Experts layer needs at least one routed expert")
-    _refuse_missing_engine(use_transformer_engine)
+    _refuse_missing_engine(config, use_transformer_engine)
     if use_transformer_engine:
         spec = get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts,
@@ -84,7 +84,7 @@ def coe_block_spec(
 
     Arguments as for `coe_layer_spec`; `vp_stage` is the virtual pipeline stage, if there is one.
     """
-    _refuse_missing_engine(use_transformer_engine)
+    _refuse_missing_engine(config, use_transformer_engine)
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine, normalization=config.normalization, vp_stage=vp_stage
     )
@@ -97,9 +97,16 @@ def coe_block_spec(
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=layer_norm)
 
 
-def _refuse_missing_engine(use_transformer_engine: bool) -> None:
+def _refuse_missing_engine(config: TransformerConfig, use_transformer_engine: bool) -> None:
     if use_transformer_engine and not has_transformer_engine():
         raise ValueError("use_transformer_engine is True: Transformer Engine is not installed, set it to False")
+    tensor = config.tensor_model_parallel_size
+    if config.multi_latent_attention and tensor > 1 and not use_transformer_engine:
+        # The rotary part of the keys goes into every head; its gradients from the ranks' heads are not added up.
+        raise ValueError(
+            f"tensor_model_parallel_size is {tensor}: with multi_latent_attention it must be 1 without Transformer "
+            "Engine, because Megatron-Core 0.16.1 then leaves out a part of the gradients"
+        )
 
 
 def _recompute(config: TransformerConfig, recompute: Recompute, use_transformer_engine: bool) -> Recompute:

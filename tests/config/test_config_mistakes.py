@@ -120,6 +120,7 @@ OVERRIDES: list[tuple[str, str]] = [
     ("parallel.pipeline=3", "parallel.pipeline is 3: it must divide model.num_layers (2)"),
     ("parallel.pipeline=2 & zero.stage=3", "zero.stage is 3: with parallel.pipeline (2) it must be 0 or 1, because"),
     ("parallel.pipeline=2 & model.untied_embeddings=false", "model.untied_embeddings is false: with parallel.pipeline"),
+    ("parallel.tensor=2 & model.mla={}", "parallel.tensor is 2: with model.mla it must be 1, because"),
     ("parallel.context=2", "parallel.context is 2: attention here sees whole sequences, leave it 1"),
     (
         "parallel.tensor=2 & parallel.pipeline=2 & parallel.world_size=6",
