@@ -41,12 +41,7 @@ def build_layer(config: Any) -> CoELayer:
     return make_coe(config, iterations=2)
 
 
-def build_spec(config: Any) -> Any:
-    return coe_layer_spec(config)
-
-
 REFUSED = [
-    (build_spec, {"multi_latent_attention": True, "tensor_model_parallel_size": 2}, "must be 1 without Transformer"),
     (build_core, {"context_parallel_size": 2}, "default"),
     (build_core, {"window_size": (4, 0)}, "default"),
     (build_core, {"apply_query_key_layer_scaling": True}, "default"),
@@ -67,6 +62,7 @@ REFUSED = [
     (build_layer, {"moe_shared_expert_overlap": True}, "False"),
     (build_layer, {"fp8": "e4m3", "recompute_granularity": "selective"}, "unset"),
     (coe_layer_spec, {"num_moe_experts": None}, "at least one"),
+    (coe_layer_spec, {"tensor_model_parallel_size": 2, "multi_latent_attention": True}, "must be 1 without Transformer"),
 ]
 
 
