@@ -43,9 +43,7 @@ def start(expert: int, pipeline: int, seed: int) -> torch.device:
         torch.cuda.set_device(device)
     alone = {} if dist.is_torchelastic_launched() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **alone)
-    parallel_state.initialize_model_parallel(
-        pipeline_model_parallel_size=pipeline, expert_model_parallel_size=expert
-    )
+    parallel_state.initialize_model_parallel(pipeline_model_parallel_size=pipeline, expert_model_parallel_size=expert)
     torch.manual_seed(seed)  # the data, the same on all ranks
     model_parallel_cuda_manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())  # the weights
     return device

@@ -1,0 +1,205 @@
+"""Closed forms of what one rank holds, in bytes by kind; tests hold them against running engines on the CPU.
+
+What is cut by what: attention, shared experts, dense layers, embedding and output layer by TP; routed experts by EP and
+ETP; norms and routers by neither (of MLA with Transformer Engine the two down-projections are not either). Layers, and
+with them embedding and output layer, belong to a pipeline stage. What is left ZeRO cuts over the replicas.
+"""
+
+from dataclasses import dataclass
+
+from coe_megatron.chain import closed_forms
+from coe_megatron.chain.activations import Pass, activations
+from coe_megatron.chain.closed_forms import ModelShape
+from coe_megatron.config.layout import Layout
+from coe_megatron.config.settings import RunConfig
+from coe_megatron.config.shape import stage_pass, stage_shape
+
+_MASTER_AND_MOMENTS = 12  # bytes a parameter: fp32 master weight and AdamW's two moments
+_FP32 = 4  # bytes; gradients are summed and sent in fp32
+_PREFETCHED = 50_000_000  # parameters that DeepSpeed's stage 3 fetches ahead (stage3_prefetch_bucket_size)
+_SMALL = 100_000  # up to so many parameters a tensor is never cut (stage3_param_persistence_threshold)
+
+
+@dataclass(frozen=True)
+class Held:
+    """Parameters of a rank before ZeRO cuts them.
+
+    Attributes:
+        dense, experts: how many.
+        dense_replicas, expert_replicas: ranks that hold the same ones, over which ZeRO cuts.
+        small: those in tensors that stage 3 leaves whole.
+        largest: those of the layer or table that is largest.
+    """
+
+    dense: int
+    experts: int
+    dense_replicas: int
+    expert_replicas: int
+    small: int
+    largest: int
+
+    @property
+    def whole(self) -> int:
+        """All of them."""
+        return self.dense + self.experts
+
+    @property
+    def part(self) -> int:
+        """What is left of them where ZeRO has cut."""
+        return -(-self.dense // self.dense_replicas) + -(-self.experts // self.expert_replicas)
+
+
+def held(config: RunConfig, shape: ModelShape, ranks: Layout, stage: int) -> Held:
+    """What each rank of a pipeline stage (from 0) holds of the model `shape`."""
+    own = stage_shape(config, shape, stage)
+    counted = closed_forms.parameters(own)
+    first, last = stage == 0, stage == ranks.pipeline - 1
+    layers = counted.attention + counted.shared + counted.dense
+    tables = counted.embedding * first + counted.output * last
+    whole = counted.norms - (0 if last else counted.final_norm) + counted.routers
+    experts = counted.experts // (ranks.expert * ranks.expert_tensor)
+    sizes = _tensors(own, ranks)
+    return Held(
+        dense=(layers + tables) // ranks.tensor + whole,
+        experts=experts,
+        dense_replicas=ranks.data,
+        expert_replicas=ranks.expert_data,
+        small=sum(size for size in sizes if size <= _SMALL),
+        largest=max(
+            -(-(layers // ranks.tensor + whole) // own.layers) + experts // max(1, own.num_moe_layers),
+            counted.embedding // ranks.tensor,
+        ),
+    )
+
+
+def memory(config: RunConfig, shape: ModelShape, ranks: Layout, stage: int, run: Pass) -> dict[str, int]:
+    """Bytes on the device of a rank of a pipeline stage.
+
+    `gradients` and `buffer`, in which they are reduced, are those between two micro-batches; the buffer holds what
+    tensor parallelism gathers, too. `gathered` are weights of stage 3 that are whole for a moment. `step` is what
+    AdamW's step takes beyond the activations, which are gone by then; on one rank with much to update that is seen.
+    """
+    has = held(config, shape, ranks, stage)
+    micro_batches = micro_batches_of(config, ranks)
+    passes = activations(stage_shape(config, shape, stage), stage_pass(run, stage, ranks.pipeline, micro_batches))
+    gathered = _gathered(config, has)
+    step = 0 if config.zero.offload_optimizer else _step(config, has)
+    return {
+        "weights": _weights(config, has),
+        "gathered": gathered,
+        "gradients": _gradients(config, has, micro_batches),
+        "buffer": _buffer(config, shape, ranks),
+        "optimizer": 0 if config.zero.offload_optimizer else _optimizer(config, has),
+        "activations": passes.peak,
+        "step": max(0, step - gathered - passes.peak),
+    }
+
+
+def as_measured(config: RunConfig, kinds: dict[str, int], micro_batches: int) -> dict[str, int]:
+    """`memory` in the kinds that can be told apart in a running engine: what stays between passes, what comes and goes.
+
+    DeepSpeed keeps the bucket of stage 3, and of stage 1 while it sums micro-batches; that of stage 2 it lets go.
+    """
+    stage = config.zero.stage
+    stays = kinds["buffer"] if stage == 3 or (stage == 1 and micro_batches > 1) else 0
+    return {
+        "weights": kinds["weights"],
+        "optimizer": kinds["optimizer"],
+        "gradients": kinds["gradients"] + stays,
+        "activations": kinds["activations"] + kinds["gathered"] + kinds["buffer"] - stays,
+    }
+
+
+def host(config: RunConfig, shape: ModelShape, ranks: Layout, stage: int) -> dict[str, int]:
+    """What such a rank keeps in its host's memory by choice."""
+    has = held(config, shape, ranks, stage)
+    kept = {
+        "optimizer": _optimizer(config, has) if config.zero.offload_optimizer else 0,
+        "weights": element(config) * has.part if config.zero.offload_parameters else 0,
+    }
+    return {name: size for name, size in kept.items() if size}
+
+
+def micro_batches_of(config: RunConfig, ranks: Layout) -> int:
+    """Micro-batches of a step on each replica."""
+    return config.training.global_batch // (config.training.micro_batch * ranks.data)
+
+
+def element(config: RunConfig) -> int:
+    """Bytes of a weight and of an element of a hidden state."""
+    return 2 if config.training.precision == "bf16" else 4
+
+
+def _weights(config: RunConfig, has: Held) -> int:
+    if config.zero.stage < 3:
+        return element(config) * has.whole
+    cut = 0 if config.zero.offload_parameters else has.part
+    return element(config) * (cut + (has.small if has.part < has.whole else 0))
+
+
+def _gathered(config: RunConfig, has: Held) -> int:
+    """The largest layer or table and what is fetched ahead; that is there twice, as it came and parameter by parameter.
+
+    Nothing where nothing is cut, on one rank.
+    """
+    if config.zero.stage < 3 or has.part == has.whole:
+        return 0
+    cut = has.whole - has.small
+    return element(config) * (min(cut, has.largest + _PREFETCHED) + min(cut, _PREFETCHED))
+
+
+def _gradients(config: RunConfig, has: Held, micro_batches: int) -> int:
+    """Stage 1 sums whole gradients over micro-batches, in bf16 beside those of the last one; there it cuts none."""
+    stage, bf16 = config.zero.stage, config.training.precision == "bf16"
+    if stage == 1 and bf16:
+        return (_FP32 + element(config)) * has.whole
+    summed_whole = stage == 0 or (stage == 1 and (micro_batches > 1 or config.parallel.pipeline > 1))
+    return _FP32 * (has.whole if summed_whole else has.part)
+
+
+def _buffer(config: RunConfig, shape: ModelShape, ranks: Layout) -> int:
+    """The bucket in which gradients are reduced (stage 1 in bf16 reduces in place), and what TP gathers."""
+    bf16 = config.training.precision == "bf16"
+    bucket = config.zero.reduce_bucket_size * (0, 0 if bf16 else _FP32, element(config), _FP32)[config.zero.stage]
+    tokens = config.training.micro_batch * shape.seq_length
+    return bucket + (element(config) * tokens * shape.hidden if ranks.tensor > 1 else 0)
+
+
+def _optimizer(config: RunConfig, has: Held) -> int:
+    return (_MASTER_AND_MOMENTS - _FP32) * has.whole if config.zero.stage == 0 else _MASTER_AND_MOMENTS * has.part
+
+
+def _step(config: RunConfig, has: Held) -> int:
+    """AdamW makes two tensors as large as what it steps at once: a rank's part, of stage 0 one parameter after another.
+
+    Stage 3 lays the gradients end to end before.
+    """
+    return _FP32 * has.part * (0, 2, 2, 3)[config.zero.stage]
+
+
+def _tensors(shape: ModelShape, ranks: Layout) -> list[int]:
+    """Sizes of the tensors of a rank's dense layers and experts; embedding and output layer are never small."""
+    d, cut = shape.hidden, ranks.tensor
+    feed_forward = shape.ffn_matrices * d
+    expert = shape.experts // ranks.expert * d * shape.expert_ffn // ranks.expert_tensor
+    own_norms = shape.chain.iterations if shape.chain.topology == "iteration_norm" else 1
+    moe = [shape.experts * d] * shape.routers + [d] * own_norms + [expert * (shape.ffn_matrices - 1), expert]
+    if shape.shared_ffn:
+        wide = d * shape.shared_ffn // cut
+        moe += [wide * (shape.ffn_matrices - 1), wide]
+    dense = [(feed_forward - d) * shape.dense_ffn // cut, d * shape.dense_ffn // cut, d]
+    attention = [size // cut for size in _attention_matrices(shape)] + [d]
+    dense_layers = shape.layers - shape.num_moe_layers
+    return attention * shape.layers + moe * shape.num_moe_layers + dense * dense_layers + [d]
+
+
+def _attention_matrices(shape: ModelShape) -> list[int]:
+    d, heads = shape.hidden, shape.heads
+    if shape.attention == "mha":
+        width = shape.head_width
+        return [d * width * (heads + 2 * (shape.kv_groups or heads)), heads * width * d]
+    query, rank = heads * (shape.qk_nope + shape.qk_rope), shape.q_lora_rank
+    queries = [d * query] if rank is None else [d * rank, rank * query]
+    down = d * (shape.kv_lora_rank + shape.qk_rope)
+    up = shape.kv_lora_rank * heads * (shape.qk_nope + shape.v_head_dim)
+    return [*queries, down, up, heads * shape.v_head_dim * d]

@@ -1,0 +1,63 @@
+"""Memory foreseen from the config alone against memory measured on running engines, by kind."""
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from coe_megatron.config import RunConfig
+from coe_megatron.config.settings import ModelSettings, MoESettings, ParallelSettings, TrainingSettings, ZeroSettings
+from coe_megatron.training import evaluation
+from coe_megatron.training.memory import MemoryMeter, foreseen
+from coe_megatron.training.model import build_model
+from coe_megatron.zero import engine as zero
+from coe_megatron.zero import passes
+
+VOCABULARY = 2048
+STAGES = [(0, "fp32"), *((stage, precision) for stage in (1, 2, 3) for precision in ("fp32", "bf16"))]
+STATES = ("weights", "gradients", "optimizer")
+Found = tuple[dict[str, int], dict[str, int]]
+
+
+def run_config(stage: int, precision: str, expert: int, ranks: int) -> RunConfig:
+    """Two micro-batches a step, so that gradients are summed, and large enough for what is small not to count."""
+    return RunConfig(
+        model=ModelSettings(num_layers=4, hidden_size=256, num_attention_heads=4, seq_length=128),
+        moe=MoESettings(num_experts=16, topk=2, ffn_hidden_size=128),
+        parallel=ParallelSettings(expert=expert),
+        zero=ZeroSettings(stage=stage, reduce_bucket_size=1_000_000),
+        training=TrainingSettings(precision=precision, micro_batch=4, global_batch=8 * ranks),
+    )
+
+
+def on_a_rank(expert: int) -> list[Found]:
+    """Of each stage what is foreseen and what is measured."""
+    ranks = torch.distributed.get_world_size()
+    return [found_in(run_config(stage, precision, expert, ranks)) for stage, precision in STAGES]
+
+
+def found_in(config: RunConfig) -> Found:
+    engine = zero.build_engine(build_model(config, VOCABULARY), config.optimizer, config.training, config.zero, 2)
+    meter = MemoryMeter(engine)
+    shape = (config.training.micro_batch, config.model.seq_length)
+    tokens = torch.randint(VOCABULARY, shape)
+    batch = {
+        "tokens": tokens,
+        "labels": tokens,
+        "position_ids": torch.arange(shape[1]).expand(shape).contiguous(),
+        "padding_mask": torch.zeros(shape, dtype=torch.bool),
+        "loss_mask": torch.ones(shape),
+    }
+    with meter.step():
+        passes.train_step(engine, [batch] * 2, evaluation.forward, evaluation.counted_loss, meter.after_backward)
+    return foreseen(config, VOCABULARY), meter.measured()
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("ranks", "expert"), [(1, 1), (2, 1), (2, 2), (4, 2)])
+def test_a_rank_holds_what_is_foreseen(ranks: int, expert: int) -> None:
+    for found in run_ranks(on_a_rank, ranks, expert, expert_model_parallel_size=expert):
+        for place, (said, measured) in zip(STAGES, found, strict=True):
+            for kind in STATES:
+                assert said[kind] == pytest.approx(measured[kind], rel=0.02), (kind, place)
+            assert said["activations"] == pytest.approx(measured["activations"], rel=0.1), place
+            assert said["peak"] > 0.98 * measured["peak"], place
