@@ -8,7 +8,7 @@ with them embedding and output layer, belong to a pipeline stage. What is left Z
 from dataclasses import dataclass
 
 from coe_megatron.chain import closed_forms
-from coe_megatron.chain.activations import Pass, activations
+from coe_megatron.chain.activations import Activations, Pass, activations
 from coe_megatron.chain.closed_forms import ModelShape
 from coe_megatron.config.layout import Layout
 from coe_megatron.config.settings import RunConfig
@@ -28,7 +28,8 @@ class Held:
         dense, experts: how many.
         dense_replicas, expert_replicas: ranks that hold the same ones, over which ZeRO cuts.
         small: those in tensors that stage 3 leaves whole.
-        largest: those of the layer or table that is largest.
+        largest: those of the layer or table that is largest, of what has replicas.
+        touched: those in tensors of which ZeRO gives a rank a part or more, where a cut does not care for tensors.
     """
 
     dense: int
@@ -37,11 +38,17 @@ class Held:
     expert_replicas: int
     small: int
     largest: int
+    touched: int
 
     @property
     def whole(self) -> int:
         """All of them."""
         return self.dense + self.experts
+
+    @property
+    def gathered(self) -> int:
+        """Those that stage 3 cuts and gathers: not small, and with replicas."""
+        return max(0, self.dense * (self.dense_replicas > 1) - self.small) + self.experts * (self.expert_replicas > 1)
 
     @property
     def part(self) -> int:
@@ -56,19 +63,23 @@ def held(config: RunConfig, shape: ModelShape, ranks: Layout, stage: int) -> Hel
     first, last = stage == 0, stage == ranks.pipeline - 1
     layers = counted.attention + counted.shared + counted.dense
     tables = counted.embedding * first + counted.output * last
-    whole = counted.norms - (0 if last else counted.final_norm) + counted.routers
+    norms = counted.norms - (0 if last else counted.final_norm)
+    whole = norms + counted.routers
     experts = counted.experts // (ranks.expert * ranks.expert_tensor)
-    sizes = _tensors(own, ranks)
+    table, cut = counted.embedding // ranks.tensor, ranks.expert_data > 1
+    in_order = [("dense", size) for size in [table] * first]
+    in_order += _tensors(own, ranks) + [("dense", size) for size in [table] * (last and shape.untied_embeddings)]
     return Held(
         dense=(layers + tables) // ranks.tensor + whole,
         experts=experts,
         dense_replicas=ranks.data,
         expert_replicas=ranks.expert_data,
-        small=sum(size for size in sizes if size <= _SMALL),
+        small=norms + sum(size for kind, size in in_order if kind == "dense" and size <= _SMALL),
         largest=max(
-            -(-(layers // ranks.tensor + whole) // own.layers) + experts // max(1, own.num_moe_layers),
-            counted.embedding // ranks.tensor,
+            -(-(layers // ranks.tensor + whole) // own.layers) + cut * experts // max(1, own.num_moe_layers),
+            table,
         ),
+        touched=_touched(in_order, ranks),
     )
 
 
@@ -88,7 +99,7 @@ def memory(config: RunConfig, shape: ModelShape, ranks: Layout, stage: int, run:
         "weights": _weights(config, has),
         "gathered": gathered,
         "gradients": _gradients(config, has, micro_batches),
-        "buffer": _buffer(config, shape, ranks),
+        "buffer": _buffer(config, shape, ranks) + _beside_the_sum(config, has, passes, micro_batches),
         "optimizer": 0 if config.zero.offload_optimizer else _optimizer(config, has),
         "activations": passes.peak,
         "step": max(0, step - gathered - passes.peak),
@@ -134,7 +145,7 @@ def _weights(config: RunConfig, has: Held) -> int:
     if config.zero.stage < 3:
         return element(config) * has.whole
     cut = 0 if config.zero.offload_parameters else has.part
-    return element(config) * (cut + (has.small if has.part < has.whole else 0))
+    return element(config) * (cut + has.small * (has.dense_replicas > 1))
 
 
 def _gathered(config: RunConfig, has: Held) -> int:
@@ -142,15 +153,19 @@ def _gathered(config: RunConfig, has: Held) -> int:
 
     Nothing where nothing is cut, on one rank.
     """
-    if config.zero.stage < 3 or has.part == has.whole:
+    if config.zero.stage < 3:
         return 0
-    cut = has.whole - has.small
-    return element(config) * (min(cut, has.largest + _PREFETCHED) + min(cut, _PREFETCHED))
+    return element(config) * (min(has.gathered, has.largest + _PREFETCHED) + min(has.gathered, _PREFETCHED))
 
 
 def _gradients(config: RunConfig, has: Held, micro_batches: int) -> int:
-    """Stage 1 sums whole gradients over micro-batches, in bf16 beside those of the last one; there it cuts none."""
+    """Stage 1 sums whole gradients over micro-batches, in bf16 beside those of the last one; there it cuts none.
+
+    Stage 2 in fp32 keeps whole tensors of which a part is the rank's.
+    """
     stage, bf16 = config.zero.stage, config.training.precision == "bf16"
+    if stage == 2 and not bf16:
+        return _FP32 * has.touched
     if stage == 1 and bf16:
         return (_FP32 + element(config)) * has.whole
     summed_whole = stage == 0 or (stage == 1 and (micro_batches > 1 or config.parallel.pipeline > 1))
@@ -165,6 +180,19 @@ def _buffer(config: RunConfig, shape: ModelShape, ranks: Layout) -> int:
     return bucket + (element(config) * tokens * shape.hidden if ranks.tensor > 1 else 0)
 
 
+def _beside_the_sum(config: RunConfig, has: Held, passes: Activations, micro_batches: int) -> int:
+    """What the gradients of a micro-batch take beyond the peak of its activations, of stage 2 in fp32.
+
+    There they are made beside the sum of those before, as one tensor when the first bucket is full; by then the layers
+    whose gradients fill it have let their activations go.
+    """
+    if config.zero.stage != 2 or config.training.precision == "bf16" or micro_batches == 1:
+        return 0
+    done = min(1, config.zero.reduce_bucket_size / has.whole)
+    left = int((1 - done) * (sum(passes.kept.values()) - passes.kept["output"]))
+    return max(0, left + passes.recomputed + passes.gradients + _FP32 * has.touched - passes.peak)
+
+
 def _optimizer(config: RunConfig, has: Held) -> int:
     return (_MASTER_AND_MOMENTS - _FP32) * has.whole if config.zero.stage == 0 else _MASTER_AND_MOMENTS * has.part
 
@@ -177,29 +205,50 @@ def _step(config: RunConfig, has: Held) -> int:
     return _FP32 * has.part * (0, 2, 2, 3)[config.zero.stage]
 
 
-def _tensors(shape: ModelShape, ranks: Layout) -> list[int]:
-    """Sizes of the tensors of a rank's dense layers and experts; embedding and output layer are never small."""
+def _touched(in_order: list[tuple[str, int]], ranks: Layout) -> int:
+    """See `Held`. DeepSpeed lays experts end to end with all else if they have the same replicas, else apart."""
+    if ranks.data == ranks.expert_data:
+        return _most_touched([size for _, size in in_order], ranks.data)
+    dense, experts = ([size for kind, size in in_order if kind == which] for which in ("dense", "expert"))
+    return _most_touched(dense, ranks.data) + _most_touched(experts, ranks.expert_data)
+
+
+def _most_touched(sizes: list[int], replicas: int) -> int:
+    """Tensors laid end to end and cut into equal parts: the most that belongs to tensors of one part."""
+    part, begins, most = -(-sum(sizes) // replicas), 0, [0] * replicas
+    for size in sizes:
+        for number in range(begins // part, min(replicas, -(-(begins + size) // part))):
+            most[number] += size
+        begins += size
+    return max(most)
+
+
+def _tensors(shape: ModelShape, ranks: Layout) -> list[tuple[str, int]]:
+    """A rank's matrices but for the tables, in their order: `dense` or `expert`, and sizes."""
     d, cut = shape.hidden, ranks.tensor
-    feed_forward = shape.ffn_matrices * d
+    router = shape.experts * d
+    shared = [(shape.ffn_matrices - 1) * d * shape.shared_ffn // cut, d * shape.shared_ffn // cut]
+    moe = [router, *(shared if shape.shared_ffn else []), *[router] * (shape.routers - 1)]
+    dense = [(shape.ffn_matrices - 1) * d * shape.dense_ffn // cut, d * shape.dense_ffn // cut]
+    attention = [size // cut for size in _attention_matrices(shape)]
     expert = shape.experts // ranks.expert * d * shape.expert_ffn // ranks.expert_tensor
-    own_norms = shape.chain.iterations if shape.chain.topology == "iteration_norm" else 1
-    moe = [shape.experts * d] * shape.routers + [d] * own_norms + [expert * (shape.ffn_matrices - 1), expert]
-    if shape.shared_ffn:
-        wide = d * shape.shared_ffn // cut
-        moe += [wide * (shape.ffn_matrices - 1), wide]
-    dense = [(feed_forward - d) * shape.dense_ffn // cut, d * shape.dense_ffn // cut, d]
-    attention = [size // cut for size in _attention_matrices(shape)] + [d]
-    dense_layers = shape.layers - shape.num_moe_layers
-    return attention * shape.layers + moe * shape.num_moe_layers + dense * dense_layers + [d]
+    pattern = shape.moe_layers if isinstance(shape.moe_layers, tuple) else (1,) * shape.layers
+    experts = [("expert", (shape.ffn_matrices - 1) * expert), ("expert", expert)]
+    listed = []
+    for is_moe in pattern:
+        listed += [("dense", size) for size in attention] + (experts if is_moe else [])
+        listed += [("dense", size) for size in (moe if is_moe else dense)]
+    return listed
 
 
 def _attention_matrices(shape: ModelShape) -> list[int]:
+    """In Megatron's order."""
     d, heads = shape.hidden, shape.heads
     if shape.attention == "mha":
         width = shape.head_width
-        return [d * width * (heads + 2 * (shape.kv_groups or heads)), heads * width * d]
+        return [heads * width * d, d * width * (heads + 2 * (shape.kv_groups or heads))]
     query, rank = heads * (shape.qk_nope + shape.qk_rope), shape.q_lora_rank
     queries = [d * query] if rank is None else [d * rank, rank * query]
     down = d * (shape.kv_lora_rank + shape.qk_rope)
     up = shape.kv_lora_rank * heads * (shape.qk_nope + shape.v_head_dim)
-    return [*queries, down, up, heads * shape.v_head_dim * d]
+    return [heads * shape.v_head_dim * d, *queries, down, up]

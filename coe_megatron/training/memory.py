@@ -9,6 +9,7 @@ On CUDA torch's allocator counts, in every step. The CPU has no such counter: th
 birth to its death, which makes a step up to twice as long, so only the first one of an attempt is watched.
 """
 
+import gc
 import resource
 import weakref
 from collections.abc import Iterator
@@ -63,6 +64,7 @@ class MemoryMeter:
         if self._allocator:
             self._between = max(self._between, torch.cuda.memory_allocated())
         elif self._live is not None:
+            gc.collect()  # what only waits for the collector, in a cycle of references, is not held
             self._live.settle()
             held = _storages(self._held())
             born = sum(size for storage, size in self._live.alive() if storage not in held)

@@ -19,13 +19,13 @@ Found = tuple[dict[str, int], dict[str, int]]
 
 
 def run_config(stage: int, precision: str, expert: int, ranks: int) -> RunConfig:
-    """Two micro-batches a step, so that gradients are summed, and large enough for what is small not to count."""
+    """Two micro-batches a step, so that gradients are summed, and enough tokens for routing to be even."""
     return RunConfig(
         model=ModelSettings(num_layers=4, hidden_size=256, num_attention_heads=4, seq_length=128),
         moe=MoESettings(num_experts=16, topk=2, ffn_hidden_size=128),
         parallel=ParallelSettings(expert=expert),
         zero=ZeroSettings(stage=stage, reduce_bucket_size=1_000_000),
-        training=TrainingSettings(precision=precision, micro_batch=4, global_batch=8 * ranks),
+        training=TrainingSettings(precision=precision, micro_batch=6, global_batch=12 * ranks),
     )
 
 
@@ -53,11 +53,10 @@ def found_in(config: RunConfig) -> Found:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("ranks", "expert"), [(1, 1), (2, 1), (2, 2), (4, 2)])
+@pytest.mark.parametrize(("ranks", "expert"), [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2)])
 def test_a_rank_holds_what_is_foreseen(ranks: int, expert: int) -> None:
-    for found in run_ranks(on_a_rank, ranks, expert, expert_model_parallel_size=expert):
-        for place, (said, measured) in zip(STAGES, found, strict=True):
-            for kind in STATES:
-                assert said[kind] == pytest.approx(measured[kind], rel=0.02), (kind, place)
-            assert said["activations"] == pytest.approx(measured["activations"], rel=0.1), place
-            assert said["peak"] > 0.98 * measured["peak"], place
+    of_ranks = run_ranks(on_a_rank, ranks, expert, expert_model_parallel_size=expert)
+    for place, *found in zip(STAGES, *of_ranks, strict=True):
+        for kind in (*STATES, "activations", "peak"):  # where ranks differ the forecast is of the one with most
+            said, most = found[0][0][kind], max(measured[kind] for _, measured in found)
+            assert said == pytest.approx(most, rel=0.02 if kind in STATES else 0.1), (kind, place)
