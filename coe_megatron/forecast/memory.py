@@ -27,6 +27,7 @@ class Held:
     Attributes:
         dense, experts: how many.
         dense_replicas, expert_replicas: ranks that hold the same ones, over which ZeRO cuts.
+        apart: experts are cut and stepped apart from all else, as their ranks are others.
         small: those in tensors that stage 3 leaves whole.
         largest: those of the layer or table that is largest, of what has replicas.
         touched: those in tensors of which ZeRO gives a rank a part or more, where a cut does not care for tensors.
@@ -36,6 +37,7 @@ class Held:
     experts: int
     dense_replicas: int
     expert_replicas: int
+    apart: bool
     small: int
     largest: int
     touched: int
@@ -53,7 +55,16 @@ class Held:
     @property
     def part(self) -> int:
         """What is left of them where ZeRO has cut."""
-        return -(-self.dense // self.dense_replicas) + -(-self.experts // self.expert_replicas)
+        return sum(self._parts)
+
+    @property
+    def stepped(self) -> int:
+        """The most of that which AdamW steps at once."""
+        return max(self._parts) if self.apart else self.part
+
+    @property
+    def _parts(self) -> tuple[int, int]:
+        return -(-self.dense // self.dense_replicas), -(-self.experts // self.expert_replicas)
 
 
 def held(config: RunConfig, shape: ModelShape, ranks: Layout, stage: int) -> Held:
@@ -74,6 +85,7 @@ def held(config: RunConfig, shape: ModelShape, ranks: Layout, stage: int) -> Hel
         experts=experts,
         dense_replicas=ranks.data,
         expert_replicas=ranks.expert_data,
+        apart=_are_apart(ranks),
         small=norms + sum(size for kind, size in in_order if kind == "dense" and size <= _SMALL),
         largest=max(
             -(-(layers // ranks.tensor + whole) // own.layers) + cut * experts // max(1, own.num_moe_layers),
@@ -86,9 +98,10 @@ def held(config: RunConfig, shape: ModelShape, ranks: Layout, stage: int) -> Hel
 def memory(config: RunConfig, shape: ModelShape, ranks: Layout, stage: int, run: Pass) -> dict[str, int]:
     """Bytes on the device of a rank of a pipeline stage.
 
-    `gradients` and `buffer`, in which they are reduced, are those between two micro-batches; the buffer holds what
-    tensor parallelism gathers, too. `gathered` are weights of stage 3 that are whole for a moment. `step` is what
-    AdamW's step takes beyond the activations, which are gone by then; on one rank with much to update that is seen.
+    `gradients` are those between two micro-batches, `buffer` is what they are reduced in. `gathered` are weights of
+    stage 3 that are whole for a moment, `whole_sequence` the hidden states that tensor parallelism gathers, in a buffer
+    of Megatron's for all layers. `step` is what AdamW's step takes beyond the activations, which are gone by then: it
+    shows where a rank has much to update.
     """
     has = held(config, shape, ranks, stage)
     micro_batches = micro_batches_of(config, ranks)
@@ -99,9 +112,10 @@ def memory(config: RunConfig, shape: ModelShape, ranks: Layout, stage: int, run:
         "weights": _weights(config, has),
         "gathered": gathered,
         "gradients": _gradients(config, has, micro_batches),
-        "buffer": _buffer(config, shape, ranks) + _beside_the_sum(config, has, passes, micro_batches),
+        "buffer": _bucket(config) + _beside_the_sum(config, has, passes, micro_batches),
         "optimizer": 0 if config.zero.offload_optimizer else _optimizer(config, has),
         "activations": passes.peak,
+        "whole_sequence": _whole_sequence(config, shape) if ranks.tensor > 1 else 0,
         "step": max(0, step - gathered - passes.peak),
     }
 
@@ -116,7 +130,7 @@ def as_measured(config: RunConfig, kinds: dict[str, int], micro_batches: int) ->
     return {
         "weights": kinds["weights"],
         "optimizer": kinds["optimizer"],
-        "gradients": kinds["gradients"] + stays,
+        "gradients": kinds["gradients"] + kinds["whole_sequence"] + stays,
         "activations": kinds["activations"] + kinds["gathered"] + kinds["buffer"] - stays,
     }
 
@@ -172,12 +186,14 @@ def _gradients(config: RunConfig, has: Held, micro_batches: int) -> int:
     return _FP32 * (has.whole if summed_whole else has.part)
 
 
-def _buffer(config: RunConfig, shape: ModelShape, ranks: Layout) -> int:
-    """The bucket in which gradients are reduced (stage 1 in bf16 reduces in place), and what TP gathers."""
+def _bucket(config: RunConfig) -> int:
+    """In which gradients are reduced; stage 1 in bf16 reduces in place."""
     bf16 = config.training.precision == "bf16"
-    bucket = config.zero.reduce_bucket_size * (0, 0 if bf16 else _FP32, element(config), _FP32)[config.zero.stage]
-    tokens = config.training.micro_batch * shape.seq_length
-    return bucket + (element(config) * tokens * shape.hidden if ranks.tensor > 1 else 0)
+    return config.zero.reduce_bucket_size * (0, 0 if bf16 else _FP32, element(config), _FP32)[config.zero.stage]
+
+
+def _whole_sequence(config: RunConfig, shape: ModelShape) -> int:
+    return element(config) * config.training.micro_batch * shape.seq_length * shape.hidden
 
 
 def _beside_the_sum(config: RunConfig, has: Held, passes: Activations, micro_batches: int) -> int:
@@ -198,16 +214,21 @@ def _optimizer(config: RunConfig, has: Held) -> int:
 
 
 def _step(config: RunConfig, has: Held) -> int:
-    """AdamW makes two tensors as large as what it steps at once: a rank's part, of stage 0 one parameter after another.
+    """AdamW makes two tensors as large as what it steps at once, which at stage 0 is one parameter after another.
 
     Stage 3 lays the gradients end to end before.
     """
-    return _FP32 * has.part * (0, 2, 2, 3)[config.zero.stage]
+    return _FP32 * has.stepped * (0, 2, 2, 3)[config.zero.stage]
+
+
+def _are_apart(ranks: Layout) -> bool:
+    """Whether a rank's experts differ from those of others in ways that its other parameters do not."""
+    return ranks.expert > 1 or ranks.expert_tensor != ranks.tensor
 
 
 def _touched(in_order: list[tuple[str, int]], ranks: Layout) -> int:
-    """See `Held`. DeepSpeed lays experts end to end with all else if they have the same replicas, else apart."""
-    if ranks.data == ranks.expert_data:
+    """See `Held`. DeepSpeed lays experts end to end with all else, or apart."""
+    if not _are_apart(ranks):
         return _most_touched([size for _, size in in_order], ranks.data)
     dense, experts = ([size for kind, size in in_order if kind == which] for which in ("dense", "expert"))
     return _most_touched(dense, ranks.data) + _most_touched(experts, ranks.expert_data)

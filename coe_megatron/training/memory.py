@@ -74,8 +74,9 @@ class MemoryMeter:
         """Bytes by kind, as far as was measured.
 
         `weights` and `optimizer` are the tensors that the engine holds now. `gradients` is what else is there between
-        two passes: gradients, and the buffer they are reduced in. `activations` is what comes and goes within a pass at
-        its peak: beside activations that which a pass takes for a moment, such as weights that stage 3 gathers.
+        two passes: gradients, the buffers they are reduced in, and Megatron's. `activations` is what comes and goes
+        within a pass at its peak: beside activations that which a pass takes for a moment, such as weights that stage 3
+        gathers.
         `peak` is the most there was at once, in the optimizer's step as well: of tensors on the CPU, of the allocator
         on CUDA (`peak_reserved` is what it has taken from the device). On the CPU `peak_resident` is the process with
         Python and all libraries.

@@ -18,21 +18,21 @@ STATES = ("weights", "gradients", "optimizer")
 Found = tuple[dict[str, int], dict[str, int]]
 
 
-def run_config(stage: int, precision: str, expert: int, ranks: int) -> RunConfig:
+def run_config(stage: int, precision: str, parallel: ParallelSettings, ranks: int) -> RunConfig:
     """Two micro-batches a step, so that gradients are summed, and enough tokens for routing to be even."""
     return RunConfig(
         model=ModelSettings(num_layers=4, hidden_size=256, num_attention_heads=4, seq_length=128),
         moe=MoESettings(num_experts=16, topk=2, ffn_hidden_size=128),
-        parallel=ParallelSettings(expert=expert),
+        parallel=parallel,
         zero=ZeroSettings(stage=stage, reduce_bucket_size=1_000_000),
-        training=TrainingSettings(precision=precision, micro_batch=6, global_batch=12 * ranks),
+        training=TrainingSettings(precision=precision, micro_batch=4, global_batch=8 * ranks // parallel.tensor),
     )
 
 
-def on_a_rank(expert: int) -> list[Found]:
+def on_a_rank(parallel: ParallelSettings) -> list[Found]:
     """Of each stage what is foreseen and what is measured."""
     ranks = torch.distributed.get_world_size()
-    return [found_in(run_config(stage, precision, expert, ranks)) for stage, precision in STAGES]
+    return [found_in(run_config(stage, precision, parallel, ranks)) for stage, precision in STAGES]
 
 
 def found_in(config: RunConfig) -> Found:
@@ -53,10 +53,32 @@ def found_in(config: RunConfig) -> Found:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("ranks", "expert"), [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2)])
-def test_a_rank_holds_what_is_foreseen(ranks: int, expert: int) -> None:
-    of_ranks = run_ranks(on_a_rank, ranks, expert, expert_model_parallel_size=expert)
+@pytest.mark.parametrize(
+    ("ranks", "expert", "tensor"),
+    [(1, 1, 1), (2, 2, 1), (4, 2, 1), (2, 2, 2)],
+    ids=["1", "2-ep2", "4-ep2", "2-ep2-tp2"],
+)
+def test_a_rank_holds_what_is_foreseen(ranks: int, expert: int, tensor: int) -> None:
+    groups = {
+        "expert_model_parallel_size": expert,
+        "tensor_model_parallel_size": tensor,
+        "expert_tensor_parallel_size": 1,
+    }
+    of_ranks = run_ranks(on_a_rank, ranks, ParallelSettings(expert=expert, tensor=tensor), **groups)
     for place, *found in zip(STAGES, *of_ranks, strict=True):
         for kind in (*STATES, "activations", "peak"):  # where ranks differ the forecast is of the one with most
             said, most = found[0][0][kind], max(measured[kind] for _, measured in found)
             assert said == pytest.approx(most, rel=0.02 if kind in STATES else 0.1), (kind, place)
+
+
+def on_a_stage(parallel: ParallelSettings) -> Found:
+    return found_in(run_config(1, "fp32", parallel, torch.distributed.get_world_size() // parallel.pipeline))
+
+
+@pytest.mark.ranks
+def test_the_first_stage_of_a_pipeline_holds_what_is_foreseen() -> None:
+    """Of the last one the schedule still holds the gradient of its input when all passes have ended."""
+    (said, first), (_, last) = run_ranks(on_a_stage, 2, ParallelSettings(pipeline=2), pipeline_model_parallel_size=2)
+    for kind in (*STATES, "activations", "peak"):
+        assert said[kind] == pytest.approx(first[kind], rel=0.02 if kind in STATES else 0.1), kind
+    assert last["activations"] < 0.7 * first["activations"]
