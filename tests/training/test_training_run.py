@@ -172,6 +172,15 @@ def test_a_mistake_is_said_once_by_rank_0(mistake: str, said: str, config: Path,
         (("configs/quickstart.yaml", "parallel.expert=1", "model.seq_lenth=9"), "did you mean model.seq_length?"),
         (("configs/quickstart.yaml", "parallel.expert=1", "--jsn"), "unrecognized arguments: --jsn"),
         (("configs/quickstart.yaml", "--json"), "--json goes with --dry-run"),
+        (("configs/quickstart.yaml", "--device-memory", "80GiB"), "--device-memory goes with --dry-run"),
+        (
+            ("configs/1024-gpus.yaml", "data.path=nowhere", "--dry-run", "--device-memory", "30 GiB"),
+            "--device-memory '30 GiB' must be a number above 0 and one of GiB, GB, MiB, MB, such as 80GiB",
+        ),
+        (
+            ("configs/1024-gpus.yaml", "data.path=nowhere", "--dry-run", "--device-memory", "30GiB"),
+            "--device-memory 30GiB: a rank needs 45.9 GiB, most of it activations (22.6 GiB); zero.stage=2 would fit",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_2(arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:
