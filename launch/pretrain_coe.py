@@ -35,8 +35,8 @@ if __name__ == "__main__":
 
 from coe_megatron.config import ConfigError, RunConfig, load  # noqa: E402
 from coe_megatron.config.arguments import Parser, write_out  # noqa: E402
-from coe_megatron.config.layout import layout  # noqa: E402
-from coe_megatron.training.forecast import forecast, vocabulary  # noqa: E402
+from coe_megatron.forecast.cost import forecast, vocabulary  # noqa: E402
+from coe_megatron.forecast.fit import parse_size, refusal  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,19 +46,31 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", default=[], help="key.sub=value, which wins over the file")
     parser.add_argument("--dry-run", action="store_true", help="say what the run would cost; needs no data, no ranks")
     parser.add_argument("--json", action="store_true", help="with --dry-run: say it as one JSON object")
+    fits = "with --dry-run: refuse (exit status 2) what needs more, such as 80GiB, and say what would fit"
+    parser.add_argument("--device-memory", metavar="SIZE", help=fits)
     options = parser.parse_intermixed_args(arguments)
     if options.json and not options.dry_run:
         parser.error("--json goes with --dry-run: a run writes its numbers into metrics.jsonl")
+    if options.device_memory is not None and not options.dry_run:
+        parser.error("--device-memory goes with --dry-run: a run takes the memory that is there")
     try:
         if options.dry_run:
-            return _forecast(load(options.config, options.overrides), options.json)
+            return _forecast(load(options.config, options.overrides), options.json, options.device_memory)
         return _pretrain(load(options.config, options.overrides, int(os.environ.get("WORLD_SIZE", "1"))))
     except ConfigError as error:
         parser.error(str(error))
 
 
-def _forecast(config: RunConfig, as_json: bool) -> int:
-    cost = forecast(config, _vocabulary(config), layout(config).ranks)
+def _forecast(config: RunConfig, as_json: bool, device_memory: str | None) -> int:
+    vocab_size = _vocabulary(config)
+    cost = forecast(config, vocab_size)
+    if device_memory is not None:
+        try:
+            available = parse_size(device_memory)
+        except ValueError as error:
+            raise ConfigError(f"--device-memory {error}") from error
+        if refused := refusal(config, cost, vocab_size, available):
+            raise ConfigError(f"--device-memory {device_memory}: {refused}")
     if os.environ.get("RANK", "0") == "0":
         write_out(json.dumps(cost.as_dict(), indent=2) if as_json else cost.table())
     return 0

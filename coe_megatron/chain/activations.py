@@ -4,6 +4,10 @@ Needs no torch. Tests hold every form against the tensors that the built Megatro
 torch's RMSNorm is one kernel, which need not keep the normed input, and dropout masks are bytes: the forms
 should be upper bounds there; nothing was measured. Rows that a capacity turns away are counted, a router's fp64 is not.
 
+Tensor parallelism comes with sequence parallelism, as Megatron has it for experts: between layers a rank has T / TP
+tokens, inside attention and shared experts all T with 1 / TP of the width. So all but token numbers and rotary angles
+is cut, the gathered input of a product is not kept (it is gathered again), and the logits are those of V / TP words.
+
 Letters: T tokens of a micro-batch on a rank, b bytes of an element, D hidden, N experts, K chosen for a token, F ffn.
 """
 
@@ -34,6 +38,10 @@ class Pass:
         jitter: noise on their input.
         dropout: of the hidden states (that of attention weights has a fused kernel on CUDA, and is not counted).
         expert_parallel: EP, the ranks that divide the experts among them.
+        tensor: TP, the ranks that cut everything else; and the sequence between layers.
+        expert_tensor: ETP, the ranks that cut every expert: each gets the rows of all of them.
+        first, last: the rank has the embedding; the output layer and the loss.
+        in_flight: micro-batches that a pipeline keeps at once on this rank.
     """
 
     micro_batch: int
@@ -45,6 +53,11 @@ class Pass:
     jitter: bool = False
     dropout: bool = False
     expert_parallel: int = 1
+    tensor: int = 1
+    expert_tensor: int = 1
+    first: bool = True
+    last: bool = True
+    in_flight: int = 1
 
 
 @dataclass(frozen=True)
@@ -60,38 +73,56 @@ class Activations:
         logits_gradient: what the loss's gradient takes beside the softmax, which it overwrites.
         gradients: what the backward pass of an iteration's experts holds beside that: gradients of their rows and, over
             more than one iteration, of one layer's experts, which autograd adds up before it hands them on.
+        in_flight: micro-batches of which `kept` is there at once; the backward pass is in one of them.
     """
 
     kept: dict[str, int]
     recomputed: int
     logits_gradient: int
     gradients: int
+    in_flight: int = 1
 
     @property
     def peak(self) -> int:
         """Bytes where the backward pass holds most: at the logits, or in the last chain when the logits are gone."""
         total = sum(self.kept.values())
-        return max(total + self.logits_gradient, total - self.kept["output"] + self.recomputed + self.gradients)
+        in_pass = max(total + self.logits_gradient, total - self.kept["output"] + self.recomputed + self.gradients)
+        return (self.in_flight - 1) * total + in_pass
 
 
 def activations(shape: ModelShape, run: Pass) -> Activations:
-    """What the whole model keeps on one rank for one micro-batch, and its peak."""
-    tokens = run.micro_batch * shape.seq_length
+    """What the model keeps on one rank for one micro-batch, and its peak.
+
+    Args:
+        shape: the whole model, or the layers of the rank's pipeline stage.
+    """
+    whole, tokens = run.micro_batch * shape.seq_length, _tokens(shape, run)
     dense = shape.layers - shape.num_moe_layers
     chain = _chain(shape, run)
     own_norms = shape.chain.topology == "iteration_norm"
-    norms = 1 + shape.layers + (dense if own_norms else shape.layers)
+    norms = run.last + shape.layers + (dense if own_norms else shape.layers)
     kept = {
-        "embedding": tokens * _INDEX,
+        "embedding": whole * _INDEX * run.first,
         "attention": shape.layers * _attention(shape, run),
         "dense": dense * tokens * run.element * (shape.hidden + _feed_forward(shape, shape.dense_ffn)),
         **{kind: shape.num_moe_layers * size for kind, size in chain.items()},
-        "dropout": tokens * run.element * shape.hidden * (1 + 2 * shape.layers) if run.dropout else 0,
-        "output": tokens * (run.element * shape.hidden + _FP32 * shape.vocab + _INDEX + 1 + _FP32),
+        "dropout": tokens * run.element * shape.hidden * (run.first + 2 * shape.layers) if run.dropout else 0,
+        "output": _output(shape, run) * run.last,
     }
     kept["norms"] += norms * tokens * _norm(shape, run, shape.hidden)
-    logits_gradient = tokens * shape.vocab * run.element if run.element < _FP32 else 0
-    return Activations(kept, _recomputed(shape, run), logits_gradient, _gradients(shape, run))
+    logits_gradient = tokens * shape.vocab * run.element * run.last if run.element < _FP32 else 0
+    return Activations(kept, _recomputed(shape, run), logits_gradient, _gradients(shape, run), run.in_flight)
+
+
+def _tokens(shape: ModelShape, run: Pass) -> int:
+    """Tokens of a micro-batch whose hidden states lie on this rank."""
+    return run.micro_batch * shape.seq_length // run.tensor
+
+
+def _output(shape: ModelShape, run: Pass) -> int:
+    """The last hidden states, the softmax of the logits, and of every position label, mask and loss."""
+    states = _tokens(shape, run) * (run.element * shape.hidden + _FP32 * shape.vocab)
+    return states + run.micro_batch * shape.seq_length * (_INDEX + 1 + _FP32)
 
 
 def extra_flops(shape: ModelShape, recompute: Recompute) -> int:
@@ -106,7 +137,7 @@ def extra_flops(shape: ModelShape, recompute: Recompute) -> int:
 
 def _chain(shape: ModelShape, run: Pass) -> dict[str, int]:
     """What one chain keeps, by kind."""
-    tokens, c = run.micro_batch * shape.seq_length, shape.chain.iterations
+    tokens, c = _tokens(shape, run), shape.chain.iterations
     state = tokens * run.element * shape.hidden
     routes = shape.routings * tokens * shape.topk * _INDEX
     kept = dict.fromkeys(("norms", "state", "routers", "experts", "shared"), 0)
@@ -132,10 +163,10 @@ def _recomputed(shape: ModelShape, run: Pass) -> int:
     if run.recompute == "none" or not shape.num_moe_layers:
         return 0
     if run.recompute == "experts":
-        return run.micro_batch * shape.seq_length * shape.topk * run.element * _between(shape)
+        return _tokens(shape, run) * shape.topk * run.element * _between(shape)
     each = [(sum(_iteration(shape, run, routed).values()), times) for routed, times in _iterations(shape)]
-    known = shape.routings * run.micro_batch * shape.seq_length * shape.topk * _INDEX  # the routes, kept anyway
-    state = run.micro_batch * shape.seq_length * run.element * shape.hidden  # as is the input of what is recomputed
+    known = shape.routings * _tokens(shape, run) * shape.topk * _INDEX  # the routes, kept anyway
+    state = _tokens(shape, run) * run.element * shape.hidden  # as is the input of what is recomputed
     if run.recompute == "iteration":
         return max(size for size, _ in each) - known // shape.routings - state
     return sum(times * size for size, times in each) - known - state
@@ -145,9 +176,10 @@ def _gradients(shape: ModelShape, run: Pass) -> int:
     """See Activations.gradients."""
     if not shape.num_moe_layers:
         return 0
-    rows = run.micro_batch * shape.seq_length * shape.topk
-    of_rows = rows * (shape.hidden + shape.ffn_matrices * shape.expert_ffn)
+    rows = _tokens(shape, run) * shape.topk
+    of_rows = rows * (run.expert_tensor * shape.hidden + shape.ffn_matrices * shape.expert_ffn)
     experts = shape.experts // run.expert_parallel * shape.ffn_matrices * shape.hidden * shape.expert_ffn
+    experts //= run.expert_tensor
     return run.element * (of_rows + (experts if shape.chain.iterations > 1 else 0))
 
 
@@ -156,7 +188,7 @@ def _iteration(shape: ModelShape, run: Pass, routed: bool) -> dict[str, int]:
 
     Its input is kept for the first products of router and shared experts; who routes copies of it alone does not.
     """
-    tokens, b = run.micro_batch * shape.seq_length, run.element
+    tokens, b = _tokens(shape, run), run.element
     reads_input = bool(shape.shared_ffn) or (routed and not run.jitter)
     jittered = 2 * b * shape.hidden if routed and run.jitter else 0
     own_norm = shape.chain.topology == "iteration_norm"
@@ -185,7 +217,7 @@ def _row(shape: ModelShape, run: Pass) -> int:
     """Bytes of a token's copy in an expert: its input, the first product, its gate, and what `experts` recomputes."""
     first = (2 if shape.swiglu else 1) * shape.expert_ffn
     between = 0 if run.recompute == "experts" else _between(shape)
-    return run.element * (shape.hidden + first + between) + _FP32
+    return run.element * (run.expert_tensor * shape.hidden + first + between) + run.expert_tensor * _FP32
 
 
 def _between(shape: ModelShape) -> int:
@@ -205,7 +237,7 @@ def _norm(shape: ModelShape, run: Pass, width: int) -> int:
 
 def _attention(shape: ModelShape, run: Pass) -> int:
     """Bytes of one layer: its input, what makes queries, keys and values of it, the kernel's part, and the angles."""
-    tokens, b = run.micro_batch * shape.seq_length, run.element
+    tokens, b = _tokens(shape, run), run.element
     kernel = _FP32 * shape.heads  # a logarithm for each head and position; never S x S weights
     if shape.attention == "mla":
         per_token, angles = _latent_attention(shape, run), shape.qk_rope

@@ -228,6 +228,7 @@ class ParallelSettings:
         expert_tensor: ETP, the ranks that cut every expert; independent of `tensor`.
         context: ranks that cut the sequence in attention too; only 1 works.
         world_size: number of ranks the run is meant for; null takes as many as are started. `--dry-run` counts on it.
+        ranks_per_node: how many of them a node has; `--dry-run` tells traffic inside nodes from that across them.
     """
 
     tensor: Count = 1
@@ -236,6 +237,7 @@ class ParallelSettings:
     expert_tensor: Count = 1
     context: Count = 1
     world_size: Count | None = None
+    ranks_per_node: Count = 8
 
 
 @dataclass(frozen=True)

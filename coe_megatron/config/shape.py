@@ -1,5 +1,7 @@
 """What the closed forms need to know of a run: its settings as a ModelShape."""
 
+from dataclasses import replace
+
 from coe_megatron.chain.activations import Pass, Recompute, Scores
 from coe_megatron.chain.closed_forms import ModelShape
 from coe_megatron.config.settings import RunConfig
@@ -50,7 +52,22 @@ def training_pass(config: RunConfig, recompute: Recompute | None = None) -> Pass
         jitter=moe.input_jitter > 0,
         dropout=config.model.hidden_dropout > 0,
         expert_parallel=config.parallel.expert,
+        tensor=config.parallel.tensor,
+        expert_tensor=config.parallel.expert_tensor,
     )
+
+
+def stage_shape(config: RunConfig, shape: ModelShape, stage: int) -> ModelShape:
+    """The layers of a pipeline stage (from 0) of the model `shape`; embedding and output layer count as in `shape`."""
+    layers = shape.layers // config.parallel.pipeline
+    pattern = moe_pattern(config)[stage * layers : (stage + 1) * layers]
+    return replace(shape, layers=layers, moe_layers=pattern)
+
+
+def stage_pass(run: Pass, stage: int, stages: int, micro_batches: int) -> Pass:
+    """The passes of a pipeline stage: under 1F1B stage p of P keeps P - p micro-batches, if there are so many."""
+    in_flight = min(stages - stage, micro_batches)
+    return replace(run, first=stage == 0, last=stage == stages - 1, in_flight=in_flight)
 
 
 def moe_pattern(config: RunConfig) -> tuple[int, ...]:

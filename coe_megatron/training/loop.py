@@ -95,6 +95,8 @@ class Pretraining:
         self.shape = model_shape(config, self.vocab_size)
         self.flops = closed_forms.training_flops(self.shape)
         self.peak_flops = devices.peak_flops(config.training.precision)
+        self.memory = memory.MemoryMeter(self.engine)
+        self.memory_foreseen = memory.foreseen(config, self.vocab_size)
 
     def run(self) -> None:
         """All steps that are left, with evaluations and checkpoints on the way."""
@@ -149,12 +151,14 @@ class Pretraining:
         own = torch.stack([batch["loss_mask"].sum() for batch in batches]).double().sum()
         counted, asked = evaluation.all_reduce_sum(torch.stack([own, own.new_tensor(self.interruption.asked)])).tolist()
         zero.set_lr(self.engine, learning_rate(settings, step, self.config.training.steps))
-        total = passes.train_step(
-            self.engine,
-            batches,
-            evaluation.forward,
-            lambda token_losses, batch: evaluation.counted_loss(token_losses, batch) / max(counted, 1),
-        )
+        with self.memory.step():
+            total = passes.train_step(
+                self.engine,
+                batches,
+                evaluation.forward,
+                lambda token_losses, batch: evaluation.counted_loss(token_losses, batch) / max(counted, 1),
+                self.memory.after_backward,
+            )
         stats.finish_step(model)
         self.position.tokens += int(counted)
         return evaluation.all_reduce_sum(total), asked > 0
@@ -187,7 +191,8 @@ class Pretraining:
             "eta_seconds": self.progress.seconds_left(step),
             "tflops": flops / 1e12,
             **({"mfu": flops / self.peak_flops} if self.peak_flops else {}),
-            "memory": memory.measure(self.engine),
+            "memory": self.memory.measured(),
+            "memory_foreseen": self.memory_foreseen,
             "routing": [asdict(report) for report in reports],
         }
         shown = {"loss": loss, "tokens/s": tokens_per_second}

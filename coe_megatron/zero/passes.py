@@ -22,13 +22,20 @@ Forward: TypeAlias = Callable[[torch.nn.Module, Batch], torch.Tensor]
 Reduce: TypeAlias = Callable[[torch.Tensor, Batch], torch.Tensor]
 
 
-def train_step(engine: Engine, batches: Sequence[Batch], forward: Forward, loss_of: Reduce) -> torch.Tensor:
+def train_step(
+    engine: Engine,
+    batches: Sequence[Batch],
+    forward: Forward,
+    loss_of: Reduce,
+    after_backward: Callable[[], None] = lambda: None,
+) -> torch.Tensor:
     """One optimizer step over its micro-batches; what their gradients are, `zero.engine` says.
 
     Args:
         batches: as many as the engine accumulates, their `tokens` [B, S] all of one shape; brought to the device one by
             one.
         loss_of: a scalar, whose sum over micro-batches and ranks is what the step lowers.
+        after_backward: called when a backward pass has ended and its gradients are there; of a pipeline when all have.
 
     Returns:
         The sum over these micro-batches, float64, on all ranks that hold the model.
@@ -38,6 +45,7 @@ def train_step(engine: Engine, batches: Sequence[Batch], forward: Forward, loss_
         for batch in map(_on_device, batches):
             loss = loss_of(forward(engine, batch), batch)
             backward(engine, loss)
+            after_backward()
             engine.step()
             losses.append(loss.detach())
         return torch.stack(losses).double().sum()
@@ -48,6 +56,7 @@ def train_step(engine: Engine, batches: Sequence[Batch], forward: Forward, loss_
         return loss * (len(batches) * engine.dp_world_size), loss.detach()
 
     losses = _through_stages(engine, batches, forward, scaled)
+    after_backward()
     engine.step()  # reduces as well: the engine was told that the backward passes are not its own
     return _from_last_stage(losses, ())
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from coe_megatron.config import RunConfig, load
-from coe_megatron.training.forecast import Forecast, forecast, vocabulary
+from coe_megatron.forecast.cost import Forecast, forecast, vocabulary
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MOE = "chain.iterations=1"
@@ -68,8 +68,11 @@ def test_comments_say_what_a_rank_holds(said: Said) -> None:
 
 def test_comments_say_what_a_rank_sends(said: Said) -> None:
     sent = said.cost.communication
-    assert f"Network: {gib(sum(sent.values()))} GiB a rank and step: all-to-all {gib(sent['all_to_all'])} " in said.text
-    assert f"gradients {gib(sent['gradients'])} and weights {gib(sent['weights'])} between nodes" in said.text
+    total = sum(kind.total for kind in sent.values())
+    assert f"Network: {gib(total)} GiB a rank and step: all-to-all {gib(sent['all_to_all'].inside_node)} " in said.text
+    assert sent["all_to_all"].across_nodes == 0, "it stays inside a node"
+    across = {kind: gib(sent[kind].across_nodes) for kind in ("gradients", "weights")}
+    assert f"gradients {across['gradients']} and weights {across['weights']} between nodes" in said.text
 
 
 def test_comments_say_how_large_and_long_it_is(said: Said) -> None:

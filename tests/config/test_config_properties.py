@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 
 from coe_megatron.config import ConfigError, RunConfig, dump, load
 from coe_megatron.config.layout import layout
-from coe_megatron.training.forecast import forecast, vocabulary
+from coe_megatron.forecast.cost import forecast, vocabulary
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
 FIXED = settings(

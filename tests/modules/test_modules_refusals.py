@@ -62,7 +62,7 @@ REFUSED = [
     (build_layer, {"moe_shared_expert_overlap": True}, "False"),
     (build_layer, {"fp8": "e4m3", "recompute_granularity": "selective"}, "unset"),
     (coe_layer_spec, {"num_moe_experts": None}, "at least one"),
-    (coe_layer_spec, {"tensor_model_parallel_size": 2, "multi_latent_attention": True}, "must be 1 without Transformer"),
+    (coe_layer_spec, {"tensor_model_parallel_size": 2, "multi_latent_attention": True}, "without Transformer Engine"),
 ]
 
 
