@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 
 class Program(subprocess.Popen):
@@ -28,14 +28,14 @@ def python(*arguments: object, seconds: float = 120) -> subprocess.CompletedProc
     return _run([sys.executable, *map(str, arguments)], seconds)
 
 
-def torchrun(*arguments: object, seconds: float = 600) -> subprocess.CompletedProcess[str]:
-    """`torchrun --nproc-per-node 2 ARGUMENTS` in the project's root."""
-    return _run([*TORCHRUN, *map(str, arguments)], seconds)
+def torchrun(*arguments: object, ranks: int = 2, seconds: float = 600) -> subprocess.CompletedProcess[str]:
+    """`torchrun --nproc-per-node RANKS ARGUMENTS` in the project's root."""
+    return _run([*TORCHRUN, str(ranks), *map(str, arguments)], seconds)
 
 
 def start_torchrun(*arguments: object) -> Program:
-    """The same without waiting: `with start_torchrun(...) as process`; `kill` ends it earlier."""
-    command = [*TORCHRUN, *map(str, arguments)]
+    """Two ranks without waiting: `with start_torchrun(...) as process`; `kill` ends it earlier."""
+    command = [*TORCHRUN, "2", *map(str, arguments)]
     return Program(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 

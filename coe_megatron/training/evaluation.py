@@ -22,7 +22,11 @@ def forward(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         batch: tokens, labels, position_ids [B, S] int64 and padding_mask [B, S] bool, True at padding; maybe
             attention_mask [B, 1, S, S] bool, True where attention is forbidden, in place of the causal mask.
     """
-    masks = {"labels": batch["labels"], "padding_mask": batch["padding_mask"]}
+    padding = batch["padding_mask"]
+    if not parallel_state.is_pipeline_first_stage():  # where GPTModel itself takes this rank's part of the sequence
+        tensor = parallel_state.get_tensor_model_parallel_group()
+        padding = padding.chunk(tensor.size(), dim=1)[tensor.rank()]
+    masks = {"labels": batch["labels"], "padding_mask": padding}
     return model(batch["tokens"], batch["position_ids"], batch.get("attention_mask"), **masks)
 
 

@@ -23,11 +23,11 @@ def cost(*overrides: str, stage: int | None = None) -> Forecast:
 
 
 def test_tensor_parallelism_cuts_all_but_norms_and_routers() -> None:
-    one, two = cost("parallel.world_size=2"), cost("parallel.world_size=2", "parallel.tensor=2")
+    one, two = (cost("model.mla=null", "parallel.world_size=2", f"parallel.tensor={size}") for size in (1, 2))
     counted = one.parameters
     whole = counted.norms + counted.routers + counted.experts  # the experts divided by ETP, which is 1
     assert two.memory["weights"] == TWO_BYTES * (whole + (counted.total - whole) // 2)
-    both = cost("parallel.world_size=2", "parallel.tensor=2", "parallel.expert_tensor=2")
+    both = cost("model.mla=null", "parallel.world_size=2", "parallel.tensor=2", "parallel.expert_tensor=2")
     assert both.memory["weights"] == two.memory["weights"] - TWO_BYTES * counted.experts // 2
     assert both.memory["activations"] < 0.75 * one.memory["activations"]
 
@@ -110,10 +110,11 @@ def test_more_expert_parallelism_than_a_node_has_ranks_leaves_it() -> None:
 
 
 def test_what_tensor_parallelism_and_pipelines_send() -> None:
-    layers, iterations, latent = 4, 2, 512
-    found = cost("parallel.world_size=2", "parallel.tensor=2").communication["tensor"]
-    attention = 5 * HIDDEN + 3 * (HIDDEN + latent)  # gathers its input for queries and for latents, and the latents
-    width = layers * (attention + 5 * iterations * HIDDEN) + (2 + 3) * HIDDEN  # shared experts; embedding, output layer
+    layers, iterations = 4, 2
+    found = cost("model.mla=null", "parallel.world_size=2", "parallel.tensor=2").communication["tensor"]
+    width = (
+        layers * (5 * HIDDEN + 5 * iterations * HIDDEN) + (2 + 3) * HIDDEN
+    )  # attention, shared experts; embedding, output layer
     assert found == Sent(TOKENS * TWO_BYTES * width // 2, 0)
     stages = cost("parallel.world_size=4", "parallel.pipeline=4", "parallel.ranks_per_node=1").communication
     assert stages["pipeline"] == Sent(0, 2 * TOKENS * HIDDEN * TWO_BYTES)  # of a stage in the middle

@@ -369,10 +369,11 @@ def test_a_run_goes_on_with_tensor_and_pipeline_parallelism(config: Path, prepar
     alone, tensor, pipeline = (tmp_path / name for name in ("alone", "tensor", "pipeline"))
     done = python(*common, f"output={alone}", "parallel.expert=1", "training.steps=3", "optimizer.warmup=0")
     assert done.returncode == 0, done.stderr
-    layouts = {tensor: ("parallel.tensor=2",), pipeline: ("parallel.expert=1", "parallel.pipeline=2")}
-    for folder, layout in layouts.items():
+    layouts = {tensor: (2, "parallel.tensor=2"), pipeline: (4, "parallel.tensor=2", "parallel.pipeline=2")}
+    for folder, (ranks, *layout) in layouts.items():
         shutil.copytree(alone, folder)
-        done = torchrun(*common, f"output={folder}", "training.steps=6", "optimizer.warmup=0", *layout)
+        changes = ("training.steps=6", "optimizer.warmup=0", *layout)
+        done = torchrun(*common, f"output={folder}", *changes, ranks=ranks)
         assert done.returncode == 0 and "resumed at step 3" in done.stderr, done.stderr
     done = python(*common, f"output={alone}", "parallel.expert=1", "training.steps=6", "optimizer.warmup=0")
     assert done.returncode == 0, done.stderr
