@@ -21,19 +21,18 @@ from coe_megatron.checkpoint.collective import shared
 from coe_megatron.config import ConfigError, RunConfig
 from coe_megatron.config.layout import layout
 from coe_megatron.config.shape import model_shape, padded_vocabulary
-from coe_megatron.data.datasets import StepBatches, validation_batches
 from coe_megatron.data.run_data import RunData
 from coe_megatron.modules import stats
 from coe_megatron.parallel import groups
 from coe_megatron.training import devices, evaluation, memory, run_folder
 from coe_megatron.training.continuation import Checkpoints, Position
-from coe_megatron.training.evaluation import ValidationSet
 from coe_megatron.training.interruption import Interruption
 from coe_megatron.training.metrics import Several, open_metrics
 from coe_megatron.training.model import build_model
 from coe_megatron.training.profiling import ProfileWindow
 from coe_megatron.training.progress import Progress
 from coe_megatron.training.schedule import learning_rate
+from coe_megatron.training.splits import open_splits
 from coe_megatron.zero import engine as zero
 from coe_megatron.zero import passes
 
@@ -82,11 +81,10 @@ class Pretraining:
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.config, self.device, self.folder = config, device, Path(config.output)
         self.main_rank = torch.distributed.get_rank() == 0
-        self.data_ranks = parallel_state.get_data_parallel_world_size()
         try:
             data = RunData.open(config.data)
             self.vocab_size = padded_vocabulary(config, data.tokenizer_size)
-            self._open_data(data)
+            self.data = open_splits(config, data, self.folder / "index")
             self.engine = self._build_engine()
             self.checkpoints = Checkpoints(self.folder, config, data, self.engine)
             self.position, self.begun = self.checkpoints.take_up()
@@ -101,7 +99,7 @@ class Pretraining:
     def run(self) -> None:
         """All steps that are left, with evaluations and checkpoints on the way."""
         first, steps = self.position.step, self.config.training.steps
-        seen = chain.from_iterable(part.batches for part in self.validation.values())
+        seen = chain.from_iterable(part.batches for part in self.data.validation.values())
         entropy = evaluation.unigram_entropy(seen, self.vocab_size)
         if self.main_rank:
             run_folder.describe(self.folder, self._facts(entropy), self.config)
@@ -147,7 +145,7 @@ class Pretraining:
         """One optimizer step; returns its loss in nats per counted token, and whether a rank was asked to stop."""
         model, settings = self.engine.module, self.config.optimizer
         stats.reset_routing(model, watch=self._due("log_every", "evaluate_every", ahead=1))
-        batches = self.batches.for_step(step)
+        batches = self.data.batches.for_step(step)
         own = torch.stack([batch["loss_mask"].sum() for batch in batches]).double().sum()
         counted, asked = evaluation.all_reduce_sum(torch.stack([own, own.new_tensor(self.interruption.asked)])).tolist()
         zero.set_lr(self.engine, learning_rate(settings, step, self.config.training.steps))
@@ -205,37 +203,16 @@ class Pretraining:
         return shown
 
     def _validate(self) -> dict[str, Any]:
-        return evaluation.validate(self.engine, self.validation)
+        return evaluation.validate(self.engine, self.data.validation)
 
     def _due(self, *settings: str, ahead: int = 0) -> bool:
         step, training = self.position.step + ahead, self.config.training
         return step == training.steps or any(step % getattr(training, name) == 0 for name in settings)
 
-    def _open_data(self, data: RunData) -> None:
-        """Take up this rank's share of all splits; the validation sets, small, stay in memory."""
-        training, limit = self.config.training, self.config.data.validation_samples
-        share = {"dp_rank": parallel_state.get_data_parallel_rank(), "dp_size": self.data_ranks}
-        length, index = self.config.model.seq_length, self.folder / "index"
-        self.batches = StepBatches(
-            data.training_samples(length, seed=training.seed, cache_dir=index),
-            data.weights,
-            seed=training.seed,
-            global_batch=training.global_batch,
-            micro_batch=training.micro_batch,
-            **share,
-        )
-        self.validation = {
-            name: ValidationSet(
-                list(validation_batches(samples, training.micro_batch, **share, limit=limit)),
-                data.validation[name].manifest.splits["valid"].bytes_per_token,
-            )
-            for name, samples in data.validation_samples(length, seed=training.seed, cache_dir=index).items()
-        }
-        self.cut = data.share_cut(length)
-
     def _build_engine(self) -> zero.Engine:
         config = self.config
-        accumulation = config.training.global_batch // (config.training.micro_batch * self.data_ranks)
+        replicas = parallel_state.get_data_parallel_world_size()
+        accumulation = config.training.global_batch // (config.training.micro_batch * replicas)
         model = build_model(config, self.vocab_size)
         engine = zero.build_engine(model, config.optimizer, config.training, config.zero, accumulation)
         groups.seed_dropout(config.training.seed)
@@ -251,7 +228,7 @@ class Pretraining:
             "parameters": asdict(counted) | {"total": counted.total, "active": counted.active},
             "flops_per_token": self.flops.total,
             "unigram_entropy": entropy,
-            "share_of_documents_cut": self.cut,
+            "share_of_documents_cut": self.data.cut,
             "ranks": torch.distributed.get_world_size(),
             "device": str(self.device),
         }
@@ -263,10 +240,10 @@ class Pretraining:
             f"{counted.total:,} parameters on {ranks} rank{'s' * (ranks > 1)} ({self.device.type}): "
             f"{layout(self.config, ranks)}"
         )
-        if self.cut > 0.05:
+        if self.data.cut > 0.05:
             self.progress.say(
-                f"{self.cut:.0%} of the training documents are longer than model.seq_length ({self.shape.seq_length}) "
-                "and lose their end; data.samples packed loses nothing"
+                f"{self.data.cut:.0%} of the training documents are longer than model.seq_length "
+                f"({self.shape.seq_length}) and lose their end; data.samples packed loses nothing"
             )
         if self.begun:
             self.progress.say(self.begun)
