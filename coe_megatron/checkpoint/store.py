@@ -19,7 +19,7 @@ import pickle
 import shutil
 import sys
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,12 @@ class Layout:
     tensor: int
     pipeline: int
     expert: int
+    expert_tensor: int
     zero_stage: int
+
+    def has_ranks_of(self, other: "Layout") -> bool:
+        """Whether each rank is there to do the same: any ZeRO stage draws the same random numbers."""
+        return replace(self, zero_stage=other.zero_stage) == other
 
 
 def save(
@@ -155,6 +160,7 @@ def _layout(engine: Engine) -> Layout:
         tensor=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline=parallel_state.get_pipeline_model_parallel_world_size(),
         expert=parallel_state.get_expert_model_parallel_world_size(),
+        expert_tensor=parallel_state.get_expert_tensor_parallel_world_size(),
         zero_stage=engine.zero_optimization_stage(),
     )
 
@@ -186,7 +192,7 @@ def _read(checkpoint: Path, engine: Engine) -> dict[str, Any]:
         raise ValueError(f"checkpoint {checkpoint} holds weights alone: begin a run with it as training.warm_start")
     states.load_tensors(engine, checkpoint / "tensors")
     zero_states.set_steps(engine, facts["optimizer_steps"])
-    if facts["layout"]["ranks"] == dist.get_world_size():  # otherwise no rank's generators are those of one that saved
+    if Layout(**facts["layout"]).has_ranks_of(_layout(engine)):  # else no rank's generators suit one that saved
         states.set_random_states(_read_random(_random_file(checkpoint, dist.get_rank())))
     return facts["state"]
 
