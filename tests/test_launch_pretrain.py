@@ -1,5 +1,6 @@
 """launch/pretrain_coe.py: Ctrl-C before the first step, from the first import on."""
 
+import os
 import runpy
 import subprocess
 import sys
@@ -45,5 +46,8 @@ def test_ctrl_c_while_the_run_is_built(
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(loop, "train", interrupted)
-    assert runpy.run_path(str(PROGRAM))["main"](arguments) == 130
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(PROGRAM))["main"](arguments)
+    assert ended.value.code == 130
     assert capsys.readouterr().err == SAID

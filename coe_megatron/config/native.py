@@ -9,6 +9,7 @@ _DECIDED = {
     "train_batch_size": "training.global_batch",
     "train_micro_batch_size_per_gpu": "training.micro_batch",
     "gradient_accumulation_steps": "training.global_batch",
+    "managed_gradient_accumulation": "parallel.pipeline",
     "gradient_clipping": "optimizer.clip",
     "optimizer": "optimizer",
     "scheduler": "optimizer.decay",
