@@ -14,8 +14,9 @@ EPILOG = """examples:
   checkpoint.py reshard runs/big published --weights-only
   checkpoint.py average runs/big averaged --last 4
 
-DIR is a checkpoint, or the folder of a run for its newest whole one. What is written is a checkpoint too: a run begins
-with it by training.warm_start, and goes on from it if it lies among that run's checkpoints and has its states.
+DIR is a checkpoint, or the folder of a run for its newest one (reshard and average: that is whole). What is written is
+a checkpoint too: a run begins with it by training.warm_start, and goes on from it if it lies among that run's
+checkpoints and has its states.
 
 exit status: 0 done, 1 verify found a damaged checkpoint, 2 a mistake or what cannot be done (one line on stderr says
 which, and nothing was written), 130 interrupted."""

@@ -51,10 +51,18 @@ def kill(process: subprocess.Popen) -> None:
         process.wait()
 
 
-def _descendants(pid: int) -> list[int]:
+def children(process: subprocess.Popen) -> list[int]:
+    """The processes that a program has started itself: of torchrun the ranks."""
+    return [child for child, parent in _parents().items() if parent == process.pid]
+
+
+def _parents() -> dict[int, int]:
     listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-    parents = dict(map(int, line.split()) for line in listed.splitlines())
-    found = [pid]
+    return dict(map(int, line.split()) for line in listed.splitlines())
+
+
+def _descendants(pid: int) -> list[int]:
+    parents, found = _parents(), [pid]
     for parent in found:  # grows on the way
         found += [child for child, its_parent in parents.items() if its_parent == parent]
     return found[1:]

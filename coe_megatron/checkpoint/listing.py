@@ -43,6 +43,11 @@ def newest_first(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: (step_of(path), path.name), reverse=True)
 
 
+def steps_beyond(folder: Path, step: int) -> set[int]:
+    """Steps of the finished checkpoints that are newer than one: a run that goes on from it has found them damaged."""
+    return {step_of(found) for found in newest_first(folder) if finished(found) and step_of(found) > step}
+
+
 def finished(checkpoint: Path) -> bool:
     """It got its name, so that all of it was there once."""
     match = _NAME.fullmatch(checkpoint.name)
@@ -96,13 +101,21 @@ def find(source: Path) -> Path:
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Give a sealed checkpoint its name; one that had it (damaged, or saved by an earlier attempt) makes room."""
+    """Give a sealed checkpoint its name; one that had it (damaged, or saved by an earlier attempt) goes after that."""
     for path in (partial, *partial.rglob("*")):  # names as well, and what others wrote
         to_disk(path)
+    aside = final.with_name(f".{final.name}.replaced")
     if final.exists():
-        delete(final)
-    os.rename(partial, final)
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(final, aside)
+    try:
+        os.rename(partial, final)
+    except BaseException:
+        if aside.exists() and not final.exists():
+            os.rename(aside, final)
+        raise
     to_disk(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def delete(checkpoint: Path) -> None:

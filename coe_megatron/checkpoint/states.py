@@ -37,7 +37,7 @@ from megatron.core.dist_checkpointing.validation import determine_global_metadat
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
-from coe_megatron.checkpoint.collective import Group, am_first, gathered
+from coe_megatron.checkpoint.collective import Group, gathered, together
 from coe_megatron.checkpoint.storage import OPTIMIZER, Reader, Writer
 from coe_megatron.zero import states as zero_states
 from coe_megatron.zero.engine import Engine
@@ -74,9 +74,13 @@ def write_tensors(tensors: Tensors, folder: Path, group: Group = None) -> None:
     """
     planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
     dcp.save(tensors, storage_writer=Writer(folder), planner=planner, process_group=group)
-    if am_first():  # for Megatron's own way of loading; ours needs neither
-        TorchCommonSaveStrategy("torch", 1).save_common({}, folder)
-        save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+    together(lambda: _write_for_megatron(folder), group, first_alone=True)
+
+
+def _write_for_megatron(folder: Path) -> None:
+    """What Megatron's own way of loading looks for; ours needs neither."""
+    TorchCommonSaveStrategy("torch", 1).save_common({}, folder)
+    save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 
 
 def load_tensors(engine: Engine, folder: Path, kinds: Sequence[str] = zero_states.KINDS) -> None:

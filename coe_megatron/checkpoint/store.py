@@ -41,7 +41,7 @@ class NotSaved(Exception):
 
 
 @dataclass(frozen=True)
-class Layout:
+class SavedLayout:
     """How the ranks that saved divided the work; any other can load."""
 
     ranks: int
@@ -51,7 +51,7 @@ class Layout:
     expert_tensor: int
     zero_stage: int
 
-    def has_ranks_of(self, other: "Layout") -> bool:
+    def has_ranks_of(self, other: "SavedLayout") -> bool:
         """Whether each rank is there to do the same: any ZeRO stage draws the same random numbers."""
         return replace(self, zero_stage=other.zero_stage) == other
 
@@ -68,7 +68,7 @@ def save(
     """Save a run between two steps, and delete what is older than the newest `keep` checkpoints up to this one.
 
     What lies beyond `step` stays: a run that goes on from an earlier step found it damaged. So do checkpoints of the
-    steps in `milestones`, which do not count as one of the newest.
+    steps in `milestones`, which do not count as one of the newest; name there also what was found damaged.
 
     Args:
         folder: where the checkpoints of this run lie; made if needed.
@@ -154,8 +154,8 @@ class _Snapshot:
         return cls(states.take_tensors(engine), random.getvalue(), facts)
 
 
-def _layout(engine: Engine) -> Layout:
-    return Layout(
+def _layout(engine: Engine) -> SavedLayout:
+    return SavedLayout(
         ranks=dist.get_world_size(),
         tensor=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline=parallel_state.get_pipeline_model_parallel_world_size(),
@@ -192,7 +192,7 @@ def _read(checkpoint: Path, engine: Engine) -> dict[str, Any]:
         raise ValueError(f"checkpoint {checkpoint} holds weights alone: begin a run with it as training.warm_start")
     states.load_tensors(engine, checkpoint / "tensors")
     zero_states.set_steps(engine, facts["optimizer_steps"])
-    if Layout(**facts["layout"]).has_ranks_of(_layout(engine)):  # else no rank's generators suit one that saved
+    if SavedLayout(**facts["layout"]).has_ranks_of(_layout(engine)):  # else no rank's generators suit one that saved
         states.set_random_states(_read_random(_random_file(checkpoint, dist.get_rank())))
     return facts["state"]
 

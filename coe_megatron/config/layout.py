@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from math import lcm
 
 from coe_megatron.config.settings import RunConfig
+from coe_megatron.config.shape import moe_pattern
 
 
 @dataclass(frozen=True)
@@ -119,11 +120,27 @@ def _pipeline(config: RunConfig) -> Iterator[str]:
             f"zero.stage is {config.zero.stage}: with parallel.pipeline ({stages}) it must be 0 or 1, because stages 2 "
             "and 3 take gradients away after every micro-batch, of which a pipeline has several under way"
         )
+    elif config.zero.stage == 1 and _are_apart(config) and not all(map(any, _by_stage(config))):
+        yield (
+            f"moe.layer_freq is {config.moe.layer_freq}: with parallel.pipeline ({stages}) each stage needs a layer "
+            "with experts, or zero.stage be 0: DeepSpeed's stages would wait for each other's norms of experts"
+        )
     if not config.model.untied_embeddings:
         yield (
             f"model.untied_embeddings is false: with parallel.pipeline ({stages}) it must be true, because the first "
             "stage would hold the embedding and the last one the output layer"
         )
+
+
+def _are_apart(config: RunConfig) -> bool:
+    """Whether experts have other replicas than what is dense."""
+    return config.parallel.expert > 1 or config.parallel.expert_tensor != config.parallel.tensor
+
+
+def _by_stage(config: RunConfig) -> list[tuple[int, ...]]:
+    """`moe_pattern` cut into pipeline stages; that divides the layers."""
+    pattern, count = moe_pattern(config), config.model.num_layers // config.parallel.pipeline
+    return [pattern[first : first + count] for first in range(0, len(pattern), max(1, count))]
 
 
 def _ranks(config: RunConfig, world_size: int | None) -> Iterator[str]:

@@ -22,7 +22,7 @@ def parse_size(text: str) -> int:
     Raises:
         ValueError: it is none; one line.
     """
-    found = re.fullmatch(rf"(\d+(?:\.\d+)?)({'|'.join(_UNITS)})", text, re.ASCII)
+    found = re.fullmatch(rf"(\d{{1,9}}(?:\.\d{{1,9}})?)({'|'.join(_UNITS)})", text, re.ASCII)
     count = int(float(found[1]) * _UNITS[found[2]]) if found else 0
     if count < 1:
         raise ValueError(f"{text!r} must be a number above 0 and one of {', '.join(_UNITS)}, such as 80GiB")
@@ -66,7 +66,7 @@ def _candidates(config: RunConfig) -> Iterator[Changes]:
     `experts` repeats no product. Stages 1 and 2 send more gradients at most, smaller micro-batches make smaller
     products. `iteration` and `layer` repeat the forward pass of all experts. More expert parallelism sends more tokens,
     first inside a node. Stage 3 sends weights twice a micro-batch, tensor parallelism hidden states several times a
-    layer, and a pipeline waits; an optimizer in host memory makes the device wait for host and bus.
+    layer, and a pipeline waits; an optimizer, or weights, in host memory make the device wait for host and bus.
     """
     zero, parallel, modes = config.zero, config.parallel, ("none", "experts", "iteration", "layer")
     recompute = [{"moe.recompute": mode} for mode in modes[modes.index(config.moe.recompute) + 1 :]]
@@ -78,8 +78,9 @@ def _candidates(config: RunConfig) -> Iterator[Changes]:
     yield from ({"zero.stage": 3} for _ in range(zero.stage < 3))
     yield from ({"parallel.tensor": count} for count in _doubles(parallel.tensor, parallel.ranks_per_node))
     yield from ({"parallel.pipeline": count} for count in _doubles(parallel.pipeline, config.model.num_layers))
-    if not zero.offload_optimizer:
-        yield {"zero.offload_optimizer": True}
+    yield from (
+        {f"zero.{what}": True} for what in ("offload_optimizer", "offload_parameters") if not getattr(zero, what)
+    )
 
 
 def _in_order_of_cost(single: list[Changes]) -> Iterator[Changes]:

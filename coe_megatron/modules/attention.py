@@ -76,7 +76,9 @@ class SDPACoreAttention(MegatronModule):
             value = F.pad(value, (0, key.shape[3] - value_size))
         query_BASH, key_BGSH, value_BGSV = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         dropout = self.dropout if self.training else 0.0
-        with get_cuda_rng_tracker().fork() if dropout else nullcontext():
+        # With sequence parallelism Megatron's block has entered the fork, and leaving another one would set it back.
+        fork = dropout and not self.config.sequence_parallel
+        with get_cuda_rng_tracker().fork() if fork else nullcontext():
             out_BASV = F.scaled_dot_product_attention(
                 query_BASH,
                 key_BGSH,

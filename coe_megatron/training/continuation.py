@@ -5,7 +5,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from coe_megatron.checkpoint import store
+from coe_megatron.checkpoint import listing, store
 from coe_megatron.checkpoint.background import Background
 from coe_megatron.config import RunConfig
 from coe_megatron.data.run_data import RunData
@@ -37,6 +37,7 @@ class Checkpoints:
     def __init__(self, folder: Path, config: RunConfig, data: RunData, engine: Engine) -> None:
         self._run, self._folder, self._config, self._engine = folder, folder / "checkpoints", config, engine
         self._background = Background() if config.training.background_saving else None
+        self._damaged: set[int] = set()  # steps of checkpoints that were passed over
         self._identity: dict[str, Any] = {"tokenizer": data.tokenizer_sha256, "text": data.text_identity}
 
     def take_up(self) -> tuple[Position, str]:
@@ -53,6 +54,7 @@ class Checkpoints:
         if state is not None:
             self._require_same(state, ("tokenizer", "text"), f"the checkpoints in {self._run}")
             self._require_steps(state["step"])
+            self._damaged = listing.steps_beyond(self._folder, state["step"])
             return Position(state["step"], state["tokens"]), self._resumed(state["step"], remark)
         if self._config.training.warm_start is not None:
             return Position(), self._warm_start(Path(self._config.training.warm_start))
@@ -80,8 +82,10 @@ class Checkpoints:
             NotSaved: this checkpoint, or one that was being written, could not be.
         """
         training, state = self._config.training, {**asdict(position), **self._identity}
-        keep, milestones = training.keep_checkpoints, training.milestones
-        store.save(self._folder, position.step, self._engine, state, keep, milestones, self._background)
+        self._damaged.discard(position.step)  # it makes room for this one
+        spared = {*training.milestones, *self._damaged}
+        keep = training.keep_checkpoints
+        store.save(self._folder, position.step, self._engine, state, keep, spared, self._background)
         if last and self._background is not None:
             self._background.wait()
 

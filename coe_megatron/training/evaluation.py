@@ -102,8 +102,8 @@ def unigram_entropy(batches: Iterable[Batch], vocab_size: int) -> float:
     return -float((shares * shares.log()).sum())
 
 
-def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
-    """Sum of a tensor over the data-parallel ranks, as a CPU tensor of the same dtype."""
+def all_reduce_sum(values: torch.Tensor, group: torch.distributed.ProcessGroup | None = None) -> torch.Tensor:
+    """Sum of a tensor over the data-parallel ranks (or those of a group), as a CPU tensor of the same dtype."""
     moved = values.to(torch.cuda.current_device())
-    torch.distributed.all_reduce(moved, group=parallel_state.get_data_parallel_group())
+    torch.distributed.all_reduce(moved, group=group or parallel_state.get_data_parallel_group())
     return moved.cpu()

@@ -147,7 +147,9 @@ class Pretraining:
         stats.reset_routing(model, watch=self._due("log_every", "evaluate_every", ahead=1))
         batches = self.data.batches.for_step(step)
         own = torch.stack([batch["loss_mask"].sum() for batch in batches]).double().sum()
-        counted, asked = evaluation.all_reduce_sum(torch.stack([own, own.new_tensor(self.interruption.asked)])).tolist()
+        counted = float(evaluation.all_reduce_sum(own))
+        # Over all ranks: with tensor or pipeline parallelism those of one data-parallel group are not all there are.
+        asked = evaluation.all_reduce_sum(own.new_tensor(self.interruption.asked), torch.distributed.group.WORLD)
         zero.set_lr(self.engine, learning_rate(settings, step, self.config.training.steps))
         with self.memory.step():
             total = passes.train_step(
@@ -159,7 +161,7 @@ class Pretraining:
             )
         stats.finish_step(model)
         self.position.tokens += int(counted)
-        return evaluation.all_reduce_sum(total), asked > 0
+        return evaluation.all_reduce_sum(total), bool(asked)
 
     def _require_progress(self) -> None:
         """A step with a gradient that is not finite is left out; a run of them will not recover by itself."""

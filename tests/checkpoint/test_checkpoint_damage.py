@@ -3,6 +3,7 @@
 import builtins
 import io
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Iterator
@@ -178,3 +179,35 @@ def forge(checkpoint: Path, name: str, content: bytes) -> None:
     (checkpoint / SEAL).unlink()
     seal(checkpoint)
     assert name in json.loads((checkpoint / SEAL).read_text())["files"]
+
+
+@pytest.mark.parametrize("interrupted", ["rename", "rmtree"])
+def test_a_checkpoint_that_is_replaced_is_there_whenever_it_is_interrupted(
+    interrupted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By Ctrl-C while the new one gets the name, and while the old one is deleted."""
+    old, new = tmp_path / listing.name_of(1), tmp_path / f"{listing.name_of(1)}.tmp"
+    for folder in (old, new):
+        folder.mkdir()
+        (folder / SEAL).write_text(folder.name)
+
+    def interrupt(*paths: Path, **_: object) -> None:
+        if paths[0] == new or (interrupted == "rmtree" and paths[0].exists()):
+            raise KeyboardInterrupt
+        if interrupted == "rename":
+            os.replace(*paths)
+
+    monkeypatch.setattr(listing.os if interrupted == "rename" else listing.shutil, interrupted, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        listing.publish(new, old)
+    assert (old / SEAL).read_text() == (old.name if interrupted == "rename" else new.name)
+
+
+def test_checkpoints_that_were_passed_over_are_not_counted(tmp_path: Path) -> None:
+    """A run goes on from step 6, having found 8 damaged, and saves 9: two whole ones stay, and what was damaged."""
+    for step in (4, 6, 8, 9):
+        (tmp_path / listing.name_of(step)).mkdir()
+        (tmp_path / listing.name_of(step) / SEAL).touch()
+    assert listing.steps_beyond(tmp_path, 6) == {8, 9}
+    store._prune(tmp_path, 9, keep=2, milestones={8})
+    assert [listing.step_of(path) for path in listing.newest_first(tmp_path)] == [9, 8, 6]

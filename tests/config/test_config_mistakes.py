@@ -121,6 +121,10 @@ OVERRIDES: list[tuple[str, str]] = [
     ("parallel.pipeline=2 & zero.stage=3", "zero.stage is 3: with parallel.pipeline (2) it must be 0 or 1, because"),
     ("parallel.pipeline=2 & model.untied_embeddings=false", "model.untied_embeddings is false: with parallel.pipeline"),
     ("parallel.tensor=2 & model.mla={}", "parallel.tensor is 2: with model.mla it must be 1, because"),
+    (
+        "parallel.pipeline=2 & parallel.expert=2 & moe.layer_freq=[0,1]",
+        "moe.layer_freq is [0, 1]: with parallel.pipeline (2) each stage needs a layer with experts",
+    ),
     ("parallel.context=2", "parallel.context is 2: attention here sees whole sequences, leave it 1"),
     (
         "parallel.tensor=2 & parallel.pipeline=2 & parallel.world_size=6",

@@ -27,6 +27,11 @@ def test_objects_are_merged_key_by_key() -> None:
         ('{"train_batch_size": 8}', "it says train_batch_size, which training.global_batch decides; leave it out"),
         ('{"zero_optimization": {"stage": 3}}', "it says zero_optimization.stage, which zero.stage decides"),
         ('{"bf16": {"enabled": true}}', "it says bf16, which training.precision decides"),
+        ('{"tensor_parallel": {"autotp_size": 2}}', "it says tensor_parallel, which parallel.tensor decides"),
+        (
+            '{"zero_optimization": {"cpu_offload": true}}',
+            "it says zero_optimization.cpu_offload, which zero.offload_opt",
+        ),
         ("[]", "it must hold a JSON object"),
         ("{", "not valid JSON"),
     ],

@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import os
 import shlex
 import shutil
 import signal
@@ -12,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from programs import ROOT, kill, python, start_torchrun, torchrun
+from programs import ROOT, children, kill, python, start_torchrun, torchrun
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from coe_megatron.training.metrics import read_metrics
@@ -387,6 +388,19 @@ def test_a_run_goes_on_with_tensor_and_pipeline_parallelism(config: Path, prepar
                 [(entry["layer"], entry["iteration"]) for entry in line.get("routing", [])] for line in (found, truth)
             ]
             assert places[0] == places[1]
+
+
+def test_a_warning_to_one_stage_of_a_pipeline_stops_all_at_one_step(
+    config: Path, prepared: Path, tmp_path: Path
+) -> None:
+    changes = ("parallel.expert=1", "parallel.pipeline=2", "training.steps=5000", "training.save_every=5000")
+    command = ("launch/pretrain_coe.py", config, f"data.path={prepared}", f"output={tmp_path}", *changes)
+    with start_torchrun(*command) as process:
+        wait_for_step(tmp_path, 2, process)
+        os.kill(max(children(process)), signal.SIGTERM)  # the last stage, which writes no metrics
+        process.wait(timeout=120)
+    assert len(list((tmp_path / "checkpoints").glob("step-*"))) == 1
+    assert '"outcome": "interrupted"' in (tmp_path / "run.json").read_text()
 
 
 def test_a_blend_with_named_sets_goes_on_with_another_number_of_ranks(
