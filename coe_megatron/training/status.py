@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from coe_megatron.config.arguments import one_line
 from coe_megatron.training import folder_lock
 
 _PARTS = {"checkpoints", "index", "profile", "tensorboard", "wandb"}  # of a run's folder: no runs lie in them
@@ -93,16 +94,16 @@ def status(folder: Path, now: float) -> Status:
     return Status(
         str(folder),
         state,
-        reason or None,
-        newest.get("step"),
-        training.get("steps"),
-        newest.get("train_loss"),
-        evaluated.get("valid_loss"),
-        newest.get("tokens_per_second"),
-        None if left is None else max(0.0, left - (now - written)),
-        len(attempts),
-        written,
-        attempt.get("log"),
+        reason=reason or None,
+        step=newest.get("step"),
+        steps=training.get("steps"),
+        train_loss=newest.get("train_loss"),
+        valid_loss=evaluated.get("valid_loss"),
+        tokens_per_second=newest.get("tokens_per_second"),
+        seconds_left=None if left is None else max(0.0, left - (now - written)),
+        starts=len(attempts),
+        written=written,
+        log=attempt.get("log"),
     )
 
 
@@ -123,13 +124,13 @@ def table(rows: Sequence[Status], now: float) -> str:
         ).rstrip()
         for line in cells
     ]
-    failures = [f"{row.folder} failed: {row.reason}" for row in rows if row.reason is not None]
+    failures = [one_line(f"{row.folder} failed: {row.reason}") for row in rows if row.reason is not None]
     return "\n".join([*lines, *([""] if failures else []), *failures])
 
 
 def _cells(row: Status, now: float) -> list[str]:
     return [
-        row.folder,
+        one_line(row.folder),
         row.state,
         _text(row.step, "{:,}") + ("" if row.steps is None else f" of {row.steps:,}"),
         _text(row.train_loss, "{:.3f}"),
@@ -138,7 +139,7 @@ def _cells(row: Status, now: float) -> list[str]:
         _span(row.seconds_left),
         _text(row.starts, "{}"),
         "-" if row.written is None else f"{_span(max(0.0, now - row.written))} ago",
-        _text(row.log, "{}"),
+        one_line(_text(row.log, "{}")),
     ]
 
 
