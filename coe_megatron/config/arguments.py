@@ -28,9 +28,11 @@ def one_line(text: str) -> str:
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
-def write_out(text: str) -> None:
-    """Print what was asked for; a reader that has gone away, such as `head`, is no error."""
+def write_out(text: str) -> bool:
+    """Print what was asked for; False if the reader has gone away, as `head` does, which is no error."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that closing it is none either
+        return False
+    return True

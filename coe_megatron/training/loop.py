@@ -7,7 +7,7 @@ tokens of the whole step, on all ranks and in all micro-batches, so that a token
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -56,7 +56,14 @@ def train(config: RunConfig, ranks: groups.Ranks) -> run_folder.Outcome | None:
     if config.training.deterministic:
         devices.make_deterministic()
     device = groups.start(config.parallel, config.training.seed, ranks)
-    _at_rank_0(lambda: run_folder.begin(Path(config.output), config))
+    with _at_rank_0(lambda: run_folder.begin(Path(config.output), config)) or nullcontext():
+        outcome = _attempt(config, ranks, device)
+    groups.stop()
+    return outcome
+
+
+def _attempt(config: RunConfig, ranks: groups.Ranks, device: torch.device) -> run_folder.Outcome | None:
+    """One attempt in a folder that is begun; however it ends, run.json says so."""
     try:
         run = Pretraining(config, device)
         run.run()
@@ -70,9 +77,7 @@ def train(config: RunConfig, ranks: groups.Ranks) -> run_folder.Outcome | None:
                 Path(config.output), "interrupted" if isinstance(error, Interrupted) else f"failed: {error!r}"
             )
         raise
-    outcome = run_folder.finish(run.folder) if ranks.rank == 0 else None
-    groups.stop()
-    return outcome
+    return run_folder.finish(run.folder) if ranks.rank == 0 else None
 
 
 class Pretraining:

@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from coe_megatron.config import ConfigError, RunConfig, dump, load
+from coe_megatron.training import folder_lock
 from coe_megatron.training.metrics import read_metrics
 from coe_megatron.training.picture import draw_loss
 
@@ -71,11 +72,14 @@ class Outcome:
         return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
 
 
-def begin(folder: Path, config: RunConfig) -> None:
-    """Make the folder and note this attempt in run.json, before anything costs time.
+def begin(folder: Path, config: RunConfig) -> TextIO:
+    """Make the folder, lock it and note this attempt in run.json, before anything costs time.
+
+    Returns:
+        The lock, to be closed when the attempt is over.
 
     Raises:
-        ConfigError: the folder cannot be made or written.
+        ConfigError: the folder cannot be made or written, or another run has locked it (whose files stay as they are).
     """
     attempt = {
         "outcome": "running",
@@ -85,14 +89,17 @@ def begin(folder: Path, config: RunConfig) -> None:
         "python": platform.python_version(),
         "versions": {name: version(name) for name in _PACKAGES},
         "git_commit": _git_commit(),
+        "log": _log(),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock = folder_lock.take(folder)
         record = _read(folder)
         earlier = [{**old, "outcome": _DIED} if old["outcome"] == "running" else old for old in _attempts(record)]
         _write(folder, {**record, "attempts": [*earlier, attempt]})
         if not (folder / "checkpoints").exists():  # otherwise the checkpoints' config stays until it is compared
             (folder / "config.yaml").write_text(dump(config))
+        return lock
     except OSError as error:
         raise ConfigError(f"output is {folder}: cannot be written: {error.strerror}") from error
 
@@ -108,7 +115,7 @@ def withdraw(folder: Path) -> None:
     record = _read(folder)
     if attempts := _attempts(record)[:-1]:
         return _write(folder, {**record, "attempts": attempts})
-    for name in ("run.json", "config.yaml"):
+    for name in ("run.json", "config.yaml", folder_lock.NAME):
         (folder / name).unlink(missing_ok=True)
     with suppress(OSError):  # there is something else in it
         folder.rmdir()
@@ -176,6 +183,12 @@ def _write(folder: Path, record: Mapping[str, Any]) -> None:
     temporary = folder / "run.json.tmp"
     temporary.write_text(json.dumps(record, indent=2) + "\n")
     os.replace(temporary, folder / "run.json")
+
+
+def _log() -> str | None:
+    """The file that stderr goes to; None if it goes to a terminal or a pipe."""
+    path = Path("/proc/self/fd/2").resolve()
+    return str(path) if path.is_file() else None
 
 
 def _git_commit() -> str | None:

@@ -84,6 +84,17 @@ def test_dropout_draws_from_the_model_parallel_generator() -> None:
     assert torch.equal(core.eval()(*qkv, None), core(*qkv, None))
 
 
+def test_dropout_within_the_block_of_sequence_parallelism_moves_its_generator_on() -> None:
+    """There Megatron's block has forked already; a fork inside would give every pass the same mask."""
+    core = make_core(SDPACoreAttention, attention_dropout=0.5)
+    core.config.sequence_parallel = True  # Megatron's config wants several tensor-parallel ranks for it
+    qkv, found = make_qkv(requires_grad=False), []
+    for _ in range(2):
+        with get_cuda_rng_tracker().fork():
+            found.append(core(*qkv, None))
+    assert not torch.equal(*found)
+
+
 def test_attention_without_gradients_stays_without() -> None:
     with torch.no_grad():
         assert not make_core(SDPACoreAttention)(*make_qkv(), None).requires_grad

@@ -16,6 +16,8 @@ import pytest
 from programs import ROOT, children, kill, python, start_torchrun, torchrun
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from coe_megatron.config import RunConfig
+from coe_megatron.training import run_folder
 from coe_megatron.training.metrics import read_metrics
 
 BYTES = 2.0  # a token, about, of 512 pieces
@@ -167,6 +169,16 @@ def test_a_mistake_is_said_once_by_rank_0(mistake: str, said: str, config: Path,
     assert done.returncode != 0
     assert done.stderr.count("pretrain_coe.py: error: ") == done.stderr.count(f"pretrain_coe.py: error: {said}") == 1
     assert 'pretrain_coe.py", line' not in done.stderr  # the traceback that torchrun prints is its own
+
+
+def test_a_second_run_with_the_output_of_another_is_refused(config: Path, prepared: Path, tmp_path: Path) -> None:
+    with run_folder.begin(tmp_path, RunConfig()):
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        settings = (f"data.path={prepared}", f"output={tmp_path}", "parallel.expert=1")
+        done = python("launch/pretrain_coe.py", config, *settings)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"pretrain_coe.py: error: output is {tmp_path}: another run is writing it, process ")
 
 
 @pytest.mark.parametrize(

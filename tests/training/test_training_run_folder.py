@@ -14,19 +14,19 @@ def outcomes(folder: Path) -> list[str]:
 
 
 def test_an_attempt_that_said_nothing_has_died(tmp_path: Path) -> None:
-    run_folder.begin(tmp_path, RunConfig())
-    run_folder.begin(tmp_path, RunConfig())
+    run_folder.begin(tmp_path, RunConfig()).close()
+    run_folder.begin(tmp_path, RunConfig()).close()
     run_folder.end(tmp_path, "finished")
     assert outcomes(tmp_path) == ["died", "finished"]
 
 
 def test_what_is_refused_leaves_no_trace(tmp_path: Path) -> None:
-    run_folder.begin(tmp_path / "new", RunConfig())
+    run_folder.begin(tmp_path / "new", RunConfig()).close()
     run_folder.withdraw(tmp_path / "new")
     assert not list(tmp_path.iterdir())
-    run_folder.begin(tmp_path, RunConfig())
+    run_folder.begin(tmp_path, RunConfig()).close()
     run_folder.end(tmp_path, "finished")
-    run_folder.begin(tmp_path, RunConfig())
+    run_folder.begin(tmp_path, RunConfig()).close()
     run_folder.withdraw(tmp_path)
     assert outcomes(tmp_path) == ["finished"]
 

@@ -1,0 +1,221 @@
+"""How runs stand, read from their folders alone: config.yaml, run.json, the end of metrics.jsonl. Without torch."""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from coe_megatron.config.arguments import one_line
+from coe_megatron.training import folder_lock
+
+_PARTS = {"checkpoints", "index", "profile", "tensorboard", "wandb"}  # of a run's folder: no runs lie in them
+_BLOCK = 1 << 16
+# A run on another machine has died when it was silent for so long, or for so many times what it takes from one logged
+# step to the next: evaluating, saving and starting take time too.
+_SILENT_SECONDS, _SILENT_INTERVALS = 600, 10
+_COLUMNS = {
+    **dict.fromkeys(("run", "state"), str.ljust),
+    **dict.fromkeys(("step", "train loss", "valid loss", "tokens/s", "left", "starts", "written"), str.rjust),
+    "log": str.ljust,
+}
+
+
+@dataclass(frozen=True)
+class Status:
+    """How one run stands; None is what is not known (yet).
+
+    Attributes:
+        state: `waiting` (started, not come to its steps yet), `running`, `finished`, `interrupted`, `failed`, `died`
+            (without a word), `no run` (there is none in this folder) or `unreadable` (its run.json).
+        reason: the error of a failed run.
+        step, steps: done at the last logged step, and asked for.
+        train_loss, valid_loss: the newest ones, in nats per counted token.
+        seconds_left: of a run that goes on.
+        starts: attempts so far, this one with them.
+        written: when metrics.jsonl or run.json was last written, in seconds since 1970.
+        log: the file that the newest attempt's stderr goes to, on the machine where it ran.
+    """
+
+    folder: str
+    state: str
+    reason: str | None = None
+    step: int | None = None
+    steps: int | None = None
+    train_loss: float | None = None
+    valid_loss: float | None = None
+    tokens_per_second: float | None = None
+    seconds_left: float | None = None
+    starts: int | None = None
+    written: float | None = None
+    log: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; times in ISO 8601."""
+        written = None if self.written is None else _moment(self.written)
+        return {**asdict(self), "written": written}
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """The runs in a folder and below it; a folder with a run.json is one."""
+    found = []
+    for place, folders, files in os.walk(folder):
+        if "run.json" in files:
+            found.append(Path(place))
+            folders[:] = set(folders) - _PARTS
+    return sorted(found)
+
+
+def status(folder: Path, now: float) -> Status:
+    """How the run in a folder stands, at `now` seconds since 1970."""
+    attempts = _attempts(folder / "run.json")
+    if not attempts:
+        return Status(str(folder), "unreadable" if (folder / "run.json").exists() else "no run")
+    attempt, training = attempts[-1], _training(folder / "config.yaml")
+    newest, evaluated = _last_steps(folder / "metrics.jsonl")
+    logged = _written(folder / "metrics.jsonl")
+    written = max(logged, _written(folder / "run.json"))
+    state, _, reason = str(attempt.get("outcome", "unreadable")).partition(": ")
+    if state == "running":
+        interval = (newest.get("step_seconds") or 0) * training.get("log_every", 0)
+        if not _lives(folder, attempt, now - written, interval):
+            state = "died"
+        elif not newest or _moment(logged) < str(attempt.get("began")):
+            state = "waiting"
+    left = newest.get("eta_seconds") if state == "running" else None
+    return Status(
+        str(folder),
+        state,
+        reason=reason or None,
+        step=newest.get("step"),
+        steps=training.get("steps"),
+        train_loss=newest.get("train_loss"),
+        valid_loss=evaluated.get("valid_loss"),
+        tokens_per_second=newest.get("tokens_per_second"),
+        seconds_left=None if left is None else max(0.0, left - (now - written)),
+        starts=len(attempts),
+        written=written,
+        log=attempt.get("log"),
+    )
+
+
+def statuses(folders: Sequence[Path]) -> list[Status]:
+    """How all runs in some folders stand; a folder without any has a row of its own, which says so."""
+    now = time.time()
+    runs = dict.fromkeys(run for folder in folders for run in find_runs(folder) or [folder])
+    return [status(run, now) for run in runs]
+
+
+def table(rows: Sequence[Status], now: float) -> str:
+    """For a person: a line a run, at `now` seconds since 1970; below it why runs failed."""
+    cells = [list(_COLUMNS), *(_cells(row, now) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join(
+            align(cell, width) for align, cell, width in zip(_COLUMNS.values(), line, widths, strict=True)
+        ).rstrip()
+        for line in cells
+    ]
+    failures = [one_line(f"{row.folder} failed: {row.reason}") for row in rows if row.reason is not None]
+    return "\n".join([*lines, *([""] if failures else []), *failures])
+
+
+def _cells(row: Status, now: float) -> list[str]:
+    return [
+        one_line(row.folder),
+        row.state,
+        _text(row.step, "{:,}") + ("" if row.steps is None else f" of {row.steps:,}"),
+        _text(row.train_loss, "{:.3f}"),
+        _text(row.valid_loss, "{:.3f}"),
+        _text(row.tokens_per_second, "{:,.0f}"),
+        _span(row.seconds_left),
+        _text(row.starts, "{}"),
+        "-" if row.written is None else f"{_span(max(0.0, now - row.written))} ago",
+        one_line(_text(row.log, "{}")),
+    ]
+
+
+def _lives(folder: Path, attempt: Mapping[str, Any], silent: float, interval: float) -> bool:
+    """Whether a run that has not said how it ended goes on; its lock says so, where locks are seen everywhere."""
+    held = folder_lock.is_held(folder)
+    if held or (held is False and attempt.get("host") == platform.node()):
+        return bool(held)
+    return silent < max(_SILENT_SECONDS, _SILENT_INTERVALS * interval)
+
+
+def _last_steps(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The newest logged step, and the newest that was evaluated; empty where there is none."""
+    newest: dict[str, Any] = {}
+    try:
+        for line in _lines_from_the_end(path):
+            if newest and b'"valid_loss"' not in line:
+                continue
+            values = json.loads(line)
+            newest = newest or values
+            if "valid_loss" in values:
+                return newest, values
+    except (OSError, ValueError):  # what was read so far is true all the same
+        pass
+    return newest, {}
+
+
+def _lines_from_the_end(path: Path) -> Iterator[bytes]:
+    """The lines of a file, the last first, reading no more than is asked for; one without an end is left out."""
+    with path.open("rb") as file:
+        position, rest, whole = file.seek(0, os.SEEK_END), b"", False
+        while position:
+            size = min(_BLOCK, position)
+            position = file.seek(position - size)
+            rest, *lines = (file.read(size) + rest).split(b"\n")
+            if lines and not whole:  # what follows the last line break is being written
+                lines, whole = lines[:-1], True
+            yield from reversed(lines)
+        if whole:
+            yield rest
+
+
+def _attempts(path: Path) -> list[dict[str, Any]]:
+    """Of a run.json, the newest last; none if it cannot be read."""
+    try:
+        return [dict(attempt) for attempt in json.loads(path.read_text())["attempts"]]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
+
+
+def _training(path: Path) -> dict[str, Any]:
+    """The section `training` of a config; empty if it cannot be read."""
+    try:
+        return dict(OmegaConf.select(OmegaConf.load(path), "training"))
+    except (OSError, ValueError, TypeError, YAMLError, OmegaConfBaseException):
+        return {}
+
+
+def _written(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _moment(seconds: float) -> str:
+    """As run.json has it."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+
+
+def _text(value: Any, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _span(seconds: float | None) -> str:
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds is not None and seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return _text(seconds, "{:.0f} s")

@@ -1,0 +1,83 @@
+"""A run's folder is one process's at a time, and free again however that process ends."""
+
+import errno
+import fcntl
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from programs import Program
+
+from coe_megatron.config import ConfigError, RunConfig
+from coe_megatron.training import folder_lock, run_folder
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from coe_megatron.training import folder_lock
+lock = folder_lock.take(Path(sys.argv[1]))
+print("holds it", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[Program]:
+    """A process that has locked `tmp_path`."""
+    with Program([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "holds it\n"
+        yield process
+
+
+def test_a_second_process_is_refused_until_the_first_is_killed(holder: Program, tmp_path: Path) -> None:
+    assert folder_lock.is_held(tmp_path)
+    with pytest.raises(ConfigError) as raised:
+        folder_lock.take(tmp_path)
+    assert str(raised.value) == (
+        f"output is {tmp_path}: another run is writing it, process {holder.pid} on {platform.node()}; "
+        "wait for its end, end it, or choose another output"
+    )
+    holder.kill()
+    holder.wait()
+    assert folder_lock.is_held(tmp_path) is False
+    folder_lock.take(tmp_path).close()
+
+
+def test_a_refused_run_changes_no_file_of_the_first(tmp_path: Path) -> None:
+    with run_folder.begin(tmp_path, RunConfig()):
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        with pytest.raises(ConfigError, match=f"process {os.getpid()} on "):
+            run_folder.begin(tmp_path, RunConfig(output="elsewhere"))
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    with run_folder.begin(tmp_path, RunConfig()):
+        pass
+
+
+def test_a_lock_whose_file_was_deleted_counts_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its holder withdrew between our opening and our locking: who comes next would lock another file."""
+    lock_file, flock = tmp_path / folder_lock.NAME, fcntl.flock
+
+    def withdrawn_meanwhile(file: object, operation: int) -> None:
+        monkeypatch.undo()
+        lock_file.unlink()
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", withdrawn_meanwhile)
+    with folder_lock.take(tmp_path):
+        assert lock_file.exists() and folder_lock.is_held(tmp_path)
+
+
+def test_without_locks_a_run_goes_on_unguarded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(file: object, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with folder_lock.take(tmp_path):
+        assert folder_lock.is_held(tmp_path) is None
+    assert capsys.readouterr().err.startswith(f"{tmp_path} has no file locks: ")
