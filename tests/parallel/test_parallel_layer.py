@@ -216,7 +216,9 @@ def feature_rounds(name: str, gating: str, layout: dict[str, int]) -> Named:
     found = {f"{key} in round {i}": value for i, values in ((1, first), (2, second)) for key, value in values.items()}
     for t, router in enumerate(layer.mlp.routers):
         for loss, value in router.stats.losses.items():
-            torch.distributed.all_reduce(found.setdefault(f"{loss} {t}", value.clone()))
+            # A global loss is noted as if each rank had seen what it did, so that a mean over ranks is the loss.
+            seen = torch.distributed.get_world_size() if loss.startswith("global") else 1
+            torch.distributed.all_reduce(found.setdefault(f"{loss} {t}", value / seen))
         if config.moe_router_enable_expert_bias:
             torch.distributed.all_reduce(found.setdefault(f"counts {t}", counts[t]))
             found[f"bias {t}"] = router.expert_bias.clone()
