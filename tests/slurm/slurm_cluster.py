@@ -1,0 +1,184 @@
+"""A real SLURM on one machine: munged, slurmctld and several slurmd, all in one folder and ended by their process ids."""
+
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+_MUNGE_SOCKET = Path("/run/munge/munge.socket.2")  # where libmunge looks, which SLURM's tools call
+_DAEMONS = ("munged", "slurmctld", "slurmd")
+
+# Of a usual cluster this has: requeueing, preemption by partition, several jobs on a node. Not of it are the short waits.
+# cred_expire: a requeued job waits until its old credential has expired, by default two minutes.
+# linuxproc: no cgroups are needed. Signals then reach every process of a step, not its tasks alone as with cgroups.
+_CONFIG = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=cred_expire=2
+CryptoType=crypto/munge
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SchedulerType=sched/backfill
+SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0,sched_min_interval=0
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+JobRequeue=1
+KillWait=20
+UnkillableStepTimeout=60
+ReturnToService=2
+SlurmdTimeout=300
+SlurmdParameters=config_overrides
+MpiDefault=none
+AccountingStorageType=accounting_storage/none
+JobCompType=jobcomp/none
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+SwitchType=switch/none
+{nodes}
+PartitionName=usual Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2
+"""
+
+
+def missing() -> str | None:
+    """Why there can be no cluster on this machine; None if there can."""
+    if os.geteuid() != 0:
+        return "slurmd and munged are started as root, and this is another user"
+    lacking = [name for name in (*_DAEMONS, "sbatch") if shutil.which(name) is None]
+    return f"{', '.join(lacking)} not found: install slurmctld, slurmd, slurm-client and munge" if lacking else None
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A SLURM that runs, and its tools."""
+
+    folder: Path
+    nodes: Sequence[str]
+
+    def run(
+        self, *command: object, env: Mapping[str, str] | None = None, cwd: Path | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """One of SLURM's tools, or a program that calls them."""
+        plain = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "COE_"))}
+        environment = {**plain, "SLURM_CONF": str(self.folder / "slurm.conf"), "OMP_NUM_THREADS": "1", **(env or {})}
+        words = [str(word) for word in command]
+        return subprocess.run(words, env=environment, cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
+
+    def ask(self, *command: object) -> str:
+        """What one of SLURM's tools answers."""
+        done = self.run(*command)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+        return done.stdout
+
+    def job(self, number: str) -> dict[str, str]:
+        """What SLURM knows of a job, such as JobState, Restarts, ExitCode and NodeList."""
+        return dict(word.partition("=")[::2] for word in self.ask("scontrol", "show", "job", number, "-o").split())
+
+    def wait(self, number: str, seconds: float, *states: str) -> dict[str, str]:
+        """Wait until a job has one of some states, without any until it has ended for good."""
+        over = states or ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "DEADLINE")
+        found: dict[str, str] = {}
+
+        def reached() -> bool:
+            found.update(self.job(number))
+            return found["JobState"] in over
+
+        wait_for(reached, seconds, lambda: f"job {number} to be {' or '.join(over)}: {found}")
+        return found
+
+
+def wait_for(what: Callable[[], bool], seconds: float, told: Callable[[], str]) -> None:
+    """Ask again and again until it is so.
+
+    Raises:
+        TimeoutError: it was not so in time.
+    """
+    end = time.monotonic() + seconds
+    while not what():
+        if time.monotonic() > end:
+            raise TimeoutError(f"{seconds} seconds were not enough for {told()}")
+        time.sleep(0.2)
+
+
+@contextmanager
+def cluster(folder: Path, size: int, cpus: int) -> Iterator[Cluster]:
+    """A SLURM with `size` nodes of `cpus` processors each (there need not be as many), in an empty folder."""
+    nodes = [f"n{number}" for number in range(1, size + 1)]
+    port, *ports = _free_ports(size + 1)
+    lines = [
+        f"NodeName={node} NodeHostname=localhost NodeAddr=127.0.0.1 Port={own} CPUs={cpus} RealMemory=1000 State=UNKNOWN"
+        for node, own in zip(nodes, ports, strict=True)
+    ]
+    config = folder / "slurm.conf"
+    config.write_text(_CONFIG.format(host=socket.gethostname(), port=port, folder=folder, nodes="\n".join(lines)))
+    (folder / "state").mkdir()
+    with ExitStack() as stack:
+        if not _MUNGE_SOCKET.exists():
+            stack.enter_context(_munged(folder))
+        stack.enter_context(_daemon(folder, "slurmctld", ["slurmctld", "-D", "-f", str(config)]))
+        for node in nodes:
+            stack.enter_context(_daemon(folder, f"slurmd-{node}", ["slurmd", "-D", "-f", str(config), "-N", node]))
+        made = Cluster(folder, nodes)
+
+        def idle() -> bool:
+            return made.run("sinfo", "-h", "-N", "-p", "usual", "-o", "%t").stdout.split() == ["idle"] * size
+
+        wait_for(idle, 60, lambda: f"idle nodes; the logs lie in {folder}")
+        yield made
+        made.run("scancel", "--full", "--signal=KILL", *[f"--nodelist={node}" for node in nodes])
+
+
+@contextmanager
+def _munged(folder: Path) -> Iterator[None]:
+    user = pwd.getpwnam("munge")
+    place, key = _MUNGE_SOCKET.parent, folder / "munge" / "munge.key"
+    for made in (place, key.parent):
+        made.mkdir(exist_ok=True, mode=0o755)
+        os.chown(made, user.pw_uid, user.pw_gid)
+    key.write_bytes(os.urandom(128))
+    key.chmod(0o400)
+    os.chown(key, user.pw_uid, user.pw_gid)
+    files = [f"--{name}-file={key.parent / name}" for name in ("log", "pid", "seed")]
+    command = ["munged", "--foreground", "--force", f"--key-file={key}", *files]
+    with _daemon(folder, "munged", command, user=user.pw_uid, group=user.pw_gid, extra_groups=[]):
+        wait_for(_MUNGE_SOCKET.exists, 20, lambda: f"munged; its log lies in {key.parent}")
+        yield
+
+
+@contextmanager
+def _daemon(folder: Path, name: str, command: list[str], **more: object) -> Iterator[None]:
+    with (folder / f"{name}.out").open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, cwd=folder, **more)  # type: ignore[call-overload]
+    try:
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that are free; slurmd and slurmctld take numbers, and no socket that is open already."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("", 0))
+        return [one.getsockname()[1] for one in sockets]
