@@ -1,0 +1,85 @@
+"""The begin and the end of an attempt at a run under SLURM; launch/slurm/pretrain.sbatch calls it.
+
+    attempt.py begin --logs FOLDER --job ID --ranks N -- CONFIG.yaml [key.sub=value ...]
+    attempt.py end --logs FOLDER --attempt FOLDER --status STATUS
+
+`begin` checks the config, so that a mistake in it is one line before anything starts, and prints the folder for what the
+attempt leaves behind. `end` tells which rank failed first, if any, notes how the attempt ended, and prints `again` if the
+job should go on; its exit status is then that of the attempt. Exit statuses are those of pretrain_coe.py.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from coe_megatron.cluster.attempts import Attempts, Refused
+from coe_megatron.cluster.failures import find_failures, outcome
+from coe_megatron.config import ConfigError, load
+from coe_megatron.config.arguments import Parser
+from coe_megatron.exit_status import ExitStatus
+
+
+def parser() -> Parser:
+    made = Parser(prog="attempt.py", description=__doc__)
+    commands = made.add_subparsers(dest="command", required=True)
+    logs = {"type": Path, "required": True, "metavar": "FOLDER", "help": "what all attempts at a run share"}
+    begin = commands.add_parser("begin")
+    begin.add_argument("--logs", **logs)
+    begin.add_argument("--job", required=True, help="SLURM's number of the job")
+    begin.add_argument("--ranks", type=int, required=True, help="how many there will be")
+    begin.add_argument("config")
+    begin.add_argument("overrides", nargs="*", default=[])
+    end = commands.add_parser("end")
+    end.add_argument("--logs", **logs)
+    end.add_argument("--attempt", type=Path, required=True, help="the folder that begin has printed")
+    end.add_argument("--status", type=int, required=True, help="the exit status of srun")
+    return made
+
+
+def requeues() -> int:
+    text = os.environ.get("COE_MAX_REQUEUES", "3")
+    if not text.isdecimal():
+        raise ConfigError(f"COE_MAX_REQUEUES is {text}: it must be a number, such as 3")
+    return int(text)
+
+
+def begin(options: argparse.Namespace, attempts: Attempts) -> ExitStatus:
+    try:
+        config = load(options.config, options.overrides, options.ranks)
+        print(attempts.begin(options.job, Path(config.output)))
+    except Refused as refused:
+        say(str(refused))
+        return refused.status
+    return ExitStatus.DONE
+
+
+def end(options: argparse.Namespace, attempts: Attempts) -> ExitStatus:
+    failures = find_failures(options.attempt)
+    status = outcome(failures, options.status)
+    if status is not ExitStatus.DONE:
+        say(f"{status.name}: {failures[0].told()}" if failures else f"{status.name}: no rank has said why")
+        say(f"all ranks' logs lie in {options.attempt}")
+    decision = attempts.end(status)
+    say(f"{'goes on' if decision.again else 'does not go on'}: {decision.reason}")
+    if decision.again:
+        print("again")
+    return status
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    program = parser()
+    options = program.parse_args()
+    try:
+        attempts = Attempts(options.logs, requeues())
+        return begin(options, attempts) if options.command == "begin" else end(options, attempts)
+    except (ConfigError, OSError) as error:
+        program.error(str(error))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
