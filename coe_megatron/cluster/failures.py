@@ -2,8 +2,8 @@
 
 An attempt's folder has, for each node, `ranks/node-I/` with a folder for each local rank somewhere below (torchrun puts
 two of its own in between): `stdout.log`, `stderr.log`, and of a rank that failed `error.json` in torch's format. A rank
-that was killed leaves no error: torchrun's report in `node-I.log` tells of it, or, where each rank is a task of its own,
-`ended.json` with the status that its shell saw. Without torch.
+that was killed leaves no error: torchrun's report in `node-I.log` tells of it, or, where each rank is a task of its
+own, `ended.json` with the status that its shell saw. Without torch.
 """
 
 import json
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from coe_megatron.config.arguments import one_line
 from coe_megatron.exit_status import ExitStatus
@@ -117,18 +118,15 @@ def _without_words(rank: int, host: str, time: float, code: int, folder: Path | 
     log = None if folder is None else _log(folder)
     if code >= 0:
         return Failure(rank, host, time, _status(code), f"ended with status {code}, without a word", None, log)
-    name = signal.Signals(-code).name if -code in iter(signal.Signals) else f"signal {-code}"
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
     said = f"was killed by {name}, without a word"
     if name == "SIGKILL":
         said += " (the kernel does that when memory runs out; the scheduler, at a limit)"
     return Failure(rank, host, time, ExitStatus.FAILED, said, name, log)
 
 
-def _status(code: object) -> ExitStatus:
-    try:
-        return ExitStatus(code)  # type: ignore[arg-type]
-    except ValueError:
-        return ExitStatus.FAILED
+def _status(code: Any) -> ExitStatus:
+    return ExitStatus(code) if code in set(ExitStatus) else ExitStatus.FAILED
 
 
 def _rank_of(folder: Path) -> int:

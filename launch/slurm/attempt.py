@@ -3,9 +3,9 @@
     attempt.py begin --logs FOLDER --job ID --ranks N -- CONFIG.yaml [key.sub=value ...]
     attempt.py end --logs FOLDER --attempt FOLDER --status STATUS
 
-`begin` checks the config, so that a mistake in it is one line before anything starts, and prints the folder for what the
-attempt leaves behind. `end` tells which rank failed first, if any, notes how the attempt ended, and prints `again` if the
-job should go on; its exit status is then that of the attempt. Exit statuses are those of pretrain_coe.py.
+`begin` checks the config, so that a mistake in it is one line before anything starts, and prints the folder for what
+the attempt leaves behind. `end` tells which rank failed first, if any, notes how the attempt ended, and prints `again`
+if the job should go on; its exit status is that of the attempt. Exit statuses are those of pretrain_coe.py.
 """
 
 import argparse
@@ -22,16 +22,14 @@ from coe_megatron.exit_status import ExitStatus
 
 def parser() -> Parser:
     made = Parser(prog="attempt.py", description=__doc__)
-    commands = made.add_subparsers(dest="command", required=True)
-    logs = {"type": Path, "required": True, "metavar": "FOLDER", "help": "what all attempts at a run share"}
-    begin = commands.add_parser("begin")
-    begin.add_argument("--logs", **logs)
+    commands = made.add_subparsers(dest="command", required=True, metavar="begin|end")
+    begin, end = (commands.add_parser(name, description=None) for name in ("begin", "end"))
+    for command in (begin, end):
+        command.add_argument("--logs", type=Path, required=True, help="the folder that all attempts at a run share")
     begin.add_argument("--job", required=True, help="SLURM's number of the job")
     begin.add_argument("--ranks", type=int, required=True, help="how many there will be")
     begin.add_argument("config")
     begin.add_argument("overrides", nargs="*", default=[])
-    end = commands.add_parser("end")
-    end.add_argument("--logs", **logs)
     end.add_argument("--attempt", type=Path, required=True, help="the folder that begin has printed")
     end.add_argument("--status", type=int, required=True, help="the exit status of srun")
     return made

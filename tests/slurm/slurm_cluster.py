@@ -1,4 +1,4 @@
-"""A real SLURM on one machine: munged, slurmctld and several slurmd, all in one folder and ended by their process ids."""
+"""A real SLURM on one machine: munged, slurmctld and several slurmd, all in one folder."""
 
 import os
 import pwd
@@ -14,7 +14,7 @@ from pathlib import Path
 _MUNGE_SOCKET = Path("/run/munge/munge.socket.2")  # where libmunge looks, which SLURM's tools call
 _DAEMONS = ("munged", "slurmctld", "slurmd")
 
-# Of a usual cluster this has: requeueing, preemption by partition, several jobs on a node. Not of it are the short waits.
+# Requeueing, preemption by partition and several jobs on a node as on a usual cluster; what it waits for is shorter.
 # cred_expire: a requeued job waits until its old credential has expired, by default two minutes.
 # linuxproc: no cgroups are needed. Signals then reach every process of a step, not its tasks alone as with cgroups.
 _CONFIG = """
@@ -121,7 +121,7 @@ def cluster(folder: Path, size: int, cpus: int) -> Iterator[Cluster]:
     nodes = [f"n{number}" for number in range(1, size + 1)]
     port, *ports = _free_ports(size + 1)
     lines = [
-        f"NodeName={node} NodeHostname=localhost NodeAddr=127.0.0.1 Port={own} CPUs={cpus} RealMemory=1000 State=UNKNOWN"
+        f"NodeName={node} NodeHostname=localhost NodeAddr=127.0.0.1 Port={own} CPUs={cpus} RealMemory=1000"
         for node, own in zip(nodes, ports, strict=True)
     ]
     config = folder / "slurm.conf"
