@@ -29,6 +29,7 @@ def place(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Place:
         (home / "launch" / name).symlink_to(ROOT / "launch" / name)
     shutil.copy(Path(__file__).with_name("rank_program.py"), home / "launch" / "pretrain_coe.py")
     (folder / "a config.yaml").write_text(CONFIG)
-    done = python("launch/prepare_data.py", "--builtin", 400, "--vocab-size", 512, "--output", folder / "prepared data")
+    prepare = ("launch/prepare_data.py", "--builtin", 400, "--vocab-size", 512)
+    done = python(*prepare, "--output", folder / "prepared data", seconds=300)
     assert done.returncode == 0, done.stderr
     return Place(slurm, folder, home)

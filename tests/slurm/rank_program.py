@@ -15,7 +15,7 @@ from pathlib import Path
 import coe_megatron
 
 ROOT = Path(coe_megatron.__file__).resolve().parents[1]
-NOTED = ("SLURM_", "COE_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GLOO_", "NCCL_", "TORCHELASTIC_")
+NOTED = ("SLURM", "COE_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GLOO_", "NCCL_", "TORCHELASTIC_")
 
 
 def note() -> None:
@@ -25,6 +25,9 @@ def note() -> None:
 
 
 def disturb() -> None:
+    from coe_megatron.training.console import quiet_libraries
+
+    quiet_libraries()
     from coe_megatron.training import loop
 
     waits_before, _, let_go = os.environ.get("COE_TEST_WAIT", "0:.").partition(":")

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 _MUNGE_SOCKET = Path("/run/munge/munge.socket.2")  # where libmunge looks, which SLURM's tools call
 _DAEMONS = ("munged", "slurmctld", "slurmd")
@@ -34,7 +36,7 @@ SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0,sched_min
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
-KillWait=20
+KillWait=30
 UnkillableStepTimeout=60
 ReturnToService=2
 SlurmdTimeout=300
@@ -129,10 +131,10 @@ def cluster(folder: Path, size: int, cpus: int) -> Iterator[Cluster]:
     (folder / "state").mkdir()
     with ExitStack() as stack:
         if not _MUNGE_SOCKET.exists():
-            stack.enter_context(_munged(folder))
-        stack.enter_context(_daemon(folder, "slurmctld", ["slurmctld", "-D", "-f", str(config)]))
+            stack.enter_context(_munged(folder / "munged.out"))
+        stack.enter_context(_daemon(folder / "slurmctld.out", ["slurmctld", "-D", "-f", str(config)]))
         for node in nodes:
-            stack.enter_context(_daemon(folder, f"slurmd-{node}", ["slurmd", "-D", "-f", str(config), "-N", node]))
+            stack.enter_context(_daemon(folder / f"slurmd-{node}.out", ["slurmd", "-D", "-f", str(config), "-N", node]))
         made = Cluster(folder, nodes)
 
         def idle() -> bool:
@@ -144,26 +146,28 @@ def cluster(folder: Path, size: int, cpus: int) -> Iterator[Cluster]:
 
 
 @contextmanager
-def _munged(folder: Path) -> Iterator[None]:
+def _munged(log: Path) -> Iterator[None]:
+    """The key and whatever else munged needs lie in a folder that its user may enter, unlike those of pytest."""
     user = pwd.getpwnam("munge")
-    place, key = _MUNGE_SOCKET.parent, folder / "munge" / "munge.key"
-    for made in (place, key.parent):
-        made.mkdir(exist_ok=True, mode=0o755)
-        os.chown(made, user.pw_uid, user.pw_gid)
-    key.write_bytes(os.urandom(128))
-    key.chmod(0o400)
-    os.chown(key, user.pw_uid, user.pw_gid)
-    files = [f"--{name}-file={key.parent / name}" for name in ("log", "pid", "seed")]
-    command = ["munged", "--foreground", "--force", f"--key-file={key}", *files]
-    with _daemon(folder, "munged", command, user=user.pw_uid, group=user.pw_gid, extra_groups=[]):
-        wait_for(_MUNGE_SOCKET.exists, 20, lambda: f"munged; its log lies in {key.parent}")
-        yield
+    place = _MUNGE_SOCKET.parent
+    place.mkdir(exist_ok=True, mode=0o755)
+    with TemporaryDirectory(prefix="munge") as name:
+        key = Path(name) / "key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o400)
+        for path in (place, Path(name), key):
+            os.chown(path, user.pw_uid, user.pw_gid)
+        files = [f"--{kind}-file={Path(name) / kind}" for kind in ("log", "pid", "seed")]
+        command = ["munged", "--foreground", "--force", f"--key-file={key}", *files]
+        with _daemon(log, command, user=user.pw_uid, group=user.pw_gid, extra_groups=[]):
+            wait_for(_MUNGE_SOCKET.exists, 20, lambda: f"munged: {log.read_text()}")
+            yield
 
 
 @contextmanager
-def _daemon(folder: Path, name: str, command: list[str], **more: object) -> Iterator[None]:
-    with (folder / f"{name}.out").open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, cwd=folder, **more)  # type: ignore[call-overload]
+def _daemon(log: Path, command: list[str], **more: Any) -> Iterator[None]:
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, cwd="/", **more)
     try:
         yield
     finally:

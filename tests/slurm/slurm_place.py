@@ -55,7 +55,7 @@ class Place:
         self.jobs.append(done.stdout.strip())
         return self.jobs[-1]
 
-    def finish(self, job: str, seconds: float = 200, code: str = "0:0") -> None:
+    def finish(self, job: str, seconds: float = 300, code: str = "0:0") -> None:
         """Wait for the end of a job, which is as expected; otherwise its log is shown."""
         found = self.cluster.wait(job, seconds)
         assert found["ExitCode"] == code, f"{found['JobState']} {found['ExitCode']}\n{self.log(job)}"

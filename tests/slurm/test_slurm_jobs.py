@@ -19,7 +19,7 @@ WARNED = "SLURM warns of the time limit"
 @pytest.fixture(scope="module")
 def ended_often(place: Place) -> str:
     """A job that goes nowhere until it is let go; submitted before all others."""
-    limits = ("--nodelist=n1,n2", "--time=1", "--signal=B:USR1@30")
+    limits = ("--nodelist=n1,n2", "--time=2", "--signal=B:USR1@90")
     return place.submit(*limits, output="ended often", COE_TEST_WAIT="3:often enough", COE_MAX_REQUEUES="9")
 
 
