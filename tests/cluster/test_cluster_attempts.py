@@ -80,7 +80,7 @@ def test_the_program_begins_and_ends_an_attempt(begin: list[str], tmp_path: Path
     settings = ["configs/quickstart.yaml", f"output={tmp_path}/a 'run'"]
     begun = python(*begin, "--", *settings)
     folder = tmp_path / "it's $(here)" / "attempt-0"
-    assert (begun.returncode, begun.stdout, begun.stderr) == (0, f"{folder}\n", "")
+    assert (begun.returncode, begun.stdout, begun.stderr) == (0, f"{folder}\n{tmp_path}/a 'run'\n", "")
     error = {"message": "stopped", "errorCode": 3, "extraInfo": {"rank": 0, "host": "a", "time": 1.5}}
     (folder / "ranks/node-0/0").mkdir(parents=True)
     (folder / "ranks/node-0/0/error.json").write_text(json.dumps({"message": error}))

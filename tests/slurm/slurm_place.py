@@ -44,7 +44,7 @@ class Place:
     jobs: list[str] = field(default_factory=list)
 
     def environment(self, more: dict[str, str]) -> dict[str, str]:
-        return {"COE_HOME": str(self.home), "COE_PYTHON": sys.executable, **more}
+        return {"COE_HOME": str(self.home), "COE_PYTHON": sys.executable, "COE_CHECK_NODES": "0", **more}
 
     def submit(self, *options: str, output: str, overrides: tuple[str, ...] = (), **environment: str) -> str:
         """Submit a job of two nodes (others by option); returns its number."""
