@@ -25,7 +25,7 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=cred_expire=2
+AuthInfo=cred_expire=5
 CryptoType=crypto/munge
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -141,8 +141,19 @@ def cluster(folder: Path, size: int, cpus: int) -> Iterator[Cluster]:
             return made.run("sinfo", "-h", "-N", "-p", "usual", "-o", "%t").stdout.split() == ["idle"] * size
 
         wait_for(idle, 60, lambda: f"idle nodes; the logs lie in {folder}")
-        yield made
-        made.run("scancel", "--full", "--signal=KILL", *[f"--nodelist={node}" for node in nodes])
+        try:
+            yield made
+        finally:
+            _end_jobs(made)
+
+
+def _end_jobs(made: Cluster) -> None:
+    """Before the daemons, whose jobs would outlive them."""
+    jobs = made.run("squeue", "--noheader", "--format=%A").stdout.split()
+    if jobs:
+        made.run("scancel", "--full", "--signal=KILL", *jobs)
+        made.run("scancel", *jobs)
+        wait_for(lambda: not made.run("squeue", "--noheader").stdout, 60, lambda: f"the end of jobs {jobs}")
 
 
 @contextmanager

@@ -85,8 +85,8 @@ def test_a_node_goes_down(place: Place, undisturbed: str) -> None:
     place.wait_for_step("on fewer nodes", 5)
     ports = [place.seen(job, 0)[0]["environment"]["MASTER_PORT"] for job in (same, fewer)]
     assert ports[0] != ports[1]
-    place.let_go("went down")
     place.cluster.ask("scontrol", "update", f"NodeName={other}", "State=DOWN", "Reason=test")
+    place.let_go("went down")
     for job in (same, fewer):
         place.finish(job)
         assert place.cluster.job(job)["Restarts"] == "1"
