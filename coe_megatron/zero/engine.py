@@ -114,9 +114,14 @@ def set_lr(engine: Engine, lr: float) -> None:
 def gradient_norm(engine: Engine) -> float:
     """The 2-norm of all gradients of the last step, before clipping.
 
-    Infinite when a gradient was not finite; such a step has left the weights as they were.
+    Infinite when a gradient was not finite; such a step was left out.
     """
     return float(engine.get_global_grad_norm())
+
+
+def was_taken(engine: Engine) -> bool:
+    """Whether the last step changed anything: weights, optimizer states and their step counts; equal on all ranks."""
+    return math.isfinite(gradient_norm(engine))
 
 
 def _sum_over_sequence_parts(model: torch.nn.Module) -> None:
