@@ -345,6 +345,23 @@ class ProfileSettings:
 
 
 @dataclass(frozen=True)
+class RecoverySettings:
+    """What a run does when something goes wrong on the way.
+
+    Attributes:
+        skips: steps in a row that are left out, since their loss or a gradient is not finite or the loss too large,
+            before the run rolls back to its newest whole checkpoint and goes past the data since then.
+        rollbacks: how often in all a run rolls back before it ends, for a person to decide.
+        loss_factor: a step whose loss is more than so many times the median of the last 50 is left out too; null leaves
+            out only what is not finite.
+    """
+
+    skips: Count = 5
+    rollbacks: Index = 2
+    loss_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One run, whole.
 
@@ -363,3 +380,4 @@ class RunConfig:
     training: TrainingSettings = field(default_factory=TrainingSettings)
     logging: LoggingSettings = field(default_factory=LoggingSettings)
     profile: ProfileSettings = field(default_factory=ProfileSettings)
+    recovery: RecoverySettings = field(default_factory=RecoverySettings)

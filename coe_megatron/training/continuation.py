@@ -1,6 +1,7 @@
 """Where a run stands, saved and taken up again: from its own checkpoints, or with the weights of another run."""
 
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,10 +18,30 @@ _ANOTHER = {"tokenizer": "another tokenizer", "text": "another text (or order or
 
 @dataclass
 class Position:
-    """Where a run stands: what a checkpoint has to hold beside weights, optimizer states and random states."""
+    """Where a run stands: what a checkpoint has to hold beside weights, optimizer states and random states.
+
+    Attributes:
+        step: steps done, with those that were left out.
+        tokens: counted in these steps.
+        left_out: how many of these steps changed nothing.
+        in_a_row: the losses of those among them that no other step has followed yet; None where it was not finite.
+        losses: of the newest steps that were taken.
+        passed_over: by how many steps the data are ahead, for rolling back went past them.
+        rolled_back: what `training.recovery` did so far, an object each time.
+    """
 
     step: int = 0
     tokens: int = 0
+    left_out: int = 0
+    in_a_row: list[float | None] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    passed_over: int = 0
+    rolled_back: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> "Position":
+        """What a checkpoint holds of it."""
+        return cls(**{each.name: state[each.name] for each in fields(cls)})
 
 
 class Checkpoints:
@@ -55,10 +76,28 @@ class Checkpoints:
             self._require_same(state, ("tokenizer", "text"), f"the checkpoints in {self._run}")
             self._require_steps(state["step"])
             self._damaged = listing.steps_beyond(self._folder, state["step"])
-            return Position(state["step"], state["tokens"]), self._resumed(state["step"], remark)
+            return Position.of(state), self._resumed(state["step"], remark)
         if self._config.training.warm_start is not None:
             return Position(), self._warm_start(Path(self._config.training.warm_start))
         return Position(), ""
+
+    def take_up_before(self, step: int, now: int) -> Position | None:
+        """Go back to the newest whole checkpoint of `step` or an earlier one; those from there to `now` are deleted.
+
+        Raises:
+            ValueError: there are checkpoints as old, and none of them is whole.
+        """
+        self._owed = False
+        if self._background is not None:
+            with suppress(store.NotSaved):  # it was said, and no other step will have to be repeated for it
+                self._background.wait()
+        checkpoint = listing.newest_whole(self._folder, up_to=step)
+        if checkpoint is None:
+            return None
+        together(lambda: listing.delete_between(self._folder, step + 1, now), None, first_alone=True)
+        position = Position.of(store.load(checkpoint, self._engine))
+        self._damaged = listing.steps_beyond(self._folder, position.step)
+        return position
 
     def __enter__(self) -> "Checkpoints":
         return self

@@ -36,7 +36,7 @@ _FREE = {
     "training.background_saving",
 }
 # Any layout and ZeRO stage reads the checkpoints of any other.
-_FREE_SECTIONS = ("data.validation", "logging.", "parallel.", "profile.", "zero.")
+_FREE_SECTIONS = ("data.validation", "logging.", "parallel.", "profile.", "recovery.", "zero.")
 
 
 _DIED = "died"  # without a word: it was killed, or the machine went down
