@@ -346,16 +346,20 @@ class ProfileSettings:
 
 @dataclass(frozen=True)
 class RecoverySettings:
-    """What a run does when something goes wrong on the way.
+    """What is done when something goes wrong.
 
     Attributes:
+        hang_after: seconds without a step, an evaluation or a checkpoint done after which every rank writes its stacks
+            to `stacks/` in the run's folder and ends with exit status 7; more than the longest of these takes. null
+            waits for ever.
         skips: steps in a row that are left out, since their loss or a gradient is not finite or the loss too large,
             before the run rolls back to its newest whole checkpoint and goes past the data since then.
-        rollbacks: how often in all a run rolls back before it ends, for a person to decide.
+        rollbacks: how often in all a run rolls back; then it ends with exit status 4, for a person to decide.
         loss_factor: a step whose loss is more than so many times the median of the last 50 is left out too; null leaves
             out only what is not finite.
     """
 
+    hang_after: Positive | None = 1800.0
     skips: Count = 5
     rollbacks: Index = 2
     loss_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
@@ -378,6 +382,6 @@ class RunConfig:
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     zero: ZeroSettings = field(default_factory=ZeroSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
+    recovery: RecoverySettings = field(default_factory=RecoverySettings)
     logging: LoggingSettings = field(default_factory=LoggingSettings)
     profile: ProfileSettings = field(default_factory=ProfileSettings)
-    recovery: RecoverySettings = field(default_factory=RecoverySettings)

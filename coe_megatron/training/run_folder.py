@@ -79,7 +79,8 @@ def begin(folder: Path, config: RunConfig) -> TextIO:
         The lock, to be closed when the attempt is over.
 
     Raises:
-        ConfigError: the folder cannot be made or written, or another run has locked it (whose files stay as they are).
+        ConfigError: the folder cannot be made or written.
+        FolderInUse: another run has locked it; its files stay as they are.
     """
     attempt = {
         "outcome": "running",
