@@ -4,7 +4,7 @@ A step takes `global_batch` samples. Each micro-batch contributes the sum of its
 tokens of the whole step, on all ranks and in all micro-batches, so that a token weighs the same wherever it falls.
 """
 
-import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -25,7 +25,7 @@ from coe_megatron.data.run_data import RunData
 from coe_megatron.exit_status import ExitStatus
 from coe_megatron.modules import stats
 from coe_megatron.parallel import groups
-from coe_megatron.training import devices, evaluation, memory, run_folder
+from coe_megatron.training import devices, evaluation, memory, recovery, room, run_folder
 from coe_megatron.training.continuation import Checkpoints, Position
 from coe_megatron.training.hang_watch import HangWatch, collective_timeout
 from coe_megatron.training.interruption import Interruption
@@ -39,7 +39,6 @@ from coe_megatron.zero import engine as zero
 from coe_megatron.zero import passes
 
 Result = TypeVar("Result")
-_STEPS_LEFT_OUT = 5  # in a row, for gradients that were not finite
 
 
 class Interrupted(Exception):
@@ -69,8 +68,8 @@ def train(
     Raises:
         ConfigError: config, data and folder do not fit together; one line that says what would.
         Interrupted: the run was asked to stop; all ranks have stopped after the same step and saved.
-        FloatingPointError: the loss is not finite any more.
-        NotSaved: a checkpoint could not be written.
+        Diverged: the loss, and nothing that `recovery` allows has helped.
+        NotSaved: the last checkpoint could not be written.
     """
     if config.training.deterministic:
         devices.make_deterministic()
@@ -92,7 +91,10 @@ def _attempt(
 ) -> run_folder.Outcome | None:
     """One attempt in a folder that is begun; however it ends, run.json says so."""
     try:
+        warning = _at_rank_0(lambda: room.require(config))
         run = Pretraining(config, device, interruption, watch)
+        if warning:
+            print(warning, file=sys.stderr)
         run.run()
     except ConfigError:
         if ranks.rank == 0:
@@ -119,7 +121,8 @@ class Pretraining:
             self.vocab_size = padded_vocabulary(config, data.tokenizer_size)
             self.data = open_splits(config, data, self.folder / "index")
             self.engine = self._build_engine()
-            self.checkpoints = Checkpoints(self.folder, config, data, self.engine)
+            size = room.checkpoint_bytes(config, self.vocab_size, torch.distributed.get_world_size())
+            self.checkpoints = Checkpoints(self.folder, config, data, self.engine, size)
             self.position, self.begun = self.checkpoints.take_up()
         except ValueError as error:  # what is wrong with config, data or checkpoint is for the user, in one line
             raise ConfigError(str(error)) from error
@@ -141,7 +144,7 @@ class Pretraining:
             self.writer = opened or Several()
             stack.callback(self.writer.close)
             self.progress = Progress(first, steps, visible=self.main_rank)
-            stack.callback(self.progress.close)
+            stack.callback(lambda: self.progress.close())  # whichever there is then
             self.interruption.also_keyboard()
             stack.enter_context(self.checkpoints)
             self._greet()
@@ -153,35 +156,52 @@ class Pretraining:
             values = self._validate()
             self.writer.write({"step": 0, "tokens": 0, **values})
             self.progress.step(0, evaluation.shown(values))
-        clock, self.left_out = _Clock(self.position), 0
+        clock = _Clock(self.position)
         window = ProfileWindow(self.config.profile, self.folder / "profile", torch.distributed.get_rank())
-        for step in range(first, steps):
-            self.watch.beat(f"step {step + 1}")
+        while self.position.step < steps:
+            step = self.position.step + 1
+            self.watch.beat(f"step {step}")
             with clock.stopped():
-                window.before_step(step + 1)
-            loss, asked = self._train_step(step)
-            self.position.step = step + 1
-            self._require_progress()
+                window.before_step(step)
+            loss, asked = self._train_step(step - 1)
             with clock.stopped():
-                if said := window.after_step(step + 1):
+                if said := window.after_step(step):
                     self.progress.say(said)
-            log, save = self._due("log_every", "evaluate_every"), self._due("save_every") or bool(asked)
-            save = save or self.position.step in self.config.training.milestones
-            self.watch.beat(f"logging and evaluating after step {step + 1}")
-            self.progress.step(step + 1, self._log(float(loss), clock) if log else None)
-            if save:
-                self.watch.beat(f"the checkpoint of step {step + 1}")
-                self.checkpoints.save(self.position, last=bool(asked) or step + 1 == steps)
+            if recovery.is_due(self.config.recovery, self.position):
+                self._roll_back()
+                clock, log, save = _Clock(self.position), False, bool(asked)
+            else:
+                log, save = self._due("log_every", "evaluate_every"), self._due("save_every") or bool(asked)
+                save = save or step in self.config.training.milestones
+                self.watch.beat(f"logging and evaluating after step {step}")
+                self.progress.step(step, self._log(loss, clock) if log else None)
             if log or save:
+                self._save(save, log, last=bool(asked) or step == steps)
                 clock = _Clock(self.position)  # evaluating and saving are not training time
-            if asked and step + 1 < steps:
-                raise Interrupted(f"stopped after step {step + 1} of {steps}", asked)
+            if asked and self.position.step < steps:
+                raise Interrupted(f"stopped after step {self.position.step} of {steps}", asked)
 
-    def _train_step(self, step: int) -> tuple[torch.Tensor, ExitStatus]:
+    def _save(self, due: bool, logged: bool, last: bool) -> None:
+        self.watch.beat(f"the checkpoint of step {self.position.step}")
+        if said := self.checkpoints.after_step(self.position, due, logged, last):
+            self.progress.say(said)
+
+    def _roll_back(self) -> None:
+        """Go on from an earlier checkpoint, with data that no step has met; what was logged since is forgotten."""
+        self.watch.beat("rolling back")
+        self.position, said = recovery.roll_back(self.config, self.position, self.checkpoints)
+        self.progress.close()
+        self.progress = Progress(self.position.step, self.config.training.steps, visible=self.main_rank)
+        self.progress.say(said)
+        self.writer.go_back(self.position.step)
+        if self.main_rank:
+            run_folder.note(self.folder, {"rolled_back": self.position.rolled_back})
+
+    def _train_step(self, step: int) -> tuple[float, ExitStatus]:
         """One optimizer step; returns its loss in nats per counted token, and whether a rank was asked to stop."""
-        model, settings = self.engine.module, self.config.optimizer
+        model, settings, policy = self.engine.module, self.config.optimizer, self.config.recovery
         stats.reset_routing(model, watch=self._due("log_every", "evaluate_every", ahead=1))
-        batches = self.data.batches.for_step(step)
+        batches = self.data.batches.for_step(step + self.position.passed_over)
         own = torch.stack([batch["loss_mask"].sum() for batch in batches]).double().sum()
         counted = float(evaluation.all_reduce_sum(own))
         asked = _agreed(self.interruption.asked())
@@ -193,19 +213,14 @@ class Pretraining:
                 evaluation.forward,
                 lambda token_losses, batch: evaluation.counted_loss(token_losses, batch) / max(counted, 1),
                 self.memory.after_backward,
+                recovery.largest_loss(policy, self.position),
             )
-        stats.finish_step(model)
-        self.position.tokens += int(counted)
-        return evaluation.all_reduce_sum(total), asked
-
-    def _require_progress(self) -> None:
-        """A step with a gradient that is not finite is left out; a run of them will not recover by itself."""
-        self.left_out = 0 if math.isfinite(zero.gradient_norm(self.engine)) else self.left_out + 1
-        if self.left_out == _STEPS_LEFT_OUT:
-            raise FloatingPointError(
-                f"the gradients of the last {_STEPS_LEFT_OUT} steps, to step {self.position.step}, were not finite, "
-                "and these steps changed nothing: a lower optimizer.lr may help"
-            )
+        loss, taken = float(evaluation.all_reduce_sum(total)), zero.was_taken(self.engine)
+        stats.finish_step(model, taken)
+        self.position.step, self.position.tokens = step + 1, self.position.tokens + int(counted)
+        if said := recovery.note_step(policy, self.position, loss, taken):
+            self.progress.say(said)
+        return loss, asked
 
     def _log(self, loss: float, clock: "_Clock") -> dict[str, float]:
         """Write a metrics object for the step just done; returns what the progress line shows."""
@@ -218,6 +233,9 @@ class Pretraining:
             "step": step,
             "tokens": self.position.tokens,
             "train_loss": loss,
+            "left_out": self.position.left_out,
+            "rollbacks": len(self.position.rolled_back),
+            "passed_over": self.position.passed_over,
             "learning_rate": learning_rate(settings, step - 1, self.config.training.steps),
             "grad_norm": zero.gradient_norm(self.engine),
             **stats.summary(reports),
@@ -235,8 +253,6 @@ class Pretraining:
             values |= self._validate()
             shown |= evaluation.shown(values)
         self.writer.write(values)
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss of step {step} is {loss}: a lower optimizer.lr may help")
         return shown
 
     def _validate(self) -> dict[str, Any]:
@@ -268,6 +284,7 @@ class Pretraining:
             "share_of_documents_cut": self.data.cut,
             "ranks": torch.distributed.get_world_size(),
             "device": str(self.device),
+            "rolled_back": self.position.rolled_back,
         }
 
     def _greet(self) -> None:

@@ -11,9 +11,11 @@ import math
 from dataclasses import replace
 from statistics import median
 
+from coe_megatron.config import RunConfig
 from coe_megatron.config.settings import RecoverySettings
 from coe_megatron.training.continuation import Checkpoints, Position
 
+_ADVICE = "a lower optimizer.lr may help, in another output (training.warm_start begins with the weights of this one)"
 _RECENT = 50  # steps whose median loss is what `recovery.loss_factor` multiplies
 
 
@@ -50,9 +52,7 @@ def is_due(settings: RecoverySettings, position: Position) -> bool:
     return len(position.in_a_row) >= settings.skips
 
 
-def roll_back(
-    settings: RecoverySettings, position: Position, checkpoints: Checkpoints, global_batch: int
-) -> tuple[Position, str]:
+def roll_back(config: RunConfig, position: Position, checkpoints: Checkpoints) -> tuple[Position, str]:
     """Take up the newest whole checkpoint from before the steps that were left out; all ranks together.
 
     Returns:
@@ -61,30 +61,30 @@ def roll_back(
     Raises:
         Diverged: no roll-back is left, or there is no checkpoint; one line that says what to try.
     """
-    count, shown = len(position.in_a_row), ", ".join("not finite" if x is None else f"{x:.4g}" for x in position.in_a_row)
-    happened = f"steps {position.step - count + 1} to {position.step} were left out (losses {shown})"
-    advice = "a lower optimizer.lr may help, in another output, which training.warm_start can begin with these weights"
-    if len(position.rolled_back) >= settings.rollbacks:
+    limit, now = config.recovery.rollbacks, position.step
+    before = now - len(position.in_a_row)
+    happened = f"steps {before + 1} to {now} were left out, their losses were {_shown(position.in_a_row)}"
+    if len(position.rolled_back) >= limit:
         raise Diverged(
-            f"{happened}, and the run has rolled back as often as recovery.rollbacks allows ({settings.rollbacks}): "
-            f"{advice}; a larger recovery.rollbacks goes past more data"
+            f"{happened}; recovery.rollbacks is {limit}, and the run has rolled back as often: {_ADVICE}, or a larger "
+            "recovery.rollbacks, which goes past more data"
         )
     try:
-        found = checkpoints.take_up_before(position.step - count, position.step)
+        found = checkpoints.take_up_before(before, now)
     except ValueError as error:
         raise Diverged(f"{happened}, and the run cannot roll back: {error}") from error
     if found is None:
-        raise Diverged(f"{happened}, and there is no checkpoint before them to roll back to: {advice}, or a smaller training.save_every")
-    passed_over = position.step + position.passed_over - found.step
-    samples = [(step + over) * global_batch for step, over in ((found.step, found.passed_over), (position.step, position.passed_over))]
-    event = {
-        "from_step": position.step,
-        "to_step": found.step,
-        "samples_passed_over": samples,
-        "losses": position.in_a_row,
-    }
-    new = replace(found, passed_over=passed_over, rolled_back=[*position.rolled_back, event], in_a_row=[])
-    return new, (
-        f"rolled back from step {position.step} to {found.step}, {len(new.rolled_back)} of {settings.rollbacks} times "
-        f"(recovery.rollbacks), and past samples {samples[0]:,} to {samples[1] - 1:,} of the run's order"
+        raise Diverged(f"{happened}, and no checkpoint is older: {_ADVICE}, or a smaller training.save_every")
+    first, end = (each.step + each.passed_over for each in (found, position))
+    samples = [first * config.training.global_batch, end * config.training.global_batch - 1]
+    event = {"from_step": now, "to_step": found.step, "samples": samples, "losses": position.in_a_row}
+    done = [*position.rolled_back, event]
+    said = (
+        f"rolled back from step {now} to step {found.step}, and past the samples {samples[0]:,} to {samples[1]:,} of the "
+        f"run's order; {len(done)} of {limit} times (recovery.rollbacks)"
     )
+    return replace(found, passed_over=end - found.step, rolled_back=done, in_a_row=[]), said
+
+
+def _shown(losses: list[float | None]) -> str:
+    return ", ".join("not finite" if loss is None else f"{loss:.4g}" for loss in losses)
