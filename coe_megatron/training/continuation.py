@@ -1,7 +1,6 @@
 """Where a run stands, saved and taken up again: from its own checkpoints, or with the weights of another run."""
 
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -31,7 +30,7 @@ class Position:
         in_a_row: the losses of those among them that no other step has followed yet; None where it was not finite.
         losses: of the newest steps that were taken.
         passed_over: by how many steps the data are ahead, for rolling back went past them.
-        rolled_back: what `training.recovery` did so far, an object each time.
+        rolled_back: what the policy (`recovery`) did so far, an object each time.
     """
 
     step: int = 0

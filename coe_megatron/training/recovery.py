@@ -1,4 +1,4 @@
-"""What a run does about steps that would spoil it: it leaves them out, then rolls back past their data, and at last ends.
+"""What a run does about steps that would spoil it: leaves them out, then rolls back past their data, at last gives up.
 
 A step whose loss or gradient is not finite, or whose loss is too large (`recovery.loss_factor`), changes nothing
 (`zero.passes.train_step`), and counts as a step. After `recovery.skips` of them in a row the run takes up the newest
@@ -80,7 +80,7 @@ def roll_back(config: RunConfig, position: Position, checkpoints: Checkpoints) -
     event = {"from_step": now, "to_step": found.step, "samples": samples, "losses": position.in_a_row}
     done = [*position.rolled_back, event]
     said = (
-        f"rolled back from step {now} to step {found.step}, and past the samples {samples[0]:,} to {samples[1]:,} of the "
+        f"rolled back from step {now} to step {found.step}, and past the samples {samples[0]:,} to {samples[1]:,} in the "
         f"run's order; {len(done)} of {limit} times (recovery.rollbacks)"
     )
     return replace(found, passed_over=end - found.step, rolled_back=done, in_a_row=[]), said

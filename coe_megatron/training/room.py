@@ -1,15 +1,13 @@
-"""Whether the disk will take a run's checkpoints: asked before the run costs anything, and before it costs a checkpoint.
+"""Whether the disk will take a run's checkpoints: asked before the run costs anything, and before a checkpoint is lost.
 
 Without torch. A quota shows in no number that a file system gives; only writing meets it.
 """
 
 import os
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 
 from coe_megatron.config import ConfigError, RunConfig
-from coe_megatron.config.layout import layout
 from coe_megatron.forecast.checkpoint import checkpoint_bytes
 from coe_megatron.forecast.cost import size, vocabulary
 
@@ -18,7 +16,7 @@ _PROBE_BYTES = 1 << 16
 _MARGIN = 1.05  # for what is written beside a checkpoint: metrics, TensorBoard
 
 
-def require(config: RunConfig) -> str:
+def require(config: RunConfig, world_size: int) -> str:
     """Before a run begins: its folder takes what is written, and at least one checkpoint; called by one process.
 
     Returns:
@@ -27,29 +25,28 @@ def require(config: RunConfig) -> str:
     Raises:
         ConfigError: it does not; one line with the folder, and bytes needed and free.
     """
-    folder, training = Path(config.output), config.training
-    done = _steps_saved(folder)
-    if reason := _refusal(folder):
+    folder = Path(config.output)
+    try:
+        one = checkpoint_bytes(config, vocabulary(config), world_size)
+        reason, available, done = _refusal(folder), _free(folder), _steps_saved(folder)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"output is {folder}: {error}") from error
+    if reason:
         raise ConfigError(f"output is {folder}: {reason}")
-    if max(done, default=0) >= training.steps:
-        return ""  # nothing will be saved
-    one = checkpoint_bytes(config, vocabulary(config), layout(config).ranks)
-    available = _free(folder)
+    if not (more := _checkpoints_to_come(config, done)):
+        return ""
     if available < one * _MARGIN:
         raise ConfigError(f"output is {folder}: {_too_little(one, available)}; make room, or choose another output")
-    kept = training.keep_checkpoints + 1 + len([step for step in training.milestones if step > max(done, default=0)])
-    saves = (training.steps - max(done, default=0)) // training.save_every + 1 + len(training.milestones)
-    needed = one * min(max(1, kept - len(done)), saves)
-    if available >= needed * _MARGIN:
+    if available >= more * one * _MARGIN:
         return ""
     return (
-        f"{folder} has {size(available)} free: a checkpoint takes {size(one)}, and {size(needed)} more will be needed "
-        f"for those that are kept (training.keep_checkpoints is {training.keep_checkpoints}) and the one being written"
+        f"output is {folder}: {_too_little(one, available)}; the run will have {more} more there at once "
+        "(training.keep_checkpoints, training.milestones, and the one being written)"
     )
 
 
 def trouble(folder: Path, needed: int) -> str:
-    """Why a run's folder will not take a checkpoint of `needed` bytes, in words; nothing if it will as far as is seen."""
+    """Why a run's folder will not take a checkpoint of `needed` bytes; nothing if it will, as far as can be seen."""
     try:
         if reason := _refusal(folder):
             return reason
@@ -57,6 +54,15 @@ def trouble(folder: Path, needed: int) -> str:
     except OSError as error:
         return f"{folder} cannot be read: {error.strerror}"
     return "" if available >= needed else f"{folder}: {_too_little(needed, available)}"
+
+
+def _checkpoints_to_come(config: RunConfig, done: list[int]) -> int:
+    """By how many more there will be at most than there are now."""
+    training, newest = config.training, max(done, default=0)
+    milestones = [step for step in training.milestones if step > newest]
+    saves = -(-training.steps // training.save_every) - newest // training.save_every
+    most = training.keep_checkpoints + 1 + len(milestones) - len(done)
+    return 0 if newest >= training.steps else max(1, min(most, saves + len(milestones)))
 
 
 def _refusal(folder: Path) -> str:
@@ -88,11 +94,7 @@ def _free(folder: Path) -> int:
 
 
 def _held(folder: Path) -> int:
-    return sum(_blocks(folder.rglob("*")))
-
-
-def _blocks(paths: Iterable[Path]) -> Iterable[int]:
-    return (path.stat().st_blocks * 512 for path in paths)
+    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*"))
 
 
 def _steps_saved(folder: Path) -> list[int]:

@@ -89,7 +89,7 @@ def evaluate(engine: Engine, batches: Sequence[Batch], forward: Forward, sums_of
 def _one_or_nan(losses: Sequence[torch.Tensor], largest: float | None) -> torch.Tensor:
     """The factor of the newest of a step's losses: NaN makes gradients NaN, and DeepSpeed leaves such a step out.
 
-    Where `largest` is given it is NaN if the losses of all replicas together are above it; without a look from the host.
+    Where `largest` is given it is NaN if the losses of all replicas together are above it; the host does not look.
     """
     if largest is None:
         return losses[-1] * 0 + 1  # NaN where the loss is not finite: there may be losses whose gradient is

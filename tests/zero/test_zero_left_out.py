@@ -41,7 +41,7 @@ FEW = ("stage 0", "stage 1", "stage 1, bf16", "stage 2", "stage 3")
     ],
 )
 def test_a_step_that_is_left_out_changes_nothing(layout: dict[str, int], kinds: tuple[str, ...]) -> None:
-    """Bit by bit: the states after it, and what the next step makes of them, against an engine that had no such step."""
+    """Bit by bit: the states after it, and what the next step makes of them, against an engine without."""
     for rank in run_ranks(try_all, 2, layout, kinds):
         for case, found in rank.items():
             assert found in (LEFT_OUT, GOES_ON), case
