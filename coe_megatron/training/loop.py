@@ -4,9 +4,8 @@ A step takes `global_batch` samples. Each micro-batch contributes the sum of its
 tokens of the whole step, on all ranks and in all micro-batches, so that a token weighs the same wherever it falls.
 """
 
-        if warning := _at_rank_0(lambda: room.require(config, ranks.world_size)):
-            print(warning, file=sys.stderr)
-        run = Pretraining(config, device, interruption, watch, ranks.node)
+import platform
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -98,14 +97,9 @@ def _attempt(
 ) -> run_folder.Outcome | None:
     """One attempt in a folder that is begun; however it ends, run.json says so."""
     try:
-<<<<<<< HEAD
-        warning = _at_rank_0(lambda: room.require(config, ranks.world_size))
-        run = Pretraining(config, device, interruption, watch)
-        if warning:
+        if warning := _at_rank_0(lambda: room.require(config, ranks.world_size)):
             print(warning, file=sys.stderr)
-=======
         run = Pretraining(config, device, interruption, watch, ranks.node)
->>>>>>> main
         run.run()
     except ConfigError:
         if ranks.rank == 0:

@@ -80,8 +80,8 @@ def roll_back(config: RunConfig, position: Position, checkpoints: Checkpoints) -
     event = {"from_step": now, "to_step": found.step, "samples": samples, "losses": position.in_a_row}
     done = [*position.rolled_back, event]
     said = (
-        f"rolled back from step {now} to step {found.step}, and past the samples {samples[0]:,} to {samples[1]:,} in the "
-        f"run's order; {len(done)} of {limit} times (recovery.rollbacks)"
+        f"rolled back from step {now} to step {found.step}, and past the samples {samples[0]:,} to {samples[1]:,} of "
+        f"the run's order; {len(done)} of {limit} times (recovery.rollbacks)"
     )
     return replace(found, passed_over=end - found.step, rolled_back=done, in_a_row=[]), said
 
