@@ -142,7 +142,7 @@ def finish(folder: Path) -> Outcome:
     record, lines = _read(folder), read_metrics(folder / "metrics.jsonl")
     picture = draw_loss(lines, record["unigram_entropy"], record["model"], folder / "loss.png")
     newest = max(path for path in (folder / "checkpoints").glob("step-*") if not path.suffix)
-    return Outcome(folder, record, [line for line in lines if "valid_loss" in line], newest, picture)
+    return Outcome(folder, record, [line for line in lines if line.get("valid_loss") is not None], newest, picture)
 
 
 def check_same_run(folder: Path, config: RunConfig) -> str:
