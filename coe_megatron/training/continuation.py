@@ -62,7 +62,10 @@ class Checkpoints:
     def __init__(self, folder: Path, config: RunConfig, data: RunData, engine: Engine, size: int) -> None:
         self._run, self._folder, self._config, self._engine = folder, folder / "checkpoints", config, engine
         self._background = Background() if config.training.background_saving else None
-        self._size, self._owed, self._not_before, self._warned = size, False, 0.0, False
+        self._size, self._warned = size, False
+        self._owed = False  # a checkpoint that could not be written
+        self._mended = ""  # to be said when the one that is being written has come in its place
+        self._began = self._not_before = 0.0  # the last try, and the next one
         self._damaged: set[int] = set()  # steps of checkpoints that were passed over
         self._identity: dict[str, Any] = {"tokenizer": data.tokenizer_sha256, "text": data.text_identity}
 
@@ -92,7 +95,7 @@ class Checkpoints:
         Raises:
             ValueError: there are checkpoints as old, and none of them is whole.
         """
-        self._owed = False
+        self._owed, self._mended = False, ""
         if self._background is not None:
             with suppress(store.NotSaved):  # it was said, and no other step will have to be repeated for it
                 self._background.wait()
@@ -147,25 +150,31 @@ class Checkpoints:
         try:
             self._background.wait()
         except store.NotSaved as error:
-            self._owed = True
-            return self._trouble(error)
-        return ""
+            return self._failed(error)
+        said, self._mended = self._mended, ""
+        return said
 
     def _try(self, position: Position, due: bool, last: bool) -> str:
         if not last and (reason := shared(self._why_not() if am_first() else "")):
             self._owed = True
             return self._trouble(f"the checkpoint of step {position.step} is not saved: {reason}") if due else ""
-        began, owed = time.monotonic(), self._owed
+        self._began = time.monotonic()
         try:
             self._save(position, last)
         except store.NotSaved as error:
-            self._owed, now = True, time.monotonic()
-            self._not_before = now + _PATIENCE * (now - began)
             if last:
                 raise
-            return self._trouble(error)
+            return self._failed(error)
+        said = f"the checkpoint of step {position.step} is saved, in place of those that could not be" * self._owed
         self._owed = False
-        return f"the checkpoint of step {position.step} is saved, in place of those that could not be" if owed else ""
+        if self._background is not None and not last:
+            self._mended, said = said, ""
+        return said
+
+    def _failed(self, error: store.NotSaved) -> str:
+        now = time.monotonic()
+        self._owed, self._mended, self._not_before = True, "", now + _PATIENCE * (now - self._began)
+        return self._trouble(error)
 
     def _save(self, position: Position, last: bool) -> None:
         training, state = self._config.training, {**asdict(position), **self._identity}
