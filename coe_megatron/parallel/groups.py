@@ -55,8 +55,23 @@ class Ranks:
         return cls(rank, world_size, local_rank, meeting, node)
 
 
+def meet(ranks: Ranks) -> dist.Store:
+    """What the ranks of one attempt have in common before they are groups; a rank on its own needs no place for it.
+
+    Several ranks meet where torchrun tells them to (MASTER_ADDR, MASTER_PORT).
+    """
+    if ranks.world_size == 1:
+        return dist.HashStore()
+    store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size))
+    return dist.PrefixStore(ranks.meeting, store) if ranks.meeting else store
+
+
 def start(
-    parallel: ParallelSettings, seed: int, ranks: Ranks | None = None, timeout: timedelta | None = None
+    parallel: ParallelSettings,
+    seed: int,
+    ranks: Ranks | None = None,
+    timeout: timedelta | None = None,
+    store: dist.Store | None = None,
 ) -> torch.device:
     """Make this process a rank: compatibility parts, device, process groups, and the same seeds on all replicas.
 
@@ -64,9 +79,9 @@ def start(
     those of the first. Call `seed_dropout` when the model is built.
 
     Args:
-        ranks: which rank this is; what torchrun says when None. Several ranks meet where torchrun tells them to
-            (MASTER_ADDR, MASTER_PORT); a single one needs no meeting point, port or file.
+        ranks: which rank this is; what torchrun says when None.
         timeout: after which a collective that waits for others is an error; torch's and Megatron's own when None.
+        store: from `meet`, which is called when None.
 
     Returns:
         The rank's device: its CUDA device (with NCCL), or the CPU (with gloo) where there is no CUDA.
@@ -78,7 +93,12 @@ def start(
     backend = "nccl" if device.type == "cuda" else "gloo"
     own = device if device.type == "cuda" else None  # lets NCCL connect at once, to the right device
     dist.init_process_group(
-        backend, store=_store(ranks), rank=ranks.rank, world_size=ranks.world_size, device_id=own, timeout=timeout
+        backend,
+        store=store or meet(ranks),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        device_id=own,
+        timeout=timeout,
     )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
@@ -89,16 +109,6 @@ def start(
     )
     _seed(seed, parallel_state.get_pipeline_model_parallel_rank())
     return device
-
-
-def _store(ranks: Ranks) -> dist.Store | None:
-    """Where the ranks meet; None for torch's own choice."""
-    if ranks.world_size == 1:
-        return dist.HashStore()
-    if not ranks.meeting:
-        return None
-    store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size))
-    return dist.PrefixStore(ranks.meeting, store)
 
 
 def stop() -> None:

@@ -22,6 +22,7 @@ from coe_megatron.chain import closed_forms
 from coe_megatron.checkpoint.collective import gathered, shared
 from coe_megatron.config import ConfigError, RunConfig
 from coe_megatron.config.layout import layout
+from coe_megatron.config.settings import DataSettings
 from coe_megatron.config.shape import model_shape, padded_vocabulary
 from coe_megatron.data.run_data import RunData
 from coe_megatron.exit_status import ExitStatus
@@ -62,12 +63,14 @@ class Interrupted(Exception):
 def train(
     config: RunConfig,
     ranks: groups.Ranks,
+    store: torch.distributed.Store | None = None,
     interruption: Interruption | None = None,
     last_word: Callable[[int, str], None] = lambda _status, _line: None,
 ) -> run_folder.Outcome | None:
     """Train, or go on from the newest checkpoint in the run's folder; the outcome on rank 0, None on other ranks.
 
     Args:
+        store: where the ranks have met (`groups.meet`), if they have.
         interruption: notes what asks the run to stop; one of the run's own when None.
         last_word: called with an exit status and a line before a hanging process is ended.
 
@@ -85,7 +88,7 @@ def train(
             interruption = Interruption()
             stack.callback(interruption.forget)
         watch = stack.enter_context(HangWatch(Path(config.output) / "stacks", ranks.rank, limit, last_word))
-        device = groups.start(config.parallel, config.training.seed, ranks, collective_timeout(limit))
+        device = groups.start(config.parallel, config.training.seed, ranks, collective_timeout(limit), store)
         with _at_rank_0(lambda: run_folder.begin(Path(config.output), config)) or nullcontext():
             outcome = _attempt(config, ranks, device, interruption, watch)
         groups.stop()
@@ -124,7 +127,7 @@ class Pretraining:
         self.interruption, self.watch = interruption, watch
         self.main_rank = torch.distributed.get_rank() == 0
         try:
-            data = RunData.open(config.data)
+            data = shared(_at_rank_0(lambda: _open(config.data)))
             self.vocab_size = padded_vocabulary(config, data.tokenizer_size)
             self.data = open_splits(config, data, self.folder / "index")
             self.engine = self._build_engine()
@@ -319,6 +322,13 @@ class Pretraining:
         cost = forecast(config, self.vocab_size, len(nodes))
         if warning := needless_crossing(config, cost, self.vocab_size):
             self.progress.say(f"warning: {warning}")
+
+
+def _open(settings: DataSettings) -> RunData:
+    try:
+        return RunData.open(settings)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _at_rank_0(action: Callable[[], Result]) -> Result | None:
