@@ -21,7 +21,7 @@ class Killed(BaseException):
     """As SIGKILL: nothing is noted, nothing is saved."""
 
 
-def small(data: Path, output: Path, recovery: Mapping[str, Any] = {}, **training: Any) -> RunConfig:  # noqa: B006
+def small(data: Path, output: Path, recovery: Mapping[str, Any] | None = None, **training: Any) -> RunConfig:
     """A run of twelve steps, a checkpoint every four, everything logged; dropout and accumulation are on."""
     return parse(
         {
@@ -37,7 +37,7 @@ def small(data: Path, output: Path, recovery: Mapping[str, Any] = {}, **training
                 **training,
             },
             "logging": {"tensorboard": False},
-            "recovery": {"hang_after": None, **recovery},
+            "recovery": {"hang_after": None, **(recovery or {})},
         }
     )  # fmt: skip
 

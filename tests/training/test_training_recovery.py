@@ -1,4 +1,4 @@
-"""Steps that would spoil a run: left out, then rolled back and gone past, at last given up; whatever stops it between."""
+"""Steps that would spoil a run: left out, then rolled back and gone past, at last given up; whatever stops it then."""
 
 import json
 import math
@@ -135,7 +135,7 @@ def test_killed_after_a_roll_back_it_goes_on_as_if_nothing_had_been(
 def test_stopped_in_the_midst_of_bad_steps_it_counts_on(
     single_rank: None, rolled_back: Path, prepared: Path, tmp_path: Path
 ) -> None:
-    """A checkpoint between two steps that are left out: one more in a row, and that checkpoint is not rolled back to."""
+    """A checkpoint between two steps that are left out: one more in a row, and it is not rolled back to."""
 
     def ask(_run: Pretraining, step: int) -> None:
         if step == 6:
@@ -173,9 +173,10 @@ def test_after_as_many_roll_backs_as_are_allowed_a_run_gives_up(
         with planted(everything), pytest.raises(recovery.Diverged) as caught:
             attempt(small(prepared, tmp_path, {"skips": 3, "rollbacks": 1}))
         assert str(caught.value) == (
-            "steps 9 to 11 were left out, their losses were not finite, not finite, not finite; recovery.rollbacks is 1, "
-            "and the run has rolled back as often: a lower optimizer.lr may help, in another output (training.warm_start "
-            "begins with the weights of this one), or a larger recovery.rollbacks, which goes past more data"
+            "steps 9 to 11 were left out, their losses were not finite, not finite, not finite; recovery.rollbacks is "
+            "1, and the run has rolled back as often: a lower optimizer.lr may help, in another output "
+            "(training.warm_start begins with the weights of this one), or a larger recovery.rollbacks, which goes "
+            "past more data"
         )
         assert checkpoints(tmp_path) == [4, 8]
     with planted(everything):
@@ -191,7 +192,7 @@ def test_the_count_of_roll_backs_outlives_checkpoints_and_restarts(
     with planted(TWICE | {12: NAN, 13: NAN}):
         with pytest.raises(Killed):
             attempt(config, killed_before(9))
-        with pytest.raises(recovery.Diverged, match="recovery.rollbacks is 1"):
+        with pytest.raises(recovery.Diverged, match=r"recovery\.rollbacks is 1"):
             attempt(config)
 
 

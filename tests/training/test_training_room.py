@@ -1,7 +1,8 @@
-"""A disk that is full, nearly full or not to be written: said before it costs a checkpoint, and nothing is lost by it."""
+"""A disk that is full, nearly so, or cannot be written: said before it costs a checkpoint; nothing is lost by it."""
 
 import json
 import shutil
+import signal
 import subprocess
 import time
 from collections import namedtuple
@@ -10,18 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from attempts import attempt, planted, small
+from attempts import attempt, small
+from programs import TORCHRUN, Program, python
 
-from coe_megatron.checkpoint import listing
-from coe_megatron.checkpoint.store import NotSaved
+from coe_megatron.checkpoint import listing, store
 from coe_megatron.config import ConfigError, RunConfig, parse
 from coe_megatron.config.settings import MLASettings, ModelSettings, MoESettings, TrainingSettings
 from coe_megatron.forecast.checkpoint import checkpoint_bytes
 from coe_megatron.training import room
-from coe_megatron.training.loop import Interrupted, Pretraining
+from coe_megatron.training.loop import Pretraining
 from coe_megatron.training.metrics import read_metrics
+from coe_megatron.training.model import build_model
 from coe_megatron.training.progress import Progress
+from coe_megatron.zero import engine as zero
 
 Usage = namedtuple("Usage", "total used free")
 MB = 2**20
@@ -128,7 +130,7 @@ def test_at_the_end_there_is_no_later_try(single_rank: None, prepared: Path, dis
     """It goes on from the old checkpoint once there is room."""
     run = disk / "run"
     config = small(prepared, run, keep_checkpoints=1)
-    with pytest.raises(NotSaved, match=r"step-00000012 could not be saved: .*No space left on device"):
+    with pytest.raises(store.NotSaved, match=r"step-00000012 could not be saved: .*No space left on device"):
         attempt(config, at(step_10=lambda: fill(disk)))
     assert checkpoints(run) == ["0008"]
     (disk / "ballast").unlink()
@@ -144,7 +146,7 @@ def test_a_run_that_is_stopped_on_a_full_disk_says_that_it_is_not_saved(
             fill(disk)
             run.interruption._note(15, None)
 
-    with pytest.raises(NotSaved, match="step-00000006 could not be saved"):
+    with pytest.raises(store.NotSaved, match="step-00000006 could not be saved"):
         attempt(small(prepared, disk / "run"), stop)
     assert checkpoints(disk / "run") == ["0004"]
 
@@ -216,12 +218,54 @@ SIZES = {
 
 @pytest.mark.parametrize("name", SIZES)
 def test_a_checkpoint_takes_what_was_foreseen(single_rank: None, name: str, tmp_path: Path) -> None:
-    from coe_megatron.checkpoint import store
-    from coe_megatron.training.model import build_model
-    from coe_megatron.zero import engine as zero
-
     config = SIZES[name]
     engine = zero.build_engine(build_model(config, 512), config.optimizer, config.training, config.zero, 1)
     saved = store.save(tmp_path, 1, engine, {}, keep=1)
     found = sum(path.stat().st_size for path in saved.rglob("*") if path.is_file())
     assert checkpoint_bytes(config, 512) == pytest.approx(found, rel=0.02)
+
+
+@pytest.mark.run
+def test_a_whole_run_on_two_ranks_outlives_a_full_disk(config: Path, prepared: Path, disk: Path) -> None:
+    """Full from its first checkpoint until it has said that one was not saved; and no run begins there meanwhile."""
+    run, log = disk / "run", disk.parent / "log"
+    program = ("launch/pretrain_coe.py", config, f"data.path={prepared}", f"output={run}", "logging.tensorboard=false")
+    long = ("training.steps=3000", "training.save_every=20", "training.keep_checkpoints=1", "training.log_every=20")
+    command = [*TORCHRUN, "2", *program, *long, "training.evaluate_every=3000"]
+    with (
+        log.open("w") as out,
+        Program(list(map(str, command)), stdout=out, stderr=out, start_new_session=True) as process,
+    ):
+        wait_for(lambda: next((run / "checkpoints").glob("step-*[0-9]"), None), process)
+        fill(disk)
+        wait_for(lambda: "is not saved: " in log.read_text() or "could not be saved: " in log.read_text(), process)
+        other = python(*program[:3], f"output={disk / 'other'}", "parallel.expert=1")
+        (disk / "ballast").unlink()
+        wait_for(lambda: "in place of those that could not be" in log.read_text(), process)
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=120)
+    assert other.returncode == 2 and other.stderr.count("\n") == 1, other.stderr
+    assert "No space left on device" in other.stderr or "are free; make room, or" in other.stderr
+    steps = [line["step"] for line in read_metrics(run / "metrics.jsonl")]
+    assert steps == list(range(0, steps[-1] + 1, 20)) and len(checkpoints(run)) == 1
+    assert "Traceback" not in log.read_text().partition("stopped after step")[0]
+
+
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.run
+def test_a_disk_without_room_for_one_checkpoint_is_refused_in_one_line(
+    config: Path, prepared: Path, disk: Path
+) -> None:
+    fill(disk, left=MB // 4)
+    done = python(
+        "launch/pretrain_coe.py", config, f"data.path={prepared}", f"output={disk / 'run'}", "parallel.expert=1"
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"output is {disk / 'run'}: a checkpoint takes " in done.stderr and "are free; make room, or" in done.stderr
+    assert not (disk / "run").exists(), "nothing is left of an attempt that was refused"
