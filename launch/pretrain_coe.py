@@ -2,22 +2,29 @@
 
     torchrun --nproc-per-node 2 launch/pretrain_coe.py CONFIG.yaml [key.sub=value ...]
 
-Run again with the same config, it goes on from its newest checkpoint. Exit status: 0 done, 2 a mistake in the config or
-the data (one line on stderr says which), 130 interrupted from the keyboard, 1 anything else.
+Run again with the same config, it goes on from its newest checkpoint. Exit status: 0 done; 1 an error nobody has
+foreseen; 2 a mistake in the config or the data (one line on stderr says which); 3 stopped as asked (SIGTERM, SIGUSR1,
+the stop file), and saved; 4 the loss has diverged; 5 a checkpoint could not be written; 6 another run writes the output
+folder; 7 the run hung; 130 interrupted from the keyboard. After 1, 3, 6 and 7 the same command may be tried again.
 
 Torchrun exits with 1 whatever the status was, and adds warnings and a traceback of its own: the line that begins with
-"pretrain_coe.py: error:" is the one to read. With --dry-run, and no torchrun, mistakes in the config and in prepared
-data show alone.
+"pretrain_coe.py: error:" is the one to read; with its --log-dir each failed rank's status is in its error.json. With
+--dry-run, and no torchrun, mistakes in the config and in prepared data show alone.
 """
 
 import json
 import os
 import signal
 import sys
+import traceback
+from functools import partial
 from pathlib import Path
 from typing import Never
 
 GOES_ON = "the same command goes on from the newest checkpoint"
+
+
+INTERRUPTED = 130  # spelled out: this comes before all imports of our own
 
 
 def leave(*_: object) -> Never:
@@ -27,16 +34,19 @@ def leave(*_: object) -> Never:
     """
     if os.environ.get("RANK", "0") == "0":
         print(f"interrupted; {GOES_ON}", file=sys.stderr, flush=True)
-    os._exit(130)
+    os._exit(INTERRUPTED)
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, leave)  # before the imports, which take seconds
 
 from coe_megatron.config import ConfigError, RunConfig, load  # noqa: E402
-from coe_megatron.config.arguments import Parser, write_out  # noqa: E402
+from coe_megatron.config.arguments import Parser, one_line, write_out  # noqa: E402
+from coe_megatron.exit_status import ExitStatus, leave_error_file  # noqa: E402
 from coe_megatron.forecast.cost import forecast, vocabulary  # noqa: E402
 from coe_megatron.forecast.fit import parse_size, refusal  # noqa: E402
+from coe_megatron.training.folder_lock import FolderInUse  # noqa: E402
+from coe_megatron.training.interruption import Interruption  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,6 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="with --dry-run: say it as one JSON object")
     fits = "with --dry-run: refuse (exit status 2) what needs more, such as 80GiB, and say what would fit"
     parser.add_argument("--device-memory", metavar="SIZE", help=fits)
+    stops = "stop after the step at hand, with a checkpoint, when this file exists; a new name for each start"
+    parser.add_argument("--stop-file", metavar="FILE", type=Path, help=stops)
     options = parser.parse_intermixed_args(arguments)
     if options.json and not options.dry_run:
         parser.error("--json goes with --dry-run: a run writes its numbers into metrics.jsonl")
@@ -56,7 +68,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.dry_run:
             return _forecast(load(options.config, options.overrides), options.json, options.device_memory)
-        return _pretrain(load(options.config, options.overrides, int(os.environ.get("WORLD_SIZE", "1"))))
+        stop_file = options.stop_file if os.environ.get("RANK", "0") == "0" else None
+        interruption = Interruption(stop_file)
+        config = load(options.config, options.overrides, int(os.environ.get("WORLD_SIZE", "1")))
+        return _pretrain(config, interruption)
+    except FolderInUse as error:
+        parser.refuse(ExitStatus.BUSY, str(error))
     except ConfigError as error:
         parser.error(str(error))
 
@@ -90,7 +107,7 @@ def _require_warm_start(config: RunConfig) -> None:
         raise ConfigError(f"training.warm_start is {source}: it must be a checkpoint or the folder of a run")
 
 
-def _pretrain(config: RunConfig) -> int:
+def _pretrain(config: RunConfig, interruption: Interruption) -> ExitStatus:
     _vocabulary(config, data_needed=True)
     _require_warm_start(config)
     # Imported here: the stack takes seconds, and a mistake in config or data should not.
@@ -103,17 +120,30 @@ def _pretrain(config: RunConfig) -> int:
 
     ranks = Ranks.from_environment(os.environ)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on there is a run, which notes how it ended
+    last_word = partial(leave_error_file, environment=os.environ)
     try:
-        outcome = train(config, ranks)
+        outcome = train(config, ranks, interruption, last_word)
     except KeyboardInterrupt:
         leave()
-    except (Interrupted, FloatingPointError, NotSaved) as error:
-        if ranks.rank == 0:
-            print(f"{error}; {GOES_ON}", file=sys.stderr)
-        return 130 if isinstance(error, Interrupted) else 1
-    if outcome is not None:
-        print(outcome.summary())
-    return 0
+    except ConfigError:
+        raise
+    except Interrupted as error:
+        status, reason = error.status, f"{error}; {GOES_ON}"
+    except FloatingPointError as error:
+        status, reason = ExitStatus.DIVERGED, str(error)
+    except NotSaved as error:
+        status, reason = ExitStatus.NOT_SAVED, f"{error}; {GOES_ON}"
+    except Exception as error:
+        last_word(ExitStatus.FAILED, one_line(f"{type(error).__name__}: {error}"), traceback.format_exc())
+        raise
+    else:
+        if outcome is not None:
+            print(outcome.summary())
+        return ExitStatus.DONE
+    last_word(status, one_line(reason))
+    if ranks.rank == 0:
+        print(reason, file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

@@ -5,8 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
+
+from coe_megatron.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -54,6 +57,14 @@ def kill(process: subprocess.Popen) -> None:
 def children(process: subprocess.Popen) -> list[int]:
     """The processes that a program has started itself: of torchrun the ranks."""
     return [child for child, parent in _parents().items() if parent == process.pid]
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
+    """Until the run that a process makes in a folder has logged a step."""
+    deadline = time.monotonic() + 300
+    while not any(line["step"] >= step for line in read_metrics(folder / "metrics.jsonl")):
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be stopped"
+        time.sleep(0.02)
 
 
 def _parents() -> dict[int, int]:

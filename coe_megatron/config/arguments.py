@@ -6,6 +6,8 @@ import sys
 import time
 from typing import Never
 
+from coe_megatron.exit_status import ExitStatus, leave_error_file
+
 _SECONDS_FOR_RANK_0 = 10
 
 
@@ -18,9 +20,14 @@ class Parser(argparse.ArgumentParser):
         self._silent = os.environ.get("RANK", "0") != "0"
 
     def error(self, message: str) -> Never:
+        self.refuse(ExitStatus.MISTAKE, message)
+
+    def refuse(self, status: ExitStatus, message: str) -> Never:
+        """End the program with a line on stderr, also for torchrun's report."""
+        leave_error_file(status, one_line(message), environment=os.environ)
         if self._silent:  # the first rank to end makes torchrun kill the others, rank 0 before it has spoken
             time.sleep(_SECONDS_FOR_RANK_0)
-        self.exit(2, None if self._silent else f"{self.prog}: error: {one_line(message)}\n")
+        self.exit(status, None if self._silent else f"{self.prog}: error: {one_line(message)}\n")
 
 
 def one_line(text: str) -> str:

@@ -345,6 +345,19 @@ class ProfileSettings:
 
 
 @dataclass(frozen=True)
+class RecoverySettings:
+    """What is done when something goes wrong.
+
+    Attributes:
+        hang_after: seconds without a step, an evaluation or a checkpoint done after which every rank writes its stacks
+            to `stacks/` in the run's folder and ends with exit status 7; more than the longest of these takes. null
+            waits for ever.
+    """
+
+    hang_after: Positive | None = 1800.0
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One run, whole.
 
@@ -361,5 +374,6 @@ class RunConfig:
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     zero: ZeroSettings = field(default_factory=ZeroSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
+    recovery: RecoverySettings = field(default_factory=RecoverySettings)
     logging: LoggingSettings = field(default_factory=LoggingSettings)
     profile: ProfileSettings = field(default_factory=ProfileSettings)

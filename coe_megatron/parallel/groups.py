@@ -3,9 +3,11 @@
 The environment that torchrun makes is read in one place, `Ranks.from_environment`.
 """
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -21,21 +23,38 @@ _SEEDS_OF_A_RANK = 10_000
 
 @dataclass(frozen=True)
 class Ranks:
-    """Which process of how many this is; the default is a process on its own."""
+    """Which process of how many this is; the default is a process on its own.
+
+    Attributes:
+        meeting: a name that ranks started by the same attempt have in common; empty where the place they meet at is
+            new with every attempt anyway.
+    """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    meeting: str = ""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> "Ranks":
-        """What torchrun wrote into the environment (RANK, WORLD_SIZE, LOCAL_RANK); without RANK a single process."""
+        """What torchrun wrote into the environment (RANK, WORLD_SIZE, LOCAL_RANK); without RANK a single process.
+
+        When torchrun 2.13 starts ranks anew (`--max-restarts`), they find in its store where those before them
+        listened, and connect to nobody. On one node the count of restarts tells them apart; on several nodes the counts differ,
+        and torchrun has to be started with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+        """
         if "RANK" not in environment:
             return cls()
-        return cls(int(environment["RANK"]), int(environment["WORLD_SIZE"]), int(environment.get("LOCAL_RANK", 0)))
+        rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        shared = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        alone = environment.get("GROUP_WORLD_SIZE") == "1"
+        meeting = f"start {environment['TORCHELASTIC_RESTART_COUNT']}" if shared and alone else ""
+        return cls(rank, world_size, int(environment.get("LOCAL_RANK", 0)), meeting)
 
 
-def start(parallel: ParallelSettings, seed: int, ranks: Ranks | None = None) -> torch.device:
+def start(
+    parallel: ParallelSettings, seed: int, ranks: Ranks | None = None, timeout: timedelta | None = None
+) -> torch.device:
     """Make this process a rank: compatibility parts, device, process groups, and the same seeds on all replicas.
 
     Equal seeds let replicas build equal weights; each pipeline stage has a seed of its own, or its layers would be
@@ -44,6 +63,7 @@ def start(parallel: ParallelSettings, seed: int, ranks: Ranks | None = None) -> 
     Args:
         ranks: which rank this is; what torchrun says when None. Several ranks meet where torchrun tells them to
             (MASTER_ADDR, MASTER_PORT); a single one needs no meeting point, port or file.
+        timeout: after which a collective that waits for others is an error; torch's and Megatron's own when None.
 
     Returns:
         The rank's device: its CUDA device (with NCCL), or the CPU (with gloo) where there is no CUDA.
@@ -53,17 +73,29 @@ def start(parallel: ParallelSettings, seed: int, ranks: Ranks | None = None) -> 
     without_cuda.install()
     device = _device(ranks)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    store = dist.HashStore() if ranks.world_size == 1 else None
     own = device if device.type == "cuda" else None  # lets NCCL connect at once, to the right device
-    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size, device_id=own)
+    dist.init_process_group(
+        backend, store=_store(ranks), rank=ranks.rank, world_size=ranks.world_size, device_id=own, timeout=timeout
+    )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
+        **({} if timeout is None else {"distributed_timeout_minutes": math.ceil(timeout / timedelta(minutes=1))}),
     )
     _seed(seed, parallel_state.get_pipeline_model_parallel_rank())
     return device
+
+
+def _store(ranks: Ranks) -> dist.Store | None:
+    """Where the ranks meet; None for torch's own choice."""
+    if ranks.world_size == 1:
+        return dist.HashStore()
+    if not ranks.meeting:
+        return None
+    store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size))
+    return dist.PrefixStore(ranks.meeting, store)
 
 
 def stop() -> None:

@@ -20,13 +20,17 @@ _TRIES, _PAUSE_SECONDS = 10, 0.1  # a predecessor may be dying, and `is_held` ta
 _HAS_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
+class FolderInUse(ConfigError):
+    """Another process writes the folder, and may end by itself."""
+
+
 def take(folder: Path) -> TextIO:
     """Lock a folder that exists; closing what is returned frees it.
 
     Where the file system has no locks, a line on stderr says that the folder is not guarded.
 
     Raises:
-        ConfigError: another process holds it; the line says which, and what to do.
+        FolderInUse: another process holds it; the line says which, and what to do.
         OSError: the lock's file cannot be written.
     """
     for _ in range(_TRIES):
@@ -35,7 +39,7 @@ def take(folder: Path) -> TextIO:
             print(f"process {os.getpid()} on {platform.node()}", file=lock, flush=True)
             return lock
         time.sleep(_PAUSE_SECONDS)
-    raise ConfigError(
+    raise FolderInUse(
         f"output is {folder}: another run is writing it, {(folder / NAME).read_text().strip()}; "
         "wait for its end, end it, or choose another output"
     )

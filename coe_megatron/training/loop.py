@@ -22,10 +22,12 @@ from coe_megatron.config import ConfigError, RunConfig
 from coe_megatron.config.layout import layout
 from coe_megatron.config.shape import model_shape, padded_vocabulary
 from coe_megatron.data.run_data import RunData
+from coe_megatron.exit_status import ExitStatus
 from coe_megatron.modules import stats
 from coe_megatron.parallel import groups
 from coe_megatron.training import devices, evaluation, memory, run_folder
 from coe_megatron.training.continuation import Checkpoints, Position
+from coe_megatron.training.hang_watch import HangWatch, collective_timeout
 from coe_megatron.training.interruption import Interruption
 from coe_megatron.training.metrics import Several, open_metrics
 from coe_megatron.training.model import build_model
@@ -41,31 +43,56 @@ _STEPS_LEFT_OUT = 5  # in a row, for gradients that were not finite
 
 
 class Interrupted(Exception):
-    """The run was asked to stop, and has saved a checkpoint."""
+    """The run was asked to stop, and has saved a checkpoint.
+
+    Args:
+        status: STOPPED, or INTERRUPTED by the keyboard.
+    """
+
+    def __init__(self, message: str, status: ExitStatus) -> None:
+        super().__init__(message)
+        self.status = status
 
 
-def train(config: RunConfig, ranks: groups.Ranks) -> run_folder.Outcome | None:
+def train(
+    config: RunConfig,
+    ranks: groups.Ranks,
+    interruption: Interruption | None = None,
+    last_word: Callable[[int, str], None] = lambda _status, _line: None,
+) -> run_folder.Outcome | None:
     """Train, or go on from the newest checkpoint in the run's folder; the outcome on rank 0, None on other ranks.
+
+    Args:
+        interruption: notes what asks the run to stop; one of the run's own when None.
+        last_word: called with an exit status and a line before a hanging process is ended.
 
     Raises:
         ConfigError: config, data and folder do not fit together; one line that says what would.
-        Interrupted: SIGINT or SIGTERM came; all ranks have stopped after the same step and saved.
+        Interrupted: the run was asked to stop; all ranks have stopped after the same step and saved.
         FloatingPointError: the loss is not finite any more.
         NotSaved: a checkpoint could not be written.
     """
     if config.training.deterministic:
         devices.make_deterministic()
-    device = groups.start(config.parallel, config.training.seed, ranks)
-    with _at_rank_0(lambda: run_folder.begin(Path(config.output), config)) or nullcontext():
-        outcome = _attempt(config, ranks, device)
-    groups.stop()
+    limit = config.recovery.hang_after
+    with ExitStack() as stack:
+        if interruption is None:
+            interruption = Interruption()
+            stack.callback(interruption.forget)
+        watch = stack.enter_context(HangWatch(Path(config.output) / "stacks", ranks.rank, limit, last_word))
+        device = groups.start(config.parallel, config.training.seed, ranks, collective_timeout(limit))
+        with _at_rank_0(lambda: run_folder.begin(Path(config.output), config)) or nullcontext():
+            outcome = _attempt(config, ranks, device, interruption, watch)
+        groups.stop()
     return outcome
 
 
-def _attempt(config: RunConfig, ranks: groups.Ranks, device: torch.device) -> run_folder.Outcome | None:
+def _attempt(
+    config: RunConfig, ranks: groups.Ranks, device: torch.device, interruption: Interruption, watch: HangWatch
+) -> run_folder.Outcome | None:
     """One attempt in a folder that is begun; however it ends, run.json says so."""
     try:
-        run = Pretraining(config, device)
+        run = Pretraining(config, device, interruption, watch)
         run.run()
     except ConfigError:
         if ranks.rank == 0:
@@ -83,8 +110,9 @@ def _attempt(config: RunConfig, ranks: groups.Ranks, device: torch.device) -> ru
 class Pretraining:
     """One run on this rank: data, model, engine, and the loop over the steps."""
 
-    def __init__(self, config: RunConfig, device: torch.device) -> None:
+    def __init__(self, config: RunConfig, device: torch.device, interruption: Interruption, watch: HangWatch) -> None:
         self.config, self.device, self.folder = config, device, Path(config.output)
+        self.interruption, self.watch = interruption, watch
         self.main_rank = torch.distributed.get_rank() == 0
         try:
             data = RunData.open(config.data)
@@ -114,47 +142,49 @@ class Pretraining:
             stack.callback(self.writer.close)
             self.progress = Progress(first, steps, visible=self.main_rank)
             stack.callback(self.progress.close)
-            self.interruption = Interruption()
-            stack.callback(self.interruption.forget)
+            self.interruption.also_keyboard()
             stack.enter_context(self.checkpoints)
             self._greet()
             self._run_steps(first, steps)
 
     def _run_steps(self, first: int, steps: int) -> None:
         if first == 0:
+            self.watch.beat("the first evaluation")
             values = self._validate()
             self.writer.write({"step": 0, "tokens": 0, **values})
             self.progress.step(0, evaluation.shown(values))
         clock, self.left_out = _Clock(self.position), 0
         window = ProfileWindow(self.config.profile, self.folder / "profile", torch.distributed.get_rank())
         for step in range(first, steps):
+            self.watch.beat(f"step {step + 1}")
             with clock.stopped():
                 window.before_step(step + 1)
-            loss, interrupted = self._train_step(step)
+            loss, asked = self._train_step(step)
             self.position.step = step + 1
             self._require_progress()
             with clock.stopped():
                 if said := window.after_step(step + 1):
                     self.progress.say(said)
-            log, save = self._due("log_every", "evaluate_every"), self._due("save_every") or interrupted
+            log, save = self._due("log_every", "evaluate_every"), self._due("save_every") or bool(asked)
             save = save or self.position.step in self.config.training.milestones
+            self.watch.beat(f"logging and evaluating after step {step + 1}")
             self.progress.step(step + 1, self._log(float(loss), clock) if log else None)
             if save:
-                self.checkpoints.save(self.position, last=interrupted or step + 1 == steps)
+                self.watch.beat(f"the checkpoint of step {step + 1}")
+                self.checkpoints.save(self.position, last=bool(asked) or step + 1 == steps)
             if log or save:
                 clock = _Clock(self.position)  # evaluating and saving are not training time
-            if interrupted and step + 1 < steps:
-                raise Interrupted(f"stopped after step {step + 1} of {steps}")
+            if asked and step + 1 < steps:
+                raise Interrupted(f"stopped after step {step + 1} of {steps}", asked)
 
-    def _train_step(self, step: int) -> tuple[torch.Tensor, bool]:
+    def _train_step(self, step: int) -> tuple[torch.Tensor, ExitStatus]:
         """One optimizer step; returns its loss in nats per counted token, and whether a rank was asked to stop."""
         model, settings = self.engine.module, self.config.optimizer
         stats.reset_routing(model, watch=self._due("log_every", "evaluate_every", ahead=1))
         batches = self.data.batches.for_step(step)
         own = torch.stack([batch["loss_mask"].sum() for batch in batches]).double().sum()
         counted = float(evaluation.all_reduce_sum(own))
-        # Over all ranks: with tensor or pipeline parallelism those of one data-parallel group are not all there are.
-        asked = evaluation.all_reduce_sum(own.new_tensor(self.interruption.asked), torch.distributed.group.WORLD)
+        asked = _agreed(self.interruption.asked())
         zero.set_lr(self.engine, learning_rate(settings, step, self.config.training.steps))
         with self.memory.step():
             total = passes.train_step(
@@ -166,7 +196,7 @@ class Pretraining:
             )
         stats.finish_step(model)
         self.position.tokens += int(counted)
-        return evaluation.all_reduce_sum(total), bool(asked)
+        return evaluation.all_reduce_sum(total), asked
 
     def _require_progress(self) -> None:
         """A step with a gradient that is not finite is left out; a run of them will not recover by itself."""
@@ -262,15 +292,23 @@ def _at_rank_0(action: Callable[[], Result]) -> Result | None:
     Raises:
         ConfigError: on all ranks if `action` did; the others would wait for rank 0 and end in an error of theirs.
     """
-    result, refused = None, ""
+    result: Result | None = None
+    refused: ConfigError | None = None
     if torch.distributed.get_rank() == 0:
         try:
             result = action()
         except ConfigError as error:
-            refused = str(error)
+            refused = error
     if refused := shared(refused):
-        raise ConfigError(refused)
+        raise refused
     return result
+
+
+def _agreed(asked: ExitStatus) -> ExitStatus:
+    """What any rank was asked, on all ranks: those of one data-parallel group are not all there are."""
+    status = torch.tensor(int(asked), device=torch.cuda.current_device())
+    torch.distributed.all_reduce(status, torch.distributed.ReduceOp.MAX)
+    return ExitStatus(int(status))
 
 
 class _Clock:

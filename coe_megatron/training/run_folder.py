@@ -36,7 +36,7 @@ _FREE = {
     "training.background_saving",
 }
 # Any layout and ZeRO stage reads the checkpoints of any other.
-_FREE_SECTIONS = ("data.validation", "logging.", "parallel.", "profile.", "zero.")
+_FREE_SECTIONS = ("data.validation", "logging.", "parallel.", "profile.", "recovery.", "zero.")
 
 
 _DIED = "died"  # without a word: it was killed, or the machine went down
@@ -79,7 +79,8 @@ def begin(folder: Path, config: RunConfig) -> TextIO:
         The lock, to be closed when the attempt is over.
 
     Raises:
-        ConfigError: the folder cannot be made or written, or another run has locked it (whose files stay as they are).
+        ConfigError: the folder cannot be made or written.
+        FolderInUse: another run has locked it; its files stay as they are.
     """
     attempt = {
         "outcome": "running",

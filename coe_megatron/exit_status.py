@@ -1,0 +1,56 @@
+"""How a run ended, in words that schedulers and scripts act on: exit statuses, and torchrun's error files.
+
+Torchrun itself exits with 1 whatever its ranks did. Each rank that fails therefore leaves its status in the file that
+torchrun names in TORCHELASTIC_ERROR_FILE (torch's own format, which torchrun reads for its report).
+"""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from enum import IntEnum
+from pathlib import Path
+
+
+class ExitStatus(IntEnum):
+    """Exit statuses of `launch/pretrain_coe.py`; `again` says what a scheduler needs to know."""
+
+    DONE = 0
+    FAILED = 1  # with an error that nobody has foreseen; also what torchrun makes of all others
+    MISTAKE = 2  # in the config, the data or the command line
+    STOPPED = 3  # it was asked to, and has saved
+    DIVERGED = 4  # the loss, and nothing that `recovery` allows has helped
+    NOT_SAVED = 5  # a checkpoint could not be written
+    BUSY = 6  # another process writes the output folder
+    HUNG = 7  # no progress for `recovery.hang_after` seconds; the stacks are written
+    INTERRUPTED = 130  # from the keyboard
+
+    @property
+    def again(self) -> bool:
+        """Whether the same command, started again by nobody's decision, may go on."""
+        return self in _MAY_GO_ON
+
+
+_MAY_GO_ON = {ExitStatus.FAILED, ExitStatus.STOPPED, ExitStatus.BUSY, ExitStatus.HUNG}
+
+
+def leave_error_file(status: int, message: str, stack: str = "", *, environment: Mapping[str, str]) -> None:
+    """Write how this rank failed where torchrun, and whoever reads its logs, looks for it; nothing without torchrun.
+
+    Args:
+        message: one line.
+        stack: the traceback, empty for what is no surprise.
+        environment: TORCHELASTIC_ERROR_FILE and RANK are read.
+    """
+    if not (name := environment.get("TORCHELASTIC_ERROR_FILE")):
+        return
+    now = time.time()
+    details = {"py_callstack": stack or message, "timestamp": str(int(now)), "time": now}
+    details |= {"rank": int(environment.get("RANK", 0)), "host": platform.node()}
+    record = {"message": {"message": message, "errorCode": int(status), "extraInfo": details}}
+    with suppress(OSError):  # the run's own error is the one to tell
+        temporary = Path(f"{name}.tmp")
+        temporary.write_text(json.dumps(record))
+        os.replace(temporary, name)

@@ -1,0 +1,31 @@
+"""What a rank leaves behind for torchrun and for a scheduler."""
+
+import json
+import time
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+from coe_megatron.exit_status import ExitStatus, leave_error_file
+
+
+def test_torchrun_reads_the_file_as_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "error.json"
+    before = time.time()
+    leave_error_file(ExitStatus.HUNG, "it hangs", environment={"TORCHELASTIC_ERROR_FILE": str(file), "RANK": "3"})
+    failure = ProcessFailure(local_rank=1, pid=1, exitcode=7, error_file=str(file))
+    assert failure.message["message"] == "it hangs" and int(before) <= failure.timestamp <= time.time()
+    written = json.loads(file.read_text())["message"]
+    assert written["errorCode"] == 7 and written["extraInfo"]["rank"] == 3
+    assert before <= written["extraInfo"]["time"] <= time.time()
+    assert [path.name for path in tmp_path.iterdir()] == ["error.json"]
+
+
+def test_without_torchrun_or_a_folder_nothing_is_written_and_nothing_is_raised(tmp_path: Path) -> None:
+    leave_error_file(1, "x", environment={})
+    leave_error_file(1, "x", environment={"TORCHELASTIC_ERROR_FILE": str(tmp_path / "none" / "error.json")})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_may_be_started_again() -> None:
+    assert [status.name for status in ExitStatus if status.again] == ["FAILED", "STOPPED", "BUSY", "HUNG"]
