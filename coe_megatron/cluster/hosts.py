@@ -1,4 +1,4 @@
-"""The hosts of a run: which ones, in what order, and how many ranks on each. Lists and files as MPI users write them."""
+"""The hosts of a run: which ones, in what order, how many ranks on each. Lists and files as MPI users write them."""
 
 from dataclasses import dataclass
 from pathlib import Path
