@@ -40,8 +40,8 @@ class Ranks:
         """What torchrun wrote into the environment (RANK, WORLD_SIZE, LOCAL_RANK); without RANK a single process.
 
         When torchrun 2.13 starts ranks anew (`--max-restarts`), they find in its store where those before them
-        listened, and connect to nobody. On one node the count of restarts tells them apart; on several nodes the counts differ,
-        and torchrun has to be started with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+        listened, and connect to nobody. On one node the count of restarts tells them apart; on several nodes the
+        counts differ, and torchrun has to be started with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
         """
         if "RANK" not in environment:
             return cls()
