@@ -15,8 +15,9 @@ from typing import Never
 from coe_megatron.cluster import network
 from coe_megatron.config.arguments import Parser
 
-EPILOG = """One process a node takes part; of several on a node all but the first end at once. Who is who comes from srun's
-or torchrun's variables, or, when they are started in another way, from --nodes and --name. They meet at the first node.
+EPILOG = """One process a node takes part; of several on a node all but the first end at once. Who is who comes from
+srun's or torchrun's variables, or, when they are started in another way, from --nodes and --name. They meet at the
+first node.
 
 A node is bad when it does not answer, when memory, disk or clock are beyond a limit, when --output cannot be written,
 when it has other devices than most, or when it talks slowly even with the better of its two neighbours in the list

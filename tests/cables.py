@@ -27,7 +27,7 @@ class Network:
         """Lay the cables.
 
         Args:
-            cables: for each host what netem is told (`delay 2ms rate 200mbit`), in both directions; empty for a fast one.
+            cables: for each host what netem is told (`delay 2ms rate 200mbit`), for both directions; may be empty.
             shell: a file to make: the remote shell that leads to these hosts.
         """
         self._prefix = f"coe-{os.getpid()}-"

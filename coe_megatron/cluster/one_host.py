@@ -72,13 +72,14 @@ class _Watch:
     def __init__(self, torchrun: subprocess.Popen, logs: Path, max_restarts: int, requests: Requests) -> None:
         self.torchrun, self.logs, self.max_restarts, self.requests = torchrun, logs, max_restarts, requests
         self.signalled: set[int] = set()
-        self.over_since: float | None = None  # when the ranks had failed for good
+        self.over_since: float | None = None  # when a rank had failed for good
+        self.gone_since: float | None = None  # when all ranks had ended
 
     def until_the_end(self) -> tuple[ExitStatus, Report | None]:
         while self.torchrun.poll() is None:
             if self.requests.end.is_set():
                 return ExitStatus.INTERRUPTED, None
-            ranks = [] if self.torchrun.poll() is not None else psutil.Process(self.torchrun.pid).children()
+            ranks = living_children(self.torchrun.pid)
             if self.requests.stop.is_set() and not self._pass_on(ranks):
                 return ExitStatus.STOPPED, None
             if self._is_over(bool(ranks)):
@@ -109,8 +110,11 @@ class _Watch:
             self.over_since = time.monotonic()
             if cause.attempt < self.max_restarts:
                 self.torchrun.terminate()
-        patience = _TORCHRUN_ENDS_ITS_RANKS if ranks_live else _TORCHRUN_ENDS_ITSELF
-        return time.monotonic() - self.over_since > patience
+        if ranks_live:
+            self.gone_since = None
+            return time.monotonic() - self.over_since > _TORCHRUN_ENDS_ITS_RANKS
+        self.gone_since = self.gone_since or time.monotonic()
+        return time.monotonic() - self.gone_since > _TORCHRUN_ENDS_ITSELF
 
 
 def may_restart(status: ExitStatus) -> bool:
@@ -145,6 +149,15 @@ def most_telling(found: list[Report]) -> Report | None:
 
 def _known(status: object) -> ExitStatus:
     return ExitStatus(status) if status in list(ExitStatus) else ExitStatus.FAILED  # type: ignore[arg-type]
+
+
+def living_children(pid: int) -> list[psutil.Process]:
+    """The children of a process that have not ended; torchrun leaves those that have unburied while it waits."""
+    try:
+        children = psutil.Process(pid).children()
+        return [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
+    except psutil.NoSuchProcess:
+        return []
 
 
 def catches(pid: int, number: signal.Signals) -> bool:
