@@ -60,12 +60,13 @@ def supervise(
         The status of the ranks, and the report it comes from, None where no rank has left one.
     """
     adopt_orphans()
+    others = frozenset(psutil.Process().children(recursive=True))
     # A session of its own: Ctrl-C in a terminal is for the caller, who asks torchrun's ranks to stop.
     torchrun = subprocess.Popen(command, env=dict(environment), start_new_session=True)
     try:
         return _Watch(torchrun, logs, max_restarts, requests).until_the_end()
     finally:
-        kill_descendants()
+        kill_descendants(others)
 
 
 class _Watch:
@@ -170,17 +171,17 @@ def catches(pid: int, number: signal.Signals) -> bool:
     return bool(int(caught, 16) >> (number - 1) & 1)
 
 
-def adopt_orphans() -> None:
+def adopt_orphans(adopt: bool = True) -> None:
     """Become the parent of all processes below this one that lose theirs, so that none of them can be lost sight of."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(adopt), 0, 0, 0)
 
 
-def kill_descendants() -> None:
-    """SIGKILL to all processes below this one, until there are none."""
-    while left := psutil.Process().children(recursive=True):
+def kill_descendants(others: frozenset[psutil.Process]) -> None:
+    """SIGKILL to all processes below this one that are not among these others, until there are none."""
+    while left := set(psutil.Process().children(recursive=True)) - others:
         for process in left:
             try:
                 process.kill()
             except psutil.NoSuchProcess:
                 continue
-        psutil.wait_procs(left, timeout=5)
+        psutil.wait_procs(list(left), timeout=5)
