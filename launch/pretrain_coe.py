@@ -44,6 +44,7 @@ from coe_megatron.config import ConfigError, RunConfig, load  # noqa: E402
 from coe_megatron.config.arguments import Parser, one_line, write_out  # noqa: E402
 from coe_megatron.exit_status import ExitStatus, leave_error_file  # noqa: E402
 from coe_megatron.forecast.cost import forecast, vocabulary  # noqa: E402
+from coe_megatron.forecast.crossing import needless_crossing  # noqa: E402
 from coe_megatron.forecast.fit import parse_size, refusal  # noqa: E402
 from coe_megatron.training.folder_lock import FolderInUse  # noqa: E402
 from coe_megatron.training.interruption import Interruption  # noqa: E402
@@ -88,8 +89,10 @@ def _forecast(config: RunConfig, as_json: bool, device_memory: str | None) -> in
             raise ConfigError(f"--device-memory {error}") from error
         if refused := refusal(config, cost, vocab_size, available):
             raise ConfigError(f"--device-memory {device_memory}: {refused}")
+    warning = needless_crossing(config, cost, vocab_size)
     if os.environ.get("RANK", "0") == "0":
-        write_out(json.dumps(cost.as_dict(), indent=2) if as_json else cost.table())
+        as_text = json.dumps({**cost.as_dict(), "warning": warning}, indent=2) if as_json else cost.table()
+        write_out(as_text if as_json or warning is None else f"{as_text}\nwarning: {warning}")
     return 0
 
 

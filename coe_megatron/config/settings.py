@@ -249,6 +249,8 @@ class ZeroSettings:
         offload_optimizer: keep the optimizer's states, and step, in host memory (stages 1 to 3).
         offload_parameters: keep the weights of stage 3 in host memory.
         reduce_bucket_size: parameters whose gradients are reduced at once; with fp32 a buffer of that size is kept.
+        overlap_reduction: reduce gradients while the backward pass goes on (stages 1 and 2, at the cost of a second
+            buffer; stage 3 always does, stage 0 and pipelines never).
         deepspeed: a JSON file in DeepSpeed's own words, whose keys are merged over ours. What a setting here decides
             (batch, precision, clipping, stage, optimizer) it must not say.
     """
@@ -257,6 +259,7 @@ class ZeroSettings:
     offload_optimizer: bool = False
     offload_parameters: bool = False
     reduce_bucket_size: Count = 50_000_000
+    overlap_reduction: bool = True
     deepspeed: str | None = None
 
 

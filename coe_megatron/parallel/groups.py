@@ -28,16 +28,18 @@ class Ranks:
     Attributes:
         meeting: a name that ranks started by the same attempt have in common; empty where the place they meet at is
             new with every attempt anyway.
+        node: on which node this process is, counted from 0.
     """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     meeting: str = ""
+    node: int = 0
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> "Ranks":
-        """What torchrun wrote into the environment (RANK, WORLD_SIZE, LOCAL_RANK); without RANK a single process.
+        """What torchrun wrote into the environment (RANK, WORLD_SIZE, ...); without RANK a single process.
 
         When torchrun 2.13 starts ranks anew (`--max-restarts`), they find in its store where those before them
         listened, and connect to nobody. On one node the count of restarts tells them apart; on several nodes the
@@ -49,7 +51,8 @@ class Ranks:
         shared = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         alone = environment.get("GROUP_WORLD_SIZE") == "1"
         meeting = f"start {environment['TORCHELASTIC_RESTART_COUNT']}" if shared and alone else ""
-        return cls(rank, world_size, int(environment.get("LOCAL_RANK", 0)), meeting)
+        local_rank, node = (int(environment.get(name, 0)) for name in ("LOCAL_RANK", "GROUP_RANK"))
+        return cls(rank, world_size, local_rank, meeting, node)
 
 
 def start(

@@ -5,10 +5,12 @@ tokens of the whole step, on all ranks and in all micro-batches, so that a token
 """
 
 import math
+import platform
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,18 +19,21 @@ import torch
 from megatron.core import parallel_state
 
 from coe_megatron.chain import closed_forms
-from coe_megatron.checkpoint.collective import shared
+from coe_megatron.checkpoint.collective import gathered, shared
 from coe_megatron.config import ConfigError, RunConfig
 from coe_megatron.config.layout import layout
 from coe_megatron.config.shape import model_shape, padded_vocabulary
 from coe_megatron.data.run_data import RunData
 from coe_megatron.exit_status import ExitStatus
+from coe_megatron.forecast.cost import forecast
+from coe_megatron.forecast.crossing import needless_crossing
 from coe_megatron.modules import stats
 from coe_megatron.parallel import groups
 from coe_megatron.training import devices, evaluation, memory, run_folder
 from coe_megatron.training.continuation import Checkpoints, Position
 from coe_megatron.training.hang_watch import HangWatch, collective_timeout
 from coe_megatron.training.interruption import Interruption
+from coe_megatron.training.layout_map import layout_map
 from coe_megatron.training.metrics import Several, open_metrics
 from coe_megatron.training.model import build_model
 from coe_megatron.training.profiling import ProfileWindow
@@ -92,7 +97,7 @@ def _attempt(
 ) -> run_folder.Outcome | None:
     """One attempt in a folder that is begun; however it ends, run.json says so."""
     try:
-        run = Pretraining(config, device, interruption, watch)
+        run = Pretraining(config, device, interruption, watch, ranks.node)
         run.run()
     except ConfigError:
         if ranks.rank == 0:
@@ -110,8 +115,10 @@ def _attempt(
 class Pretraining:
     """One run on this rank: data, model, engine, and the loop over the steps."""
 
-    def __init__(self, config: RunConfig, device: torch.device, interruption: Interruption, watch: HangWatch) -> None:
-        self.config, self.device, self.folder = config, device, Path(config.output)
+    def __init__(
+        self, config: RunConfig, device: torch.device, interruption: Interruption, watch: HangWatch, node: int
+    ) -> None:
+        self.config, self.device, self.folder, self.node = config, device, Path(config.output), node
         self.interruption, self.watch = interruption, watch
         self.main_rank = torch.distributed.get_rank() == 0
         try:
@@ -272,11 +279,14 @@ class Pretraining:
 
     def _greet(self) -> None:
         counted = closed_forms.parameters(self.shape)
-        ranks = torch.distributed.get_world_size()
+        ranks = layout(self.config, torch.distributed.get_world_size())
         self.progress.say(
-            f"{counted.total:,} parameters on {ranks} rank{'s' * (ranks > 1)} ({self.device.type}): "
-            f"{layout(self.config, ranks)}"
+            f"{counted.total:,} parameters on {ranks.ranks} rank{'s' * (ranks.ranks > 1)} ({self.device.type}): {ranks}"
         )
+        nodes = gathered([f"node {self.node} {platform.node()}"])
+        if ranks.ranks > 1:
+            self.progress.say(layout_map(ranks, nodes, self.config.moe.num_experts))
+            self._warn_of_crossing(nodes)
         if self.data.cut > 0.05:
             self.progress.say(
                 f"{self.data.cut:.0%} of the training documents are longer than model.seq_length "
@@ -284,6 +294,14 @@ class Pretraining:
             )
         if self.begun:
             self.progress.say(self.begun)
+
+    def _warn_of_crossing(self, nodes: list[str]) -> None:
+        """With nodes as they are, whatever `parallel.ranks_per_node` says."""
+        smallest = min(Counter(nodes).values())
+        config = replace(self.config, parallel=replace(self.config.parallel, ranks_per_node=smallest))
+        cost = forecast(config, self.vocab_size, len(nodes))
+        if warning := needless_crossing(config, cost, self.vocab_size):
+            self.progress.say(f"warning: {warning}")
 
 
 def _at_rank_0(action: Callable[[], Result]) -> Result | None:
