@@ -50,7 +50,7 @@ from coe_megatron.forecast.cost import forecast, vocabulary  # noqa: E402
 from coe_megatron.forecast.crossing import needless_crossing  # noqa: E402
 from coe_megatron.forecast.fit import parse_size, refusal  # noqa: E402
 from coe_megatron.training.folder_lock import FolderInUse  # noqa: E402
-from coe_megatron.training.interruption import Interruption  # noqa: E402
+from coe_megatron.training.interruption import Interruption, stop_with_parent  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -131,6 +131,8 @@ def _pretrain(checked: RunConfig | None, stop_file: Path | None) -> ExitStatus:
         store.set("config", json.dumps(asdict(checked)))
     config = parse(json.loads(store.get("config")))
     interruption = Interruption(stop_file)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        stop_with_parent()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on there is a run, which notes how it ended
     last_word = partial(leave_error_file, environment=os.environ)
     try:

@@ -1,0 +1,1 @@
+"""What stands between a run and the machines it runs on: networks, attempts, failures. Without torch."""

@@ -1,0 +1,55 @@
+"""Addresses, interfaces and ports of this host, as a launcher needs them. Without torch."""
+
+import socket
+
+import psutil
+
+_ANY_PORT = 9  # nothing is sent: connecting a UDP socket only asks the kernel for the route
+
+
+def address_towards(host: str) -> str:
+    """The address of this machine that packets to `host` (a name or an address) carry.
+
+    Raises:
+        ValueError: the name is not known here, or no route leads to it.
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, _ANY_PORT, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)
+            return str(probe.getsockname()[0])
+    except (OSError, UnicodeError) as error:  # UnicodeError: no name at all, such as one with an empty part
+        raise ValueError(f"host {host!r} cannot be reached from {socket.gethostname()}: {error}") from error
+
+
+def interface_towards(host: str) -> str:
+    """The network interface through which packets to `host` leave this machine, such as `eth0` or `ib0`.
+
+    Gloo and NCCL would otherwise choose by themselves, and may take one that leads nowhere (a bridge of containers).
+
+    Raises:
+        ValueError: the name is not known here, no route leads to it, or no interface has the route's address.
+    """
+    address = address_towards(host)
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(found.address.partition("%")[0] == address for found in addresses):
+            return name
+    raise ValueError(f"host {host!r}: no interface of {socket.gethostname()} has the address {address} of its route")
+
+
+def hold_port() -> socket.socket:
+    """A port on all interfaces that the kernel gives to nobody else for as long as the returned socket is open.
+
+    It is bound but does not listen, so a server that allows its address to be used again (torch's TCPStore does) can
+    listen there meanwhile; whoever asks the kernel for any free port, another job too, gets another one.
+    """
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("", 0))
+    return holder
+
+
+def free_port() -> int:
+    """A port that is free at this moment; where others choose ports too, `hold_port` is the safe way."""
+    with hold_port() as holder:
+        return int(holder.getsockname()[1])
