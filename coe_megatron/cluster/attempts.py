@@ -1,0 +1,149 @@
+"""Whether a job that a scheduler runs goes on after an attempt has ended: what is kept of it, and the decision.
+
+A run under a scheduler is started again and again: after time limits, preemptions, nodes that went down. That has to
+end by itself where it leads nowhere, so every attempt notes the newest checkpoint that it found. Without torch.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from coe_megatron.exit_status import ExitStatus
+
+NO_CHECKPOINT = 0  # the step of a run that has not saved yet
+_WHY_NOT = {
+    ExitStatus.DONE: "the run is done",
+    ExitStatus.MISTAKE: "a mistake in config or data would come again",
+    ExitStatus.DIVERGED: "the loss has diverged: a person decides",
+    ExitStatus.NOT_SAVED: "a checkpoint could not be written: a person makes room",
+    ExitStatus.INTERRUPTED: "it was interrupted from the keyboard",
+}
+
+
+class Refused(Exception):
+    """An attempt does not begin; its text is one line.
+
+    Attributes:
+        status: with which the job is to end.
+    """
+
+    def __init__(self, text: str, status: ExitStatus) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a run by a scheduler.
+
+    Attributes:
+        job: the scheduler's name of the job.
+        began, ended: ISO 8601; `ended` is missing of one that went down with its node.
+        output: the run's own folder, whose checkpoints are the measure of progress.
+        step: of the newest checkpoint there when it began.
+        status, reason: how it ended, and the decision on it in words.
+        again: whether that was to go on.
+    """
+
+    job: str
+    began: str
+    output: str
+    step: int
+    ended: str | None = None
+    status: int | None = None
+    again: bool | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether to go on after an attempt, and why (not), in one line."""
+
+    again: bool
+    reason: str
+
+
+class Attempts:
+    """The attempts of one run, in a JSON file of a folder that all of them share.
+
+    Args:
+        folder: made when the first attempt begins.
+        limit: how many attempts may follow one another without a newer checkpoint, the first of them not counted.
+    """
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self._path, self._limit = folder / "attempts.json", limit
+        self._all = [Attempt(**values) for values in _read(self._path)]
+
+    def begin(self, job: str, output: Path) -> Path:
+        """Note an attempt of a run in the folder `output`; returns a new folder for what the attempt leaves behind.
+
+        Raises:
+            Refused: the attempts before led nowhere, or another job of the same chain has ended for good.
+        """
+        if self._all and self._all[-1].again is False and self._all[-1].job != job:
+            raise Refused(
+                f"job {self._all[-1].job} of this chain has ended for good: {self._all[-1].reason}",
+                ExitStatus(self._all[-1].status or 0),
+            )
+        step = newest_step(output)
+        if (before := self._stalled(step)) > self._limit:
+            raise Refused(self._no_progress(before, step), ExitStatus.FAILED)
+        folder = self._path.parent / f"attempt-{len(self._all)}"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._all.append(Attempt(job, _now(), str(output.absolute()), step))
+        self._write()
+        return folder
+
+    def end(self, status: ExitStatus) -> Decision:
+        """Note how the attempt ended that `begin` noted last, and decide."""
+        last = self._all[-1]
+        step = newest_step(Path(last.output))
+        if not status.again:
+            decision = Decision(False, _WHY_NOT[status])
+        elif (stalled := self._stalled(step)) > self._limit:
+            decision = Decision(False, self._no_progress(stalled, step))
+        else:
+            made = f"{stalled} in a row without a newer checkpoint" if stalled else "with a newer checkpoint"
+            decision = Decision(True, f"attempt {len(self._all)}, {made}; the newest is of step {step}")
+        self._all[-1] = replace(last, ended=_now(), status=int(status), again=decision.again, reason=decision.reason)
+        self._write()
+        return decision
+
+    def _stalled(self, step: int) -> int:
+        """How many of the last attempts began from the very checkpoint that is the newest now."""
+        count = 0
+        for attempt in reversed(self._all):
+            if attempt.step != step:
+                break
+            count += 1
+        return count
+
+    def _no_progress(self, attempts: int, step: int) -> str:
+        found = f"is still that of step {step}" if step else "does not exist yet"
+        return (
+            f"{attempts} attempts in a row without progress, COE_MAX_REQUEUES allows {self._limit} requeues: "
+            f"the newest checkpoint in {self._all[-1].output} {found}"
+        )
+
+    def _write(self) -> None:
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text(json.dumps([asdict(attempt) for attempt in self._all], indent=1) + "\n")
+        os.replace(temporary, self._path)
+
+
+def newest_step(output: Path) -> int:
+    """The step of the newest checkpoint whose saving was finished; NO_CHECKPOINT where there is none."""
+    steps = (path.name.removeprefix("step-") for path in (output / "checkpoints").glob("step-*"))
+    return max((int(step) for step in steps if step.isdecimal()), default=NO_CHECKPOINT)
+
+
+def _read(path: Path) -> list[Mapping]:
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

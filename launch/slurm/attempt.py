@@ -1,0 +1,106 @@
+"""What launch/slurm/pretrain.sbatch asks: begin or end an attempt, and which nodes to take.
+
+    attempt.py begin --logs FOLDER --job ID --ranks N -- CONFIG.yaml [key.sub=value ...]
+    attempt.py nodes --report FILE --count N NODE...
+    attempt.py end --logs FOLDER --attempt FOLDER --status STATUS
+
+`begin` checks the config, so that a mistake in it is one line before anything starts, and prints the folder for what
+the attempt leaves behind, and that of the run. `nodes` names the bad nodes of a report of launch/check_nodes.py and
+prints N good ones; where there are fewer it prints the bad ones instead, with exit status 1. `end` tells which rank
+failed first, if any, notes how the attempt ended, and prints `again` if the job should go on; its exit status is that
+of the attempt. Exit statuses are those of pretrain_coe.py.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from coe_megatron.cluster.attempts import Attempts, Refused
+from coe_megatron.cluster.failures import find_failures, outcome
+from coe_megatron.cluster.spare_nodes import bad_nodes, choose
+from coe_megatron.config import ConfigError, load
+from coe_megatron.config.arguments import Parser, one_line
+from coe_megatron.exit_status import ExitStatus
+
+
+def parser() -> Parser:
+    made = Parser(prog="attempt.py", description=__doc__)
+    commands = made.add_subparsers(dest="command", required=True, metavar="begin|nodes|end")
+    begin, nodes, end = (commands.add_parser(name, description=None) for name in ("begin", "nodes", "end"))
+    for command in (begin, end):
+        command.add_argument("--logs", type=Path, required=True, help="the folder that all attempts at a run share")
+    begin.add_argument("--job", required=True, help="SLURM's number of the job")
+    begin.add_argument("--ranks", type=int, required=True, help="how many there will be")
+    begin.add_argument("config")
+    begin.add_argument("overrides", nargs="*", default=[])
+    nodes.add_argument("--report", type=Path, required=True, help="written by launch/check_nodes.py, if at all")
+    nodes.add_argument("--count", type=int, required=True, help="how many are needed")
+    nodes.add_argument("names", nargs="+", metavar="NODE")
+    end.add_argument("--attempt", type=Path, required=True, help="the folder that begin has printed")
+    end.add_argument("--status", type=int, required=True, help="the exit status of srun")
+    return made
+
+
+def requeues() -> int:
+    text = os.environ.get("COE_MAX_REQUEUES", "3")
+    if not text.isdecimal():
+        raise ConfigError(f"COE_MAX_REQUEUES is {text}: it must be a number, such as 3")
+    return int(text)
+
+
+def begin(options: argparse.Namespace) -> ExitStatus:
+    attempts = Attempts(options.logs, requeues())
+    try:
+        config = load(options.config, options.overrides, options.ranks)
+        print(attempts.begin(options.job, Path(config.output)))
+        print(config.output)
+    except Refused as refused:
+        say(str(refused))
+        return refused.status
+    return ExitStatus.DONE
+
+
+def nodes(options: argparse.Namespace) -> ExitStatus:
+    bad = bad_nodes(options.report, options.names)
+    for node, reason in bad.items():
+        say(one_line(f"node {node} is bad: {reason}"))
+    chosen = choose(options.names, bad, options.count)
+    if len(chosen) < options.count:
+        say(f"{len(options.names) - len(bad)} of {len(options.names)} nodes are good, and {options.count} are needed")
+        print(*bad, sep="\n")
+        return ExitStatus.FAILED
+    if bad:
+        say(f"{len(bad)} bad node{'s' * (len(bad) > 1)} left out")
+    print(*chosen, sep="\n")
+    return ExitStatus.DONE
+
+
+def end(options: argparse.Namespace) -> ExitStatus:
+    failures = find_failures(options.attempt)
+    status = outcome(failures, options.status)
+    if status is not ExitStatus.DONE:
+        say(f"{status.name}: {failures[0].told()}" if failures else f"{status.name}: no rank has said why")
+        say(f"all ranks' logs lie in {options.attempt}")
+    decision = Attempts(options.logs, requeues()).end(status)
+    say(f"{'goes on' if decision.again else 'does not go on'}: {decision.reason}")
+    if decision.again:
+        print("again")
+    return status
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    program = parser()
+    options = program.parse_args()
+    try:
+        return {"begin": begin, "nodes": nodes, "end": end}[options.command](options)
+    except (ConfigError, OSError) as error:
+        program.error(str(error))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

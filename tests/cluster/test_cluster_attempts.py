@@ -1,0 +1,115 @@
+"""Whether a job goes on: by how the attempt ended, and by whether attempts lead to newer checkpoints."""
+
+import json
+from pathlib import Path
+
+import pytest
+from programs import python
+
+from coe_megatron.cluster.attempts import Attempts, Refused, newest_step
+from coe_megatron.exit_status import ExitStatus
+
+
+def save(output: Path, step: int, unfinished: str = "") -> None:
+    (output / "checkpoints" / f"step-{step:08d}{unfinished}").mkdir(parents=True)
+
+
+@pytest.mark.parametrize("status", ExitStatus)
+def test_the_status_decides(status: ExitStatus, tmp_path: Path) -> None:
+    attempts = Attempts(tmp_path / "logs", limit=3)
+    attempts.begin("7", tmp_path / "run")
+    decision = attempts.end(status)
+    assert decision.again == status.again
+    assert decision.reason and "\n" not in decision.reason
+
+
+def test_attempts_without_a_newer_checkpoint_come_to_an_end(tmp_path: Path) -> None:
+    """Two requeues without progress are allowed: three attempts; each newer checkpoint begins the count anew."""
+    output, decisions = tmp_path / "run", []
+    for saved in (None, None, 10, None, None, None):
+        attempts = Attempts(tmp_path / "logs", limit=2)
+        folder = attempts.begin("7", output)
+        if saved:
+            save(output, saved)
+        decisions.append(attempts.end(ExitStatus.STOPPED))
+    assert folder == tmp_path / "logs" / "attempt-5" and folder.is_dir()
+    assert [decision.again for decision in decisions] == [True, True, True, True, True, False]
+    assert decisions[-1].reason == (
+        "3 attempts in a row without progress, COE_MAX_REQUEUES allows 2 requeues: "
+        f"the newest checkpoint in {output} is still that of step 10"
+    )
+
+
+def test_attempts_that_never_ended_count_too(tmp_path: Path) -> None:
+    """Their nodes went down, and SLURM queued the job again by itself."""
+    for _ in range(2):
+        Attempts(tmp_path, limit=1).begin("7", tmp_path / "run")
+    with pytest.raises(Refused, match=r"2 attempts in a row .* does not exist yet") as raised:
+        Attempts(tmp_path, limit=1).begin("7", tmp_path / "run")
+    assert raised.value.status is ExitStatus.FAILED
+    save(tmp_path / "run", 4)
+    assert Attempts(tmp_path, limit=1).begin("7", tmp_path / "run") == tmp_path / "attempt-2"
+
+
+def test_a_chain_whose_run_ended_for_good_does_not_begin_again(tmp_path: Path) -> None:
+    attempts = Attempts(tmp_path, limit=3)
+    attempts.begin("7", tmp_path / "run")
+    attempts.end(ExitStatus.DIVERGED)
+    with pytest.raises(Refused, match="job 7 of this chain has ended for good: the loss has diverged") as raised:
+        Attempts(tmp_path, limit=3).begin("8", tmp_path / "run")
+    assert raised.value.status is ExitStatus.DIVERGED
+    Attempts(tmp_path, limit=3).begin(
+        "7", tmp_path / "run"
+    )  # a person queues the same job again, having changed things
+
+
+def test_only_finished_checkpoints_are_progress(tmp_path: Path) -> None:
+    assert newest_step(tmp_path) == 0
+    save(tmp_path, 10)
+    save(tmp_path, 30, unfinished=".tmp")
+    (tmp_path / "checkpoints" / ".step-00000040.replaced").mkdir()
+    assert newest_step(tmp_path) == 10
+
+
+@pytest.fixture
+def begin(tmp_path: Path) -> list[str]:
+    return ["launch/slurm/attempt.py", "begin", "--logs", str(tmp_path / "it's $(here)"), "--job", "7", "--ranks", "2"]
+
+
+def test_the_program_begins_and_ends_an_attempt(begin: list[str], tmp_path: Path) -> None:
+    settings = ["configs/quickstart.yaml", f"output={tmp_path}/a 'run'"]
+    begun = python(*begin, "--", *settings)
+    folder = tmp_path / "it's $(here)" / "attempt-0"
+    assert (begun.returncode, begun.stdout, begun.stderr) == (0, f"{folder}\n{tmp_path}/a 'run'\n", "")
+    error = {"message": "stopped", "errorCode": 3, "extraInfo": {"rank": 0, "host": "a", "time": 1.5}}
+    (folder / "ranks/node-0/0").mkdir(parents=True)
+    (folder / "ranks/node-0/0/error.json").write_text(json.dumps({"message": error}))
+    ended = python(*begin[:1], "end", *begin[2:4], "--attempt", folder, "--status", 1)
+    assert (ended.returncode, ended.stdout) == (3, "again\n")
+    assert ended.stderr.startswith("STOPPED: rank 0 on a: stopped\n")
+    (noted,) = json.loads((folder.parent / "attempts.json").read_text())
+    assert (noted["job"], noted["output"], noted["status"]) == ("7", f"{tmp_path}/a 'run'", 3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "environment", "said"),
+    [
+        (["nowhere.yaml"], "3", "nowhere.yaml: there is no such config file"),
+        (["configs/quickstart.yaml", "moe.topk=0"], "3", "moe.topk is 0: it "),
+        (["configs/quickstart.yaml", "parallel.expert=4"], "3", "parallel.expert is 4: "),
+        (["configs/quickstart.yaml"], "many", "COE_MAX_REQUEUES is many: it must be a number, such as 3"),
+    ],
+)
+def test_a_mistake_is_one_line_and_no_attempt(
+    settings: list[str], environment: str, said: str, begin: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COE_MAX_REQUEUES", environment)
+    done = python(*begin, "--", *settings)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"attempt.py: error: {said}") and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_torch_is_not_imported() -> None:
+    code = "import sys, coe_megatron.cluster.attempts, coe_megatron.cluster.failures; sys.exit('torch' in sys.modules)"
+    assert python("-c", code).returncode == 0

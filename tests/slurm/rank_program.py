@@ -1,0 +1,51 @@
+"""launch/pretrain_coe.py as the tests of SLURM start it: each rank notes where it is, and may wait or die in a step.
+
+COE_TEST_WAIT=STEP:FILE    from that step on wait before each, until asked to stop or until the file exists
+COE_TEST_KILL=RANK:STEP    this rank kills itself before that step
+"""
+
+import json
+import os
+import runpy
+import signal
+import sys
+import time
+from pathlib import Path
+
+import coe_megatron
+
+ROOT = Path(coe_megatron.__file__).resolve().parents[1]
+NOTED = ("SLURM", "COE_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GLOO_", "NCCL_", "TORCHELASTIC_")
+
+
+def note() -> None:
+    attempt = Path(os.environ["COE_ATTEMPT"])
+    seen = {name: value for name, value in os.environ.items() if name.startswith(NOTED)}
+    (attempt / f"seen-by-{os.environ['RANK']}.json").write_text(json.dumps({"argv": sys.argv, "environment": seen}))
+
+
+def disturb() -> None:
+    from coe_megatron.training.console import quiet_libraries
+
+    quiet_libraries()
+    from coe_megatron.training import loop
+
+    waits_before, _, let_go = os.environ.get("COE_TEST_WAIT", "0:.").partition(":")
+    dies, _, dies_before = os.environ.get("COE_TEST_KILL", "-1:0").partition(":")
+    asked, train_step = Path(os.environ["COE_ATTEMPT"]) / "stop", loop.Pretraining._train_step
+
+    def step(self: loop.Pretraining, number: int):
+        while number + 1 >= int(waits_before) and not asked.exists() and not Path(let_go).exists():
+            time.sleep(0.1)
+        if dies == os.environ["RANK"] and number + 1 == int(dies_before):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return train_step(self, number)
+
+    loop.Pretraining._train_step = step
+
+
+if __name__ == "__main__":
+    note()
+    if {"COE_TEST_WAIT", "COE_TEST_KILL"} & set(os.environ):
+        disturb()
+    runpy.run_path(str(ROOT / "launch" / "pretrain_coe.py"), run_name="__main__")

@@ -1,0 +1,139 @@
+"""launch/slurm/ on a real slurmctld with five slurmd: the scheduler ends runs in all its ways, and they go on.
+
+Jobs of several tests run at the same time: they wait for the scheduler more than they compute. n1 and n2 belong to the
+job that is ended again and again, n3 to n5 to all others.
+"""
+
+import re
+
+import pytest
+from slurm_cluster import wait_for
+from slurm_place import UGLY, Place
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
+
+OTHERS = "--exclude=n1,n2"
+WARNED = "SLURM warns of the time limit"
+
+
+@pytest.fixture(scope="module")
+def ended_often(place: Place) -> str:
+    """A job that goes nowhere until it is let go; submitted before all others."""
+    limits = ("--nodelist=n1,n2", "--time=2", "--signal=B:USR1@90")
+    return place.submit(*limits, output="ended often", COE_TEST_WAIT="3:often enough", COE_MAX_REQUEUES="9")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place: Place, ended_often: str) -> str:
+    """The output of a job that nothing disturbed, with a name that is nothing but a name."""
+    output = f"runs/{UGLY}"
+    job = place.submit(OTHERS, output=output)
+    place.finish(job)
+    assert [path.name for path in place.folder.parent.rglob("*executed*") if path.name == "executed"] == []
+    assert not (place.cluster.folder / "executed").exists()
+    return output
+
+
+def test_the_quickstart_over_two_nodes(place: Place, undisturbed: str) -> None:
+    """EP 2 with a rank on each of two nodes; counts, places and the interface are SLURM's and the network's word."""
+    job = place.jobs[1]
+    first, second = (rank["environment"] for rank in place.seen(job, 0))
+    assert (first["SLURM_NODEID"], second["SLURM_NODEID"]) == ("0", "1") == (first["RANK"], second["RANK"])
+    assert first["SLURMD_NODENAME"] != second["SLURMD_NODENAME"]
+    assert {first["WORLD_SIZE"], second["WORLD_SIZE"]} == {"2"} == {first["COE_NODES"], second["COE_NODES"]}
+    assert {first["LOCAL_RANK"], second["LOCAL_RANK"]} == {"0"}
+    assert first["MASTER_PORT"] == second["MASTER_PORT"]
+    assert (first["GLOO_SOCKET_IFNAME"], first["NCCL_SOCKET_IFNAME"]) == ("lo", "=lo")
+    assert place.seen(job, 0)[1]["argv"][3:] == ["a config.yaml", f"output={undisturbed}"]
+    log = place.log(job)
+    assert "2 ranks (cpu): data 2, expert 2" in log and log.count("validation loss") == 1
+    assert "does not go on: the run is done" in log and "default0" not in log
+    steps = [line[0] for line in place.losses(undisturbed)]
+    assert steps == list(range(13))
+    attempt = place.folder / "logs" / job / "attempt-0"
+    assert len(list(attempt.glob("ranks/node-[01]/*/attempt_0/0/stderr.log"))) == 2
+
+
+def test_a_mistake_is_one_line_and_never_comes_back(place: Place) -> None:
+    job = place.submit(OTHERS, output="mistaken", overrides=("moe.topk=99",), COE_RANKS_PER_NODE="2")
+    place.finish(job, 60, code="2:0")
+    assert re.fullmatch(r"attempt.py: error: moe.topk is 99: .*\n", place.log(job))
+    assert place.cluster.job(job)["Restarts"] == "0"
+
+
+def test_a_killed_rank_is_named_and_requeues_without_progress_end(place: Place) -> None:
+    """The rank on the second node; the other one says only that it has lost a connection."""
+    disturbed = {"COE_TEST_KILL": "1:2", "COE_MAX_REQUEUES": "1", "COE_LAUNCH": "tasks"}
+    job = place.submit(OTHERS, output="killed", **disturbed)
+    place.finish(job, code="1:0")
+    assert place.cluster.job(job)["Restarts"] == "1"
+    log = place.log(job)
+    told = re.findall(r"^FAILED: rank 1 on n\d: was killed by SIGKILL, without a word", log, re.MULTILINE)
+    assert len(told) == 2
+    assert "does not go on: 2 attempts in a row without progress, COE_MAX_REQUEUES allows 1 requeues" in log
+
+
+def test_a_node_goes_down(place: Place, undisturbed: str) -> None:
+    """Two jobs on the same two nodes: one needs two nodes and takes the third, the other goes on with the one left."""
+    waits = {"COE_TEST_WAIT": "6:went down", "COE_LAUNCH": "tasks"}
+    same = place.submit("--exclude=n1,n2", output="on other nodes", **waits)
+    place.wait_for_step("on other nodes", 5)
+    one, other = (rank["environment"]["SLURMD_NODENAME"] for rank in place.seen(same, 0))
+    (third,) = {"n3", "n4", "n5"} - {one, other}
+    width = ("--nodes=1-2", f"--exclude=n1,n2,{third}")
+    fewer = place.submit(*width, output="on fewer nodes", overrides=("parallel.expert=1",), **waits)
+    place.wait_for_step("on fewer nodes", 5)
+    ports = [place.seen(job, 0)[0]["environment"]["MASTER_PORT"] for job in (same, fewer)]
+    assert ports[0] != ports[1]
+    place.cluster.ask("scontrol", "update", f"NodeName={other}", "State=DOWN", "Reason=test")
+    place.let_go("went down")
+    for job in (same, fewer):
+        place.finish(job)
+        assert place.cluster.job(job)["Restarts"] == "1"
+    place.cluster.ask("scontrol", "update", f"NodeName={other}", "State=RESUME")
+    assert {rank["environment"]["SLURMD_NODENAME"] for rank in place.seen(same, 1)} == {one, third}
+    assert [rank["environment"]["SLURMD_NODENAME"] for rank in place.seen(fewer, 1)] == [one]
+    assert place.losses("on other nodes") == place.losses(undisturbed)
+    for found, expected in zip(place.losses("on fewer nodes"), place.losses(undisturbed), strict=True):
+        assert found[:3] == pytest.approx(expected[:3], rel=1e-4)
+
+
+def test_a_chain_goes_on_where_requeueing_is_off(place: Place, undisturbed: str) -> None:
+    """Three jobs: the first is warned, the second finishes, the third is not needed."""
+    script = place.home / "launch" / "slurm" / "chain.sh"
+    options = (OTHERS, "--nodes=2", "--")
+    waits = place.environment({"COE_TEST_WAIT": "3:warned", "COE_LAUNCH": "tasks"})
+    done = place.cluster.run(
+        "bash", script, "3", *options, "a config.yaml", "output=in a chain", env=waits, cwd=place.folder
+    )
+    assert done.returncode == 0, done.stderr
+    jobs = done.stdout.split()
+    place.jobs += jobs
+    place.wait_for_step("in a chain", 2)
+    place.cluster.ask("scancel", "--batch", "--signal=USR1", jobs[0])
+    place.finish(jobs[0], code="3:0")
+    place.let_go("warned")
+    place.finish(jobs[1])
+    assert "the next job of the chain goes on" in place.log(jobs[0])
+    wait_for(lambda: not place.cluster.ask("squeue", "-h", "-j", jobs[2]), 60, lambda: f"job {jobs[2]} to be gone")
+    assert place.log(jobs[2]) == ""
+    assert place.losses("in a chain") == place.losses(undisturbed)
+
+
+def test_it_is_requeued_preempted_and_at_its_limit_twice(place: Place, ended_often: str, undisturbed: str) -> None:
+    """`scontrol requeue`, preemption by a partition of higher priority, two time limits; then it ends by itself."""
+    job, cluster = ended_often, place.cluster
+    place.wait_for_step("ended often", 2)
+    cluster.ask("scontrol", "requeue", job)
+    cluster.wait(job, 60, "PENDING")
+    cluster.wait(job, 60, "RUNNING")
+    urgent = cluster.ask("sbatch", "--parsable", "--partition=urgent", "--nodelist=n1", "--exclusive", "--wrap=true")
+    cluster.wait(urgent.strip(), 60)
+    wait_for(lambda: place.log(job).count(WARNED) >= 2, 150, lambda: f"two time limits: {place.log(job)}")
+    place.let_go("often enough")
+    place.finish(job)
+    log = place.log(job)
+    assert "DUE TO JOB REQUEUE" in log and "DUE TO PREEMPTION" in log
+    assert int(cluster.job(job)["Restarts"]) >= 4
+    assert log.count("does not go on: the run is done") == 1
+    assert place.losses("ended often") == place.losses(undisturbed)
