@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import traceback
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Never
@@ -39,14 +40,17 @@ def leave(*_: object) -> Never:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, leave)  # before the imports, which take seconds
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a launcher that ignores it would have its ranks do so as well
 
 from coe_megatron.config import ConfigError, RunConfig, load  # noqa: E402
 from coe_megatron.config.arguments import Parser, one_line, write_out  # noqa: E402
+from coe_megatron.config.load import parse  # noqa: E402
 from coe_megatron.exit_status import ExitStatus, leave_error_file  # noqa: E402
 from coe_megatron.forecast.cost import forecast, vocabulary  # noqa: E402
+from coe_megatron.forecast.crossing import needless_crossing  # noqa: E402
 from coe_megatron.forecast.fit import parse_size, refusal  # noqa: E402
 from coe_megatron.training.folder_lock import FolderInUse  # noqa: E402
-from coe_megatron.training.interruption import Interruption  # noqa: E402
+from coe_megatron.training.interruption import Interruption, stop_with_parent  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -68,10 +72,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.dry_run:
             return _forecast(load(options.config, options.overrides), options.json, options.device_memory)
-        stop_file = options.stop_file if os.environ.get("RANK", "0") == "0" else None
-        interruption = Interruption(stop_file)
+        if os.environ.get("RANK", "0") != "0":
+            return _pretrain(None, None)
         config = load(options.config, options.overrides, int(os.environ.get("WORLD_SIZE", "1")))
-        return _pretrain(config, interruption)
+        _vocabulary(config, data_needed=True)
+        _require_warm_start(config)
+        return _pretrain(config, options.stop_file)
     except FolderInUse as error:
         parser.refuse(ExitStatus.BUSY, str(error))
     except ConfigError as error:
@@ -88,8 +94,10 @@ def _forecast(config: RunConfig, as_json: bool, device_memory: str | None) -> in
             raise ConfigError(f"--device-memory {error}") from error
         if refused := refusal(config, cost, vocab_size, available):
             raise ConfigError(f"--device-memory {device_memory}: {refused}")
+    warning = needless_crossing(config, cost, vocab_size)
     if os.environ.get("RANK", "0") == "0":
-        write_out(json.dumps(cost.as_dict(), indent=2) if as_json else cost.table())
+        as_text = json.dumps({**cost.as_dict(), "warning": warning}, indent=2) if as_json else cost.table()
+        write_out(as_text if as_json or warning is None else f"{as_text}\nwarning: {warning}")
     return 0
 
 
@@ -107,22 +115,28 @@ def _require_warm_start(config: RunConfig) -> None:
         raise ConfigError(f"training.warm_start is {source}: it must be a checkpoint or the folder of a run")
 
 
-def _pretrain(config: RunConfig, interruption: Interruption) -> ExitStatus:
-    _vocabulary(config, data_needed=True)
-    _require_warm_start(config)
+def _pretrain(checked: RunConfig | None, stop_file: Path | None) -> ExitStatus:
+    """Args: what rank 0 has, which alone reads files at the start: a thousand ranks would read them all at once."""
     # Imported here: the stack takes seconds, and a mistake in config or data should not.
     from coe_megatron.training.console import quiet_libraries
 
     quiet_libraries()
     from coe_megatron.checkpoint.store import NotSaved
-    from coe_megatron.parallel.groups import Ranks
+    from coe_megatron.parallel.groups import Ranks, meet
     from coe_megatron.training.loop import Interrupted, train
 
     ranks = Ranks.from_environment(os.environ)
+    store = meet(ranks)
+    if checked is not None:
+        store.set("config", json.dumps(asdict(checked)))
+    config = parse(json.loads(store.get("config")))
+    interruption = Interruption(stop_file)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        stop_with_parent()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on there is a run, which notes how it ended
     last_word = partial(leave_error_file, environment=os.environ)
     try:
-        outcome = train(config, ranks, interruption, last_word)
+        outcome = train(config, ranks, store, interruption, last_word)
     except KeyboardInterrupt:
         leave()
     except ConfigError:

@@ -67,6 +67,11 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
+def losses(folder: Path) -> dict[int, float]:
+    """A run's training losses by step; of a step that was trained twice, the second time's."""
+    return {line["step"]: line["train_loss"] for line in read_metrics(folder / "metrics.jsonl") if line["step"]}
+
+
 def _parents() -> dict[int, int]:
     listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
     return dict(map(int, line.split()) for line in listed.splitlines())

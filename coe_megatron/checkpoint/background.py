@@ -27,6 +27,10 @@ class Background:
         self._thread = threading.Thread(target=self._run, args=(work,), name="checkpoint", daemon=True)
         self._thread.start()
 
+    def is_done(self) -> bool:
+        """Whether nothing is under way on this rank; what went wrong `wait` says."""
+        return self._thread is None or not self._thread.is_alive()
+
     def wait(self) -> None:
         """Return when nothing is under way any more, and raise what went wrong (as a rule on all ranks)."""
         if self._thread is not None:

@@ -48,6 +48,11 @@ def steps_beyond(folder: Path, step: int) -> set[int]:
     return {step_of(found) for found in newest_first(folder) if finished(found) and step_of(found) > step}
 
 
+def unfinished(folder: Path) -> list[Path]:
+    """What saves that were not finished have left."""
+    return [found for found in newest_first(folder) if not finished(found)]
+
+
 def finished(checkpoint: Path) -> bool:
     """It got its name, so that all of it was there once."""
     match = _NAME.fullmatch(checkpoint.name)
@@ -61,8 +66,11 @@ def trouble(checkpoint: Path) -> str | None:
     return problem(checkpoint) or shared(refusal(checkpoint / "tensors"))
 
 
-def newest_whole(folder: Path) -> Path | None:
+def newest_whole(folder: Path, up_to: int | None = None) -> Path | None:
     """The newest checkpoint that is whole; those passed over are named on stderr. Collective.
+
+    Args:
+        up_to: looks at this step and those before it alone.
 
     Returns:
         None if no save was ever finished.
@@ -71,7 +79,7 @@ def newest_whole(folder: Path) -> Path | None:
         ValueError: there are finished checkpoints, and none is whole.
     """
     damaged = []
-    for checkpoint in shared(newest_first(folder)):
+    for checkpoint in shared([found for found in newest_first(folder) if up_to is None or step_of(found) <= up_to]):
         found = trouble(checkpoint)
         if found is None:
             return checkpoint
@@ -116,6 +124,13 @@ def publish(partial: Path, final: Path) -> None:
         raise
     to_disk(final.parent)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def delete_between(folder: Path, first: int, last: int) -> None:
+    """Delete the finished checkpoints of these steps, the newest first."""
+    for found in newest_first(folder):
+        if finished(found) and first <= step_of(found) <= last:
+            delete(found)
 
 
 def delete(checkpoint: Path) -> None:

@@ -90,7 +90,18 @@ class Writer(dcp.FileSystemWriter):
 
     def _write_data(self, planner: Any, file_queue: Any) -> Any:
         self.thread_count = 1  # until here it was the number of files
-        return super()._write_data(planner, file_queue)
+        try:
+            return super()._write_data(planner, file_queue)
+        except RuntimeError as error:
+            raise _said_by_the_disk(error) from error
+
+
+def _said_by_the_disk(error: BaseException) -> BaseException:
+    """Of an error of torch's writer the OSError before it, whose text says more (`No space left on device`)."""
+    before: BaseException | None = error
+    while before is not None and not isinstance(before, OSError):
+        before = before.__cause__ or before.__context__
+    return before or error
 
 
 def refusal(folder: Path) -> str | None:

@@ -115,10 +115,26 @@ def load_latest(folder: Path, engine: Engine) -> dict[str, Any] | None:
     except ValueError as error:
         raise ValueError(f"{error}: choose another output, or delete that folder to begin anew") from error
     if checkpoint is not None:
-        return _read(checkpoint, engine)
+        return load(checkpoint, engine)
     if am_first() and listing.newest_first(folder):
         print(f"no save in {folder} was ever finished: the run begins anew", file=sys.stderr)
     return None
+
+
+def load(checkpoint: Path, engine: Engine) -> dict[str, Any]:
+    """Take up one whole checkpoint: weights, optimizer states, generators; returns the `state` saved with it.
+
+    Raises:
+        ValueError: it is of another model, or holds weights alone.
+    """
+    facts = _facts(checkpoint)
+    if facts["optimizer_steps"] is None:
+        raise ValueError(f"checkpoint {checkpoint} holds weights alone: begin a run with it as training.warm_start")
+    states.load_tensors(engine, checkpoint / "tensors")
+    zero_states.set_steps(engine, facts["optimizer_steps"])
+    if SavedLayout(**facts["layout"]).has_ranks_of(_layout(engine)):  # else no rank's generators suit one that saved
+        states.set_random_states(_read_random(_random_file(checkpoint, dist.get_rank())))
+    return facts["state"]
 
 
 def load_weights(source: Path, engine: Engine) -> tuple[Path, dict[str, Any]]:
@@ -166,35 +182,24 @@ def _layout(engine: Engine) -> SavedLayout:
 
 
 def _unless_not_saved(final: Path, write: Callable[..., None], *group: Group) -> None:
-    """Whatever is in the way of writing becomes one line; the cause stays with it."""
+    """Whatever is in the way of writing becomes one line; the cause stays with it, and room is made again."""
     try:
         write(*group)
-    except CheckpointException as error:  # torch's, of all ranks
-        cause = next(iter(error.failures.values()))[0]
+    except (CheckpointException, OSError, RuntimeError) as error:  # torch.save makes the last of an OSError
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        if am_first():
+            shutil.rmtree(_partial(final), ignore_errors=True)
         raise NotSaved(f"checkpoint {final} could not be saved: {cause}") from error
-    except (OSError, RuntimeError) as error:  # torch.save makes the latter of the former
-        raise NotSaved(f"checkpoint {final} could not be saved: {error}") from error
 
 
 def _write(snapshot: _Snapshot, final: Path, group: Group) -> None:
-    partial = final.with_suffix(".tmp")
+    partial = _partial(final)
     together(lambda: _make_empty(partial), group, first_alone=True)
     states.write_tensors(snapshot.tensors, partial / "tensors", group)
     together(lambda: write_bytes(_random_file(partial, dist.get_rank()), snapshot.random), group)
     together(lambda: write_text(partial / "state.json", json.dumps(snapshot.facts, indent=1)), group, first_alone=True)
     seal(partial, group)
     together(lambda: listing.publish(partial, final), group, first_alone=True)
-
-
-def _read(checkpoint: Path, engine: Engine) -> dict[str, Any]:
-    facts = _facts(checkpoint)
-    if facts["optimizer_steps"] is None:
-        raise ValueError(f"checkpoint {checkpoint} holds weights alone: begin a run with it as training.warm_start")
-    states.load_tensors(engine, checkpoint / "tensors")
-    zero_states.set_steps(engine, facts["optimizer_steps"])
-    if SavedLayout(**facts["layout"]).has_ranks_of(_layout(engine)):  # else no rank's generators suit one that saved
-        states.set_random_states(_read_random(_random_file(checkpoint, dist.get_rank())))
-    return facts["state"]
 
 
 def _facts(checkpoint: Path) -> dict[str, Any]:
@@ -212,8 +217,13 @@ def _random_file(folder: Path, rank: int) -> Path:
     return folder / "random" / f"{rank:05d}.pt"
 
 
+def _partial(final: Path) -> Path:
+    return final.with_suffix(".tmp")
+
+
 def _make_empty(partial: Path) -> None:
-    shutil.rmtree(partial, ignore_errors=True)  # of a save that was not finished
+    for unfinished in listing.unfinished(partial.parent):  # they only take room: no two runs write into one folder
+        shutil.rmtree(unfinished, ignore_errors=True)
     for part in ("tensors", "random"):
         (partial / part).mkdir(parents=True)
 

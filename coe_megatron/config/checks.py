@@ -156,15 +156,8 @@ def _zero(config: RunConfig) -> Iterator[str]:
         yield "zero.offload_optimizer is true: it needs zero.stage 1, 2 or 3"
     if zero.deepspeed is not None:
         try:
-            native = read_native(zero.deepspeed)
+            read_native(zero.deepspeed)
         except ValueError as error:
             yield str(error)
-        else:
-            given = native.get("zero_optimization")
-            if config.parallel.pipeline > 1 and isinstance(given, dict) and given.get("overlap_comm"):
-                yield (
-                    f"zero.deepspeed is {zero.deepspeed}: with parallel.pipeline ({config.parallel.pipeline}) "
-                    "zero_optimization.overlap_comm must be false, for DeepSpeed would leave the gradients unreduced"
-                )
     if zero.stage != 3 and zero.offload_parameters:
         yield f"zero.offload_parameters is true: it needs zero.stage 3, not {zero.stage}"

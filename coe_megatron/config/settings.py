@@ -249,6 +249,8 @@ class ZeroSettings:
         offload_optimizer: keep the optimizer's states, and step, in host memory (stages 1 to 3).
         offload_parameters: keep the weights of stage 3 in host memory.
         reduce_bucket_size: parameters whose gradients are reduced at once; with fp32 a buffer of that size is kept.
+        overlap_reduction: reduce gradients while the backward pass goes on (stages 1 and 2, at the cost of a second
+            buffer; stage 3 always does, stage 0 and pipelines never).
         deepspeed: a JSON file in DeepSpeed's own words, whose keys are merged over ours. What a setting here decides
             (batch, precision, clipping, stage, optimizer) it must not say.
     """
@@ -257,6 +259,7 @@ class ZeroSettings:
     offload_optimizer: bool = False
     offload_parameters: bool = False
     reduce_bucket_size: Count = 50_000_000
+    overlap_reduction: bool = True
     deepspeed: str | None = None
 
 
@@ -352,9 +355,17 @@ class RecoverySettings:
         hang_after: seconds without a step, an evaluation or a checkpoint done after which every rank writes its stacks
             to `stacks/` in the run's folder and ends with exit status 7; more than the longest of these takes. null
             waits for ever.
+        skips: steps in a row that are left out, since their loss or a gradient is not finite or the loss too large,
+            before the run rolls back to its newest whole checkpoint and goes past the data since then.
+        rollbacks: how often in all a run rolls back; then it ends with exit status 4, for a person to decide.
+        loss_factor: a step whose loss is more than so many times the median of the last 50 is left out too; null leaves
+            out only what is not finite.
     """
 
     hang_after: Positive | None = 1800.0
+    skips: Count = 5
+    rollbacks: Index = 2
+    loss_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
 
 
 @dataclass(frozen=True)

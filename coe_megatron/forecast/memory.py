@@ -185,9 +185,13 @@ def _gradients(config: RunConfig, has: Held, micro_batches: int) -> int:
 
 
 def _bucket(config: RunConfig) -> int:
-    """In which gradients are reduced; stage 1 in bf16 reduces in place."""
-    bf16 = config.training.precision == "bf16"
-    return config.zero.reduce_bucket_size * (0, 0 if bf16 else _FP32, element(config), _FP32)[config.zero.stage]
+    """In which gradients are reduced; stage 1 in bf16 reduces in place.
+
+    Stages 1 and 2 fill a second bucket while the first is being reduced.
+    """
+    zero, bf16 = config.zero, config.training.precision == "bf16"
+    size = zero.reduce_bucket_size * (0, 0 if bf16 else _FP32, element(config), _FP32)[zero.stage]
+    return size * (2 if zero.overlap_reduction and zero.stage < 3 and config.parallel.pipeline == 1 else 1)
 
 
 def _whole_sequence(config: RunConfig, shape: ModelShape) -> int:

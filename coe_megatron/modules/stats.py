@@ -106,16 +106,20 @@ def summary(reports: list[RoutingReport]) -> dict[str, float]:
     return {name: _ratio(sum(values), len(values)) for name, values in found.items() if values or "loss" in name}
 
 
-def finish_step(model: torch.nn.Module) -> None:
-    """What routers need after an optimizer step; a collective where the expert bias is on.
+def finish_step(model: torch.nn.Module, taken: bool = True) -> None:
+    """What routers need after an optimizer step; a collective where the expert bias is on and the step was `taken`.
 
     Each expert bias moves against its expert's load (arXiv 2408.15664), per iteration, and the loads that the global
-    auxiliary loss averages over the micro-batches of a step begin anew.
+    auxiliary loss averages over the micro-batches of a step begin anew. A step that was left out moves no bias.
     """
     found = [router for _, _, router in routers(model)]
     for router in found:
         router.reset_global_aux_loss_tracker()
     biased = [router for router in found if router.enable_expert_bias]
+    if not taken:
+        for router in biased:
+            router.local_tokens_per_expert.zero_()
+        return
     if not biased:
         return
     loads = torch.stack([router.local_tokens_per_expert for router in biased])

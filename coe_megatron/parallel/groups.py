@@ -28,16 +28,18 @@ class Ranks:
     Attributes:
         meeting: a name that ranks started by the same attempt have in common; empty where the place they meet at is
             new with every attempt anyway.
+        node: on which node this process is, counted from 0.
     """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     meeting: str = ""
+    node: int = 0
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> "Ranks":
-        """What torchrun wrote into the environment (RANK, WORLD_SIZE, LOCAL_RANK); without RANK a single process.
+        """What torchrun wrote into the environment (RANK, WORLD_SIZE, ...); without RANK a single process.
 
         When torchrun 2.13 starts ranks anew (`--max-restarts`), they find in its store where those before them
         listened, and connect to nobody. On one node the count of restarts tells them apart; on several nodes the
@@ -49,11 +51,27 @@ class Ranks:
         shared = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         alone = environment.get("GROUP_WORLD_SIZE") == "1"
         meeting = f"start {environment['TORCHELASTIC_RESTART_COUNT']}" if shared and alone else ""
-        return cls(rank, world_size, int(environment.get("LOCAL_RANK", 0)), meeting)
+        local_rank, node = (int(environment.get(name, 0)) for name in ("LOCAL_RANK", "GROUP_RANK"))
+        return cls(rank, world_size, local_rank, meeting, node)
+
+
+def meet(ranks: Ranks) -> dist.Store:
+    """What the ranks of one attempt have in common before they are groups; a rank on its own needs no place for it.
+
+    Several ranks meet where torchrun tells them to (MASTER_ADDR, MASTER_PORT).
+    """
+    if ranks.world_size == 1:
+        return dist.HashStore()
+    store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size))
+    return dist.PrefixStore(ranks.meeting, store) if ranks.meeting else store
 
 
 def start(
-    parallel: ParallelSettings, seed: int, ranks: Ranks | None = None, timeout: timedelta | None = None
+    parallel: ParallelSettings,
+    seed: int,
+    ranks: Ranks | None = None,
+    timeout: timedelta | None = None,
+    store: dist.Store | None = None,
 ) -> torch.device:
     """Make this process a rank: compatibility parts, device, process groups, and the same seeds on all replicas.
 
@@ -61,9 +79,9 @@ def start(
     those of the first. Call `seed_dropout` when the model is built.
 
     Args:
-        ranks: which rank this is; what torchrun says when None. Several ranks meet where torchrun tells them to
-            (MASTER_ADDR, MASTER_PORT); a single one needs no meeting point, port or file.
+        ranks: which rank this is; what torchrun says when None.
         timeout: after which a collective that waits for others is an error; torch's and Megatron's own when None.
+        store: from `meet`, which is called when None.
 
     Returns:
         The rank's device: its CUDA device (with NCCL), or the CPU (with gloo) where there is no CUDA.
@@ -75,7 +93,12 @@ def start(
     backend = "nccl" if device.type == "cuda" else "gloo"
     own = device if device.type == "cuda" else None  # lets NCCL connect at once, to the right device
     dist.init_process_group(
-        backend, store=_store(ranks), rank=ranks.rank, world_size=ranks.world_size, device_id=own, timeout=timeout
+        backend,
+        store=store or meet(ranks),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        device_id=own,
+        timeout=timeout,
     )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
@@ -86,16 +109,6 @@ def start(
     )
     _seed(seed, parallel_state.get_pipeline_model_parallel_rank())
     return device
-
-
-def _store(ranks: Ranks) -> dist.Store | None:
-    """Where the ranks meet; None for torch's own choice."""
-    if ranks.world_size == 1:
-        return dist.HashStore()
-    if not ranks.meeting:
-        return None
-    store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size))
-    return dist.PrefixStore(ranks.meeting, store)
 
 
 def stop() -> None:

@@ -1,9 +1,10 @@
-"""Asked to stop: by Ctrl-C, by SIGTERM or SIGUSR1, or by a file that somebody makes. Without torch.
+"""Asked to stop: by Ctrl-C, SIGTERM or SIGUSR1, by a file that somebody makes, by the end of torchrun. Without torch.
 
 A warning of an end that is near (a time limit, preemption) should not go through torchrun, which kills its ranks 30 s
 after it has passed a signal on: it is sent to the ranks themselves, or is the stop file, which rank 0 looks for.
 """
 
+import ctypes
 import os
 import signal
 import time
@@ -66,3 +67,12 @@ def _names(folder: Path) -> list[str]:
         return os.listdir(folder)
     except FileNotFoundError:
         return []
+
+
+def stop_with_parent() -> None:
+    """Have the kernel send SIGTERM to this process when its parent ends, by SIGKILL too: torchrun's ranks outlive it.
+
+    To be called where the parent is a launcher, not the shell of a person who may log out.
+    """
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)

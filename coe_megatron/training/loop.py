@@ -4,11 +4,13 @@ A step takes `global_batch` samples. Each micro-batch contributes the sum of its
 tokens of the whole step, on all ranks and in all micro-batches, so that a token weighs the same wherever it falls.
 """
 
-import math
+import platform
+import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,18 +19,23 @@ import torch
 from megatron.core import parallel_state
 
 from coe_megatron.chain import closed_forms
-from coe_megatron.checkpoint.collective import shared
+from coe_megatron.checkpoint.collective import gathered, shared
 from coe_megatron.config import ConfigError, RunConfig
 from coe_megatron.config.layout import layout
+from coe_megatron.config.settings import DataSettings
 from coe_megatron.config.shape import model_shape, padded_vocabulary
 from coe_megatron.data.run_data import RunData
 from coe_megatron.exit_status import ExitStatus
+from coe_megatron.forecast.checkpoint import checkpoint_bytes
+from coe_megatron.forecast.cost import forecast
+from coe_megatron.forecast.crossing import needless_crossing
 from coe_megatron.modules import stats
 from coe_megatron.parallel import groups
-from coe_megatron.training import devices, evaluation, memory, run_folder
+from coe_megatron.training import devices, evaluation, memory, recovery, room, run_folder
 from coe_megatron.training.continuation import Checkpoints, Position
 from coe_megatron.training.hang_watch import HangWatch, collective_timeout
 from coe_megatron.training.interruption import Interruption
+from coe_megatron.training.layout_map import layout_map
 from coe_megatron.training.metrics import Several, open_metrics
 from coe_megatron.training.model import build_model
 from coe_megatron.training.profiling import ProfileWindow
@@ -39,7 +46,6 @@ from coe_megatron.zero import engine as zero
 from coe_megatron.zero import passes
 
 Result = TypeVar("Result")
-_STEPS_LEFT_OUT = 5  # in a row, for gradients that were not finite
 
 
 class Interrupted(Exception):
@@ -57,20 +63,22 @@ class Interrupted(Exception):
 def train(
     config: RunConfig,
     ranks: groups.Ranks,
+    store: torch.distributed.Store | None = None,
     interruption: Interruption | None = None,
     last_word: Callable[[int, str], None] = lambda _status, _line: None,
 ) -> run_folder.Outcome | None:
     """Train, or go on from the newest checkpoint in the run's folder; the outcome on rank 0, None on other ranks.
 
     Args:
+        store: where the ranks have met (`groups.meet`), if they have.
         interruption: notes what asks the run to stop; one of the run's own when None.
         last_word: called with an exit status and a line before a hanging process is ended.
 
     Raises:
         ConfigError: config, data and folder do not fit together; one line that says what would.
         Interrupted: the run was asked to stop; all ranks have stopped after the same step and saved.
-        FloatingPointError: the loss is not finite any more.
-        NotSaved: a checkpoint could not be written.
+        Diverged: the loss, and nothing that `recovery` allows has helped.
+        NotSaved: the last checkpoint could not be written.
     """
     if config.training.deterministic:
         devices.make_deterministic()
@@ -80,7 +88,7 @@ def train(
             interruption = Interruption()
             stack.callback(interruption.forget)
         watch = stack.enter_context(HangWatch(Path(config.output) / "stacks", ranks.rank, limit, last_word))
-        device = groups.start(config.parallel, config.training.seed, ranks, collective_timeout(limit))
+        device = groups.start(config.parallel, config.training.seed, ranks, collective_timeout(limit), store)
         with _at_rank_0(lambda: run_folder.begin(Path(config.output), config)) or nullcontext():
             outcome = _attempt(config, ranks, device, interruption, watch)
         groups.stop()
@@ -92,7 +100,9 @@ def _attempt(
 ) -> run_folder.Outcome | None:
     """One attempt in a folder that is begun; however it ends, run.json says so."""
     try:
-        run = Pretraining(config, device, interruption, watch)
+        if warning := _at_rank_0(lambda: room.require(config, ranks.world_size)):
+            print(warning, file=sys.stderr)
+        run = Pretraining(config, device, interruption, watch, ranks.node)
         run.run()
     except ConfigError:
         if ranks.rank == 0:
@@ -110,16 +120,19 @@ def _attempt(
 class Pretraining:
     """One run on this rank: data, model, engine, and the loop over the steps."""
 
-    def __init__(self, config: RunConfig, device: torch.device, interruption: Interruption, watch: HangWatch) -> None:
-        self.config, self.device, self.folder = config, device, Path(config.output)
+    def __init__(
+        self, config: RunConfig, device: torch.device, interruption: Interruption, watch: HangWatch, node: int
+    ) -> None:
+        self.config, self.device, self.folder, self.node = config, device, Path(config.output), node
         self.interruption, self.watch = interruption, watch
         self.main_rank = torch.distributed.get_rank() == 0
         try:
-            data = RunData.open(config.data)
+            data = shared(_at_rank_0(lambda: _open(config.data)))
             self.vocab_size = padded_vocabulary(config, data.tokenizer_size)
             self.data = open_splits(config, data, self.folder / "index")
             self.engine = self._build_engine()
-            self.checkpoints = Checkpoints(self.folder, config, data, self.engine)
+            size = checkpoint_bytes(config, self.vocab_size, torch.distributed.get_world_size())
+            self.checkpoints = Checkpoints(self.folder, config, data, self.engine, size)
             self.position, self.begun = self.checkpoints.take_up()
         except ValueError as error:  # what is wrong with config, data or checkpoint is for the user, in one line
             raise ConfigError(str(error)) from error
@@ -141,7 +154,7 @@ class Pretraining:
             self.writer = opened or Several()
             stack.callback(self.writer.close)
             self.progress = Progress(first, steps, visible=self.main_rank)
-            stack.callback(self.progress.close)
+            stack.callback(lambda: self.progress.close())  # whichever there is then
             self.interruption.also_keyboard()
             stack.enter_context(self.checkpoints)
             self._greet()
@@ -153,35 +166,52 @@ class Pretraining:
             values = self._validate()
             self.writer.write({"step": 0, "tokens": 0, **values})
             self.progress.step(0, evaluation.shown(values))
-        clock, self.left_out = _Clock(self.position), 0
+        clock = _Clock(self.position)
         window = ProfileWindow(self.config.profile, self.folder / "profile", torch.distributed.get_rank())
-        for step in range(first, steps):
-            self.watch.beat(f"step {step + 1}")
+        while self.position.step < steps:
+            step = self.position.step + 1
+            self.watch.beat(f"step {step}")
             with clock.stopped():
-                window.before_step(step + 1)
-            loss, asked = self._train_step(step)
-            self.position.step = step + 1
-            self._require_progress()
+                window.before_step(step)
+            loss, asked = self._train_step(step - 1)
             with clock.stopped():
-                if said := window.after_step(step + 1):
+                if said := window.after_step(step):
                     self.progress.say(said)
-            log, save = self._due("log_every", "evaluate_every"), self._due("save_every") or bool(asked)
-            save = save or self.position.step in self.config.training.milestones
-            self.watch.beat(f"logging and evaluating after step {step + 1}")
-            self.progress.step(step + 1, self._log(float(loss), clock) if log else None)
-            if save:
-                self.watch.beat(f"the checkpoint of step {step + 1}")
-                self.checkpoints.save(self.position, last=bool(asked) or step + 1 == steps)
+            if recovery.is_due(self.config.recovery, self.position):
+                self._roll_back()
+                clock, log, save = _Clock(self.position), False, bool(asked)
+            else:
+                log, save = self._due("log_every", "evaluate_every"), self._due("save_every") or bool(asked)
+                save = save or step in self.config.training.milestones
+                self.watch.beat(f"logging and evaluating after step {step}")
+                self.progress.step(step, self._log(loss, clock) if log else None)
             if log or save:
+                self._save(save, log, last=bool(asked) or step == steps)
                 clock = _Clock(self.position)  # evaluating and saving are not training time
-            if asked and step + 1 < steps:
-                raise Interrupted(f"stopped after step {step + 1} of {steps}", asked)
+            if asked and self.position.step < steps:
+                raise Interrupted(f"stopped after step {self.position.step} of {steps}", asked)
 
-    def _train_step(self, step: int) -> tuple[torch.Tensor, ExitStatus]:
+    def _save(self, due: bool, logged: bool, last: bool) -> None:
+        self.watch.beat(f"the checkpoint of step {self.position.step}")
+        if said := self.checkpoints.after_step(self.position, due, logged, last):
+            self.progress.say(said)
+
+    def _roll_back(self) -> None:
+        """Go on from an earlier checkpoint, with data that no step has met; what was logged since is forgotten."""
+        self.watch.beat("rolling back")
+        self.position, said = recovery.roll_back(self.config, self.position, self.checkpoints)
+        self.progress.close()
+        self.progress = Progress(self.position.step, self.config.training.steps, visible=self.main_rank)
+        self.progress.say(said)
+        self.writer.go_back(self.position.step)
+        if self.main_rank:
+            run_folder.note(self.folder, {"rolled_back": self.position.rolled_back})
+
+    def _train_step(self, step: int) -> tuple[float, ExitStatus]:
         """One optimizer step; returns its loss in nats per counted token, and whether a rank was asked to stop."""
-        model, settings = self.engine.module, self.config.optimizer
+        model, settings, policy = self.engine.module, self.config.optimizer, self.config.recovery
         stats.reset_routing(model, watch=self._due("log_every", "evaluate_every", ahead=1))
-        batches = self.data.batches.for_step(step)
+        batches = self.data.batches.for_step(step + self.position.passed_over)
         own = torch.stack([batch["loss_mask"].sum() for batch in batches]).double().sum()
         counted = float(evaluation.all_reduce_sum(own))
         asked = _agreed(self.interruption.asked())
@@ -193,19 +223,14 @@ class Pretraining:
                 evaluation.forward,
                 lambda token_losses, batch: evaluation.counted_loss(token_losses, batch) / max(counted, 1),
                 self.memory.after_backward,
+                recovery.largest_loss(policy, self.position),
             )
-        stats.finish_step(model)
-        self.position.tokens += int(counted)
-        return evaluation.all_reduce_sum(total), asked
-
-    def _require_progress(self) -> None:
-        """A step with a gradient that is not finite is left out; a run of them will not recover by itself."""
-        self.left_out = 0 if math.isfinite(zero.gradient_norm(self.engine)) else self.left_out + 1
-        if self.left_out == _STEPS_LEFT_OUT:
-            raise FloatingPointError(
-                f"the gradients of the last {_STEPS_LEFT_OUT} steps, to step {self.position.step}, were not finite, "
-                "and these steps changed nothing: a lower optimizer.lr may help"
-            )
+        loss, taken = float(evaluation.all_reduce_sum(total)), zero.was_taken(self.engine)
+        stats.finish_step(model, taken)
+        self.position.step, self.position.tokens = step + 1, self.position.tokens + int(counted)
+        if said := recovery.note_step(policy, self.position, loss, taken):
+            self.progress.say(said)
+        return loss, asked
 
     def _log(self, loss: float, clock: "_Clock") -> dict[str, float]:
         """Write a metrics object for the step just done; returns what the progress line shows."""
@@ -218,6 +243,9 @@ class Pretraining:
             "step": step,
             "tokens": self.position.tokens,
             "train_loss": loss,
+            "left_out": self.position.left_out,
+            "rollbacks": len(self.position.rolled_back),
+            "passed_over": self.position.passed_over,
             "learning_rate": learning_rate(settings, step - 1, self.config.training.steps),
             "grad_norm": zero.gradient_norm(self.engine),
             **stats.summary(reports),
@@ -235,8 +263,6 @@ class Pretraining:
             values |= self._validate()
             shown |= evaluation.shown(values)
         self.writer.write(values)
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss of step {step} is {loss}: a lower optimizer.lr may help")
         return shown
 
     def _validate(self) -> dict[str, Any]:
@@ -268,15 +294,19 @@ class Pretraining:
             "share_of_documents_cut": self.data.cut,
             "ranks": torch.distributed.get_world_size(),
             "device": str(self.device),
+            "rolled_back": self.position.rolled_back,
         }
 
     def _greet(self) -> None:
         counted = closed_forms.parameters(self.shape)
-        ranks = torch.distributed.get_world_size()
+        ranks = layout(self.config, torch.distributed.get_world_size())
         self.progress.say(
-            f"{counted.total:,} parameters on {ranks} rank{'s' * (ranks > 1)} ({self.device.type}): "
-            f"{layout(self.config, ranks)}"
+            f"{counted.total:,} parameters on {ranks.ranks} rank{'s' * (ranks.ranks > 1)} ({self.device.type}): {ranks}"
         )
+        nodes = gathered([f"node {self.node} {platform.node()}"])
+        if ranks.ranks > 1:
+            self.progress.say(layout_map(ranks, nodes, self.config.moe.num_experts))
+            self._warn_of_crossing(nodes)
         if self.data.cut > 0.05:
             self.progress.say(
                 f"{self.data.cut:.0%} of the training documents are longer than model.seq_length "
@@ -284,6 +314,21 @@ class Pretraining:
             )
         if self.begun:
             self.progress.say(self.begun)
+
+    def _warn_of_crossing(self, nodes: list[str]) -> None:
+        """With nodes as they are, whatever `parallel.ranks_per_node` says."""
+        smallest = min(Counter(nodes).values())
+        config = replace(self.config, parallel=replace(self.config.parallel, ranks_per_node=smallest))
+        cost = forecast(config, self.vocab_size, len(nodes))
+        if warning := needless_crossing(config, cost, self.vocab_size):
+            self.progress.say(f"warning: {warning}")
+
+
+def _open(settings: DataSettings) -> RunData:
+    try:
+        return RunData.open(settings)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _at_rank_0(action: Callable[[], Result]) -> Result | None:

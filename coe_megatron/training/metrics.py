@@ -1,8 +1,14 @@
-"""Where a run's numbers go: metrics.jsonl (an object a logged step), TensorBoard, Weights & Biases. Rank 0 writes."""
+"""Where a run's numbers go: metrics.jsonl (an object a logged step), TensorBoard, Weights & Biases. Rank 0 writes.
+
+A full disk, or a folder that cannot be written for a while, costs no number: it waits in memory until it is written.
+"""
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from secrets import token_hex
@@ -21,6 +27,7 @@ _GROUPS = {
     "optimizer": ("learning_rate", "grad_norm"),
     "speed": ("step_seconds", "tokens_per_second", "tflops", "mfu"),
     "progress": ("tokens", "eta_seconds"),
+    "recovery": ("left_out", "passed_over", "rollbacks"),
 }
 
 
@@ -28,7 +35,14 @@ class Metrics(Protocol):
     """Takes the objects of logged steps, in their order; `values["step"]` says where each belongs."""
 
     def write(self, values: Values) -> None:
-        """One object; numbers in nested objects count as `outer/inner` where names are flat."""
+        """One object; numbers in nested objects count as `outer/inner` where names are flat.
+
+        Raises:
+            OSError: it is not written, and may be given again; not of what `open_metrics` returns.
+        """
+
+    def go_back(self, step: int) -> None:
+        """Forget what lies beyond a step: the run goes on from there; raises as `write`."""
 
     def close(self) -> None:
         """Flush everything; of no use afterwards."""
@@ -55,48 +69,102 @@ def open_metrics(folder: Path, config: RunConfig, first_step: int = 0) -> Metric
 
 
 class Several:
-    """Metrics that go to several places, to none as well."""
+    """Metrics that go to several places, to none as well; a place that cannot be written has them later."""
 
     def __init__(self, places: Sequence[Metrics] = ()) -> None:
-        self._places = places
+        self._places = [(place, deque[Callable[[Metrics], None]]()) for place in places]
+        self._said = False
 
     def write(self, values: Values) -> None:
-        for place in self._places:
-            place.write(values)
+        self._do(lambda place: place.write(values))
+
+    def go_back(self, step: int) -> None:
+        self._do(lambda place: place.go_back(step))
 
     def close(self) -> None:
-        for place in self._places:
+        self._catch_up()
+        for place, waiting in self._places:
+            if waiting:
+                print(f"{len(waiting)} logged steps could not be written: {type(place).__name__}", file=sys.stderr)
             place.close()
+
+    def _do(self, action: Callable[[Metrics], None]) -> None:
+        for _, waiting in self._places:
+            waiting.append(action)
+        self._catch_up()
+
+    def _catch_up(self) -> None:
+        """In order, and no place before the one ahead of it: they mostly lie on the same disk."""
+        try:
+            for place, waiting in self._places:
+                while waiting:
+                    waiting[0](place)
+                    waiting.popleft()
+        except OSError as error:
+            if not self._said:
+                print(f"metrics wait in memory until they can be written: {error}", file=sys.stderr)
+            self._said = True
+        else:
+            self._said = False
 
 
 class JsonLines:
     """A file with an object a line, each on its way to the disk when `write` returns."""
 
     def __init__(self, path: Path, first_step: int) -> None:
-        _keep_until(path, first_step)
-        self._lines = path.open("a", buffering=1)
+        self._path = path
+        if first_step:
+            self.go_back(first_step)
+        elif path.exists():
+            path.replace(path.with_suffix(".previous.jsonl"))
+        if not path.exists():
+            path.touch()
 
     def write(self, values: Values) -> None:
-        self._lines.write(json.dumps(_finite(values), allow_nan=False) + "\n")
+        line = (json.dumps(_finite(values), allow_nan=False) + "\n").encode()
+        with self._path.open("ab", buffering=0) as file:  # opened anew: its folder may have come back
+            end = file.tell()
+            try:
+                while line:
+                    line = line[file.write(line) :]
+            except OSError:
+                file.truncate(end)  # no line is torn
+                raise
+
+    def go_back(self, step: int) -> None:
+        if self._path.exists():
+            os.truncate(self._path, _end_of(self._path, step))
 
     def close(self) -> None:
-        self._lines.close()
+        """Nothing is open."""
 
 
 class TensorBoard:
     """Event files of the scalars, and of each router's N loads as a histogram."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        self._board = SummaryWriter(str(folder), purge_step=first_step + 1)
+        self._open: Callable[[int], SummaryWriter] = lambda first: SummaryWriter(str(folder), purge_step=first)
+        self._board: SummaryWriter | None = self._open(first_step + 1)
 
     def write(self, values: Values) -> None:
-        for name, value in _scalars(values):
-            self._board.add_scalar(name, value, values["step"])
-        for part in values.get("routing", ()):
-            self._board.add_histogram(_place(part) + "load", torch.tensor(part["load"]), values["step"], bins="auto")
+        board = self._board = self._board or self._open(values["step"])
+        try:
+            for name, value in _scalars(values):
+                board.add_scalar(name, value, values["step"])
+            for part in values.get("routing", ()):
+                board.add_histogram(_place(part) + "load", torch.tensor(part["load"]), values["step"], bins="auto")
+            board.flush()
+        except OSError:
+            self._board = None  # its thread has ended; another file goes on with this step
+            raise
+
+    def go_back(self, step: int) -> None:
+        self.close()
+        self._board = self._open(step + 1)
 
     def close(self) -> None:
-        self._board.close()
+        if self._board is not None:
+            self._board.close()
 
 
 class WeightsAndBiases:
@@ -133,6 +201,9 @@ class WeightsAndBiases:
     def write(self, values: Values) -> None:
         self._run.log(dict(_scalars(values)), step=values["step"])
 
+    def go_back(self, step: int) -> None:
+        """The service takes nothing back: it ignores steps that it has, until there are newer ones."""
+
     def close(self) -> None:
         self._run.finish()
 
@@ -145,15 +216,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Cut the file after a step; whenever the process dies, either the old or the new file is there."""
-    if step == 0:
-        if path.exists():
-            path.replace(path.with_suffix(".previous.jsonl"))
-        return
-    cut = path.with_suffix(".cut.jsonl")
-    cut.write_text("".join(json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step))
-    cut.replace(path)
+def _end_of(path: Path, step: int) -> int:
+    """Where in a metrics.jsonl the lines of this step and those before it end, in bytes."""
+    end = 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+            break
+        end += len(line)
+    return end
 
 
 def _finite(value: Any) -> Any:

@@ -17,7 +17,7 @@ def draw_loss(lines: Sequence[Mapping[str, Any]], entropy: float, title: str, pa
     """Draw what metrics.jsonl holds.
 
     Args:
-        lines: its objects.
+        lines: its objects; losses that are null are left out.
         entropy: entropy in nats of the token frequencies, drawn as the line to get below.
         title: what was trained.
         path: the PNG to write; returned.
@@ -29,11 +29,12 @@ def draw_loss(lines: Sequence[Mapping[str, Any]], entropy: float, title: str, pa
         ("valid_loss", "validation", {"color": _ORANGE, "marker": "o", "markersize": 4, "linewidth": 2}),
     )
     for key, label, style in curves:
-        points = [(line["tokens"], line[key]) for line in lines if key in line]
+        points = [(line["tokens"], line[key]) for line in lines if line.get(key) is not None]
         _curve(axes, points, label, **style)
     sets = next((line["valid"] for line in reversed(lines) if "valid" in line), ())
     for name, dashes in zip(sets, cycle(_DASHES), strict=False):
-        points = [(line["tokens"], line["valid"][name]["loss"]) for line in lines if "valid" in line]
+        of_set = [(line["tokens"], line["valid"][name]["loss"]) for line in lines if "valid" in line]
+        points = [(tokens, loss) for tokens, loss in of_set if loss is not None]
         _curve(axes, points, f"validation: {name}", color=_ORANGE, linestyle=dashes)
     axes.axhline(entropy, color=_GREY, linestyle="--", linewidth=1, label="entropy of token frequencies")
     axes.set(xlabel="tokens seen (padding not counted)", ylabel="loss [nats per token]", title=title)
@@ -46,4 +47,5 @@ def draw_loss(lines: Sequence[Mapping[str, Any]], entropy: float, title: str, pa
 
 def _curve(axes: Axes, points: Sequence[tuple[float, float]], label: str, **style: Any) -> None:
     """A curve through (tokens, loss), with its last loss in the legend."""
-    axes.plot(*zip(*points, strict=True), label=f"{label}, {points[-1][1]:.3f} at the end", **style)
+    if points:
+        axes.plot(*zip(*points, strict=True), label=f"{label}, {points[-1][1]:.3f} at the end", **style)

@@ -1,7 +1,11 @@
-"""What a person sees while a run goes on: a bar on a terminal, plain lines in a log file. Rank 0 alone shows it."""
+"""What a person sees while a run goes on: a bar on a terminal, plain lines in a log file. Rank 0 alone shows it.
+
+A log file on a full disk does not take them; that ends no run.
+"""
 
 import sys
 import time
+from contextlib import suppress
 from datetime import timedelta
 
 from tqdm import tqdm
@@ -29,7 +33,8 @@ class Progress:
                 self._bar.set_postfix_str(_text(logged))
         elif self._visible and logged:
             left = f"  left {timedelta(seconds=round(self.seconds_left(step)))}" if step > self._first else ""
-            print(f"step {step}/{self._steps}  {_text(logged)}{left}", file=sys.stderr)
+            with suppress(OSError):
+                print(f"step {step}/{self._steps}  {_text(logged)}{left}", file=sys.stderr)
 
     def seconds_left(self, step: int) -> float:
         """An estimate after step `step`, from the time since the start: evaluations and checkpoints are in it."""
@@ -38,7 +43,8 @@ class Progress:
     def say(self, text: str) -> None:
         """A line of its own that does not tear the bar."""
         if self._visible:
-            tqdm.write(text, file=sys.stderr)
+            with suppress(OSError):
+                tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
         if self._bar is not None:

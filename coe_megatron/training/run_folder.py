@@ -111,6 +111,14 @@ def describe(folder: Path, facts: Mapping[str, Any], config: RunConfig) -> None:
     (folder / "config.yaml").write_text(dump(config))
 
 
+def note(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Add to run.json what has happened on the way; where the disk does not take it, that is said and no error."""
+    try:
+        _write(folder, {**_read(folder), **facts})
+    except OSError as error:
+        print(f"{folder / 'run.json'} cannot be written: {error.strerror}", file=sys.stderr)
+
+
 def withdraw(folder: Path) -> None:
     """Forget this attempt, which was refused before it began; a folder that it made goes too."""
     record = _read(folder)
@@ -124,9 +132,8 @@ def withdraw(folder: Path) -> None:
 
 def end(folder: Path, outcome: str) -> None:
     """Note in run.json how this attempt ended: `finished`, `interrupted` or `failed: ...`."""
-    record = _read(folder)
-    record["attempts"][-1]["outcome"] = outcome
-    _write(folder, record)
+    if attempts := _attempts(_read(folder)):  # else somebody has removed the folder
+        note(folder, {"attempts": [*attempts[:-1], {**attempts[-1], "outcome": outcome}]})
 
 
 def finish(folder: Path) -> Outcome:
@@ -135,7 +142,7 @@ def finish(folder: Path) -> Outcome:
     record, lines = _read(folder), read_metrics(folder / "metrics.jsonl")
     picture = draw_loss(lines, record["unigram_entropy"], record["model"], folder / "loss.png")
     newest = max(path for path in (folder / "checkpoints").glob("step-*") if not path.suffix)
-    return Outcome(folder, record, [line for line in lines if "valid_loss" in line], newest, picture)
+    return Outcome(folder, record, [line for line in lines if line.get("valid_loss") is not None], newest, picture)
 
 
 def check_same_run(folder: Path, config: RunConfig) -> str:

@@ -114,9 +114,14 @@ def set_lr(engine: Engine, lr: float) -> None:
 def gradient_norm(engine: Engine) -> float:
     """The 2-norm of all gradients of the last step, before clipping.
 
-    Infinite when a gradient was not finite; such a step has left the weights as they were.
+    Infinite when a gradient was not finite; such a step was left out.
     """
     return float(engine.get_global_grad_norm())
+
+
+def was_taken(engine: Engine) -> bool:
+    """Whether the last step changed anything: weights, optimizer states and their step counts; equal on all ranks."""
+    return math.isfinite(gradient_norm(engine))
 
 
 def _sum_over_sequence_parts(model: torch.nn.Module) -> None:
@@ -150,7 +155,7 @@ def _config(
         "train_micro_batch_size_per_gpu": training.micro_batch,
         "gradient_accumulation_steps": accumulation,
         # In a pipeline Megatron's schedule calls the backward passes; the engine reduces when it steps.
-        "managed_gradient_accumulation": parallel_state.get_pipeline_model_parallel_world_size() == 1,
+        "managed_gradient_accumulation": _one_stage(),
         "gradient_clipping": optimizer.clip or (math.inf if zero.stage == 0 else 0.0),  # inf: only take the norm
         "zero_optimization": _zero_config(zero),
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW is as fast on a CPU, and needs no compiler
@@ -172,8 +177,13 @@ def _zero_config(zero: ZeroSettings) -> dict[str, Any]:
         "stage": zero.stage,
         "reduce_bucket_size": zero.reduce_bucket_size,
         "allgather_bucket_size": zero.reduce_bucket_size,
+        "overlap_comm": zero.overlap_reduction and zero.stage > 0 and _one_stage(),
         **{name: {"device": "cpu"} for name, asked in offloaded.items() if asked},
     }
+
+
+def _one_stage() -> bool:
+    return parallel_state.get_pipeline_model_parallel_world_size() == 1
 
 
 def _parameter_groups(model: torch.nn.Module, optimizer: OptimizerSettings) -> list[dict[str, Any]]:

@@ -28,34 +28,43 @@ def train_step(
     forward: Forward,
     loss_of: Reduce,
     after_backward: Callable[[], None] = lambda: None,
+    largest: float | None = None,
 ) -> torch.Tensor:
     """One optimizer step over its micro-batches; what their gradients are, `zero.engine` says.
+
+    A step whose loss or gradient is not finite anywhere changes nothing, on no rank: neither weights nor what the
+    optimizer has; `zero.engine.was_taken` tells.
 
     Args:
         batches: as many as the engine accumulates, their `tokens` [B, S] all of one shape; brought to the device one by
             one.
         loss_of: a scalar, whose sum over micro-batches and ranks is what the step lowers.
         after_backward: called when a backward pass has ended and its gradients are there; of a pipeline when all have.
+        largest: a step whose loss (the sum over micro-batches and ranks) is larger changes nothing either. It costs an
+            all-reduce of one number before the last backward pass.
 
     Returns:
         The sum over these micro-batches, float64, on all ranks that hold the model.
     """
+    losses: list[torch.Tensor] = []  # on the last stage
+
+    def noted(loss: torch.Tensor) -> torch.Tensor:
+        losses.append(loss.detach())
+        return loss * _one_or_nan(losses, largest if len(losses) == len(batches) else None)
+
     if _stages() == 1:
-        losses = []
         for batch in map(_on_device, batches):
-            loss = loss_of(forward(engine, batch), batch)
-            backward(engine, loss)
+            backward(engine, noted(loss_of(forward(engine, batch), batch)))
             after_backward()
             engine.step()
-            losses.append(loss.detach())
         return torch.stack(losses).double().sum()
 
     def scaled(output: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         # The schedule divides by the number of micro-batches, and DeepSpeed by that of replicas.
-        loss = loss_of(output, batch)
-        return loss * (len(batches) * engine.dp_world_size), loss.detach()
+        loss = noted(loss_of(output, batch))
+        return loss * (len(batches) * engine.dp_world_size), losses[-1]
 
-    losses = _through_stages(engine, batches, forward, scaled)
+    _through_stages(engine, batches, forward, scaled)
     after_backward()
     engine.step()  # reduces as well: the engine was told that the backward passes are not its own
     return _from_last_stage(losses, ())
@@ -75,6 +84,18 @@ def evaluate(engine: Engine, batches: Sequence[Batch], forward: Forward, sums_of
         total = _from_last_stage(sums, (size,))
     engine.train(was_training)
     return total
+
+
+def _one_or_nan(losses: Sequence[torch.Tensor], largest: float | None) -> torch.Tensor:
+    """The factor of the newest of a step's losses: NaN makes gradients NaN, and DeepSpeed leaves such a step out.
+
+    Where `largest` is given it is NaN if the losses of all replicas together are above it; the host does not look.
+    """
+    if largest is None:
+        return losses[-1] * 0 + 1  # NaN where the loss is not finite: there may be losses whose gradient is
+    total = torch.stack(list(losses)).double().sum()
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    return torch.where(total <= largest, 1.0, torch.nan).to(losses[-1])
 
 
 def _on_device(batch: Batch) -> Batch:

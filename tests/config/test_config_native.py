@@ -1,14 +1,10 @@
 """DeepSpeed's own JSON: what it may say, and what settings decide."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from coe_megatron.config import RunConfig
-from coe_megatron.config.checks import problems
 from coe_megatron.config.native import merged, read_native
-from coe_megatron.config.settings import ParallelSettings, ZeroSettings
 
 
 def test_objects_are_merged_key_by_key() -> None:
@@ -32,6 +28,7 @@ def test_objects_are_merged_key_by_key() -> None:
             '{"zero_optimization": {"cpu_offload": true}}',
             "it says zero_optimization.cpu_offload, which zero.offload_opt",
         ),
+        ('{"zero_optimization": {"overlap_comm": true}}', "which zero.overlap_reduction decides"),
         ("[]", "it must hold a JSON object"),
         ("{", "not valid JSON"),
     ],
@@ -42,17 +39,6 @@ def test_what_settings_decide_is_refused(text: str, said: str, tmp_path: Path) -
     with pytest.raises(ValueError) as refused:
         read_native(str(path))
     assert str(refused.value).startswith(f"zero.deepspeed is {path}: ") and said in str(refused.value)
-
-
-def test_overlapping_communication_is_refused_in_a_pipeline(tmp_path: Path) -> None:
-    path = tmp_path / "deepspeed.json"
-    path.write_text('{"zero_optimization": {"overlap_comm": true}}')
-    alone = RunConfig(zero=ZeroSettings(deepspeed=str(path)))
-    assert list(problems(alone)) == []
-    (said,) = problems(replace(alone, parallel=ParallelSettings(pipeline=2)))
-    assert said.startswith(
-        f"zero.deepspeed is {path}: with parallel.pipeline (2) zero_optimization.overlap_comm must be"
-    )
 
 
 def test_a_file_that_is_not_there() -> None:

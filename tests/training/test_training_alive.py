@@ -126,6 +126,19 @@ def test_a_killed_rank_ends_the_others_and_nothing_is_lost(
     assert len(outcomes) == 2 and outcomes[-1] == "finished"
 
 
+def test_without_torchrun_the_ranks_save_and_end(command: Callable[..., list[str]], tmp_path: Path) -> None:
+    with Program(command("training.save_every=5000")) as process:
+        wait_for_step(tmp_path / "run", 3, process)
+        ranks = children(process)
+        process.kill()
+        deadline = time.monotonic() + 60
+        while any(Path(f"/proc/{rank}").exists() for rank in ranks):
+            assert time.monotonic() < deadline, "a rank has outlived torchrun"
+            time.sleep(0.1)
+    assert len(ranks) == 2 and len(checkpoints(tmp_path / "run")) == 1
+    assert {status for status, _ in errors(tmp_path / "logs").values()} == {3}
+
+
 def test_status_3_is_also_what_a_single_process_ends_with(config: Path, prepared: Path, tmp_path: Path) -> None:
     (tmp_path / "stop").touch()
     settings = (f"data.path={prepared}", f"output={tmp_path / 'run'}", "parallel.expert=1")

@@ -56,6 +56,39 @@ def test_numbers_that_are_not_finite_are_null_and_the_file_stays_json(tmp_path: 
     assert line == {"step": 1, "train_loss": None, "valid": {"a": {"loss": None}}, "load": [0.5, 1.0]}
 
 
+def test_going_back_forgets_what_lies_beyond(tmp_path: Path) -> None:
+    writer = open_metrics(tmp_path, RunConfig())
+    for step, loss in ((1, 1.0), (2, 2.0), (3, 3.0)):
+        writer.write({"step": step, "train_loss": loss})
+    writer.go_back(1)
+    writer.write({"step": 2, "train_loss": 9.0})
+    writer.close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "train_loss": 1.0},
+        {"step": 2, "train_loss": 9.0},
+    ]
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in board.Scalars("loss/train_loss")] == [(1, 1.0), (2, 9.0)]
+
+
+def test_what_cannot_be_written_waits(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run, away = tmp_path / "run", tmp_path / "away"
+    run.mkdir()
+    writer = open_metrics(run, RunConfig())
+    writer.write({"step": 1, "train_loss": 1.0})
+    run.rename(away)
+    for step in (2, 3):
+        writer.write({"step": step, "train_loss": 1.0})
+    away.rename(run)
+    writer.write({"step": 4, "train_loss": 1.0})
+    writer.close()
+    assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == [1, 2, 3, 4]
+    board = EventAccumulator(str(run / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("loss/train_loss")] == [1, 2, 3, 4]
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith("metrics wait in memory until they can be written: [Errno 2]")
+
+
 def test_beginning_anew_keeps_the_old_file_aside(tmp_path: Path) -> None:
     for text in ("old", "new"):
         writer = open_metrics(tmp_path, RunConfig())

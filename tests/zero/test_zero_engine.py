@@ -211,9 +211,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing(stage: int) -> None:
 @pytest.mark.usefixtures("single_rank")
 def test_native_json_is_merged_over_ours(tmp_path: Path) -> None:
     native = tmp_path / "deepspeed.json"
-    native.write_text('{"zero_optimization": {"overlap_comm": true}, "wall_clock_breakdown": true}')
+    native.write_text('{"zero_optimization": {"round_robin_gradients": true}, "wall_clock_breakdown": true}')
     engine = make_engine(8, stage=2, native=str(native))
-    assert engine.zero_overlap_comm() and engine.wall_clock_breakdown()
+    assert engine.zero_round_robin_gradients() and engine.zero_overlap_comm() and engine.wall_clock_breakdown()
     assert engine.zero_optimization_stage() == 2 and engine.gradient_clipping() == 0.1, "what it does not say is ours"
     native.write_text('{"zero_optimization": {"overlap_com": true}}')
     with pytest.raises(ValueError, match=r"^zero.deepspeed is .*: overlap_com: Extra inputs are not permitted$"):

@@ -1,0 +1,201 @@
+"""Pretraining on several hosts without SLURM: torchrun on each of them through a remote shell.
+
+multi_host.py --hosts node-1:8,node-2:8 CONFIG.yaml [key.sub=value ...]
+"""
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import sys
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from coe_megatron.cluster import several_hosts
+from coe_megatron.cluster.hosts import Host, from_file, from_list, ranks_per_node
+from coe_megatron.cluster.several_hosts import RemoteCommands, ask, command_string, exported
+from coe_megatron.config import load
+from coe_megatron.config.arguments import Parser
+from coe_megatron.exit_status import ExitStatus
+
+EPILOG = f"""The hosts need the same working folder, Python, data and output folder under the same paths, and a remote
+shell that asks for no password. A host file has a line `NAME slots=N` for each host; # begins a comment.
+
+Started from the working folder, a command runs on each host as `REMOTE-SHELL HOST COMMAND`. Of the environment go along
+what begins with {", ".join(several_hosts.EXPORTED)}, and what --export names (visible to others on these hosts).
+The ranks meet at the first host, at a port that is free there; gloo and NCCL use the interface that leads to it.
+
+Each line of output begins with the host's name. Ctrl-C stops the ranks after the step at hand, with a checkpoint; a
+second one ends them at once. When a host fails the others end within half a minute, and if this program is killed the
+ranks elsewhere save and stop. --max-restarts starts all ranks again when one was killed, failed or hung; with
+--min-hosts they go on with that many hosts when others, but not the first, are lost, if these can divide the batch.
+
+--check looks at every host before the start (check_nodes.py does it) and ends if one is bad; with --check exclude the
+run begins without those.
+
+exit status: that of the ranks, by the first host to fail that says more than "failed": 0 done, 1 failed, 2 a mistake,
+3 stopped and saved, 4 diverged, 5 not saved, 6 busy, 7 hung, 130 interrupted from the keyboard."""
+_MEETING = "import sys; from coe_megatron.cluster.network import *; print(address_towards(sys.argv[1]), free_port())"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What runs where."""
+
+    hosts: list[Host]
+    ranks: int
+    options: argparse.Namespace
+
+    @property
+    def shell(self) -> list[str]:
+        return shlex.split(self.options.remote_shell)
+
+    def command(self, *program: str) -> str:
+        """As a remote shell takes it: Python with these arguments, in this folder."""
+        variables = exported(os.environ, self.options.export)
+        return command_string([sys.executable, *program], Path.cwd(), variables)
+
+    def meeting(self) -> tuple[str, int]:
+        """Address and free port of the first host, as it says itself."""
+        peer = self.hosts[min(1, len(self.hosts) - 1)]
+        said = ask(self.shell, self.hosts[0], self.command("-c", _MEETING, peer.address)).split()
+        return said[-2], int(said[-1])
+
+    def torchrun(self, address: str, port: int, run: str) -> dict[str, str]:
+        """The command of each host that starts its ranks."""
+        return {host.name: self._one_host(index, f"{address}:{port}", run) for index, host in enumerate(self.hosts)}
+
+    def _one_host(self, index: int, endpoint: str, run: str) -> str:
+        options, first = self.options, index == 0
+        peer = self.hosts[min(1, len(self.hosts) - 1) if first else 0]
+        # A cut cable is for the ranks to judge (`recovery.hang_after`): torchrun would give up after a minute.
+        conf = f"is_host={int(first)},read_timeout=3600"
+        hosts = len(self.hosts) if options.min_hosts is None else f"{options.min_hosts}:{len(self.hosts)}"
+        return self.command(
+            *("launch/one_host.py", "--watch-stdin", "--towards", peer.address),
+            *("--max-restarts", str(options.max_restarts), "--"),
+            *("--nnodes", str(hosts), "--nproc-per-node", str(self.ranks)),
+            *("--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", run, "--rdzv-conf", conf),
+            *("launch/pretrain_coe.py", options.config, *options.overrides),
+            *(("--stop-file", options.stop_file) if options.stop_file else ()),
+        )
+
+    def check(self, address: str, port: int) -> dict[str, str]:
+        """The command of each host that takes part in the node check."""
+        names, output = (
+            ",".join(host.address for host in self.hosts),
+            load(self.options.config, self.options.overrides).output,
+        )
+        return {
+            host.name: self.command(
+                *("launch/check_nodes.py", "--output", output, "--nodes", names, "--name", host.address),
+                *("--meet", f"{address}:{port}", "--json"),
+            )
+            for host in self.hosts
+        }
+
+
+def parser() -> Parser:
+    made = Parser(prog="multi_host.py", description=__doc__, epilog=EPILOG)
+    hosts = made.add_mutually_exclusive_group(required=True)
+    hosts.add_argument("--hosts", metavar="A,B:SLOTS", help="the hosts, by comma; the first one leads")
+    hosts.add_argument("--hostfile", type=Path, metavar="FILE", help="the hosts, one a line: NAME slots=N")
+    made.add_argument("--ranks-per-node", type=int, metavar="N", help="ranks on each host (default: its slots, else 1)")
+    made.add_argument("--max-restarts", type=int, default=0, metavar="N", help="starts after a failure (default: 0)")
+    made.add_argument("--min-hosts", type=int, metavar="N", help="go on with so many (default: all are needed)")
+    check = "look at every host first, and stop at a bad one or exclude it"
+    made.add_argument("--check", choices=["stop", "exclude"], help=check)
+    shell = "ssh -o BatchMode=yes -o ServerAliveInterval=30"
+    made.add_argument("--remote-shell", default=shell, metavar="COMMAND", help="default: %(default)s")
+    made.add_argument("--export", action="append", default=[], metavar="NAME", help="one more variable for all hosts")
+    made.add_argument("--stop-file", metavar="FILE", help="for pretrain_coe.py: stop and save when this file appears")
+    made.add_argument("--dry-run", action="store_true", help="print each host's command; nothing is started")
+    made.add_argument("config", help="YAML file, such as configs/quickstart.yaml")
+    made.add_argument("overrides", nargs="*", default=[], help="key.sub=value, which wins over the file")
+    return made
+
+
+def plan(options: argparse.Namespace) -> Plan:
+    """The plan that the arguments ask for; ValueError or OSError, in one line, if there is none."""
+    hosts = from_list(options.hosts) if options.hosts is not None else from_file(options.hostfile)
+    ranks = ranks_per_node(hosts, options.ranks_per_node)
+    if options.max_restarts < 0:
+        raise ValueError(f"--max-restarts is {options.max_restarts}: it must be at least 0")
+    if options.min_hosts is not None and not 1 <= options.min_hosts <= len(hosts):
+        raise ValueError(f"--min-hosts is {options.min_hosts}: it must be from 1 to the number of hosts, {len(hosts)}")
+    load(options.config, options.overrides, ranks * len(hosts))
+    exported(os.environ, options.export)
+    return Plan(hosts, ranks, options)
+
+
+def main() -> int:
+    program = parser()
+    options = program.parse_intermixed_args()
+    try:
+        made = plan(options)
+        if options.dry_run:
+            for host, command in made.torchrun("ADDRESS", 0, "RUN").items():
+                print(shlex.join([*made.shell, host, command]))
+            return 0
+        if options.check:
+            made = checked(made)
+        return run(made)
+    except (ValueError, OSError) as error:
+        program.error(str(error))
+    except KeyboardInterrupt:
+        return ExitStatus.INTERRUPTED
+
+
+def checked(made: Plan) -> Plan:
+    """The plan without the hosts that a node check finds bad.
+
+    Raises:
+        ValueError: one is bad and not to be excluded, none is left, or the config does not fit those that are.
+    """
+    while bad := check(made):
+        told = "; ".join(f"{name}: {reason}" for name, reason in bad.items())
+        if made.options.check == "stop":
+            raise ValueError(f"bad hosts: {told}")
+        hosts = [host for host in made.hosts if host.address not in bad]
+        if not hosts:
+            raise ValueError(f"no host is left: {told}")
+        print(f"excluded: {told}", flush=True)
+        load(made.options.config, made.options.overrides, made.ranks * len(hosts))
+        made = Plan(hosts, made.ranks, made.options)
+    return made
+
+
+def check(made: Plan) -> dict[str, str]:
+    """The bad hosts with the reasons."""
+    try:
+        address, port = made.meeting()
+    except ValueError as error:
+        return {made.hosts[0].address: str(error)}
+    commands = RemoteCommands(made.shell, made.check(address, port), len(made.hosts), reporting=True)
+    commands.wait()
+    reports = [line for line in commands.lines[made.hosts[0].name] if line.startswith("{")]
+    if not reports:
+        return {made.hosts[0].address: "its node check has not reported"}
+    return dict(json.loads(reports[-1])["bad"])
+
+
+def run(made: Plan) -> int:
+    """Train; returns the exit status."""
+    commands = made.torchrun(*made.meeting(), uuid.uuid4().hex)
+    running = RemoteCommands(made.shell, commands, made.options.min_hosts or len(made.hosts))
+    asked: list[int] = []
+
+    def pass_on(number: int, _: object) -> None:
+        asked.append(number)
+        running.tell("stop" if len(asked) == 1 else "end")
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, pass_on)
+    status = running.wait()
+    return ExitStatus.INTERRUPTED if status == ExitStatus.STOPPED and signal.SIGINT in asked else status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""launch/multi_host.py and one_host.py: mistakes in one line, and the commands that hosts would get."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from programs import ROOT
+
+from coe_megatron.exit_status import ExitStatus
+
+CONFIG = "configs/quickstart.yaml"
+
+
+def launch(program: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, f"launch/{program}", *arguments]
+    environment = {**os.environ, **variables}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((CONFIG,), "one of the arguments --hosts --hostfile is required"),
+        (("--hosts", "a,a", CONFIG), "--hosts is 'a,a': a stands there twice"),
+        (("--hostfile", "nowhere", CONFIG), "No such file or directory: 'nowhere'"),
+        (("--hosts", "a:2,b:4", CONFIG), "slots differ (a=2, b=4)"),
+        (("--hosts", "a:1,b", "--hots", CONFIG), "unrecognized arguments: --hots"),
+        (("--hosts", "a,b,c", CONFIG), "parallel"),  # EP 2 does not go with three ranks
+        (("--hosts", "a,b", CONFIG, "model.layers=2"), "model.layers"),
+        (("--hosts", "a,b", "--max-restarts", "-1", CONFIG), "--max-restarts is -1: it must be at least 0"),
+        (
+            ("--hosts", "a,b", "--min-hosts", "3", CONFIG),
+            "--min-hosts is 3: it must be from 1 to the number of hosts, 2",
+        ),
+        (("--hosts", "a,b", "--export", "NONE_SUCH", CONFIG), "--export is NONE_SUCH: there is no such variable"),
+        (("--hosts", "a,b", "--remote-shell", "nowhere/ssh", CONFIG), "--remote-shell is 'nowhere/ssh': No such file"),
+        (("--hosts", "a,b", "--remote-shell", "false", CONFIG), "host a: false ended with status 1: no word"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: tuple[str, ...], says: str) -> None:
+    done = launch("multi_host.py", *arguments)
+    assert (done.returncode, done.stdout) == (ExitStatus.MISTAKE, "")
+    assert re.fullmatch(r"multi_host\.py: error: .*\n", done.stderr)
+    assert says in done.stderr
+
+
+def test_a_dry_run_shows_each_hosts_command() -> None:
+    options = ("--hosts", "x@a:2,b:2", "--min-hosts", "1", "--max-restarts", "3", "--stop-file", "s", "--dry-run")
+    done = launch("multi_host.py", *options, CONFIG, "training.global_batch=64", NCCL_DEBUG="INFO", SECRET="s")
+    assert done.returncode == 0, done.stderr
+    first, second = (shlex.split(line) for line in done.stdout.splitlines())
+    assert first[0] == "ssh"
+    assert [words[-2] for words in (first, second)] == ["x@a", "b"]
+    said = shlex.split(second[-1])
+    assert said[:2] == ["cd", str(ROOT)]
+    assert "NCCL_DEBUG=INFO" in said and "SECRET=s" not in said
+    ours, torchrun = said[said.index("launch/one_host.py") : said.index("--")], said[said.index("--") :]
+    assert ours[1:] == ["--watch-stdin", "--towards", "a", "--max-restarts", "3"]
+    assert torchrun[1:5] == ["--nnodes", "1:2", "--nproc-per-node", "2"]
+    assert "is_host=0,read_timeout=3600" in torchrun
+    assert torchrun[-5:] == ["launch/pretrain_coe.py", CONFIG, "training.global_batch=64", "--stop-file", "s"]
+    said = shlex.split(first[-1])
+    assert said[said.index("--towards") + 1] == "b"
+    assert "is_host=1,read_timeout=3600" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((), "the following arguments are required: ARGUMENT"),
+        (("--max-restarts", "-1", "--", "x.py"), "--max-restarts is -1: it must be at least 0"),
+        (("--towards", "no.such.host.invalid", "--", "x.py"), "host 'no.such.host.invalid' cannot be reached"),
+    ],
+)
+def test_a_mistake_on_one_host_is_one_line(arguments: tuple[str, ...], says: str) -> None:
+    done = launch("one_host.py", *arguments)
+    assert done.returncode == ExitStatus.MISTAKE
+    assert re.fullmatch(r"one_host\.py: error: .*\n", done.stderr)
+    assert says in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--output", "o"), "--name is missing: without srun and torchrun"),
+        (("--output", "o", "--nodes", "a,b", "--name", "c"), "--name is c: it must be one of --nodes, a,b"),
+        (("--output", "o", "--nodes", "a,a", "--name", "a"), "--nodes is a,a: a name stands there twice"),
+        (("--output", "o", "--nodes", "a", "--name", "a", "--meet", "x"), "--meet is x: it must be ADDRESS:PORT"),
+        (("--output", "o", "--nodes", "a", "--name", "a", "--report", "no/r"), "there is no folder no"),
+    ],
+)
+def test_a_mistake_in_a_node_check_is_one_line(arguments: tuple[str, ...], says: str) -> None:
+    done = launch("check_nodes.py", *arguments)
+    assert done.returncode == ExitStatus.MISTAKE
+    assert re.fullmatch(r"check_nodes\.py: error: .*\n", done.stderr)
+    assert says in done.stderr
+
+
+# A rank that fails at its first start and diverges at its second.
+RANK = """
+import os, sys
+sys.path.insert(0, os.getcwd())
+from coe_megatron.exit_status import leave_error_file
+status = {0: 1, 1: 4}[int(os.environ["TORCHELASTIC_RESTART_COUNT"])]
+leave_error_file(status, "so it is", environment=os.environ)
+sys.exit(status)
+"""
+
+
+@pytest.mark.run
+def test_torchrun_restarts_what_failed_but_not_what_diverged(tmp_path: Path) -> None:
+    rank = tmp_path / "rank.py"
+    rank.write_text(RANK)
+    variables = {"PET_MAX_RESTARTS": "5", "PET_NNODES": "1", "PET_NPROC_PER_NODE": "1", "OMP_NUM_THREADS": "1"}
+    done = launch("one_host.py", "--", "--standalone", str(rank), **variables)
+    assert done.returncode == ExitStatus.DIVERGED, done.stderr
+    assert "one_host.py: ended with status 4 (DIVERGED), rank 0: so it is\n" in done.stderr

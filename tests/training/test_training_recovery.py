@@ -1,0 +1,254 @@
+"""Steps that would spoil a run: left out, then rolled back and gone past, at last given up; whatever stops it then."""
+
+import json
+import math
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from attempts import Killed, attempt, planted, small
+from ranks import run_ranks
+
+from coe_megatron.config import RunConfig
+from coe_megatron.config.settings import RecoverySettings
+from coe_megatron.data.datasets import StepBatches
+from coe_megatron.modules import stats
+from coe_megatron.training import recovery
+from coe_megatron.training.continuation import Position
+from coe_megatron.training.loop import Interrupted, Pretraining
+from coe_megatron.training.metrics import read_metrics
+from coe_megatron.training.progress import Progress
+
+NAN = math.nan
+TWICE = {5: NAN, 6: NAN}  # with `skips` 2 the run rolls back after step 7, to step 4 and past the data of steps 5 to 7
+POLICY = {"skips": 2}
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a run says."""
+    heard: list[str] = []
+    monkeypatch.setattr(Progress, "say", lambda _, text: heard.append(text))
+    return heard
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return read_metrics(folder / "metrics.jsonl")
+
+
+def losses(folder: Path) -> dict[int, float | None]:
+    return {line["step"]: line["train_loss"] for line in lines(folder)[1:]}
+
+
+def checkpoints(folder: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").iterdir())
+
+
+def killed_before(step: int, after_rollback: bool = True) -> Callable[[Pretraining, int], None]:
+    def kill(run: Pretraining, at: int) -> None:
+        if at == step and (run.position.rolled_back or not after_rollback):
+            raise Killed
+
+    return kill
+
+
+def test_a_nan_in_one_batch_leaves_one_step_out(
+    single_rank: None, prepared: Path, tmp_path: Path, said: list[str]
+) -> None:
+    with planted({5: NAN}):
+        attempt(small(prepared, tmp_path, log_every=3))
+    found = {line["step"]: line for line in lines(tmp_path)}
+    assert [found[step]["left_out"] for step in (3, 6, 9, 12)] == [0, 1, 1, 1]
+    assert found[6]["train_loss"] is None and found[6]["grad_norm"] is None
+    assert found[12]["train_loss"] < found[3]["train_loss"] and found[12]["passed_over"] == 0
+    assert "step 6 is left out, it changes nothing: its loss is nan; 1 in a row, of 5 (recovery.skips)" in said
+    assert (tmp_path / "loss.png").exists()
+
+
+def test_a_step_that_is_left_out_moves_no_expert_bias(
+    single_rank: None, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[tuple[bool, float]] = []
+
+    def finish(model: torch.nn.Module, taken: bool) -> None:
+        before = [router.expert_bias.clone() for _, _, router in stats.routers(model)]
+        plain(model, taken)
+        after = [router.expert_bias for _, _, router in stats.routers(model)]
+        assert all(router.local_tokens_per_expert.sum() == 0 for _, _, router in stats.routers(model))
+        moved.append((taken, float((torch.stack(after) - torch.stack(before)).abs().max())))
+
+    plain = stats.finish_step
+    monkeypatch.setattr(stats, "finish_step", finish)
+    config = small(prepared, tmp_path, steps=3)
+    object.__setattr__(config.moe, "score_function", "sigmoid")
+    object.__setattr__(config.moe, "expert_bias", True)
+    with planted({1: NAN}):
+        attempt(config)
+    assert [taken for taken, _ in moved] == [True, False, True]
+    assert moved[0][1] > 0 and moved[1][1] == 0 and moved[2][1] > 0
+
+
+@pytest.fixture(scope="module")
+def rolled_back(megatron_groups: None, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that rolls back once, and goes on to its end."""
+    folder = tmp_path_factory.mktemp("rolled-back")
+    with planted(TWICE):
+        attempt(small(prepared, folder, POLICY))
+    return folder
+
+
+def test_a_run_rolls_back_and_goes_past_the_data(rolled_back: Path, prepared: Path, tmp_path: Path) -> None:
+    """To the bit the run whose data never had what was passed over."""
+    plain = StepBatches.for_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StepBatches, "for_step", lambda self, step: plain(self, step if step < 4 else step + 3))
+        attempt(small(prepared, tmp_path))
+    found = lines(rolled_back)
+    assert [line["step"] for line in found] == list(range(13)), "no line of what was undone"
+    assert losses(rolled_back) == losses(tmp_path)
+    assert found[-1]["valid_loss"] == lines(tmp_path)[-1]["valid_loss"]
+    assert [line["passed_over"] for line in found[1:]] == [0] * 4 + [3] * 8
+    assert [line["rollbacks"] for line in found[1:]] == [0] * 4 + [1] * 8
+    assert {line["left_out"] for line in found[1:]} == {0}
+    (event,) = json.loads((rolled_back / "run.json").read_text())["rolled_back"]
+    assert event == {"from_step": 7, "to_step": 4, "samples": [32, 55], "losses": [None, None]}
+
+
+@pytest.mark.parametrize("step", [5, 7, 8, 10], ids="killed before step {}".format)
+def test_killed_after_a_roll_back_it_goes_on_as_if_nothing_had_been(
+    single_rank: None, step: int, rolled_back: Path, prepared: Path, tmp_path: Path
+) -> None:
+    """Before the next checkpoint, so that the same roll-back happens again, and after it (step 8)."""
+    config = small(prepared, tmp_path, POLICY)
+    with planted(TWICE):
+        with pytest.raises(Killed):
+            attempt(config, killed_before(step))
+        attempt(config)
+    for expected, found in zip(lines(rolled_back), lines(tmp_path), strict=True):
+        for name in ("step", "tokens", "train_loss", "grad_norm", "valid_loss", "left_out", "rollbacks", "passed_over"):
+            assert found.get(name) == expected.get(name), (found["step"], name)
+
+
+def test_stopped_in_the_midst_of_bad_steps_it_counts_on(
+    single_rank: None, rolled_back: Path, prepared: Path, tmp_path: Path
+) -> None:
+    """A checkpoint between two steps that are left out: one more in a row, and it is not rolled back to."""
+
+    def ask(_run: Pretraining, step: int) -> None:
+        if step == 6:
+            signal.raise_signal(signal.SIGTERM)
+
+    config = small(prepared, tmp_path, POLICY)
+    with planted(TWICE):
+        with pytest.raises(Interrupted, match="after step 6"):
+            attempt(config, ask)
+        assert checkpoints(tmp_path) == [4, 6]
+        attempt(config)
+    assert losses(tmp_path) == losses(rolled_back) and checkpoints(tmp_path) == [8, 12]
+
+
+def test_stopped_in_the_step_that_rolls_back_it_goes_on_behind_the_data(
+    single_rank: None, rolled_back: Path, prepared: Path, tmp_path: Path
+) -> None:
+    def ask(_run: Pretraining, step: int) -> None:
+        if step == 7:
+            signal.raise_signal(signal.SIGTERM)
+
+    config = small(prepared, tmp_path, POLICY)
+    with planted(TWICE), pytest.raises(Interrupted, match="after step 4"):
+        attempt(config, ask)
+    attempt(config)  # nothing is planted any more: it must not meet that data again
+    assert losses(tmp_path) == losses(rolled_back)
+
+
+def test_after_as_many_roll_backs_as_are_allowed_a_run_gives_up(
+    single_rank: None, prepared: Path, tmp_path: Path
+) -> None:
+    """Starting it again does not help, until a person allows more."""
+    everything = dict.fromkeys(range(8, 20), NAN)
+    for _ in range(2):
+        with planted(everything), pytest.raises(recovery.Diverged) as caught:
+            attempt(small(prepared, tmp_path, {"skips": 3, "rollbacks": 1}))
+        assert str(caught.value) == (
+            "steps 9 to 11 were left out, their losses were not finite, not finite, not finite; recovery.rollbacks is "
+            "1, and the run has rolled back as often: a lower optimizer.lr may help, in another output "
+            "(training.warm_start begins with the weights of this one), or a larger recovery.rollbacks, which goes "
+            "past more data"
+        )
+        assert checkpoints(tmp_path) == [4, 8]
+    with planted(everything):
+        attempt(small(prepared, tmp_path, {"skips": 3, "rollbacks": 4}))
+    assert [line["passed_over"] for line in lines(tmp_path)[8:]] == [0, 12, 12, 12, 12]
+
+
+def test_the_count_of_roll_backs_outlives_checkpoints_and_restarts(
+    single_rank: None, prepared: Path, tmp_path: Path
+) -> None:
+    """One roll-back, a checkpoint, a kill, a second roll-back: more than the one that is allowed."""
+    config = small(prepared, tmp_path, {"skips": 2, "rollbacks": 1})
+    with planted(TWICE | {12: NAN, 13: NAN}):
+        with pytest.raises(Killed):
+            attempt(config, killed_before(9))
+        with pytest.raises(recovery.Diverged, match=r"recovery\.rollbacks is 1"):
+            attempt(config)
+
+
+def test_without_a_checkpoint_there_is_nothing_to_roll_back_to(
+    single_rank: None, prepared: Path, tmp_path: Path
+) -> None:
+    with planted(dict.fromkeys(range(1, 20), NAN)), pytest.raises(recovery.Diverged, match="no checkpoint is older: a"):
+        attempt(small(prepared, tmp_path, {"skips": 3}))
+
+
+def test_an_exploding_loss_is_left_out_where_a_factor_is_given(
+    single_rank: None, prepared: Path, tmp_path: Path, said: list[str]
+) -> None:
+    large = {5: 100.0}
+    folders = {factor: tmp_path / str(factor) for factor in (None, 3.0)}
+    for factor, folder in folders.items():
+        with planted(large):
+            attempt(small(prepared, folder, {"loss_factor": factor}))
+    learned, left_out = lines(folders[None]), lines(folders[3.0])
+    assert [line["left_out"] for line in learned[1:]] == [0] * 12
+    assert [line["left_out"] for line in left_out[1:]] == [0] * 5 + [1] * 7
+    assert left_out[6]["train_loss"] == learned[6]["train_loss"] > 50 and left_out[6]["grad_norm"] is None
+    assert losses(folders[3.0])[5] == losses(folders[None])[5], "the watch changes no bit of what is learned"
+    assert sum("(recovery.loss_factor); 1 in a row" in line for line in said) == 1
+
+
+def test_the_median_is_of_the_newest_steps_that_were_taken() -> None:
+    settings, position = RecoverySettings(loss_factor=3.0), Position()
+    assert recovery.largest_loss(settings, position) is None
+    for loss in [*[100.0] * 50, *[2.0] * 26]:
+        recovery.note_step(settings, position, loss, taken=True)
+    assert recovery.largest_loss(settings, position) == 6.0
+    for loss in [50.0] * 60:
+        recovery.note_step(settings, position, loss, taken=False)
+    assert recovery.largest_loss(settings, position) == 6.0 and len(position.losses) == 50
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("layout", ["expert", "pipeline"])
+def test_two_ranks_roll_back_together(layout: str, prepared: Path, tmp_path: Path) -> None:
+    """What is planted on one rank alone concerns both; a larger loss is left out, a NaN rolls back."""
+    ways = {f"{layout}_model_parallel_size": 2}
+    (first, second) = run_ranks(on_a_rank, 2, small(prepared, tmp_path, {**POLICY, "loss_factor": 3.0}), layout, **ways)
+    assert first == second
+    found = lines(tmp_path)
+    assert [line["step"] for line in found] == list(range(13))
+    assert [line["left_out"] for line in found[1:]] == [0] * 2 + [1] * 10
+    assert [line["passed_over"] for line in found[1:]] == [0] * 4 + [3] * 8
+    assert found[12]["train_loss"] < found[1]["train_loss"]
+
+
+def on_a_rank(config: RunConfig, layout: str) -> list[Any]:
+    object.__setattr__(config.parallel, layout, 2)
+    if layout == "pipeline":
+        object.__setattr__(config.model, "num_layers", 2)
+    positions: list[Any] = []
+    with planted({2: 100.0, **TWICE}, rank=1):
+        attempt(config, lambda run, _: positions.append((run.position.step, run.position.left_out)))
+    return positions
