@@ -77,7 +77,7 @@ def test_nodes_go_down(place: Place, undisturbed: str) -> None:
     """One job needs two nodes and takes a third, the other goes on with the one that is left."""
     waits = {"COE_TEST_WAIT": "6:went down", "COE_LAUNCH": "tasks"}
     same = place.submit(OTHERS, output="on other nodes", **waits)
-    width = ("--nodes=1-2", "--exclusive", "--nodelist=n6", "--exclude=n1,n2,n3,n4,n5")
+    width = ("--nodes=1-2", "--exclusive", "--exclude=n1,n2,n3,n4,n5")
     fewer = place.submit(*width, output="on fewer nodes", overrides=("parallel.expert=1",), **waits)
     place.wait_for_step("on other nodes", 5)
     place.wait_for_step("on fewer nodes", 5)
