@@ -18,8 +18,11 @@ WARNED = "SLURM warns of the time limit"
 
 @pytest.fixture(scope="module")
 def ended_often(place: Place) -> str:
-    """A job that goes nowhere until it is let go; submitted before all others."""
-    limits = ("--nodelist=n1,n2", "--time=2", "--signal=B:USR1@90")
+    """A job that waits until it is let go; submitted first, so that its time limits come while others run.
+
+    SLURM looks every 30 seconds, and warns up to 30 seconds earlier than asked: here half a minute or more after each start.
+    """
+    limits = ("--nodelist=n1,n2", "--time=2", "--signal=B:USR1@60")
     return place.submit(*limits, output="ended often", COE_TEST_WAIT="3:often enough", COE_MAX_REQUEUES="9")
 
 
@@ -146,16 +149,22 @@ def test_it_is_requeued_preempted_and_at_its_limit_twice(place: Place, ended_oft
     """`scontrol requeue`, preemption by a partition of higher priority, two time limits; then it ends by itself."""
     job, cluster = ended_often, place.cluster
     place.wait_for_step("ended often", 2)
-    cluster.ask("scontrol", "requeue", job)
-    cluster.wait(job, 60, "PENDING")
+    requeue = ("scontrol", "requeue", job)  # refused while it waits in the queue after a time limit
+    wait_for(lambda: cluster.run(*requeue).returncode == 0, 60, lambda: f"job {job} to be running: {place.log(job)}")
+
+    def preempted() -> bool:
+        urgent = cluster.ask(
+            "sbatch", "--parsable", "--partition=urgent", "--nodelist=n1", "--exclusive", "--wrap=true"
+        )
+        cluster.wait(urgent.strip(), 90)
+        return "DUE TO PREEMPTION" in place.log(job)
+
     cluster.wait(job, 60, "RUNNING")
-    urgent = cluster.ask("sbatch", "--parsable", "--partition=urgent", "--nodelist=n1", "--exclusive", "--wrap=true")
-    cluster.wait(urgent.strip(), 60)
-    wait_for(lambda: place.log(job).count(WARNED) >= 2, 150, lambda: f"two time limits: {place.log(job)}")
+    wait_for(preempted, 120, lambda: f"job {job} to be preempted: {place.log(job)}")
+    wait_for(lambda: place.log(job).count(WARNED) >= 2, 250, lambda: f"two time limits: {place.log(job)}")
     place.let_go("often enough")
     place.finish(job)
     log = place.log(job)
-    assert "DUE TO JOB REQUEUE" in log and "DUE TO PREEMPTION" in log
-    assert int(cluster.job(job)["Restarts"]) >= 4
+    assert "DUE TO JOB REQUEUE" in log and int(cluster.job(job)["Restarts"]) >= 4
     assert log.count("does not go on: the run is done") == 1
     assert place.losses("ended often") == place.losses(undisturbed)
