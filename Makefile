@@ -28,7 +28,7 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q -m "not gpu and not ranks and not run and not full"
+	$(BIN)/pytest -q -m "not gpu and not ranks and not run and not slurm and not full"
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .
