@@ -20,7 +20,7 @@ WARNED = "SLURM warns of the time limit"
 def ended_often(place: Place) -> str:
     """A job that waits until it is let go; submitted first, so that its time limits come while others run.
 
-    SLURM looks every 30 seconds, and warns up to 30 seconds earlier than asked: here half a minute or more after each start.
+    SLURM looks every 30 seconds, and warns up to 30 seconds earlier than asked: here half a minute or so after a start.
     """
     limits = ("--nodelist=n1,n2", "--time=2", "--signal=B:USR1@60")
     return place.submit(*limits, output="ended often", COE_TEST_WAIT="3:often enough", COE_MAX_REQUEUES="9")
