@@ -153,10 +153,8 @@ def test_it_is_requeued_preempted_and_at_its_limit_twice(place: Place, ended_oft
     wait_for(lambda: cluster.run(*requeue).returncode == 0, 60, lambda: f"job {job} to be running: {place.log(job)}")
 
     def preempted() -> bool:
-        urgent = cluster.ask(
-            "sbatch", "--parsable", "--partition=urgent", "--nodelist=n1", "--exclusive", "--wrap=true"
-        )
-        cluster.wait(urgent.strip(), 90)
+        options = ("--partition=urgent", "--nodelist=n1", "--exclusive", "--output=/dev/null", "--wrap=true")
+        cluster.wait(cluster.ask("sbatch", "--parsable", *options).strip(), 90)
         return "DUE TO PREEMPTION" in place.log(job)
 
     cluster.wait(job, 60, "RUNNING")
