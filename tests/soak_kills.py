@@ -60,18 +60,19 @@ def main() -> int:
     with Program(command("untouched")) as process:
         assert process.wait() == 0
     seconds, draw, done = time.monotonic() - began, random.Random(options.seed), Counter[str]()
-    began, trouble = time.monotonic(), []
+    began, trouble = time.monotonic(), list[str]()
     folder = options.output / "soaked"
-    while done.total() < options.kills:
+    while done.total() < options.kills and not trouble:
         kind = KINDS[done.total() % len(KINDS)]
         trouble += killed_once(command("soaked"), folder, kind, draw)
         done[kind] += 1
         newest = listing.newest_whole(folder / "checkpoints")
         print(f"{done.total()} of {options.kills}: {kind}; newest checkpoint {newest and newest.name}", flush=True)
-    with Program(command("soaked")) as process:
-        if process.wait() != 0:
-            trouble.append("the last start did not come to the end")
-    trouble += differences(options.output / "untouched", folder)
+    if not trouble:
+        with Program(command("soaked")) as process:
+            if process.wait() != 0:
+                trouble.append("the last start did not come to the end")
+        trouble += differences(options.output / "untouched", folder)
     starts = len(json.loads((folder / "run.json").read_text())["attempts"])
     print(f"{steps} steps; kills: {dict(done)}; starts: {starts}; untouched {seconds:.0f} s, soaked "
           f"{time.monotonic() - began:.0f} s")  # fmt: skip

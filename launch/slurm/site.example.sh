@@ -24,3 +24,6 @@
 
 # Pyxis: further options of srun. COE_PYTHON is then a Python of the image:
 # COE_SRUN=(--container-image=/shared/images/coe.sqsh --container-mounts=/shared:/shared)
+
+# Further options of launch/check_nodes.py, such as how much memory must be free and how fast nodes must talk:
+# COE_CHECK=(--memory 64 --bandwidth 20)

@@ -15,7 +15,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if reason := missing():
         pytest.skip(f"no SLURM can be started: {reason}")
     folder = tmp_path_factory.mktemp("slurm")
-    with cluster(folder, size=5, cpus=8) as made:
+    with cluster(folder, size=7, cpus=8) as made:
         yield made
 
 
@@ -25,9 +25,9 @@ def place(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Place:
     home = folder / "the home"
     (home / "launch").mkdir(parents=True)
     (home / "coe_megatron").symlink_to(ROOT / "coe_megatron")
-    for name in ("slurm", "check_nodes.py"):
-        (home / "launch" / name).symlink_to(ROOT / "launch" / name)
-    shutil.copy(Path(__file__).with_name("rank_program.py"), home / "launch" / "pretrain_coe.py")
+    (home / "launch" / "slurm").symlink_to(ROOT / "launch" / "slurm")
+    for name, stands_for in (("rank_program.py", "pretrain_coe.py"), ("check_program.py", "check_nodes.py")):
+        shutil.copy(Path(__file__).with_name(name), home / "launch" / stands_for)
     (folder / "a config.yaml").write_text(CONFIG)
     prepare = ("launch/prepare_data.py", "--builtin", 400, "--vocab-size", 512)
     done = python(*prepare, "--output", folder / "prepared data", seconds=300)

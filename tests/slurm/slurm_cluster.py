@@ -38,7 +38,7 @@ PreemptMode=REQUEUE
 JobRequeue=1
 KillWait=30
 UnkillableStepTimeout=60
-ReturnToService=2
+ReturnToService=0
 SlurmdTimeout=300
 SlurmdParameters=config_overrides
 MpiDefault=none
@@ -149,11 +149,14 @@ def cluster(folder: Path, size: int, cpus: int) -> Iterator[Cluster]:
 
 def _end_jobs(made: Cluster) -> None:
     """Before the daemons, whose jobs would outlive them."""
-    jobs = made.run("squeue", "--noheader", "--format=%A").stdout.split()
-    if jobs:
-        made.run("scancel", "--full", "--signal=KILL", *jobs)
-        made.run("scancel", *jobs)
-        wait_for(lambda: not made.run("squeue", "--noheader").stdout, 60, lambda: f"the end of jobs {jobs}")
+
+    def over() -> bool:
+        jobs = made.run("squeue", "--noheader", "--format=%A").stdout.split()
+        if jobs:
+            made.run("scancel", *jobs)
+        return not jobs
+
+    wait_for(over, 90, lambda: "the end of all jobs")
 
 
 @contextmanager

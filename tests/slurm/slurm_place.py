@@ -76,6 +76,10 @@ class Place:
         folder = self.folder / "logs" / job / f"attempt-{attempt}"
         return [json.loads((folder / f"seen-by-{rank}.json").read_text()) for rank in range(len(_notes(folder)))]
 
+    def nodes(self, job: str, attempt: int) -> list[str]:
+        """Where the ranks of an attempt ran, by rank."""
+        return [rank["environment"]["SLURMD_NODENAME"] for rank in self.seen(job, attempt)]
+
     def wait_for_step(self, output: str, step: int) -> None:
         """Until a step of a run is logged."""
 

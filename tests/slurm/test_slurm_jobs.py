@@ -1,7 +1,7 @@
-"""launch/slurm/ on a real slurmctld with five slurmd: the scheduler ends runs in all its ways, and they go on.
+"""launch/slurm/ on a real slurmctld with seven slurmd: the scheduler ends runs in all its ways, and they go on.
 
 Jobs of several tests run at the same time: they wait for the scheduler more than they compute. n1 and n2 belong to the
-job that is ended again and again, n3 to n5 to all others.
+job that is ended again and again, n6 and n7 to one that loses one of them, n3 to n5 to all others.
 """
 
 import re
@@ -12,7 +12,7 @@ from slurm_place import UGLY, Place
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
 
-OTHERS = "--exclude=n1,n2"
+OTHERS = "--exclude=n1,n2,n6,n7"
 WARNED = "SLURM warns of the time limit"
 
 
@@ -73,29 +73,44 @@ def test_a_killed_rank_is_named_and_requeues_without_progress_end(place: Place) 
     assert "does not go on: 2 attempts in a row without progress, COE_MAX_REQUEUES allows 1 requeues" in log
 
 
-def test_a_node_goes_down(place: Place, undisturbed: str) -> None:
-    """Two jobs on the same two nodes: one needs two nodes and takes the third, the other goes on with the one left."""
+def test_nodes_go_down(place: Place, undisturbed: str) -> None:
+    """One job needs two nodes and takes a third, the other goes on with the one that is left."""
     waits = {"COE_TEST_WAIT": "6:went down", "COE_LAUNCH": "tasks"}
-    same = place.submit("--exclude=n1,n2", output="on other nodes", **waits)
-    place.wait_for_step("on other nodes", 5)
-    one, other = (rank["environment"]["SLURMD_NODENAME"] for rank in place.seen(same, 0))
-    (third,) = {"n3", "n4", "n5"} - {one, other}
-    width = ("--nodes=1-2", f"--exclude=n1,n2,{third}")
+    same = place.submit(OTHERS, output="on other nodes", **waits)
+    width = ("--nodes=1-2", "--exclusive", "--exclude=n1,n2,n3,n4,n5")
     fewer = place.submit(*width, output="on fewer nodes", overrides=("parallel.expert=1",), **waits)
+    place.wait_for_step("on other nodes", 5)
     place.wait_for_step("on fewer nodes", 5)
-    ports = [place.seen(job, 0)[0]["environment"]["MASTER_PORT"] for job in (same, fewer)]
-    assert ports[0] != ports[1]
-    place.cluster.ask("scontrol", "update", f"NodeName={other}", "State=DOWN", "Reason=test")
+    assert [place.nodes(job, 0) for job in (same, fewer)] == [["n3", "n4"], ["n6", "n7"]]
+    ports = {place.seen(job, 0)[0]["environment"]["MASTER_PORT"] for job in (same, fewer)}
+    assert len(ports) == 2
+    for node in ("n4", "n7"):
+        place.cluster.ask("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
     place.let_go("went down")
     for job in (same, fewer):
         place.finish(job)
         assert place.cluster.job(job)["Restarts"] == "1"
-    place.cluster.ask("scontrol", "update", f"NodeName={other}", "State=RESUME")
-    assert {rank["environment"]["SLURMD_NODENAME"] for rank in place.seen(same, 1)} == {one, third}
-    assert [rank["environment"]["SLURMD_NODENAME"] for rank in place.seen(fewer, 1)] == [one]
+    assert [place.nodes(job, 1) for job in (same, fewer)] == [["n3", "n5"], ["n6"]]
     assert place.losses("on other nodes") == place.losses(undisturbed)
     for found, expected in zip(place.losses("on fewer nodes"), place.losses(undisturbed), strict=True):
-        assert found[:3] == pytest.approx(expected[:3], rel=1e-4)
+        assert found[:2] == pytest.approx(expected[:2], rel=1e-4)
+        assert found[2] == (expected[2] and pytest.approx(expected[2], rel=1e-4))
+    place.cluster.ask("scontrol", "update", "NodeName=n4,n7", "State=RESUME")
+
+
+def test_bad_nodes_are_named_and_left_out(place: Place) -> None:
+    """With a spare node the job goes on at once; without, it is queued again and asks SLURM for other nodes."""
+    checked = {"COE_CHECK_NODES": "1", "COE_LAUNCH": "tasks"}
+    spared = place.submit(OTHERS, "--nodes=3", output="spared", COE_SPARE_NODES="1", COE_TEST_BAD="n3", **checked)
+    place.finish(spared)
+    assert place.nodes(spared, 0) == ["n4", "n5"]
+    assert "node n3 is bad: the disk is full\n1 bad node left out\n" in place.log(spared)
+    overrides = ("parallel.expert=1", "training.steps=1")
+    avoided = place.submit(OTHERS, "--nodes=1", output="avoided", overrides=overrides, COE_TEST_BAD="n3", **checked)
+    place.finish(avoided)
+    assert "node n3 is bad: the disk is full\n0 of 1 nodes are good, and 1 are needed\n" in place.log(avoided)
+    found = place.cluster.job(avoided)
+    assert (found["Restarts"], found["ExcNodeList"]) == ("1", "n[1-3,6-7]") and found["NodeList"] in {"n4", "n5"}
 
 
 def test_a_chain_goes_on_where_requeueing_is_off(place: Place, undisturbed: str) -> None:

@@ -228,6 +228,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.ranks
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_covering_cases_are_the_training_of_one_process(alone: Path, ranks: int) -> None:
     compare(alone, [case for case in COVERING if case.ranks == ranks])
