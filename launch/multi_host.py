@@ -192,7 +192,8 @@ def run(made: Plan) -> int:
         running.tell("stop" if len(asked) == 1 else "end")
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, pass_on)
+        if signal.getsignal(number) != signal.SIG_IGN:  # under nohup a terminal that is closed is none of its business
+            signal.signal(number, pass_on)
     status = running.wait()
     return ExitStatus.INTERRUPTED if status == ExitStatus.STOPPED and signal.SIGINT in asked else status
 

@@ -18,7 +18,8 @@ from coe_megatron.exit_status import ExitStatus
 EPILOG = """Everything after -- goes to torchrun as it is; what torchrun reads from PET_ variables holds too.
 
 The first SIGTERM, SIGINT (Ctrl-C), SIGUSR1 or SIGHUP asks the ranks to stop: they finish the step at hand and save, for
-as long as that takes. The second ends all at once. However it ends, no process of it is left.
+as long as that takes. The second ends all at once. What it was started to ignore (SIGHUP
+under nohup) it ignores. However it ends, no process of it is left.
 
 --max-restarts starts the ranks again, from the newest checkpoint, when one was killed, failed or hung. What a restart
 cannot help (a mistake, a loss that diverged, a full disk) ends the run at once; torchrun alone would start it again.
@@ -67,7 +68,8 @@ def main() -> int:
     if max_restarts < 0:
         program.error(f"--max-restarts is {max_restarts}: it must be at least 0")
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, lambda *_: requests.more())
+        if signal.getsignal(number) != signal.SIG_IGN:  # under nohup a terminal that is closed is none of its business
+            signal.signal(number, lambda *_: requests.more())
     if options.watch_stdin:
         threading.Thread(target=watch, args=(requests,), daemon=True).start()
     with tempfile.TemporaryDirectory(prefix="coe-ranks-") as logs:

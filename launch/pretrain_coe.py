@@ -117,6 +117,8 @@ def _require_warm_start(config: RunConfig) -> None:
 
 def _pretrain(checked: RunConfig | None, stop_file: Path | None) -> ExitStatus:
     """Args: what rank 0 has, which alone reads files at the start: a thousand ranks would read them all at once."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        stop_with_parent()
     # Imported here: the stack takes seconds, and a mistake in config or data should not.
     from coe_megatron.training.console import quiet_libraries
 
@@ -131,8 +133,6 @@ def _pretrain(checked: RunConfig | None, stop_file: Path | None) -> ExitStatus:
         store.set("config", json.dumps(asdict(checked)))
     config = parse(json.loads(store.get("config")))
     interruption = Interruption(stop_file)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        stop_with_parent()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on there is a run, which notes how it ended
     last_word = partial(leave_error_file, environment=os.environ)
     try:

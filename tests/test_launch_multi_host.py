@@ -119,3 +119,22 @@ def test_torchrun_restarts_what_failed_but_not_what_diverged(tmp_path: Path) -> 
     done = launch("one_host.py", "--", "--standalone", str(rank), **variables)
     assert done.returncode == ExitStatus.DIVERGED, done.stderr
     assert "one_host.py: ended with status 4 (DIVERGED), rank 0: so it is\n" in done.stderr
+
+
+# A rank that hangs up the program above torchrun, and is asked to stop if that minds.
+HANGS_UP = """
+import os, psutil, signal, sys, time
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit(3))
+psutil.Process().parents()[1].send_signal(signal.SIGHUP)
+time.sleep(2)
+"""
+
+
+@pytest.mark.run
+def test_under_nohup_a_terminal_that_is_closed_ends_nothing(tmp_path: Path) -> None:
+    rank = tmp_path / "rank.py"
+    rank.write_text(HANGS_UP)
+    command = [sys.executable, "launch/one_host.py", "--", "--standalone", "--nproc-per-node", "1", str(rank)]
+    hung_up = ["sh", "-c", "trap '' HUP; exec \"$@\"", "-", *command]
+    assert subprocess.run(hung_up, cwd=ROOT, capture_output=True, timeout=120).returncode == ExitStatus.DONE
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120).returncode != ExitStatus.DONE

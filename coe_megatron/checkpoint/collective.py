@@ -41,6 +41,9 @@ def share(items: Sequence) -> Sequence:
 def together(work: Callable[[], None], group: Group, first_alone: bool = False) -> None:
     """Do something on every rank (or on the first alone) and wait for all; what fails on one is raised on all.
 
+    Args:
+        work: without a collective call in it.
+
     Raises:
         OSError: what the disk said first.
     """
@@ -48,7 +51,15 @@ def together(work: Callable[[], None], group: Group, first_alone: bool = False) 
     if am_first() or not first_alone:
         try:
             work()
-        except OSError as error:
-            failure = str(error)
+        except (OSError, RuntimeError) as error:  # torch.save makes the latter of the former
+            failure = str(said_by_the_disk(error))
     if failures := [found for found in gathered([failure], group) if found]:
         raise OSError(failures[0])
+
+
+def said_by_the_disk(error: BaseException) -> BaseException:
+    """Of an error of torch's writers the OSError before it, whose text says more (`No space left on device`)."""
+    before: BaseException | None = error
+    while before is not None and not isinstance(before, OSError):
+        before = before.__cause__ or before.__context__
+    return before or error

@@ -30,6 +30,8 @@ from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWrite
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.serialization import _get_layout
 
+from coe_megatron.checkpoint.collective import said_by_the_disk
+
 LIST = ".metadata"
 OPTIMIZER = "optimizer."  # AdamW's states are named `optimizer.<kind>.<key of the weight>`
 MASTER = f"{OPTIMIZER}fp32_param."
@@ -93,15 +95,7 @@ class Writer(dcp.FileSystemWriter):
         try:
             return super()._write_data(planner, file_queue)
         except RuntimeError as error:
-            raise _said_by_the_disk(error) from error
-
-
-def _said_by_the_disk(error: BaseException) -> BaseException:
-    """Of an error of torch's writer the OSError before it, whose text says more (`No space left on device`)."""
-    before: BaseException | None = error
-    while before is not None and not isinstance(before, OSError):
-        before = before.__cause__ or before.__context__
-    return before or error
+            raise said_by_the_disk(error) from error
 
 
 def refusal(folder: Path) -> str | None:

@@ -182,10 +182,13 @@ def _layout(engine: Engine) -> SavedLayout:
 
 
 def _unless_not_saved(final: Path, write: Callable[..., None], *group: Group) -> None:
-    """Whatever is in the way of writing becomes one line; the cause stays with it, and room is made again."""
+    """Whatever is in the way of writing becomes one line; the cause stays with it, and room is made again.
+
+    A RuntimeError is none of that: another rank is gone, which says nothing about the disk, and starting again helps.
+    """
     try:
         write(*group)
-    except (CheckpointException, OSError, RuntimeError) as error:  # torch.save makes the last of an OSError
+    except (CheckpointException, OSError) as error:
         cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
         if am_first():
             shutil.rmtree(_partial(final), ignore_errors=True)

@@ -100,7 +100,7 @@ class Attempts:
 
     def end(self, status: ExitStatus) -> Decision:
         """Note how the attempt ended that `begin` noted last, and decide."""
-        last = self._all[-1]
+        self._all[-1] = last = replace(self._all[-1], ended=_now(), status=int(status))
         step = newest_step(Path(last.output))
         if not status.again:
             decision = Decision(False, _WHY_NOT[status])
@@ -109,25 +109,27 @@ class Attempts:
         else:
             made = f"{stalled} in a row without a newer checkpoint" if stalled else "with a newer checkpoint"
             decision = Decision(True, f"attempt {len(self._all)}, {made}; the newest is of step {step}")
-        self._all[-1] = replace(last, ended=_now(), status=int(status), again=decision.again, reason=decision.reason)
+        self._all[-1] = replace(last, again=decision.again, reason=decision.reason)
         self._write()
         return decision
 
     def _stalled(self, step: int) -> int:
-        """How many of the last attempts began from the very checkpoint that is the newest now."""
+        """How many of the last attempts began from the very checkpoint that is the newest now, or were kept out.
+
+        Checkpoints that another run has written into the folder meanwhile are no progress of an attempt.
+        """
         count = 0
         for attempt in reversed(self._all):
-            if attempt.step != step:
+            if attempt.step != step and attempt.status != ExitStatus.BUSY:
                 break
             count += 1
         return count
 
     def _no_progress(self, attempts: int, step: int) -> str:
-        found = f"is still that of step {step}" if step else "does not exist yet"
-        return (
-            f"{attempts} attempts in a row without progress, COE_MAX_REQUEUES allows {self._limit} requeues: "
-            f"the newest checkpoint in {self._all[-1].output} {found}"
-        )
+        output, found = self._all[-1].output, f"is still that of step {step}" if step else "does not exist yet"
+        busy = self._all[-1].status == ExitStatus.BUSY
+        why = f"another run writes {output}" if busy else f"the newest checkpoint in {output} {found}"
+        return f"{attempts} attempts in a row without progress, COE_MAX_REQUEUES allows {self._limit} requeues: {why}"
 
     def _write(self) -> None:
         temporary = self._path.with_suffix(".tmp")

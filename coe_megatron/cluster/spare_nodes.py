@@ -10,7 +10,7 @@ def bad_nodes(report: Path, nodes: Sequence[str]) -> dict[str, str]:
     try:
         found = json.loads(report.read_text())["bad"]
     except (OSError, ValueError, TypeError, KeyError):
-        return {nodes[0]: "it has written no report of the check"}
+        return {nodes[0]: f"it has written no report of the check, whose own words are in {report.with_suffix('.log')}"}
     return {str(node): str(reason) for node, reason in found.items()}
 
 

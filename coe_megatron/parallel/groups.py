@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from coe_megatron.config.settings import ParallelSettings
-from coe_megatron.parallel import without_cuda, without_te
+from coe_megatron.parallel import processors, without_cuda, without_te
 
 # Megatron derives the seeds of its generators by adding up to a few thousand (2718 + TP rank, 1024 + 100 x EP rank).
 _SEEDS_OF_A_RANK = 10_000
@@ -73,7 +73,7 @@ def start(
     timeout: timedelta | None = None,
     store: dist.Store | None = None,
 ) -> torch.device:
-    """Make this process a rank: compatibility parts, device, process groups, and the same seeds on all replicas.
+    """Make this process a rank: compatibility parts, device with its processors, process groups, and seeds.
 
     Equal seeds let replicas build equal weights; each pipeline stage has a seed of its own, or its layers would be
     those of the first. Call `seed_dropout` when the model is built.
@@ -139,6 +139,7 @@ def _device(ranks: Ranks) -> torch.device:
         return torch.device("cpu")
     device = torch.device("cuda", ranks.local_rank)
     torch.cuda.set_device(device)
+    processors.bind_near(device)
     return device
 
 

@@ -65,7 +65,7 @@ class Interruption:
 def _names(folder: Path) -> list[str]:
     try:
         return os.listdir(folder)
-    except FileNotFoundError:
+    except OSError:  # not made yet, or on a server that is away for a while: no reason to end a run
         return []
 
 

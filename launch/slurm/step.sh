@@ -26,7 +26,6 @@ with_torchrun() {
         --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
         --log-dir="$COE_ATTEMPT/ranks/$node" --redirects=3 --signals-to-handle=SIGINT
     )
-    if [[ -n ${SLURM_GPUS_ON_NODE:-} ]]; then options+=(--numa-binding=node); fi
     # Torchrun would kill its ranks 30 seconds after a TERM; they go on to the end of their step and save.
     trap '' TERM USR1
     if ((SLURM_NODEID == 0)); then # the job's log shows rank 0, without torchrun's words

@@ -13,7 +13,8 @@ from modules_build import errors
 from ranks import run_ranks
 
 from coe_megatron.chain.settings import ChainSettings
-from coe_megatron.checkpoint import store
+from coe_megatron.checkpoint import collective, store
+from coe_megatron.checkpoint import states as saved_states
 from coe_megatron.checkpoint.seal import SEAL
 from coe_megatron.parallel import groups
 from coe_megatron.zero import states
@@ -202,3 +203,23 @@ def list_keys(folder: Path) -> set[str]:
     take_steps(engine, 0, 1)
     path = store.save(folder, 3, engine, {"step": 3}, keep=1)
     return set(load_sharded_metadata(str(path / "tensors")))
+
+
+@pytest.mark.parametrize("lost", ["in the weights", "in the seal"])
+def test_a_rank_that_is_lost_in_a_save_is_not_a_disk_that_is_full(
+    lost: str, single_rank: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run may be started again, and a person need not make room."""
+
+    def gone(*_: object) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(*((saved_states, "write_tensors") if lost == "in the weights" else (store, "seal")), gone)
+    with pytest.raises(RuntimeError, match="Connection closed by peer"):
+        store.save(tmp_path, 1, make_engine(), {"step": 1}, keep=1)
+
+
+def test_what_torch_save_makes_of_a_full_disk_reaches_all_ranks() -> None:
+    """It is a RuntimeError; the other ranks would wait for the one that left."""
+    with pytest.raises(OSError, match="enforce fail"):
+        collective.together(lambda: torch.save(torch.zeros(10**5), "/dev/full"), None, first_alone=True)

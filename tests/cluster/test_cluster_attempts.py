@@ -51,6 +51,18 @@ def test_attempts_that_never_ended_count_too(tmp_path: Path) -> None:
     assert Attempts(tmp_path, limit=1).begin("7", tmp_path / "run") == tmp_path / "attempt-2"
 
 
+def test_checkpoints_of_another_run_in_the_folder_are_no_progress(tmp_path: Path) -> None:
+    """A job that was submitted twice would otherwise be queued again for as long as the other one trains."""
+    decisions = []
+    for step in (10, 20, 30):
+        attempts = Attempts(tmp_path / "logs", limit=2)
+        attempts.begin("7", tmp_path / "run")
+        save(tmp_path / "run", step)
+        decisions.append(attempts.end(ExitStatus.BUSY))
+    assert [decision.again for decision in decisions] == [True, True, False]
+    assert decisions[-1].reason.endswith(f"allows 2 requeues: another run writes {tmp_path / 'run'}")
+
+
 def test_a_chain_whose_run_ended_for_good_does_not_begin_again(tmp_path: Path) -> None:
     attempts = Attempts(tmp_path, limit=3)
     attempts.begin("7", tmp_path / "run")

@@ -68,3 +68,8 @@ def test_the_stop_file_is_looked_for_once_a_second(
     assert interruption.asked() == ExitStatus.DONE
     now += 1.1
     assert interruption.asked() == ExitStatus.STOPPED
+
+
+def test_a_folder_that_cannot_be_read_ends_no_run(listen: Callable[..., Interruption], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert listen(tmp_path / "file" / "stop").asked() == ExitStatus.DONE
