@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from coe_megatron.config import ConfigError, RunConfig, dump, load
 from coe_megatron.training import folder_lock
-from coe_megatron.training.metrics import read_metrics
+from coe_megatron.training.logged import read_metrics
 from coe_megatron.training.picture import draw_loss
 
 _PACKAGES = ("coe-megatron", "torch", "megatron-core", "deepspeed")

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from coe_megatron.config import RunConfig
 from coe_megatron.training import run_folder
-from coe_megatron.training.metrics import read_metrics
+from coe_megatron.training.logged import read_metrics
 
 BYTES = 2.0  # a token, about, of 512 pieces
 NO_DROPOUT = ("model.hidden_dropout=0", "model.attention_dropout=0")
