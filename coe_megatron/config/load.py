@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache
@@ -95,18 +95,30 @@ def dump(config: RunConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(_without_tuples(asdict(config))))
 
 
-def read(path: Path, including: tuple[Path, ...] = ()) -> Any:
-    """A file's settings over those of its bases, unchecked; `including` is the chain of files that led here."""
-    values = read_yaml(path)
+def read(
+    path: Path,
+    key: str = "base",
+    prepare: Callable[[Path, Any], Any] = lambda _path, values: values,
+    including: tuple[Path, ...] = (),
+) -> Any:
+    """A file's settings over those of its bases, unchecked.
+
+    Args:
+        key: that names the bases.
+        prepare: what is done with each file's own settings.
+        including: the chain of files that led here.
+    """
+    values = prepare(path, read_yaml(path))
     if path.resolve() in including:
         raise ConfigError(
-            f"{path}: base leads back to this file: {' -> '.join(p.name for p in including)} -> {path.name}"
+            f"{path}: {key} leads back to this file: {' -> '.join(p.name for p in including)} -> {path.name}"
         )
-    bases = values.pop("base", [])
+    bases = values.pop(key, [])
     names = [bases] if isinstance(bases, str) else bases
     if not isinstance(names, Sequence) or not all(isinstance(name, str) and name for name in names):
-        raise ConfigError(f"{path}: base is {_shown(bases)}: it must name a file or a list of files")
-    return merge(str(path), *(read(path.parent / name, (*including, path.resolve())) for name in names), values)
+        raise ConfigError(f"{path}: {key} is {_shown(bases)}: it must name a file or a list of files")
+    above = (*including, path.resolve())
+    return merge(str(path), *(read(path.parent / name, key, prepare, above) for name in names), values)
 
 
 def merge(whose: str, *given: Any) -> Any:

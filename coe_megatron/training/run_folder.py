@@ -84,7 +84,7 @@ def begin(folder: Path, config: RunConfig) -> TextIO:
     """
     attempt = {
         "outcome": "running",
-        "began": datetime.now(UTC).isoformat(timespec="seconds"),
+        "began": _now(),
         "command": sys.argv,
         "host": platform.node(),
         "python": platform.python_version(),
@@ -133,7 +133,7 @@ def withdraw(folder: Path) -> None:
 def end(folder: Path, outcome: str) -> None:
     """Note in run.json how this attempt ended: `finished`, `interrupted` or `failed: ...`."""
     if attempts := _attempts(_read(folder)):  # else somebody has removed the folder
-        note(folder, {"attempts": [*attempts[:-1], {**attempts[-1], "outcome": outcome}]})
+        note(folder, {"attempts": [*attempts[:-1], {**attempts[-1], "outcome": outcome, "ended": _now()}]})
 
 
 def finish(folder: Path) -> Outcome:
@@ -197,6 +197,10 @@ def _log() -> str | None:
     """The file that stderr goes to; None if it goes to a terminal or a pipe."""
     path = Path("/proc/self/fd/2").resolve()
     return str(path) if path.is_file() else None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _git_commit() -> str | None:
