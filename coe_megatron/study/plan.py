@@ -236,7 +236,7 @@ def _columns(study: Study) -> list[str]:
         "arm",
         "parameters",
         "FLOPs a token",
-        "TFLOP a run",
+        "FLOPs a run",
         "of experts",
         "steps",
         "memory a rank",

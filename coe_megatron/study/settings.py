@@ -98,8 +98,8 @@ def _with_paths(path: Path, values: Any) -> Any:
     """The `base` of a file, as paths from here."""
     if "base" in values:
         given = values["base"]
-        names: Sequence[Any] = [given] if isinstance(given, str) else list(given or [])
-        if not names or not all(isinstance(name, str) and name for name in names):
+        names = [given] if isinstance(given, str) else given
+        if not names or not isinstance(names, Sequence) or not all(isinstance(name, str) and name for name in names):
             raise ConfigError(f"{path}: base is {given!r}: it must name a run config or a list of them")
         values["base"] = [str(path.parent / name) for name in names]
     return values
