@@ -116,7 +116,8 @@ def _whole_number(study: Study, budget: Budget, config: RunConfig) -> int:
         value = getattr(value, name) if is_dataclass(value) and name in {each.name for each in fields(value)} else None
     if type(value) is int:
         return value
-    study.with_setting(study.baseline, budget.solve, budget.range[0])  # says it of a setting that there is not
+    if value is None:
+        study.with_setting(study.baseline, budget.solve, budget.range[0])  # says it if there is no such setting
     raise ConfigError(f"budget.solve is {budget.solve}: it must name a setting that is a whole number")
 
 
