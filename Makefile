@@ -2,14 +2,14 @@
 #   make quickstart   train a small Chain-of-Experts model on two CPU ranks, and see what it learned
 #   make test         all tests but those that need a GPU, and a covering few of the many layouts
 #   make test-full    all layouts with all ZeRO stages (about an hour more)
-#   make check        format, lint, types and the fast tests
+#   make check        format, lint, types (make lint) and the fast tests
 #   make format       format and fix what can be fixed; make docs: write docs/settings.md anew
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 export PYTHONUNBUFFERED := 1
 
-.PHONY: quickstart test test-full check format docs clean
+.PHONY: quickstart test test-full lint check format docs clean
 
 quickstart: $(INSTALLED) data/builtin/manifest.json
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 launch/pretrain_coe.py configs/quickstart.yaml
@@ -24,10 +24,12 @@ test: $(INSTALLED)
 test-full: $(INSTALLED)
 	$(BIN)/pytest -m "not gpu"
 
-check: $(INSTALLED)
+lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+check: lint
 	$(BIN)/pytest -q -m "not gpu and not ranks and not run and not slurm and not full"
 
 format: $(INSTALLED)

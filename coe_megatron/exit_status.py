@@ -8,10 +8,12 @@ import json
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
+from typing import Any
 
 
 class ExitStatus(IntEnum):
@@ -36,6 +38,25 @@ class ExitStatus(IntEnum):
 _MAY_GO_ON = {ExitStatus.FAILED, ExitStatus.STOPPED, ExitStatus.BUSY, ExitStatus.HUNG}
 
 
+def verdict(statuses: Iterable[ExitStatus]) -> ExitStatus:
+    """How a run failed, by the statuses of those that did, the first one first.
+
+    That is the first that says more than FAILED, which may be but the loss of a peer.
+    """
+    return next((status for status in statuses if status is not ExitStatus.FAILED), ExitStatus.FAILED)
+
+
+@dataclass(frozen=True)
+class LastWords:
+    """What a rank's error file says; `time` is in seconds since 1970, by the clock of its host."""
+
+    rank: int
+    host: str
+    time: float
+    status: ExitStatus
+    message: str
+
+
 def leave_error_file(status: int, message: str, stack: str = "", *, environment: Mapping[str, str]) -> None:
     """Write how this rank failed where torchrun, and whoever reads its logs, looks for it; nothing without torchrun.
 
@@ -54,3 +75,30 @@ def leave_error_file(status: int, message: str, stack: str = "", *, environment:
         temporary = Path(f"{name}.tmp")
         temporary.write_text(json.dumps(record))
         os.replace(temporary, name)
+
+
+def read_error_file(path: Path) -> LastWords | None:
+    """What a rank has left by `leave_error_file`; None of a file that is half written, or gone.
+
+    Torch's own, of a rank that failed before ours could speak, say less: FAILED, the rank by its folder's name, the
+    time by the file's.
+    """
+    rank = int(path.parent.name) if path.parent.name.isdecimal() else 0
+    try:
+        written, content = path.stat().st_mtime, json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    try:
+        said: Any = content["message"]
+        extra = said["extraInfo"]
+        moment = float(extra["time"] if "time" in extra else extra["timestamp"])
+        rank, host = int(extra.get("rank", rank)), str(extra.get("host", "unknown host"))
+        return LastWords(rank, host, moment, known_status(said.get("errorCode")), str(said.get("message", "")))
+    except (AttributeError, KeyError, TypeError, ValueError):  # no word of ours
+        said = content.get("message") if isinstance(content, dict) else None
+        return LastWords(rank, "unknown host", written, ExitStatus.FAILED, said if isinstance(said, str) else "")
+
+
+def known_status(code: object) -> ExitStatus:
+    """The status that a number stands for; FAILED for any other."""
+    return ExitStatus(code) if code in list(ExitStatus) else ExitStatus.FAILED  # type: ignore[arg-type]

@@ -59,7 +59,7 @@ def _followed(
 
 def _expected(oracle: ChainOfExperts, t: int, passes: list, seen: list[set[int]]) -> dict[str, Any]:
     """One iteration; `seen` gets the experts that each token visits in it."""
-    chosen_TN = torch.cat([result.routings[t].chosen_TN[counted] for result, counted, _, _ in passes])
+    chosen_TN = _chosen(passes, t)
     scores_TN = torch.cat([result.routings[t].scores_TN[counted] for result, counted, _, _ in passes]).double()
     shares_TN = scores_TN / scores_TN.sum(1, keepdim=True)
     before, after = (torch.cat([states[i][counted] for _, counted, _, states in passes]).double() for i in (t, t + 1))
@@ -81,7 +81,12 @@ def _expected(oracle: ChainOfExperts, t: int, passes: list, seen: list[set[int]]
         "state_norm": float(after.square().mean().sqrt()),
         "increment_norm": float(increment.square().mean().sqrt()),
         "increment_over_state": float(increment.norm() / before.norm()),
+        "pairs": (_chosen(passes, t - 1).T.long() @ chosen_TN.long()).tolist() if t else None,
     }
+
+
+def _chosen(passes: list, t: int) -> torch.Tensor:
+    return torch.cat([result.routings[t].chosen_TN[counted] for result, counted, _, _ in passes])
 
 
 def _losses(oracle: ChainOfExperts, t: int, results: list[ChainOutput]) -> dict[str, float]:

@@ -6,7 +6,6 @@ end by itself where it leads nowhere, so every attempt notes the newest checkpoi
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -72,11 +71,15 @@ class Attempts:
     Args:
         folder: made when the first attempt begins.
         limit: how many attempts may follow one another without a newer checkpoint, the first of them not counted.
+
+    Raises:
+        ValueError: one line, if the file holds something else.
+        OSError: it cannot be read.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
         self._path, self._limit = folder / "attempts.json", limit
-        self._all = [Attempt(**values) for values in _read(self._path)]
+        self._all = _read(self._path)
 
     def begin(self, job: str, output: Path) -> Path:
         """Note an attempt of a run in the folder `output`; returns a new folder for what the attempt leaves behind.
@@ -143,8 +146,13 @@ def newest_step(output: Path) -> int:
     return max((int(step) for step in steps if step.isdecimal()), default=NO_CHECKPOINT)
 
 
-def _read(path: Path) -> list[Mapping]:
-    return json.loads(path.read_text()) if path.exists() else []
+def _read(path: Path) -> list[Attempt]:
+    if not path.exists():
+        return []
+    try:
+        return [Attempt(**values) for values in json.loads(path.read_text())]
+    except (ValueError, TypeError):
+        raise ValueError(f"{path} holds no attempts: it must be as an attempt left it; move it away") from None
 
 
 def _now() -> str:

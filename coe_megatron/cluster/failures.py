@@ -13,10 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from coe_megatron.config.arguments import one_line
-from coe_megatron.exit_status import ExitStatus
+from coe_megatron.exit_status import ExitStatus, known_status, read_error_file, verdict
 
 _LAST_LINES, _LAST_BYTES = 12, 8192
 # Other ranks notice within moments that one was killed, and may say so before its launcher has.
@@ -65,42 +64,38 @@ def find_failures(attempt: Path) -> list[Failure]:
 
 
 def outcome(failures: list[Failure], launched: int) -> ExitStatus:
-    """How an attempt ended as a whole: as its first failing rank, if any; else as the command that started the ranks.
+    """How an attempt ended as a whole: by its failing ranks, if any; else by the command that started them all.
 
     Args:
+        failures: the first one first.
         launched: the exit status of that command, which is 0 only if all ranks are done.
     """
-    if launched == 0:
-        return ExitStatus.DONE
-    return failures[0].status if failures else ExitStatus.FAILED
+    return ExitStatus.DONE if launched == 0 else verdict(failure.status for failure in failures)
 
 
 def _errors(attempt: Path) -> Iterator[Failure]:
     for path in sorted(attempt.glob("ranks/node-*/**/error.json")):
-        if (content := _json(path)) is None:
-            continue
-        message = content.get("message", {})
-        if not isinstance(message, dict):  # what torch writes itself of a rank that fails in its own hands
-            message = {"message": message}
-        extra = message.get("extraInfo", {})
-        yield Failure(
-            rank=int(extra.get("rank", _rank_of(path.parent))),
-            host=str(extra.get("host", "unknown host")),
-            time=float(extra.get("time", extra.get("timestamp", path.stat().st_mtime))),
-            status=_status(message.get("errorCode")),
-            message=one_line(str(message.get("message", ""))),
-            log=_log(path.parent),
-        )
+        if (said := read_error_file(path)) is not None:
+            message = one_line(said.message)
+            yield Failure(said.rank, said.host, said.time, said.status, message, log=_log(path.parent))
 
 
 def _shells(attempt: Path) -> Iterator[Failure]:
-    """From the shells around single ranks, which see a signal as 128 more."""
+    """From the shells around single ranks, which see a signal as 128 more; a file cut short is passed over."""
     for path in sorted(attempt.glob("ranks/node-*/**/ended.json")):
-        if (ended := _json(path)) is None or ended["status"] == 0:
+        try:
+            ended = json.loads(path.read_text())
+            rank, code, moment, host = (
+                int(ended["rank"]),
+                int(ended["status"]),
+                float(ended["time"]),
+                str(ended["host"]),
+            )
+        except (OSError, ValueError, KeyError, TypeError):
             continue
-        code = ended["status"]
         code = 128 - code if code - 128 in signal.valid_signals() and code != ExitStatus.INTERRUPTED else code
-        yield _without_words(int(ended["rank"]), ended["host"], ended["time"], code, path.parent)
+        if code != 0:
+            yield _without_words(rank, host, moment, code, path.parent)
 
 
 def _reports(attempt: Path) -> Iterator[Failure]:
@@ -117,7 +112,7 @@ def _without_words(rank: int, host: str, time: float, code: int, folder: Path | 
     """Of a rank that left no error; `code` is its exit status, or below zero the number of a signal."""
     log = None if folder is None else _log(folder)
     if code >= 0:
-        return Failure(rank, host, time, _status(code), f"ended with status {code}, without a word", None, log)
+        return Failure(rank, host, time, known_status(code), f"ended with status {code}, without a word", None, log)
     name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
     said = f"was killed by {name}, without a word"
     if name == "SIGKILL":
@@ -125,27 +120,9 @@ def _without_words(rank: int, host: str, time: float, code: int, folder: Path | 
     return Failure(rank, host, time, ExitStatus.FAILED, said, name, log)
 
 
-def _status(code: Any) -> ExitStatus:
-    return ExitStatus(code) if code in set(ExitStatus) else ExitStatus.FAILED
-
-
-def _rank_of(folder: Path) -> int:
-    """Of a rank that did not say it: good for telling ranks apart, at least."""
-    return int(folder.name) if folder.name.isdecimal() else 0
-
-
 def _log(folder: Path) -> Path | None:
     path = folder / "stderr.log"
     return path if path.exists() else None
-
-
-def _json(path: Path) -> dict | None:
-    """None for a file that was being written when its rank was killed."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
 
 
 def _last_lines(path: Path) -> list[str]:

@@ -5,7 +5,6 @@ seconds after a signal however long their checkpoint takes, and leaves them as o
 """
 
 import ctypes
-import json
 import signal
 import subprocess
 import threading
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from coe_megatron.exit_status import ExitStatus
+from coe_megatron.exit_status import ExitStatus, read_error_file, verdict
 
 _LOOKS_EVERY = 0.2  # seconds
 _TORCHRUN_ENDS_ITS_RANKS = 35.0  # seconds; it gives them 30 between SIGTERM and SIGKILL
@@ -128,28 +127,17 @@ def reports(logs: Path) -> list[Report]:
     found = []
     for file in logs.glob("*/attempt_*/*/error.json"):
         attempt = int(file.parents[1].name.removeprefix("attempt_"))
-        try:
-            message = json.loads(file.read_text())["message"]
-            status, extra = message.get("errorCode", ExitStatus.FAILED), message["extraInfo"]
-            line, rank = str(message["message"]), extra.get("rank", file.parent.name)
-            found.append(Report(int(rank), attempt, float(extra.get("time", extra["timestamp"])), _known(status), line))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # half written, or not ours
-            found.append(Report(int(file.parent.name), attempt, file.stat().st_mtime, ExitStatus.FAILED, ""))
+        if (said := read_error_file(file)) is not None:
+            found.append(Report(said.rank, attempt, said.time, said.status, said.message))
     return found
 
 
 def most_telling(found: list[Report]) -> Report | None:
-    """Of the last attempt the first report that says more than FAILED, which may be but the loss of a peer."""
+    """Of the last attempt's reports the first one with its `verdict`; None where there is none."""
     last = max((report.attempt for report in found), default=0)
-    return min(
-        (report for report in found if report.attempt == last),
-        key=lambda report: (report.status == ExitStatus.FAILED, report.time),
-        default=None,
-    )
-
-
-def _known(status: object) -> ExitStatus:
-    return ExitStatus(status) if status in list(ExitStatus) else ExitStatus.FAILED  # type: ignore[arg-type]
+    those = sorted((report for report in found if report.attempt == last), key=lambda report: report.time)
+    status = verdict(report.status for report in those)
+    return next((report for report in those if report.status is status), None)
 
 
 def living_children(pid: int) -> list[psutil.Process]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from coe_megatron.cluster.hosts import Host
-from coe_megatron.exit_status import ExitStatus
+from coe_megatron.exit_status import ExitStatus, known_status, verdict
 
 # What a command on another host gets of this one's environment, by the beginning of its name.
 EXPORTED = ("GLOO_", "LD_LIBRARY_PATH", "NCCL_", "OMP_NUM_THREADS", "PYTHONPATH", "UCX_")
@@ -134,8 +134,7 @@ class RemoteCommands:
         """By the first host to fail that says more than "failed"."""
         if not self._too_few():
             return ExitStatus.DONE
-        known = [ExitStatus(status) for status in self.failed.values() if status in list(ExitStatus)]
-        return next((status for status in known if status != ExitStatus.FAILED), ExitStatus.FAILED)
+        return verdict(known_status(status) for status in self.failed.values())
 
 
 def _start(command: Sequence[str]) -> subprocess.Popen:

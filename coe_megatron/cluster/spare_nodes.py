@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 
-def bad_nodes(report: Path, nodes: Sequence[str]) -> dict[str, str]:
-    """What launch/check_nodes.py has found, by node; without a report the first node is bad, which writes it."""
+def bad_nodes(report: Path) -> dict[str, str] | None:
+    """What launch/check_nodes.py has found: the reason by node; None where it has left no report."""
     try:
         found = json.loads(report.read_text())["bad"]
-    except (OSError, ValueError, TypeError, KeyError):
-        return {nodes[0]: f"it has written no report of the check, whose own words are in {report.with_suffix('.log')}"}
-    return {str(node): str(reason) for node, reason in found.items()}
+        return {str(node): str(reason) for node, reason in found.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
 
 
 def choose(nodes: Sequence[str], bad: Mapping[str, str], count: int) -> list[str]:

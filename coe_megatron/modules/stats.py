@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -34,6 +35,8 @@ class RoutingReport:
         state_norm: root mean square over tokens and hidden dimensions of x(t), the state that the iteration leaves.
         increment_norm: the same of F_t, what the experts made.
         increment_over_state: increment_norm over the same of x(t-1), the state that the iteration received.
+        pairs: N lists of N: how many tokens reached expert i in the iteration before and expert j in this one; None in
+            iteration 1, and where they were not asked for.
     """
 
     layer: int
@@ -48,6 +51,12 @@ class RoutingReport:
     state_norm: float
     increment_norm: float
     increment_over_state: float
+    pairs: list[list[int]] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For metrics.jsonl; without pairs where there are none."""
+        values = asdict(self)
+        return values if self.pairs is not None else {name: values[name] for name in values if name != "pairs"}
 
 
 def layers(model: torch.nn.Module) -> Iterator[CoELayer]:
@@ -62,10 +71,16 @@ def routers(model: torch.nn.Module) -> Iterator[tuple[int, int, CoERouter]]:
             yield layer.layer_number, t + 1, router
 
 
-def reset_routing(model: torch.nn.Module, watch: bool = False) -> None:
-    """Forget what was noted; call it before each step, with `watch` if its report is wanted, which takes time."""
+def reset_routing(model: torch.nn.Module, watch: bool = False, pairs: bool = False) -> None:
+    """Forget what was noted; call it before each step.
+
+    Args:
+        watch: a report of it is wanted, which takes time.
+        pairs: with pairs of experts in it, which are N x N numbers for each iteration after the first.
+    """
     for layer in layers(model):
-        layer.watch = ChainWatch(layer.chain.iterations) if watch else None
+        experts = layer.config.num_moe_experts if pairs else None
+        layer.watch = ChainWatch(layer.chain.iterations, experts) if watch else None
         for router in layer.routers:
             router.stats = RoutingStats(watched=watch)
 
@@ -136,19 +151,22 @@ def _router(layer: CoELayer, t: int) -> CoERouter:
 
 
 def _as_vector(layer: CoELayer, t: int) -> torch.Tensor:
-    """The losses by name, the number of calls, the entropy, the watch's sums, and the N loads, float64."""
+    """The losses by name, the number of calls, the entropy, the watch's sums, the N loads, and the pairs; float64."""
     stats = _router(layer, t).stats
     assert layer.watch is not None and stats.load is not None, "no watched training step since reset_routing"
     noted = [*(stats.losses[name] for name in sorted(stats.losses)), stats.calls, stats.entropy]
     scalars = [torch.as_tensor(value).to(stats.load).view(1) for value in noted]
-    return torch.cat([*scalars, layer.watch.sums[t], stats.load])
+    pairs = () if layer.watch.pairs is None or t == 0 else (layer.watch.pairs[t].flatten(),)
+    return torch.cat([*scalars, layer.watch.sums[t], stats.load, *pairs])
 
 
 def _report(layer: CoELayer, t: int, summed: list[float]) -> RoutingReport:
     router = _router(layer, t)
     names = sorted(router.stats.losses)
     losses, (calls, entropy, *rest) = summed[: len(names)], summed[len(names) :]
-    (tokens, copies, repeated, before, increment, after), load = rest[:6], rest[6:]
+    (tokens, copies, repeated, before, increment, after), rest = rest[:6], rest[6:]
+    experts = layer.config.num_moe_experts
+    load, pairs = rest[:experts], [int(count) for count in rest[experts:]]
     charged = t < len(layer.routers)
     values = tokens * layer.config.hidden_size
     return RoutingReport(
@@ -164,6 +182,7 @@ def _report(layer: CoELayer, t: int, summed: list[float]) -> RoutingReport:
         state_norm=math.sqrt(_ratio(after, values)),
         increment_norm=math.sqrt(_ratio(increment, values)),
         increment_over_state=math.sqrt(_ratio(increment, before)),
+        pairs=[pairs[row : row + experts] for row in range(0, len(pairs), experts)] or None,
     )
 
 

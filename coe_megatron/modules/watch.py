@@ -3,6 +3,8 @@
 T: tokens, D: hidden size, N: experts, C: iterations. Padding counts in nothing.
 """
 
+from functools import partial
+
 import torch
 
 
@@ -13,11 +15,19 @@ class ChainWatch:
         sums: [C, 6] float64, over this rank's counted tokens since the watch was made: tokens, their copies that
             reached an expert, the copies among these whose expert the token had been at in an earlier iteration, and
             the squared norms of x(t-1), F_t and x(t).
+        pairs: [C, N, N] float64: how often a token reached expert i in the iteration before and expert j in this one;
+            None where `experts` is.
+
+    Args:
+        experts: N, if pairs of experts are to be counted.
     """
 
-    def __init__(self, iterations: int) -> None:
-        self.sums = torch.zeros(iterations, 6, dtype=torch.float64, device=torch.cuda.current_device())
+    def __init__(self, iterations: int, experts: int | None = None) -> None:
+        zeros = partial(torch.zeros, iterations, dtype=torch.float64, device=torch.cuda.current_device())
+        self.sums = zeros(6)
+        self.pairs = None if experts is None else zeros(experts, experts)
         self._visited_TN: torch.Tensor | None = None
+        self._before_TN: torch.Tensor | None = None
 
     def note(
         self,
@@ -39,6 +49,9 @@ class ChainWatch:
         visits_TN = visits_TN & counted_T.unsqueeze(1)
         if t == 0 or self._visited_TN is None:
             self._visited_TN = torch.zeros_like(visits_TN)
+        elif self.pairs is not None and self._before_TN is not None:
+            self.pairs[t] += self._before_TN.T.float() @ visits_TN.float()
+        self._before_TN = visits_TN
         repeated = (visits_TN & self._visited_TN).sum()
         self._visited_TN = self._visited_TN | visits_TN
         norms = [_squared_norm(hidden, counted_T) for hidden in (before, increment, after)]

@@ -210,7 +210,8 @@ class Pretraining:
     def _train_step(self, step: int) -> tuple[float, ExitStatus]:
         """One optimizer step; returns its loss in nats per counted token, and whether a rank was asked to stop."""
         model, settings, policy = self.engine.module, self.config.optimizer, self.config.recovery
-        stats.reset_routing(model, watch=self._due("log_every", "evaluate_every", ahead=1))
+        last = step + 1 == self.config.training.steps
+        stats.reset_routing(model, watch=self._due("log_every", "evaluate_every", ahead=1), pairs=last)
         batches = self.data.batches.for_step(step + self.position.passed_over)
         own = torch.stack([batch["loss_mask"].sum() for batch in batches]).double().sum()
         counted = float(evaluation.all_reduce_sum(own))
@@ -256,7 +257,7 @@ class Pretraining:
             **({"mfu": flops / self.peak_flops} if self.peak_flops else {}),
             "memory": self.memory.measured(),
             "memory_foreseen": self.memory_foreseen,
-            "routing": [asdict(report) for report in reports],
+            "routing": [report.as_dict() for report in reports],
         }
         shown = {"loss": loss, "tokens/s": tokens_per_second}
         if self._due("evaluate_every"):

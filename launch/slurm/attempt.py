@@ -6,9 +6,9 @@
 
 `begin` checks the config, so that a mistake in it is one line before anything starts, and prints the folder for what
 the attempt leaves behind, and that of the run. `nodes` names the bad nodes of a report of launch/check_nodes.py and
-prints N good ones; where there are fewer it prints the bad ones instead, with exit status 1. `end` tells which rank
-failed first, if any, notes how the attempt ended, and prints `again` if the job should go on; its exit status is that
-of the attempt. Exit statuses are those of pretrain_coe.py.
+prints N good ones; where there are fewer it prints the bad ones instead, with exit status 1, and without a report
+nothing. `end` tells which rank failed first, if any, notes how the attempt ended, and prints `again` or `over`: whether
+the job should go on; its exit status is that of the attempt. Exit statuses are those of pretrain_coe.py.
 """
 
 import argparse
@@ -62,7 +62,10 @@ def begin(options: argparse.Namespace) -> ExitStatus:
 
 
 def nodes(options: argparse.Namespace) -> ExitStatus:
-    bad = bad_nodes(options.report, options.names)
+    bad = bad_nodes(options.report)
+    if bad is None:  # the nodes may all be good, and the output folder not
+        say(f"the node check has written no report; its own words are in {options.report.with_suffix('.log')}")
+        return ExitStatus.FAILED
     for node, reason in bad.items():
         say(one_line(f"node {node} is bad: {reason}"))
     chosen = choose(options.names, bad, options.count)
@@ -80,12 +83,13 @@ def end(options: argparse.Namespace) -> ExitStatus:
     failures = find_failures(options.attempt)
     status = outcome(failures, options.status)
     if status is not ExitStatus.DONE:
-        say(f"{status.name}: {failures[0].told()}" if failures else f"{status.name}: no rank has said why")
+        telling = [failure for failure in failures if failure.status is status][:1]
+        told = "\n".join(failure.told() for failure in dict.fromkeys(failures[:1] + telling))
+        say(f"{status.name}: {told or 'no rank has said why'}")
         say(f"all ranks' logs lie in {options.attempt}")
     decision = Attempts(options.logs, requeues()).end(status)
     say(f"{'goes on' if decision.again else 'does not go on'}: {decision.reason}")
-    if decision.again:
-        print("again")
+    print("again" if decision.again else "over")
     return status
 
 
@@ -98,7 +102,7 @@ def main() -> int:
     options = program.parse_args()
     try:
         return {"begin": begin, "nodes": nodes, "end": end}[options.command](options)
-    except (ConfigError, OSError) as error:
+    except (ValueError, OSError) as error:
         program.error(str(error))
 
 

@@ -75,6 +75,16 @@ def test_a_chain_whose_run_ended_for_good_does_not_begin_again(tmp_path: Path) -
     )  # a person queues the same job again, having changed things
 
 
+@pytest.mark.parametrize("text", ["", "{}{", '{"job": 7}', '[{"job": "7"}]', "[7]"])
+def test_a_file_that_holds_no_attempts_is_a_mistake(text: str, begin: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "it's $(here)"
+    folder.mkdir()
+    (folder / "attempts.json").write_text(text)
+    done = python(*begin, "--", "configs/quickstart.yaml")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"attempt.py: error: {folder}/attempts.json holds no attempts: ")
+
+
 def test_only_finished_checkpoints_are_progress(tmp_path: Path) -> None:
     assert newest_step(tmp_path) == 0
     save(tmp_path, 10)
@@ -101,6 +111,7 @@ def test_the_program_begins_and_ends_an_attempt(begin: list[str], tmp_path: Path
     assert ended.stderr.startswith("STOPPED: rank 0 on a: stopped\n")
     (noted,) = json.loads((folder.parent / "attempts.json").read_text())
     assert (noted["job"], noted["output"], noted["status"]) == ("7", f"{tmp_path}/a 'run'", 3)
+    assert python(*begin[:1], "end", *begin[2:4], "--attempt", folder, "--status", 0).stdout == "over\n"
 
 
 @pytest.mark.parametrize(

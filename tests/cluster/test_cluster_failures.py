@@ -76,10 +76,21 @@ def test_a_rank_that_was_killed_long_after_the_first_error_is_not_the_first(tmp_
     assert [failure.rank for failure in find_failures(tmp_path)] == [0, 1]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"message": "Traceback"}', '{"message": {"errorCode": 77}}'])
-def test_an_error_file_that_is_not_ours_breaks_nothing(text: str, tmp_path: Path) -> None:
+def test_what_says_more_than_failed_decides(tmp_path: Path) -> None:
+    leave(tmp_path, 0, message="Connection closed by peer", status=1, time=9.0)
+    leave(tmp_path, 1, message="the loss has diverged", status=4, time=9.5)
+    assert outcome(find_failures(tmp_path), 1) is ExitStatus.DIVERGED
+
+
+FOREIGN = ["", "{", "[]", "1", '{"message": "Traceback"}', '{"message": {"errorCode": 77}}', '{"rank": 1}']
+FOREIGN += ['{"message": {"extraInfo": {"timestamp": "now"}}}', '{"rank": "a", "status": 1, "time": 1, "host": "h"}']
+
+
+@pytest.mark.parametrize("name", ["error.json", "ended.json"])
+@pytest.mark.parametrize("text", FOREIGN)
+def test_a_file_that_is_not_ours_breaks_nothing(text: str, name: str, tmp_path: Path) -> None:
     leave(tmp_path, 3)
-    (tmp_path / "ranks/node-3/12-0_x/attempt_0/0/error.json").write_text(text)
+    (tmp_path / "ranks/node-3/12-0_x/attempt_0/0" / name).write_text(text)
     assert all(failure.status is ExitStatus.FAILED for failure in find_failures(tmp_path))
 
 

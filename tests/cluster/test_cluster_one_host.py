@@ -81,15 +81,13 @@ def test_the_first_report_that_says_more_than_failed_counts_and_only_of_the_last
     assert cause == Report(1, 1, 3.0, ExitStatus.NOT_SAVED, "rank 1 says 5")
 
 
-def test_what_torch_itself_or_nobody_wrote_counts_as_failed(logs: Path) -> None:
+def test_what_torch_itself_wrote_counts_as_failed_and_half_a_file_as_nothing(logs: Path) -> None:
     leave(logs, 1, 99, when=1)
-    half = logs / "run_x" / "attempt_0" / "0" / "error.json"
-    half.parent.mkdir(parents=True)
-    half.write_text('{"mess')
-    assert {(report.rank, report.status) for report in reports(logs)} == {
-        (0, ExitStatus.FAILED),
-        (1, ExitStatus.FAILED),
-    }
+    for rank, text in ((0, '{"mess'), (2, '{"message": "Traceback"}')):
+        (logs / "run_x" / "attempt_0" / str(rank)).mkdir(parents=True)
+        (logs / "run_x" / "attempt_0" / str(rank) / "error.json").write_text(text)
+    found = [(report.rank, report.status) for report in reports(logs)]
+    assert sorted(found) == [(1, ExitStatus.FAILED), (2, ExitStatus.FAILED)]
     assert most_telling([]) is None
 
 

@@ -17,12 +17,15 @@ def test_bad_nodes_give_way_to_spare_ones() -> None:
     assert choose(NODES, {"n1": "slow", "n4": "full"}, 3) == ["n2", "n3"]
 
 
-@pytest.mark.parametrize("text", [None, "", "{}", "[]"])
-def test_without_a_report_the_node_is_bad_that_should_have_written_it(text: str | None, tmp_path: Path) -> None:
-    report = tmp_path / "report.json"
+@pytest.mark.parametrize("text", [None, "", "{}", "[]", '{"bad": []}'])
+def test_without_a_report_no_node_is_bad(text: str | None, tmp_path: Path) -> None:
+    report = tmp_path / "nodes.json"
     if text is not None:
         report.write_text(text)
-    assert list(bad_nodes(report, NODES)) == ["n1"]
+    assert bad_nodes(report) is None
+    done = python("launch/slurm/attempt.py", "nodes", "--report", report, "--count", 1, *NODES)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"the node check has written no report; its own words are in {tmp_path / 'nodes.log'}\n"
 
 
 @pytest.mark.parametrize(

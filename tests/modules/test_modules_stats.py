@@ -46,7 +46,7 @@ def pair(chain: ChainSettings, recompute: Recompute = "none", **changes: Any) ->
 
 
 def watched_step(layer: Any, batches: list[Batch]) -> list[RoutingReport]:
-    reset_routing(layer, watch=True)
+    reset_routing(layer, watch=True, pairs=True)
     for h_BSD, padding_BS in batches:
         h_SBD = h_BSD.transpose(0, 1).contiguous().requires_grad_()
         layer._forward_mlp(h_SBD, padding_mask=padding_BS).sum().backward()
@@ -120,9 +120,10 @@ def test_copies_beyond_the_capacity_are_dropped(policy: str, pad: bool) -> None:
     free.load_state_dict(limited.state_dict())
     x = torch.randn(SEQUENCE, BATCH, HIDDEN)
     chosen = choices(free, x)[0]
-    reset_routing(limited, watch=True)
+    reset_routing(limited, watch=True, pairs=True)
     served = choices(limited, x)
     first, second = report_routing(limited)
+    assert first.pairs is None and second.pairs == (served[0].T.long() @ served[1].long()).tolist()
     capacity = 4  # of each expert: 18 tokens x 2 choices / 8 experts x 0.7, rounded up
     copies = SEQUENCE * BATCH * TOPK
     assert first.dropped == pytest.approx(sum(max(int(n) - capacity, 0) for n in chosen.sum(0)) / copies)

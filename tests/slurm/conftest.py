@@ -15,7 +15,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if reason := missing():
         pytest.skip(f"no SLURM can be started: {reason}")
     folder = tmp_path_factory.mktemp("slurm")
-    with cluster(folder, size=7, cpus=8) as made:
+    with cluster(folder, size=8, cpus=8) as made:
         yield made
 
 

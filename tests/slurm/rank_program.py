@@ -1,6 +1,7 @@
 """launch/pretrain_coe.py as the tests of SLURM start it: each rank notes where it is, and may wait or die in a step.
 
 COE_TEST_WAIT=STEP:FILE    from that step on wait before each, until asked to stop or until the file exists
+COE_TEST_DEAF=STEP:FILE    in the job's first start the same, but being asked to stop does not help
 COE_TEST_KILL=RANK:STEP    this rank kills itself before that step
 """
 
@@ -15,7 +16,7 @@ from pathlib import Path
 import coe_megatron
 
 ROOT = Path(coe_megatron.__file__).resolve().parents[1]
-NOTED = ("SLURM", "COE_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GLOO_", "NCCL_", "TORCHELASTIC_")
+NOTED = ("SLURM", "COE_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GLOO_", "NCCL_", "TORCHELASTIC_", "SITE_")
 
 
 def note() -> None:
@@ -31,11 +32,16 @@ def disturb() -> None:
     from coe_megatron.training import loop
 
     waits_before, _, let_go = os.environ.get("COE_TEST_WAIT", "0:.").partition(":")
+    deaf_before, _, mended = os.environ.get("COE_TEST_DEAF", "0:.").partition(":")
     dies, _, dies_before = os.environ.get("COE_TEST_KILL", "-1:0").partition(":")
+    if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
+        mended = "."
     asked, train_step = Path(os.environ["COE_ATTEMPT"]) / "stop", loop.Pretraining._train_step
 
     def step(self: loop.Pretraining, number: int):
         while number + 1 >= int(waits_before) and not asked.exists() and not Path(let_go).exists():
+            time.sleep(0.1)
+        while number + 1 >= int(deaf_before) and not Path(mended).exists():
             time.sleep(0.1)
         if dies == os.environ["RANK"] and number + 1 == int(dies_before):
             os.kill(os.getpid(), signal.SIGKILL)
@@ -46,6 +52,6 @@ def disturb() -> None:
 
 if __name__ == "__main__":
     note()
-    if {"COE_TEST_WAIT", "COE_TEST_KILL"} & set(os.environ):
+    if {"COE_TEST_WAIT", "COE_TEST_DEAF", "COE_TEST_KILL"} & set(os.environ):
         disturb()
     runpy.run_path(str(ROOT / "launch" / "pretrain_coe.py"), run_name="__main__")

@@ -13,7 +13,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-_MUNGE_SOCKET = Path("/run/munge/munge.socket.2")  # where libmunge looks, which SLURM's tools call
 _DAEMONS = ("munged", "slurmctld", "slurmd")
 
 # Requeueing, preemption by partition and several jobs on a node as on a usual cluster; what it waits for is shorter.
@@ -25,7 +24,7 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=cred_expire=5
+AuthInfo=cred_expire=5,socket={munge}
 CryptoType=crypto/munge
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -127,11 +126,11 @@ def cluster(folder: Path, size: int, cpus: int) -> Iterator[Cluster]:
         for node, own in zip(nodes, ports, strict=True)
     ]
     config = folder / "slurm.conf"
-    config.write_text(_CONFIG.format(host=socket.gethostname(), port=port, folder=folder, nodes="\n".join(lines)))
     (folder / "state").mkdir()
     with ExitStack() as stack:
-        if not _MUNGE_SOCKET.exists():
-            stack.enter_context(_munged(folder / "munged.out"))
+        munge = stack.enter_context(_munged(folder / "munged.out"))
+        values = {"host": socket.gethostname(), "port": port, "folder": folder, "munge": munge}
+        config.write_text(_CONFIG.format(**values, nodes="\n".join(lines)))
         stack.enter_context(_daemon(folder / "slurmctld.out", ["slurmctld", "-D", "-f", str(config)]))
         for node in nodes:
             stack.enter_context(_daemon(folder / f"slurmd-{node}.out", ["slurmd", "-D", "-f", str(config), "-N", node]))
@@ -160,22 +159,22 @@ def _end_jobs(made: Cluster) -> None:
 
 
 @contextmanager
-def _munged(log: Path) -> Iterator[None]:
-    """The key and whatever else munged needs lie in a folder that its user may enter, unlike those of pytest."""
+def _munged(log: Path) -> Iterator[Path]:
+    """A munged of our own, and its socket, in a folder that its user may enter, unlike those of pytest."""
     user = pwd.getpwnam("munge")
-    place = _MUNGE_SOCKET.parent
-    place.mkdir(exist_ok=True, mode=0o755)
     with TemporaryDirectory(prefix="munge") as name:
-        key = Path(name) / "key"
+        folder = Path(name)
+        folder.chmod(0o755)
+        key = folder / "key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
-        for path in (place, Path(name), key):
+        for path in (folder, key):
             os.chown(path, user.pw_uid, user.pw_gid)
-        files = [f"--{kind}-file={Path(name) / kind}" for kind in ("log", "pid", "seed")]
-        command = ["munged", "--foreground", "--force", f"--key-file={key}", *files]
+        files = [f"--{kind}-file={folder / kind}" for kind in ("log", "pid", "seed")]
+        command = ["munged", "--foreground", f"--socket={folder / 'socket'}", f"--key-file={key}", *files]
         with _daemon(log, command, user=user.pw_uid, group=user.pw_gid, extra_groups=[]):
-            wait_for(_MUNGE_SOCKET.exists, 20, lambda: f"munged: {log.read_text()}")
-            yield
+            wait_for((folder / "socket").exists, 20, lambda: f"munged: {log.read_text()}")
+            yield folder / "socket"
 
 
 @contextmanager

@@ -1,9 +1,11 @@
-"""launch/slurm/ on a real slurmctld with seven slurmd: the scheduler ends runs in all its ways, and they go on.
+"""launch/slurm/ on a real slurmctld with eight slurmd: the scheduler ends runs in all its ways, and they go on.
 
 Jobs of several tests run at the same time: they wait for the scheduler more than they compute. n1 and n2 belong to the
-job that is ended again and again, n6 and n7 to one that loses one of them, n3 to n5 to all others.
+job that is ended again and again, n6 and n7 to one that loses one of them, n8 to those that do not heed warnings, n3 to
+n5 to all others.
 """
 
+import json
 import re
 
 import pytest
@@ -12,7 +14,8 @@ from slurm_place import UGLY, Place
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
 
-OTHERS = "--exclude=n1,n2,n6,n7"
+OTHERS = "--exclude=n1,n2,n6,n7,n8"
+DEAF = ("--nodes=1", "--nodelist=n8")
 WARNED = "SLURM warns of the time limit"
 
 
@@ -27,7 +30,14 @@ def ended_often(place: Place) -> str:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(place: Place, ended_often: str) -> str:
+def past_its_limit(place: Place) -> str:
+    """A job that is still in its third step when its time is up."""
+    overrides = ("parallel.expert=1", "training.save_every=2")
+    return place.submit(*DEAF, "--time=1", output="past its limit", overrides=overrides, COE_TEST_DEAF="3:never")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place: Place, ended_often: str, past_its_limit: str) -> str:
     """The output of a job that nothing disturbed, with a name that is nothing but a name."""
     output = f"runs/{UGLY}"
     job = place.submit(OTHERS, output=output)
@@ -39,7 +49,7 @@ def undisturbed(place: Place, ended_often: str) -> str:
 
 def test_the_quickstart_over_two_nodes(place: Place, undisturbed: str) -> None:
     """EP 2 with a rank on each of two nodes; counts, places and the interface are SLURM's and the network's word."""
-    job = place.jobs[1]
+    job = place.jobs[2]
     first, second = (rank["environment"] for rank in place.seen(job, 0))
     assert (first["SLURM_NODEID"], second["SLURM_NODEID"]) == ("0", "1") == (first["RANK"], second["RANK"])
     assert first["SLURMD_NODENAME"] != second["SLURMD_NODENAME"]
@@ -84,7 +94,7 @@ def test_nodes_go_down(place: Place, undisturbed: str) -> None:
     """One job needs two nodes and takes a third, the other goes on with the one that is left."""
     waits = {"COE_TEST_WAIT": "6:went down", "COE_LAUNCH": "tasks"}
     same = place.submit(OTHERS, output="on other nodes", **waits)
-    width = ("--nodes=1-2", "--exclusive", "--exclude=n1,n2,n3,n4,n5")
+    width = ("--nodes=1-2", "--exclusive", "--exclude=n1,n2,n3,n4,n5,n8")
     fewer = place.submit(*width, output="on fewer nodes", overrides=("parallel.expert=1",), **waits)
     place.wait_for_step("on other nodes", 5)
     place.wait_for_step("on fewer nodes", 5)
@@ -118,7 +128,7 @@ def test_bad_nodes_are_named_and_left_out(place: Place) -> None:
     found = place.cluster.job(avoided)
     assert (found["Restarts"], found["ExcNodeList"]) == (
         "1",
-        "n[1-2,6-7],n3",
+        "n[1-2,6-8],n3",
     )  # what it was told, and what it has found
     assert found["NodeList"] in {"n4", "n5"}
 
@@ -127,7 +137,11 @@ def test_a_chain_goes_on_where_requeueing_is_off(place: Place, undisturbed: str)
     """Three jobs: the first is warned, the second finishes, the third is not needed."""
     script = place.home / "launch" / "slurm" / "chain.sh"
     options = (OTHERS, "--nodes=2", "--")
-    waits = place.environment({"COE_TEST_WAIT": "3:warned", "COE_LAUNCH": "tasks"})
+    (place.folder / "a site.sh").write_text(
+        "export SITE_MODULE=\"it's loaded\"\nCOE_CONTAINER=(env 'SITE_BOX=a box')\n"
+    )
+    site = {"COE_SITE": str(place.folder / "a site.sh")}
+    waits = place.environment({"COE_TEST_WAIT": "3:warned", "COE_LAUNCH": "tasks", **site})
     done = place.cluster.run(
         "bash", script, "3", *options, "a config.yaml", "output=in a chain", env=waits, cwd=place.folder
     )
@@ -137,12 +151,38 @@ def test_a_chain_goes_on_where_requeueing_is_off(place: Place, undisturbed: str)
     place.wait_for_step("in a chain", 2)
     place.cluster.ask("scancel", "--batch", "--signal=USR1", jobs[0])
     place.finish(jobs[0], code="3:0")
+    (attempt,) = (place.folder / "logs").glob("chain-*/attempt-0")
+    seen = json.loads((attempt / "seen-by-1.json").read_text())["environment"]
+    assert (seen["SITE_MODULE"], seen["SITE_BOX"]) == ("it's loaded", "a box")
     place.let_go("warned")
     place.finish(jobs[1])
     assert "the next job of the chain goes on" in place.log(jobs[0])
     wait_for(lambda: not place.cluster.ask("squeue", "-h", "-j", jobs[2]), 60, lambda: f"job {jobs[2]} to be gone")
     assert place.log(jobs[2]) == ""
     assert place.losses("in a chain") == place.losses(undisturbed)
+
+
+def test_after_a_warning_too_a_cancelled_job_stays_cancelled(place: Place) -> None:
+    overrides = ("parallel.expert=1",)
+    job = place.submit(*DEAF, output="cancelled", overrides=overrides, COE_TEST_DEAF="3:heeds")
+    place.wait_for_step("cancelled", 2)
+    place.cluster.ask("scancel", "--batch", "--signal=USR1", job)
+    wait_for(lambda: WARNED in place.log(job), 30, lambda: place.log(job))
+    place.cluster.ask("scancel", job)
+    wait_for(lambda: "SLURM ends this job" in place.log(job), 30, lambda: place.log(job))
+    place.let_go("heeds")
+    found = place.cluster.wait(job, 60)
+    assert (found["JobState"], found["Restarts"]) == ("CANCELLED", "0")
+    assert "SLURM decides whether this job starts again" in place.log(job)
+
+
+def test_past_its_limit_a_job_goes_on_from_its_last_checkpoint(place: Place, past_its_limit: str) -> None:
+    """Its ranks did not heed the warning and were killed."""
+    job = past_its_limit
+    place.finish(job)
+    assert int(place.cluster.job(job)["Restarts"]) >= 1 and "SLURM ends this job" in place.log(job)
+    assert "resumed at step 2" in place.log(job) and "does not go on: the run is done" in place.log(job)
+    assert [line[0] for line in place.losses("past its limit")] == list(range(13))
 
 
 def test_it_is_requeued_preempted_and_at_its_limit_twice(place: Place, ended_often: str, undisturbed: str) -> None:

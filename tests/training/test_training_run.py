@@ -66,6 +66,11 @@ def test_a_run_leaves_everything_it_should(finished: Path) -> None:
     assert routers == [(1, 1), (1, 2), (2, 1), (2, 2)]
     assert all(abs(sum(part["load"]) - 1) < 1e-5 for part in lines[-1]["routing"])
     assert [part["overlap"] is None for part in lines[-1]["routing"]] == [True, False] * 2
+    assert [part.get("pairs") is None for line in lines[1:] for part in line["routing"]] == [True] * 45 + [
+        False,
+        True,
+        False,
+    ]
     first = lines[1]  # near initialisation a router has next to no preference, and chance alone repeats choices
     assert first["routing_entropy"] == pytest.approx(math.log(8), abs=0.1)
     assert first["routing_overlap"] == pytest.approx(2 / 8, abs=0.2)
