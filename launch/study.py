@@ -3,38 +3,66 @@
 import argparse
 import json
 import math
+import os
+import signal
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
+from coe_megatron.cluster.one_host import Requests
 from coe_megatron.config import ConfigError
 from coe_megatron.config.arguments import Parser, write_out
+from coe_megatron.exit_status import ExitStatus
 from coe_megatron.forecast.devices import DEVICES
-from coe_megatron.study.plan import make_plan
+from coe_megatron.study.arms import Run
+from coe_megatron.study.plan import Plan, make_plan
+from coe_megatron.study.running import Ended, Runner, devices_here, is_finished, seed_by_seed
+from coe_megatron.training.status import Status, status, table
 
 EPILOG = """examples:
   study.py plan configs/studies/paper/main-pair.yaml
   study.py plan configs/studies/cpu/main-pair.yaml --calibration runs/cpu/moe_8-64
   study.py plan configs/studies/paper/width.yaml --device h100 --price 2.50 training.steps=500
+  study.py run configs/studies/cpu/main-pair.yaml --at-once 2
+  study.py run configs/studies/cpu/main-pair.yaml --only coe-2-4-64_prenorm --seed 2
+  study.py status configs/studies/cpu/main-pair.yaml
 
-exit status: 0 done, 2 a mistake (one line on stderr says which)."""
+exit status: 0 done, 1 a run failed, 2 a mistake (one line on stderr says which), 3 stopped as asked, 130 ended at
+once."""
 PLAN = "Say what a study will cost before anything runs: a row for each arm. Needs no data."
+RUN = """Run what is not done yet, here: one run after another, or as many at a time as there are devices. A run that
+was broken off goes on; one that fails stops no other. Ctrl-C lets runs save; the same command goes on. Beside each run's
+folder lie its log and its whole config, which repeats it alone: torchrun ... launch/pretrain_coe.py FILE."""
+STATUS = "How the study's runs stand, a line a run."
 
 
 def parser() -> Parser:
     made = Parser(prog="study.py", description=__doc__, epilog=EPILOG)
-    commands = made.add_subparsers(dest="command", required=True, metavar="plan")
+    commands = made.add_subparsers(dest="command", required=True, metavar="plan|run|status")
     plan = commands.add_parser("plan", help=PLAN, description=PLAN)
-    plan.add_argument("study", type=Path, metavar="STUDY.yaml", help="such as configs/studies/cpu/main-pair.yaml")
-    plan.add_argument("overrides", nargs="*", default=[], help="key.sub=value, for all arms")
-    device = f"on which hours are foreseen: {', '.join(DEVICES)} (default: the study's `device`)"
-    plan.add_argument("--device", metavar="NAME", help=device)
-    speed = "the folder of a finished run on such a device: hours follow from what it took"
-    plan.add_argument("--calibration", type=Path, metavar="RUN", help=speed)
+    run = commands.add_parser("run", help=RUN.partition(":")[0], description=RUN)
+    status = commands.add_parser("status", help=STATUS, description=STATUS)
+    for command in (plan, run, status):
+        command.add_argument(
+            "study", type=Path, metavar="STUDY.yaml", help="such as configs/studies/cpu/main-pair.yaml"
+        )
+        command.add_argument("overrides", nargs="*", default=[], help="key.sub=value, for all arms")
+        device = f"on which hours are foreseen: {', '.join(DEVICES)} (default: the study's `device`)"
+        command.add_argument("--device", metavar="NAME", help=device)
+        speed = "the folder of a finished run on such a device: hours follow from what it took"
+        command.add_argument("--calibration", type=Path, metavar="RUN", help=speed)
     plan.add_argument(
         "--device-memory", metavar="SIZE", help="that arms must fit, such as 80GiB (default: the device's)"
     )
     plan.add_argument("--price", type=price, metavar="PRICE", help="of an hour of one device, for the total cost")
-    plan.add_argument("--json", action="store_true", help="as one JSON object, unrounded")
+    for command in (plan, status):
+        command.add_argument("--json", action="store_true", help="for programs, unrounded")
+    run.add_argument("--only", metavar="ARM", help="this arm alone")
+    run.add_argument("--seed", type=int, metavar="SEED", help="this seed alone")
+    at_once = "so many runs at a time (default: as many as there are GPUs for; without GPUs one)"
+    run.add_argument("--at-once", type=count, metavar="N", help=at_once)
+    run.add_argument("--devices", metavar="0,1", help="the GPUs to use (default: CUDA_VISIBLE_DEVICES, else all)")
     return made
 
 
@@ -48,20 +76,84 @@ def price(text: str) -> float:
     return value
 
 
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least 1")
+    return int(text)
+
+
+def run(plan: Plan, options: argparse.Namespace) -> ExitStatus:
+    wanted = _wanted(plan, options)
+    open_runs = [each for each in seed_by_seed(wanted) if not is_finished(each)]
+    if not open_runs:
+        say(f"all {len(wanted)} runs are done")
+        return ExitStatus.DONE
+    devices = options.devices.split(",") if options.devices is not None else devices_here(os.environ)
+    say(f"{len(open_runs)} of {len(wanted)} runs are to be done")
+    requests = Requests()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, lambda *_: requests.more())
+    ended = Runner(devices, options.at_once or max(1, len(devices)), say).run(open_runs, requests)
+    return _conclude(ended, len(open_runs), requests)
+
+
+def _wanted(plan: Plan, options: argparse.Namespace) -> list[Run]:
+    """The runs that the options name."""
+    arms, seeds = [arm.name for arm in plan.study.arms], plan.study.settings.seeds
+    if options.only is not None and options.only not in arms:
+        raise ConfigError(f"--only is {options.only}: it must be an arm, one of {', '.join(arms)}")
+    if options.seed is not None and options.seed not in seeds:
+        raise ConfigError(f"--seed is {options.seed}: it must be one of {', '.join(map(str, seeds))}")
+    return [each for each in plan.study.runs if options.only in (None, each.arm) and options.seed in (None, each.seed)]
+
+
+def _conclude(ended: list[Ended], runs: int, requests: Requests) -> ExitStatus:
+    if requests.stop.is_set():
+        say("stopped; the same command goes on")
+        return ExitStatus.INTERRUPTED if requests.end.is_set() else ExitStatus.STOPPED
+    failed = [each for each in ended if each.status is not ExitStatus.DONE]
+    say(f"{runs - len(failed)} of {runs} runs are done" + (f", {len(failed)} are not:" if failed else ""))
+    for each in failed:
+        say(f"  {each.run.arm}, seed {each.run.seed}: {each.status.name}: {each.reason}")
+    return ExitStatus.FAILED if failed else ExitStatus.DONE
+
+
+def show(plan: Plan, options: argparse.Namespace) -> ExitStatus:
+    now = time.time()
+    rows = [stands(each, now) for each in plan.study.runs]
+    write_out(json.dumps([row.as_dict() for row in rows], indent=2) if options.json else table(rows, now))
+    return ExitStatus.DONE
+
+
+def stands(run: Run, now: float) -> Status:
+    """How a run stands; one that was refused before it began has left but a log."""
+    found = status(Path(run.config.output), now)
+    if found.state == "no run" and (reason := why(run)):
+        return replace(found, state="failed", reason=reason, log=str(log_of(run)))
+    return found
+
+
+def say(text: str) -> None:
+    write_out(f"{time.strftime('%H:%M:%S')}  {text}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     program = parser()
     options, late = program.parse_known_args(arguments)  # late: argparse takes no overrides behind options
     if unknown := [text for text in late if text.startswith("-")]:
         program.error(f"unrecognized arguments: {' '.join(unknown)}")
     overrides = [*options.overrides, *late]
+    limits = (options.device_memory, options.price) if options.command == "plan" else (None, None)
     try:
-        plan = make_plan(
-            options.study, overrides, options.device, options.calibration, options.device_memory, options.price
-        )
+        plan = make_plan(options.study, overrides, options.device, options.calibration, *limits)
+        if options.command == "run":
+            return run(plan, options)
+        if options.command == "status":
+            return show(plan, options)
     except ConfigError as error:
         program.error(str(error))
     write_out(json.dumps(plan.as_dict(), indent=2) if options.json else plan.table())
-    return 0
+    return ExitStatus.DONE
 
 
 if __name__ == "__main__":
