@@ -17,7 +17,7 @@ from coe_megatron.exit_status import ExitStatus
 from coe_megatron.forecast.devices import DEVICES
 from coe_megatron.study.arms import Run
 from coe_megatron.study.plan import Plan, make_plan
-from coe_megatron.study.running import Ended, Runner, devices_here, is_finished, seed_by_seed
+from coe_megatron.study.running import Ended, Runner, devices_here, is_finished, log_of, seed_by_seed, why
 from coe_megatron.training.status import Status, status, table
 
 EPILOG = """examples:
@@ -32,8 +32,8 @@ exit status: 0 done, 1 a run failed, 2 a mistake (one line on stderr says which)
 once."""
 PLAN = "Say what a study will cost before anything runs: a row for each arm. Needs no data."
 RUN = """Run what is not done yet, here: one run after another, or as many at a time as there are devices. A run that
-was broken off goes on; one that fails stops no other. Ctrl-C lets runs save; the same command goes on. Beside each run's
-folder lie its log and its whole config, which repeats it alone: torchrun ... launch/pretrain_coe.py FILE."""
+was broken off goes on; one that fails stops no other. Ctrl-C lets runs save; the same command goes on. Beside the folder
+of each run lie its log and its whole config, which repeats it alone: torchrun ... launch/pretrain_coe.py FILE."""
 STATUS = "How the study's runs stand, a line a run."
 
 
