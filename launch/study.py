@@ -32,8 +32,8 @@ exit status: 0 done, 1 a run failed, 2 a mistake (one line on stderr says which)
 once."""
 PLAN = "Say what a study will cost before anything runs: a row for each arm. Needs no data."
 RUN = """Run what is not done yet, here: one run after another, or as many at a time as there are devices. A run that
-was broken off goes on; one that fails stops no other. Ctrl-C lets runs save; the same command goes on. Beside the
-folder of each run lie its log and its whole config, which repeats it alone: torchrun ... launch/pretrain_coe.py FILE."""
+was broken off goes on; one that fails stops no other. Ctrl-C lets runs save; the same command goes on. Beside a run's
+folder lie its log and its whole config; to repeat it alone: torchrun ... launch/pretrain_coe.py CONFIG."""
 STATUS = "How the study's runs stand, a line a run."
 
 
