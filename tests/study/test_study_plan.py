@@ -135,7 +135,7 @@ def test_json_holds_every_arm_and_run(study_file: Write) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"device": "h300"}, "--device h300: it must be one of b200, h200, "),
+        ({"device": "h300"}, "--device is h300: it must be one of b200, h200, "),
         ({"device_memory": "80"}, "--device-memory '80' must be a number above 0 and one of GiB"),
         ({"device": "h200", "device_memory": "80"}, "--device-memory '80' must be"),
         ({"calibration": Path("nowhere")}, "--calibration needs a device: name it in the study file (device) or"),
@@ -152,6 +152,15 @@ def test_mistakes_in_options(study_file: Write, options: dict[str, Any], said: s
 def test_the_device_of_a_file_is_checked_too(study_file: Write) -> None:
     with pytest.raises(ConfigError, match=r"^device is h300: it must be one of"):
         make_plan(study_file(device="h300"))
+
+
+def test_the_example_of_the_guide_is_a_study(tmp_path: Path) -> None:
+    guide = (ROOT / "docs" / "guide.md").read_text().partition("## Studies")[2]
+    example = guide.partition("```yaml\n")[2].partition("```")[0]
+    path = tmp_path / "study.yaml"
+    path.write_text(example.replace("../../paper", str(ROOT / "configs" / "paper")))
+    plan = make_plan(path)
+    assert [arm.solved.value for arm in plan.arms if arm.solved] == [1200, 1200, 1150, 1150, 1150]
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(59, "59 s"), (60, "1.0 min"), (5400, "1.5 h")])
