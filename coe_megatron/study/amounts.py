@@ -29,7 +29,7 @@ class Speed:
         rate: FLOP/s of a rank in products of many rows.
         half_rows: see `forecast.devices.Device`.
         startup: seconds before the first evaluation.
-        saving: seconds a checkpoint takes, for each parameter.
+        saving: seconds a checkpoint takes.
     """
 
     rate: float
@@ -111,7 +111,7 @@ class Amounts:
             startup=speed.startup,
             steps=tokens(config) * a_position,
             evaluations=evaluations(config) * self.evaluated(config) * a_position / 3,
-            checkpoints=saves(config) * parameters(self.shape(config)).total * speed.saving,
+            checkpoints=saves(config) * speed.saving,
         )
 
     def weighted_flops(self, config: RunConfig, half_rows: float) -> float:

@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from coe_megatron.chain.closed_forms import parameters
 from coe_megatron.config import ConfigError, RunConfig, load
 from coe_megatron.study.amounts import Amounts, Speed, evaluations, saves
 from coe_megatron.training.logged import read_metrics
@@ -45,8 +44,7 @@ def calibrate(folder: Path, half_rows: float) -> Speed:
     a_pass = flops / 3 * amounts.evaluated(config) / rate / record["ranks"]
     a_save = _seconds_a_save(config, lines, a_pass)
     known = _in_steps(logged) + evaluations(config) * a_pass + saves(config) * a_save
-    size = parameters(amounts.shape(config)).total
-    return Speed(rate, half_rows, max(0.0, _took(attempts[0]) - known), a_save / size)
+    return Speed(rate, half_rows, max(0.0, _took(attempts[0]) - known), a_save)
 
 
 def _read(folder: Path) -> tuple[Mapping[str, Any], list[dict[str, Any]]]:

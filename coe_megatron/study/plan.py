@@ -8,7 +8,7 @@ from typing import Any
 from coe_megatron.config import ConfigError
 from coe_megatron.config.layout import layout
 from coe_megatron.forecast.cost import size
-from coe_megatron.forecast.devices import DEVICES
+from coe_megatron.forecast.devices import Device
 from coe_megatron.forecast.devices import device as device_named
 from coe_megatron.forecast.fit import parse_size, refusal
 from coe_megatron.study.amounts import Amounts, Seconds, Speed
@@ -164,24 +164,34 @@ def make_plan(
         ConfigError: one line that names the key of the study, the setting or the option, and what would be valid.
     """
     study = make_study(read_study(path), overrides)
-    name = device or study.settings.device
-    try:
-        found = device_named(name) if name is not None else None
-        memory = parse_size(device_memory) if device_memory is not None else found.memory if found else None
-    except ValueError as error:
-        where = "--device-memory" if name in DEVICES or name is None else "--device" if device else "device is"
-        raise ConfigError(f"{where} {error}") from None
+    found = _device(device, study.settings.device)
+    memory = _memory(device_memory) if device_memory is not None else found.memory if found else None
     speed = None
     if calibration is not None:
         if found is None:
             raise ConfigError("--calibration needs a device: name it in the study file (device) or with --device")
         speed = calibrate(calibration, found.half_rows), str(calibration)
     elif found is not None:
-        speed = Speed.of(found), f"{name}, not calibrated"
+        speed = Speed.of(found), f"{device or study.settings.device}, not calibrated"
     amounts = Amounts(speed[0] if speed else None)
     study, solved = solve(study, amounts)
     arms = [_plan(arm, amounts, solved.get(arm.name), memory) for arm in study.arms]
     return Plan(study, arms, speed, price)
+
+
+def _device(asked: str | None, own: str | None) -> Device | None:
+    """The one asked for, or the study's own."""
+    try:
+        return device_named(name) if (name := asked or own) is not None else None
+    except ValueError as error:
+        raise ConfigError(f"{'--device' if asked else 'device'} is {error}") from None
+
+
+def _memory(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise ConfigError(f"--device-memory {error}") from None
 
 
 def _plan(arm: Arm, amounts: Amounts, solved: Solved | None, memory: int | None) -> ArmPlan:

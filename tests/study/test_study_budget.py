@@ -18,7 +18,7 @@ from coe_megatron.study.settings import Quantity, read_study
 from coe_megatron.training.model import build_model
 
 Write = Callable[..., Path]
-AMOUNTS = Amounts(Speed(rate=1e9, half_rows=4.0, startup=0.01, saving=1e-9))
+AMOUNTS = Amounts(Speed(rate=1e9, half_rows=4.0, startup=0.01, saving=0.001))
 # The chain has a tenth more to do than the baseline in everything but memory, and other sizes where these are solved.
 SOLVED = [
     ("expert_compute", "training.steps", [50, 120], 1),
