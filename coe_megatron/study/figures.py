@@ -1,0 +1,445 @@
+"""The figures of a study. Colours are told apart by colour-blind readers, and lines by dashes and marks in print."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle, groupby
+from statistics import mean
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
+
+from coe_megatron.study.comparison import Summary
+from coe_megatron.study.results import Result, done
+
+# Okabe and Ito's palette without yellow, which print loses.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+_DASHES, _MARKS, _GREY = ("-", "--", ":", "-."), "osD^v<>P", "#666666"
+_LOSS = "validation loss (nats a token)"
+
+
+@dataclass(frozen=True)
+class Look:
+    """How an arm is drawn wherever it is drawn."""
+
+    label: str
+    colour: str
+    dash: str
+    mark: str
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure, and what stands below it.
+
+    Attributes:
+        name: of its files.
+        caption: what is shown, and how to read it.
+    """
+
+    name: str
+    caption: str
+    figure: Figure
+
+
+def draw(results: Sequence[Result], summaries: Sequence[Summary], baseline: str) -> Iterator[Drawing]:
+    """All figures that the finished runs allow."""
+    finished = done(results)
+    if not finished:
+        return
+    looks = _looks(summaries)
+    yield _curves(finished, looks)
+    if any(summary.gain is not None for summary in summaries):
+        yield _gains(summaries, looks, baseline)
+    yield _against_memory(summaries, finished, looks)
+    yield from _scaling(summaries, looks)
+    yield _memory(finished, looks)
+    yield _routing_over_time(finished, looks)
+    yield _loads(finished, looks)
+    yield _norms(finished, looks)
+    if chained := [result for result in finished if _pairs(result)]:
+        yield _followers(chained, looks)
+
+
+def _looks(summaries: Sequence[Summary]) -> Mapping[str, Look]:
+    """The first axis has the colours where it has fewer labels than these, the others the dashes and marks."""
+    arms = [summary.arm.arm for summary in summaries]
+    first = list(dict.fromkeys(next(iter(arm.labels.values())) for arm in arms))
+    rest = list(dict.fromkeys(tuple(arm.labels.values())[1:] for arm in arms))
+    if len(first) > len(_COLOURS) or len(rest) > len(_DASHES):
+        styles = zip(arms, cycle(_COLOURS), cycle(_MARKS), strict=False)
+        dashes = (_DASHES[number // len(_COLOURS) % len(_DASHES)] for number in range(len(arms)))
+        return {
+            arm.name: Look(_label(arm.labels), colour, dash, mark)
+            for (arm, colour, mark), dash in zip(styles, dashes, strict=True)
+        }
+    looks = {}
+    for arm in arms:
+        colour, other = first.index(next(iter(arm.labels.values()))), rest.index(tuple(arm.labels.values())[1:])
+        looks[arm.name] = Look(_label(arm.labels), _COLOURS[colour], _DASHES[other], _MARKS[other])
+    return looks
+
+
+def _label(labels: Mapping[str, str]) -> str:
+    return " ".join(labels.values())
+
+
+def _by_arm(results: Sequence[Result]) -> Iterator[tuple[str, list[Result]]]:
+    for name, group in groupby(results, key=lambda result: result.run.arm):
+        yield name, list(group)
+
+
+def _figure(rows: int = 1, columns: int = 1, width: float = 7.0, height: float = 4.2) -> tuple[Figure, np.ndarray]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _plain(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#dddddd", linewidth=0.5)
+    axes.set_axisbelow(True)
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False)
+
+
+def _curves(results: Sequence[Result], looks: Mapping[str, Look]) -> Drawing:
+    """Loss against steps, tokens, FLOPs and time."""
+    amounts: dict[str, tuple[str, Callable[[Result, Mapping[str, Any]], float]]] = {
+        "steps": ("", lambda result, line: line["step"]),
+        "tokens counted in the loss": ("", lambda result, line: line["tokens"]),
+        "FLOPs of training": ("", lambda result, line: _share(result, line) * result.arm.flops),
+        "time in steps": ("s", lambda result, line: _share(result, line) * result.seconds),
+    }
+    figure, grid = _figure(2, 2, height=6.2)
+    for axes, (title, (unit, amount)) in zip(grid.flat, amounts.items(), strict=True):
+        _plain(axes)
+        for name, runs in _by_arm(results):
+            look = looks[name]
+            lines = [result.evaluations for result in runs]
+            losses = np.array([[line["valid_loss"] for line in some] for some in _equally_long(lines)])
+            at = np.array(
+                [
+                    [amount(result, line) for line in some]
+                    for result, some in zip(runs, _equally_long(lines), strict=True)
+                ]
+            )
+            axes.plot(
+                at.mean(0), losses.mean(0), color=look.colour, linestyle=look.dash, label=look.label, linewidth=1.4
+            )
+            axes.fill_between(at.mean(0), losses.min(0), losses.max(0), color=look.colour, alpha=0.15, linewidth=0)
+        axes.set_xlabel(title)
+        axes.xaxis.set_major_formatter(EngFormatter(unit))
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        _from_the_first_tenth(axes, results)
+    for axes in grid[:, 0]:
+        axes.set_ylabel(_LOSS)
+    _legend(figure, grid[0, 0])
+    return Drawing(
+        "loss-curves",
+        "Validation loss against steps, tokens, FLOPs and time: means over seeds, bands from the lowest to the highest. "
+        "The evaluation before the first step is cut off. Time is that of this machine, spent in steps alone.",
+        figure,
+    )
+
+
+def _share(result: Result, line: Mapping[str, Any]) -> float:
+    return line["step"] / result.run.config.training.steps
+
+
+def _equally_long(lines: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
+    shortest = min(map(len, lines))
+    return [some[:shortest] for some in lines]
+
+
+def _from_the_first_tenth(axes: Axes, results: Sequence[Result]) -> None:
+    """The loss before training is many times what arms differ by: begin with what the first evaluation after it has."""
+    later = [line["valid_loss"] for result in results for line in result.evaluations[1:]]
+    if later:
+        margin = 0.05 * (max(later) - min(later)) or 0.1
+        axes.set_ylim(min(later) - margin, max(later) + margin)
+
+
+def _gains(summaries: Sequence[Summary], looks: Mapping[str, Look], baseline: str) -> Drawing:
+    """Who beats the baseline."""
+    shown = [summary for summary in summaries if summary.gain is not None]
+    figure, grid = _figure(height=1.2 + 0.38 * len(shown))
+    axes: Axes = grid[0, 0]
+    _plain(axes)
+    base = next(summary for summary in summaries if summary.arm.arm.name == baseline)
+    for row, summary in enumerate(shown):
+        look = looks[summary.arm.arm.name]
+        seeds = [base.losses[seed] - loss for seed, loss in summary.losses.items() if seed in base.losses]
+        axes.plot(seeds, [row] * len(seeds), "|", color=look.colour, markersize=9)
+        axes.plot(summary.gain, row, look.mark, color=look.colour, markersize=7)
+        if summary.interval is not None:
+            axes.plot(summary.interval, [row, row], color=look.colour, linewidth=1.4)
+    axes.axvline(0, color=_GREY, linewidth=1)
+    axes.set_yticks(range(len(shown)), [looks[summary.arm.arm.name].label for summary in shown])
+    axes.set_ylim(len(shown) - 0.5, -0.5)
+    axes.set_xlabel(f"gain over {looks[baseline].label} in validation loss (nats a token); right of 0 is better")
+    return Drawing(
+        "gains",
+        "Gain over the baseline, seed by seed (strokes), their mean (marks) and its interval of 95 % confidence (lines).",
+        figure,
+    )
+
+
+def _against_memory(summaries: Sequence[Summary], results: Sequence[Result], looks: Mapping[str, Look]) -> Drawing:
+    """Loss against memory, and the arms that no other beats in both."""
+    figure, grid = _figure()
+    axes: Axes = grid[0, 0]
+    _plain(axes)
+    measured = {name: mean(result.memory for result in runs) for name, runs in _by_arm(results)}
+    points = []
+    for summary in summaries:
+        name = summary.arm.arm.name
+        if name in measured and summary.mean is not None:
+            look, losses = looks[name], list(summary.losses.values())
+            spread = [[summary.mean - min(losses)], [max(losses) - summary.mean]]
+            axes.errorbar(
+                measured[name], summary.mean, spread, fmt=look.mark, color=look.colour, label=look.label, capsize=3
+            )
+            points.append((measured[name], summary.mean))
+    front = pareto(points)
+    axes.step([x for x, _ in front], [y for _, y in front], where="post", color=_GREY, linestyle=":", zorder=0)
+    axes.xaxis.set_major_formatter(EngFormatter("B"))
+    axes.set_xlabel("memory of a rank at its peak, measured")
+    axes.set_ylabel(_LOSS)
+    _legend(figure, axes)
+    return Drawing(
+        "loss-against-memory",
+        "Final validation loss against memory: means over seeds, bars from the lowest to the highest. The dotted line is "
+        "the Pareto front: no arm has both less memory and less loss than one on it.",
+        figure,
+    )
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of points, less being better in both coordinates, those that no other beats; by their first coordinate."""
+    front: list[tuple[float, float]] = []
+    for point in sorted(points):
+        if not front or point[1] < front[-1][1]:
+            front.append(point)
+    return front
+
+
+_SCALED: dict[str, tuple[str, Callable[[Any], int]]] = {
+    "iterations": ("C, iterations", lambda config: config.chain.iterations),
+    "choices": ("K, experts a token visits in an iteration", lambda config: config.moe.topk),
+    "experts": ("N, routed experts", lambda config: config.moe.num_experts),
+    "layers": ("L, layers", lambda config: config.model.num_layers),
+    "steps": ("steps", lambda config: config.training.steps),
+}
+
+
+def _scaling(summaries: Sequence[Summary], looks: Mapping[str, Look]) -> Iterator[Drawing]:
+    """Final loss against C, K, N, L or steps, where an axis of the study varies one of them."""
+    known = [summary for summary in summaries if summary.mean is not None]
+    for name, (title, value) in _SCALED.items():
+        lines = [line for line in _lines(known, value) if len(line) > 1]
+        if not lines:
+            continue
+        figure, grid = _figure()
+        axes: Axes = grid[0, 0]
+        _plain(axes)
+        for line, colour, mark in zip(lines, cycle(_COLOURS), cycle(_MARKS), strict=False):
+            at = [value(summary.arm.arm.config) for summary in line]
+            losses = [summary.mean for summary in line]
+            spread = [
+                [mean(seeds) - min(seeds) for seeds in _seeds(line)],
+                [max(seeds) - mean(seeds) for seeds in _seeds(line)],
+            ]
+            axes.errorbar(at, losses, spread, fmt=f"{mark}-", color=colour, capsize=3, label=_common(line))
+        axes.set_xscale("log", base=2)
+        ticks = sorted({value(summary.arm.arm.config) for line in lines for summary in line})
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel(title)
+        axes.set_ylabel(_LOSS)
+        _legend(figure, axes)
+        yield Drawing(
+            f"scaling-{name}",
+            f"Final validation loss against {title}: means over seeds, bars from the lowest to the highest. Whatever "
+            "else the study's axis changes along with it, changes here too.",
+            figure,
+        )
+
+
+def _lines(summaries: Sequence[Summary], value: Callable[[Any], int]) -> Iterator[list[Summary]]:
+    """Arms that differ in one axis alone, and with it in a value; by that value, one arm for each."""
+    axes = list(summaries[0].arm.arm.labels) if summaries else []
+    for axis in axes:
+
+        def others(summary: Summary, axis: str = axis) -> tuple[str, ...]:
+            return tuple(label for name, label in summary.arm.arm.labels.items() if name != axis)
+
+        for _, group in groupby(sorted(summaries, key=others), key=others):
+            at = {value(summary.arm.arm.config): summary for summary in group}
+            yield [at[number] for number in sorted(at)]
+
+
+def _seeds(line: Sequence[Summary]) -> list[list[float]]:
+    return [list(summary.losses.values()) for summary in line]
+
+
+def _common(line: Sequence[Summary]) -> str:
+    """The labels that all arms of a line have, and the first and last of those in which they differ."""
+    labels = [summary.arm.arm.labels for summary in line]
+    texts = []
+    for axis in labels[0]:
+        own = [each[axis] for each in labels]
+        texts.append(own[0] if len(set(own)) == 1 else f"{own[0]} to {own[-1]}")
+    return " ".join(texts)
+
+
+def _memory(results: Sequence[Result], looks: Mapping[str, Look]) -> Drawing:
+    """Is the forecast right?"""
+    figure, grid = _figure(width=5.2, height=4.8)
+    axes: Axes = grid[0, 0]
+    _plain(axes)
+    for name, runs in _by_arm(results):
+        look = looks[name]
+        measured = [result.memory for result in runs]
+        axes.plot([runs[0].arm.memory] * len(runs), measured, look.mark, color=look.colour, label=look.label, alpha=0.8)
+    ends = [f(result.arm.memory for result in results) for f in (min, max)]
+    axes.axline((ends[0], ends[0]), slope=1, color=_GREY, linewidth=1)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(EngFormatter("B"))
+    axes.set_xlabel("memory of a rank at its peak, foreseen")
+    axes.set_ylabel("measured")
+    _legend(figure, axes)
+    return Drawing(
+        "memory", "Memory foreseen by the plan against what runs measured; on the line the forecast is right.", figure
+    )
+
+
+def _routing_over_time(results: Sequence[Result], looks: Mapping[str, Look]) -> Drawing:
+    """What routers do as they learn."""
+    shown = {
+        "routing_entropy": "entropy of routers / log N",
+        "routing_load_max_over_mean": "busiest expert / mean load",
+        "routing_dead_experts": "experts without a token",
+        "routing_overlap": "retention: share of repeated experts",
+    }
+    figure, grid = _figure(2, 2, height=6.2)
+    for axes, (key, title) in zip(grid.flat, shown.items(), strict=True):
+        _plain(axes)
+        for name, runs in _by_arm(results):
+            first, look = runs[0], looks[name]
+            lines = [line for line in first.steps if line.get(key) is not None]
+            unit = math.log(first.run.config.moe.num_experts) if key == "routing_entropy" else 1.0
+            values = [line[key] / unit for line in lines]
+            steps = [line["step"] for line in lines]
+            axes.plot(steps, values, color=look.colour, linestyle=look.dash, label=look.label, linewidth=1.2)
+        axes.set_title(title, fontsize="medium", loc="left")
+    for axes in grid[1]:
+        axes.set_xlabel("steps")
+    _legend(figure, grid[0, 0])
+    return Drawing(
+        "routing",
+        "Routing over training, means over layers and iterations, of each arm's first seed. Retention counts choices "
+        "that fell on an expert which the token had had in an earlier iteration of the layer.",
+        figure,
+    )
+
+
+def _loads(results: Sequence[Result], looks: Mapping[str, Look]) -> Drawing:
+    """Who carries how much, by layer and iteration."""
+    arms = [(name, runs[0].steps[-1]["routing"]) for name, runs in _by_arm(results)]
+    columns = min(3, len(arms))
+    rows = math.ceil(len(arms) / columns)
+    figure, grid = _figure(rows, columns, width=3.0 * columns + 1, height=0.6 + 2.4 * rows)
+    top = max(max(part["load"]) * len(part["load"]) for _, parts in arms for part in parts)
+    for axes, (name, parts) in zip(grid.flat, arms, strict=False):
+        load = np.array([sorted((share * len(part["load"]) for share in part["load"]), reverse=True) for part in parts])
+        image = axes.imshow(load, aspect="auto", cmap="viridis", vmin=0, vmax=top, interpolation="nearest")
+        axes.set_yticks(range(len(parts)), [f"{part['layer']}.{part['iteration']}" for part in parts], fontsize=7)
+        axes.set_title(looks[name].label, fontsize="small", loc="left")
+        axes.set_xlabel("experts, busiest first")
+    for axes in grid.flat[len(arms) :]:
+        axes.set_visible(False)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("layer.iteration")
+    figure.colorbar(image, ax=grid, label="load / mean load")
+    return Drawing(
+        "load",
+        "Load of the experts by layer and iteration in the last step of each arm's first seed; 1 is perfect balance.",
+        figure,
+    )
+
+
+def _norms(results: Sequence[Result], looks: Mapping[str, Look]) -> Drawing:
+    """Does the chain's state grow?"""
+    figure, grid = _figure(1, 2, height=3.8)
+    for axes, key, title in (
+        (grid[0, 0], "state_norm", "norm of the state x(t)"),
+        (grid[0, 1], "increment_over_state", "increment over state"),
+    ):
+        _plain(axes)
+        for name, runs in _by_arm(results):
+            parts, look = runs[0].steps[-1]["routing"], looks[name]
+            most = max(part["iteration"] for part in parts)
+            at = [part["layer"] + (part["iteration"] - 1) / most for part in parts]
+            axes.plot(
+                at,
+                [part[key] for part in parts],
+                color=look.colour,
+                linestyle=look.dash,
+                marker=look.mark,
+                markersize=4,
+                label=look.label,
+            )
+        axes.set_title(title, fontsize="medium", loc="left")
+        axes.set_xlabel("layer, its iterations one after the other")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_yscale("log")
+    _legend(figure, grid[0, 0])
+    return Drawing(
+        "norms",
+        "Root mean square of the chain's state after each iteration, and of what its experts added against what they "
+        "were given, in the last step of each arm's first seed.",
+        figure,
+    )
+
+
+def _pairs(result: Result) -> list[Mapping[str, Any]]:
+    """The entries that say which experts follow which."""
+    return [part for part in result.steps[-1]["routing"] if part.get("pairs")]
+
+
+def _followers(results: Sequence[Result], looks: Mapping[str, Look]) -> Drawing:
+    """Which experts follow which."""
+    arms = [(name, _pairs(runs[0])) for name, runs in _by_arm(results)]
+    columns = max(len(parts) for _, parts in arms)
+    figure, grid = _figure(len(arms), columns, width=1.0 + 1.9 * columns, height=0.6 + 2.0 * len(arms))
+    for row, (name, parts) in zip(grid, arms, strict=True):
+        for axes, part in zip(row, parts, strict=False):
+            image = axes.imshow(_lift(part["pairs"]), cmap="RdBu_r", vmin=-3, vmax=3, interpolation="nearest")
+            axes.set_title(f"layer {part['layer']}, iteration {part['iteration']}", fontsize="x-small")
+        for axes in row[len(parts) :]:
+            axes.set_visible(False)
+        for axes in row:
+            axes.set_xticks([])
+            axes.set_yticks([])
+        row[0].set_ylabel(looks[name].label, fontsize="x-small")
+    figure.colorbar(image, ax=grid, label="log2 of observed / by chance", shrink=0.8)
+    return Drawing(
+        "followers",
+        "Experts that follow one another: rows are experts of the iteration before, columns those of the iteration "
+        "named, both in their own order; red pairs share more tokens than chance would have them share, blue ones fewer. "
+        "A red diagonal would be tokens that stay. Last step of each arm's first seed.",
+        figure,
+    )
+
+
+def _lift(pairs: Sequence[Sequence[int]]) -> np.ndarray:
+    """log2 of how often experts meet over how often they would if iterations chose independently; 0 without tokens."""
+    counts = np.array(pairs, dtype=float)
+    chance = np.outer(counts.sum(1), counts.sum(0)) / max(counts.sum(), 1.0)
+    return np.log2(np.divide(counts + 0.5, chance + 0.5))
