@@ -35,8 +35,8 @@ class HangWatch:
     (SIGSTOP, a machine asleep or paused, a debugger) did not hang meanwhile.
 
     Where even threads cannot run, because something holds Python's lock, the interpreter's own watchdog writes the
-    stacks to stderr and ends the process, with status 1. It cannot tell that from being suspended, hence after ten times
-    the limit only; the other ranks, which wait for this one, strike long before.
+    stacks to stderr and ends the process, with status 1. It cannot tell that from being suspended, hence after ten
+    times the limit only; the other ranks, which wait for this one, strike long before.
 
     Args:
         folder: for the stacks, `rank-00003.txt` for rank 3; made when it is needed.
