@@ -85,9 +85,7 @@ def main() -> int:
 
 def towards(host: str, environment: dict[str, str]) -> list[str]:
     """Torchrun's arguments for the address this host has towards another; gloo and NCCL get the interface."""
-    interface = network.interface_towards(host)
-    environment.setdefault("GLOO_SOCKET_IFNAME", interface)
-    environment.setdefault("NCCL_SOCKET_IFNAME", interface)
+    network.use_interface_towards(host, environment)
     return [f"--local-addr={network.address_towards(host)}"]
 
 
