@@ -2,10 +2,12 @@
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import asdict, fields, is_dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -15,6 +17,8 @@ from yaml import YAMLError
 from coe_megatron.config.arguments import one_line
 from coe_megatron.config.checks import check
 from coe_megatron.config.settings import RunConfig
+
+Settings = TypeVar("Settings")
 
 
 class ConfigError(ValueError):
@@ -37,14 +41,21 @@ def load(path: str | Path, overrides: Sequence[str] = (), world_size: int | None
     Raises:
         ConfigError: with one line that names the field, its value and what would be valid.
     """
-    merged = _read(Path(path))
+    return resolve(read(Path(path)), overrides, world_size, str(path))
+
+
+def resolve(
+    values: Any, overrides: Sequence[str] = (), world_size: int | None = None, whose: str = "the config"
+) -> RunConfig:
+    """What `read` has read, under overrides, as a checked RunConfig; arguments and errors as of `load`.
+
+    Args:
+        whose: for messages.
+    """
+    values = deepcopy(values)
     for text in overrides:
-        _override(merged, text)
-    try:
-        values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key or path} has no value: {_first_line(error)}") from None
-    config = parse(values)
+        _override(values, text)
+    config = parse(plain(values, whose))
     try:
         check(config, world_size)
     except ValueError as error:
@@ -52,46 +63,74 @@ def load(path: str | Path, overrides: Sequence[str] = (), world_size: int | None
     return config
 
 
+def plain(values: Any, whose: str) -> Any:
+    """OmegaConf's containers as dicts and lists, references to other keys resolved."""
+    try:
+        return OmegaConf.to_container(values, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key or whose} has no value: {_first_line(error)}") from None
+
+
 def parse(values: Any) -> RunConfig:
     """Nested dict -> RunConfig; ConfigError on unknown keys and wrong types or values."""
+    return parse_as(RunConfig, values)
+
+
+def parse_as(cls: type[Settings], values: Any) -> Settings:
+    """Nested dict -> a dataclass of settings, of a run or of something else; raises as `parse`."""
+    key: Any = cls  # mypy takes instances' want of a hash for the class's
     try:
-        config = _ADAPTER.validate_python(values)
+        found = _adapter(key).validate_python(values)
     except ValidationError as error:
         # A misspelt key is missing under its right name too, and its own line says more.
         told = min(error.errors(), key=lambda found: found["type"] == "missing")
-        raise ConfigError(_explain(told)) from None
-    for problem in _misread(values, asdict(config)):
+        raise ConfigError(_explain(cls, told)) from None
+    for problem in _misread(values, asdict(found)):
         raise ConfigError(problem)
-    return config
+    return found
 
 
 def dump(config: RunConfig) -> str:
     """The whole config as YAML; `load` reads it back to an equal config."""
-    return OmegaConf.to_yaml(OmegaConf.create(_plain(asdict(config))))
+    return OmegaConf.to_yaml(OmegaConf.create(_without_tuples(asdict(config))))
 
 
-def _read(path: Path, including: tuple[Path, ...] = ()) -> Any:
-    """The file's settings over those of its bases; `including` is the chain of files that led here."""
-    values = _read_yaml(path)
+def read(
+    path: Path,
+    key: str = "base",
+    prepare: Callable[[Path, Any], Any] = lambda _path, values: values,
+    including: tuple[Path, ...] = (),
+) -> Any:
+    """A file's settings over those of its bases, unchecked.
+
+    Args:
+        key: that names the bases.
+        prepare: what is done with each file's own settings.
+        including: the chain of files that led here.
+    """
+    values = prepare(path, read_yaml(path))
     if path.resolve() in including:
         raise ConfigError(
-            f"{path}: base leads back to this file: {' -> '.join(p.name for p in including)} -> {path.name}"
+            f"{path}: {key} leads back to this file: {' -> '.join(p.name for p in including)} -> {path.name}"
         )
-    bases = values.pop("base", [])
+    bases = values.pop(key, [])
     names = [bases] if isinstance(bases, str) else bases
     if not isinstance(names, Sequence) or not all(isinstance(name, str) and name for name in names):
-        raise ConfigError(f"{path}: base is {_shown(bases)}: it must name a file or a list of files")
-    return _merge(str(path), *(_read(path.parent / name, (*including, path.resolve())) for name in names), values)
+        raise ConfigError(f"{path}: {key} is {_shown(bases)}: it must name a file or a list of files")
+    above = (*including, path.resolve())
+    return merge(str(path), *(read(path.parent / name, key, prepare, above) for name in names), values)
 
 
-def _merge(whose: str, *given: Any) -> Any:
+def merge(whose: str, *given: Any) -> Any:
+    """Settings over each other, the later ones winning; ConfigError where one is keys and another is not."""
     try:
         return OmegaConf.merge(*given)
     except (OmegaConfBaseException, TypeError) as error:  # such as keys where there was a list
         raise ConfigError(f"{whose}: it does not fit to what it changes: {_first_line(error)}") from None
 
 
-def _read_yaml(path: Path) -> Any:
+def read_yaml(path: Path) -> Any:
+    """A file's mapping of keys, as OmegaConf holds it; ConfigError in one line if it is none."""
     try:
         values = OmegaConf.load(path)
     except FileNotFoundError:
@@ -145,17 +184,17 @@ def _beyond_a_list(values: Any, path: Sequence[str]) -> str:
     return ""
 
 
-def _explain(error: Any) -> str:
+def _explain(cls: type, error: Any) -> str:
     *above, last = error["loc"] or ("",)
     path = [str(part) for part in above if not _is_union_tag(part)]
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden", "invalid_key"):
-        return _unknown(path, error["input"] if error["type"] == "invalid_key" else last)
+        return _unknown(cls, path, error["input"] if error["type"] == "invalid_key" else last)
     name = ".".join(path if _is_union_tag(last) else [*path, str(last)])
     match error["type"]:
         case "missing":
             return f"{name} is missing: a value is needed there"
         case "dataclass_type":
-            names = ", ".join(_field_names(name.split(".") if name else []))
+            names = ", ".join(_field_names(cls, name.split(".") if name else []))
             return f"{name or 'the config'} is {_shown(error['input'])}: it must hold keys of its own: {names}"
         case "value_error":
             return str(error["ctx"]["error"])
@@ -164,12 +203,12 @@ def _explain(error: Any) -> str:
             return f"{name} is {_shown(error['input'])}: it {should}"
 
 
-def _unknown(path: Sequence[str], key: object) -> str:
+def _unknown(cls: type, path: Sequence[str], key: object) -> str:
     """One line on a key that is none of a section's; of YAML's dotted keys too, which are no sections."""
-    names = _field_names(path)
+    names = _field_names(cls, path)
     name = ".".join([*path, key if isinstance(key, str) and key.isidentifier() else _shown(key)])
     near = [".".join([*path, close]) for close in difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)]
-    meant = " or ".join([found for found in _settings(RunConfig) if found.rpartition(".")[2] == key] or near)
+    meant = " or ".join([found for found in _settings(cls) if found.rpartition(".")[2] == key] or near)
     hint = f"did you mean {meant}?" if meant else f"valid keys: {', '.join(names)}"
     return f"{name} is not a setting; {hint}"
 
@@ -211,7 +250,7 @@ def _first_line(error: Exception) -> str:
 
 def _is_union_tag(part: object) -> bool:
     """pydantic adds the tried member of a union to the location (`int`, `list[...]`, a class): no key of ours."""
-    return isinstance(part, str) and (not part.isidentifier() or part in ("int", "float", "MLASettings"))
+    return isinstance(part, str) and (not part.isidentifier() or part in ("int", "float", "str", "MLASettings"))
 
 
 def dataclasses_in(hint: Any) -> Iterator[Any]:
@@ -227,8 +266,7 @@ def is_listed(hint: Any) -> bool:
     return list in (get_origin(hint), *map(get_origin, get_args(hint)))
 
 
-def _field_names(path: Sequence[str]) -> list[str]:
-    cls: Any = RunConfig
+def _field_names(cls: Any, path: Sequence[str]) -> list[str]:
     for part in path:
         if part.isdecimal():  # a place in a list
             continue
@@ -238,10 +276,16 @@ def _field_names(path: Sequence[str]) -> list[str]:
     return [f.name for f in fields(cls)]
 
 
-def _plain(value: Any) -> Any:
+def _without_tuples(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, tuple | list) else value
+        return {key: _without_tuples(inner) for key, inner in value.items()}
+    return [_without_tuples(inner) for inner in value] if isinstance(value, tuple | list) else value
+
+
+@cache
+def _adapter(cls: Any) -> TypeAdapter[Any]:
+    _forbid_unknown_keys(cls)
+    return TypeAdapter(cls)
 
 
 def _forbid_unknown_keys(cls: Any) -> None:
@@ -252,5 +296,3 @@ def _forbid_unknown_keys(cls: Any) -> None:
 
 
 _KEY = re.compile(r"[^.\[\]]+(\.[^.\[\]]+|\[[^.\[\]]+\])*")  # key.sub, and key[sub], which OmegaConf reads alike
-_forbid_unknown_keys(RunConfig)
-_ADAPTER = TypeAdapter(RunConfig)

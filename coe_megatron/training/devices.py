@@ -4,14 +4,7 @@ import os
 
 import torch
 
-# Dense bf16 peak in FLOP/s, from NVIDIA's data sheets; the first name that the device's own contains counts.
-_PEAK_BF16 = {
-    "B200": 2.25e15,
-    "H200": 9.89e14,
-    "H100 PCIe": 7.56e14,
-    "H100": 9.89e14,
-    "A100": 3.12e14,
-}
+from coe_megatron.forecast.devices import peak_of
 
 
 def peak_flops(precision: str, device_name: str | None = None) -> float | None:
@@ -23,9 +16,7 @@ def peak_flops(precision: str, device_name: str | None = None) -> float | None:
     """
     if device_name is None:
         device_name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    if precision != "bf16":
-        return None
-    return next((peak for name, peak in _PEAK_BF16.items() if name in device_name), None)
+    return peak_of(device_name) if precision == "bf16" else None
 
 
 def make_deterministic() -> None:

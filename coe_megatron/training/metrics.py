@@ -208,14 +208,6 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The objects of a metrics.jsonl; none if the file is missing, and a last line that was cut off is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
 def _end_of(path: Path, step: int) -> int:
     """Where in a metrics.jsonl the lines of this step and those before it end, in bytes."""
     end = 0

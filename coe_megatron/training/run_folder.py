@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from coe_megatron.config import ConfigError, RunConfig, dump, load
 from coe_megatron.training import folder_lock
-from coe_megatron.training.metrics import read_metrics
+from coe_megatron.training.logged import read_metrics
 from coe_megatron.training.picture import draw_loss
 
 _PACKAGES = ("coe-megatron", "torch", "megatron-core", "deepspeed")
@@ -87,7 +87,7 @@ def begin(folder: Path, config: RunConfig, logs: Path | None = None) -> TextIO:
     """
     attempt = {
         "outcome": "running",
-        "began": datetime.now(UTC).isoformat(timespec="seconds"),
+        "began": _now(),
         "command": sys.argv,
         "host": platform.node(),
         "python": platform.python_version(),
@@ -136,7 +136,7 @@ def withdraw(folder: Path) -> None:
 def end(folder: Path, outcome: str) -> None:
     """Note in run.json how this attempt ended: `finished`, `interrupted` or `failed: ...`."""
     if attempts := _attempts(_read(folder)):  # else somebody has removed the folder
-        note(folder, {"attempts": [*attempts[:-1], {**attempts[-1], "outcome": outcome}]})
+        note(folder, {"attempts": [*attempts[:-1], {**attempts[-1], "outcome": outcome, "ended": _now()}]})
 
 
 def finish(folder: Path) -> Outcome:
@@ -200,6 +200,10 @@ def _log(logs: Path | None) -> str | None:
     """The file that stderr goes to, by way of a pipe too if it has torchrun's name for it; None if it is not known."""
     places = (Path("/proc/self/fd/2").resolve(), *([logs / "stderr.log"] if logs else []))
     return next((str(place) for place in places if place.is_file()), None)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _git_commit() -> str | None:

@@ -12,7 +12,9 @@ from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.config import ConfigError, RunConfig, dump, load, parse
 from coe_megatron.config.shape import moe_pattern, padded_vocabulary
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
+CONFIGS = sorted(
+    path for path in (Path(__file__).parents[2] / "configs").rglob("*.yaml") if "studies" not in path.parts
+)
 
 
 @pytest.fixture

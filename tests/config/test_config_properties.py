@@ -22,7 +22,9 @@ from coe_megatron.config import ConfigError, RunConfig, dump, load
 from coe_megatron.config.layout import layout
 from coe_megatron.forecast.cost import forecast, vocabulary
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
+CONFIGS = sorted(
+    path for path in (Path(__file__).parents[2] / "configs").rglob("*.yaml") if "studies" not in path.parts
+)
 FIXED = settings(
     derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from flops_counted import counting
 from modules_build import reset_megatron
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -92,30 +93,6 @@ def oracle(shape: ModelShape) -> ChainLanguageModel:
             "swiglu" if shape.swiglu else "gelu",
         )
     )
-
-
-def grouped_product(rows: Any, weights: Any, *_args: Any, **_more: Any) -> int:
-    """Of grouped_mm: each row meets one expert's matrix, or (for the weights' gradients) two lists of rows meet."""
-    return 2 * rows[0] * rows[1] * weights[-1]
-
-
-def attention_of(shape: ModelShape) -> Any:
-    """Of the CPU's attention kernel, without the zeros that short values are filled up with."""
-
-    def count(query: Any, key: Any, value: Any, *_args: Any, **_more: Any) -> int:
-        width = shape.v_head_dim if shape.attention == "mla" else value[3]
-        return 2 * query[0] * query[1] * query[2] * key[2] * (query[3] + width)
-
-    return count
-
-
-def counting(shape: ModelShape) -> FlopCounterMode:
-    """torch's counter, told of the two kernels that it does not know."""
-    kernels = {
-        torch.ops.aten._grouped_mm: grouped_product,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_of(shape),
-    }
-    return FlopCounterMode(display=False, custom_mapping=kernels)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -18,8 +18,8 @@ from coe_megatron.data.datasets import StepBatches
 from coe_megatron.modules import stats
 from coe_megatron.training import recovery
 from coe_megatron.training.continuation import Position
+from coe_megatron.training.logged import read_metrics
 from coe_megatron.training.loop import Interrupted, Pretraining
-from coe_megatron.training.metrics import read_metrics
 from coe_megatron.training.progress import Progress
 
 NAN = math.nan

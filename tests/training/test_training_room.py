@@ -19,8 +19,8 @@ from coe_megatron.config import ConfigError, RunConfig, parse
 from coe_megatron.config.settings import MLASettings, ModelSettings, MoESettings, TrainingSettings
 from coe_megatron.forecast.checkpoint import checkpoint_bytes
 from coe_megatron.training import room
+from coe_megatron.training.logged import read_metrics
 from coe_megatron.training.loop import Pretraining
-from coe_megatron.training.metrics import read_metrics
 from coe_megatron.training.model import build_model
 from coe_megatron.training.progress import Progress
 from coe_megatron.zero import engine as zero

@@ -10,15 +10,18 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 from programs import ROOT, children, kill, python, start_torchrun, torchrun, wait_for_step
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from coe_megatron.config import RunConfig
+from coe_megatron.config import RunConfig, load
+from coe_megatron.study.amounts import Amounts
+from coe_megatron.study.calibration import calibrate
 from coe_megatron.training import run_folder
-from coe_megatron.training.metrics import read_metrics
+from coe_megatron.training.logged import read_metrics
 
 BYTES = 2.0  # a token, about, of 512 pieces
 NO_DROPOUT = ("model.hidden_dropout=0", "model.attention_dropout=0")
@@ -84,6 +87,20 @@ def test_a_run_leaves_everything_it_should(finished: Path) -> None:
     assert (finished / "loss.png").stat().st_size > 10_000
     assert '"outcome": "finished"' in (finished / "run.json").read_text()
     assert [path.name for path in sorted((finished / "checkpoints").iterdir())] == ["step-00000008", "step-00000012"]
+
+
+def test_a_finished_run_tells_how_long_it_took(finished: Path) -> None:
+    """Start-up is what steps, evaluations and checkpoints leave of its time, if they leave any."""
+    speed = calibrate(finished, half_rows=24)
+    attempt = json.loads((finished / "run.json").read_text())["attempts"][-1]
+    began, ended = (datetime.fromisoformat(attempt[name]) for name in ("began", "ended"))
+    config = load(finished / "config.yaml", ["parallel.world_size=2"])
+    foreseen = Amounts(speed).seconds(config)
+    assert min(speed.rate, speed.saving, foreseen.evaluations) > 0
+    in_steps = sum(line["step_seconds"] for line in read_metrics(finished / "metrics.jsonl")[1:])
+    took = (ended - began).total_seconds()
+    beside = foreseen.evaluations + foreseen.checkpoints
+    assert foreseen.total - foreseen.steps == pytest.approx(max(took - in_steps, beside))
 
 
 def test_killed_and_resumed_is_the_run_that_was_never_killed(config: Path, prepared: Path, finished: Path) -> None:

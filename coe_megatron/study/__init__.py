@@ -1,0 +1,1 @@
+"""Studies: many runs that answer one question, from a file that says what is compared. Planning needs no torch."""

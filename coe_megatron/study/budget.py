@@ -1,0 +1,126 @@
+"""The budget: one setting, solved arm by arm so that one amount of the run comes nearest to the baseline's.
+
+A whole number is sought by bisection, which is right only where the amount grows (or shrinks) all the way with the
+setting. So it is measured at many values in between first, and anything else is refused.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+from coe_megatron.config import ConfigError, RunConfig
+from coe_megatron.study.amounts import Amounts
+from coe_megatron.study.arms import Study
+from coe_megatron.study.settings import Budget
+
+_LOOKED_AT = 32  # values, evenly over the range
+
+
+@dataclass(frozen=True)
+class Solved:
+    """What an arm has of the budget.
+
+    Attributes:
+        value: of the setting that was solved for.
+        amount: of what is held equal.
+        off: by how much more than the baseline has, as a share of that.
+    """
+
+    value: int
+    amount: float
+    off: float
+
+
+def solve(study: Study, amounts: Amounts) -> tuple[Study, dict[str, Solved]]:
+    """The study with the solved setting in every arm, and what was found by arm; the baseline keeps its own.
+
+    Raises:
+        ConfigError: the setting is no whole number, or has no value with which an arm comes near enough; one line.
+    """
+    budget = study.settings.budget
+    if budget is None:
+        return study, {}
+    wanted = amounts.of(budget.equal, study.baseline.config)
+    arms, found = [], {}
+    for arm in study.arms:
+        if arm is study.baseline:
+            own = _whole_number(study, budget, arm.config)
+            found[arm.name] = Solved(own, wanted, 0.0)
+        else:
+            try:
+                _whole_number(study, budget, arm.config)
+                found[arm.name] = _solve(budget, arm.config, wanted, amounts)
+            except ConfigError as error:
+                raise ConfigError(f"arm {arm.name}: {error}") from None
+            arm = study.with_setting(arm, budget.solve, found[arm.name].value)
+        arms.append(arm)
+    return replace(study, arms=arms), found
+
+
+def nearest(amount: Callable[[int], float], values: range, wanted: float) -> int:
+    """The value at which a monotone amount comes nearest to what is wanted; of two as near the smaller one.
+
+    Raises:
+        ValueError: it is the same everywhere, or not monotone; one line.
+    """
+    looked_at = sorted({values[len(values) * number // _LOOKED_AT] for number in range(_LOOKED_AT)} | {values[-1]})
+    seen = [amount(value) for value in looked_at]
+    grows = seen[0] <= seen[-1]
+    for before, after, value in zip(seen, seen[1:], looked_at[1:], strict=False):
+        if (before < after) if not grows else (before > after):
+            raise ValueError(f"it {'shrinks' if grows else 'grows'} on the way to {value}, and not elsewhere")
+    if seen[0] == seen[-1]:
+        raise ValueError("it is the same with every value")
+    low, high = 0, len(values) - 1  # the last index with no more than is wanted, or the first of all
+    while low < high:
+        middle = (low + high + 1) // 2
+        if (amount(values[middle]) <= wanted) == grows:
+            low = middle
+        else:
+            high = middle - 1
+    return min(values[low : low + 2], key=lambda value: abs(amount(value) - wanted))
+
+
+def _solve(budget: Budget, config: RunConfig, wanted: float, amounts: Amounts) -> Solved:
+    first = -(-budget.range[0] // budget.multiple_of) * budget.multiple_of
+    values = range(first, budget.range[1] + 1, budget.multiple_of)
+    if not values:
+        raise ConfigError(f"budget.range is {list(budget.range)}: no multiple of {budget.multiple_of} lies in it")
+
+    def amount(value: int) -> float:
+        try:
+            return amounts.of(budget.equal, _changed(config, budget.solve.split("."), value))
+        except ValueError as error:
+            raise ConfigError(f"budget.range leads to {budget.solve} {value}: {error}") from error
+
+    try:
+        value = nearest(amount, values, wanted)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{budget.equal} cannot be solved for {budget.solve}: {error}") from None
+    found = amount(value)
+    off = found / wanted - 1
+    if abs(off) > budget.tolerance:
+        raise ConfigError(
+            f"{budget.solve} {values[0]} to {values[-1]} brings {budget.equal} no nearer to the baseline's than "
+            f"{off:+.1%}, with {value}: budget.tolerance is {budget.tolerance}, so widen that or budget.range"
+        )
+    return Solved(value, found, off)
+
+
+def _whole_number(study: Study, budget: Budget, config: RunConfig) -> int:
+    """The setting's value in a config; ConfigError if that is none, or nothing that a whole number can be put into."""
+    value: Any = config
+    for name in budget.solve.split("."):
+        value = getattr(value, name) if is_dataclass(value) and name in {each.name for each in fields(value)} else None
+    if type(value) is int:
+        return value
+    if value is None:
+        study.with_setting(study.baseline, budget.solve, budget.range[0])  # says it if there is no such setting
+    raise ConfigError(f"budget.solve is {budget.solve}: it must name a setting that is a whole number")
+
+
+def _changed(config: Any, names: list[str], value: int) -> Any:
+    inner = value if len(names) == 1 else _changed(getattr(config, names[0]), names[1:], value)
+    return replace(config, **{names[0]: inner})

@@ -1,0 +1,173 @@
+"""Study files: mistakes are one line that names the key; axes cross and zip; every arm has a name and a config."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coe_megatron.config import ConfigError, load
+from coe_megatron.study.arms import Study, make_study, override, slug
+from coe_megatron.study.settings import read_study
+
+Write = Callable[..., Path]
+TOPOLOGIES = {"chain.topology": ["prenorm", "iteration_norm"]}
+
+
+def make(path: Path, *overrides: str) -> Study:
+    return make_study(read_study(path), overrides)
+
+
+def test_axes_are_crossed_and_what_is_skipped_is_no_arm(study_file: Write) -> None:
+    study = make(study_file())
+    assert [arm.name for arm in study.arms] == [
+        "moe-4-8_prenorm",
+        "coe-2-2-8_prenorm",
+        "coe-2-2-8_iteration-norm",
+    ]
+    assert study.skipped == [({"design": "MoE(4/8)", "topology": "iteration_norm"}, "at C = 1 it is prenorm")]
+    chosen = [(arm.config.chain.iterations, arm.config.moe.topk, arm.config.chain.topology) for arm in study.arms]
+    assert chosen == [(1, 4, "prenorm"), (2, 2, "prenorm"), (2, 2, "iteration_norm")]
+    assert study.baseline is study.arms[0]
+    assert {arm.config.model.hidden_size for arm in study.arms} == {32}, "the base holds where nothing else is said"
+
+
+def test_lists_of_one_axis_belong_together(study_file: Write) -> None:
+    axis = {"chain.iterations": [1, 2], "moe.topk": [4, 2]}
+    study = make(study_file(axes={"design": axis}, skip=None, baseline={"design": "1, 4"}))
+    assert [(arm.name, arm.config.moe.topk) for arm in study.arms] == [("1-4", 4), ("2-2", 2)]
+
+
+def test_labels_may_be_numbers_and_values_may_be_lists(study_file: Write) -> None:
+    axes = {"experts": {"moe.num_experts": [8, 16]}, "layers": {"moe.layer_freq": [1, [0, 1]]}}
+    study = make(study_file(axes=axes, skip=None, baseline={"experts": 8, "layers": 1}))
+    assert [arm.name for arm in study.arms] == ["8_1", "8_0-1", "16_1", "16_0-1"]
+    assert study.arms[3].config.moe.layer_freq == [0, 1]
+
+
+def test_every_run_has_a_folder_a_seed_and_overrides_that_repeat_it(study_file: Write) -> None:
+    path = study_file(set={"data.path": "a: b", "optimizer.lr": 2e-5})
+    study = make(path, "training.log_every=7")
+    assert [run.config.output for run in study.runs[:3]] == [
+        "runs/small/moe-4-8_prenorm/seed-1",
+        "runs/small/moe-4-8_prenorm/seed-2",
+        "runs/small/coe-2-2-8_prenorm/seed-1",
+    ]
+    assert len({run.config.output for run in study.runs}) == len(study.runs) == 6
+    for run in study.runs:
+        assert load(path.parent / "base.yaml", run.overrides) == run.config
+        assert (run.config.training.seed, run.config.training.log_every) == (run.seed, 7)
+        assert (run.config.data.path, run.config.optimizer.lr) == ("a: b", 2e-5)
+
+
+def test_the_fingerprint_tells_settings_apart_and_neither_seed_nor_folder(study_file: Write) -> None:
+    before, moved, other = (
+        make(study_file(**changes))
+        for changes in ({}, {"output": "runs/x", "seeds": [5]}, {"set": {"optimizer.lr": 1e-5}})
+    )
+    prints = [[arm.fingerprint for arm in study.arms] for study in (before, moved, other)]
+    assert prints[0] == prints[1]
+    assert len({*prints[0], *prints[2]}) == 6
+
+
+def test_a_study_of_other_sizes_takes_its_axes_from_another_file(study_file: Write) -> None:
+    folder = study_file(set={"optimizer.lr": 1e-5}).parent / "sub"
+    folder.mkdir()
+    (folder / "wide.yaml").write_text("model: {hidden_size: 64}\n")
+    wide = folder / "study.yaml"
+    wide.write_text(
+        "base_study: ../study.yaml\nbase: [../base.yaml, wide.yaml]\noutput: runs/wide\nset: {moe.scaling: 2}\n"
+    )
+    study = make(wide)
+    assert [arm.name for arm in study.arms] == [arm.name for arm in make(folder.parent / "study.yaml").arms]
+    for arm in study.arms:
+        assert arm.config.output.startswith("runs/wide/")
+        assert (arm.config.model.hidden_size, arm.config.optimizer.lr, arm.config.moe.scaling) == (64, 1e-5, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("label", "name"), [("MoE(8/64) L4", "moe-8-64-l4"), ("iteration_norm", "iteration-norm"), ("1e-3", "1e-3")]
+)
+def test_names_of_folders(label: str, name: str) -> None:
+    assert slug(label) == name
+
+
+@pytest.mark.parametrize(
+    "value", ["plain/text", "a: b", "", "1", "null", "1e-3", "[a]", 3, 0.5, 1e-7, True, None, [1, 2], {"a": "b"}]
+)
+def test_an_override_is_read_as_the_value_it_was_made_of(value: Any, tmp_path: Path) -> None:
+    from omegaconf import OmegaConf
+
+    found = OmegaConf.to_container(OmegaConf.from_dotlist([override("key", value)]))
+    assert found == {"key": value}
+
+
+DESIGN = {"a": {"moe.topk": 4}, "b": {"moe.topk": 2}}
+MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({"axis": {}}, "axis is not a setting; did you mean axes?"),
+    ({"output": None}, "output is missing: a value is needed there"),
+    ({"base": None}, "base is missing"),
+    ({"base": 7}, "base is 7: it must name a run config or a list of them"),
+    ({"base": "none.yaml"}, "there is no such config file"),
+    ({"base_study": "study.yaml"}, "base_study leads back to this file"),
+    ({"seeds": []}, "seeds is []: it should have at least 1 item"),
+    ({"seeds": [1, 1]}, "seeds is [1, 1]: each must be another"),
+    ({"seeds": ["one"]}, "seeds.0 is 'one': it should be a valid integer"),
+    ({"seeds": 3}, "seeds is 3: it should be a valid list"),
+    ({"axes": {}}, "axes is {}: it should have at least 1 item"),
+    ({"axes": {"design": 3}}, "axes.design is 3: it should be a valid dictionary"),
+    ({"axes": {"design": {}}}, "axes.design is empty"),
+    ({"axes": {"design": {"moe.topk": 4}}}, "axes.design must map labels to settings, or settings to lists"),
+    ({"axes": {"design": {"a": {"moe.topk": 4}, "moe.topk": [1]}}}, "axes.design must map labels to settings"),
+    ({"axes": {"design": {"moe.topk": []}}}, "axes.design must map labels to settings"),
+    (
+        {"axes": {"design": {"moe.topk": [1, 2], "chain.iterations": [1]}}},
+        "axes.design: moe.topk has 2, chain.iterations has 1 values: lists of one axis must be equally long",
+    ),
+    ({"axes": {"design": {"moe.topk": [1, 1]}}}, "axes.design has the same values twice: 1, 1"),
+    ({"axes": {"design": {"a b": {"moe.topk": 1}, "a-b": {}}}}, "'a b' and 'a-b': both would name a folder a-b"),
+    ({"axes": {"design": {"()": {}}}}, "axes.design has the label '()': it needs a letter or a digit"),
+    ({"axes": {"x": DESIGN, "y": {"moe.topk": [1, 2]}}}, "axes.y sets moe.topk: axes.x does so too"),
+    ({"axes": {"x": {"training.seed": [1, 2]}}}, "training.seed is set for arms: the study's key seeds decides it"),
+    ({"set": {"output": "x"}}, "output is set for arms: the study's key output decides it"),
+    ({"set": {"moe.topk": 3}}, "moe.topk is set for all arms: axes.design decides it"),
+    ({"set": {"moe.top_k": 3}}, "arm moe-4-8_prenorm: moe.top_k is not a setting; did you mean moe.topk?"),
+    ({"set": {"moe.num_experts": 3}}, "arm moe-4-8_prenorm: moe.topk is 4: it must be at most moe.num_experts (3)"),
+    ({"axes": {"design": {"a": {}, "b": {}}}, "skip": [], "baseline": {"design": "a"}}, "arms a and b have the same"),
+    ({"baseline": {"design": "MoE(4/8)"}}, "baseline.topology is missing: it must be one of prenorm, iteration_norm"),
+    ({"baseline": {"desgin": "x"}}, "baseline.desgin is no axis; the axes are design, topology"),
+    ({"baseline": {"design": "x"}}, "baseline.design is 'x': it must be one of MoE(4/8), CoE-2(2/8)"),
+    (
+        {"baseline": {"design": "MoE(4/8)", "topology": "iteration_norm"}},
+        "baseline is MoE(4/8), iteration_norm: skip leaves that arm out",
+    ),
+    ({"skip": [{"where": {}, "reason": "x"}]}, "skip.0.where is {}: it would leave out every arm"),
+    ({"skip": [{"where": {"design": "x"}, "reason": "x"}]}, "skip.0.where.design is 'x': it must be one of MoE(4/8)"),
+    ({"skip": [{"where": {"designs": "x"}, "reason": "x"}]}, "skip.0.where.designs is no axis"),
+    ({"skip": [{"where": {"topology": ["prenorm"]}}]}, "skip.0.reason is missing"),
+    (
+        {"skip": [{"where": {"topology": ["prenorm", "iteration_norm"]}, "reason": "x"}]},
+        "skip leaves out every arm",
+    ),
+    ({"budget": {"equal": "flop"}}, "budget.equal is 'flop': it should be 'expert_compute', 'flops', 'parameters'"),
+    ({"budget": {"equal": "flops", "solve": "training.steps"}}, "budget.range is missing"),
+    ({"budget": {"equal": "flops", "solve": "training.steps", "range": [9, 1]}}, "budget.range is [9, 1]: its first"),
+    ({"budget": {"equal": "flops", "solve": "training.steps", "range": [0, 1]}}, "budget.range.0 is 0: it should be"),
+    (
+        {"budget": {"equal": "flops", "solve": "moe.topk", "range": [1, 9]}},
+        "budget.solve is moe.topk: axes.design decides it already; solve for another setting",
+    ),
+    (
+        {"budget": {"equal": "flops", "solve": "training.seed", "range": [1, 9]}},
+        "budget.solve is training.seed: seeds decides it already",
+    ),
+    ({"budget": {"equal": "flops", "slove": "x"}}, "budget.slove is not a setting; did you mean budget.solve?"),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), MISTAKES)
+def test_a_mistake_is_one_line_that_names_the_key(study_file: Write, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        make(study_file(**changes))
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)

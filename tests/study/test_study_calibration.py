@@ -1,0 +1,111 @@
+"""Hours by ratios of FLOPs from a finished run's own files."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coe_megatron.config import ConfigError, RunConfig, dump
+from coe_megatron.config.settings import DataSettings, ModelSettings, TrainingSettings
+from coe_megatron.study.amounts import Amounts, Speed, evaluations, saves
+from coe_megatron.study.calibration import calibrate
+
+HALF_ROWS = 24.0
+CONFIG = RunConfig(
+    model=ModelSettings(vocab_size=64),
+    data=DataSettings(path="nowhere", validation_samples=40),
+    training=TrainingSettings(steps=50, log_every=10, evaluate_every=20, save_every=20, milestones=[5]),
+)
+STARTUP, A_STEP, A_SAVE, RANKS = 7.0, 2.0, 3.0, 2
+A_PASS = A_STEP * 40 / CONFIG.training.global_batch / 3
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Write:
+    """Writes the folder of a run with the times above; the steps until the first logged one take ten times as long."""
+
+    def write(outcome: str = "finished", attempts: int = 1, until: int = 50) -> Path:
+        lines: list[dict[str, Any]] = [{"step": 0, "valid_loss": 4.0}]
+        clock = A_PASS
+        for step in range(1, until + 1):
+            clock += A_STEP * (10 if step <= 10 else 1)
+            if step % 10 == 0:
+                left = clock / step * (50 - step)
+                a_step = A_STEP * (10 if step == 10 else 1)
+                lines.append({"step": step, "step_seconds": a_step, "eta_seconds": left})
+                if step % 20 == 0 or step == 50:
+                    lines[-1]["valid_loss"] = 3.0
+                    clock += A_PASS
+            clock += A_SAVE * (step % 20 == 0 or step in (5, 50))
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (tmp_path / "config.yaml").write_text(dump(CONFIG))
+        began = datetime(2026, 11, 22, tzinfo=UTC)
+        attempt = {"outcome": outcome, "began": began.isoformat()}
+        attempt["ended"] = (began + timedelta(seconds=STARTUP + clock)).isoformat()
+        rows = 64 * CONFIG.model.hidden_size
+        record = {"attempts": [attempt] * attempts, "ranks": RANKS, "parameters": {"embedding": rows}}
+        (tmp_path / "run.json").write_text(json.dumps(record))
+        return tmp_path
+
+    return write
+
+
+def on_its_ranks(config: RunConfig) -> RunConfig:
+    return replace(config, parallel=replace(config.parallel, world_size=RANKS))
+
+
+def test_the_run_itself_is_foreseen(run: Write) -> None:
+    speed = calibrate(run(), HALF_ROWS)
+    seconds = Amounts(speed).seconds(on_its_ranks(CONFIG))
+    assert seconds.steps == pytest.approx(50 * A_STEP)
+    assert seconds.evaluations == pytest.approx(evaluations(CONFIG) * A_PASS) and evaluations(CONFIG) == 4
+    assert seconds.checkpoints == pytest.approx(saves(CONFIG) * A_SAVE) and saves(CONFIG) == 4
+    assert seconds.startup == pytest.approx(STARTUP)
+    assert seconds.total == pytest.approx(STARTUP + 50 * A_STEP + 4 * A_PASS + 4 * A_SAVE)
+
+
+def test_another_run_takes_longer_by_its_flops(run: Write) -> None:
+    amounts = Amounts(calibrate(run(), HALF_ROWS))
+    larger = replace(CONFIG, model=replace(CONFIG.model, num_layers=8), training=replace(CONFIG.training, steps=500))
+    one, other = (amounts.seconds(on_its_ranks(config)) for config in (CONFIG, larger))
+    ratio = amounts.weighted_flops(larger, HALF_ROWS) / amounts.weighted_flops(CONFIG, HALF_ROWS)
+    assert 1.5 < ratio < 2
+    assert other.steps == pytest.approx(10 * ratio * one.steps)
+    assert other.startup == one.startup
+
+
+def test_few_rows_for_an_expert_take_longer_than_their_flops() -> None:
+    """K halved and C doubled: the same products in pieces of half the rows."""
+    amounts = Amounts(Speed(1e9, HALF_ROWS))
+    chain = replace(CONFIG, moe=replace(CONFIG.moe, topk=4, num_shared_experts=0))
+    moe = replace(
+        chain, moe=replace(chain.moe, topk=8), chain=replace(chain.chain, iterations=1, gating="shared_router")
+    )
+    flops = [amounts.flops(config) for config in (moe, chain)]
+    assert flops[0].experts == flops[1].experts
+    weighted = [amounts.weighted_flops(config, HALF_ROWS) for config in (moe, chain)]
+    rows = 16 * 128 * 8 / 64
+    routers = flops[1].routers - flops[0].routers
+    assert weighted[1] - weighted[0] - routers == pytest.approx(flops[0].experts * HALF_ROWS / rows)
+
+
+@pytest.mark.parametrize("how", [{"attempts": 2}, {"outcome": "interrupted", "until": 40}])
+def test_of_a_run_in_several_attempts_only_steps_are_told(run: Write, how: dict[str, Any]) -> None:
+    speed = calibrate(run(**how), HALF_ROWS)
+    assert (speed.startup, speed.saving) == (0, 0)
+    assert Amounts(speed).seconds(on_its_ranks(CONFIG)).steps == pytest.approx(50 * A_STEP)
+
+
+def test_what_is_no_calibration_is_one_line(run: Write, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl has 2 logged steps, 3 or more are needed"):
+        calibrate(run(until=20), HALF_ROWS)
+    with pytest.raises(ConfigError, match=r"--calibration is .*: it must be the folder of a run"):
+        calibrate(tmp_path / "none", HALF_ROWS)
+    (tmp_path / "run.json").write_text('{"attempts": [{"outcome": "running"}]}')
+    with pytest.raises(ConfigError, match=r"its run\.json tells of no step"):
+        calibrate(tmp_path, HALF_ROWS)

@@ -1,0 +1,194 @@
+"""What `study.py plan` says; every study of the project plans; and its arms are the models of the single configs."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from programs import ROOT, python
+
+from coe_megatron.config import ConfigError, load
+from coe_megatron.forecast.cost import forecast
+from coe_megatron.study.arms import make_study
+from coe_megatron.study.plan import make_plan, span
+from coe_megatron.study.settings import read_study
+
+Write = Callable[..., Path]
+STUDIES = ROOT / "configs" / "studies"
+FILES = sorted(path for path in STUDIES.rglob("*.yaml") if path.name != "common.yaml")
+NAMES = {path.stem for path in FILES}
+TOPOLOGIES = {"reference", "prenorm", "iteration_norm"}
+# Arms of studies, and the configs of single arms that are the same models.
+SINGLE = {
+    ("main-pair", "MoE(8/64)"): "moe_8-64",
+    ("main-pair", "CoE-2(4/64)"): "coe-2_4-64",
+    ("width", "MoE(16/64)"): "moe_16-64",
+    ("width", "MoE(24/64)"): "moe_24-64",
+    ("width", "CoE-2(8/64)"): "coe-2_8-64",
+    ("depth", "MoE(8/64) L8"): "moe_8-64_8-layers",
+    ("depth", "MoE(8/64) L12"): "moe_8-64_12-layers",
+    ("fewer-experts", "CoE-2(4/48)"): "coe-2_4-48",
+    ("dense-control", "MoE(8/8)"): "moe_8-8",
+    ("dense-control", "CoE-2(8/8)"): "coe-2_8-8",
+    ("gating", "shared_router"): "coe-2_4-64_shared-router",
+    ("gating", "fixed"): "coe-2_4-64_fixed",
+    ("residual", "outer"): "coe-2_4-64_outer",
+    ("residual", "init"): "coe-2_4-64_init",
+    ("iterations", "CoE-3(8/64)"): "coe-3_8-64",
+    ("iterations", "CoE-4(8/64)"): "coe-4_8-64",
+}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_study_of_the_project_plans(path: Path) -> None:
+    plan = make_plan(path, ["data.path=nowhere"])
+    assert plan.study.settings.output == f"runs/studies/{path.parent.name}/{path.stem}"
+    assert {arm.labels["topology"] for arm in plan.study.arms} == TOPOLOGIES
+    assert not any(arm.too_large for arm in plan.arms)
+    assert len(plan.study.settings.seeds) == 3
+    if path.parent.name == "cpu":
+        assert max(arm.seconds.total for arm in plan.arms if arm.seconds) <= 600
+
+
+def test_the_papers_studies_are_there_in_both_sizes() -> None:
+    assert {study for study, _ in SINGLE} | {"main-pair-equal-flops", "long"} == NAMES
+    assert {(path.parent.name, path.stem) for path in FILES} == {
+        (size, name) for size in ("paper", "cpu") for name in NAMES
+    }
+
+
+@pytest.mark.parametrize("size", ["paper", "cpu"])
+@pytest.mark.parametrize(("where", "name"), SINGLE.items(), ids=SINGLE.values())
+def test_arms_are_the_models_of_the_single_configs(size: str, where: tuple[str, str], name: str) -> None:
+    study = make_study(read_study(STUDIES / size / f"{where[0]}.yaml"))
+    labels = {"design": where[1], "topology": "prenorm"}
+    (arm,) = (arm for arm in study.arms if arm.labels == labels)
+    single = load(ROOT / "configs" / size / f"{name}.yaml")
+    for section in ("model", "moe", "chain", "optimizer", "zero", "parallel"):
+        assert getattr(arm.config, section) == getattr(single, section), section
+    if size == "paper":
+        kept = asdict(single.training) | {"seed": 1}
+        assert asdict(arm.config.training) == kept
+
+
+def test_every_single_config_of_the_paper_is_an_arm() -> None:
+    for size in ("paper", "cpu"):
+        there = {path.stem for path in (ROOT / "configs" / size).glob("*.yaml")} - {"base", "sizes", "blend"}
+        assert there == set(SINGLE.values())
+
+
+def test_a_row_says_what_the_dry_run_says(study_file: Write) -> None:
+    plan = make_plan(study_file(), device="cpu")
+    for arm in plan.arms:
+        said = forecast(arm.arm.config, 64)
+        assert (arm.parameters, arm.memory) == (said.parameters.total, said.needed)
+        assert arm.flops_per_token == said.flops_per_token.total
+        assert arm.flops == 100 * said.tokens_per_step * said.flops_per_token.total
+        assert arm.expert_flops < arm.flops
+    assert plan.device_seconds == pytest.approx(2 * sum(arm.seconds.total for arm in plan.arms if arm.seconds))
+
+
+def test_seconds_are_flops_over_the_speed_of_all_ranks(study_file: Write) -> None:
+    alone, two = (make_plan(study_file(), [f"parallel.world_size={n}"], "h100") for n in (1, 2))
+    for one, both in zip(alone.arms, two.arms, strict=True):
+        assert one.seconds and both.seconds
+        assert one.seconds.total == pytest.approx(2 * both.seconds.total)
+        assert one.seconds.evaluations == pytest.approx(one.seconds.steps * 3 * 8 / (100 * 4) / 3)
+    assert alone.device_seconds == pytest.approx(two.device_seconds)
+
+
+def test_the_table_and_what_stands_below(study_file: Write) -> None:
+    budget = {"equal": "flops", "solve": "moe.ffn_hidden_size", "range": [4, 64], "multiple_of": 4, "tolerance": 0.3}
+    plan = make_plan(study_file(budget=budget), device="cpu", device_memory="1MiB", price=2.0)
+    text = plan.table()
+    header, *rows = text.splitlines()
+    assert "moe.ffn_hidden_size  off budget" in header
+    assert rows[0].startswith("moe-4-8_prenorm*") and rows[0].endswith("16      +0.00%")
+    assert "6 runs: 3 arms, 2 seeds each; " in text and f", {plan.cost:,.2f} at 2 an hour" in text
+    assert "coe-2-2-8_prenorm does not fit: a rank needs" in text
+    assert "left out, at C = 1 it is prenorm: MoE(4/8) iteration_norm" in text
+    assert "flops as the baseline's, by moe.ffn_hidden_size" in text
+    assert len({len(row) for row in text.splitlines()[:4]}) == 1
+
+
+def test_without_a_device_hours_are_not_known(study_file: Write) -> None:
+    plan = make_plan(study_file(), price=2.0)
+    assert (plan.device_seconds, plan.cost, plan.speed) == (None, None, None)
+    assert [row.split()[-1] for row in plan.table().splitlines()[1:4]] == ["-"] * 3
+    assert plan.as_dict()["total"]["device_seconds"] is None
+
+
+def test_json_holds_every_arm_and_run(study_file: Write) -> None:
+    said = json.loads(json.dumps(make_plan(study_file(), device="a100").as_dict()))
+    assert [arm["name"] for arm in said["arms"]] == ["moe-4-8_prenorm", "coe-2-2-8_prenorm", "coe-2-2-8_iteration-norm"]
+    assert said["arms"][1]["runs"] == [f"runs/small/coe-2-2-8_prenorm/seed-{seed}" for seed in (1, 2)]
+    assert said["baseline"] == "moe-4-8_prenorm" and said["total"]["runs"] == 6
+    assert said["skipped"] == [
+        {"labels": {"design": "MoE(4/8)", "topology": "iteration_norm"}, "reason": "at C = 1 it is prenorm"}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"device": "h300"}, "--device is h300: it must be one of b200, h200, "),
+        ({"device_memory": "80"}, "--device-memory '80' must be a number above 0 and one of GiB"),
+        ({"device": "h200", "device_memory": "80"}, "--device-memory '80' must be"),
+        ({"calibration": Path("nowhere")}, "--calibration needs a device: name it in the study file (device) or"),
+        ({"overrides": ["moe.topk=2"]}, "moe.topk is set for all arms: axes.design decides it"),
+        ({"overrides": ["training.steps"]}, "override 'training.steps': write it as key.sub=value"),
+    ],
+)
+def test_mistakes_in_options(study_file: Write, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        make_plan(study_file(), **options)
+    assert said in str(error.value)
+
+
+def test_the_device_of_a_file_is_checked_too(study_file: Write) -> None:
+    with pytest.raises(ConfigError, match=r"^device is h300: it must be one of"):
+        make_plan(study_file(device="h300"))
+
+
+def test_the_example_of_the_guide_is_a_study(tmp_path: Path) -> None:
+    guide = (ROOT / "docs" / "guide.md").read_text().partition("## Studies")[2]
+    example = guide.partition("```yaml\n")[2].partition("```")[0]
+    path = tmp_path / "study.yaml"
+    path.write_text(example.replace("../../paper", str(ROOT / "configs" / "paper")))
+    plan = make_plan(path)
+    assert [arm.solved.value for arm in plan.arms if arm.solved] == [1200, 1200, 1150, 1150, 1150]
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(59, "59 s"), (60, "1.0 min"), (5400, "1.5 h")])
+def test_spans(seconds: float, text: str) -> None:
+    assert span(seconds) == text
+
+
+def test_planning_needs_no_torch(study_file: Write) -> None:
+    code = (
+        "import sys; sys.path.insert(0, 'launch'); import study; status = study.main(sys.argv[1:]); "
+        "sys.exit(status or 'torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, "plan", str(study_file()), "--device", "cpu", "training.steps=7", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {arm["steps"] for arm in json.loads(done.stdout)["arms"]} == {7}
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "said"),
+    [
+        ({"seeds": [1, 1]}, (), "study.py: error: seeds is [1, 1]: each must be another\n"),
+        ({}, ("--jsno",), "study.py: error: unrecognized arguments: --jsno\n"),
+        ({}, ("--price", "-1"), "study.py plan: error: argument --price: -1 must be a number of at least 0\n"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_status_2(
+    study_file: Write, changes: dict[str, Any], options: tuple[str, ...], said: str
+) -> None:
+    done = python("launch/study.py", "plan", study_file(**changes), *options)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
