@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Never
 
@@ -103,13 +104,9 @@ def meeting(said: str | None, first: str, environment: Mapping[str, str]) -> tup
 def use_interface(names: tuple[str, ...], index: int, address: str) -> None:
     """Let gloo and NCCL talk through the interface that leads to the first node (of that, to any other)."""
     for other in (address,) if index else names[1:]:
-        try:
-            interface = network.interface_towards(other)
-        except ValueError:
-            continue
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
-        return
+        with suppress(ValueError):
+            network.use_interface_towards(other, os.environ)
+            return
 
 
 def leave(status: int, message: str = "") -> Never:

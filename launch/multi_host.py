@@ -15,6 +15,7 @@ from pathlib import Path
 
 from coe_megatron.cluster import several_hosts
 from coe_megatron.cluster.hosts import Host, from_file, from_list, ranks_per_node
+from coe_megatron.cluster.one_host import Requests
 from coe_megatron.cluster.several_hosts import RemoteCommands, ask, command_string, exported
 from coe_megatron.config import load
 from coe_megatron.config.arguments import Parser
@@ -184,17 +185,16 @@ def check(made: Plan) -> dict[str, str]:
 def run(made: Plan) -> int:
     """Train; returns the exit status."""
     commands = made.torchrun(*made.meeting(), uuid.uuid4().hex)
-    running = RemoteCommands(made.shell, commands, made.options.min_hosts or len(made.hosts))
-    asked: list[int] = []
+    asked, requests = list[int](), Requests()
 
-    def pass_on(number: int, _: object) -> None:
+    def note(number: int, _: object) -> None:
         asked.append(number)
-        running.tell("stop" if len(asked) == 1 else "end")
+        requests.more()
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # under nohup a terminal that is closed is none of its business
-            signal.signal(number, pass_on)
-    status = running.wait()
+            signal.signal(number, note)
+    status = RemoteCommands(made.shell, commands, made.options.min_hosts or len(made.hosts)).wait(requests)
     return ExitStatus.INTERRUPTED if status == ExitStatus.STOPPED and signal.SIGINT in asked else status
 
 

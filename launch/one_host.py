@@ -19,7 +19,8 @@ EPILOG = """Everything after -- goes to torchrun as it is; what torchrun reads f
 
 The first SIGTERM, SIGINT (Ctrl-C), SIGUSR1 or SIGHUP asks the ranks to stop: they finish the step at hand and save, for
 as long as that takes. The second ends all at once. What it was started to ignore (SIGHUP
-under nohup) it ignores. However it ends, no process of it is left.
+under nohup) it ignores. However it ends, no process of it is left, but for those that no signal ends (they wait for a
+disk or a device), which it names after half a minute.
 
 --max-restarts starts the ranks again, from the newest checkpoint, when one was killed, failed or hung. What a restart
 cannot help (a mistake, a loss that diverged, a full disk) ends the run at once; torchrun alone would start it again.
@@ -84,9 +85,7 @@ def main() -> int:
 
 def towards(host: str, environment: dict[str, str]) -> list[str]:
     """Torchrun's arguments for the address this host has towards another; gloo and NCCL get the interface."""
-    interface = network.interface_towards(host)
-    environment.setdefault("GLOO_SOCKET_IFNAME", interface)
-    environment.setdefault("NCCL_SOCKET_IFNAME", interface)
+    network.use_interface_towards(host, environment)
     return [f"--local-addr={network.address_towards(host)}"]
 
 

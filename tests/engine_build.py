@@ -4,6 +4,7 @@ Whatever the layout, a step sees the same ROWS rows: of the micro-batches that c
 (number of ranks)-th. Rows differ in length, so a mean of means would not be the mean over tokens.
 """
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -37,8 +38,13 @@ class Trace:
 
 
 def use_groups(tensor: int = 1, pipeline: int = 1, expert: int = 1, expert_tensor: int = 1) -> None:
-    """Other process groups on the same ranks."""
+    """Other process groups on the same ranks; those before them end: they would leave some fifty threads each time."""
+    torch.distributed.barrier()  # no rank is in the midst of one
+    _, *groups = parallel_state._global_process_group_list  # the first stands for that of all ranks
+    while groups:
+        torch.distributed.destroy_process_group(groups.pop())
     parallel_state.destroy_model_parallel()
+    gc.collect()  # an engine is a circle, and holds groups
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,

@@ -3,12 +3,13 @@
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from programs import ROOT
+from programs import ROOT, Program
 
 from coe_megatron.exit_status import ExitStatus
 
@@ -138,3 +139,27 @@ def test_under_nohup_a_terminal_that_is_closed_ends_nothing(tmp_path: Path) -> N
     hung_up = ["sh", "-c", "trap '' HUP; exec \"$@\"", "-", *command]
     assert subprocess.run(hung_up, cwd=ROOT, capture_output=True, timeout=120).returncode == ExitStatus.DONE
     assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120).returncode != ExitStatus.DONE
+
+
+# A remote shell that answers where to meet, and whose ranks wait for a word from the launcher.
+REMOTE = """#!/bin/sh
+case "$2" in
+*launch/one_host.py*) echo here; read word; echo "told $word"; test "$word" = stop && exit 3; exit 1 ;;
+*) echo 127.0.0.1 1 ;;
+esac
+"""
+
+
+@pytest.mark.run
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 3), (signal.SIGINT, 130)])
+def test_a_signal_to_the_launcher_asks_all_hosts_to_stop(number: signal.Signals, status: int, tmp_path: Path) -> None:
+    shell = tmp_path / "shell"
+    shell.write_text(REMOTE)
+    shell.chmod(0o755)
+    options = ("--hosts", "a,b", "--remote-shell", str(shell), CONFIG)
+    with Program([sys.executable, "launch/multi_host.py", *options], stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None
+        assert sorted(launcher.stdout.readline() for _ in range(2)) == ["a: here\n", "b: here\n"]
+        launcher.send_signal(number)
+        said = launcher.stdout.read()
+        assert (launcher.wait(timeout=60), said.count("told stop")) == (status, 2)

@@ -6,10 +6,10 @@ import shutil
 import sys
 from pathlib import Path
 
-from coe_megatron.checkpoint.collective import am_first, shared
 from coe_megatron.checkpoint.seal import SEAL, problem
 from coe_megatron.checkpoint.storage import refusal
 from coe_megatron.durable import to_disk
+from coe_megatron.parallel.collective import am_first, from_first
 
 _NAME = re.compile(r"step-(\d+)(\.tmp)?")
 UNFINISHED = "saving it was not finished"
@@ -44,8 +44,12 @@ def newest_first(folder: Path) -> list[Path]:
 
 
 def steps_beyond(folder: Path, step: int) -> set[int]:
-    """Steps of the finished checkpoints that are newer than one: a run that goes on from it has found them damaged."""
-    return {step_of(found) for found in newest_first(folder) if finished(found) and step_of(found) > step}
+    """Steps of the finished checkpoints that are newer than one: a run that goes on from it has found them damaged.
+
+    Collective, as all here that asks the disk for all ranks.
+    """
+    listed = from_first(lambda: newest_first(folder))
+    return {step_of(found) for found in listed if finished(found) and step_of(found) > step}
 
 
 def unfinished(folder: Path) -> list[Path]:
@@ -63,7 +67,7 @@ def trouble(checkpoint: Path) -> str | None:
     """Why a checkpoint is not to be used, None if it is whole; collective, the same answer on all ranks."""
     if not finished(checkpoint):
         return UNFINISHED
-    return problem(checkpoint) or shared(refusal(checkpoint / "tensors"))
+    return problem(checkpoint) or from_first(lambda: refusal(checkpoint / "tensors"))
 
 
 def newest_whole(folder: Path, up_to: int | None = None) -> Path | None:
@@ -79,7 +83,9 @@ def newest_whole(folder: Path, up_to: int | None = None) -> Path | None:
         ValueError: there are finished checkpoints, and none is whole.
     """
     damaged = []
-    for checkpoint in shared([found for found in newest_first(folder) if up_to is None or step_of(found) <= up_to]):
+    for checkpoint in from_first(lambda: newest_first(folder)):
+        if up_to is not None and step_of(checkpoint) > up_to:
+            continue
         found = trouble(checkpoint)
         if found is None:
             return checkpoint
@@ -98,11 +104,11 @@ def find(source: Path) -> Path:
     Raises:
         ValueError: it is not whole, or there is none.
     """
-    if is_checkpoint(source):
+    if from_first(lambda: is_checkpoint(source)):
         if found := trouble(source):
             raise ValueError(f"checkpoint {source} is not whole: {found}")
         return source
-    newest = newest_whole(checkpoints_of(source))
+    newest = newest_whole(from_first(lambda: checkpoints_of(source)))
     if newest is None:
         raise ValueError(f"{source} holds no checkpoint: name one, or the folder of a run that saved one")
     return newest

@@ -9,14 +9,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-from coe_megatron.checkpoint.collective import Group, gathered, share, shared, together
+from coe_megatron.parallel.collective import Group, from_first, gathered, share, together
 
 SEAL = "complete.json"
 
 
 def seal(folder: Path, group: Group = None) -> None:
     """Write the list of a folder's files into it; collective, after all ranks have written theirs."""
-    files = shared(sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()), group)
+    files = from_first(lambda: _files(folder), group)
     own: list[tuple[str, dict]] = []
     together(lambda: own.extend((name, _describe(folder / name)) for name in share(files)), group)
     entries = dict(sorted(gathered(own, group)))
@@ -25,7 +25,7 @@ def seal(folder: Path, group: Group = None) -> None:
 
 def problem(folder: Path) -> str | None:
     """What is wrong with a checkpoint, None if it is whole; collective, the same answer on all ranks."""
-    listed = shared(_read_seal(folder))
+    listed = from_first(lambda: _read_seal(folder))
     if isinstance(listed, str):
         return listed
     found = [_difference(folder / name, name, listed[name]) for name in share(sorted(listed))]
@@ -43,6 +43,10 @@ def write_bytes(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 def _sealed(files: dict[str, dict]) -> str:

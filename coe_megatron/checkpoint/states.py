@@ -37,8 +37,8 @@ from megatron.core.dist_checkpointing.validation import determine_global_metadat
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
-from coe_megatron.checkpoint.collective import Group, gathered, together
-from coe_megatron.checkpoint.storage import OPTIMIZER, Reader, Writer
+from coe_megatron.checkpoint.storage import OPTIMIZER, Reader, Writer, read_list
+from coe_megatron.parallel.collective import Group, from_first, gathered, together
 from coe_megatron.zero import states as zero_states
 from coe_megatron.zero.engine import Engine
 
@@ -92,7 +92,7 @@ def load_tensors(engine: Engine, folder: Path, kinds: Sequence[str] = zero_state
     Raises:
         ValueError: the checkpoint holds other tensors than the model, or something that is no tensor.
     """
-    model, reader = engine.module, Reader(folder)
+    model, reader = engine.module, Reader(folder, from_first(lambda: read_list(folder)))
     with zero_states.gathered(engine):
         _refuse_other_model(_weights(model), reader)
         weights = _load(_weights(model), reader)

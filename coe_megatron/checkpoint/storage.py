@@ -8,6 +8,7 @@ one that asks for another is refused. That keeps out byte entries as well, which
 The parts are tensors for `torch.load(weights_only=True)`.
 """
 
+import io
 import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -30,7 +31,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWrite
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.serialization import _get_layout
 
-from coe_megatron.checkpoint.collective import said_by_the_disk
+from coe_megatron.parallel.collective import said_by_the_disk
 
 LIST = ".metadata"
 OPTIMIZER = "optimizer."  # AdamW's states are named `optimizer.<kind>.<key of the weight>`
@@ -52,14 +53,17 @@ Entries = Mapping[str, TensorStorageMetadata]
 class Reader(dcp.FileSystemReader):
     """Reads a folder of tensors, through torch's and Megatron's own calls too; `.metadata` goes through the allow-list.
 
+    Args:
+        content: of `.metadata`, where another rank has read it for all (`read_list`).
+
     Raises:
         ValueError: `.metadata` cannot be read, or asks for more than a list of tensors needs.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, content: bytes | None = None) -> None:
         super().__init__(folder)
         self.folder = folder
-        self._metadata = _read_list(folder)
+        self._metadata = _parsed(read_list(folder) if content is None else content, folder)
         self.storage_data = self._metadata.storage_data
         self.entries: dict[str, TensorStorageMetadata] = self._metadata.state_dict_metadata  # type: ignore[assignment]
 
@@ -101,10 +105,22 @@ class Writer(dcp.FileSystemWriter):
 def refusal(folder: Path) -> str | None:
     """Why the list of a folder's tensors is not read, None if it can be."""
     try:
-        _read_list(folder)
+        _parsed(read_list(folder), folder)
     except ValueError as error:
         return str(error)
     return None
+
+
+def read_list(folder: Path) -> bytes:
+    """The content of a folder's `.metadata`.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        return (folder / LIST).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{folder.name}/{LIST} is no list of tensors") from error
 
 
 def write(folder: Path, entries: Entries, make: Make, files: int = 1) -> None:
@@ -164,11 +180,10 @@ class _Unpickler(pickle.Unpickler):
         return _ALLOWED[module, name]
 
 
-def _read_list(folder: Path) -> Metadata:
+def _parsed(content: bytes, folder: Path) -> Metadata:
     shown = f"{folder.name}/{LIST}"
     try:
-        with (folder / LIST).open("rb") as file:
-            found = _Unpickler(file).load()
+        found = _Unpickler(io.BytesIO(content)).load()
         _require_list(found)
     except _Refused as error:
         raise ValueError(f"{shown} asks for {error}, of which no list of tensors is made") from error

@@ -30,8 +30,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from coe_megatron.checkpoint import listing, states
 from coe_megatron.checkpoint.background import Background
-from coe_megatron.checkpoint.collective import Group, am_first, together
 from coe_megatron.checkpoint.seal import SEAL, seal, write_bytes, write_text
+from coe_megatron.parallel.collective import Group, am_first, from_first, together
 from coe_megatron.zero import states as zero_states
 from coe_megatron.zero.engine import Engine
 
@@ -127,7 +127,7 @@ def load(checkpoint: Path, engine: Engine) -> dict[str, Any]:
     Raises:
         ValueError: it is of another model, or holds weights alone.
     """
-    facts = _facts(checkpoint)
+    facts = from_first(lambda: _facts(checkpoint))
     if facts["optimizer_steps"] is None:
         raise ValueError(f"checkpoint {checkpoint} holds weights alone: begin a run with it as training.warm_start")
     states.load_tensors(engine, checkpoint / "tensors")
@@ -151,7 +151,7 @@ def load_weights(source: Path, engine: Engine) -> tuple[Path, dict[str, Any]]:
     """
     checkpoint = listing.find(source)
     states.load_tensors(engine, checkpoint / "tensors", kinds=(zero_states.MASTER,))
-    return checkpoint, _facts(checkpoint)["state"]
+    return checkpoint, from_first(lambda: _facts(checkpoint))["state"]
 
 
 @dataclass(frozen=True)

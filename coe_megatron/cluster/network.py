@@ -6,6 +6,7 @@ python -m coe_megatron.cluster.network towards HOST    the interface that leads 
 
 import socket
 import sys
+from collections.abc import MutableMapping
 
 import psutil
 
@@ -40,6 +41,18 @@ def interface_towards(host: str) -> str:
         if any(found.address.partition("%")[0] == address for found in addresses):
             return name
     raise ValueError(f"host {host!r}: no interface of {socket.gethostname()} has the address {address} of its route")
+
+
+def use_interface_towards(host: str, environment: MutableMapping[str, str]) -> None:
+    """Have gloo and NCCL talk through the interface that leads to `host`; what is set in the environment wins.
+
+    Raises:
+        ValueError: as `interface_towards` does.
+    """
+    interface = interface_towards(host)
+    # NCCL takes a name for the beginning of names, unless it stands behind `=`; gloo takes it as it is.
+    for name, value in (("GLOO_SOCKET_IFNAME", interface), ("NCCL_SOCKET_IFNAME", f"={interface}")):
+        environment[name] = environment.get(name) or value
 
 
 def hold_port() -> socket.socket:

@@ -7,9 +7,11 @@ seconds after a signal however long their checkpoint takes, and leaves them as o
 import ctypes
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from coe_megatron.exit_status import ExitStatus, read_error_file, verdict
 _LOOKS_EVERY = 0.2  # seconds
 _TORCHRUN_ENDS_ITS_RANKS = 35.0  # seconds; it gives them 30 between SIGTERM and SIGKILL
 _TORCHRUN_ENDS_ITSELF = 5.0  # seconds after its last rank; cut off from its peers it would wait for them much longer
+_KILLED_WITHIN = 30.0  # seconds
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -165,11 +168,27 @@ def adopt_orphans(adopt: bool = True) -> None:
 
 
 def kill_descendants(others: frozenset[psutil.Process]) -> None:
-    """SIGKILL to all processes below this one that are not among these others, until there are none."""
+    """SIGKILL to all processes below this one that are not among these others, until there are none.
+
+    One that waits for a disk or a device (state D) does not end before that answers: after `_KILLED_WITHIN` seconds a
+    line on stderr names what is left, and this goes on without it.
+    """
+    deadline = time.monotonic() + _KILLED_WITHIN
     while left := set(psutil.Process().children(recursive=True)) - others:
+        if time.monotonic() > deadline:
+            named = ", ".join(
+                f"{process.pid} ({_name(process)})" for process in sorted(left, key=lambda each: each.pid)
+            )
+            print(f"processes that do not end when killed stay: {named}", file=sys.stderr, flush=True)
+            return
         for process in left:
-            try:
+            with suppress(psutil.NoSuchProcess):
                 process.kill()
-            except psutil.NoSuchProcess:
-                continue
-        psutil.wait_procs(list(left), timeout=5)
+        psutil.wait_procs(list(left), timeout=_LOOKS_EVERY)
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return f"{process.name()}, {process.status()}"
+    except psutil.NoSuchProcess:
+        return "just ended"

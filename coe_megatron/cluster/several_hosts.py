@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from coe_megatron.cluster.hosts import Host
+from coe_megatron.cluster.one_host import Requests
 from coe_megatron.exit_status import ExitStatus, known_status, verdict
 
 # What a command on another host gets of this one's environment, by the beginning of its name.
@@ -70,25 +71,23 @@ class RemoteCommands:
             reporting: the first host reports on all, some of which may fail; its end is the end, and `lines` are kept.
         """
         self.processes = {name: _start([*shell, name, command]) for name, command in commands.items()}
-        self.needed, self.failed = needed, dict[str, int]()
+        self.needed, self.failed, self._told = needed, dict[str, int](), set[str]()
         self.lines: dict[str, list[str]] = {name: [] for name in commands}
         self._speaking, self.reporting = threading.Lock(), reporting
         self._readers = [threading.Thread(target=self._copy, args=(name,), daemon=True) for name in commands]
         for reader in self._readers:
             reader.start()
 
-    def tell(self, word: str) -> None:
-        """Say a word to all that still run."""
-        for process in self.processes.values():
-            if process.stdin and process.poll() is None:
-                with suppress(OSError):  # it has just ended
-                    process.stdin.write(f"{word}\n")
-                    process.stdin.flush()
+    def wait(self, requests: Requests | None = None) -> ExitStatus:
+        """Until all have ended; the first failure that too few hosts are left after ends the others, in seconds.
 
-    def wait(self) -> ExitStatus:
-        """Until all have ended; the first failure that too few hosts are left after ends the others, in seconds."""
+        Args:
+            requests: are passed on to all hosts. A signal handler sets them and does no more: it may have interrupted a
+                write to the very pipes that it would write to.
+        """
         ending: float | None = None
         while running := self._running():
+            self._pass_on(requests)
             if ending is None and self._too_few():
                 ending = time.monotonic() + _OTHERS_FOLLOW
             if ending is not None and time.monotonic() > ending:
@@ -97,6 +96,22 @@ class RemoteCommands:
         for reader in self._readers:
             reader.join(timeout=_TOLD_TO_END)  # a process elsewhere may hold the other end open
         return self._status()
+
+    def _pass_on(self, requests: Requests | None) -> None:
+        if requests is None:
+            return
+        for word, request in (("stop", requests.stop), ("end", requests.end)):
+            if request.is_set() and word not in self._told:
+                self._tell(word)
+
+    def _tell(self, word: str) -> None:
+        """Say a word to all that still run."""
+        self._told.add(word)
+        for process in self.processes.values():
+            if process.stdin and process.poll() is None:
+                with suppress(OSError):  # it has just ended
+                    process.stdin.write(f"{word}\n")
+                    process.stdin.flush()
 
     def _running(self) -> dict[str, subprocess.Popen]:
         running = {}
@@ -115,7 +130,7 @@ class RemoteCommands:
         return first in self.failed or len(self.processes) - len(self.failed) < self.needed
 
     def _end(self, running: Mapping[str, subprocess.Popen]) -> None:
-        self.tell("end")
+        self._tell("end")
         for process in running.values():
             try:
                 process.wait(timeout=_TOLD_TO_END)

@@ -2,17 +2,23 @@
 
 Ranks lie as Megatron places them: tensor-parallel neighbours next to each other, then expert-parallel ones (of experts)
 or replicas (of all else), pipeline stages farthest apart; a node has `parallel.ranks_per_node` ranks in a row. So each
-group has a stride, from which follows how many of its ranks share a node. Of g ranks, m of them in each node:
+group has a stride, from which follows which of its ranks share a node. Of g ranks, m of them in each of its nodes:
 
 * an all-to-all sends each other rank an equal share: (g - m) / (g - 1) of it crosses;
 * a ring (reducing, scattering, gathering) sends all to the next rank: of m ranks one has its neighbour in another node,
   so 1 / m crosses, as the mean over the ranks; nothing where m = g;
 * a pipeline sends to the next stage: of g - 1 borders between stages, g / m - 1 lie between nodes.
 
+Groups need not fill nodes evenly (of EP 4 on nodes of 6 ranks one group in three lies in two of them), so the ranks are
+counted; what a rank sends is the mean over all groups of a kind.
+
 Reducing to all sends 2 (g - 1) / g of the data, scattering or gathering (g - 1) / g.
 """
 
+from collections import Counter
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache
 
 from coe_megatron.chain.closed_forms import ModelShape
 from coe_megatron.config.layout import Layout
@@ -25,7 +31,7 @@ _FP32 = 4
 
 @dataclass(frozen=True)
 class Sent:
-    """Bytes that a rank sends in a step, as the mean over its group."""
+    """Bytes that a rank sends in a step, as the mean over the groups of its kind."""
 
     inside_node: int
     across_nodes: int
@@ -41,32 +47,47 @@ class Sent:
 
 @dataclass(frozen=True)
 class Group:
-    """Ranks that talk to each other.
+    """Ranks that talk to each other; `group` makes it.
 
     Attributes:
         size: g, how many they are.
         stride: distance of neighbours in the numbering of all ranks.
-        together: m, how many of them share a node.
+        others_apart: of the g - 1 others of a rank the share that lies in other nodes.
+        ring_apart: of the g steps from each rank to the next, and from the last to the first, the share between nodes.
+        row_apart: the same of the g - 1 steps from the first rank to the last.
     """
 
     size: int
     stride: int
-    together: int
+    others_apart: Fraction
+    ring_apart: Fraction
+    row_apart: Fraction
 
     def ring(self, data: int, rounds: int) -> Sent:
         """`data` bytes of each rank go around; `rounds` 1 scatters or gathers, 2 reduces to all."""
-        sent = rounds * data * (self.size - 1) // self.size
-        return _split(sent, 0 if self.together == self.size else 1, self.together)
+        return _split(rounds * data * (self.size - 1) // self.size, self.ring_apart)
 
     def all_to_all(self, data: int) -> Sent:
         """Each rank sends `data` bytes in equal parts to all, itself among them."""
-        sent = data * (self.size - 1) // self.size
-        return _split(sent, self.size - self.together, max(1, self.size - 1))
+        return _split(data * (self.size - 1) // self.size, self.others_apart)
 
     def to_the_next(self, data: int) -> Sent:
         """Each rank sends `data` bytes to the next one of a row."""
-        nodes = -(-self.size // self.together)
-        return _split(data if self.size > 1 else 0, nodes - 1, max(1, self.size - 1))
+        return _split(data if self.size > 1 else 0, self.row_apart)
+
+
+@cache
+def group(ranks: int, size: int, stride: int, ranks_per_node: int) -> Group:
+    """The mean of all groups of a kind, into which `ranks` fall: where nodes cut them, they do not cut all alike."""
+    others, ring, row = 0, 0, 0
+    firsts = [rank for rank in range(ranks) if rank // stride % size == 0]
+    for first in firsts:
+        together = Counter((first + member * stride) // ranks_per_node for member in range(size)).values()
+        others += size**2 - sum(count**2 for count in together)
+        ring += len(together) if len(together) > 1 else 0
+        row += len(together) - 1
+    steps = len(firsts) * max(1, size - 1)
+    return Group(size, stride, Fraction(others, steps * size), Fraction(ring, ranks), Fraction(row, steps))
 
 
 def groups(ranks: Layout, ranks_per_node: int) -> dict[str, Group]:
@@ -79,10 +100,7 @@ def groups(ranks: Layout, ranks_per_node: int) -> dict[str, Group]:
         "expert_data": (ranks.expert_data, ranks.expert_tensor * ranks.expert),
         "pipeline": (ranks.pipeline, ranks.ranks // ranks.pipeline),
     }
-    return {
-        name: Group(size, stride, max(1, min(size, ranks_per_node // stride)))
-        for name, (size, stride) in strides.items()
-    }
+    return {name: group(ranks.ranks, size, stride, ranks_per_node) for name, (size, stride) in strides.items()}
 
 
 def traffic(config: RunConfig, shape: ModelShape, ranks: Layout, stage: int) -> dict[str, Sent]:
@@ -117,7 +135,7 @@ def _of_experts(config: RunConfig, shape: ModelShape, ranks: Layout, links: dict
     states = _tokens(config, shape, ranks) // ranks.tensor * shape.hidden * element(config)
     if config.moe.dispatcher == "allgather":
         size = ranks.expert * ranks.expert_tensor
-        both = Group(size, 1, min(size, config.parallel.ranks_per_node))
+        both = group(ranks.ranks, size, 1, config.parallel.ranks_per_node)
         return {"all_to_all": both.ring(passes * states * size, 1), "expert_tensor": Sent(0, 0)}
     rows = states * shape.topk
     return {
@@ -171,6 +189,6 @@ def bubble(config: RunConfig, ranks: Layout) -> float:
     return (ranks.pipeline - 1) / (micro_batches_of(config, ranks) + ranks.pipeline - 1)
 
 
-def _split(sent: int, crossing: int, of: int) -> Sent:
-    across = sent * crossing // of
+def _split(sent: int, apart: Fraction) -> Sent:
+    across = int(sent * apart)
     return Sent(sent - across, across)

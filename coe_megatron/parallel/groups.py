@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,7 @@ class Ranks:
         meeting: a name that ranks started by the same attempt have in common; empty where the place they meet at is
             new with every attempt anyway.
         node: on which node this process is, counted from 0.
+        logs: the folder where whoever started it keeps this rank's logs, if it does.
     """
 
     rank: int = 0
@@ -36,6 +38,7 @@ class Ranks:
     local_rank: int = 0
     meeting: str = ""
     node: int = 0
+    logs: Path | None = None
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> "Ranks":
@@ -52,7 +55,9 @@ class Ranks:
         alone = environment.get("GROUP_WORLD_SIZE") == "1"
         meeting = f"start {environment['TORCHELASTIC_RESTART_COUNT']}" if shared and alone else ""
         local_rank, node = (int(environment.get(name, 0)) for name in ("LOCAL_RANK", "GROUP_RANK"))
-        return cls(rank, world_size, local_rank, meeting, node)
+        error_file = environment.get("TORCHELASTIC_ERROR_FILE")
+        logs = Path(error_file).resolve().parent if error_file else None
+        return cls(rank, world_size, local_rank, meeting, node, logs)
 
 
 def meet(ranks: Ranks) -> dist.Store:

@@ -9,9 +9,9 @@ from typing import Any
 
 from coe_megatron.checkpoint import listing, store
 from coe_megatron.checkpoint.background import Background
-from coe_megatron.checkpoint.collective import am_first, shared, together
 from coe_megatron.config import RunConfig
 from coe_megatron.data.run_data import RunData
+from coe_megatron.parallel.collective import am_first, from_first, shared, together
 from coe_megatron.training import room, run_folder
 from coe_megatron.zero.engine import Engine
 
@@ -78,7 +78,7 @@ class Checkpoints:
         Raises:
             ValueError: a checkpoint is of another config, model, tokenizer or text, or beyond `training.steps`.
         """
-        remark = run_folder.check_same_run(self._run, self._config) if self._folder.exists() else ""
+        remark = from_first(self._same_run)
         state = store.load_latest(self._folder, self._engine)
         if state is not None:
             self._require_same(state, ("tokenizer", "text"), f"the checkpoints in {self._run}")
@@ -143,6 +143,9 @@ class Checkpoints:
             said.append(self._look_ahead())
         return "\n".join(filter(None, said))
 
+    def _same_run(self) -> str:
+        return run_folder.check_same_run(self._run, self._config) if self._folder.exists() else ""
+
     def _look_behind(self, wait: bool) -> str:
         """What became of the checkpoint that is being written in the background."""
         if self._background is None or not (wait or shared(self._background.is_done())):
@@ -201,6 +204,8 @@ class Checkpoints:
         return said if trouble else ""
 
     def _trouble(self, what: object) -> str:
+        if not am_first():
+            return ""
         newest = next((entry.name for entry in listing.newest_first(self._folder) if listing.finished(entry)), "none")
         return f"{what}; training goes on and saves as soon as it can, the newest checkpoint is {newest}"
 

@@ -18,6 +18,8 @@ from types import TracebackType
 from coe_megatron.exit_status import ExitStatus
 
 _SECONDS_FOR_OTHERS = 5.0
+_LOOKS_EVERY = 1.0  # seconds, or a tenth of the limit where that is less
+_TIMES_WITHOUT_ANY_THREAD = 10  # the limit, until the interpreter's own watchdog strikes
 _SECONDS_PAST_THE_WATCH = 60.0  # for collectives to time out, which end a rank with less to say
 
 
@@ -29,8 +31,12 @@ def collective_timeout(hang_after: float | None) -> timedelta | None:
 class HangWatch:
     """As a context it watches this process; `beat` says that there was progress.
 
+    Time is counted in short waits, each for no more than it was meant to take: a process that was suspended as a whole
+    (SIGSTOP, a machine asleep or paused, a debugger) did not hang meanwhile.
+
     Where even threads cannot run, because something holds Python's lock, the interpreter's own watchdog writes the
-    stacks to stderr and ends the process, a little later and with status 1.
+    stacks to stderr and ends the process, with status 1. It cannot tell that from being suspended, hence after ten
+    times the limit only; the other ranks, which wait for this one, strike long before.
 
     Args:
         folder: for the stacks, `rank-00003.txt` for rank 3; made when it is needed.
@@ -41,18 +47,16 @@ class HangWatch:
     def __init__(self, folder: Path, rank: int, limit: float | None, last_word: Callable[[int, str], None]) -> None:
         self._file, self._rank, self._limit, self._last_word = folder / f"rank-{rank:05d}.txt", rank, limit, last_word
         self._over = threading.Event()
-        self._beat = (time.monotonic(), "starting")
+        self._thread = threading.Thread(target=self._wait, name="hang watch", daemon=True)
+        self._beat = (0, "starting")
 
     def beat(self, next_thing: str) -> None:
         """Progress was made, and `next_thing` (such as `step 12`) is what comes now."""
-        self._beat = (time.monotonic(), next_thing)
-        if self._limit is not None:
-            faulthandler.dump_traceback_later(self._limit + 2 * _SECONDS_FOR_OTHERS, exit=True)
+        self._beat = (self._beat[0] + 1, next_thing)
 
     def __enter__(self) -> "HangWatch":
         if self._limit is not None:
-            self.beat("starting")
-            threading.Thread(target=self._wait, name="hang watch", daemon=True).start()
+            self._thread.start()
         return self
 
     def __exit__(
@@ -60,17 +64,17 @@ class HangWatch:
     ) -> None:
         self._over.set()
         if self._limit is not None:
+            self._thread.join()  # so that it sets off no watchdog any more
             faulthandler.cancel_dump_traceback_later()
 
     def _wait(self) -> None:
         assert self._limit is not None
-        while not self._over.wait(self._left()):
-            if self._left() <= 0:
+        look, seen, silent = min(_LOOKS_EVERY, self._limit / 10), self._beat, 0.0
+        while not self._over.wait(look):
+            faulthandler.dump_traceback_later(_TIMES_WITHOUT_ANY_THREAD * self._limit, exit=True)
+            seen, silent = (seen, silent + look) if self._beat == seen else (self._beat, 0.0)
+            if silent >= self._limit:
                 self._strike()
-
-    def _left(self) -> float:
-        assert self._limit is not None
-        return self._beat[0] + self._limit - time.monotonic()
 
     def _strike(self) -> None:
         message = f"rank {self._rank} on {platform.node()} hangs: no progress in {self._limit:g} s at {self._beat[1]}"

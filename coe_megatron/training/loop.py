@@ -19,10 +19,8 @@ import torch
 from megatron.core import parallel_state
 
 from coe_megatron.chain import closed_forms
-from coe_megatron.checkpoint.collective import gathered, shared
 from coe_megatron.config import ConfigError, RunConfig
 from coe_megatron.config.layout import layout
-from coe_megatron.config.settings import DataSettings
 from coe_megatron.config.shape import model_shape, padded_vocabulary
 from coe_megatron.data.run_data import RunData
 from coe_megatron.exit_status import ExitStatus
@@ -31,6 +29,7 @@ from coe_megatron.forecast.cost import forecast
 from coe_megatron.forecast.crossing import needless_crossing
 from coe_megatron.modules import stats
 from coe_megatron.parallel import groups
+from coe_megatron.parallel.collective import from_first, gathered
 from coe_megatron.training import devices, evaluation, memory, recovery, room, run_folder
 from coe_megatron.training.continuation import Checkpoints, Position
 from coe_megatron.training.hang_watch import HangWatch, collective_timeout
@@ -89,7 +88,7 @@ def train(
             stack.callback(interruption.forget)
         watch = stack.enter_context(HangWatch(Path(config.output) / "stacks", ranks.rank, limit, last_word))
         device = groups.start(config.parallel, config.training.seed, ranks, collective_timeout(limit), store)
-        with _at_rank_0(lambda: run_folder.begin(Path(config.output), config)) or nullcontext():
+        with _at_rank_0(lambda: run_folder.begin(Path(config.output), config, ranks.logs)) or nullcontext():
             outcome = _attempt(config, ranks, device, interruption, watch)
         groups.stop()
     return outcome
@@ -127,7 +126,7 @@ class Pretraining:
         self.interruption, self.watch = interruption, watch
         self.main_rank = torch.distributed.get_rank() == 0
         try:
-            data = shared(_at_rank_0(lambda: _open(config.data)))
+            data = from_first(lambda: RunData.open(config.data))
             self.vocab_size = padded_vocabulary(config, data.tokenizer_size)
             self.data = open_splits(config, data, self.folder / "index")
             self.engine = self._build_engine()
@@ -325,29 +324,11 @@ class Pretraining:
             self.progress.say(f"warning: {warning}")
 
 
-def _open(settings: DataSettings) -> RunData:
-    try:
-        return RunData.open(settings)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
 def _at_rank_0(action: Callable[[], Result]) -> Result | None:
-    """What `action` returns on rank 0, which alone calls it; None on the others.
-
-    Raises:
-        ConfigError: on all ranks if `action` did; the others would wait for rank 0 and end in an error of theirs.
-    """
-    result: Result | None = None
-    refused: ConfigError | None = None
-    if torch.distributed.get_rank() == 0:
-        try:
-            result = action()
-        except ConfigError as error:
-            refused = error
-    if refused := shared(refused):
-        raise refused
-    return result
+    """What `action` returns on rank 0, which alone calls it; None on the others. What it raises all ranks raise."""
+    results: list[Result] = []
+    from_first(lambda: results.append(action()))
+    return results[0] if results else None
 
 
 def _agreed(asked: ExitStatus) -> ExitStatus:

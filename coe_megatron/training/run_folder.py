@@ -72,8 +72,11 @@ class Outcome:
         return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
 
 
-def begin(folder: Path, config: RunConfig) -> TextIO:
+def begin(folder: Path, config: RunConfig, logs: Path | None = None) -> TextIO:
     """Make the folder, lock it and note this attempt in run.json, before anything costs time.
+
+    Args:
+        logs: where whoever started this rank keeps its logs.
 
     Returns:
         The lock, to be closed when the attempt is over.
@@ -90,7 +93,7 @@ def begin(folder: Path, config: RunConfig) -> TextIO:
         "python": platform.python_version(),
         "versions": {name: version(name) for name in _PACKAGES},
         "git_commit": _git_commit(),
-        "log": _log(),
+        "log": _log(logs),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -193,10 +196,10 @@ def _write(folder: Path, record: Mapping[str, Any]) -> None:
     os.replace(temporary, folder / "run.json")
 
 
-def _log() -> str | None:
-    """The file that stderr goes to; None if it goes to a terminal or a pipe."""
-    path = Path("/proc/self/fd/2").resolve()
-    return str(path) if path.is_file() else None
+def _log(logs: Path | None) -> str | None:
+    """The file that stderr goes to, by way of a pipe too if it has torchrun's name for it; None if it is not known."""
+    places = (Path("/proc/self/fd/2").resolve(), *([logs / "stderr.log"] if logs else []))
+    return next((str(place) for place in places if place.is_file()), None)
 
 
 def _now() -> str:

@@ -25,8 +25,10 @@ _SILENT_SECONDS, _SILENT_INTERVALS = 600, 10
 _COLUMNS = {
     **dict.fromkeys(("run", "state"), str.ljust),
     **dict.fromkeys(("step", "train loss", "valid loss", "tokens/s", "left", "starts", "written"), str.rjust),
+    "rolled back": str.rjust,
     "log": str.ljust,
 }
+_WHERE_ANY = "rolled back"  # a column that is there when a run has something to say in it
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Status:
         train_loss, valid_loss: the newest ones, in nats per counted token.
         seconds_left: of a run that goes on.
         starts: attempts so far, this one with them.
+        rolled_back: how often the policy on losses has rolled it back.
         written: when metrics.jsonl or run.json was last written, in seconds since 1970.
         log: the file that the newest attempt's stderr goes to, on the machine where it ran.
     """
@@ -55,6 +58,7 @@ class Status:
     tokens_per_second: float | None = None
     seconds_left: float | None = None
     starts: int | None = None
+    rolled_back: int | None = None
     written: float | None = None
     log: str | None = None
 
@@ -76,7 +80,8 @@ def find_runs(folder: Path) -> list[Path]:
 
 def status(folder: Path, now: float) -> Status:
     """How the run in a folder stands, at `now` seconds since 1970."""
-    attempts = _attempts(folder / "run.json")
+    record = _record(folder / "run.json")
+    attempts = _objects(record, "attempts")
     if not attempts:
         return Status(str(folder), "unreadable" if (folder / "run.json").exists() else "no run")
     attempt, training = attempts[-1], _training(folder / "config.yaml")
@@ -102,6 +107,7 @@ def status(folder: Path, now: float) -> Status:
         tokens_per_second=newest.get("tokens_per_second"),
         seconds_left=None if left is None else max(0.0, left - (now - written)),
         starts=len(attempts),
+        rolled_back=len(_objects(record, "rolled_back")),
         written=written,
         log=attempt.get("log"),
     )
@@ -116,13 +122,13 @@ def statuses(folders: Sequence[Path]) -> list[Status]:
 
 def table(rows: Sequence[Status], now: float) -> str:
     """For a person: a line a run, at `now` seconds since 1970; below it why runs failed."""
-    cells = [list(_COLUMNS), *(_cells(row, now) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells = [dict(zip(_COLUMNS, _cells(row, now), strict=True)) for row in rows]
+    widths = {name: max(len(name), *(len(line[name]) for line in cells)) for name in _COLUMNS}
+    if not any(row.rolled_back for row in rows):
+        del widths[_WHERE_ANY]
     lines = [
-        "  ".join(
-            align(cell, width) for align, cell, width in zip(_COLUMNS.values(), line, widths, strict=True)
-        ).rstrip()
-        for line in cells
+        "  ".join(_COLUMNS[name](line[name], width) for name, width in widths.items()).rstrip()
+        for line in ({name: name for name in _COLUMNS}, *cells)
     ]
     failures = [one_line(f"{row.folder} failed: {row.reason}") for row in rows if row.reason is not None]
     return "\n".join([*lines, *([""] if failures else []), *failures])
@@ -139,6 +145,7 @@ def _cells(row: Status, now: float) -> list[str]:
         _span(row.seconds_left),
         _text(row.starts, "{}"),
         "-" if row.written is None else f"{_span(max(0.0, now - row.written))} ago",
+        _text(row.rolled_back, "{}"),
         one_line(_text(row.log, "{}")),
     ]
 
@@ -182,11 +189,19 @@ def _lines_from_the_end(path: Path) -> Iterator[bytes]:
             yield rest
 
 
-def _attempts(path: Path) -> list[dict[str, Any]]:
-    """Of a run.json, the newest last; none if it cannot be read."""
+def _record(path: Path) -> dict[str, Any]:
+    """A run.json; empty if it cannot be read."""
     try:
-        return [dict(attempt) for attempt in json.loads(path.read_text())["attempts"]]
-    except (OSError, ValueError, TypeError, KeyError):
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _objects(record: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    """A list of objects in a run.json, the newest last; empty if it is none."""
+    try:
+        return [dict(each) for each in record.get(name, [])]
+    except (ValueError, TypeError):
         return []
 
 

@@ -37,6 +37,7 @@ from coe_megatron.config.native import merged, read_native
 from coe_megatron.config.settings import OptimizerSettings, TrainingSettings, ZeroSettings
 from coe_megatron.modules.coe_layer import CoELayer
 from coe_megatron.modules.stats import routers
+from coe_megatron.parallel.collective import from_first
 from coe_megatron.parallel.groups import MegatronGroups
 from coe_megatron.zero import expert_groups, states, whole
 
@@ -150,7 +151,8 @@ def _clip_whole(engine: Engine) -> None:
 def _config(
     optimizer: OptimizerSettings, training: TrainingSettings, zero: ZeroSettings, accumulation: int
 ) -> dict[str, Any]:
-    native = {} if zero.deepspeed is None else read_native(zero.deepspeed)
+    path = zero.deepspeed
+    native = {} if path is None else from_first(lambda: read_native(path))
     ours = {
         "train_micro_batch_size_per_gpu": training.micro_batch,
         "gradient_accumulation_steps": accumulation,

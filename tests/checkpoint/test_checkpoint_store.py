@@ -13,10 +13,10 @@ from modules_build import errors
 from ranks import run_ranks
 
 from coe_megatron.chain.settings import ChainSettings
-from coe_megatron.checkpoint import collective, store
 from coe_megatron.checkpoint import states as saved_states
+from coe_megatron.checkpoint import store
 from coe_megatron.checkpoint.seal import SEAL
-from coe_megatron.parallel import groups
+from coe_megatron.parallel import collective, groups
 from coe_megatron.zero import states
 
 STATE = {"step": 2, "tokens": 77}

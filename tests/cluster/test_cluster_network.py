@@ -9,7 +9,13 @@ import pytest
 from programs import python
 from torch.distributed import DistNetworkError, TCPStore
 
-from coe_megatron.cluster.network import address_towards, free_port, hold_port, interface_towards
+from coe_megatron.cluster.network import (
+    address_towards,
+    free_port,
+    hold_port,
+    interface_towards,
+    use_interface_towards,
+)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
@@ -28,6 +34,22 @@ def test_the_interface_is_the_one_with_the_address_of_the_route(monkeypatch: pyt
     made_up.pop("ib0")
     with pytest.raises(ValueError, match=r"host '127.0.0.1': no interface of \S+ has the address 127.0.0.1 "):
         interface_towards("127.0.0.1")
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "=lo"}),
+        ({"NCCL_SOCKET_IFNAME": "^docker"}, {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "^docker"}),
+        ({"GLOO_SOCKET_IFNAME": "ib0,ib1"}, {"GLOO_SOCKET_IFNAME": "ib0,ib1", "NCCL_SOCKET_IFNAME": "=lo"}),
+        ({"NCCL_SOCKET_IFNAME": ""}, {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "=lo"}),
+    ],
+)
+def test_gloo_and_nccl_get_that_very_interface_unless_the_user_says_another(
+    before: dict[str, str], after: dict[str, str]
+) -> None:
+    use_interface_towards("127.0.0.1", before)
+    assert before == after
 
 
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "..", ""])

@@ -178,3 +178,18 @@ def test_what_a_process_catches() -> None:
         signal.signal(signal.SIGUSR2, before)
     assert not catches(os.getpid(), signal.SIGUSR2)
     assert not catches(2**22 + 1, signal.SIGUSR2)
+
+
+def test_a_process_that_no_signal_ends_is_named_and_not_waited_for(
+    logs: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As one in uninterruptible sleep, which no test can have: here the signal is lost."""
+    monkeypatch.setattr(one_host, "_KILLED_WITHIN", 0.1)
+    code = "import subprocess; print(subprocess.Popen(['sleep', '600'], stdout=2).pid, flush=True)"
+    with monkeypatch.context() as lost:
+        lost.setattr(psutil.Process, "kill", lambda _: None)
+        assert supervise(python(code), os.environ, logs, 0, Requests())[0] == ExitStatus.DONE
+    out, said = capfd.readouterr()
+    assert said == f"processes that do not end when killed stay: {int(out)} (sleep, sleeping)\n"
+    psutil.Process(int(out)).kill()
+    os.waitpid(int(out), 0)

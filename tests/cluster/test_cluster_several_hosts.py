@@ -1,6 +1,7 @@
 """Commands on several hosts: a script that starts a shell here stands in for the remote one."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ import pytest
 
 from coe_megatron.cluster import several_hosts
 from coe_megatron.cluster.hosts import Host
+from coe_megatron.cluster.one_host import Requests
 from coe_megatron.cluster.several_hosts import RemoteCommands, ask, command_string, exported
 from coe_megatron.exit_status import ExitStatus
 
@@ -90,11 +92,26 @@ def test_the_status_of_all(commands: tuple[str, str], needed: int, status: ExitS
     assert RemoteCommands(shell, named, needed).wait() == status
 
 
-def test_a_word_to_all(shell: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_a_signal_handler_asks_for_is_passed_on(shell: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    requests = Requests()
     running = RemoteCommands(shell, {"h1": WAITS, "h2": WAITS}, needed=2)
-    threading.Timer(0.2, running.tell, args=("stop",)).start()
-    assert running.wait() == ExitStatus.STOPPED
+    before = signal.signal(signal.SIGUSR1, lambda *_: requests.more())
+    try:
+        threading.Timer(0.2, os.kill, args=(os.getpid(), signal.SIGUSR1)).start()
+        assert running.wait(requests) == ExitStatus.STOPPED
+    finally:
+        signal.signal(signal.SIGUSR1, before)
     assert capfd.readouterr().out.count("told stop") == 2
+
+
+def test_asked_twice_all_are_told_to_end(shell: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    stays = "read first; read second; echo told $first $second; exit 130"
+    requests = Requests()
+    running = RemoteCommands(shell, {"h1": stays, "h2": stays}, needed=2)
+    requests.more()
+    threading.Timer(0.2, requests.more).start()
+    assert running.wait(requests) == ExitStatus.INTERRUPTED
+    assert capfd.readouterr().out.count("told stop end") == 2
 
 
 def test_a_host_that_neither_answers_nor_ends_is_given_up(shell: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """What layouts do to memory and traffic, by hand."""
 
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from coe_megatron.config import RunConfig, load
 from coe_megatron.config.layout import Layout
 from coe_megatron.forecast.cost import Forecast, forecast
-from coe_megatron.forecast.traffic import Group, Sent, groups
+from coe_megatron.forecast.traffic import Group, Sent, group, groups
 
 PAPER = Path(__file__).parents[2] / "configs" / "paper"
 VOCABULARY, TOKENS, HIDDEN, TWO_BYTES = 50_304, 64 * 512, 1024, 2
@@ -57,25 +58,33 @@ def test_the_bubble_is_that_of_1f1b() -> None:
 def test_megatrons_groups_and_who_of_them_shares_a_node() -> None:
     found = groups(Layout(64, tensor=2, pipeline=4, expert=8, expert_tensor=1), ranks_per_node=8)
     assert found == {
-        "tensor": Group(2, 1, 2),
-        "data": Group(8, 2, 4),
-        "expert_tensor": Group(1, 1, 1),
-        "expert": Group(8, 1, 8),
-        "expert_data": Group(2, 8, 1),
-        "pipeline": Group(4, 16, 1),
+        "tensor": Group(2, 1, Fraction(0), Fraction(0), Fraction(0)),
+        "data": Group(8, 2, Fraction(4, 7), Fraction(2, 8), Fraction(1, 7)),
+        "expert_tensor": Group(1, 1, Fraction(0), Fraction(0), Fraction(0)),
+        "expert": Group(8, 1, Fraction(0), Fraction(0), Fraction(0)),
+        "expert_data": Group(2, 8, Fraction(1), Fraction(1), Fraction(1)),
+        "pipeline": Group(4, 16, Fraction(1), Fraction(1), Fraction(1)),
     }
 
 
 @pytest.mark.parametrize(
     ("sent", "inside", "across"),
     [
-        (Group(8, 1, 8).all_to_all(800), 700, 0),
-        (Group(16, 1, 8).all_to_all(1600), 700, 800),
-        (Group(8, 8, 1).ring(800, 2), 0, 1400),
-        (Group(8, 2, 4).ring(800, 2), 1050, 350),
-        (Group(4, 16, 1).to_the_next(100), 0, 100),
-        (Group(4, 4, 2).to_the_next(300), 200, 100),
-        (Group(1, 1, 1).to_the_next(100), 0, 0),
+        (group(16, 8, 1, 8).all_to_all(800), 700, 0),
+        (group(16, 16, 1, 8).all_to_all(1600), 700, 800),
+        (group(64, 8, 8, 8).ring(800, 2), 0, 1400),
+        (group(16, 8, 2, 8).ring(800, 2), 1050, 350),
+        (group(64, 4, 16, 8).to_the_next(100), 0, 100),
+        (group(16, 4, 4, 8).to_the_next(300), 200, 100),
+        (group(16, 1, 1, 8).to_the_next(100), 0, 0),
+        # EP 4 on nodes of 6: of ranks 0-3, 4-7 and 8-11 those in the middle lie in two nodes, two and two
+        (group(12, 4, 1, 6).all_to_all(1200), 700, 200),
+        (group(12, 4, 1, 6).ring(1200, 1), 750, 150),
+        # replicas 0, 2, 4 and 1, 3, 5 of TP 2 on nodes of 4, the last of each in the second node
+        (group(6, 3, 2, 4).ring(300, 2), 134, 266),
+        (group(6, 3, 2, 4).all_to_all(300), 67, 133),
+        # stages of 3 ranks on nodes of 4: 0, 3 | 6 and 1 | 4, 7 and 2 | 5 | 8
+        (group(9, 3, 3, 4).to_the_next(600), 200, 400),
     ],
 )
 def test_what_crosses_nodes(sent: Sent, inside: int, across: int) -> None:

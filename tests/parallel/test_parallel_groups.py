@@ -35,6 +35,8 @@ def test_ranks_are_torchruns_or_one() -> None:
     assert Ranks.from_environment({}) == Ranks(rank=0, world_size=1, local_rank=0)
     environment = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
     assert Ranks.from_environment(environment) == Ranks(rank=5, world_size=8, local_rank=1)
+    environment["TORCHELASTIC_ERROR_FILE"] = "/logs/ranks/node-0/1/error.json"
+    assert Ranks.from_environment(environment).logs == Path("/logs/ranks/node-0/1")
 
 
 @pytest.mark.ranks

@@ -7,15 +7,21 @@ from pathlib import Path
 from programs import ROOT
 
 PROGRAM = """
-import ctypes, sys, time
+import ctypes, os, signal, subprocess, sys, time
 from pathlib import Path
 from coe_megatron.training import hang_watch
 
 hang_watch._SECONDS_FOR_OTHERS = 0.2
+hang_watch._TIMES_WITHOUT_ANY_THREAD = 4
 how, folder = sys.argv[1], Path(sys.argv[2])
 
 def stands_here(seconds):
     (ctypes.PyDLL(None).sleep if how == "holding the lock" else time.sleep)(seconds)
+
+def is_suspended():
+    subprocess.Popen(["sh", "-c", f"sleep 1; kill -CONT {os.getpid()}"])
+    os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(0.2)
 
 def last_word(status, line):
     print(int(status), line)
@@ -25,7 +31,9 @@ with hang_watch.HangWatch(folder, 3, None if how == "unwatched" else 0.5, last_w
     for step in range(3):
         watch.beat(f"step {step}")
         time.sleep(0.3)
-    if how != "in time":
+    if how == "suspended":
+        is_suspended()
+    elif how != "in time":
         stands_here(1 if how == "unwatched" else 60)
 time.sleep(1)
 """
@@ -55,7 +63,7 @@ def test_a_process_in_which_no_thread_can_run_ends_as_well(tmp_path: Path) -> No
     assert done.returncode == 1 and "in stands_here" in done.stderr and list(tmp_path.iterdir()) == []
 
 
-def test_progress_a_wait_without_limit_and_the_end_are_no_hang(tmp_path: Path) -> None:
-    for how in ("in time", "unwatched"):
+def test_progress_a_wait_without_limit_suspension_and_the_end_are_no_hang(tmp_path: Path) -> None:
+    for how in ("in time", "unwatched", "suspended"):
         done = run(how, tmp_path)
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

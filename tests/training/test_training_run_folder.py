@@ -1,6 +1,8 @@
 """The folder of a run: its attempts, and what may differ between them."""
 
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,26 @@ def test_what_is_refused_leaves_no_trace(tmp_path: Path) -> None:
     run_folder.begin(tmp_path, RunConfig()).close()
     run_folder.withdraw(tmp_path)
     assert outcomes(tmp_path) == ["finished"]
+
+
+def test_the_log_is_where_stderr_goes_through_a_pipe_too(tmp_path: Path, stderr_is_a_pipe: None) -> None:
+    """As SLURM's job has it for rank 0: `tee` writes the log that lies beside the rank's error file."""
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    for expected in (None, str(logs / "stderr.log")):
+        run_folder.begin(tmp_path / "run", RunConfig(), logs).close()
+        assert json.loads((tmp_path / "run" / "run.json").read_text())["attempts"][-1]["log"] == expected
+        (logs / "stderr.log").touch()
+
+
+@pytest.fixture
+def stderr_is_a_pipe() -> Iterator[None]:
+    own, (reading, writing) = os.dup(2), os.pipe()
+    os.dup2(writing, 2)
+    yield
+    os.dup2(own, 2)
+    for each in (own, reading, writing):
+        os.close(each)
 
 
 @pytest.mark.parametrize(("decay", "warns"), [("constant", False), ("linear", True)])

@@ -52,6 +52,18 @@ def test_a_run_says_where_it_stands(tmp_path: Path) -> None:
     assert row == [str(tmp_path), *values]
 
 
+def test_roll_backs_have_a_column_where_there_were_any(tmp_path: Path) -> None:
+    quiet, rolled = (make_run(tmp_path / name, "running") for name in ("quiet", "rolled"))
+    assert "rolled back" not in table(statuses([tmp_path]), NOW)
+    record = json.loads((rolled / "run.json").read_text())
+    (rolled / "run.json").write_text(json.dumps({**record, "rolled_back": [{"from_step": 7, "to_step": 4}] * 2}))
+    rows = statuses([tmp_path])
+    assert [(row.folder, row.rolled_back) for row in rows] == [(str(quiet), 0), (str(rolled), 2)]
+    head, *lines = table(rows, NOW).splitlines()
+    end = head.index("rolled back") + len("rolled back")
+    assert [line[:end].split()[-1] for line in lines] == ["0", "2"]
+
+
 @pytest.mark.parametrize(
     ("outcome", "state", "reason"),
     [

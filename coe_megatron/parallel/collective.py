@@ -1,14 +1,15 @@
-"""What the ranks do together around a checkpoint, over any process group of all ranks (the default one when None).
+"""What the ranks do together around files, over any process group of all ranks (the default one when None).
 
 Without process groups this process is alone.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch.distributed as dist
 
 Group: TypeAlias = dist.ProcessGroup | None
+Result = TypeVar("Result")
 
 
 def shared(value: Any, group: Group = None) -> Any:
@@ -17,6 +18,27 @@ def shared(value: Any, group: Group = None) -> Any:
     if dist.is_initialized():
         dist.broadcast_object_list(box, group=group)
     return box[0]
+
+
+def from_first(action: Callable[[], Result], group: Group = None) -> Result:
+    """What `action` returns on the first rank, which alone calls it: a thousand ranks would read one file all at once.
+
+    Args:
+        action: without a collective call in it; its result and its errors can be pickled.
+
+    Raises:
+        Exception: on all ranks what `action` raised; the others would wait for the first and end in an error of theirs.
+    """
+    result, error = None, None
+    if am_first():
+        try:
+            result = action()
+        except Exception as raised:
+            error = raised
+    result, others = shared((result, error), group)
+    if raised_there := error or others:  # on the first rank with its traceback
+        raise raised_there
+    return result
 
 
 def gathered(items: list, group: Group = None) -> list:
