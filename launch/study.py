@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -27,6 +28,7 @@ EPILOG = """examples:
   study.py run configs/studies/cpu/main-pair.yaml --at-once 2
   study.py run configs/studies/cpu/main-pair.yaml --only coe-2-4-64_prenorm --seed 2
   study.py status configs/studies/cpu/main-pair.yaml
+  study.py report configs/studies/cpu/main-pair.yaml
 
 exit status: 0 done, 1 a run failed, 2 a mistake (one line on stderr says which), 3 stopped as asked, 130 ended at
 once."""
@@ -34,16 +36,17 @@ PLAN = "Say what a study will cost before anything runs: a row for each arm. Nee
 RUN = """Run what is not done yet, here: one run after another, or as many at a time as there are devices. A run that
 was broken off goes on; one that fails stops no other. Ctrl-C lets runs save; the same command goes on. Beside a run's
 folder lie its log and its whole config; to repeat it alone: torchrun ... launch/pretrain_coe.py CONFIG."""
+REPORT = """Write what the finished runs say: report.html (one file), report.md, the figures as SVG and PNG, results.csv
+(a row a run) and timings.csv."""
 STATUS = "How the study's runs stand, a line a run."
 
 
 def parser() -> Parser:
     made = Parser(prog="study.py", description=__doc__, epilog=EPILOG)
-    commands = made.add_subparsers(dest="command", required=True, metavar="plan|run|status")
-    plan = commands.add_parser("plan", help=PLAN, description=PLAN)
-    run = commands.add_parser("run", help=RUN.partition(":")[0], description=RUN)
-    status = commands.add_parser("status", help=STATUS, description=STATUS)
-    for command in (plan, run, status):
+    commands = made.add_subparsers(dest="command", required=True, metavar="plan|run|status|report")
+    told = {"plan": PLAN, "run": RUN, "status": STATUS, "report": REPORT}
+    of = {name: commands.add_parser(name, help=_first(text), description=text) for name, text in told.items()}
+    for command in of.values():
         command.add_argument(
             "study", type=Path, metavar="STUDY.yaml", help="such as configs/studies/cpu/main-pair.yaml"
         )
@@ -52,18 +55,24 @@ def parser() -> Parser:
         command.add_argument("--device", metavar="NAME", help=device)
         speed = "the folder of a finished run on such a device: hours follow from what it took"
         command.add_argument("--calibration", type=Path, metavar="RUN", help=speed)
-    plan.add_argument(
-        "--device-memory", metavar="SIZE", help="that arms must fit, such as 80GiB (default: the device's)"
-    )
-    plan.add_argument("--price", type=price, metavar="PRICE", help="of an hour of one device, for the total cost")
-    for command in (plan, status):
-        command.add_argument("--json", action="store_true", help="for programs, unrounded")
-    run.add_argument("--only", metavar="ARM", help="this arm alone")
-    run.add_argument("--seed", type=int, metavar="SEED", help="this seed alone")
-    at_once = "so many runs at a time (default: as many as there are GPUs for; without GPUs one)"
-    run.add_argument("--at-once", type=count, metavar="N", help=at_once)
-    run.add_argument("--devices", metavar="0,1", help="the GPUs to use (default: CUDA_VISIBLE_DEVICES, else all)")
+    memory = "that arms must fit, such as 80GiB (default: the device's)"
+    of["plan"].add_argument("--device-memory", metavar="SIZE", help=memory)
+    of["plan"].add_argument("--price", type=price, metavar="PRICE", help="of an hour of one device, for the total cost")
+    of["plan"].add_argument("--json", action="store_true", help="as one JSON object, unrounded")
+    of["run"].add_argument("--only", metavar="ARM", help="this arm alone")
+    of["run"].add_argument("--seed", type=int, metavar="SEED", help="this seed alone")
+    at_once = "so many runs at a time (default: as many as there are GPUs; without GPUs one)"
+    of["run"].add_argument("--at-once", type=whole_number, metavar="N", help=at_once)
+    of["run"].add_argument("--devices", metavar="0,1", help="the GPUs to use (default: CUDA_VISIBLE_DEVICES, else all)")
+    of["status"].add_argument("--json", action="store_true", help="for programs, unrounded; null is what is not known")
+    where = "where it goes (default: the folder report in the study's output)"
+    of["report"].add_argument("--to", type=Path, metavar="FOLDER", help=where)
+    of["report"].add_argument("--title", help="of the report (default: the study file's name)")
     return made
+
+
+def _first(text: str) -> str:
+    return re.split(r"[.:,]", text)[0]
 
 
 def price(text: str) -> float:
@@ -76,7 +85,7 @@ def price(text: str) -> float:
     return value
 
 
-def count(text: str) -> int:
+def whole_number(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least 1")
     return int(text)
@@ -125,6 +134,19 @@ def show(plan: Plan, options: argparse.Namespace) -> ExitStatus:
     return ExitStatus.DONE
 
 
+def report(plan: Plan, options: argparse.Namespace) -> ExitStatus:
+    from coe_megatron.study.report import write_report  # matplotlib takes a second
+
+    folder = options.to or Path(plan.study.settings.output) / "report"
+    title = options.title or f"Study {options.study.stem}"
+    try:
+        files = write_report(plan, title, folder)
+    except OSError as error:
+        raise ConfigError(f"the report cannot be written to {folder}: {error.strerror}") from error
+    write_out("\n".join(map(str, files)))
+    return ExitStatus.DONE
+
+
 def stands(run: Run, now: float) -> Status:
     """How a run stands; one that was refused before it began has left but a log."""
     found = status(Path(run.config.output), now)
@@ -146,10 +168,8 @@ def main(arguments: list[str] | None = None) -> int:
     limits = (options.device_memory, options.price) if options.command == "plan" else (None, None)
     try:
         plan = make_plan(options.study, overrides, options.device, options.calibration, *limits)
-        if options.command == "run":
-            return run(plan, options)
-        if options.command == "status":
-            return show(plan, options)
+        if options.command != "plan":
+            return {"run": run, "status": show, "report": report}[options.command](plan, options)
     except ConfigError as error:
         program.error(str(error))
     write_out(json.dumps(plan.as_dict(), indent=2) if options.json else plan.table())

@@ -18,6 +18,7 @@ from coe_megatron.study.results import Result, done
 # Okabe and Ito's palette without yellow, which print loses.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _DASHES, _MARKS, _GREY = ("-", "--", ":", "-."), "osD^v<>P", "#666666"
+_MIB = 2**20
 _LOSS = "validation loss (nats a token)"
 
 
@@ -142,8 +143,8 @@ def _curves(results: Sequence[Result], looks: Mapping[str, Look]) -> Drawing:
     _legend(figure, grid[0, 0])
     return Drawing(
         "loss-curves",
-        "Validation loss against steps, tokens, FLOPs and time: means over seeds, bands from the lowest to the highest. "
-        "The evaluation before the first step is cut off. Time is that of this machine, spent in steps alone.",
+        "Validation loss against steps, tokens, FLOPs and time: means over seeds, bands from the lowest to the "
+        "highest. The evaluation before the first step is cut off. Time is that of this machine, spent in steps alone.",
         figure,
     )
 
@@ -176,7 +177,7 @@ def _gains(summaries: Sequence[Summary], looks: Mapping[str, Look], baseline: st
         look = looks[summary.arm.arm.name]
         seeds = [base.losses[seed] - loss for seed, loss in summary.losses.items() if seed in base.losses]
         axes.plot(seeds, [row] * len(seeds), "|", color=look.colour, markersize=9)
-        axes.plot(summary.gain, row, look.mark, color=look.colour, markersize=7)
+        axes.plot([summary.gain or 0.0], [row], look.mark, color=look.colour, markersize=7)
         if summary.interval is not None:
             axes.plot(summary.interval, [row, row], color=look.colour, linewidth=1.4)
     axes.axvline(0, color=_GREY, linewidth=1)
@@ -185,7 +186,8 @@ def _gains(summaries: Sequence[Summary], looks: Mapping[str, Look], baseline: st
     axes.set_xlabel(f"gain over {looks[baseline].label} in validation loss (nats a token); right of 0 is better")
     return Drawing(
         "gains",
-        "Gain over the baseline, seed by seed (strokes), their mean (marks) and its interval of 95 % confidence (lines).",
+        "Gain over the baseline, seed by seed (strokes), their mean (marks) and its interval of 95 % confidence "
+        "(lines).",
         figure,
     )
 
@@ -195,7 +197,7 @@ def _against_memory(summaries: Sequence[Summary], results: Sequence[Result], loo
     figure, grid = _figure()
     axes: Axes = grid[0, 0]
     _plain(axes)
-    measured = {name: mean(result.memory for result in runs) for name, runs in _by_arm(results)}
+    measured = {name: mean(result.memory for result in runs) / _MIB for name, runs in _by_arm(results)}
     points = []
     for summary in summaries:
         name = summary.arm.arm.name
@@ -208,14 +210,14 @@ def _against_memory(summaries: Sequence[Summary], results: Sequence[Result], loo
             points.append((measured[name], summary.mean))
     front = pareto(points)
     axes.step([x for x, _ in front], [y for _, y in front], where="post", color=_GREY, linestyle=":", zorder=0)
-    axes.xaxis.set_major_formatter(EngFormatter("B"))
-    axes.set_xlabel("memory of a rank at its peak, measured")
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.set_xlabel("memory of a rank at its peak, measured (MiB)")
     axes.set_ylabel(_LOSS)
     _legend(figure, axes)
     return Drawing(
         "loss-against-memory",
-        "Final validation loss against memory: means over seeds, bars from the lowest to the highest. The dotted line is "
-        "the Pareto front: no arm has both less memory and less loss than one on it.",
+        "Final validation loss against memory: means over seeds, bars from the lowest to the highest. The dotted line "
+        "is the Pareto front: no arm has both less memory and less loss than one on it.",
         figure,
     )
 
@@ -250,7 +252,7 @@ def _scaling(summaries: Sequence[Summary], looks: Mapping[str, Look]) -> Iterato
         _plain(axes)
         for line, colour, mark in zip(lines, cycle(_COLOURS), cycle(_MARKS), strict=False):
             at = [value(summary.arm.arm.config) for summary in line]
-            losses = [summary.mean for summary in line]
+            losses = [mean(seeds) for seeds in _seeds(line)]
             spread = [
                 [mean(seeds) - min(seeds) for seeds in _seeds(line)],
                 [max(seeds) - mean(seeds) for seeds in _seeds(line)],
@@ -304,15 +306,17 @@ def _memory(results: Sequence[Result], looks: Mapping[str, Look]) -> Drawing:
     axes: Axes = grid[0, 0]
     _plain(axes)
     for name, runs in _by_arm(results):
-        look = looks[name]
-        measured = [result.memory for result in runs]
-        axes.plot([runs[0].arm.memory] * len(runs), measured, look.mark, color=look.colour, label=look.label, alpha=0.8)
-    ends = [f(result.arm.memory for result in results) for f in (min, max)]
-    axes.axline((ends[0], ends[0]), slope=1, color=_GREY, linewidth=1)
+        look, foreseen = looks[name], runs[0].arm.memory / _MIB
+        measured = [result.memory / _MIB for result in runs]
+        axes.plot([foreseen] * len(runs), measured, look.mark, color=look.colour, label=look.label, alpha=0.8)
+    amounts = [amount / _MIB for result in results for amount in (result.arm.memory, result.memory)]
+    ends = 0.95 * min(amounts), 1.05 * max(amounts)
+    axes.plot(ends, ends, color=_GREY, linewidth=1)
+    axes.set(xlim=ends, ylim=ends, aspect="equal")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(EngFormatter("B"))
-    axes.set_xlabel("memory of a rank at its peak, foreseen")
-    axes.set_ylabel("measured")
+        axis.set_major_locator(MaxNLocator(5))
+    axes.set_xlabel("memory of a rank at its peak, foreseen (MiB)")
+    axes.set_ylabel("measured (MiB)")
     _legend(figure, axes)
     return Drawing(
         "memory", "Memory foreseen by the plan against what runs measured; on the line the forecast is right.", figure
@@ -366,7 +370,7 @@ def _loads(results: Sequence[Result], looks: Mapping[str, Look]) -> Drawing:
         axes.set_visible(False)
     for axes in grid[:, 0]:
         axes.set_ylabel("layer.iteration")
-    figure.colorbar(image, ax=grid, label="load / mean load")
+    figure.colorbar(image, ax=grid, shrink=0.8, label="load / mean load")
     return Drawing(
         "load",
         "Load of the experts by layer and iteration in the last step of each arm's first seed; 1 is perfect balance.",
@@ -398,7 +402,7 @@ def _norms(results: Sequence[Result], looks: Mapping[str, Look]) -> Drawing:
         axes.set_title(title, fontsize="medium", loc="left")
         axes.set_xlabel("layer, its iterations one after the other")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_yscale("log")
+        axes.set_ylim(bottom=0)
     _legend(figure, grid[0, 0])
     return Drawing(
         "norms",
@@ -428,12 +432,13 @@ def _followers(results: Sequence[Result], looks: Mapping[str, Look]) -> Drawing:
             axes.set_xticks([])
             axes.set_yticks([])
         row[0].set_ylabel(looks[name].label, fontsize="x-small")
-    figure.colorbar(image, ax=grid, label="log2 of observed / by chance", shrink=0.8)
+    bar = figure.colorbar(image, ax=grid, shrink=0.8)
+    bar.set_label("log2 of observed / by chance", fontsize="small")
     return Drawing(
         "followers",
         "Experts that follow one another: rows are experts of the iteration before, columns those of the iteration "
-        "named, both in their own order; red pairs share more tokens than chance would have them share, blue ones fewer. "
-        "A red diagonal would be tokens that stay. Last step of each arm's first seed.",
+        "named, both in their own order; red pairs share more tokens than chance would have them share, blue ones "
+        "fewer. A red diagonal would be tokens that stay. Last step of each arm's first seed.",
         figure,
     )
 

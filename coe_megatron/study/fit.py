@@ -2,8 +2,8 @@
 
     log loss = b + b_P log parameters + b_F log FLOPs + b_C log C
 
-by least squares. Logarithms of losses this close behave like differences, so a coefficient of -0.05 means: twice as much
-takes 3.4 % off the loss. It describes the arms that were run; it is no law beyond them.
+by least squares. A coefficient of -0.05 means that twice as much takes 3.4 % off the loss. It describes the arms that
+were run; it is no law beyond them.
 """
 
 import math
@@ -44,7 +44,7 @@ class Fit:
 
 
 def fit(results: Sequence[Result]) -> Fit | None:
-    """The line through all finished runs; None where these are no more than its coefficients, or nothing varies.
+    """The line through all finished runs; None where they are of no more arms than it has coefficients.
 
     The interval takes runs as independent, which seeds of one arm are and repeated arms are not.
     """
@@ -62,7 +62,7 @@ def fit(results: Sequence[Result]) -> Fit | None:
         else:
             left_out.append(name)
     free = len(finished) - design.shape[1]
-    if not used or free < 1:
+    if not used or len(np.unique(design, axis=0)) <= design.shape[1]:  # seeds alone are no points of a line
         return None
     losses = np.log([result.loss for result in finished])
     found, *_ = np.linalg.lstsq(design, losses, rcond=None)

@@ -117,10 +117,10 @@ class Plan:
         steps = plan.arm.config.training.steps
         cells = [
             plan.arm.name + "*" * (plan.arm is self.study.baseline),
-            _count(plan.parameters),
-            _count(plan.flops_per_token),
-            _count(plan.flops),
-            _count(plan.expert_flops),
+            count(plan.parameters),
+            count(plan.flops_per_token),
+            count(plan.flops),
+            count(plan.expert_flops),
             f"{steps:,}",
             size(plan.memory) + "!" * (plan.too_large is not None),
             span(plan.seconds.total) if plan.seconds else "-",
@@ -270,7 +270,7 @@ def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join([first, *rest])
 
 
-def _count(number: float) -> str:
+def count(number: float) -> str:
     """Four digits of a large number."""
     for unit, length in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("K", 1e3)):
         if number >= length:

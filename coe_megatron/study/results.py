@@ -35,7 +35,7 @@ class Result:
     @property
     def finished(self) -> bool:
         """Whether it came to its last step."""
-        attempts = self.record.get("attempts")
+        attempts = self.record.get("attempts", [])
         return bool(attempts) and attempts[-1]["outcome"] == "finished"
 
     @property

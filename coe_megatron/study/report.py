@@ -1,0 +1,197 @@
+"""The report of a study: report.md with tables and figures, the same as one HTML file, and the numbers as CSV."""
+
+import base64
+import html
+from collections.abc import Sequence
+from pathlib import Path
+
+import markdown
+import matplotlib
+
+from coe_megatron.study.comparison import Summary, compare
+from coe_megatron.study.figures import Drawing, draw
+from coe_megatron.study.fit import Fit, fit
+from coe_megatron.study.plan import Plan, count, span
+from coe_megatron.study.results import Result, collect, done, results_csv, timings_csv
+
+_STYLE = """body { font: 16px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222 }
+table { border-collapse: collapse; font-size: 14px; display: block; overflow-x: auto }
+th, td { padding: .25em .7em; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
+th:first-child, td:first-child { text-align: left }
+img { max-width: 100% }
+@media print { body { max-width: none; font-size: 11px } img { break-inside: avoid } }"""
+
+
+def write_report(plan: Plan, title: str, folder: Path) -> list[Path]:
+    """Write everything into a folder, over what an earlier report left; returns the files."""
+    results = collect(plan)
+    summaries = compare(results, plan.arms, plan.study.baseline.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [_write(folder / "results.csv", results_csv(results)), _write(folder / "timings.csv", timings_csv(results))]
+    drawings = list(draw(results, summaries, plan.study.baseline.name))
+    for drawing in drawings:
+        files += [_draw(drawing, folder / f"{drawing.name}.{kind}") for kind in ("svg", "png")]
+    text = as_markdown(plan, title, results, summaries, drawings)
+    files.append(_write(folder / "report.md", text))
+    files.append(_write(folder / "report.html", as_html(title, text, folder, drawings)))
+    return files
+
+
+def as_markdown(
+    plan: Plan, title: str, results: Sequence[Result], summaries: Sequence[Summary], drawings: Sequence[Drawing]
+) -> str:
+    """The report as text; figures are files beside it."""
+    finished, study = done(results), plan.study
+    seeds = ", ".join(map(str, study.settings.seeds))
+    parts = [
+        f"# {title}",
+        f"{len(finished)} of {len(results)} runs are finished: {len(plan.arms)} arms with the seeds {seeds}. "
+        f"The baseline is {_name(plan, study.baseline.name)}. Losses are in nats a token, on the validation set, after "
+        "the last step.",
+        _budget(plan),
+        *_not_done(results),
+    ]
+    if finished:
+        parts += ["## Losses", _answer(summaries), _losses(summaries, study.baseline.name), _reading()]
+        parts += ["## What the arms cost", _costs(plan, finished)]
+        parts += ["## Loss against parameters, FLOPs and recurrence", _fitted(fit(results))]
+        parts += ["## Figures", *(f"![{each.name}]({each.name}.svg)\n\n*{each.caption}*" for each in drawings)]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def as_html(title: str, text: str, folder: Path, drawings: Sequence[Drawing]) -> str:
+    """The same as one page that needs no other file."""
+    body = markdown.markdown(text, extensions=["tables"])
+    for drawing in drawings:
+        figure = base64.b64encode((folder / f"{drawing.name}.svg").read_bytes()).decode()
+        body = body.replace(f'src="{drawing.name}.svg"', f'src="data:image/svg+xml;base64,{figure}"')
+    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
+
+
+def _budget(plan: Plan) -> str:
+    budget = plan.study.settings.budget
+    if budget is None:
+        return "Nothing is held equal by a budget; what the arms cost stands below."
+    return f"All arms have the baseline's {budget.equal.replace('_', ' ')}: `{budget.solve}` is solved for it."
+
+
+def _not_done(results: Sequence[Result]) -> list[str]:
+    missing = [result for result in results if not result.finished]
+    if not missing:
+        return []
+    rows = [[result.run.arm, str(result.run.seed), result.state] for result in missing]
+    return ["Not in the figures:", _table(["arm", "seed", "state"], rows)]
+
+
+def _answer(summaries: Sequence[Summary]) -> str:
+    """In a sentence, what was found."""
+    by_verdict: dict[str, list[str]] = {}
+    for summary in summaries:
+        if summary.verdict:
+            by_verdict.setdefault(summary.verdict, []).append(_label(summary))
+    if not by_verdict:
+        return "There are too few seeds to tell arms from the baseline."
+    told = {"better": "Better than the baseline", "worse": "Worse", "no difference seen": "No difference seen"}
+    return " ".join(
+        f"**{told[verdict]}:** {', '.join(by_verdict[verdict])}." for verdict in told if verdict in by_verdict
+    )
+
+
+def _losses(summaries: Sequence[Summary], baseline: str) -> str:
+    rows = []
+    for summary in sorted(summaries, key=lambda each: (each.mean is None, each.mean)):
+        gain = "baseline" if summary.arm.arm.name == baseline else _number(summary.gain, "+.4f")
+        interval = f"{summary.interval[0]:+.4f} to {summary.interval[1]:+.4f}" if summary.interval else "-"
+        rows.append(
+            [
+                _label(summary),
+                str(len(summary.losses)),
+                _number(summary.mean, ".4f"),
+                _number(summary.spread, ".4f"),
+                gain,
+                interval,
+                _number(summary.p, ".3f"),
+                summary.verdict or "-",
+            ]
+        )
+    columns = ["arm", "seeds", "mean loss", "spread", "gain", "95 % interval", "p", "against the baseline"]
+    return _table(columns, rows)
+
+
+def _reading() -> str:
+    return (
+        "Spread is the standard deviation over seeds. Gain is the baseline's loss less the arm's, seed by seed; its "
+        "interval and p come from a paired t-test over the seeds (two-sided, not corrected for the number of arms)."
+    )
+
+
+def _costs(plan: Plan, finished: Sequence[Result]) -> str:
+    rows = []
+    for arm in plan.arms:
+        runs = [result for result in finished if result.run.arm == arm.arm.name]
+        if runs:
+            measured = max(result.memory for result in runs)
+            took = sum(result.seconds for result in runs) / len(runs)
+            rows.append(
+                [
+                    _name(plan, arm.arm.name),
+                    count(arm.parameters),
+                    count(arm.flops_per_token),
+                    count(arm.flops),
+                    count(arm.expert_flops),
+                    f"{arm.arm.config.training.steps:,}",
+                    f"{arm.memory / 2**20:,.0f} / {measured / 2**20:,.0f}",
+                    f"{span(arm.seconds.total) if arm.seconds else '-'} / {span(took)}",
+                ]
+            )
+    columns = ["arm", "parameters", "FLOPs a token", "FLOPs", "of experts", "steps"]
+    return _table([*columns, "MiB a rank, foreseen / measured", "time foreseen / in steps"], rows)
+
+
+def _fitted(found: Fit | None) -> str:
+    if found is None:
+        return "Too few different arms for a fit."
+    rows = [
+        [each.of, f"{each.value:+.4f}", f"{each.interval[0]:+.4f} to {each.interval[1]:+.4f}"]
+        for each in found.coefficients
+    ]
+    left_out = (
+        f" Left out, being constant or following from the others: {', '.join(found.left_out)}."
+        if found.left_out
+        else ""
+    )
+    text = (
+        f"log loss as a line in the logarithms of these, least squares over {found.points} runs; what the line leaves "
+        f"has a standard deviation of {found.residual:.2%}.{left_out} It describes these arms; it is no law beyond them."
+    )
+    return f"{text}\n\n{_table(['of', 'exponent', '95 % interval'], rows)}"
+
+
+def _name(plan: Plan, arm: str) -> str:
+    return next(" ".join(each.labels.values()) for each in plan.study.arms if each.name == arm)
+
+
+def _label(summary: Summary) -> str:
+    return " ".join(summary.arm.arm.labels.values())
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def _draw(drawing: Drawing, path: Path) -> Path:
+    """The same figure gives the same bytes."""
+    with matplotlib.rc_context({"svg.hashsalt": drawing.name}):
+        drawing.figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+    return path
+
+
+def _write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
