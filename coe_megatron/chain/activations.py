@@ -192,9 +192,10 @@ def _iteration(shape: ModelShape, run: Pass, routed: bool) -> dict[str, int]:
     reads_input = bool(shape.shared_ffn) or (routed and not run.jitter)
     jittered = 2 * b * shape.hidden if routed and run.jitter else 0
     own_norm = shape.chain.topology == "iteration_norm"
+    states = reads_input + shape.chain.learned_scale  # F_t, for the gradient of its gain
     return {
         "norms": tokens * _norm(shape, run, shape.hidden) if own_norm else 0,
-        "state": tokens * b * shape.hidden if reads_input else 0,
+        "state": states * tokens * b * shape.hidden,
         "routers": tokens * (jittered + _router(shape, run, routed)),
         "experts": tokens * shape.topk * _row(shape, run),
         "shared": tokens * b * _feed_forward(shape, shape.shared_ffn) if shape.shared_ffn else 0,

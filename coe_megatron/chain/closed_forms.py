@@ -119,6 +119,11 @@ class ModelShape:
         return self.chain.iterations if self.chain.gating == "independent" else 1
 
     @property
+    def gains(self) -> int:
+        """Learned gains of a chain, [D] each: one an iteration with `learned_scale`."""
+        return self.chain.iterations * self.chain.learned_scale
+
+    @property
     def ffn_matrices(self) -> int:
         """Matrices of hidden x width in a feed-forward: 3 for SwiGLU, else 2."""
         return 3 if self.swiglu else 2
@@ -133,6 +138,7 @@ class ParameterCount:
         attention: matrices of all layers.
         norms: gains (and biases) of all layers, of the latents of `mla`, and of the final norm.
         final_norm: the part of `norms` that stands behind the last layer.
+        gains: of the chains themselves, in all layers (see ChainSettings).
         routers, experts, shared, dense: of all layers.
         idle_experts: the part of `experts` that a token cannot reach: all but min(N, R·K) experts a layer.
     """
@@ -142,6 +148,7 @@ class ParameterCount:
     attention: int
     norms: int
     final_norm: int
+    gains: int
     routers: int
     experts: int
     shared: int
@@ -156,7 +163,8 @@ class ParameterCount:
     @property
     def without_embeddings(self) -> int:
         """All parameters but embedding and output layer."""
-        return self.attention + self.norms + self.routers + self.experts + self.shared + self.dense
+        matrices = self.attention + self.routers + self.experts + self.shared + self.dense
+        return matrices + self.norms + self.gains
 
     @property
     def active(self) -> int:
@@ -185,6 +193,7 @@ def parameters(shape: ModelShape) -> ParameterCount:
         attention=shape.layers * _attention_matrices(shape),
         norms=_norm_gains(shape),
         final_norm=_of_a_norm(shape) * shape.hidden,
+        gains=moe * shape.gains * shape.hidden,
         routers=moe * shape.routers * shape.experts * shape.hidden,
         experts=moe * shape.experts * expert,
         shared=moe * shape.ffn_matrices * shape.hidden * shape.shared_ffn,

@@ -10,6 +10,9 @@ This is what the fast implementations are tested against, and the place to read 
 
 In the topology `iteration_norm` x(0) = h, F_t acts on norm_t(x(t-1)), and h' = h + Δ.
 
+Variants (all off by default, see ChainSettings) put a gain a_t at what the experts make, so that x(t) and Δ have
+a_t ⊙ F_t where F_t stands above: `increment_scale`, a constant, or `learned_scale`, a parameter.
+
 Letters at the end of a name are its dimensions: B batch, S sequence, T = B·S tokens, D hidden, N experts, K
 chosen for a token, G groups of experts, g experts of a group, C iterations, R routings (C, or 1 if `fixed`), F ffn.
 """
@@ -290,6 +293,7 @@ class ChainOfExperts(nn.Module):
         w1, w2: the N routed experts, [N, 2F or F, D] and [N, D, F].
         shared_w1, shared_w2: the shared experts as one of width M·F, oriented alike without N, or None.
         norm_gains: [D] each; C of them in the topology `iteration_norm`, else 1.
+        increment_gains: a_t, [D] each; C of them with `learned_scale`, else none.
 
     Args:
         hidden, ffn: D, and F of one routed expert.
@@ -323,6 +327,8 @@ class ChainOfExperts(nn.Module):
         n, halves = router.num_experts, 2 if activation == "swiglu" else 1
         self.router_weights = nn.ParameterList(torch.empty(n, hidden) for _ in range(routers))
         self.norm_gains = nn.ParameterList(torch.empty(hidden) for _ in range(norms))
+        gains = chain.iterations if chain.learned_scale else 0
+        self.increment_gains = nn.ParameterList(torch.empty(hidden) for _ in range(gains))
         self.w1 = nn.Parameter(torch.empty(n, halves * ffn, hidden))
         self.w2 = nn.Parameter(torch.empty(n, hidden, ffn))
         self.shared_w1 = nn.Parameter(torch.empty(halves * shared_ffn, hidden)) if shared_ffn else None
@@ -332,7 +338,7 @@ class ChainOfExperts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The authors' initialisation: normal 0.02, routers kaiming-uniform with a = √5, norm gains 1."""
+        """The authors' initialisation: normal 0.02, routers kaiming-uniform with a = √5, norm gains 1; a_t its scale."""
         for weight in (self.w1, self.w2, self.shared_w1, self.shared_w2):
             if weight is not None:
                 nn.init.normal_(weight, std=0.02)
@@ -340,6 +346,8 @@ class ChainOfExperts(nn.Module):
             nn.init.kaiming_uniform_(weight_ND, a=math.sqrt(5))
         for gain_D in self.norm_gains:
             nn.init.ones_(gain_D)
+        for gain_D in self.increment_gains:
+            nn.init.constant_(gain_D, self.chain.increment_scale)
 
     def forward(self, h_BSD: Tensor, padding_mask_BS: Tensor | None = None) -> ChainOutput:
         """Run the chain (eq. 5, 8 to 10) on the residual stream.
@@ -359,7 +367,7 @@ class ChainOfExperts(nn.Module):
         for t in range(self.chain.iterations):
             n_TD = self._norm(x_TD, t) if own_norms else x_TD
             routings.append(self._route(n_TD, t) if t < self.num_routings else routings[0])
-            f_TD = self._experts(n_TD, routings[t])
+            f_TD = self._increment_gain(t) * self._experts(n_TD, routings[t])
             # Δ is a sum of increments: x(C) - x(0) would lose digits, and differ from a plain MoE at C = 1.
             delta_TD = delta_TD + f_TD if self.chain.residual == "inner" else f_TD
             residual_TD = {"inner": x_TD, "init": start_TD, "outer": torch.zeros_like(x_TD)}[self.chain.residual]
@@ -386,6 +394,10 @@ class ChainOfExperts(nn.Module):
         if self.shared_w1 is not None and self.shared_w2 is not None:
             f_TD = f_TD + feed_forward(n_TD, self.shared_w1, self.shared_w2, self.activation)
         return f_TD
+
+    def _increment_gain(self, t: int) -> Tensor | float:
+        """a_t: what F_t is multiplied by."""
+        return self.increment_gains[t] if self.chain.learned_scale else self.chain.increment_scale
 
     def _norm(self, x_TD: Tensor, t: int) -> Tensor:
         gain_D = self.norm_gains[t]

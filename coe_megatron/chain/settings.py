@@ -1,7 +1,8 @@
 """What makes a chain a chain: the settings of one Chain-of-Experts layer, validated where they are made."""
 
+import math
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from typing import Literal, get_args, get_origin
 
 Gating = Literal["independent", "shared_router", "fixed"]
 Residual = Literal["inner", "outer", "init"]
@@ -13,6 +14,8 @@ Balance = Literal["sum", "mean"]
 class ChainSettings:
     """Settings of the chain; everything else about the layer (N, K, sizes) belongs to the layer itself.
 
+    Everything after `balance` is a variant that the paper does not have; the defaults leave the chain as it is.
+
     Attributes:
         iterations: C, how often tokens pass through the layer's experts; C = 1 is a mixture of experts.
         gating: which router drives iteration t: `independent` W_t each, `shared_router` one W applied afresh, `fixed`
@@ -22,6 +25,9 @@ class ChainSettings:
             `iteration_norm` every iteration a pre-norm sub-layer with a norm gain of its own.
         balance: how the coefficients of auxiliary and z-losses scale with C: `sum` gives each iteration the full
             coefficient (the authors' code), `mean` gives each 1/C of it. The two are one at C = 1.
+        increment_scale: s in x(t) = s F_t(x(t-1)) + r(t), a constant of every increment, such as 0.707 for C = 2.
+        learned_scale: x(t) = a_t ⊙ F_t(x(t-1)) + r(t) with a learned gain a_t [D] for each iteration, which starts at
+            `increment_scale`, here also at 0 (as in ReZero, arXiv 2003.04887, and LayerScale, arXiv 2103.17239).
 
     Raises:
         ValueError: a field has no valid value; the message names the field, the value and the valid ones.
@@ -32,11 +38,20 @@ class ChainSettings:
     residual: Residual = "inner"
     topology: Topology = "prenorm"
     balance: Balance = "sum"
+    increment_scale: float = 1.0
+    learned_scale: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.iterations, int) or isinstance(self.iterations, bool) or self.iterations < 1:
             raise ValueError(f"chain.iterations is {self.iterations!r}: it must be an integer of at least 1")
-        for field in fields(self)[1:]:
+        for field in fields(self):
             value, valid = getattr(self, field.name), get_args(field.type)
-            if value not in valid:
+            if get_origin(field.type) is Literal and value not in valid:
                 raise ValueError(f"chain.{field.name} is {value!r}: it must be one of {', '.join(valid)}")
+            if field.type is bool and not isinstance(value, bool):
+                raise ValueError(f"chain.{field.name} is {value!r}: it must be true or false")
+        scale = self.increment_scale
+        if not isinstance(scale, int | float) or isinstance(scale, bool) or not math.isfinite(scale):
+            raise ValueError(f"chain.increment_scale is {scale!r}: it must be a finite number")
+        if scale == 0 and not self.learned_scale:
+            raise ValueError(f"chain.increment_scale is {scale!r}: it must not be 0 unless chain.learned_scale is true")

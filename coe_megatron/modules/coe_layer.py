@@ -5,6 +5,7 @@
 One set of experts and shared experts, one router and one token dispatcher per iteration. What Megatron's layer does
 once (route, dispatch, experts, combine) this one repeats through the same methods; the rest is the residual r(t) and
 what leaves the layer. Increments F_t are summed as they come: x(C) - x(0) computed by subtraction loses them in bf16.
+The variants of ChainSettings multiply F_t by a gain a_t wherever it stands here.
 
 S: sequence, B: micro-batch, D: hidden size, T = S * B.
 """
@@ -93,6 +94,22 @@ class CoELayer(MoELayer):
             build_module(norm, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
             for _ in range(norms)
         )
+        self.increment_gains = self._gains(chain.iterations if chain.learned_scale else 0, chain.increment_scale)
+
+    def _gains(self, count: int, value: float) -> torch.nn.ParameterList:
+        """So many gains [D]; like a norm's they are the same on all tensor-parallel ranks, which see parts of the tokens."""
+        gains = torch.nn.ParameterList(
+            torch.full(
+                (self.config.hidden_size,),
+                value,
+                dtype=self.config.params_dtype,
+                device=torch.cuda.current_device(),
+            )
+            for _ in range(count)
+        )
+        for gain in gains:
+            gain.sequence_parallel = self.config.sequence_parallel
+        return gains
 
     @property
     def routers(self) -> list[CoERouter]:
@@ -189,10 +206,10 @@ class CoELayer(MoELayer):
         route: Route | None,
         *routing: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        """F_t: Megatron's MoE pass with iteration t's norm, router (unless the routing is given) and dispatcher.
+        """a_t F_t: Megatron's MoE pass with iteration t's norm, router (unless the routing is given) and dispatcher.
 
         Returns:
-            F_t(x) [S, B, D], and the routing it used: gates and choices [T, N].
+            a_t F_t(x) [S, B, D], and the routing it used: gates and choices [T, N].
         """
         with record_function(f"layer {self.layer_number}, iteration {t + 1}"):  # a mark in a profile
             hidden = self.norms[t](state) if self.norms else state
@@ -202,7 +219,13 @@ class CoELayer(MoELayer):
                 routing = self.routers[t](hidden, padding_mask, route)
             dispatched, probs = self.dispatch(*self.preprocess(hidden, *routing))
             output, _ = self.routed_experts_compute(dispatched, probs)
-            return self.postprocess(self.combine(output), shared), *routing
+            return self._scaled(t, self.postprocess(self.combine(output), shared)), *routing
+
+    def _scaled(self, t: int, step: torch.Tensor) -> torch.Tensor:
+        """a_t F_t."""
+        if self.chain.learned_scale:
+            return step * self.increment_gains[t]
+        return step if self.chain.increment_scale == 1 else step * self.chain.increment_scale
 
 
 def _called(function: Callable, *args: Any) -> Any:

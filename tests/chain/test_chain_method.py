@@ -80,6 +80,8 @@ def plain_chain(layer, h):
         f = plain_expert(n, weights["shared_w1"], weights["shared_w2"])
         for i, g in gates.items():
             f = [a + g * b for a, b in zip(f, plain_expert(n, weights["w1"][i], weights["w2"][i]), strict=True)]
+        gain = weights.get(f"increment_gains.{t}", [chain.increment_scale] * len(x))
+        f = [a * v for a, v in zip(gain, f, strict=True)]
         increments.append(f)
         added = {"inner": x, "init": start, "outer": [0.0] * len(x)}[chain.residual]
         x = [a + b for a, b in zip(f, added, strict=True)]
@@ -96,6 +98,32 @@ def test_equals_the_equations_in_plain_python(gating, residual, topology, iterat
     h = torch.randn(2, 3, 4, dtype=torch.float64)
     expected = [plain_chain(layer, token) for token in h.flatten(0, 1).tolist()]
     torch.testing.assert_close(layer(h).stream.flatten(0, 1), torch.tensor(expected, dtype=torch.float64))
+
+
+VARIANTS = [
+    ChainSettings(3, increment_scale=0.7),
+    ChainSettings(3, residual="init", learned_scale=True),
+    ChainSettings(2, "fixed", "outer", "iteration_norm", learned_scale=True),
+]
+
+
+@pytest.mark.parametrize("chain", VARIANTS)
+def test_variants_equal_the_equations_in_plain_python(chain):
+    layer = make_layer(chain, RouterSettings(num_experts=6, topk=2), shared_ffn=2)
+    h = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    expected = [plain_chain(layer, token) for token in h.flatten(0, 1).tolist()]
+    stream = layer(h).stream
+    torch.testing.assert_close(stream.flatten(0, 1), torch.tensor(expected, dtype=torch.float64))
+    stream.square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in layer.parameters())
+
+
+def test_gains_start_at_the_scale_and_a_chain_at_zero_is_no_chain():
+    chain = ChainSettings(2, increment_scale=0.0, learned_scale=True)
+    layer = ChainOfExperts(4, 3, RouterSettings(4, 2), chain)
+    assert [gain.tolist() for gain in layer.increment_gains] == [[0.0] * 4] * 2
+    h = torch.randn(2, 3, 4)
+    assert torch.equal(layer(h).stream, h)
 
 
 @pytest.mark.parametrize(("gating", "residual", "topology"), KINDS)

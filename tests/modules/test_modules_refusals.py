@@ -1,5 +1,6 @@
 """What the parts refuse: the message names the field, its value and what would be valid."""
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -85,6 +86,10 @@ def test_refusal_names_field_value_and_what_is_valid(build: Any, changes: dict, 
         ("residual", "none", "inner, outer, init"),
         ("topology", "postnorm", "prenorm, reference, iteration_norm"),
         ("balance", "max", "sum, mean"),
+        ("increment_scale", 0.0, "must not be 0 unless chain.learned_scale is true"),
+        ("increment_scale", math.inf, "finite"),
+        ("increment_scale", True, "finite"),
+        ("learned_scale", 1, "true or false"),
     ],
 )
 def test_chain_settings_refuse(field: str, value: Any, valid: str) -> None:

@@ -1,0 +1,79 @@
+"""The variants of the chain: against the oracle, recomputed, noted, stored and loaded."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from modules_build import LOSSES, copy_from_oracle, errors, make_config, make_layer, make_oracle
+from modules_checkpoint import load, save, scramble, sub_layer
+from modules_oracle import VARIANTS, layer_step, make_batch, oracle_step
+from test_modules_recompute import FEATURES, MODES, build, differences, two_steps
+
+from coe_megatron.chain.settings import ChainSettings
+
+TOLERANCE = 1e-5  # relative to the largest entry, fp32
+SHARED = {"moe_shared_expert_intermediate_size": 20}
+
+
+def chain_of(variant: str, iterations: int) -> ChainSettings:
+    return ChainSettings(**{"iterations": iterations, **VARIANTS[variant]})
+
+
+def compare(config: Any, chain: ChainSettings) -> dict[str, float]:
+    """The relative error of h', of the input's gradient and of every parameter's gradient."""
+    oracle, layer = make_oracle(config, chain), make_layer(config, chain)
+    copy_from_oracle(layer, oracle)
+    h_BSD, grad_BSD = make_batch(config.hidden_size)
+    return errors(layer_step(layer, h_BSD, grad_BSD), oracle_step(oracle, h_BSD, grad_BSD))
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 3])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_equals_oracle(variant: str, iterations: int) -> None:
+    found = compare(make_config(**LOSSES, **SHARED), chain_of(variant, iterations))
+    assert max(found.values()) <= TOLERANCE, found
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_differs_from_the_plain_chain(variant: str) -> None:
+    """A variant without effect would equal the oracle for no merit of its own."""
+    config, chain = make_config(**LOSSES, **SHARED), chain_of(variant, 3)
+    plain = ChainSettings(3, chain.gating, chain.residual, chain.topology)
+    layer, other = make_layer(config, chain), make_layer(config, plain)
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            torch.nn.init.normal_(parameter, mean=1.0 if parameter.ndim == 1 else 0.0, std=0.2)
+            if name in dict(other.named_parameters()):
+                other.get_parameter(name).copy_(parameter)
+    h_BSD, grad_BSD = make_batch(config.hidden_size)
+    found, truth = (layer_step(each, h_BSD, grad_BSD) for each in (layer, other))
+    assert any(not torch.equal(found[name], truth[name]) for name in truth)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_not_a_bit_changes_when_recomputed(variant: str) -> None:
+    changes = FEATURES["losses, jitter, dropout"]
+    truth = two_steps(build("none", chain_of(variant, 3), **changes), padding=True)
+    for mode in MODES[1:]:
+        found = two_steps(build(mode, chain_of(variant, 3), **changes), padding=True)
+        assert differences(found, truth) == [], mode
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_comes_back_from_a_checkpoint_as_it_was(variant: str, tmp_path: Path) -> None:
+    config, chain = make_config(), chain_of(variant, 3)
+    layer = scramble(make_layer(config, chain), 1)
+    save(layer, tmp_path)
+    again = load(make_layer(config, chain), tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), again.parameters(), strict=True))
+    h_BSD, _ = make_batch(config.hidden_size)
+    assert torch.equal(sub_layer(layer, h_BSD), sub_layer(again, h_BSD))
+
+
+def test_gains_are_marked_for_whoever_sums_gradients_over_parts_of_a_sequence() -> None:
+    config = make_config()
+    config.sequence_parallel = True
+    gains = make_layer(config, ChainSettings(2, learned_scale=True, increment_scale=0.0)).mlp.increment_gains
+    assert [gain.tolist() for gain in gains] == [[0.0] * config.hidden_size] * 2
+    assert all(gain.sequence_parallel for gain in gains)
