@@ -127,6 +127,7 @@ def parts_of(layer: TransformerLayer) -> dict[str, torch.nn.Parameter]:
     parts = {f"router_weights.{t}": router.weight for t, router in enumerate(routers)}
     parts |= {f"norm_gains.{t}": norm.weight for t, norm in enumerate(norms)}
     parts |= {f"increment_gains.{t}": gain for t, gain in enumerate(mlp.increment_gains)}
+    parts |= {f"state_gains.{t}": gain for t, gain in enumerate(mlp.state_gains)}
     parts |= {"w1": mlp.experts.weight1, "w2": mlp.experts.weight2}
     if mlp.use_shared_expert:
         parts["shared_w1"] = mlp.shared_experts.linear_fc1.weight

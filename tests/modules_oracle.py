@@ -16,6 +16,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "scaled": {"increment_scale": 0.5, "residual": "init"},
     "learned scale": {"learned_scale": True, "increment_scale": 0.1},
     "learned scale, outer, norms": {"learned_scale": True, "residual": "outer", "topology": "iteration_norm"},
+    "conditioned": {"conditioned": True},
+    "conditioned, shared router, outer": {"conditioned": True, "gating": "shared_router", "residual": "outer"},
+    "conditioned, learned scale": {"conditioned": True, "learned_scale": True, "gating": "fixed", "residual": "init"},
     "learned scale, reference, fixed": {"learned_scale": True, "topology": "reference", "gating": "fixed"},
 }
 

@@ -192,7 +192,7 @@ def _iteration(shape: ModelShape, run: Pass, routed: bool) -> dict[str, int]:
     reads_input = bool(shape.shared_ffn) or (routed and not run.jitter)
     jittered = 2 * b * shape.hidden if routed and run.jitter else 0
     own_norm = shape.chain.topology == "iteration_norm"
-    states = reads_input + shape.chain.learned_scale  # F_t, for the gradient of its gain
+    states = reads_input + shape.chain.learned_scale + shape.chain.conditioned  # F_t and x, for their gains' gradients
     return {
         "norms": tokens * _norm(shape, run, shape.hidden) if own_norm else 0,
         "state": states * tokens * b * shape.hidden,

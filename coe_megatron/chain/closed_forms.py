@@ -120,8 +120,8 @@ class ModelShape:
 
     @property
     def gains(self) -> int:
-        """Learned gains of a chain, [D] each: one an iteration with `learned_scale`."""
-        return self.chain.iterations * self.chain.learned_scale
+        """Learned gains of a chain, [D] each: one an iteration with `learned_scale`, and one with `conditioned`."""
+        return self.chain.iterations * (self.chain.learned_scale + self.chain.conditioned)
 
     @property
     def ffn_matrices(self) -> int:

@@ -10,8 +10,11 @@ This is what the fast implementations are tested against, and the place to read 
 
 In the topology `iteration_norm` x(0) = h, F_t acts on norm_t(x(t-1)), and h' = h + Δ.
 
-Variants (all off by default, see ChainSettings) put a gain a_t at what the experts make, so that x(t) and Δ have
-a_t ⊙ F_t where F_t stands above: `increment_scale`, a constant, or `learned_scale`, a parameter.
+Variants (all off by default, see ChainSettings):
+
+    x(t) = a_t ⊙ F_t(c_t ⊙ x(t-1)) + r(t)             a_t ⊙ F_t takes the place of F_t in Δ as well
+    a_t                                               a constant (`increment_scale`) or learned (`learned_scale`)
+    c_t                                               learned (`conditioned`)
 
 Letters at the end of a name are its dimensions: B batch, S sequence, T = B·S tokens, D hidden, N experts, K
 chosen for a token, G groups of experts, g experts of a group, C iterations, R routings (C, or 1 if `fixed`), F ffn.
@@ -294,6 +297,7 @@ class ChainOfExperts(nn.Module):
         shared_w1, shared_w2: the shared experts as one of width M·F, oriented alike without N, or None.
         norm_gains: [D] each; C of them in the topology `iteration_norm`, else 1.
         increment_gains: a_t, [D] each; C of them with `learned_scale`, else none.
+        state_gains: c_t, [D] each; C of them with `conditioned`, else none.
 
     Args:
         hidden, ffn: D, and F of one routed expert.
@@ -327,8 +331,9 @@ class ChainOfExperts(nn.Module):
         n, halves = router.num_experts, 2 if activation == "swiglu" else 1
         self.router_weights = nn.ParameterList(torch.empty(n, hidden) for _ in range(routers))
         self.norm_gains = nn.ParameterList(torch.empty(hidden) for _ in range(norms))
-        gains = chain.iterations if chain.learned_scale else 0
-        self.increment_gains = nn.ParameterList(torch.empty(hidden) for _ in range(gains))
+        increments, states = (chain.iterations * on for on in (chain.learned_scale, chain.conditioned))
+        self.increment_gains = nn.ParameterList(torch.empty(hidden) for _ in range(increments))
+        self.state_gains = nn.ParameterList(torch.empty(hidden) for _ in range(states))
         self.w1 = nn.Parameter(torch.empty(n, halves * ffn, hidden))
         self.w2 = nn.Parameter(torch.empty(n, hidden, ffn))
         self.shared_w1 = nn.Parameter(torch.empty(halves * shared_ffn, hidden)) if shared_ffn else None
@@ -338,13 +343,13 @@ class ChainOfExperts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The authors' initialisation: normal 0.02, routers kaiming-uniform with a = √5, norm gains 1; a_t its scale."""
+        """The authors' initialisation: normal 0.02, routers kaiming-uniform with a = √5, gains 1; a_t its scale."""
         for weight in (self.w1, self.w2, self.shared_w1, self.shared_w2):
             if weight is not None:
                 nn.init.normal_(weight, std=0.02)
         for weight_ND in self.router_weights:
             nn.init.kaiming_uniform_(weight_ND, a=math.sqrt(5))
-        for gain_D in self.norm_gains:
+        for gain_D in (*self.norm_gains, *self.state_gains):
             nn.init.ones_(gain_D)
         for gain_D in self.increment_gains:
             nn.init.constant_(gain_D, self.chain.increment_scale)
@@ -361,11 +366,10 @@ class ChainOfExperts(nn.Module):
         if padding_mask_BS is not None:
             valid_BS = ~padding_mask_BS.bool()
         h_TD = h_BSD.flatten(0, 1)
-        own_norms = self.chain.topology == "iteration_norm"
-        x_TD = start_TD = h_TD if own_norms else self._norm(h_TD, 0)
+        x_TD = start_TD = h_TD if self.chain.topology == "iteration_norm" else self._norm(h_TD, 0)
         delta_TD, routings = torch.zeros_like(h_TD), list[Routing]()
         for t in range(self.chain.iterations):
-            n_TD = self._norm(x_TD, t) if own_norms else x_TD
+            n_TD = self._seen(x_TD, t)
             routings.append(self._route(n_TD, t) if t < self.num_routings else routings[0])
             f_TD = self._increment_gain(t) * self._experts(n_TD, routings[t])
             # Δ is a sum of increments: x(C) - x(0) would lose digits, and differ from a plain MoE at C = 1.
@@ -394,6 +398,12 @@ class ChainOfExperts(nn.Module):
         if self.shared_w1 is not None and self.shared_w2 is not None:
             f_TD = f_TD + feed_forward(n_TD, self.shared_w1, self.shared_w2, self.activation)
         return f_TD
+
+    def _seen(self, x_TD: Tensor, t: int) -> Tensor:
+        """What router and experts of iteration t see of the state: x, norm_t(x), or c_t ⊙ x."""
+        if self.chain.topology == "iteration_norm":
+            return self._norm(x_TD, t)
+        return self.state_gains[t] * x_TD if self.chain.conditioned else x_TD
 
     def _increment_gain(self, t: int) -> Tensor | float:
         """a_t: what F_t is multiplied by."""

@@ -28,6 +28,8 @@ class ChainSettings:
         increment_scale: s in x(t) = s F_t(x(t-1)) + r(t), a constant of every increment, such as 0.707 for C = 2.
         learned_scale: x(t) = a_t ⊙ F_t(x(t-1)) + r(t) with a learned gain a_t [D] for each iteration, which starts at
             `increment_scale`, here also at 0 (as in ReZero, arXiv 2003.04887, and LayerScale, arXiv 2103.17239).
+        conditioned: x(t) = F_t(c_t ⊙ x(t-1)) + r(t): router and experts of iteration t see the state through a learned
+            gain c_t [D], 1 at first; not with `iteration_norm`, whose norms have gains of their own.
 
     Raises:
         ValueError: a field has no valid value; the message names the field, the value and the valid ones.
@@ -40,6 +42,7 @@ class ChainSettings:
     balance: Balance = "sum"
     increment_scale: float = 1.0
     learned_scale: bool = False
+    conditioned: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.iterations, int) or isinstance(self.iterations, bool) or self.iterations < 1:
@@ -54,4 +57,8 @@ class ChainSettings:
         if not isinstance(scale, int | float) or isinstance(scale, bool) or not math.isfinite(scale):
             raise ValueError(f"chain.increment_scale is {scale!r}: it must be a finite number")
         if scale == 0 and not self.learned_scale:
-            raise ValueError(f"chain.increment_scale is {scale!r}: it must not be 0 unless chain.learned_scale is true")
+            raise ValueError(f"chain.increment_scale is {scale!r}: without chain.learned_scale it must not be 0")
+        if self.conditioned and self.topology == "iteration_norm":
+            raise ValueError(
+                "chain.conditioned is true: with chain.topology iteration_norm, whose norms have gains, leave it false"
+            )

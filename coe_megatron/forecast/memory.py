@@ -1,8 +1,8 @@
 """Closed forms of what one rank holds, in bytes by kind; tests hold them against running engines on the CPU.
 
 What is cut by what: attention, shared experts, dense layers, embedding and output layer by TP; routed experts by EP and
-ETP; norms, gains of chains and routers by neither (of MLA with Transformer Engine the two down-projections are not either). Layers, and
-with them embedding and output layer, belong to a pipeline stage. What is left ZeRO cuts over the replicas.
+ETP; norms, gains and routers by neither (of MLA with Transformer Engine the two down-projections are not either).
+Layers, and with them embedding and output layer, belong to a pipeline stage. What is left ZeRO cuts over the replicas.
 """
 
 from dataclasses import dataclass

@@ -5,7 +5,7 @@
 One set of experts and shared experts, one router and one token dispatcher per iteration. What Megatron's layer does
 once (route, dispatch, experts, combine) this one repeats through the same methods; the rest is the residual r(t) and
 what leaves the layer. Increments F_t are summed as they come: x(C) - x(0) computed by subtraction loses them in bf16.
-The variants of ChainSettings multiply F_t by a gain a_t wherever it stands here.
+The variants of ChainSettings put gains in it: a_t F_t(c_t x) wherever F_t(x) stands here.
 
 S: sequence, B: micro-batch, D: hidden size, T = S * B.
 """
@@ -95,9 +95,10 @@ class CoELayer(MoELayer):
             for _ in range(norms)
         )
         self.increment_gains = self._gains(chain.iterations if chain.learned_scale else 0, chain.increment_scale)
+        self.state_gains = self._gains(chain.iterations if chain.conditioned else 0, 1.0)
 
     def _gains(self, count: int, value: float) -> torch.nn.ParameterList:
-        """So many gains [D]; like a norm's they are the same on all tensor-parallel ranks, which see parts of the tokens."""
+        """So many gains [D]; like a norm's they are on every tensor-parallel rank, which sees a part of the tokens."""
         gains = torch.nn.ParameterList(
             torch.full(
                 (self.config.hidden_size,),
@@ -206,13 +207,13 @@ class CoELayer(MoELayer):
         route: Route | None,
         *routing: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        """a_t F_t: Megatron's MoE pass with iteration t's norm, router (unless the routing is given) and dispatcher.
+        """a_t F_t(c_t x): Megatron's MoE pass with iteration t's norm, router (unless routing is given) and dispatcher.
 
         Returns:
-            a_t F_t(x) [S, B, D], and the routing it used: gates and choices [T, N].
+            a_t F_t(c_t x) [S, B, D], and the routing it used: gates and choices [T, N].
         """
         with record_function(f"layer {self.layer_number}, iteration {t + 1}"):  # a mark in a profile
-            hidden = self.norms[t](state) if self.norms else state
+            hidden = self._seen(t, state)
             self.token_dispatcher = self.dispatchers[t]
             shared = self.shared_experts_compute(hidden)
             if not routing:
@@ -220,6 +221,12 @@ class CoELayer(MoELayer):
             dispatched, probs = self.dispatch(*self.preprocess(hidden, *routing))
             output, _ = self.routed_experts_compute(dispatched, probs)
             return self._scaled(t, self.postprocess(self.combine(output), shared)), *routing
+
+    def _seen(self, t: int, state: torch.Tensor) -> torch.Tensor:
+        """What router and experts of iteration t see of the state."""
+        if self.norms:
+            return self.norms[t](state)
+        return state * self.state_gains[t] if self.chain.conditioned else state
 
     def _scaled(self, t: int, step: torch.Tensor) -> torch.Tensor:
         """a_t F_t."""

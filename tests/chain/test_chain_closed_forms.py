@@ -43,6 +43,7 @@ CHAINS = [
     ChainSettings(3, "fixed", "outer", "reference"),
     ChainSettings(2, "independent", "inner", "iteration_norm"),
     ChainSettings(3, "fixed", learned_scale=True),
+    ChainSettings(2, learned_scale=True, conditioned=True),
 ]
 
 
@@ -158,7 +159,7 @@ def test_parameters_equal_those_of_the_built_model(chain, swiglu):
 
     assert count.total == sum(p.numel() for p in model.parameters())
     assert count.routers == size("router_weights")
-    assert count.gains == size("increment_gains")
+    assert count.gains == size("increment_gains", "state_gains")
     assert count.experts == size("w1", "w2")
     assert count.shared == size("shared_w1", "shared_w2")
     norms = size("norm_gains") + sum(a.norm.weight.numel() for a in model.attentions)

@@ -74,6 +74,8 @@ def plain_chain(layer, h):
     x, increments, gates = start, [], {}
     for t in range(chain.iterations):
         n = plain_norm(x, weights[f"norm_gains.{t}"], layer.norm_eps) if own_norms else x
+        if chain.conditioned:
+            n = [a * v for a, v in zip(weights[f"state_gains.{t}"], n, strict=True)]
         if chain.gating != "fixed" or t == 0:
             router = t if chain.gating == "independent" else 0
             gates = plain_gates(n, weights[f"router_weights.{router}"], topk)
@@ -104,6 +106,8 @@ VARIANTS = [
     ChainSettings(3, increment_scale=0.7),
     ChainSettings(3, residual="init", learned_scale=True),
     ChainSettings(2, "fixed", "outer", "iteration_norm", learned_scale=True),
+    ChainSettings(3, conditioned=True),
+    ChainSettings(3, "fixed", "outer", "reference", learned_scale=True, conditioned=True),
 ]
 
 
@@ -124,6 +128,16 @@ def test_gains_start_at_the_scale_and_a_chain_at_zero_is_no_chain():
     assert [gain.tolist() for gain in layer.increment_gains] == [[0.0] * 4] * 2
     h = torch.randn(2, 3, 4)
     assert torch.equal(layer(h).stream, h)
+
+
+def test_conditioned_with_gains_of_one_is_the_plain_chain():
+    layer = make_layer(ChainSettings(3, conditioned=True), shared_ffn=2)
+    plain = make_layer(ChainSettings(3), shared_ffn=2)
+    h = torch.randn(2, 3, 4, dtype=torch.float64)
+    for gain in layer.state_gains:
+        torch.nn.init.ones_(gain)
+    plain.load_state_dict({name: value for name, value in layer.state_dict().items() if "state_gains" not in name})
+    assert torch.equal(layer(h).stream, plain(h).stream)
 
 
 @pytest.mark.parametrize(("gating", "residual", "topology"), KINDS)

@@ -90,8 +90,12 @@ OVERRIDES: list[tuple[str, str]] = [
     ("chain.iterations=0", "chain.iterations is 0: it must be an integer of at least 1"),
     ("chain.iterations=2_000_000_000", "chain.iterations is 2000000000: it must be at most 10000"),
     ("moe.capacity_factor=0", "moe.capacity_factor is 0: it should be greater than 0"),
-    ("chain.increment_scale=0", "chain.increment_scale is 0.0: it must not be 0 unless chain.learned_scale is true"),
+    ("chain.increment_scale=0", "chain.increment_scale is 0.0: without chain.learned_scale it must not be 0"),
     ("chain.increment_scale=.inf", "chain.increment_scale is inf: it must be a finite number"),
+    (
+        "chain.conditioned=true & chain.topology=iteration_norm",
+        "chain.conditioned is true: with chain.topology iteration_norm",
+    ),
     ("chain.gating=other", "chain.gating is 'other': it should be 'independent', 'shared_router' or 'fixed'"),
     ("training.precision=fp16", "training.precision is 'fp16': it should be 'fp32' or 'bf16'"),
     ("zero.stage=7", "zero.stage is 7: it should be "),

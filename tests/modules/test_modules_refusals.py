@@ -86,10 +86,11 @@ def test_refusal_names_field_value_and_what_is_valid(build: Any, changes: dict, 
         ("residual", "none", "inner, outer, init"),
         ("topology", "postnorm", "prenorm, reference, iteration_norm"),
         ("balance", "max", "sum, mean"),
-        ("increment_scale", 0.0, "must not be 0 unless chain.learned_scale is true"),
+        ("increment_scale", 0.0, "without chain.learned_scale it must not be 0"),
         ("increment_scale", math.inf, "finite"),
         ("increment_scale", True, "finite"),
         ("learned_scale", 1, "true or false"),
+        ("conditioned", "yes", "true or false"),
     ],
 )
 def test_chain_settings_refuse(field: str, value: Any, valid: str) -> None:

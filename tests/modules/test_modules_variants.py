@@ -74,6 +74,7 @@ def test_comes_back_from_a_checkpoint_as_it_was(variant: str, tmp_path: Path) ->
 def test_gains_are_marked_for_whoever_sums_gradients_over_parts_of_a_sequence() -> None:
     config = make_config()
     config.sequence_parallel = True
-    gains = make_layer(config, ChainSettings(2, learned_scale=True, increment_scale=0.0)).mlp.increment_gains
-    assert [gain.tolist() for gain in gains] == [[0.0] * config.hidden_size] * 2
-    assert all(gain.sequence_parallel for gain in gains)
+    layer = make_layer(config, ChainSettings(2, learned_scale=True, increment_scale=0.0, conditioned=True)).mlp
+    for gains, value in ((layer.increment_gains, 0.0), (layer.state_gains, 1.0)):
+        assert [gain.tolist() for gain in gains] == [[value] * config.hidden_size] * 2
+        assert all(gain.sequence_parallel for gain in gains)

@@ -157,8 +157,8 @@ def _send_all_to_expert_0(oracle: torch.nn.Module, h_BSD: torch.Tensor) -> None:
 def _summed_gradients(layer: TransformerLayer) -> dict[str, torch.Tensor]:
     """Gradients as whoever reduces them makes them whole.
 
-    What all ranks hold (routers, norms, gains) is summed over all; shared experts over data-parallel ranks only, since each
-    tensor-parallel rank has other rows; routed experts are whole already.
+    What all ranks hold (routers, norms, gains) is summed over all; shared experts over data-parallel ranks only, since
+    each tensor-parallel rank has other rows; routed experts are whole already.
     """
     gradients = {name: gradient(parameter) for name, parameter in parts_of(layer).items()}
     for name, value in gradients.items():

@@ -57,7 +57,8 @@ def draw(seed: int) -> tuple[RunConfig, int]:
         layer_freq=1 if plain or pick.random() < 0.5 else layer_freq,
     )
     chain = ChainSettings(pick.randint(1, 4), *(pick.choice(get_args(kind)) for kind in (Gating, Residual, Topology)))
-    chain = replace(chain, learned_scale=pick.random() < 0.4)
+    conditioned = pick.random() < 0.6 and chain.topology != "iteration_norm"
+    chain = replace(chain, learned_scale=pick.random() < 0.4, conditioned=conditioned)
     config = RunConfig(model=model, moe=moe, chain=chain)
     check(config)
     return config, pick.choice([40, 96])
@@ -198,5 +199,5 @@ def test_the_draw_reaches_everything() -> None:
     for field, kind in (("gating", Gating), ("residual", Residual), ("topology", Topology)):
         assert {getattr(config.chain, field) for config in configs} == set(get_args(kind))
     assert {config.chain.iterations for config in configs} == {1, 2, 3, 4}
-    for flag in ("learned_scale",):
+    for flag in ("learned_scale", "conditioned"):
         assert {getattr(config.chain, flag) for config in configs} == {True, False}
