@@ -19,6 +19,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "conditioned": {"conditioned": True},
     "conditioned, shared router, outer": {"conditioned": True, "gating": "shared_router", "residual": "outer"},
     "conditioned, learned scale": {"conditioned": True, "learned_scale": True, "gating": "fixed", "residual": "init"},
+    "shared once": {"shared_once": True},
+    "shared once, fixed, init, scaled": {
+        "shared_once": True,
+        "gating": "fixed",
+        "residual": "init",
+        "increment_scale": 0.7,
+    },
     "learned scale, reference, fixed": {"learned_scale": True, "topology": "reference", "gating": "fixed"},
 }
 

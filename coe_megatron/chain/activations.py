@@ -11,6 +11,7 @@ is cut, the gathered input of a product is not kept (it is gathered again), and 
 Letters: T tokens of a micro-batch on a rank, b bytes of an element, D hidden, N experts, K chosen for a token, F ffn.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -146,16 +147,24 @@ def _chain(shape: ModelShape, run: Pass) -> dict[str, int]:
     if run.recompute == "iteration":
         given = tokens * shape.experts * (_FP32 + 1) if c > shape.routings else 0
         return kept | {"state": c * state, "routers": routes + given}
-    for routed, times in _iterations(shape):
-        for kind, size in _iteration(shape, run, routed).items():
+    for kind_of_iteration, times in _iterations(shape).items():
+        for kind, size in _iteration(shape, run, kind_of_iteration).items():
             kept[kind] += times * size
     return kept
 
 
-def _iterations(shape: ModelShape) -> list[tuple[bool, int]]:
-    """How many iterations of a chain route, and how many use a routing again."""
-    again = shape.chain.iterations - shape.routings
-    return [(True, shape.routings), *([(False, again)] if again else [])]
+@dataclass(frozen=True)
+class _Iteration:
+    """In what iterations of a chain differ: one `routes`, or uses a routing again; it has `shared` experts or not."""
+
+    routes: bool
+    shared: bool
+
+
+def _iterations(shape: ModelShape) -> Counter[_Iteration]:
+    """How many iterations of each kind a chain has."""
+    shared = shape.shared_passes if shape.shared_ffn else 0
+    return Counter(_Iteration(t < shape.routings, t < shared) for t in range(shape.chain.iterations))
 
 
 def _recomputed(shape: ModelShape, run: Pass) -> int:
@@ -164,7 +173,7 @@ def _recomputed(shape: ModelShape, run: Pass) -> int:
         return 0
     if run.recompute == "experts":
         return _tokens(shape, run) * shape.topk * run.element * _between(shape)
-    each = [(sum(_iteration(shape, run, routed).values()), times) for routed, times in _iterations(shape)]
+    each = [(sum(_iteration(shape, run, kind).values()), times) for kind, times in _iterations(shape).items()]
     known = shape.routings * _tokens(shape, run) * shape.topk * _INDEX  # the routes, kept anyway
     state = _tokens(shape, run) * run.element * shape.hidden  # as is the input of what is recomputed
     if run.recompute == "iteration":
@@ -183,22 +192,22 @@ def _gradients(shape: ModelShape, run: Pass) -> int:
     return run.element * (of_rows + (experts if shape.chain.iterations > 1 else 0))
 
 
-def _iteration(shape: ModelShape, run: Pass, routed: bool) -> dict[str, int]:
+def _iteration(shape: ModelShape, run: Pass, kind: _Iteration) -> dict[str, int]:
     """What one iteration keeps where nothing is recomputed but, perhaps, in the experts.
 
     Its input is kept for the first products of router and shared experts; who routes copies of it alone does not.
     """
     tokens, b = _tokens(shape, run), run.element
-    reads_input = bool(shape.shared_ffn) or (routed and not run.jitter)
-    jittered = 2 * b * shape.hidden if routed and run.jitter else 0
+    reads_input = kind.shared or (kind.routes and not run.jitter)
+    jittered = 2 * b * shape.hidden if kind.routes and run.jitter else 0
     own_norm = shape.chain.topology == "iteration_norm"
     states = reads_input + shape.chain.learned_scale + shape.chain.conditioned  # F_t and x, for their gains' gradients
     return {
         "norms": tokens * _norm(shape, run, shape.hidden) if own_norm else 0,
         "state": states * tokens * b * shape.hidden,
-        "routers": tokens * (jittered + _router(shape, run, routed)),
+        "routers": tokens * (jittered + _router(shape, run, kind.routes)),
         "experts": tokens * shape.topk * _row(shape, run),
-        "shared": tokens * b * _feed_forward(shape, shape.shared_ffn) if shape.shared_ffn else 0,
+        "shared": tokens * b * _feed_forward(shape, shape.shared_ffn) if kind.shared else 0,
     }
 
 

@@ -124,6 +124,11 @@ class ModelShape:
         return self.chain.iterations * (self.chain.learned_scale + self.chain.conditioned)
 
     @property
+    def shared_passes(self) -> int:
+        """How often a token passes through the shared experts of a layer: C times, or once with `shared_once`."""
+        return 1 if self.chain.shared_once else self.chain.iterations
+
+    @property
     def ffn_matrices(self) -> int:
         """Matrices of hidden x width in a feed-forward: 3 for SwiGLU, else 2."""
         return 3 if self.swiglu else 2
@@ -244,7 +249,7 @@ class Flops:
         attention_scores: queries times keys and weights times values, over all S positions.
         routers: R routings a layer.
         experts: C·K experts a layer.
-        shared: C passes a layer through the shared experts.
+        shared: C passes a layer through the shared experts, or one with `shared_once`.
         dense: feed-forward of layers that are not MoE.
         output: hidden state to vocabulary; tied or not.
     """
@@ -276,7 +281,7 @@ def forward_flops(shape: ModelShape) -> Flops:
         attention_scores=2 * shape.layers * shape.seq_length * _score_width(shape),
         routers=2 * moe * shape.routings * shape.experts * shape.hidden,
         experts=moe * c * shape.topk * feed_forward * shape.expert_ffn,
-        shared=moe * c * feed_forward * shape.shared_ffn,
+        shared=moe * shape.shared_passes * feed_forward * shape.shared_ffn,
         dense=dense * feed_forward * shape.dense_ffn,
         output=2 * shape.vocab * shape.hidden,
     )

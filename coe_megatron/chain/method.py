@@ -15,6 +15,7 @@ Variants (all off by default, see ChainSettings):
     x(t) = a_t ⊙ F_t(c_t ⊙ x(t-1)) + r(t)             a_t ⊙ F_t takes the place of F_t in Δ as well
     a_t                                               a constant (`increment_scale`) or learned (`learned_scale`)
     c_t                                               learned (`conditioned`)
+    F_t without S_m for t > 1                         the shared experts act once (`shared_once`)
 
 Letters at the end of a name are its dimensions: B batch, S sequence, T = B·S tokens, D hidden, N experts, K
 chosen for a token, G groups of experts, g experts of a group, C iterations, R routings (C, or 1 if `fixed`), F ffn.
@@ -371,7 +372,7 @@ class ChainOfExperts(nn.Module):
         for t in range(self.chain.iterations):
             n_TD = self._seen(x_TD, t)
             routings.append(self._route(n_TD, t) if t < self.num_routings else routings[0])
-            f_TD = self._increment_gain(t) * self._experts(n_TD, routings[t])
+            f_TD = self._increment_gain(t) * self._experts(n_TD, routings[t], t)
             # Δ is a sum of increments: x(C) - x(0) would lose digits, and differ from a plain MoE at C = 1.
             delta_TD = delta_TD + f_TD if self.chain.residual == "inner" else f_TD
             residual_TD = {"inner": x_TD, "init": start_TD, "outer": torch.zeros_like(x_TD)}[self.chain.residual]
@@ -392,10 +393,11 @@ class ChainOfExperts(nn.Module):
         bias_N = None if self.expert_biases is None else self.expert_biases[t]
         return route(n_TD, weight_ND, self.router, bias_N)
 
-    def _experts(self, n_TD: Tensor, routing: Routing) -> Tensor:
-        """F_t: routed and shared experts."""
+    def _experts(self, n_TD: Tensor, routing: Routing, t: int) -> Tensor:
+        """F_t: routed and, unless they have acted once and for all, shared experts."""
         f_TD = routed_experts(n_TD, routing, self.w1, self.w2, self.activation)
-        if self.shared_w1 is not None and self.shared_w2 is not None:
+        done = t > 0 and self.chain.shared_once
+        if self.shared_w1 is not None and self.shared_w2 is not None and not done:
             f_TD = f_TD + feed_forward(n_TD, self.shared_w1, self.shared_w2, self.activation)
         return f_TD
 

@@ -30,6 +30,8 @@ class ChainSettings:
             `increment_scale`, here also at 0 (as in ReZero, arXiv 2003.04887, and LayerScale, arXiv 2103.17239).
         conditioned: x(t) = F_t(c_t ⊙ x(t-1)) + r(t): router and experts of iteration t see the state through a learned
             gain c_t [D], 1 at first; not with `iteration_norm`, whose norms have gains of their own.
+        shared_once: F_t(x) = Σ_i g[t,i] E_i(x) for t > 1: the shared experts act in iteration 1 alone, so that
+            CoE-2(4)+1 has the expert FLOPs of MoE(8)+1.
 
     Raises:
         ValueError: a field has no valid value; the message names the field, the value and the valid ones.
@@ -43,6 +45,7 @@ class ChainSettings:
     increment_scale: float = 1.0
     learned_scale: bool = False
     conditioned: bool = False
+    shared_once: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.iterations, int) or isinstance(self.iterations, bool) or self.iterations < 1:

@@ -130,14 +130,14 @@ def _of_tensor_parallelism(config: RunConfig, shape: ModelShape, ranks: Layout, 
     """With sequence parallelism, each time over the hidden states of all tokens.
 
     A product whose columns are cut gathers its input, in the backward pass again, and scatters the input's gradient;
-    one whose rows are cut scatters its output and gathers the output's gradient. Shared experts do so C times.
+    one whose rows are cut scatters its output and gathers the output's gradient. Shared experts do so in every pass.
     """
     forward = 2 if config.moe.recompute in ("iteration", "layer") else 1
     pair = 2 * shape.hidden + 3 * shape.hidden  # forward and backward of columns, then rows
     attention = pair
     if shape.attention == "mla":  # queries, keys with values, and the products behind the latents
         attention += 3 * (shape.hidden + shape.kv_lora_rank + (shape.q_lora_rank or 0))
-    chain = shape.chain.iterations * (pair + (forward - 1) * 2 * shape.hidden) if shape.shared_ffn else 0
+    chain = shape.shared_passes * (pair + (forward - 1) * 2 * shape.hidden) if shape.shared_ffn else 0
     width = shape.layers * attention + shape.num_moe_layers * chain
     width += (shape.layers - shape.num_moe_layers) * pair
     width += 2 * shape.hidden if stage == 0 else 0  # the embedding scatters, and gathers in the backward pass

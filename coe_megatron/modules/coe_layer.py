@@ -215,7 +215,7 @@ class CoELayer(MoELayer):
         with record_function(f"layer {self.layer_number}, iteration {t + 1}"):  # a mark in a profile
             hidden = self._seen(t, state)
             self.token_dispatcher = self.dispatchers[t]
-            shared = self.shared_experts_compute(hidden)
+            shared = None if t > 0 and self.chain.shared_once else self.shared_experts_compute(hidden)
             if not routing:
                 routing = self.routers[t](hidden, padding_mask, route)
             dispatched, probs = self.dispatch(*self.preprocess(hidden, *routing))

@@ -44,6 +44,7 @@ CHAINS = [
     ChainSettings(2, "independent", "inner", "iteration_norm"),
     ChainSettings(3, "fixed", learned_scale=True),
     ChainSettings(2, learned_scale=True, conditioned=True),
+    ChainSettings(3, shared_once=True),
 ]
 
 
@@ -73,6 +74,8 @@ def test_equal_expert_compute_but_more_shared_compute():
     assert two.experts == one.experts
     assert two.shared == 2 * one.shared and two.routers == 2 * one.routers
     assert forward_flops(replace(PAPER, chain=ChainSettings(2, "fixed"))).routers == one.routers
+    once = forward_flops(replace(PAPER, topk=4, chain=ChainSettings(2, shared_once=True)))
+    assert once.experts + once.shared == one.experts + one.shared
     assert training_flops(PAPER).total == 3 * one.total
 
 

@@ -80,6 +80,8 @@ def plain_chain(layer, h):
             router = t if chain.gating == "independent" else 0
             gates = plain_gates(n, weights[f"router_weights.{router}"], topk)
         f = plain_expert(n, weights["shared_w1"], weights["shared_w2"])
+        if chain.shared_once and t > 0:
+            f = [0.0] * len(x)
         for i, g in gates.items():
             f = [a + g * b for a, b in zip(f, plain_expert(n, weights["w1"][i], weights["w2"][i]), strict=True)]
         gain = weights.get(f"increment_gains.{t}", [chain.increment_scale] * len(x))
@@ -107,6 +109,7 @@ VARIANTS = [
     ChainSettings(3, residual="init", learned_scale=True),
     ChainSettings(2, "fixed", "outer", "iteration_norm", learned_scale=True),
     ChainSettings(3, conditioned=True),
+    ChainSettings(3, "shared_router", "init", shared_once=True),
     ChainSettings(3, "fixed", "outer", "reference", learned_scale=True, conditioned=True),
 ]
 

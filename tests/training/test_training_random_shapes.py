@@ -58,7 +58,8 @@ def draw(seed: int) -> tuple[RunConfig, int]:
     )
     chain = ChainSettings(pick.randint(1, 4), *(pick.choice(get_args(kind)) for kind in (Gating, Residual, Topology)))
     conditioned = pick.random() < 0.6 and chain.topology != "iteration_norm"
-    chain = replace(chain, learned_scale=pick.random() < 0.4, conditioned=conditioned)
+    once = pick.random() < 0.4
+    chain = replace(chain, learned_scale=pick.random() < 0.4, conditioned=conditioned, shared_once=once)
     config = RunConfig(model=model, moe=moe, chain=chain)
     check(config)
     return config, pick.choice([40, 96])
@@ -199,5 +200,5 @@ def test_the_draw_reaches_everything() -> None:
     for field, kind in (("gating", Gating), ("residual", Residual), ("topology", Topology)):
         assert {getattr(config.chain, field) for config in configs} == set(get_args(kind))
     assert {config.chain.iterations for config in configs} == {1, 2, 3, 4}
-    for flag in ("learned_scale", "conditioned"):
+    for flag in ("learned_scale", "conditioned", "shared_once"):
         assert {getattr(config.chain, flag) for config in configs} == {True, False}
