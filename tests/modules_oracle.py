@@ -26,6 +26,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "residual": "init",
         "increment_scale": 0.7,
     },
+    "no return": {"no_return": True, "residual": "init"},
+    "no return, one router": {"no_return": True, "gating": "shared_router", "shared_once": True},
     "learned scale, reference, fixed": {"learned_scale": True, "topology": "reference", "gating": "fixed"},
 }
 

@@ -146,7 +146,8 @@ def _chain(shape: ModelShape, run: Pass) -> dict[str, int]:
         return kept | {"state": state, "routers": routes}
     if run.recompute == "iteration":
         given = tokens * shape.experts * (_FP32 + 1) if c > shape.routings else 0
-        return kept | {"state": c * state, "routers": routes + given}
+        visited = tokens * shape.experts * (c - 1) if shape.chain.no_return else 0
+        return kept | {"state": c * state, "routers": routes + given + visited}
     for kind_of_iteration, times in _iterations(shape).items():
         for kind, size in _iteration(shape, run, kind_of_iteration).items():
             kept[kind] += times * size
@@ -155,16 +156,26 @@ def _chain(shape: ModelShape, run: Pass) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class _Iteration:
-    """In what iterations of a chain differ: one `routes`, or uses a routing again; it has `shared` experts or not."""
+    """In what the iterations of a chain differ.
+
+    Attributes:
+        routes: or uses a routing again.
+        shared: has shared experts.
+        sums: knows of two or more earlier iterations where tokens have been; of one it is that one's own choice.
+    """
 
     routes: bool
     shared: bool
+    sums: bool
 
 
 def _iterations(shape: ModelShape) -> Counter[_Iteration]:
     """How many iterations of each kind a chain has."""
     shared = shape.shared_passes if shape.shared_ffn else 0
-    return Counter(_Iteration(t < shape.routings, t < shared) for t in range(shape.chain.iterations))
+    return Counter(
+        _Iteration(t < shape.routings, t < shared, t > 1 and shape.chain.no_return)
+        for t in range(shape.chain.iterations)
+    )
 
 
 def _recomputed(shape: ModelShape, run: Pass) -> int:
@@ -205,7 +216,7 @@ def _iteration(shape: ModelShape, run: Pass, kind: _Iteration) -> dict[str, int]
     return {
         "norms": tokens * _norm(shape, run, shape.hidden) if own_norm else 0,
         "state": states * tokens * b * shape.hidden,
-        "routers": tokens * (jittered + _router(shape, run, kind.routes)),
+        "routers": tokens * (jittered + _router(shape, run, kind.routes) + shape.experts * kind.sums),
         "experts": tokens * shape.topk * _row(shape, run),
         "shared": tokens * b * _feed_forward(shape, shape.shared_ffn) if kind.shared else 0,
     }

@@ -80,6 +80,7 @@ class ModelShape:
         for name in ("layers", "hidden", "vocab", "heads", "seq_length", "experts", "topk", "expert_ffn"):
             self._require(getattr(self, name) >= 1, name, "at least 1")
         self._require(self.topk <= self.experts, "topk", f"at most experts, {self.experts}")
+        self.chain.require_experts(self.experts, self.topk, groups=None)
         self._require(self.attention in get_args(Attention), "attention", "mha or mla")
         if self.attention == "mla":
             for name in ("kv_lora_rank", "qk_nope", "qk_rope", "v_head_dim"):

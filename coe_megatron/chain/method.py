@@ -16,6 +16,7 @@ Variants (all off by default, see ChainSettings):
     a_t                                               a constant (`increment_scale`) or learned (`learned_scale`)
     c_t                                               learned (`conditioned`)
     F_t without S_m for t > 1                         the shared experts act once (`shared_once`)
+    logit[t,i] = -inf if i was chosen before t        a token goes to an expert once (`no_return`)
 
 Letters at the end of a name are its dimensions: B batch, S sequence, T = B·S tokens, D hidden, N experts, K
 chosen for a token, G groups of experts, g experts of a group, C iterations, R routings (C, or 1 if `fixed`), F ffn.
@@ -156,7 +157,13 @@ def gate_weights(scores_TN: Tensor, chosen_TN: Tensor, settings: RouterSettings)
     return weights_TN * settings.scaling
 
 
-def route(x_TD: Tensor, weight_ND: Tensor, settings: RouterSettings, bias_N: Tensor | None = None) -> Routing:
+def route(
+    x_TD: Tensor,
+    weight_ND: Tensor,
+    settings: RouterSettings,
+    bias_N: Tensor | None = None,
+    barred_TN: Tensor | None = None,
+) -> Routing:
     """Eq. 7: score the experts for each token, choose K, and weigh them.
 
     Args:
@@ -164,9 +171,12 @@ def route(x_TD: Tensor, weight_ND: Tensor, settings: RouterSettings, bias_N: Ten
         weight_ND: W_t.
         settings: how to score, choose and weigh.
         bias_N: added to the scores for the choice alone.
+        barred_TN: bool, where a token must not go: as if the expert were not there; None for nowhere.
     """
     wide = torch.promote_types(x_TD.dtype, torch.float32)
     logits_TN = functional.linear(x_TD.to(wide), weight_ND.to(wide))
+    if barred_TN is not None:
+        logits_TN = logits_TN.masked_fill(barred_TN, -math.inf)
     scores_TN = scores(logits_TN, settings.score_function)
     # To renormalise, Megatron-Core takes the softmax after the choice; a group is then worth its logits.
     after_choice = settings.score_function == "softmax" and settings.renormalise
@@ -175,6 +185,8 @@ def route(x_TD: Tensor, weight_ND: Tensor, settings: RouterSettings, bias_N: Ten
         ranking_TN = ranking_TN + bias_N
     if settings.group_topk is not None:
         ranking_TN = within_best_groups(ranking_TN, settings)
+    if barred_TN is not None:  # a bias lifts scores of 0
+        ranking_TN = ranking_TN.masked_fill(barred_TN, -math.inf)
     chosen_TN = top_experts(ranking_TN, settings.topk)
     return Routing(gate_weights(scores_TN, chosen_TN, settings), chosen_TN, logits_TN, scores_TN)
 
@@ -307,7 +319,7 @@ class ChainOfExperts(nn.Module):
         activation, norm_eps: of every expert and every RMSNorm.
 
     Raises:
-        ValueError: the activation is unknown.
+        ValueError: the activation is unknown, or the chain needs more experts than there are.
     """
 
     expert_biases: Tensor | None
@@ -325,6 +337,7 @@ class ChainOfExperts(nn.Module):
     ) -> None:
         super().__init__()
         _require(activation in get_args(Activation), "layer.activation", activation, "swiglu or gelu")
+        chain.require_experts(router.num_experts, router.topk, router.num_groups)
         self.router, self.chain, self.activation, self.norm_eps = router, chain, activation, norm_eps
         self.num_routings = 1 if chain.gating == "fixed" else chain.iterations
         routers = chain.iterations if chain.gating == "independent" else 1
@@ -371,7 +384,7 @@ class ChainOfExperts(nn.Module):
         delta_TD, routings = torch.zeros_like(h_TD), list[Routing]()
         for t in range(self.chain.iterations):
             n_TD = self._seen(x_TD, t)
-            routings.append(self._route(n_TD, t) if t < self.num_routings else routings[0])
+            routings.append(self._route(n_TD, t, routings) if t < self.num_routings else routings[0])
             f_TD = self._increment_gain(t) * self._experts(n_TD, routings[t], t)
             # Δ is a sum of increments: x(C) - x(0) would lose digits, and differ from a plain MoE at C = 1.
             delta_TD = delta_TD + f_TD if self.chain.residual == "inner" else f_TD
@@ -388,10 +401,13 @@ class ChainOfExperts(nn.Module):
             for t, bias_N in enumerate(self.expert_biases):
                 bias_N.copy_(updated_expert_bias(bias_N, loads_CN[t], rate))
 
-    def _route(self, n_TD: Tensor, t: int) -> Routing:
+    def _route(self, n_TD: Tensor, t: int, earlier: list[Routing]) -> Routing:
         weight_ND = self.router_weights[t if self.chain.gating == "independent" else 0]
         bias_N = None if self.expert_biases is None else self.expert_biases[t]
-        return route(n_TD, weight_ND, self.router, bias_N)
+        visited_TN = None
+        if self.chain.no_return and earlier:
+            visited_TN = torch.stack([routing.chosen_TN for routing in earlier]).any(dim=0)
+        return route(n_TD, weight_ND, self.router, bias_N, visited_TN)
 
     def _experts(self, n_TD: Tensor, routing: Routing, t: int) -> Tensor:
         """F_t: routed and, unless they have acted once and for all, shared experts."""

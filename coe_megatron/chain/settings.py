@@ -32,6 +32,9 @@ class ChainSettings:
             gain c_t [D], 1 at first; not with `iteration_norm`, whose norms have gains of their own.
         shared_once: F_t(x) = Σ_i g[t,i] E_i(x) for t > 1: the shared experts act in iteration 1 alone, so that
             CoE-2(4)+1 has the expert FLOPs of MoE(8)+1.
+        no_return: logits[t,i] = -inf before scores are taken, for every expert i that has had the token in iterations
+            1 to t-1 (an expert that turned it away, being full, has not); needs C·K <= N, and neither `fixed` gating
+            nor groups of experts.
 
     Raises:
         ValueError: a field has no valid value; the message names the field, the value and the valid ones.
@@ -46,6 +49,7 @@ class ChainSettings:
     learned_scale: bool = False
     conditioned: bool = False
     shared_once: bool = False
+    no_return: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.iterations, int) or isinstance(self.iterations, bool) or self.iterations < 1:
@@ -61,7 +65,29 @@ class ChainSettings:
             raise ValueError(f"chain.increment_scale is {scale!r}: it must be a finite number")
         if scale == 0 and not self.learned_scale:
             raise ValueError(f"chain.increment_scale is {scale!r}: without chain.learned_scale it must not be 0")
+        if self.no_return and self.gating == "fixed":
+            raise ValueError(
+                "chain.no_return is true: chain.gating fixed sends tokens back to the same experts, take another"
+            )
         if self.conditioned and self.topology == "iteration_norm":
             raise ValueError(
                 "chain.conditioned is true: with chain.topology iteration_norm, whose norms have gains, leave it false"
+            )
+
+    def require_experts(self, experts: int, topk: int, groups: int | None) -> None:
+        """Raise a ValueError if a layer of N experts in so many groups cannot have this chain, with K of them a token.
+
+        Args:
+            experts: N.
+            topk: K.
+            groups: into how many groups the choice falls; None for no grouping.
+        """
+        if not self.no_return:
+            return
+        if groups is not None:
+            raise ValueError("chain.no_return is true: with groups of experts, which it would empty, leave it false")
+        if self.iterations * topk > experts:
+            raise ValueError(
+                f"chain.no_return is true: {self.iterations} iterations with {topk} experts each need "
+                f"{self.iterations * topk} experts, and a layer has {experts}"
             )

@@ -27,6 +27,10 @@ def problems(config: RunConfig, world_size: int | None = None) -> Iterator[str]:
     yield from _moe(config.moe, config.model.num_layers)
     if config.chain.iterations > _MOST_ITERATIONS:
         yield f"chain.iterations is {config.chain.iterations}: it must be at most {_MOST_ITERATIONS}"
+    try:
+        config.chain.require_experts(config.moe.num_experts, config.moe.topk, config.moe.num_groups)
+    except ValueError as error:
+        yield str(error)
     yield from _alignment(config)
     yield from _data(config.data)
     yield from _training(config)

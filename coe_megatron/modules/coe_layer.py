@@ -158,10 +158,12 @@ class CoELayer(MoELayer):
         step, *routing = iterate(0, start, padding_mask, routes[0])
         note(0, start, step, *routing)
         given = routing if self.chain.gating == "fixed" else []
-        state, increment = start, step
+        state, increment, visited = start, step, None
         for t in range(1, self.chain.iterations):
             state = self._next_state(start, state, step)
-            step, *routing = iterate(t, state, padding_mask, None if given else routes[t], *given)
+            if self.chain.no_return:
+                visited = self._visits(*routing) if visited is None else visited | self._visits(*routing)
+            step, *routing = iterate(t, state, padding_mask, None if given else routes[t], visited, *given)
             note(t, state, step, *routing)
             increment = increment + step if self.chain.residual == "inner" else step
         if self.chain.topology != "reference":
@@ -195,9 +197,14 @@ class CoELayer(MoELayer):
         """Tell the watch of iteration t; here and not in _iterate, whose second passes go backwards."""
         if watch is None:
             return
-        if self.config.moe_pad_expert_input_to_capacity:  # the map then has who fills an expert up, with a gate of 0
-            visits = probs != 0
+        visits = self._visits(probs, visits)
         watch.note(t, visits, state, step, self._next_state(start, state, step), padding_mask)
+
+    def _visits(self, probs: torch.Tensor, routing_map: torch.Tensor) -> torch.Tensor:
+        """Bool [T, N]: the experts that a token reaches, its capacity permitting."""
+        if self.config.moe_pad_expert_input_to_capacity:  # the map then has who fills an expert up, with a gate of 0
+            return probs != 0
+        return routing_map
 
     def _iterate(
         self,
@@ -205,6 +212,7 @@ class CoELayer(MoELayer):
         state: torch.Tensor,
         padding_mask: torch.Tensor | None,
         route: Route | None,
+        visited: torch.Tensor | None = None,
         *routing: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         """a_t F_t(c_t x): Megatron's MoE pass with iteration t's norm, router (unless routing is given) and dispatcher.
@@ -217,7 +225,7 @@ class CoELayer(MoELayer):
             self.token_dispatcher = self.dispatchers[t]
             shared = None if t > 0 and self.chain.shared_once else self.shared_experts_compute(hidden)
             if not routing:
-                routing = self.routers[t](hidden, padding_mask, route)
+                routing = self.routers[t](hidden, padding_mask, route, visited)
             dispatched, probs = self.dispatch(*self.preprocess(hidden, *routing))
             output, _ = self.routed_experts_compute(dispatched, probs)
             return self._scaled(t, self.postprocess(self.combine(output), shared)), *routing
@@ -240,6 +248,11 @@ def _called(function: Callable, *args: Any) -> Any:
 
 
 def _refuse_unsupported(config: TransformerConfig, chain: ChainSettings) -> None:
+    chain.require_experts(config.num_moe_experts, config.moe_router_topk, config.moe_router_num_groups)
+    if chain.no_return and config.moe_router_fusion:
+        raise ValueError("moe_router_fusion is True: with chain.no_return it must be False")
+    if chain.no_return and config.moe_router_load_balancing_type == "sinkhorn":
+        raise ValueError("moe_router_load_balancing_type is 'sinkhorn': with chain.no_return use an auxiliary loss")
     if config.cuda_graph_impl != "none":
         raise ValueError(
             f"cuda_graph_impl is {config.cuda_graph_impl!r}: a chain runs without CUDA graphs, set it to none"

@@ -10,6 +10,7 @@ What differs from the stock router, and why:
 * a pass that is recomputed takes the routes of the first one, whatever its logits have become, and counts nothing.
 """
 
+import math
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
@@ -106,22 +107,28 @@ class CoERouter(TopKRouter):
         return self.training and torch.is_grad_enabled() and not self._replays
 
     def forward(
-        self, input: torch.Tensor, padding_mask: torch.Tensor | None = None, route: Route | None = None
+        self,
+        input: torch.Tensor,
+        padding_mask: torch.Tensor | None = None,
+        route: Route | None = None,
+        barred_TN: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As the stock method: input [S, B, D] -> gates and choices [T, N].
 
         Args:
             padding_mask: [S, B] bool, True at padding.
             route: written if it is empty; else followed, and nothing is counted or noted.
+            barred_TN: bool [T, N], where a token must not go; None for nowhere.
         """
-        if route is None:
+        if route is None and barred_TN is None:
             return super().forward(input, padding_mask)
+        route = route or Route()
         stock, self.router_replay = self.router_replay, route
-        self._route, self._replays, route.stock = route, route.is_known, stock
+        self._route, self._replays, route.stock, route.barred_TN = route, route.is_known, stock, barred_TN
         try:
             return super().forward(input, padding_mask)
         finally:
-            self._route, self._replays, self.router_replay = None, False, stock
+            self._route, self._replays, self.router_replay, route.barred_TN = None, False, stock, None
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         """Logits [S, B, N] = x W_t^T in the router's dtype (`moe_router_dtype`, else the input's)."""
@@ -132,7 +139,12 @@ class CoERouter(TopKRouter):
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As the stock method: logits [S, B, N] -> gates and choices [T, N]; notes the entropy on watched steps."""
+        """As the stock method: logits [S, B, N] -> gates and choices [T, N]; notes the entropy on watched steps.
+
+        Barred experts get logits of -inf, so that they are in no score, entropy or loss.
+        """
+        if self._route is not None and self._route.barred_TN is not None:
+            logits = logits.masked_fill(self._route.barred_TN.view_as(logits), -math.inf)
         if self.stats.watched and self.is_counting:
             self.stats.entropy = self.stats.entropy + _summed_entropy(logits, self.score_function, padding_mask)
         probs, routing_map = super().routing(logits, padding_mask)

@@ -45,6 +45,7 @@ CHAINS = [
     ChainSettings(3, "fixed", learned_scale=True),
     ChainSettings(2, learned_scale=True, conditioned=True),
     ChainSettings(3, shared_once=True),
+    ChainSettings(3, no_return=True),
 ]
 
 
@@ -216,6 +217,7 @@ def test_norms_on_queries_and_keys_and_with_biases():
         ({"moe_layers": (1, 0)}, "moe_layers.*4 numbers"),
         ({"moe_layers": 5}, "moe_layers is 5"),
         ({"moe_layers": 3}, "dense_ffn is 0"),
+        ({"chain": ChainSettings(8, no_return=True)}, "no_return is true: 8 iterations with 8 experts each need 64"),
     ],
 )
 def test_bad_shapes_are_one_clear_line(fields, named):

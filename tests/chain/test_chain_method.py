@@ -57,10 +57,11 @@ def plain_expert(x, w1, w2):
     return plain_product(w2, gated)
 
 
-def plain_gates(x, weight, topk):
+def plain_gates(x, weight, topk, barred=()):
     logits = plain_product(weight, x)
-    total = sum(math.exp(v - max(logits)) for v in logits)
-    chosen = sorted(range(len(logits)), key=lambda i: -logits[i])[:topk]
+    left = [i for i in range(len(logits)) if i not in barred]
+    total = sum(math.exp(logits[i] - max(logits)) for i in left)
+    chosen = sorted(left, key=lambda i: -logits[i])[:topk]
     return {i: math.exp(logits[i] - max(logits)) / total for i in chosen}
 
 
@@ -71,14 +72,15 @@ def plain_chain(layer, h):
     own_norms = chain.topology == "iteration_norm"
     u = plain_norm(h, weights["norm_gains.0"], layer.norm_eps)
     start = h if own_norms else u
-    x, increments, gates = start, [], {}
+    x, increments, gates, visited = start, [], {}, set()
     for t in range(chain.iterations):
         n = plain_norm(x, weights[f"norm_gains.{t}"], layer.norm_eps) if own_norms else x
         if chain.conditioned:
             n = [a * v for a, v in zip(weights[f"state_gains.{t}"], n, strict=True)]
         if chain.gating != "fixed" or t == 0:
             router = t if chain.gating == "independent" else 0
-            gates = plain_gates(n, weights[f"router_weights.{router}"], topk)
+            gates = plain_gates(n, weights[f"router_weights.{router}"], topk, visited if chain.no_return else ())
+            visited |= gates.keys()
         f = plain_expert(n, weights["shared_w1"], weights["shared_w2"])
         if chain.shared_once and t > 0:
             f = [0.0] * len(x)
@@ -110,6 +112,8 @@ VARIANTS = [
     ChainSettings(2, "fixed", "outer", "iteration_norm", learned_scale=True),
     ChainSettings(3, conditioned=True),
     ChainSettings(3, "shared_router", "init", shared_once=True),
+    ChainSettings(3, no_return=True),
+    ChainSettings(3, "shared_router", "init", no_return=True, conditioned=True),
     ChainSettings(3, "fixed", "outer", "reference", learned_scale=True, conditioned=True),
 ]
 

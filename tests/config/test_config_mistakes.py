@@ -96,6 +96,12 @@ OVERRIDES: list[tuple[str, str]] = [
         "chain.conditioned=true & chain.topology=iteration_norm",
         "chain.conditioned is true: with chain.topology iteration_norm",
     ),
+    ("chain.no_return=true & chain.gating=fixed", "chain.no_return is true: chain.gating fixed sends tokens back"),
+    (
+        "chain.no_return=true & chain.iterations=5",
+        "chain.no_return is true: 5 iterations with 2 experts each need 10 experts, and a layer has 8",
+    ),
+    ("chain.no_return=true & moe.num_groups=4 & moe.group_topk=1", "chain.no_return is true: with groups of experts"),
     ("chain.gating=other", "chain.gating is 'other': it should be 'independent', 'shared_router' or 'fixed'"),
     ("training.precision=fp16", "training.precision is 'fp16': it should be 'fp32' or 'bf16'"),
     ("zero.stage=7", "zero.stage is 7: it should be "),

@@ -1,17 +1,34 @@
 """The variants of the chain: against the oracle, recomputed, noted, stored and loaded."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from modules_build import LOSSES, copy_from_oracle, errors, make_config, make_layer, make_oracle
+from modules_build import (
+    BATCH,
+    EXPERTS,
+    HIDDEN,
+    LOSSES,
+    SEQUENCE,
+    TOPK,
+    copy_from_oracle,
+    errors,
+    make_config,
+    make_layer,
+    make_oracle,
+)
 from modules_checkpoint import load, save, scramble, sub_layer
 from modules_oracle import VARIANTS, layer_step, make_batch, oracle_step
 from test_modules_recompute import FEATURES, MODES, build, differences, two_steps
 
+from coe_megatron.chain.activations import Recompute
 from coe_megatron.chain.settings import ChainSettings
+from coe_megatron.modules.stats import report_routing, reset_routing
 
+BIAS, CAPACITY = FEATURES["expert bias"], FEATURES["capacity, by probability"]
+PADDED = FEATURES["capacity, padded"]
 TOLERANCE = 1e-5  # relative to the largest entry, fp32
 SHARED = {"moe_shared_expert_intermediate_size": 20}
 
@@ -78,3 +95,67 @@ def test_gains_are_marked_for_whoever_sums_gradients_over_parts_of_a_sequence() 
     for gains, value in ((layer.increment_gains, 0.0), (layer.state_gains, 1.0)):
         assert [gain.tolist() for gain in gains] == [[value] * config.hidden_size] * 2
         assert all(gain.sequence_parallel for gain in gains)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("changes", [{}, BIAS, CAPACITY, PADDED, {"moe_router_pre_softmax": False}])
+def test_no_token_goes_back_to_an_expert(changes: dict[str, Any], mode: Recompute) -> None:
+    """With a bias that pulls all tokens to two experts, and whatever is recomputed; C K = N uses every expert once."""
+    layer = build(mode, ChainSettings(4, no_return=True), **changes)
+    if layer.mlp.router.enable_expert_bias:
+        for router in layer.mlp.routers:
+            router.expert_bias[:2] = 5.0
+    reset_routing(layer, watch=True)
+    h_BSD, grad_BSD = make_batch(HIDDEN)
+    found = layer_step(layer, h_BSD, grad_BSD)
+    assert all(value.isfinite().all() for value in found.values())
+    reports = report_routing(layer)
+    assert [report.overlap for report in reports] == [None, 0.0, 0.0, 0.0]
+    assert all(math.isfinite(report.entropy) and report.entropy <= math.log(EXPERTS) for report in reports)
+    if changes not in (CAPACITY, PADDED):  # a token that was turned away has not had the expert
+        assert reports[-1].entropy <= math.log(TOPK) + 1e-6, "two experts are left"
+        loads = torch.stack([router.stats.load for router in layer.mlp.routers])
+        assert loads.sum(0).tolist() == [SEQUENCE * BATCH] * EXPERTS
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_no_return_does_not_change_a_bit_when_recomputed_with(feature: str) -> None:
+    chain, changes = ChainSettings(3, no_return=True), FEATURES[feature]
+    if feature == "groups":
+        with pytest.raises(ValueError, match=r"chain\.no_return is true: with groups"):
+            build("none", chain, **changes)
+        return
+    truth = two_steps(build("none", chain, **changes))
+    for mode in MODES[1:]:
+        assert differences(two_steps(build(mode, chain, **changes)), truth) == [], mode
+
+
+def test_no_return_in_evaluation_and_for_losses_by_iteration() -> None:
+    config, chain = make_config(**LOSSES), ChainSettings(3, no_return=True)
+    oracle, layer = make_oracle(config, chain), make_layer(config, chain)
+    copy_from_oracle(layer, oracle)
+    h_BSD, grad_BSD = make_batch(config.hidden_size)
+    truth = oracle(h_BSD)
+    torch.testing.assert_close(sub_layer(layer.eval(), h_BSD), truth.stream)
+    layer_step(layer.train(), h_BSD, grad_BSD)
+    for t, router in enumerate(layer.mlp.routers):
+        assert torch.equal(router.stats.load, truth.loads[t].double())
+        torch.testing.assert_close(router.stats.losses["z_loss"], truth.losses[t]["z_loss"].detach() / 0.01)
+        seq = truth.losses[t]["seq_aux_loss"].detach() / 0.1
+        torch.testing.assert_close(router.stats.losses["seq_load_balancing_loss"], seq)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_moe_experts": 5}, "chain.no_return is true: 3 iterations with 2 experts each need 6 experts"),
+        ({"moe_router_fusion": True}, "moe_router_fusion is True"),
+        ({"moe_router_load_balancing_type": "sinkhorn"}, "type is 'sinkhorn'"),
+    ],
+)
+def test_what_cannot_go_with_no_return_is_refused(changes: dict[str, Any], message: str) -> None:
+    config = make_config()
+    for name, value in changes.items():
+        setattr(config, name, value)
+    with pytest.raises(ValueError, match=message):
+        make_layer(config, ChainSettings(3, no_return=True))

@@ -59,7 +59,9 @@ def draw(seed: int) -> tuple[RunConfig, int]:
     chain = ChainSettings(pick.randint(1, 4), *(pick.choice(get_args(kind)) for kind in (Gating, Residual, Topology)))
     conditioned = pick.random() < 0.6 and chain.topology != "iteration_norm"
     once = pick.random() < 0.4
+    no_return = pick.random() < 0.8 and chain.gating != "fixed" and chain.iterations * moe.topk <= experts
     chain = replace(chain, learned_scale=pick.random() < 0.4, conditioned=conditioned, shared_once=once)
+    chain = replace(chain, no_return=no_return)
     config = RunConfig(model=model, moe=moe, chain=chain)
     check(config)
     return config, pick.choice([40, 96])
@@ -200,5 +202,5 @@ def test_the_draw_reaches_everything() -> None:
     for field, kind in (("gating", Gating), ("residual", Residual), ("topology", Topology)):
         assert {getattr(config.chain, field) for config in configs} == set(get_args(kind))
     assert {config.chain.iterations for config in configs} == {1, 2, 3, 4}
-    for flag in ("learned_scale", "conditioned", "shared_once"):
+    for flag in ("learned_scale", "conditioned", "shared_once", "no_return"):
         assert {getattr(config.chain, flag) for config in configs} == {True, False}
