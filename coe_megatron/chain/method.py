@@ -357,12 +357,19 @@ class ChainOfExperts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The authors' initialisation: normal 0.02, routers kaiming-uniform with a = √5, gains 1; a_t its scale."""
+        """The authors' initialisation: normal 0.02, routers kaiming-uniform with a = √5, gains 1; a_t its scale.
+
+        With `routers_apart` W_t is W_0 with its rows rolled by ⌊t·N/C⌋.
+        """
         for weight in (self.w1, self.w2, self.shared_w1, self.shared_w2):
             if weight is not None:
                 nn.init.normal_(weight, std=0.02)
         for weight_ND in self.router_weights:
             nn.init.kaiming_uniform_(weight_ND, a=math.sqrt(5))
+        if self.chain.routers_apart:
+            first_ND, n = self.router_weights[0].detach(), self.router.num_experts
+            for t, weight_ND in enumerate(self.router_weights):
+                weight_ND.data = first_ND.roll(t * n // self.chain.iterations, dims=0)
         for gain_D in (*self.norm_gains, *self.state_gains):
             nn.init.ones_(gain_D)
         for gain_D in self.increment_gains:

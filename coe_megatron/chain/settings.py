@@ -35,6 +35,8 @@ class ChainSettings:
         no_return: logits[t,i] = -inf before scores are taken, for every expert i that has had the token in iterations
             1 to t-1 (an expert that turned it away, being full, has not); needs C·K <= N, and neither `fixed` gating
             nor groups of experts.
+        routers_apart: W_t, t = 0 .. C-1, starts as W_0 with its rows rolled by ⌊t·N/C⌋, so that the same state would
+            choose other experts in a later iteration; `independent` gating only. It touches initial weights alone.
 
     Raises:
         ValueError: a field has no valid value; the message names the field, the value and the valid ones.
@@ -50,6 +52,7 @@ class ChainSettings:
     conditioned: bool = False
     shared_once: bool = False
     no_return: bool = False
+    routers_apart: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.iterations, int) or isinstance(self.iterations, bool) or self.iterations < 1:
@@ -69,6 +72,8 @@ class ChainSettings:
             raise ValueError(
                 "chain.no_return is true: chain.gating fixed sends tokens back to the same experts, take another"
             )
+        if self.routers_apart and self.gating != "independent":
+            raise ValueError(f"chain.routers_apart is true: chain.gating must be independent, not {self.gating}")
         if self.conditioned and self.topology == "iteration_norm":
             raise ValueError(
                 "chain.conditioned is true: with chain.topology iteration_norm, whose norms have gains, leave it false"

@@ -78,6 +78,8 @@ class CoELayer(MoELayer):
             )
             for _ in range(self.router.num_routers - 1)
         )
+        if config.perform_initialization:
+            self.set_routers_apart()
         # With overlap the shared experts assert that each pass reaches its end.
         self._replayed = partial(replayed, to_the_end=self.shared_expert_overlap)
         # A dispatcher keeps the state of one pass on itself and owns no weights: one for each iteration.
@@ -116,6 +118,15 @@ class CoELayer(MoELayer):
     def routers(self) -> list[CoERouter]:
         """The routers in the order of their iterations (one alone with `fixed` gating)."""
         return [self.router, *self.later_routers]
+
+    @torch.no_grad()
+    def set_routers_apart(self) -> None:
+        """With `chain.routers_apart`: later routers take the first one's weights, rolled; for whoever initialises it."""
+        if not self.chain.routers_apart:
+            return
+        for t, router in enumerate(self.routers):
+            shift = t * self.config.num_moe_experts // self.chain.iterations
+            router.weight.copy_(self.router.weight.roll(shift, 0))
 
     def set_layer_number(self, layer_number: int) -> None:
         """Tell the layer and every router its 1-based number in the model."""

@@ -137,6 +137,14 @@ def test_gains_start_at_the_scale_and_a_chain_at_zero_is_no_chain():
     assert torch.equal(layer(h).stream, h)
 
 
+def test_routers_apart_choose_other_experts_for_the_same_state():
+    layer = ChainOfExperts(4, 3, RouterSettings(7, 2), ChainSettings(3, routers_apart=True))
+    x = torch.randn(50, 4)
+    first, *later = (route(x, weight, layer.router).chosen_TN for weight in layer.router_weights)
+    for chosen, shift in zip(later, (2, 4), strict=True):  # 7/3 and 14/3, rounded down
+        assert torch.equal(chosen, first.roll(shift, dims=1))
+
+
 def test_conditioned_with_gains_of_one_is_the_plain_chain():
     layer = make_layer(ChainSettings(3, conditioned=True), shared_ffn=2)
     plain = make_layer(ChainSettings(3), shared_ffn=2)

@@ -96,6 +96,7 @@ OVERRIDES: list[tuple[str, str]] = [
         "chain.conditioned=true & chain.topology=iteration_norm",
         "chain.conditioned is true: with chain.topology iteration_norm",
     ),
+    ("chain.routers_apart=true & chain.gating=fixed", "chain.routers_apart is true: chain.gating must be independent"),
     ("chain.no_return=true & chain.gating=fixed", "chain.no_return is true: chain.gating fixed sends tokens back"),
     (
         "chain.no_return=true & chain.iterations=5",

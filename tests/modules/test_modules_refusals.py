@@ -92,6 +92,7 @@ def test_refusal_names_field_value_and_what_is_valid(build: Any, changes: dict, 
         ("learned_scale", 1, "true or false"),
         ("conditioned", "yes", "true or false"),
         ("no_return", None, "true or false"),
+        ("routers_apart", 0, "true or false"),
     ],
 )
 def test_chain_settings_refuse(field: str, value: Any, valid: str) -> None:

@@ -159,3 +159,15 @@ def test_what_cannot_go_with_no_return_is_refused(changes: dict[str, Any], messa
         setattr(config, name, value)
     with pytest.raises(ValueError, match=message):
         make_layer(config, ChainSettings(3, no_return=True))
+
+
+def test_routers_apart_touch_initial_weights_of_later_routers_alone(tmp_path: Path) -> None:
+    plain, apart = (build("none", ChainSettings(3, routers_apart=on)) for on in (False, True))
+    first = apart.mlp.router.weight
+    for router, shift in zip(apart.mlp.later_routers, (2, 5), strict=True):  # 8/3 and 16/3, rounded down
+        assert torch.equal(router.weight, first.roll(shift, 0))
+    other = dict(plain.named_parameters())
+    assert all(torch.equal(p, other[name]) for name, p in apart.named_parameters() if "later" not in name)
+    save(scramble(plain, 1), tmp_path)
+    again = load(apart, tmp_path)
+    assert all(map(torch.equal, plain.parameters(), again.parameters()))
