@@ -28,6 +28,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "no return": {"no_return": True, "residual": "init"},
     "no return, one router": {"no_return": True, "gating": "shared_router", "shared_once": True},
+    "joint": {"balance": "joint"},
+    "joint, one router, no return": {"balance": "joint", "gating": "shared_router", "no_return": True},
     "learned scale, reference, fixed": {"learned_scale": True, "topology": "reference", "gating": "fixed"},
 }
 

@@ -147,6 +147,8 @@ def _chain(shape: ModelShape, run: Pass) -> dict[str, int]:
     if run.recompute == "iteration":
         given = tokens * shape.experts * (_FP32 + 1) if c > shape.routings else 0
         visited = tokens * shape.experts * (c - 1) if shape.chain.no_return else 0
+        if shape.chain.balance == "joint" and run.balanced:  # scores and choices, for the last iteration's loss
+            given += (shape.routings - 1) * tokens * shape.experts * (_FP32 + 1)
         return kept | {"state": c * state, "routers": routes + given + visited}
     for kind_of_iteration, times in _iterations(shape).items():
         for kind, size in _iteration(shape, run, kind_of_iteration).items():

@@ -23,7 +23,7 @@ chosen for a token, G groups of experts, g experts of a group, C iterations, R r
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
 
 import torch
@@ -237,6 +237,17 @@ def router_losses(routing: Routing, settings: RouterSettings, valid_BS: Tensor, 
     return losses
 
 
+def in_a_row(routings: list[Routing], valid_BS: Tensor) -> tuple[Routing, Tensor]:
+    """C routings of the same tokens as one of B sequences with C·S tokens each, and which of these are valid."""
+
+    def behind_each_other(name: str) -> Tensor:
+        parts_BSN = [getattr(routing, name).unflatten(0, valid_BS.shape) for routing in routings]
+        return torch.cat(parts_BSN, dim=1).flatten(0, 1)
+
+    whole = Routing(**{field.name: behind_each_other(field.name) for field in fields(Routing)})
+    return whole, valid_BS.repeat(1, len(routings))
+
+
 def expert_load(routing: Routing, valid_BS: Tensor) -> Tensor:
     """int64 [N]: how many valid tokens chose each expert, with bias and groups in force."""
     return (routing.chosen_TN & valid_BS.reshape(-1, 1)).sum(dim=0)
@@ -277,7 +288,8 @@ class ChainOutput:
     Attributes:
         stream: h' [B, S, D], in the dtype of h.
         losses: for each of the C iterations its losses by name (`seq_aux_loss`, `aux_loss`, `z_loss`), scalars
-            with coefficient and balance in them; none without a coefficient, none where `fixed` reuses.
+            with coefficient and balance in them; none without a coefficient, none where `fixed` reuses. With `joint`
+            balance the auxiliary losses of all iterations are the last one's.
         routings: the routing that drove each of the C iterations; with `fixed` gating C times the first.
         valid_BS: bool, False for padding.
     """
@@ -439,8 +451,17 @@ class ChainOfExperts(nn.Module):
         return functional.rms_norm(x_TD, gain_D.shape, gain_D, self.norm_eps)
 
     def _losses(self, routings: list[Routing], valid_BS: Tensor) -> list[Losses]:
-        """Losses of each iteration; a routing that `fixed` gating uses again is not charged again."""
-        scale = 1.0 / self.num_routings if self.chain.balance == "mean" else 1.0
+        """Losses of each iteration; a routing that `fixed` gating uses again is not charged again.
+
+        With `joint` balance the last one has the auxiliary losses of all, taken over their summed load.
+        """
+        scale = 1.0 if self.chain.balance == "sum" else 1.0 / self.num_routings
         fresh, reused = routings[: self.num_routings], routings[self.num_routings :]
-        charged = [router_losses(routing, self.router, valid_BS, scale) for routing in fresh]
+        if self.chain.balance == "joint":
+            alone, together = replace(self.router, seq_aux_coeff=0.0, aux_coeff=0.0), replace(self.router, z_coeff=0.0)
+            charged = [router_losses(routing, alone, valid_BS, scale) for routing in fresh]
+            whole, whole_valid_BS = in_a_row(fresh, valid_BS)
+            charged[-1] |= router_losses(whole, together, whole_valid_BS)
+        else:
+            charged = [router_losses(routing, self.router, valid_BS, scale) for routing in fresh]
         return charged + [{} for _ in reused]

@@ -7,7 +7,7 @@ from typing import Literal, get_args, get_origin
 Gating = Literal["independent", "shared_router", "fixed"]
 Residual = Literal["inner", "outer", "init"]
 Topology = Literal["prenorm", "reference", "iteration_norm"]
-Balance = Literal["sum", "mean"]
+Balance = Literal["sum", "mean", "joint"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,10 @@ class ChainSettings:
         topology: what leaves the sub-layer: `prenorm` h + Δ, `reference` u + Δ as in the authors' code,
             `iteration_norm` every iteration a pre-norm sub-layer with a norm gain of its own.
         balance: how the coefficients of auxiliary and z-losses scale with C: `sum` gives each iteration the full
-            coefficient (the authors' code), `mean` gives each 1/C of it. The two are one at C = 1.
+            coefficient (the authors' code), `mean` gives each 1/C of it. `joint` has one auxiliary loss N Σ_i f_i P_i
+            with the full coefficient, of the summed load: f_i is the share of expert i in all C·S·K choices of a
+            sequence, P_i its mean score over all C·S, so that an expert used twice counts twice; it is noted at the
+            last iteration, and the z-losses get 1/C each. The three are one at C = 1.
         increment_scale: s in x(t) = s F_t(x(t-1)) + r(t), a constant of every increment, such as 0.707 for C = 2.
         learned_scale: x(t) = a_t ⊙ F_t(x(t-1)) + r(t) with a learned gain a_t [D] for each iteration, which starts at
             `increment_scale`, here also at 0 (as in ReZero, arXiv 2003.04887, and LayerScale, arXiv 2103.17239).

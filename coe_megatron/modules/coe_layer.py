@@ -121,7 +121,7 @@ class CoELayer(MoELayer):
 
     @torch.no_grad()
     def set_routers_apart(self) -> None:
-        """With `chain.routers_apart`: later routers take the first one's weights, rolled; for whoever initialises it."""
+        """With `chain.routers_apart` later routers take the first one's weights, rolled; call it after initialising."""
         if not self.chain.routers_apart:
             return
         for t, router in enumerate(self.routers):
@@ -166,16 +166,20 @@ class CoELayer(MoELayer):
         """x(0) -> what leaves the layer; `increment` is x(C) - x(0), with `outer` x(C) (eq. 9)."""
         iterate = partial(self._replayed if self.recompute == "iteration" else _called, self._iterate)
         note = partial(self._note, self._watch(routes[0]), start, padding_mask)
-        step, *routing = iterate(0, start, padding_mask, routes[0])
-        note(0, start, step, *routing)
-        given = routing if self.chain.gating == "fixed" else []
+        step, probs, choices, *scored = iterate(0, start, padding_mask, routes[0])
+        note(0, start, step, probs, choices)
+        given = (probs, choices) if self.chain.gating == "fixed" else ()
         state, increment, visited = start, step, None
         for t in range(1, self.chain.iterations):
             state = self._next_state(start, state, step)
             if self.chain.no_return:
-                visited = self._visits(*routing) if visited is None else visited | self._visits(*routing)
-            step, *routing = iterate(t, state, padding_mask, None if given else routes[t], visited, *given)
-            note(t, state, step, *routing)
+                visits = self._visits(probs, choices)
+                visited = visits if visited is None else visited | visits
+            earlier = scored if t == len(self.routers) - 1 else ()
+            route = None if given else routes[t]
+            step, probs, choices, *of_this = iterate(t, state, padding_mask, route, visited, *given, *earlier)
+            note(t, state, step, probs, choices)
+            scored += of_this
             increment = increment + step if self.chain.residual == "inner" else step
         if self.chain.topology != "reference":
             return increment
@@ -224,22 +228,31 @@ class CoELayer(MoELayer):
         padding_mask: torch.Tensor | None,
         route: Route | None,
         visited: torch.Tensor | None = None,
-        *routing: torch.Tensor,
+        *earlier: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        """a_t F_t(c_t x): Megatron's MoE pass with iteration t's norm, router (unless routing is given) and dispatcher.
+        """a_t F_t(c_t x): Megatron's MoE pass with iteration t's norm, router and dispatcher.
+
+        Args:
+            visited: bool [T, N], where tokens have been and must not go; None if they may.
+            earlier: of iterations before this one, as single tensors so that recomputing knows them: the routing to use
+                again (`fixed`), or the scores and choices to balance together with this one's (`joint`).
 
         Returns:
-            a_t F_t(c_t x) [S, B, D], and the routing it used: gates and choices [T, N].
+            a_t F_t(c_t x) [S, B, D], the routing it used (gates and choices [T, N]) and, if a later iteration's loss
+            asks for them, scores and choices.
         """
         with record_function(f"layer {self.layer_number}, iteration {t + 1}"):  # a mark in a profile
             hidden = self._seen(t, state)
             self.token_dispatcher = self.dispatchers[t]
             shared = None if t > 0 and self.chain.shared_once else self.shared_experts_compute(hidden)
-            if not routing:
-                routing = self.routers[t](hidden, padding_mask, route, visited)
+            routing = earlier
+            scored: tuple[torch.Tensor, ...] = ()
+            if t < len(self.routers):
+                routing = self.routers[t](hidden, padding_mask, route, visited, earlier)
+                scored = self.routers[t].take_scored()
             dispatched, probs = self.dispatch(*self.preprocess(hidden, *routing))
             output, _ = self.routed_experts_compute(dispatched, probs)
-            return self._scaled(t, self.postprocess(self.combine(output), shared)), *routing
+            return self._scaled(t, self.postprocess(self.combine(output), shared)), *routing, *scored
 
     def _seen(self, t: int, state: torch.Tensor) -> torch.Tensor:
         """What router and experts of iteration t see of the state."""

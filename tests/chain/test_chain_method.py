@@ -14,6 +14,7 @@ from coe_megatron.chain.method import (
     route,
     routed_experts,
     sequence_aux_loss,
+    z_loss,
 )
 from coe_megatron.chain.settings import ChainSettings, Gating, Residual, Topology
 
@@ -274,6 +275,37 @@ def test_balance_mean_divides_by_the_number_of_routings():
         assert a.keys() == b.keys() == {"seq_aux_loss", "aux_loss", "z_loss"}
         for name in a:
             torch.testing.assert_close(a[name] / 4, b[name])
+
+
+def test_joint_balance_is_one_loss_of_the_summed_load():
+    """Brute force over the choices of both iterations; padding counts nowhere, z-losses are a mean."""
+    router = RouterSettings(4, 2, seq_aux_coeff=0.5, aux_coeff=0.2, z_coeff=0.1)
+    layer = make_layer(ChainSettings(2, balance="joint"), router)
+    padding = torch.tensor([[False] * 3, [False, False, True]])
+    output = layer(torch.randn(2, 3, 4, dtype=torch.float64), padding)
+    z_losses = [0.1 / 2 * z_loss(routing, ~padding) for routing in output.routings]
+    assert output.losses[0] == {"z_loss": z_losses[0]} and output.losses[1]["z_loss"] == z_losses[1]
+    valid, length = ~padding.flatten(), 2.5  # tokens of a sequence in the mean, as in Megatron-Core
+    sequences = [torch.tensor([1, 1, 1, 0, 0, 0]).bool() & valid, torch.tensor([0, 0, 0, 1, 1, 1]).bool() & valid]
+
+    def loss(tokens, count):
+        f = sum(routing.chosen_TN[tokens].double().sum(0) for routing in output.routings) / (2 * count * 2)
+        p = sum(routing.scores_TN[tokens].sum(0) for routing in output.routings) / (2 * count)
+        return 4 * (f * p).sum()
+
+    by_sequence = sum(loss(tokens, length) for tokens in sequences) / 2
+    torch.testing.assert_close(output.losses[1]["seq_aux_loss"], 0.5 * by_sequence)
+    torch.testing.assert_close(output.losses[1]["aux_loss"], 0.2 * loss(valid, 5))
+
+
+def test_joint_balance_of_a_routing_used_again_is_its_own():
+    router = RouterSettings(4, 2, seq_aux_coeff=0.5, z_coeff=0.1)
+    h = torch.randn(2, 3, 4, dtype=torch.float64)
+    layers = [make_layer(ChainSettings(3, "fixed", balance=balance), router) for balance in ("sum", "joint")]
+    layers[1].load_state_dict(layers[0].state_dict())
+    one, other = (layer(h).losses for layer in layers)
+    assert one[1:] == other[1:] == [{}, {}]
+    torch.testing.assert_close(one[0], other[0])
 
 
 @pytest.mark.parametrize("gating", get_args(Gating))

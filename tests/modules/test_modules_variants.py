@@ -18,6 +18,8 @@ from modules_build import (
     make_config,
     make_layer,
     make_oracle,
+    relative_error,
+    tracked_losses,
 )
 from modules_checkpoint import load, save, scramble, sub_layer
 from modules_oracle import VARIANTS, layer_step, make_batch, oracle_step
@@ -25,7 +27,7 @@ from test_modules_recompute import FEATURES, MODES, build, differences, two_step
 
 from coe_megatron.chain.activations import Recompute
 from coe_megatron.chain.settings import ChainSettings
-from coe_megatron.modules.stats import report_routing, reset_routing
+from coe_megatron.modules.stats import report_routing, reset_routing, summary
 
 BIAS, CAPACITY = FEATURES["expert bias"], FEATURES["capacity, by probability"]
 PADDED = FEATURES["capacity, padded"]
@@ -171,3 +173,64 @@ def test_routers_apart_touch_initial_weights_of_later_routers_alone(tmp_path: Pa
     save(scramble(plain, 1), tmp_path)
     again = load(apart, tmp_path)
     assert all(map(torch.equal, plain.parameters(), again.parameters()))
+
+
+JOINT = {"seq": {}, "batch": {"moe_router_load_balancing_type": "aux_loss"}, "sigmoid": FEATURES["expert bias"]}
+
+
+@pytest.mark.parametrize("recompute", MODES)
+@pytest.mark.parametrize("changes", JOINT.values(), ids=JOINT.keys())
+def test_joint_balance_equals_oracle_with_padding(changes: dict[str, Any], recompute: Recompute) -> None:
+    config = make_config(**{**LOSSES, **changes, "moe_router_enable_expert_bias": False})
+    chain = ChainSettings(3, balance="joint")
+    oracle, layer = make_oracle(config, chain), make_layer(config, chain, recompute=recompute)
+    copy_from_oracle(layer, oracle)
+    padding_BS = torch.zeros(BATCH, SEQUENCE, dtype=torch.bool)
+    padding_BS[1, 4:] = padding_BS[2, 1:] = True
+    h_BSD, grad_BSD = make_batch(config.hidden_size)
+    found = errors(layer_step(layer, h_BSD, grad_BSD, padding_BS), oracle_step(oracle, h_BSD, grad_BSD, padding_BS))
+    assert max(found.values()) <= TOLERANCE, found
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_joint_balance_does_not_change_a_bit_when_recomputed_with(feature: str) -> None:
+    chain, changes = ChainSettings(3, balance="joint"), FEATURES[feature]
+    truth = two_steps(build("none", chain, **changes), padding=True)
+    for mode in MODES[1:]:
+        assert differences(two_steps(build(mode, chain, **changes), padding=True), truth) == [], mode
+
+
+def test_joint_balance_is_noted_once_at_the_last_iteration() -> None:
+    config, chain = make_config(**LOSSES), ChainSettings(3, balance="joint")
+    oracle, layer = make_oracle(config, chain), make_layer(config, chain)
+    copy_from_oracle(layer, oracle)
+    h_BSD, grad_BSD = make_batch(config.hidden_size)
+    reset_routing(layer, watch=True)
+    layer_step(layer, h_BSD, grad_BSD)
+    losses = oracle(h_BSD).losses
+    truth = float(losses[-1]["seq_aux_loss"].detach()) / 0.1
+    reports = report_routing(layer)
+    assert [sorted(report.losses) for report in reports] == [["z_loss"]] * 2 + [["seq_load_balancing_loss", "z_loss"]]
+    assert reports[-1].losses["seq_load_balancing_loss"] == pytest.approx(truth)
+    assert summary(reports)["aux_loss"] == pytest.approx(truth)
+    tracked = tracked_losses()
+    assert tracked["seq_load_balancing_loss"].tolist() == pytest.approx([truth])
+    z_losses = [float(loss["z_loss"].detach()) / (0.01 / 3) for loss in losses]
+    assert [report.losses["z_loss"] for report in reports] == pytest.approx(z_losses)
+    assert tracked["z_loss"].tolist() == pytest.approx([sum(z_losses) / 3])
+
+
+def test_joint_balance_keeps_no_scores_between_calls() -> None:
+    layer = build("none", ChainSettings(3, balance="joint")).mlp
+    layer(torch.randn(SEQUENCE, BATCH, HIDDEN, requires_grad=True))
+    assert all(router.take_scored() == () for router in layer.routers)
+
+
+def test_joint_balance_with_a_loss_per_token_is_that_without_times_the_tokens() -> None:
+    found, batch_loss = [], {"moe_router_load_balancing_type": "aux_loss", "moe_z_loss_coeff": None}
+    for per_token in (False, True):
+        layer = build("none", ChainSettings(2, balance="joint"), calculate_per_token_loss=per_token, **batch_loss)
+        hidden = torch.randn(SEQUENCE, BATCH, HIDDEN, generator=torch.Generator().manual_seed(1))
+        layer.mlp(hidden)[0].sum().mul(0).backward()
+        found.append(layer.mlp.router.weight.grad)
+    assert relative_error(found[1], found[0] * SEQUENCE * BATCH) < 1e-5
