@@ -22,6 +22,7 @@ Scores = Literal["softmax", "renormalised", "sigmoid"]
 
 _FP32 = 4
 _INDEX = 8  # torch counts in int64
+_OF_CHAINS = ("norms", "state", "routers", "experts", "shared")
 
 
 @dataclass(frozen=True)
@@ -99,20 +100,22 @@ def activations(shape: ModelShape, run: Pass) -> Activations:
     """
     whole, tokens = run.micro_batch * shape.seq_length, _tokens(shape, run)
     dense = shape.layers - shape.num_moe_layers
-    chain = _chain(shape, run)
-    own_norms = shape.chain.topology == "iteration_norm"
-    norms = run.last + shape.layers + (dense if own_norms else shape.layers)
+    kinds = [(count, _chain(kind, run)) for count, kind in shape.moe_kinds]
+    own_norms = sum(count for count, kind in shape.moe_kinds if kind.chain.topology == "iteration_norm")
+    norms = run.last + 2 * shape.layers - own_norms
     kept = {
         "embedding": whole * _INDEX * run.first,
         "attention": shape.layers * _attention(shape, run),
         "dense": dense * tokens * run.element * (shape.hidden + _feed_forward(shape, shape.dense_ffn)),
-        **{kind: shape.num_moe_layers * size for kind, size in chain.items()},
+        **{kind: sum(count * chain[kind] for count, chain in kinds) for kind in _OF_CHAINS},
         "dropout": tokens * run.element * shape.hidden * (run.first + 2 * shape.layers) if run.dropout else 0,
         "output": _output(shape, run) * run.last,
     }
     kept["norms"] += norms * tokens * _norm(shape, run, shape.hidden)
     logits_gradient = tokens * shape.vocab * run.element * run.last if run.element < _FP32 else 0
-    return Activations(kept, _recomputed(shape, run), logits_gradient, _gradients(shape, run), run.in_flight)
+    of_layers = [(_recomputed(kind, run), _gradients(kind, run)) for _, kind in shape.moe_kinds]
+    recomputed, gradients = max(of_layers, key=sum, default=(0, 0))
+    return Activations(kept, recomputed, logits_gradient, gradients, run.in_flight)
 
 
 def _tokens(shape: ModelShape, run: Pass) -> int:
@@ -137,11 +140,11 @@ def extra_flops(shape: ModelShape, recompute: Recompute) -> int:
 
 
 def _chain(shape: ModelShape, run: Pass) -> dict[str, int]:
-    """What one chain keeps, by kind."""
+    """What one layer keeps, of a shape whose MoE layers are all of one kind; by kind of what is kept."""
     tokens, c = _tokens(shape, run), shape.chain.iterations
     state = tokens * run.element * shape.hidden
     routes = shape.routings * tokens * shape.topk * _INDEX
-    kept = dict.fromkeys(("norms", "state", "routers", "experts", "shared"), 0)
+    kept = dict.fromkeys(_OF_CHAINS, 0)
     if run.recompute == "layer":
         return kept | {"state": state, "routers": routes}
     if run.recompute == "iteration":
@@ -182,7 +185,7 @@ def _iterations(shape: ModelShape) -> Counter[_Iteration]:
 
 def _recomputed(shape: ModelShape, run: Pass) -> int:
     """The most that the backward pass computes again at once: of one iteration, or of a chain."""
-    if run.recompute == "none" or not shape.num_moe_layers:
+    if run.recompute == "none":
         return 0
     if run.recompute == "experts":
         return _tokens(shape, run) * shape.topk * run.element * _between(shape)
@@ -196,8 +199,6 @@ def _recomputed(shape: ModelShape, run: Pass) -> int:
 
 def _gradients(shape: ModelShape, run: Pass) -> int:
     """See Activations.gradients."""
-    if not shape.num_moe_layers:
-        return 0
     rows = _tokens(shape, run) * shape.topk
     of_rows = rows * (run.expert_tensor * shape.hidden + shape.ffn_matrices * shape.expert_ffn)
     experts = shape.experts // run.expert_parallel * shape.ffn_matrices * shape.hidden * shape.expert_ffn

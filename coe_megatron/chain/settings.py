@@ -40,6 +40,8 @@ class ChainSettings:
             nor groups of experts.
         routers_apart: W_t, t = 0 .. C-1, starts as W_0 with its rows rolled by ⌊t·N/C⌋, so that the same state would
             choose other experts in a later iteration; `independent` gating only. It touches initial weights alone.
+        layers: numbers, from 1, of the layers that are chains; the other layers with experts are Megatron's MoE layer,
+            pre-norm, with C·K of N experts a token, which costs about the same. null makes all of them chains.
 
     Raises:
         ValueError: a field has no valid value; the message names the field, the value and the valid ones.
@@ -56,6 +58,7 @@ class ChainSettings:
     shared_once: bool = False
     no_return: bool = False
     routers_apart: bool = False
+    layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.iterations, int) or isinstance(self.iterations, bool) or self.iterations < 1:
@@ -82,6 +85,25 @@ class ChainSettings:
                 "chain.conditioned is true: with chain.topology iteration_norm, whose norms have gains, leave it false"
             )
 
+        if self.layers is not None:
+            self._check_layers(self.layers)
+
+    def _check_layers(self, layers: object) -> None:
+        counts = isinstance(layers, tuple) and all(isinstance(n, int) and not isinstance(n, bool) for n in layers)
+        if not isinstance(layers, tuple) or not counts:
+            raise ValueError(f"chain.layers is {layers!r}: it must be a list of integers, or null")
+        if not layers or min(layers) < 1 or len(set(layers)) < len(layers):
+            raise ValueError(f"chain.layers is {list(layers)}: it must name layers, from 1, and each of them once")
+
+    def is_chain(self, number: int) -> bool:
+        """Whether the layer of this number, from 1, is a chain, if it has experts."""
+        return self.layers is None or number in self.layers
+
+    @property
+    def plain(self) -> "ChainSettings":
+        """What makes a layer that is no chain: with C·K experts a token it is Megatron's MoE layer."""
+        return ChainSettings(iterations=1)
+
     def require_experts(self, experts: int, topk: int, groups: int | None) -> None:
         """Raise a ValueError if a layer of N experts in so many groups cannot have this chain, with K of them a token.
 
@@ -90,6 +112,13 @@ class ChainSettings:
             topk: K.
             groups: into how many groups the choice falls; None for no grouping.
         """
+        needed, asks = self.iterations * topk, "chain.no_return is true"
+        if self.layers is not None:
+            asks = f"chain.layers is {list(self.layers)}: layers that are no chains choose from all experts at once"
+            if groups is not None:
+                raise ValueError(f"{asks}, leave groups of experts away")
+            if needed > experts:
+                raise ValueError(f"{asks}, so they need {needed}, and a layer has {experts}")
         if not self.no_return:
             return
         if groups is not None:

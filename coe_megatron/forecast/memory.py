@@ -251,16 +251,17 @@ def _tensors(shape: ModelShape, ranks: Layout) -> list[tuple[str, int]]:
     d, cut = shape.hidden, ranks.tensor
     router = shape.experts * d
     shared = [(shape.ffn_matrices - 1) * d * shape.shared_ffn // cut, d * shape.shared_ffn // cut]
-    moe = [router, *(shared if shape.shared_ffn else []), *[router] * (shape.routers - 1)]
+    plain = [router, *(shared if shape.shared_ffn else [])]
+    chain = plain + [router] * (shape.routers - 1)
     dense = [(shape.ffn_matrices - 1) * d * shape.dense_ffn // cut, d * shape.dense_ffn // cut]
     attention = [size // cut for size in _attention_matrices(shape)]
     expert = shape.experts // ranks.expert * d * shape.expert_ffn // ranks.expert_tensor
     pattern = shape.moe_layers if isinstance(shape.moe_layers, tuple) else (1,) * shape.layers
     experts = [("expert", (shape.ffn_matrices - 1) * expert), ("expert", expert)]
     listed = []
-    for is_moe in pattern:
+    for is_moe, is_chain in zip(pattern, shape.chains or pattern, strict=True):
         listed += [("dense", size) for size in attention] + (experts if is_moe else [])
-        listed += [("dense", size) for size in (moe if is_moe else dense)]
+        listed += [("dense", size) for size in (chain if is_chain else plain if is_moe else dense)]
     return listed
 
 

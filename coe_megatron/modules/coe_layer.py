@@ -11,6 +11,7 @@ S: sequence, B: micro-batch, D: hidden size, T = S * B.
 """
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -45,6 +46,7 @@ class CoELayer(MoELayer):
         recompute: what the backward pass computes again instead of keeping it: nothing, each `iteration` on its own, or
             the `layer` (whole chain) at once; the `experts` do their part themselves. Megatron's `recompute_modules`
             `moe` and `moe_act` mean `layer` and `experts`.
+        topk: K, if not the config's `moe_router_topk`.
         pg_collection: process groups; Megatron's global ones when None.
 
     Raises:
@@ -60,8 +62,12 @@ class CoELayer(MoELayer):
         chain: ChainSettings | None = None,
         norm: type = Norm,
         recompute: Recompute = "none",
+        topk: int | None = None,
     ) -> None:
         chain = chain or ChainSettings()
+        if topk is not None:
+            config = copy(config)
+            config.moe_router_topk = topk
         _refuse_unsupported(config, chain)
         recompute = recompute_mode(config, recompute)
         assert submodules is not None, "CoELayer needs submodules: take them from coe_layer_spec"

@@ -49,6 +49,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         **_model_fields(config.model),
         **_moe_fields(config.moe),
         **_layout_fields(config),
+        "hetereogenous_dist_checkpoint": config.chain.layers is not None,
         "bf16": bf16,
         "params_dtype": torch.bfloat16 if bf16 else torch.float32,
     }

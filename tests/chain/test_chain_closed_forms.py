@@ -80,6 +80,17 @@ def test_equal_expert_compute_but_more_shared_compute():
     assert training_flops(PAPER).total == 3 * one.total
 
 
+def test_chains_in_some_layers():
+    some = replace(PAPER, topk=4, chain=ChainSettings(2), chains=(0, 1, 0, 0))
+    all_of_them, none = replace(some, chains=None), PAPER
+    for kind in ("routers", "gains", "idle_experts"):
+        counted = [getattr(parameters(shape), kind) for shape in (some, all_of_them, none)]
+        assert 4 * counted[0] == counted[1] + 3 * counted[2], kind
+    for kind in ("routers", "experts", "shared"):
+        counted = [getattr(forward_flops(shape), kind) for shape in (some, all_of_them, none)]
+        assert 4 * counted[0] == counted[1] + 3 * counted[2], kind
+
+
 def test_combinations():
     ratio = expert_combinations(64, 4, 2) / expert_combinations(64, 8)
     assert ratio == pytest.approx(91.2, abs=0.05)
@@ -217,6 +228,9 @@ def test_norms_on_queries_and_keys_and_with_biases():
         ({"moe_layers": (1, 0)}, "moe_layers.*4 numbers"),
         ({"moe_layers": 5}, "moe_layers is 5"),
         ({"moe_layers": 3}, "dense_ffn is 0"),
+        ({"chains": (1, 0)}, "chains is .*4 numbers"),
+        ({"chains": (1, 1, 0, 0), "moe_layers": (0, 1, 1, 1), "dense_ffn": 8}, "chains is .*1 only where"),
+        ({"chains": (1, 1, 0, 0), "chain": ChainSettings(8)}, "topk is 8.*at most experts / C"),
         ({"chain": ChainSettings(8, no_return=True)}, "no_return is true: 8 iterations with 8 experts each need 64"),
     ],
 )

@@ -93,6 +93,9 @@ def test_refusal_names_field_value_and_what_is_valid(build: Any, changes: dict, 
         ("conditioned", "yes", "true or false"),
         ("no_return", None, "true or false"),
         ("routers_apart", 0, "true or false"),
+        ("layers", [1], "a list of integers"),
+        ("layers", (1, 2.0), "a list of integers"),
+        ("layers", 3, "a list of integers"),
     ],
 )
 def test_chain_settings_refuse(field: str, value: Any, valid: str) -> None:

@@ -44,6 +44,8 @@ CHAINS = [
     (replace(MOE, load_balancing="none", z_loss_coeff=0.1, num_experts=32), ChainSettings(2, "fixed", "init")),
     (MOE, ChainSettings(2, increment_scale=0.7)),
     (MOE, ChainSettings(3, shared_once=True)),
+    (MOE, ChainSettings(2, topology="iteration_norm", learned_scale=True, layers=(2,))),
+    (MOE, ChainSettings(3, residual="init", shared_once=True, layers=(1,))),
     (MOE, ChainSettings(3, balance="joint")),
     (MOE, ChainSettings(3, "fixed", balance="joint")),
     (MOE, ChainSettings(4, no_return=True)),
