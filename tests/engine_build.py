@@ -95,6 +95,7 @@ def make_engine(
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=precision == "bf16",
+        hetereogenous_dist_checkpoint=chain is not None and chain.layers is not None,
     )
     place = {
         "pre_process": parallel_state.is_pipeline_first_stage(),

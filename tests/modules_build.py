@@ -115,7 +115,7 @@ def make_oracle(config: TransformerConfig, chain: ChainSettings) -> ChainOfExper
         norm_eps=config.layernorm_epsilon,
     )
     for name, parameter in oracle.named_parameters():
-        torch.nn.init.normal_(parameter, mean=1.0 if name.startswith("norm") else 0.0, std=0.2)
+        torch.nn.init.normal_(parameter, mean=1.0 if "gain" in name else 0.0, std=0.2)
     return oracle
 
 
@@ -126,6 +126,8 @@ def parts_of(layer: TransformerLayer) -> dict[str, torch.nn.Parameter]:
     routers = [router for router in mlp.routers if hasattr(router, "weight")]
     parts = {f"router_weights.{t}": router.weight for t, router in enumerate(routers)}
     parts |= {f"norm_gains.{t}": norm.weight for t, norm in enumerate(norms)}
+    parts |= {f"increment_gains.{t}": gain for t, gain in enumerate(mlp.increment_gains)}
+    parts |= {f"state_gains.{t}": gain for t, gain in enumerate(mlp.state_gains)}
     parts |= {"w1": mlp.experts.weight1, "w2": mlp.experts.weight2}
     if mlp.use_shared_expert:
         parts["shared_w1"] = mlp.shared_experts.linear_fc1.weight

@@ -1,7 +1,7 @@
 """One training step of the MLP sub-layer, by our layer and by the oracle, and how far they are apart."""
 
 from itertools import product
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -12,6 +12,26 @@ from coe_megatron.chain.settings import ChainSettings, Gating, Residual, Topolog
 
 ITERATIONS = (1, 2, 3, 4)
 CHAINS = list(product(get_args(Gating), get_args(Residual), get_args(Topology)))
+VARIANTS: dict[str, dict[str, Any]] = {
+    "scaled": {"increment_scale": 0.5, "residual": "init"},
+    "learned scale": {"learned_scale": True, "increment_scale": 0.1},
+    "learned scale, outer, norms": {"learned_scale": True, "residual": "outer", "topology": "iteration_norm"},
+    "conditioned": {"conditioned": True},
+    "conditioned, shared router, outer": {"conditioned": True, "gating": "shared_router", "residual": "outer"},
+    "conditioned, learned scale": {"conditioned": True, "learned_scale": True, "gating": "fixed", "residual": "init"},
+    "shared once": {"shared_once": True},
+    "shared once, fixed, init, scaled": {
+        "shared_once": True,
+        "gating": "fixed",
+        "residual": "init",
+        "increment_scale": 0.7,
+    },
+    "no return": {"no_return": True, "residual": "init"},
+    "no return, one router": {"no_return": True, "gating": "shared_router", "shared_once": True},
+    "joint": {"balance": "joint"},
+    "joint, one router, no return": {"balance": "joint", "gating": "shared_router", "no_return": True},
+    "learned scale, reference, fixed": {"learned_scale": True, "topology": "reference", "gating": "fixed"},
+}
 
 
 def chain_of(combination: tuple[str, str, str], iterations: int, balance: str = "sum") -> ChainSettings:

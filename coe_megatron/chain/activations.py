@@ -11,6 +11,7 @@ is cut, the gathered input of a product is not kept (it is gathered again), and 
 Letters: T tokens of a micro-batch on a rank, b bytes of an element, D hidden, N experts, K chosen for a token, F ffn.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -21,6 +22,7 @@ Scores = Literal["softmax", "renormalised", "sigmoid"]
 
 _FP32 = 4
 _INDEX = 8  # torch counts in int64
+_OF_CHAINS = ("norms", "state", "routers", "experts", "shared")
 
 
 @dataclass(frozen=True)
@@ -98,20 +100,22 @@ def activations(shape: ModelShape, run: Pass) -> Activations:
     """
     whole, tokens = run.micro_batch * shape.seq_length, _tokens(shape, run)
     dense = shape.layers - shape.num_moe_layers
-    chain = _chain(shape, run)
-    own_norms = shape.chain.topology == "iteration_norm"
-    norms = run.last + shape.layers + (dense if own_norms else shape.layers)
+    kinds = [(count, _chain(kind, run)) for count, kind in shape.moe_kinds]
+    own_norms = sum(count for count, kind in shape.moe_kinds if kind.chain.topology == "iteration_norm")
+    norms = run.last + 2 * shape.layers - own_norms
     kept = {
         "embedding": whole * _INDEX * run.first,
         "attention": shape.layers * _attention(shape, run),
         "dense": dense * tokens * run.element * (shape.hidden + _feed_forward(shape, shape.dense_ffn)),
-        **{kind: shape.num_moe_layers * size for kind, size in chain.items()},
+        **{kind: sum(count * chain[kind] for count, chain in kinds) for kind in _OF_CHAINS},
         "dropout": tokens * run.element * shape.hidden * (run.first + 2 * shape.layers) if run.dropout else 0,
         "output": _output(shape, run) * run.last,
     }
     kept["norms"] += norms * tokens * _norm(shape, run, shape.hidden)
     logits_gradient = tokens * shape.vocab * run.element * run.last if run.element < _FP32 else 0
-    return Activations(kept, _recomputed(shape, run), logits_gradient, _gradients(shape, run), run.in_flight)
+    of_layers = [(_recomputed(kind, run), _gradients(kind, run)) for _, kind in shape.moe_kinds]
+    recomputed, gradients = max(of_layers, key=sum, default=(0, 0))
+    return Activations(kept, recomputed, logits_gradient, gradients, run.in_flight)
 
 
 def _tokens(shape: ModelShape, run: Pass) -> int:
@@ -136,35 +140,56 @@ def extra_flops(shape: ModelShape, recompute: Recompute) -> int:
 
 
 def _chain(shape: ModelShape, run: Pass) -> dict[str, int]:
-    """What one chain keeps, by kind."""
+    """What one layer keeps, of a shape whose MoE layers are all of one kind; by kind of what is kept."""
     tokens, c = _tokens(shape, run), shape.chain.iterations
     state = tokens * run.element * shape.hidden
     routes = shape.routings * tokens * shape.topk * _INDEX
-    kept = dict.fromkeys(("norms", "state", "routers", "experts", "shared"), 0)
+    kept = dict.fromkeys(_OF_CHAINS, 0)
     if run.recompute == "layer":
         return kept | {"state": state, "routers": routes}
     if run.recompute == "iteration":
         given = tokens * shape.experts * (_FP32 + 1) if c > shape.routings else 0
-        return kept | {"state": c * state, "routers": routes + given}
-    for routed, times in _iterations(shape):
-        for kind, size in _iteration(shape, run, routed).items():
+        visited = tokens * shape.experts * (c - 1) if shape.chain.no_return else 0
+        if shape.chain.balance == "joint" and run.balanced:  # scores and choices, for the last iteration's loss
+            given += (shape.routings - 1) * tokens * shape.experts * (_FP32 + 1)
+        return kept | {"state": c * state, "routers": routes + given + visited}
+    for kind_of_iteration, times in _iterations(shape).items():
+        for kind, size in _iteration(shape, run, kind_of_iteration).items():
             kept[kind] += times * size
     return kept
 
 
-def _iterations(shape: ModelShape) -> list[tuple[bool, int]]:
-    """How many iterations of a chain route, and how many use a routing again."""
-    again = shape.chain.iterations - shape.routings
-    return [(True, shape.routings), *([(False, again)] if again else [])]
+@dataclass(frozen=True)
+class _Iteration:
+    """In what the iterations of a chain differ.
+
+    Attributes:
+        routes: or uses a routing again.
+        shared: has shared experts.
+        sums: knows of two or more earlier iterations where tokens have been; of one it is that one's own choice.
+    """
+
+    routes: bool
+    shared: bool
+    sums: bool
+
+
+def _iterations(shape: ModelShape) -> Counter[_Iteration]:
+    """How many iterations of each kind a chain has."""
+    shared = shape.shared_passes if shape.shared_ffn else 0
+    return Counter(
+        _Iteration(t < shape.routings, t < shared, t > 1 and shape.chain.no_return)
+        for t in range(shape.chain.iterations)
+    )
 
 
 def _recomputed(shape: ModelShape, run: Pass) -> int:
     """The most that the backward pass computes again at once: of one iteration, or of a chain."""
-    if run.recompute == "none" or not shape.num_moe_layers:
+    if run.recompute == "none":
         return 0
     if run.recompute == "experts":
         return _tokens(shape, run) * shape.topk * run.element * _between(shape)
-    each = [(sum(_iteration(shape, run, routed).values()), times) for routed, times in _iterations(shape)]
+    each = [(sum(_iteration(shape, run, kind).values()), times) for kind, times in _iterations(shape).items()]
     known = shape.routings * _tokens(shape, run) * shape.topk * _INDEX  # the routes, kept anyway
     state = _tokens(shape, run) * run.element * shape.hidden  # as is the input of what is recomputed
     if run.recompute == "iteration":
@@ -174,8 +199,6 @@ def _recomputed(shape: ModelShape, run: Pass) -> int:
 
 def _gradients(shape: ModelShape, run: Pass) -> int:
     """See Activations.gradients."""
-    if not shape.num_moe_layers:
-        return 0
     rows = _tokens(shape, run) * shape.topk
     of_rows = rows * (run.expert_tensor * shape.hidden + shape.ffn_matrices * shape.expert_ffn)
     experts = shape.experts // run.expert_parallel * shape.ffn_matrices * shape.hidden * shape.expert_ffn
@@ -183,21 +206,22 @@ def _gradients(shape: ModelShape, run: Pass) -> int:
     return run.element * (of_rows + (experts if shape.chain.iterations > 1 else 0))
 
 
-def _iteration(shape: ModelShape, run: Pass, routed: bool) -> dict[str, int]:
+def _iteration(shape: ModelShape, run: Pass, kind: _Iteration) -> dict[str, int]:
     """What one iteration keeps where nothing is recomputed but, perhaps, in the experts.
 
     Its input is kept for the first products of router and shared experts; who routes copies of it alone does not.
     """
     tokens, b = _tokens(shape, run), run.element
-    reads_input = bool(shape.shared_ffn) or (routed and not run.jitter)
-    jittered = 2 * b * shape.hidden if routed and run.jitter else 0
+    reads_input = kind.shared or (kind.routes and not run.jitter)
+    jittered = 2 * b * shape.hidden if kind.routes and run.jitter else 0
     own_norm = shape.chain.topology == "iteration_norm"
+    states = reads_input + shape.chain.learned_scale + shape.chain.conditioned  # F_t and x, for their gains' gradients
     return {
         "norms": tokens * _norm(shape, run, shape.hidden) if own_norm else 0,
-        "state": tokens * b * shape.hidden if reads_input else 0,
-        "routers": tokens * (jittered + _router(shape, run, routed)),
+        "state": states * tokens * b * shape.hidden,
+        "routers": tokens * (jittered + _router(shape, run, kind.routes) + shape.experts * kind.sums),
         "experts": tokens * shape.topk * _row(shape, run),
-        "shared": tokens * b * _feed_forward(shape, shape.shared_ffn) if shape.shared_ffn else 0,
+        "shared": tokens * b * _feed_forward(shape, shape.shared_ffn) if kind.shared else 0,
     }
 
 

@@ -9,7 +9,8 @@ for all S positions, as Megatron-Core and most reports do; a kernel that skips t
 """
 
 import math
-from dataclasses import dataclass, field, fields
+import operator
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal, get_args
 
 from coe_megatron.chain.settings import ChainSettings
@@ -33,6 +34,7 @@ class ModelShape:
         shared_ffn: width of all shared experts together; 0 for none.
         dense_ffn: width of the feed-forward of a layer that is not MoE; may be 0 where every layer is.
         moe_layers: how many layers are MoE, or a 0/1 for each layer; None for all of them.
+        chains: a 0/1 for each layer: which MoE layers are chains, the others choosing C·K experts at once; None: all.
         attention: `mha` (with kv_groups) or `mla` (with the five fields at the end).
         kv_groups: key/value heads of `mha`; None for as many as heads.
         head_dim: of `mha`; None for hidden / heads.
@@ -62,6 +64,7 @@ class ModelShape:
     shared_ffn: int = 0
     dense_ffn: int = 0
     moe_layers: int | tuple[int, ...] | None = None
+    chains: tuple[int, ...] | None = None
     attention: Attention = "mha"
     kv_groups: int | None = None
     head_dim: int | None = None
@@ -80,6 +83,7 @@ class ModelShape:
         for name in ("layers", "hidden", "vocab", "heads", "seq_length", "experts", "topk", "expert_ffn"):
             self._require(getattr(self, name) >= 1, name, "at least 1")
         self._require(self.topk <= self.experts, "topk", f"at most experts, {self.experts}")
+        self.chain.require_experts(self.experts, self.topk, groups=None)
         self._require(self.attention in get_args(Attention), "attention", "mha or mla")
         if self.attention == "mla":
             for name in ("kv_lora_rank", "qk_nope", "qk_rope", "v_head_dim"):
@@ -89,8 +93,17 @@ class ModelShape:
         if isinstance(self.moe_layers, tuple):
             self._require(len(self.moe_layers) == self.layers, "moe_layers", f"{self.layers} numbers")
         self._require(0 <= self.num_moe_layers <= self.layers, "moe_layers", f"at most {self.layers}")
+        if self.chains is not None:
+            self._check_chains(self.chains)
         needs_dense = self.num_moe_layers < self.layers
         self._require(self.dense_ffn >= needs_dense, "dense_ffn", "at least 1 where a layer is not MoE")
+
+    def _check_chains(self, chains: tuple[int, ...]) -> None:
+        self._require(len(chains) == self.layers, "chains", f"{self.layers} numbers")
+        moe = (1,) * self.layers if self.moe_layers is None else self.moe_layers
+        within = isinstance(moe, tuple) and all(map(operator.le, chains, moe))
+        self._require(within, "chains", "1 only where a layer of moe_layers, which must say which, is MoE")
+        self._require(self.chain.iterations * self.topk <= self.experts, "topk", "at most experts / C beside `chains`")
 
     def _require(self, valid: bool, name: str, values: str) -> None:
         if not valid:
@@ -102,6 +115,16 @@ class ModelShape:
         if isinstance(self.moe_layers, tuple):
             return sum(map(bool, self.moe_layers))
         return self.layers if self.moe_layers is None else self.moe_layers
+
+    @property
+    def moe_kinds(self) -> list[tuple[int, "ModelShape"]]:
+        """How many MoE layers are chains and how many plain, if any, each with a shape in which all are of the kind."""
+        chains = self.num_moe_layers if self.chains is None else sum(self.chains)
+        kinds = [(chains, replace(self, chains=None))] if chains else []
+        if plain := self.num_moe_layers - chains:
+            topk = self.chain.iterations * self.topk
+            kinds.append((plain, replace(self, topk=topk, chain=self.chain.plain, chains=None)))
+        return kinds
 
     @property
     def head_width(self) -> int:
@@ -119,6 +142,16 @@ class ModelShape:
         return self.chain.iterations if self.chain.gating == "independent" else 1
 
     @property
+    def gains(self) -> int:
+        """Learned gains of a chain, [D] each: one an iteration with `learned_scale`, and one with `conditioned`."""
+        return self.chain.iterations * (self.chain.learned_scale + self.chain.conditioned)
+
+    @property
+    def shared_passes(self) -> int:
+        """How often a token passes through the shared experts of a layer: C times, or once with `shared_once`."""
+        return 1 if self.chain.shared_once else self.chain.iterations
+
+    @property
     def ffn_matrices(self) -> int:
         """Matrices of hidden x width in a feed-forward: 3 for SwiGLU, else 2."""
         return 3 if self.swiglu else 2
@@ -133,6 +166,7 @@ class ParameterCount:
         attention: matrices of all layers.
         norms: gains (and biases) of all layers, of the latents of `mla`, and of the final norm.
         final_norm: the part of `norms` that stands behind the last layer.
+        gains: of the chains themselves, in all layers (see ChainSettings).
         routers, experts, shared, dense: of all layers.
         idle_experts: the part of `experts` that a token cannot reach: all but min(N, R·K) experts a layer.
     """
@@ -142,6 +176,7 @@ class ParameterCount:
     attention: int
     norms: int
     final_norm: int
+    gains: int
     routers: int
     experts: int
     shared: int
@@ -156,7 +191,8 @@ class ParameterCount:
     @property
     def without_embeddings(self) -> int:
         """All parameters but embedding and output layer."""
-        return self.attention + self.norms + self.routers + self.experts + self.shared + self.dense
+        matrices = self.attention + self.routers + self.experts + self.shared + self.dense
+        return matrices + self.norms + self.gains
 
     @property
     def active(self) -> int:
@@ -175,9 +211,9 @@ class ParameterCount:
 
 def parameters(shape: ModelShape) -> ParameterCount:
     """Parameters of the model by kind."""
-    moe, dense = shape.num_moe_layers, shape.layers - shape.num_moe_layers
+    moe, dense, kinds = shape.num_moe_layers, shape.layers - shape.num_moe_layers, shape.moe_kinds
     expert = shape.ffn_matrices * shape.hidden * shape.expert_ffn
-    reachable = min(shape.experts, shape.routings * shape.topk)
+    unreachable = sum(count * max(0, kind.experts - kind.routings * kind.topk) for count, kind in kinds)
     table = shape.vocab * shape.hidden
     return ParameterCount(
         embedding=table,
@@ -185,11 +221,12 @@ def parameters(shape: ModelShape) -> ParameterCount:
         attention=shape.layers * _attention_matrices(shape),
         norms=_norm_gains(shape),
         final_norm=_of_a_norm(shape) * shape.hidden,
-        routers=moe * shape.routers * shape.experts * shape.hidden,
+        gains=sum(count * kind.gains for count, kind in kinds) * shape.hidden,
+        routers=sum(count * kind.routers for count, kind in kinds) * shape.experts * shape.hidden,
         experts=moe * shape.experts * expert,
         shared=moe * shape.ffn_matrices * shape.hidden * shape.shared_ffn,
         dense=dense * shape.ffn_matrices * shape.hidden * shape.dense_ffn,
-        idle_experts=moe * (shape.experts - reachable) * expert,
+        idle_experts=unreachable * expert,
     )
 
 
@@ -210,8 +247,10 @@ def _attention_matrices(shape: ModelShape) -> int:
 
 def _norm_gains(shape: ModelShape) -> int:
     """Of norms before and inside attention, before the feed-forward (C in `iteration_norm`), and the final one."""
-    per_moe = shape.chain.iterations if shape.chain.topology == "iteration_norm" else 1
-    in_moe = shape.num_moe_layers * per_moe
+    in_moe = sum(
+        count * (kind.chain.iterations if kind.chain.topology == "iteration_norm" else 1)
+        for count, kind in shape.moe_kinds
+    )
     in_dense = shape.layers - shape.num_moe_layers
     if shape.attention == "mla":
         inside = shape.kv_lora_rank + (shape.q_lora_rank or 0)
@@ -235,7 +274,7 @@ class Flops:
         attention_scores: queries times keys and weights times values, over all S positions.
         routers: R routings a layer.
         experts: C·K experts a layer.
-        shared: C passes a layer through the shared experts.
+        shared: C passes a layer through the shared experts, or one with `shared_once`.
         dense: feed-forward of layers that are not MoE.
         output: hidden state to vocabulary; tied or not.
     """
@@ -260,14 +299,14 @@ class Flops:
 
 def forward_flops(shape: ModelShape) -> Flops:
     """FLOPs of the forward pass for one token of a sequence of `seq_length`, by kind."""
-    moe, dense, c = shape.num_moe_layers, shape.layers - shape.num_moe_layers, shape.chain.iterations
+    dense, kinds = shape.layers - shape.num_moe_layers, shape.moe_kinds
     feed_forward = 2 * shape.ffn_matrices * shape.hidden  # for each unit of width
     return Flops(
         attention=2 * shape.layers * _attention_matrices(shape),
         attention_scores=2 * shape.layers * shape.seq_length * _score_width(shape),
-        routers=2 * moe * shape.routings * shape.experts * shape.hidden,
-        experts=moe * c * shape.topk * feed_forward * shape.expert_ffn,
-        shared=moe * c * feed_forward * shape.shared_ffn,
+        routers=2 * sum(count * kind.routings for count, kind in kinds) * shape.experts * shape.hidden,
+        experts=shape.num_moe_layers * shape.chain.iterations * shape.topk * feed_forward * shape.expert_ffn,
+        shared=sum(count * kind.shared_passes for count, kind in kinds) * feed_forward * shape.shared_ffn,
         dense=dense * feed_forward * shape.dense_ffn,
         output=2 * shape.vocab * shape.hidden,
     )

@@ -10,12 +10,20 @@ This is what the fast implementations are tested against, and the place to read 
 
 In the topology `iteration_norm` x(0) = h, F_t acts on norm_t(x(t-1)), and h' = h + Δ.
 
+Variants (all off by default, see ChainSettings):
+
+    x(t) = a_t ⊙ F_t(c_t ⊙ x(t-1)) + r(t)             a_t ⊙ F_t takes the place of F_t in Δ as well
+    a_t                                               a constant (`increment_scale`) or learned (`learned_scale`)
+    c_t                                               learned (`conditioned`)
+    F_t without S_m for t > 1                         the shared experts act once (`shared_once`)
+    logit[t,i] = -inf if i was chosen before t        a token goes to an expert once (`no_return`)
+
 Letters at the end of a name are its dimensions: B batch, S sequence, T = B·S tokens, D hidden, N experts, K
 chosen for a token, G groups of experts, g experts of a group, C iterations, R routings (C, or 1 if `fixed`), F ffn.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
 
 import torch
@@ -149,7 +157,13 @@ def gate_weights(scores_TN: Tensor, chosen_TN: Tensor, settings: RouterSettings)
     return weights_TN * settings.scaling
 
 
-def route(x_TD: Tensor, weight_ND: Tensor, settings: RouterSettings, bias_N: Tensor | None = None) -> Routing:
+def route(
+    x_TD: Tensor,
+    weight_ND: Tensor,
+    settings: RouterSettings,
+    bias_N: Tensor | None = None,
+    barred_TN: Tensor | None = None,
+) -> Routing:
     """Eq. 7: score the experts for each token, choose K, and weigh them.
 
     Args:
@@ -157,9 +171,12 @@ def route(x_TD: Tensor, weight_ND: Tensor, settings: RouterSettings, bias_N: Ten
         weight_ND: W_t.
         settings: how to score, choose and weigh.
         bias_N: added to the scores for the choice alone.
+        barred_TN: bool, where a token must not go: as if the expert were not there; None for nowhere.
     """
     wide = torch.promote_types(x_TD.dtype, torch.float32)
     logits_TN = functional.linear(x_TD.to(wide), weight_ND.to(wide))
+    if barred_TN is not None:
+        logits_TN = logits_TN.masked_fill(barred_TN, -math.inf)
     scores_TN = scores(logits_TN, settings.score_function)
     # To renormalise, Megatron-Core takes the softmax after the choice; a group is then worth its logits.
     after_choice = settings.score_function == "softmax" and settings.renormalise
@@ -168,6 +185,8 @@ def route(x_TD: Tensor, weight_ND: Tensor, settings: RouterSettings, bias_N: Ten
         ranking_TN = ranking_TN + bias_N
     if settings.group_topk is not None:
         ranking_TN = within_best_groups(ranking_TN, settings)
+    if barred_TN is not None:  # a bias lifts scores of 0
+        ranking_TN = ranking_TN.masked_fill(barred_TN, -math.inf)
     chosen_TN = top_experts(ranking_TN, settings.topk)
     return Routing(gate_weights(scores_TN, chosen_TN, settings), chosen_TN, logits_TN, scores_TN)
 
@@ -218,6 +237,17 @@ def router_losses(routing: Routing, settings: RouterSettings, valid_BS: Tensor, 
     return losses
 
 
+def in_a_row(routings: list[Routing], valid_BS: Tensor) -> tuple[Routing, Tensor]:
+    """C routings of the same tokens as one of B sequences with C·S tokens each, and which of these are valid."""
+
+    def behind_each_other(name: str) -> Tensor:
+        parts_BSN = [getattr(routing, name).unflatten(0, valid_BS.shape) for routing in routings]
+        return torch.cat(parts_BSN, dim=1).flatten(0, 1)
+
+    whole = Routing(**{field.name: behind_each_other(field.name) for field in fields(Routing)})
+    return whole, valid_BS.repeat(1, len(routings))
+
+
 def expert_load(routing: Routing, valid_BS: Tensor) -> Tensor:
     """int64 [N]: how many valid tokens chose each expert, with bias and groups in force."""
     return (routing.chosen_TN & valid_BS.reshape(-1, 1)).sum(dim=0)
@@ -258,7 +288,8 @@ class ChainOutput:
     Attributes:
         stream: h' [B, S, D], in the dtype of h.
         losses: for each of the C iterations its losses by name (`seq_aux_loss`, `aux_loss`, `z_loss`), scalars
-            with coefficient and balance in them; none without a coefficient, none where `fixed` reuses.
+            with coefficient and balance in them; none without a coefficient, none where `fixed` reuses. With `joint`
+            balance the auxiliary losses of all iterations are the last one's.
         routings: the routing that drove each of the C iterations; with `fixed` gating C times the first.
         valid_BS: bool, False for padding.
     """
@@ -290,6 +321,8 @@ class ChainOfExperts(nn.Module):
         w1, w2: the N routed experts, [N, 2F or F, D] and [N, D, F].
         shared_w1, shared_w2: the shared experts as one of width M·F, oriented alike without N, or None.
         norm_gains: [D] each; C of them in the topology `iteration_norm`, else 1.
+        increment_gains: a_t, [D] each; C of them with `learned_scale`, else none.
+        state_gains: c_t, [D] each; C of them with `conditioned`, else none.
 
     Args:
         hidden, ffn: D, and F of one routed expert.
@@ -298,7 +331,7 @@ class ChainOfExperts(nn.Module):
         activation, norm_eps: of every expert and every RMSNorm.
 
     Raises:
-        ValueError: the activation is unknown.
+        ValueError: the activation is unknown, or the chain needs more experts than there are.
     """
 
     expert_biases: Tensor | None
@@ -316,6 +349,7 @@ class ChainOfExperts(nn.Module):
     ) -> None:
         super().__init__()
         _require(activation in get_args(Activation), "layer.activation", activation, "swiglu or gelu")
+        chain.require_experts(router.num_experts, router.topk, router.num_groups)
         self.router, self.chain, self.activation, self.norm_eps = router, chain, activation, norm_eps
         self.num_routings = 1 if chain.gating == "fixed" else chain.iterations
         routers = chain.iterations if chain.gating == "independent" else 1
@@ -323,6 +357,9 @@ class ChainOfExperts(nn.Module):
         n, halves = router.num_experts, 2 if activation == "swiglu" else 1
         self.router_weights = nn.ParameterList(torch.empty(n, hidden) for _ in range(routers))
         self.norm_gains = nn.ParameterList(torch.empty(hidden) for _ in range(norms))
+        increments, states = (chain.iterations * on for on in (chain.learned_scale, chain.conditioned))
+        self.increment_gains = nn.ParameterList(torch.empty(hidden) for _ in range(increments))
+        self.state_gains = nn.ParameterList(torch.empty(hidden) for _ in range(states))
         self.w1 = nn.Parameter(torch.empty(n, halves * ffn, hidden))
         self.w2 = nn.Parameter(torch.empty(n, hidden, ffn))
         self.shared_w1 = nn.Parameter(torch.empty(halves * shared_ffn, hidden)) if shared_ffn else None
@@ -332,14 +369,23 @@ class ChainOfExperts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The authors' initialisation: normal 0.02, routers kaiming-uniform with a = √5, norm gains 1."""
+        """The authors' initialisation: normal 0.02, routers kaiming-uniform with a = √5, gains 1; a_t its scale.
+
+        With `routers_apart` W_t is W_0 with its rows rolled by ⌊t·N/C⌋.
+        """
         for weight in (self.w1, self.w2, self.shared_w1, self.shared_w2):
             if weight is not None:
                 nn.init.normal_(weight, std=0.02)
         for weight_ND in self.router_weights:
             nn.init.kaiming_uniform_(weight_ND, a=math.sqrt(5))
-        for gain_D in self.norm_gains:
+        if self.chain.routers_apart:
+            first_ND, n = self.router_weights[0].detach(), self.router.num_experts
+            for t, weight_ND in enumerate(self.router_weights):
+                weight_ND.data = first_ND.roll(t * n // self.chain.iterations, dims=0)
+        for gain_D in (*self.norm_gains, *self.state_gains):
             nn.init.ones_(gain_D)
+        for gain_D in self.increment_gains:
+            nn.init.constant_(gain_D, self.chain.increment_scale)
 
     def forward(self, h_BSD: Tensor, padding_mask_BS: Tensor | None = None) -> ChainOutput:
         """Run the chain (eq. 5, 8 to 10) on the residual stream.
@@ -353,13 +399,12 @@ class ChainOfExperts(nn.Module):
         if padding_mask_BS is not None:
             valid_BS = ~padding_mask_BS.bool()
         h_TD = h_BSD.flatten(0, 1)
-        own_norms = self.chain.topology == "iteration_norm"
-        x_TD = start_TD = h_TD if own_norms else self._norm(h_TD, 0)
+        x_TD = start_TD = h_TD if self.chain.topology == "iteration_norm" else self._norm(h_TD, 0)
         delta_TD, routings = torch.zeros_like(h_TD), list[Routing]()
         for t in range(self.chain.iterations):
-            n_TD = self._norm(x_TD, t) if own_norms else x_TD
-            routings.append(self._route(n_TD, t) if t < self.num_routings else routings[0])
-            f_TD = self._experts(n_TD, routings[t])
+            n_TD = self._seen(x_TD, t)
+            routings.append(self._route(n_TD, t, routings) if t < self.num_routings else routings[0])
+            f_TD = self._increment_gain(t) * self._experts(n_TD, routings[t], t)
             # Δ is a sum of increments: x(C) - x(0) would lose digits, and differ from a plain MoE at C = 1.
             delta_TD = delta_TD + f_TD if self.chain.residual == "inner" else f_TD
             residual_TD = {"inner": x_TD, "init": start_TD, "outer": torch.zeros_like(x_TD)}[self.chain.residual]
@@ -375,25 +420,48 @@ class ChainOfExperts(nn.Module):
             for t, bias_N in enumerate(self.expert_biases):
                 bias_N.copy_(updated_expert_bias(bias_N, loads_CN[t], rate))
 
-    def _route(self, n_TD: Tensor, t: int) -> Routing:
+    def _route(self, n_TD: Tensor, t: int, earlier: list[Routing]) -> Routing:
         weight_ND = self.router_weights[t if self.chain.gating == "independent" else 0]
         bias_N = None if self.expert_biases is None else self.expert_biases[t]
-        return route(n_TD, weight_ND, self.router, bias_N)
+        visited_TN = None
+        if self.chain.no_return and earlier:
+            visited_TN = torch.stack([routing.chosen_TN for routing in earlier]).any(dim=0)
+        return route(n_TD, weight_ND, self.router, bias_N, visited_TN)
 
-    def _experts(self, n_TD: Tensor, routing: Routing) -> Tensor:
-        """F_t: routed and shared experts."""
+    def _experts(self, n_TD: Tensor, routing: Routing, t: int) -> Tensor:
+        """F_t: routed and, unless they have acted once and for all, shared experts."""
         f_TD = routed_experts(n_TD, routing, self.w1, self.w2, self.activation)
-        if self.shared_w1 is not None and self.shared_w2 is not None:
+        done = t > 0 and self.chain.shared_once
+        if self.shared_w1 is not None and self.shared_w2 is not None and not done:
             f_TD = f_TD + feed_forward(n_TD, self.shared_w1, self.shared_w2, self.activation)
         return f_TD
+
+    def _seen(self, x_TD: Tensor, t: int) -> Tensor:
+        """What router and experts of iteration t see of the state: x, norm_t(x), or c_t ⊙ x."""
+        if self.chain.topology == "iteration_norm":
+            return self._norm(x_TD, t)
+        return self.state_gains[t] * x_TD if self.chain.conditioned else x_TD
+
+    def _increment_gain(self, t: int) -> Tensor | float:
+        """a_t: what F_t is multiplied by."""
+        return self.increment_gains[t] if self.chain.learned_scale else self.chain.increment_scale
 
     def _norm(self, x_TD: Tensor, t: int) -> Tensor:
         gain_D = self.norm_gains[t]
         return functional.rms_norm(x_TD, gain_D.shape, gain_D, self.norm_eps)
 
     def _losses(self, routings: list[Routing], valid_BS: Tensor) -> list[Losses]:
-        """Losses of each iteration; a routing that `fixed` gating uses again is not charged again."""
-        scale = 1.0 / self.num_routings if self.chain.balance == "mean" else 1.0
+        """Losses of each iteration; a routing that `fixed` gating uses again is not charged again.
+
+        With `joint` balance the last one has the auxiliary losses of all, taken over their summed load.
+        """
+        scale = 1.0 if self.chain.balance == "sum" else 1.0 / self.num_routings
         fresh, reused = routings[: self.num_routings], routings[self.num_routings :]
-        charged = [router_losses(routing, self.router, valid_BS, scale) for routing in fresh]
+        if self.chain.balance == "joint":
+            alone, together = replace(self.router, seq_aux_coeff=0.0, aux_coeff=0.0), replace(self.router, z_coeff=0.0)
+            charged = [router_losses(routing, alone, valid_BS, scale) for routing in fresh]
+            whole, whole_valid_BS = in_a_row(fresh, valid_BS)
+            charged[-1] |= router_losses(whole, together, whole_valid_BS)
+        else:
+            charged = [router_losses(routing, self.router, valid_BS, scale) for routing in fresh]
         return charged + [{} for _ in reused]

@@ -7,6 +7,7 @@ from pathlib import Path
 from coe_megatron.config import layout
 from coe_megatron.config.native import read_native
 from coe_megatron.config.settings import DataSettings, ModelSettings, MoESettings, RunConfig
+from coe_megatron.config.shape import moe_pattern
 
 _MOST_ITERATIONS = 10_000  # as of layers
 
@@ -27,12 +28,26 @@ def problems(config: RunConfig, world_size: int | None = None) -> Iterator[str]:
     yield from _moe(config.moe, config.model.num_layers)
     if config.chain.iterations > _MOST_ITERATIONS:
         yield f"chain.iterations is {config.chain.iterations}: it must be at most {_MOST_ITERATIONS}"
+    yield from _chain_layers(config)
+    try:
+        config.chain.require_experts(config.moe.num_experts, config.moe.topk, config.moe.num_groups)
+    except ValueError as error:
+        yield str(error)
     yield from _alignment(config)
     yield from _data(config.data)
     yield from _training(config)
     yield from layout.problems(config, world_size)
     yield from _steps(config, world_size)
     yield from _zero(config)
+
+
+def _chain_layers(config: RunConfig) -> Iterator[str]:
+    layers, pattern = config.chain.layers or (), moe_pattern(config)
+    for number in layers:
+        if number > config.model.num_layers:
+            yield f"chain.layers has {number}: the model has layers 1 to {config.model.num_layers} (model.num_layers)"
+        elif number <= len(pattern) and not pattern[number - 1]:
+            yield f"chain.layers has {number}: that layer is dense (moe.layer_freq {config.moe.layer_freq})"
 
 
 def _model(model: ModelSettings) -> Iterator[str]:

@@ -67,8 +67,9 @@ def _type(hint: Any) -> str:
     if hint is type(None):
         return "`null`"
     if get_origin(hint) in (list, tuple):
-        inner = ", ".join(_type(part) for part in get_args(hint))
-        return f"list of {inner}" if get_origin(hint) is list else f"[{inner}]"
+        parts = get_args(hint)
+        inner = ", ".join(_type(part) for part in parts if part is not ...)
+        return f"list of {inner}" if get_origin(hint) is list or ... in parts else f"[{inner}]"
     if get_origin(hint) is dict:
         return "names with " + _type(get_args(hint)[1])
     if arguments := get_args(hint):

@@ -22,6 +22,7 @@ def model_shape(config: RunConfig, vocab_size: int) -> ModelShape:
         shared_ffn=moe.num_shared_experts * moe.ffn_hidden_size,
         dense_ffn=model.ffn_hidden_size or 4 * model.hidden_size,
         moe_layers=moe_pattern(config),
+        chains=None if config.chain.layers is None else chain_pattern(config),
         attention="mla" if mla else "mha",
         kv_groups=model.num_query_groups,
         head_dim=model.kv_channels,
@@ -60,8 +61,9 @@ def training_pass(config: RunConfig, recompute: Recompute | None = None) -> Pass
 def stage_shape(config: RunConfig, shape: ModelShape, stage: int) -> ModelShape:
     """The layers of a pipeline stage (from 0) of the model `shape`; embedding and output layer count as in `shape`."""
     layers = shape.layers // config.parallel.pipeline
-    pattern = moe_pattern(config)[stage * layers : (stage + 1) * layers]
-    return replace(shape, layers=layers, moe_layers=pattern)
+    own = slice(stage * layers, (stage + 1) * layers)
+    chains = None if shape.chains is None else shape.chains[own]
+    return replace(shape, layers=layers, moe_layers=moe_pattern(config)[own], chains=chains)
 
 
 def stage_pass(run: Pass, stage: int, stages: int, micro_batches: int) -> Pass:
@@ -76,6 +78,12 @@ def moe_pattern(config: RunConfig) -> tuple[int, ...]:
     if isinstance(frequency, int):
         return tuple(int(layer % frequency == 0) for layer in range(config.model.num_layers))
     return tuple(frequency)
+
+
+def chain_pattern(config: RunConfig) -> tuple[int, ...]:
+    """1 for each layer that is a chain, 0 for each that has experts but is none, or has none."""
+    pattern = enumerate(moe_pattern(config), start=1)
+    return tuple(int(has_experts and config.chain.is_chain(number)) for number, has_experts in pattern)
 
 
 def padded_vocabulary(config: RunConfig, tokenizer_size: int) -> int:

@@ -35,5 +35,5 @@ def _parts(shape: ModelShape, ranks: Layout) -> int:
     experts = shape.experts * shape.ffn_matrices * ranks.expert_tensor
     shared = shape.ffn_matrices * ranks.tensor * bool(shape.shared_ffn)
     dense = (shape.layers - shape.num_moe_layers) * shape.ffn_matrices * ranks.tensor
-    moe = shape.num_moe_layers * (experts + shared + shape.routers)
+    moe = sum(count * (experts + shared + kind.routers + kind.gains) for count, kind in shape.moe_kinds)
     return moe + dense + shape.layers * (attention * ranks.tensor + 4) + 2 * ranks.tensor

@@ -1,8 +1,8 @@
 """Closed forms of what one rank holds, in bytes by kind; tests hold them against running engines on the CPU.
 
 What is cut by what: attention, shared experts, dense layers, embedding and output layer by TP; routed experts by EP and
-ETP; norms and routers by neither (of MLA with Transformer Engine the two down-projections are not either). Layers, and
-with them embedding and output layer, belong to a pipeline stage. What is left ZeRO cuts over the replicas.
+ETP; norms, gains and routers by neither (of MLA with Transformer Engine the two down-projections are not either).
+Layers, and with them embedding and output layer, belong to a pipeline stage. What is left ZeRO cuts over the replicas.
 """
 
 from dataclasses import dataclass
@@ -74,8 +74,8 @@ def held(config: RunConfig, shape: ModelShape, ranks: Layout, stage: int) -> Hel
     first, last = stage == 0, stage == ranks.pipeline - 1
     layers = counted.attention + counted.shared + counted.dense
     tables = counted.embedding * first + counted.output * last
-    norms = counted.norms - (0 if last else counted.final_norm)
-    whole = norms + counted.routers
+    vectors = counted.norms + counted.gains - (0 if last else counted.final_norm)
+    whole = vectors + counted.routers
     experts = counted.experts // (ranks.expert * ranks.expert_tensor)
     table, cut = counted.embedding // ranks.tensor, ranks.expert_data > 1
     in_order = [("dense", size) for size in [table] * first]
@@ -86,7 +86,7 @@ def held(config: RunConfig, shape: ModelShape, ranks: Layout, stage: int) -> Hel
         dense_replicas=ranks.data,
         expert_replicas=ranks.expert_data,
         apart=_are_apart(ranks),
-        small=norms + sum(size for kind, size in in_order if kind == "dense" and size <= _SMALL),
+        small=vectors + sum(size for kind, size in in_order if kind == "dense" and size <= _SMALL),
         largest=max(
             -(-(layers // ranks.tensor + whole) // own.layers) + cut * experts // max(1, own.num_moe_layers),
             table,
@@ -251,16 +251,17 @@ def _tensors(shape: ModelShape, ranks: Layout) -> list[tuple[str, int]]:
     d, cut = shape.hidden, ranks.tensor
     router = shape.experts * d
     shared = [(shape.ffn_matrices - 1) * d * shape.shared_ffn // cut, d * shape.shared_ffn // cut]
-    moe = [router, *(shared if shape.shared_ffn else []), *[router] * (shape.routers - 1)]
+    plain = [router, *(shared if shape.shared_ffn else [])]
+    chain = plain + [router] * (shape.routers - 1)
     dense = [(shape.ffn_matrices - 1) * d * shape.dense_ffn // cut, d * shape.dense_ffn // cut]
     attention = [size // cut for size in _attention_matrices(shape)]
     expert = shape.experts // ranks.expert * d * shape.expert_ffn // ranks.expert_tensor
     pattern = shape.moe_layers if isinstance(shape.moe_layers, tuple) else (1,) * shape.layers
     experts = [("expert", (shape.ffn_matrices - 1) * expert), ("expert", expert)]
     listed = []
-    for is_moe in pattern:
+    for is_moe, is_chain in zip(pattern, shape.chains or pattern, strict=True):
         listed += [("dense", size) for size in attention] + (experts if is_moe else [])
-        listed += [("dense", size) for size in (moe if is_moe else dense)]
+        listed += [("dense", size) for size in (chain if is_chain else plain if is_moe else dense)]
     return listed
 
 

@@ -131,16 +131,17 @@ def _of_experts(config: RunConfig, shape: ModelShape, ranks: Layout, links: dict
     copies of all. `moe.dispatcher` allgather gathers all tokens instead.
     """
     forward = 2 if config.moe.recompute in ("iteration", "layer") else 1
-    passes = shape.num_moe_layers * shape.chain.iterations * 2 * (forward + 1)
+    passes = sum(count * kind.chain.iterations for count, kind in shape.moe_kinds) * 2 * (forward + 1)
     states = _tokens(config, shape, ranks) // ranks.tensor * shape.hidden * element(config)
     if config.moe.dispatcher == "allgather":
         size = ranks.expert * ranks.expert_tensor
         both = group(ranks.ranks, size, 1, config.parallel.ranks_per_node)
         return {"all_to_all": both.ring(passes * states * size, 1), "expert_tensor": Sent(0, 0)}
-    rows = states * shape.topk
+    # Layers that are no chains send as many copies, at once.
+    rows = shape.num_moe_layers * shape.chain.iterations * 2 * (forward + 1) * states * shape.topk
     return {
-        "all_to_all": links["expert"].all_to_all(passes * rows),
-        "expert_tensor": links["expert_tensor"].ring(passes * rows * ranks.expert_tensor, 1),
+        "all_to_all": links["expert"].all_to_all(rows),
+        "expert_tensor": links["expert_tensor"].ring(rows * ranks.expert_tensor, 1),
     }
 
 
@@ -148,15 +149,15 @@ def _of_tensor_parallelism(config: RunConfig, shape: ModelShape, ranks: Layout, 
     """With sequence parallelism, each time over the hidden states of all tokens.
 
     A product whose columns are cut gathers its input, in the backward pass again, and scatters the input's gradient;
-    one whose rows are cut scatters its output and gathers the output's gradient. Shared experts do so C times.
+    one whose rows are cut scatters its output and gathers the output's gradient. Shared experts do so in every pass.
     """
     forward = 2 if config.moe.recompute in ("iteration", "layer") else 1
     pair = 2 * shape.hidden + 3 * shape.hidden  # forward and backward of columns, then rows
     attention = pair
     if shape.attention == "mla":  # queries, keys with values, and the products behind the latents
         attention += 3 * (shape.hidden + shape.kv_lora_rank + (shape.q_lora_rank or 0))
-    chain = shape.chain.iterations * (pair + (forward - 1) * 2 * shape.hidden) if shape.shared_ffn else 0
-    width = shape.layers * attention + shape.num_moe_layers * chain
+    shared = sum(count * kind.shared_passes for count, kind in shape.moe_kinds) if shape.shared_ffn else 0
+    width = shape.layers * attention + shared * (pair + (forward - 1) * 2 * shape.hidden)
     width += (shape.layers - shape.num_moe_layers) * pair
     width += 2 * shape.hidden if stage == 0 else 0  # the embedding scatters, and gathers in the backward pass
     width += 3 * shape.hidden if stage == ranks.pipeline - 1 else 0

@@ -5,11 +5,13 @@
 One set of experts and shared experts, one router and one token dispatcher per iteration. What Megatron's layer does
 once (route, dispatch, experts, combine) this one repeats through the same methods; the rest is the residual r(t) and
 what leaves the layer. Increments F_t are summed as they come: x(C) - x(0) computed by subtraction loses them in bf16.
+The variants of ChainSettings put gains in it: a_t F_t(c_t x) wherever F_t(x) stands here.
 
 S: sequence, B: micro-batch, D: hidden size, T = S * B.
 """
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -44,6 +46,7 @@ class CoELayer(MoELayer):
         recompute: what the backward pass computes again instead of keeping it: nothing, each `iteration` on its own, or
             the `layer` (whole chain) at once; the `experts` do their part themselves. Megatron's `recompute_modules`
             `moe` and `moe_act` mean `layer` and `experts`.
+        topk: K, if not the config's `moe_router_topk`.
         pg_collection: process groups; Megatron's global ones when None.
 
     Raises:
@@ -59,8 +62,12 @@ class CoELayer(MoELayer):
         chain: ChainSettings | None = None,
         norm: type = Norm,
         recompute: Recompute = "none",
+        topk: int | None = None,
     ) -> None:
         chain = chain or ChainSettings()
+        if topk is not None:
+            config = copy(config)
+            config.moe_router_topk = topk
         _refuse_unsupported(config, chain)
         recompute = recompute_mode(config, recompute)
         assert submodules is not None, "CoELayer needs submodules: take them from coe_layer_spec"
@@ -77,6 +84,8 @@ class CoELayer(MoELayer):
             )
             for _ in range(self.router.num_routers - 1)
         )
+        if config.perform_initialization:
+            self.set_routers_apart()
         # With overlap the shared experts assert that each pass reaches its end.
         self._replayed = partial(replayed, to_the_end=self.shared_expert_overlap)
         # A dispatcher keeps the state of one pass on itself and owns no weights: one for each iteration.
@@ -93,11 +102,37 @@ class CoELayer(MoELayer):
             build_module(norm, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
             for _ in range(norms)
         )
+        self.increment_gains = self._gains(chain.iterations if chain.learned_scale else 0, chain.increment_scale)
+        self.state_gains = self._gains(chain.iterations if chain.conditioned else 0, 1.0)
+
+    def _gains(self, count: int, value: float) -> torch.nn.ParameterList:
+        """So many gains [D]; like a norm's they are on every tensor-parallel rank, which sees a part of the tokens."""
+        gains = torch.nn.ParameterList(
+            torch.full(
+                (self.config.hidden_size,),
+                value,
+                dtype=self.config.params_dtype,
+                device=torch.cuda.current_device(),
+            )
+            for _ in range(count)
+        )
+        for gain in gains:
+            gain.sequence_parallel = self.config.sequence_parallel
+        return gains
 
     @property
     def routers(self) -> list[CoERouter]:
         """The routers in the order of their iterations (one alone with `fixed` gating)."""
         return [self.router, *self.later_routers]
+
+    @torch.no_grad()
+    def set_routers_apart(self) -> None:
+        """With `chain.routers_apart` later routers take the first one's weights, rolled; call it after initialising."""
+        if not self.chain.routers_apart:
+            return
+        for t, router in enumerate(self.routers):
+            shift = t * self.config.num_moe_experts // self.chain.iterations
+            router.weight.copy_(self.router.weight.roll(shift, 0))
 
     def set_layer_number(self, layer_number: int) -> None:
         """Tell the layer and every router its 1-based number in the model."""
@@ -137,14 +172,20 @@ class CoELayer(MoELayer):
         """x(0) -> what leaves the layer; `increment` is x(C) - x(0), with `outer` x(C) (eq. 9)."""
         iterate = partial(self._replayed if self.recompute == "iteration" else _called, self._iterate)
         note = partial(self._note, self._watch(routes[0]), start, padding_mask)
-        step, *routing = iterate(0, start, padding_mask, routes[0])
-        note(0, start, step, *routing)
-        given = routing if self.chain.gating == "fixed" else []
-        state, increment = start, step
+        step, probs, choices, *scored = iterate(0, start, padding_mask, routes[0])
+        note(0, start, step, probs, choices)
+        given = (probs, choices) if self.chain.gating == "fixed" else ()
+        state, increment, visited = start, step, None
         for t in range(1, self.chain.iterations):
             state = self._next_state(start, state, step)
-            step, *routing = iterate(t, state, padding_mask, None if given else routes[t], *given)
-            note(t, state, step, *routing)
+            if self.chain.no_return:
+                visits = self._visits(probs, choices)
+                visited = visits if visited is None else visited | visits
+            earlier = scored if t == len(self.routers) - 1 else ()
+            route = None if given else routes[t]
+            step, probs, choices, *of_this = iterate(t, state, padding_mask, route, visited, *given, *earlier)
+            note(t, state, step, probs, choices)
+            scored += of_this
             increment = increment + step if self.chain.residual == "inner" else step
         if self.chain.topology != "reference":
             return increment
@@ -177,9 +218,14 @@ class CoELayer(MoELayer):
         """Tell the watch of iteration t; here and not in _iterate, whose second passes go backwards."""
         if watch is None:
             return
-        if self.config.moe_pad_expert_input_to_capacity:  # the map then has who fills an expert up, with a gate of 0
-            visits = probs != 0
+        visits = self._visits(probs, visits)
         watch.note(t, visits, state, step, self._next_state(start, state, step), padding_mask)
+
+    def _visits(self, probs: torch.Tensor, routing_map: torch.Tensor) -> torch.Tensor:
+        """Bool [T, N]: the experts that a token reaches, its capacity permitting."""
+        if self.config.moe_pad_expert_input_to_capacity:  # the map then has who fills an expert up, with a gate of 0
+            return probs != 0
+        return routing_map
 
     def _iterate(
         self,
@@ -187,22 +233,44 @@ class CoELayer(MoELayer):
         state: torch.Tensor,
         padding_mask: torch.Tensor | None,
         route: Route | None,
-        *routing: torch.Tensor,
+        visited: torch.Tensor | None = None,
+        *earlier: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        """F_t: Megatron's MoE pass with iteration t's norm, router (unless the routing is given) and dispatcher.
+        """a_t F_t(c_t x): Megatron's MoE pass with iteration t's norm, router and dispatcher.
+
+        Args:
+            visited: bool [T, N], where tokens have been and must not go; None if they may.
+            earlier: of iterations before this one, as single tensors so that recomputing knows them: the routing to use
+                again (`fixed`), or the scores and choices to balance together with this one's (`joint`).
 
         Returns:
-            F_t(x) [S, B, D], and the routing it used: gates and choices [T, N].
+            a_t F_t(c_t x) [S, B, D], the routing it used (gates and choices [T, N]) and, if a later iteration's loss
+            asks for them, scores and choices.
         """
         with record_function(f"layer {self.layer_number}, iteration {t + 1}"):  # a mark in a profile
-            hidden = self.norms[t](state) if self.norms else state
+            hidden = self._seen(t, state)
             self.token_dispatcher = self.dispatchers[t]
-            shared = self.shared_experts_compute(hidden)
-            if not routing:
-                routing = self.routers[t](hidden, padding_mask, route)
+            shared = None if t > 0 and self.chain.shared_once else self.shared_experts_compute(hidden)
+            routing = earlier
+            scored: tuple[torch.Tensor, ...] = ()
+            if t < len(self.routers):
+                routing = self.routers[t](hidden, padding_mask, route, visited, earlier)
+                scored = self.routers[t].take_scored()
             dispatched, probs = self.dispatch(*self.preprocess(hidden, *routing))
             output, _ = self.routed_experts_compute(dispatched, probs)
-            return self.postprocess(self.combine(output), shared), *routing
+            return self._scaled(t, self.postprocess(self.combine(output), shared)), *routing, *scored
+
+    def _seen(self, t: int, state: torch.Tensor) -> torch.Tensor:
+        """What router and experts of iteration t see of the state."""
+        if self.norms:
+            return self.norms[t](state)
+        return state * self.state_gains[t] if self.chain.conditioned else state
+
+    def _scaled(self, t: int, step: torch.Tensor) -> torch.Tensor:
+        """a_t F_t."""
+        if self.chain.learned_scale:
+            return step * self.increment_gains[t]
+        return step if self.chain.increment_scale == 1 else step * self.chain.increment_scale
 
 
 def _called(function: Callable, *args: Any) -> Any:
@@ -210,6 +278,11 @@ def _called(function: Callable, *args: Any) -> Any:
 
 
 def _refuse_unsupported(config: TransformerConfig, chain: ChainSettings) -> None:
+    chain.require_experts(config.num_moe_experts, config.moe_router_topk, config.moe_router_num_groups)
+    if chain.no_return and config.moe_router_fusion:
+        raise ValueError("moe_router_fusion is True: with chain.no_return it must be False")
+    if chain.no_return and config.moe_router_load_balancing_type == "sinkhorn":
+        raise ValueError("moe_router_load_balancing_type is 'sinkhorn': with chain.no_return use an auxiliary loss")
     if config.cuda_graph_impl != "none":
         raise ValueError(
             f"cuda_graph_impl is {config.cuda_graph_impl!r}: a chain runs without CUDA graphs, set it to none"

@@ -5,6 +5,7 @@ Megatron's `recompute_granularity="full"` recomputes transformer layers from out
 T: tokens, N: experts, K: chosen for a token.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -63,12 +64,14 @@ class Route:
         kept_TN: bool, with a capacity: the choices that it did not turn away.
         counted: what the global auxiliary loss had counted before: token copies by expert, and micro-batches.
         stock: Megatron's own replay of recorded routes, to ask in the first pass; None if it is off.
+        barred_TN: bool, experts that a token must not be sent to; None, also between calls, for none.
     """
 
     experts_TK: torch.Tensor | None = None
     kept_TN: torch.Tensor | None = None
     counted: tuple[torch.Tensor, torch.Tensor] | None = None
     stock: RouterReplay | None = None
+    barred_TN: torch.Tensor | None = None
 
     @property
     def is_known(self) -> bool:
@@ -83,7 +86,10 @@ class Route:
         if self.experts_TK is None:
             if self.stock is not None:
                 choose = partial(self.stock.get_replay_topk, default_compute_topk=choose)
-            _, self.experts_TK = choose(scores_TN.detach(), topk, num_groups, group_topk)
+            ranking_TN = scores_TN.detach()
+            if self.barred_TN is not None:  # a score of 0 is not enough: others may be 0 too, and a bias lifts it
+                ranking_TN = ranking_TN.masked_fill(self.barred_TN, -math.inf)
+            _, self.experts_TK = choose(ranking_TN, topk, num_groups, group_topk)
         return scores_TN.gather(1, self.experts_TK), self.experts_TK
 
 

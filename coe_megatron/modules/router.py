@@ -5,13 +5,19 @@ What differs from the stock router, and why:
 * auxiliary and z-losses are also noted in `stats` of this very router, because Megatron's tracker has one slot a layer
   and C routers would add up in it. Into the tracker goes 1/C of each, so that it shows the mean over iterations;
 * with `balance="mean"` the coefficients are those of the config divided by the number of routers;
+* with `balance="joint"` the last iteration's router has the auxiliary loss of all of them, of their scores and choices
+  in a row, as if their sequences were one; it is noted there, and not divided in the tracker;
 * a padding mask reaches the load counts of the expert bias without an error (the stock code broadcasts it wrongly);
 * on watched steps it also notes the entropy of its distribution over the experts;
 * a pass that is recomputed takes the routes of the first one, whatever its logits have become, and counts nothing.
 """
 
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -91,6 +97,9 @@ class CoERouter(TopKRouter):
         self.stats = RoutingStats()
         self._route: Route | None = None  # of the call in progress
         self._replays = False
+        self._is_joint = chain.balance == "joint"
+        self._earlier: Sequence[torch.Tensor] = ()  # for the call in progress
+        self._scored: tuple[torch.Tensor, ...] = ()  # by the last call
         if leader is not None:
             del self.weight, self.bias
         self.to(torch.cuda.current_device())  # the stock router moves its weight in the first forward pass
@@ -106,22 +115,44 @@ class CoERouter(TopKRouter):
         return self.training and torch.is_grad_enabled() and not self._replays
 
     def forward(
-        self, input: torch.Tensor, padding_mask: torch.Tensor | None = None, route: Route | None = None
+        self,
+        input: torch.Tensor,
+        padding_mask: torch.Tensor | None = None,
+        route: Route | None = None,
+        barred_TN: torch.Tensor | None = None,
+        earlier: Sequence[torch.Tensor] = (),
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As the stock method: input [S, B, D] -> gates and choices [T, N].
 
         Args:
             padding_mask: [S, B] bool, True at padding.
             route: written if it is empty; else followed, and nothing is counted or noted.
+            barred_TN: bool [T, N], where a token must not go; None for nowhere.
+            earlier: with `balance="joint"`, to the last router: what `take_scored` gave after each call before.
         """
-        if route is None:
-            return super().forward(input, padding_mask)
-        stock, self.router_replay = self.router_replay, route
-        self._route, self._replays, route.stock = route, route.is_known, stock
+        if route is None and barred_TN is not None:
+            route = Route()
+        self._earlier = earlier
         try:
-            return super().forward(input, padding_mask)
+            with nullcontext() if route is None else self._following(route, barred_TN):
+                return super().forward(input, padding_mask)
         finally:
-            self._route, self._replays, self.router_replay = None, False, stock
+            self._earlier = ()
+
+    @contextmanager
+    def _following(self, route: Route, barred_TN: torch.Tensor | None) -> Iterator[None]:
+        """Meanwhile the choice is that of a route, if it is known, and else it is noted there."""
+        stock, self.router_replay = self.router_replay, route
+        self._route, self._replays, route.stock, route.barred_TN = route, route.is_known, stock, barred_TN
+        try:
+            yield
+        finally:
+            self._route, self._replays, self.router_replay, route.barred_TN = None, False, stock, None
+
+    def take_scored(self) -> tuple[torch.Tensor, ...]:
+        """Scores and choices [T, N] of the last call that a later router's loss has to count (`joint`), or nothing."""
+        scored, self._scored = self._scored, ()
+        return scored
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         """Logits [S, B, N] = x W_t^T in the router's dtype (`moe_router_dtype`, else the input's)."""
@@ -132,7 +163,12 @@ class CoERouter(TopKRouter):
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As the stock method: logits [S, B, N] -> gates and choices [T, N]; notes the entropy on watched steps."""
+        """As the stock method: logits [S, B, N] -> gates and choices [T, N]; notes the entropy on watched steps.
+
+        Barred experts get logits of -inf, so that they are in no score, entropy or loss.
+        """
+        if self._route is not None and self._route.barred_TN is not None:
+            logits = logits.masked_fill(self._route.barred_TN.view_as(logits), -math.inf)
         if self.stats.watched and self.is_counting:
             self.stats.entropy = self.stats.entropy + _summed_entropy(logits, self.score_function, padding_mask)
         probs, routing_map = super().routing(logits, padding_mask)
@@ -157,9 +193,11 @@ class CoERouter(TopKRouter):
         if self.is_counting:
             loss = aux_loss.detach() / aux_loss_coeff  # what this rank's tokens add to the loss of all in reduce_group
             self.stats.add_loss(aux_loss_name, loss * reduce_group.size())
-            self._track(aux_loss_name, loss, reduce_group, reduce_group_has_dp)
+            share = loss if self._is_joint else loss / self.num_routers
+            self._track(aux_loss_name, share, reduce_group, reduce_group_has_dp)
         if self.calculate_per_token_loss:  # Megatron then divides every gradient by the number of tokens
-            aux_loss = aux_loss * (activation.shape[0] if valid_token_count is None else valid_token_count)
+            tokens = activation.shape[0] if valid_token_count is None else valid_token_count / self._joined
+            aux_loss = aux_loss * tokens
         return MoEAuxLossAutoScaler.apply(activation, aux_loss)
 
     def apply_z_loss(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -171,26 +209,65 @@ class CoERouter(TopKRouter):
         loss = z_loss_func(logits, coefficient, padding_mask=padding_mask)
         if self.is_counting:
             self.stats.add_loss("z_loss", loss.detach() / coefficient)
-            self._track("z_loss", loss.detach() / coefficient)
+            self._track("z_loss", loss.detach() / coefficient / self.num_routers)
         if self.calculate_per_token_loss:  # Megatron then divides every gradient by the number of tokens
             loss = loss * (logits.shape[0] if padding_mask is None else (~padding_mask).sum())
         return MoEAuxLossAutoScaler.apply(logits, loss)
 
     def _track(self, name: str, loss: torch.Tensor, *reduced: Any) -> None:
         layers = self.config.num_layers + (self.config.mtp_num_layers or 0)
-        save_to_aux_losses_tracker(name, loss / self.num_routers, self.layer_number, layers, *reduced)
+        save_to_aux_losses_tracker(name, loss, self.layer_number, layers, *reduced)
 
-    def _apply_global_aux_loss(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As the stock method; a pass that is recomputed averages what the first one did, and adds nothing to it."""
+    @property
+    def _joined(self) -> int:
+        """How many iterations' scores and choices the auxiliary loss of the call in progress counts."""
+        return 1 + len(self._earlier) // 2
+
+    def _is_deferred(self, scores: torch.Tensor, choices: torch.Tensor) -> bool:
+        """Whether a later router has the auxiliary loss of these scores and choices, which are then kept for it."""
+        if not self._is_joint or self._joined == self.num_routers:
+            return False
+        self._scored = (scores, choices)
+        return True
+
+    def _in_a_row(self, scores: torch.Tensor, choices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[T, N] each, behind those of earlier iterations if there are any: [C T, N], sequences of C S tokens."""
+        if not self._earlier:
+            return scores, choices
+        return torch.cat([*self._earlier[::2], scores]), torch.cat([*self._earlier[1::2], choices])
+
+    def _apply_aux_loss(self, probs, scores_for_aux_loss, routing_map, *args, **kwargs):
+        """As the stock method, over all iterations with `joint` balance."""
+        if self._is_deferred(scores_for_aux_loss, routing_map):
+            return probs
+        return super()._apply_aux_loss(probs, *self._in_a_row(scores_for_aux_loss, routing_map), *args, **kwargs)
+
+    def _apply_seq_aux_loss(self, probs, scores_for_aux_loss, routing_map, seq_length, *args, **kwargs):
+        """As the stock method, over all iterations with `joint` balance."""
+        if self._is_deferred(scores_for_aux_loss, routing_map):
+            return probs
+        in_a_row = self._in_a_row(scores_for_aux_loss, routing_map)
+        return super()._apply_seq_aux_loss(probs, *in_a_row, seq_length * self._joined, *args, **kwargs)
+
+    def _apply_global_aux_loss(self, probs, scores_for_aux_loss, routing_map, *args, **kwargs):
+        """As the stock method, over all iterations with `joint` balance.
+
+        A pass that is recomputed averages what the first one did, and adds nothing to it.
+        """
+        if self._is_deferred(scores_for_aux_loss, routing_map):
+            return probs
+        apply = partial(
+            super()._apply_global_aux_loss, probs, *self._in_a_row(scores_for_aux_loss, routing_map), *args, **kwargs
+        )
         if self._route is None or self.global_tokens_per_expert is None:
-            return super()._apply_global_aux_loss(*args, **kwargs)
+            return apply()
         now = self.global_tokens_per_expert, self.ga_steps
         if self._route.counted is None:
             self._route.counted = now[0].clone(), now[1].clone()
-            return super()._apply_global_aux_loss(*args, **kwargs)
+            return apply()
         self.global_tokens_per_expert, self.ga_steps = (before.clone() for before in self._route.counted)
         try:
-            return super()._apply_global_aux_loss(*args, **kwargs)
+            return apply()
         finally:
             self.global_tokens_per_expert, self.ga_steps = now
 
@@ -235,14 +312,18 @@ def _summed_entropy(logits: torch.Tensor, score_function: str, padding_mask: tor
 
 
 def _with_balance(config: TransformerConfig, chain: ChainSettings, num_routers: int) -> TransformerConfig:
-    """The config with the coefficients that one of C routers gets: all of it (`sum`) or an equal part (`mean`)."""
+    """The config with the coefficients that one of C routers gets: all of it (`sum`) or an equal part (`mean`).
+
+    With `joint` the auxiliary loss has all of its coefficient, being one loss, and the z-loss of each router a part.
+    """
     if chain.balance == "sum" or num_routers == 1:
         return config
     scaled = copy(config)
-    coefficient = config.moe_aux_loss_coeff
-    scaled.moe_aux_loss_coeff = (
-        [c / num_routers for c in coefficient] if isinstance(coefficient, list) else coefficient / num_routers
-    )
+    if chain.balance == "mean":
+        coefficient = config.moe_aux_loss_coeff
+        scaled.moe_aux_loss_coeff = (
+            [c / num_routers for c in coefficient] if isinstance(coefficient, list) else coefficient / num_routers
+        )
     if config.moe_z_loss_coeff is not None:
         scaled.moe_z_loss_coeff = config.moe_z_loss_coeff / num_routers
     return scaled

@@ -5,6 +5,7 @@ Engine also the experts (grouped), the norm (sequence parallelism) and the core 
 """
 
 from copy import deepcopy
+from functools import partial
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -18,7 +19,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules, get_transformer_layer_offset
 
 from coe_megatron.chain.activations import Recompute
 from coe_megatron.chain.settings import ChainSettings
@@ -42,7 +43,8 @@ def coe_layer_spec(
 
     Args:
         config: decides, as for Megatron's own specs, between MHA/GQA and MLA, norms, experts and shared experts.
-        chain: the chain's settings; CoE-2 with the paper's defaults in the pre-norm topology when None.
+        chain: the chain's settings; CoE-2 with the paper's defaults in the pre-norm topology when None. Chains in some
+            `layers` alone need `coe_block_spec`.
         recompute: what the backward pass computes again instead of keeping it; see CoELayer.
         use_transformer_engine: build on Megatron's Transformer Engine spec (its experts with `moe_grouped_gemm`).
             Written against Megatron-Core 0.16.1, not yet run on a machine with Transformer Engine.
@@ -52,6 +54,8 @@ def coe_layer_spec(
     """
     if config.num_moe_experts is None:
         raise ValueError("num_moe_experts is None: a Chain-of-Experts layer needs at least one routed expert")
+    if chain is not None and chain.layers is not None:
+        raise ValueError(f"chain.layers is {list(chain.layers)}: for layers that differ take coe_block_spec")
     _refuse_missing_engine(config, use_transformer_engine)
     if use_transformer_engine:
         spec = get_gpt_layer_with_transformer_engine_spec(
@@ -82,16 +86,29 @@ def coe_block_spec(
 ) -> TransformerBlockSubmodules:
     """The specs of this pipeline stage's layers, dense or Chain-of-Experts as `config.moe_layer_freq` says.
 
-    Arguments as for `coe_layer_spec`; `vp_stage` is the virtual pipeline stage, if there is one.
+    Arguments as for `coe_layer_spec`; `vp_stage` is the virtual pipeline stage, if there is one. With `chain.layers`
+    the other layers with experts choose C·K of them at once, and `hetereogenous_dist_checkpoint` has to be True.
     """
+    chain = chain or ChainSettings()
     _refuse_missing_engine(config, use_transformer_engine)
+    if chain.layers is not None:
+        chain.require_experts(config.num_moe_experts or 0, config.moe_router_topk, config.moe_router_num_groups)
+        if not config.hetereogenous_dist_checkpoint:
+            raise ValueError(
+                "hetereogenous_dist_checkpoint is False: with chain.layers it must be True, or checkpoints would want "
+                "the same tensors of all layers"
+            )
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine, normalization=config.normalization, vp_stage=vp_stage
     )
     mode = _recompute(config, recompute, use_transformer_engine)
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage) + 1
+    convert = partial(_convert, recompute=mode, use_transformer_engine=use_transformer_engine)
     layers = [
-        _convert(spec, chain or ChainSettings(), mode, use_transformer_engine, pg_collection)
-        for spec in block.layer_specs
+        convert(spec, chain, pg_collection=pg_collection)
+        if chain.is_chain(number)
+        else convert(spec, chain.plain, pg_collection=pg_collection, topk=chain.iterations * config.moe_router_topk)
+        for number, spec in enumerate(block.layer_specs, start=first)
     ]
     layer_norm = block.layer_norm if use_transformer_engine else Norm
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=layer_norm)
@@ -121,6 +138,7 @@ def _convert(
     recompute: Recompute,
     use_transformer_engine: bool,
     pg_collection: ProcessGroupCollection | None,
+    topk: int | None = None,
 ) -> ModuleSpec:
     """A copy of Megatron's layer spec with our parts in it (Megatron shares one spec object among its layers)."""
     spec = deepcopy(spec)
@@ -131,7 +149,13 @@ def _convert(
         _use_torch_parts(parts)
     if parts.mlp.module is MoELayer:
         parts.mlp.module = CoELayer
-        parts.mlp.params = {**(parts.mlp.params or {}), "chain": chain, "norm": norm, "recompute": recompute}
+        parts.mlp.params = {
+            **(parts.mlp.params or {}),
+            "chain": chain,
+            "norm": norm,
+            "recompute": recompute,
+            "topk": topk,
+        }
         if pg_collection is not None:
             parts.mlp.params["pg_collection"] = pg_collection
         if not use_transformer_engine:

@@ -33,7 +33,7 @@ class RoutingReport:
         overlap: share of the copies that went to an expert where their token had been in an earlier iteration; None in
             iteration 1. A token sees K (1 - overlap) new experts.
         state_norm: root mean square over tokens and hidden dimensions of x(t), the state that the iteration leaves.
-        increment_norm: the same of F_t, what the experts made.
+        increment_norm: the same of F_t, what the experts made, times its gain where `chain` has one.
         increment_over_state: increment_norm over the same of x(t-1), the state that the iteration received.
         pairs: N lists of N: how many tokens reached expert i in the iteration before and expert j in this one; None in
             iteration 1, and where they were not asked for.

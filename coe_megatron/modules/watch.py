@@ -14,7 +14,7 @@ class ChainWatch:
     Attributes:
         sums: [C, 6] float64, over this rank's counted tokens since the watch was made: tokens, their copies that
             reached an expert, the copies among these whose expert the token had been at in an earlier iteration, and
-            the squared norms of x(t-1), F_t and x(t).
+            the squared norms of x(t-1), F_t (times its gain, if it has one) and x(t).
         pairs: [C, N, N] float64: how often a token reached expert i in the iteration before and expert j in this one;
             None where `experts` is.
 

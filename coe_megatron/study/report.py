@@ -163,7 +163,7 @@ def _fitted(found: Fit | None) -> str:
     )
     text = (
         f"log loss as a line in the logarithms of these, least squares over {found.points} runs; what the line leaves "
-        f"has a standard deviation of {found.residual:.2%}.{left_out} It describes these arms; it is no law beyond them."
+        f"has a standard deviation of {found.residual:.2%}.{left_out} It is no law beyond these arms."
     )
     return f"{text}\n\n{_table(['of', 'exponent', '95 % interval'], rows)}"
 

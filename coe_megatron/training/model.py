@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from coe_megatron.config.settings import MLASettings, ModelSettings, MoESettings, RunConfig
 from coe_megatron.modules import coe_block_spec
-from coe_megatron.modules.stats import routers
+from coe_megatron.modules.stats import layers, routers
 
 
 def build_model(config: RunConfig, vocab_size: int) -> GPTModel:
@@ -37,6 +37,8 @@ def build_model(config: RunConfig, vocab_size: int) -> GPTModel:
         for _, _, router in routers(model):
             if router.leader is None:
                 torch.nn.init.kaiming_uniform_(router.weight, a=math.sqrt(5))
+        for layer in layers(model):
+            layer.set_routers_apart()
     return model
 
 
@@ -47,6 +49,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         **_model_fields(config.model),
         **_moe_fields(config.moe),
         **_layout_fields(config),
+        "hetereogenous_dist_checkpoint": config.chain.layers is not None,
         "bf16": bf16,
         "params_dtype": torch.bfloat16 if bf16 else torch.float32,
     }

@@ -42,6 +42,10 @@ CHAINS = [
     ChainSettings(3, "shared_router", "init", "iteration_norm"),
     ChainSettings(3, "fixed", "outer", "reference"),
     ChainSettings(2, "independent", "inner", "iteration_norm"),
+    ChainSettings(3, "fixed", learned_scale=True),
+    ChainSettings(2, learned_scale=True, conditioned=True),
+    ChainSettings(3, shared_once=True),
+    ChainSettings(3, no_return=True),
 ]
 
 
@@ -71,7 +75,20 @@ def test_equal_expert_compute_but_more_shared_compute():
     assert two.experts == one.experts
     assert two.shared == 2 * one.shared and two.routers == 2 * one.routers
     assert forward_flops(replace(PAPER, chain=ChainSettings(2, "fixed"))).routers == one.routers
+    once = forward_flops(replace(PAPER, topk=4, chain=ChainSettings(2, shared_once=True)))
+    assert once.experts + once.shared == one.experts + one.shared
     assert training_flops(PAPER).total == 3 * one.total
+
+
+def test_chains_in_some_layers():
+    some = replace(PAPER, topk=4, chain=ChainSettings(2), chains=(0, 1, 0, 0))
+    all_of_them, none = replace(some, chains=None), PAPER
+    for kind in ("routers", "gains", "idle_experts"):
+        counted = [getattr(parameters(shape), kind) for shape in (some, all_of_them, none)]
+        assert 4 * counted[0] == counted[1] + 3 * counted[2], kind
+    for kind in ("routers", "experts", "shared"):
+        counted = [getattr(forward_flops(shape), kind) for shape in (some, all_of_them, none)]
+        assert 4 * counted[0] == counted[1] + 3 * counted[2], kind
 
 
 def test_combinations():
@@ -157,6 +174,7 @@ def test_parameters_equal_those_of_the_built_model(chain, swiglu):
 
     assert count.total == sum(p.numel() for p in model.parameters())
     assert count.routers == size("router_weights")
+    assert count.gains == size("increment_gains", "state_gains")
     assert count.experts == size("w1", "w2")
     assert count.shared == size("shared_w1", "shared_w2")
     norms = size("norm_gains") + sum(a.norm.weight.numel() for a in model.attentions)
@@ -210,6 +228,10 @@ def test_norms_on_queries_and_keys_and_with_biases():
         ({"moe_layers": (1, 0)}, "moe_layers.*4 numbers"),
         ({"moe_layers": 5}, "moe_layers is 5"),
         ({"moe_layers": 3}, "dense_ffn is 0"),
+        ({"chains": (1, 0)}, "chains is .*4 numbers"),
+        ({"chains": (1, 1, 0, 0), "moe_layers": (0, 1, 1, 1), "dense_ffn": 8}, "chains is .*1 only where"),
+        ({"chains": (1, 1, 0, 0), "chain": ChainSettings(8)}, "topk is 8.*at most experts / C"),
+        ({"chain": ChainSettings(8, no_return=True)}, "no_return is true: 8 iterations with 8 experts each need 64"),
     ],
 )
 def test_bad_shapes_are_one_clear_line(fields, named):

@@ -47,7 +47,7 @@ def values_of(hint: Any) -> st.SearchStrategy:
         return st.sampled_from(inner)
     if kind in (Union, types.UnionType):
         return st.one_of(*map(values_of, inner))
-    if kind is list:
+    if kind is list or ... in inner:
         return st.lists(values_of(inner[0]), max_size=4)
     if kind is tuple:
         return st.tuples(*map(values_of, inner)).map(list)

@@ -187,6 +187,6 @@ def increment_of(oracle: Any, u_BSD: torch.Tensor) -> torch.Tensor:
     state_TD = u_BSD.flatten(0, 1)
     increment_TD = torch.zeros_like(state_TD)
     for t in range(oracle.chain.iterations):
-        step_TD = oracle._experts(state_TD, oracle._route(state_TD, t)).detach()
+        step_TD = oracle._experts(state_TD, oracle._route(state_TD, t, []), t).detach()
         state_TD, increment_TD = state_TD + step_TD, increment_TD + step_TD
     return increment_TD.view_as(u_BSD)

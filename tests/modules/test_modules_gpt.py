@@ -7,11 +7,12 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import MLATransformerConfig
-from modules_build import LOSSES, MLA, make_config, make_gpt
+from modules_build import LOSSES, MLA, copy_from_stock, make_config, make_gpt, make_stock
 
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.modules import CoELayer, coe_block_spec, coe_layer_spec
 from coe_megatron.modules.norm import Norm
+from coe_megatron.modules.stats import report_routing, reset_routing
 
 VOCAB, LENGTH = 48, 12
 ATTENTION: dict[str, dict[str, Any]] = {
@@ -102,6 +103,37 @@ def test_two_models_with_other_chains_stand_side_by_side() -> None:
     coe_layer_spec(config, ChainSettings(3, topology="reference"))
     layer = make_gpt(config, first).decoder.layers[0]
     assert layer.mlp.chain == ChainSettings(2) and isinstance(layer.pre_mlp_layernorm, torch.nn.RMSNorm)
+
+
+def test_chains_in_some_layers_stand_among_moe_layers_with_as_many_choices() -> None:
+    """Checkpoints of ours know the layers apart; what is no chain is Megatron's MoE layer to the last bit."""
+    config = make_config(num_layers=3, moe_layer_freq=[1, 1, 0], hetereogenous_dist_checkpoint=True)
+    chain = ChainSettings(2, topology="iteration_norm", learned_scale=True, layers=(2,))
+    layers = make_gpt(config, coe_block_spec(config, chain)).decoder.layers
+    assert [type(layer.mlp) for layer in layers] == [CoELayer, CoELayer, MLP]
+    assert [(layer.mlp.chain.iterations, layer.mlp.router.topk) for layer in layers[:2]] == [(1, 4), (2, 2)]
+    stock = make_stock(make_config(moe_router_topk=4))
+    copy_from_stock(layers[0].mlp, stock)
+    hidden = torch.randn(LENGTH, 2, config.hidden_size)
+    torch.testing.assert_close(layers[0].mlp(hidden)[0], stock(hidden)[0], rtol=1e-5, atol=1e-6)
+    model = make_gpt(config, coe_block_spec(config, chain))
+    reset_routing(model, watch=True)
+    losses = train(model)
+    assert losses[-1] < losses[0] - 0.05, losses
+    reports = report_routing(model)
+    assert [(report.layer, report.iteration) for report in reports] == [(1, 1), (2, 1), (2, 2)]
+    assert all(report.dropped == 0 for report in reports)
+
+
+def test_chains_in_some_layers_need_to_be_told_of_their_place() -> None:
+    chain = ChainSettings(2, layers=(2,))
+    with pytest.raises(ValueError, match=r"chain.layers is \[2\]: for layers that differ take coe_block_spec"):
+        coe_layer_spec(make_config(num_layers=2), chain)
+    with pytest.raises(ValueError, match="hetereogenous_dist_checkpoint is False"):
+        coe_block_spec(make_config(num_layers=2), chain)
+    whole = make_config(num_layers=2, hetereogenous_dist_checkpoint=True)
+    with pytest.raises(ValueError, match="so they need 10, and a layer has 8"):
+        coe_block_spec(whole, ChainSettings(5, layers=(2,)))
 
 
 def test_norms_are_ours_in_every_place() -> None:

@@ -1,5 +1,6 @@
 """What the parts refuse: the message names the field, its value and what would be valid."""
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -84,7 +85,17 @@ def test_refusal_names_field_value_and_what_is_valid(build: Any, changes: dict, 
         ("gating", "shared", "independent, shared_router, fixed"),
         ("residual", "none", "inner, outer, init"),
         ("topology", "postnorm", "prenorm, reference, iteration_norm"),
-        ("balance", "max", "sum, mean"),
+        ("balance", "max", "sum, mean, joint"),
+        ("increment_scale", 0.0, "without chain.learned_scale it must not be 0"),
+        ("increment_scale", math.inf, "finite"),
+        ("increment_scale", True, "finite"),
+        ("learned_scale", 1, "true or false"),
+        ("conditioned", "yes", "true or false"),
+        ("no_return", None, "true or false"),
+        ("routers_apart", 0, "true or false"),
+        ("layers", [1], "a list of integers"),
+        ("layers", (1, 2.0), "a list of integers"),
+        ("layers", 3, "a list of integers"),
     ],
 )
 def test_chain_settings_refuse(field: str, value: Any, valid: str) -> None:

@@ -34,7 +34,7 @@ from modules_build import (
     tracked_losses,
 )
 from modules_checkpoint import load, make_stock_layer, save, scramble, sub_layer
-from modules_oracle import CHAINS, ITERATIONS, chain_of, make_batch, oracle_step
+from modules_oracle import CHAINS, ITERATIONS, VARIANTS, chain_of, make_batch, oracle_step
 from ranks import run_ranks
 
 from coe_megatron.chain.activations import Recompute
@@ -157,12 +157,12 @@ def _send_all_to_expert_0(oracle: torch.nn.Module, h_BSD: torch.Tensor) -> None:
 def _summed_gradients(layer: TransformerLayer) -> dict[str, torch.Tensor]:
     """Gradients as whoever reduces them makes them whole.
 
-    What all ranks hold (routers, norms) is summed over all; shared experts over data-parallel ranks only, since each
-    tensor-parallel rank has other rows; routed experts are whole already.
+    What all ranks hold (routers, norms, gains) is summed over all; shared experts over data-parallel ranks only, since
+    each tensor-parallel rank has other rows; routed experts are whole already.
     """
     gradients = {name: gradient(parameter) for name, parameter in parts_of(layer).items()}
     for name, value in gradients.items():
-        if name.startswith(("router", "norm")):
+        if name.startswith("router") or "gain" in name:
             torch.distributed.all_reduce(value)
         elif name.startswith("shared"):
             torch.distributed.all_reduce(value, group=parallel_state.get_data_parallel_group())
@@ -314,6 +314,8 @@ def work_of_a_rank(folder: Path) -> dict[str, Any]:
         for router, changes in ROUTERS.items():
             chain = ChainSettings(3, balance="mean" if router == "mean" else "sum")
             found[name, router] = sub_layer_errors(layout, chain, **changes)
+        for variant, settings in VARIANTS.items():
+            found[name, variant] = sub_layer_errors(layout, ChainSettings(**{"iterations": 3, **settings}))
     use_layout(EXPERT)
     for gating in GATINGS:
         for name in FEATURES:
@@ -344,7 +346,7 @@ def _name(chain: tuple[str, str, str], iterations: int) -> str:
 
 
 pytestmark = pytest.mark.ranks
-NAMES = [*(_name(chain, iterations) for chain in CHAINS for iterations in ITERATIONS), "crowd", *ROUTERS]
+NAMES = [*(_name(chain, iterations) for chain in CHAINS for iterations in ITERATIONS), "crowd", *ROUTERS, *VARIANTS]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -354,7 +356,7 @@ def test_expert_parallel_layer_equals_oracle(two_ranks: list[dict], name: str) -
 
 
 @pytest.mark.parametrize("layout", ["tensor", "mixed"])
-@pytest.mark.parametrize("name", [*(_name(chain, 2) for chain in CHAINS[:3]), "crowd", *ROUTERS])
+@pytest.mark.parametrize("name", [*(_name(chain, 2) for chain in CHAINS[:3]), "crowd", *ROUTERS, *VARIANTS])
 def test_tensor_parallel_layer_equals_oracle(two_ranks: list[dict], layout: str, name: str) -> None:
     for found in two_ranks:
         assert max(found[layout, name].values()) <= TOLERANCE, found[layout, name]

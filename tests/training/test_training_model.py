@@ -51,6 +51,16 @@ def test_initialisation_of_the_paper() -> None:
     assert not torch.equal(layer.routers[0].weight, layer.routers[1].weight)
 
 
+@pytest.mark.parametrize("router_init", ["normal", "kaiming_uniform"])
+def test_routers_begin_apart_however_they_are_initialised(router_init: str) -> None:
+    moe = replace(MOE, router_init=router_init)
+    config = RunConfig(model=MODEL, moe=moe, chain=ChainSettings(iterations=2, routers_apart=True))
+    for layer in build_model(config, 64).decoder.layers:
+        first, second = layer.mlp.routers
+        assert torch.equal(second.weight, first.weight.roll(4, 0))
+        assert not torch.equal(second.weight, first.weight)
+
+
 def test_initialisation_of_megatron_scales_what_leads_into_the_stream() -> None:
     layer = build_model(RunConfig(model=MODEL, moe=MOE), 64).decoder.layers[0].mlp
     assert layer.experts.weight1.std().item() == pytest.approx(0.02, rel=0.05)

@@ -19,7 +19,7 @@ from coe_megatron.chain.settings import ChainSettings, Gating, Residual, Topolog
 from coe_megatron.config import RunConfig
 from coe_megatron.config.checks import check
 from coe_megatron.config.settings import MLASettings, ModelSettings, MoESettings
-from coe_megatron.config.shape import model_shape
+from coe_megatron.config.shape import model_shape, moe_pattern
 from coe_megatron.training.model import build_model
 
 pytestmark = pytest.mark.usefixtures("single_rank")
@@ -58,6 +58,14 @@ def draw(seed: int) -> tuple[RunConfig, int]:
         layer_freq=1 if plain or pick.random() < 0.5 else layer_freq,
     )
     chain = ChainSettings(pick.randint(1, 4), *(pick.choice(get_args(kind)) for kind in (Gating, Residual, Topology)))
+    conditioned = pick.random() < 0.6 and chain.topology != "iteration_norm"
+    once = pick.random() < 0.4
+    no_return = pick.random() < 0.8 and chain.gating != "fixed" and chain.iterations * moe.topk <= experts
+    chain = replace(chain, learned_scale=pick.random() < 0.4, conditioned=conditioned, shared_once=once)
+    chain = replace(chain, no_return=no_return)
+    with_experts = [number for number, has in enumerate(moe_pattern(RunConfig(model=model, moe=moe)), 1) if has]
+    if not plain and chain.iterations * moe.topk <= experts:
+        chain = replace(chain, layers=tuple(pick.sample(with_experts, pick.randint(1, max(1, len(with_experts) - 1)))))
     config = RunConfig(model=model, moe=moe, chain=chain)
     check(config)
     return config, pick.choice([40, 96])
@@ -115,6 +123,7 @@ def test_parameters_are_exact(seed: int) -> None:
     assert counted.shared == size(".shared_experts."), config
     assert counted.routers == size(".mlp.router.", ".later_routers."), config
     assert counted.norms == size("norm"), config
+    assert counted.gains == size("_gains."), config
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -173,3 +182,7 @@ def test_the_draw_reaches_everything() -> None:
     for field, kind in (("gating", Gating), ("residual", Residual), ("topology", Topology)):
         assert {getattr(config.chain, field) for config in configs} == set(get_args(kind))
     assert {config.chain.iterations for config in configs} == {1, 2, 3, 4}
+    chosen = [(config.chain.layers, sum(moe_pattern(config))) for config in configs]
+    assert any(layers is not None and len(layers) < count for layers, count in chosen)
+    for flag in ("learned_scale", "conditioned", "shared_once", "no_return"):
+        assert {getattr(config.chain, flag) for config in configs} == {True, False}
