@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -14,11 +15,13 @@ from pathlib import Path
 from coe_megatron.cluster.one_host import Requests
 from coe_megatron.config import ConfigError
 from coe_megatron.config.arguments import Parser, write_out
+from coe_megatron.config.layout import layout
 from coe_megatron.exit_status import ExitStatus
 from coe_megatron.forecast.devices import DEVICES
 from coe_megatron.study.arms import Run
 from coe_megatron.study.plan import Plan, make_plan
-from coe_megatron.study.running import Ended, Runner, devices_here, is_finished, log_of, seed_by_seed, why
+from coe_megatron.study.running import Ended, Runner, devices_here, is_finished, log_of, seed_by_seed, why, write_config
+from coe_megatron.study.submitting import submissions
 from coe_megatron.training.status import Status, status, table
 
 EPILOG = """examples:
@@ -27,6 +30,7 @@ EPILOG = """examples:
   study.py plan configs/studies/paper/width.yaml --device h100 --price 2.50 training.steps=500
   study.py run configs/studies/cpu/main-pair.yaml --at-once 2
   study.py run configs/studies/cpu/main-pair.yaml --only coe-2-4-64_prenorm --seed 2
+  study.py submit configs/studies/paper/main-pair.yaml --sbatch='--gpus-per-node=1 --time=1:00:00'
   study.py status configs/studies/cpu/main-pair.yaml
   study.py report configs/studies/cpu/main-pair.yaml
 
@@ -38,13 +42,15 @@ was broken off goes on; one that fails stops no other. Ctrl-C lets runs save; th
 folder lie its log and its whole config; to repeat it alone: torchrun ... launch/pretrain_coe.py CONFIG."""
 REPORT = """Write what the finished runs say: report.html (one file), report.md, the figures as SVG and PNG, results.csv
 (a row a run) and timings.csv."""
+SUBMIT = """Submit what is not done yet to SLURM: an array with a task for each run, through launch/slurm/study.sbatch.
+Every run goes on by itself after time limits and preemption, as with pretrain.sbatch."""
 STATUS = "How the study's runs stand, a line a run."
 
 
 def parser() -> Parser:
     made = Parser(prog="study.py", description=__doc__, epilog=EPILOG)
-    commands = made.add_subparsers(dest="command", required=True, metavar="plan|run|status|report")
-    told = {"plan": PLAN, "run": RUN, "status": STATUS, "report": REPORT}
+    commands = made.add_subparsers(dest="command", required=True, metavar="plan|run|submit|status|report")
+    told = {"plan": PLAN, "run": RUN, "submit": SUBMIT, "status": STATUS, "report": REPORT}
     of = {name: commands.add_parser(name, help=_first(text), description=text) for name, text in told.items()}
     for command in of.values():
         command.add_argument(
@@ -59,12 +65,18 @@ def parser() -> Parser:
     of["plan"].add_argument("--device-memory", metavar="SIZE", help=memory)
     of["plan"].add_argument("--price", type=price, metavar="PRICE", help="of an hour of one device, for the total cost")
     of["plan"].add_argument("--json", action="store_true", help="as one JSON object, unrounded")
-    of["run"].add_argument("--only", metavar="ARM", help="this arm alone")
-    of["run"].add_argument("--seed", type=int, metavar="SEED", help="this seed alone")
-    at_once = "so many runs at a time (default: as many as there are GPUs; without GPUs one)"
-    of["run"].add_argument("--at-once", type=whole_number, metavar="N", help=at_once)
+    for command in (of["run"], of["submit"]):
+        command.add_argument("--only", metavar="ARM", help="this arm alone")
+        command.add_argument("--seed", type=int, metavar="SEED", help="this seed alone")
+        at_once = "so many runs at a time (default: as many as there are GPUs, without GPUs one; as SLURM has room)"
+        command.add_argument("--at-once", type=whole_number, metavar="N", help=at_once)
     of["run"].add_argument("--devices", metavar="0,1", help="the GPUs to use (default: CUDA_VISIBLE_DEVICES, else all)")
     of["status"].add_argument("--json", action="store_true", help="for programs, unrounded; null is what is not known")
+    per_node = "of a run's ranks (default: all on one node)"
+    of["submit"].add_argument("--ranks-per-node", type=whole_number, metavar="N", help=per_node)
+    sbatch = "more options of sbatch, such as --sbatch='--account=mine --gpus-per-node=1 --time=1:00:00'"
+    of["submit"].add_argument("--sbatch", type=shlex.split, default=[], metavar="OPTIONS", help=sbatch)
+    of["submit"].add_argument("--dry-run", action="store_true", help="show the commands; nothing is submitted")
     where = "where it goes (default: the folder report in the study's output)"
     of["report"].add_argument("--to", type=Path, metavar="FOLDER", help=where)
     of["report"].add_argument("--title", help="of the report (default: the study file's name)")
@@ -92,18 +104,34 @@ def whole_number(text: str) -> int:
 
 
 def run(plan: Plan, options: argparse.Namespace) -> ExitStatus:
-    wanted = _wanted(plan, options)
-    open_runs = [each for each in seed_by_seed(wanted) if not is_finished(each)]
-    if not open_runs:
-        say(f"all {len(wanted)} runs are done")
+    if not (open_runs := _open_runs(plan, options)):
         return ExitStatus.DONE
     devices = options.devices.split(",") if options.devices is not None else devices_here(os.environ)
-    say(f"{len(open_runs)} of {len(wanted)} runs are to be done")
     requests = Requests()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda *_: requests.more())
     ended = Runner(devices, options.at_once or max(1, len(devices)), say).run(open_runs, requests)
     return _conclude(ended, len(open_runs), requests)
+
+
+def submit(plan: Plan, options: argparse.Namespace) -> ExitStatus:
+    open_runs = _open_runs(plan, options)
+    for array in submissions(open_runs, options.ranks_per_node, options.at_once, options.sbatch):
+        if options.dry_run:
+            write_out(str(array))
+            continue
+        for each in array.runs:
+            write_config(each)
+        say(f"job {array.submit(os.environ)}: {len(array.runs)} runs of {layout(array.runs[0].config).ranks} ranks")
+    return ExitStatus.DONE
+
+
+def _open_runs(plan: Plan, options: argparse.Namespace) -> list[Run]:
+    """What is to be done of the runs that the options name; this is said."""
+    wanted = _wanted(plan, options)
+    open_runs = [each for each in seed_by_seed(wanted) if not is_finished(each)]
+    say(f"{len(open_runs)} of {len(wanted)} runs are to be done" if open_runs else f"all {len(wanted)} runs are done")
+    return open_runs
 
 
 def _wanted(plan: Plan, options: argparse.Namespace) -> list[Run]:
@@ -169,7 +197,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         plan = make_plan(options.study, overrides, options.device, options.calibration, *limits)
         if options.command != "plan":
-            return {"run": run, "status": show, "report": report}[options.command](plan, options)
+            return {"run": run, "submit": submit, "status": show, "report": report}[options.command](plan, options)
     except ConfigError as error:
         program.error(str(error))
     write_out(json.dumps(plan.as_dict(), indent=2) if options.json else plan.table())

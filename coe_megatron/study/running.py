@@ -66,9 +66,14 @@ def is_finished(run: Run) -> bool:
     return bool(attempts) and attempts[-1]["outcome"] == "finished"
 
 
+def config_of(run: Run) -> Path:
+    """The file that `write_config` writes."""
+    return Path(f"{run.config.output}.yaml")
+
+
 def write_config(run: Run) -> Path:
     """The run's whole config as a file beside its folder, which repeats it: `pretrain_coe.py FILE`."""
-    path = Path(f"{run.config.output}.yaml")
+    path = config_of(run)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(dump(run.config))

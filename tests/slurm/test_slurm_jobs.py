@@ -7,8 +7,10 @@ n5 to all others.
 
 import json
 import re
+import sys
 
 import pytest
+from programs import ROOT
 from slurm_cluster import wait_for
 from slurm_place import UGLY, Place
 
@@ -183,6 +185,36 @@ def test_past_its_limit_a_job_goes_on_from_its_last_checkpoint(place: Place, pas
     assert int(place.cluster.job(job)["Restarts"]) >= 1 and "SLURM ends this job" in place.log(job)
     assert "resumed at step 2" in place.log(job) and "does not go on: the run is done" in place.log(job)
     assert [line[0] for line in place.losses("past its limit")] == list(range(13))
+
+
+STUDY = """
+base: a config.yaml
+output: the study's runs
+set: {parallel.expert: 1, training.steps: 3}
+axes:
+  design:
+    MoE(4/8): {chain.iterations: 1, moe.topk: 4}
+    CoE-2(2/8): {chain.iterations: 2, moe.topk: 2}
+baseline: {design: MoE(4/8)}
+seeds: [1]
+"""
+
+
+def test_a_study_is_an_array_of_jobs(place: Place) -> None:
+    """Through the project as it stands; a second submission has nothing left to do."""
+    (place.folder / "the study.yaml").write_text(STUDY)
+    submit = (sys.executable, ROOT / "launch" / "study.py", "submit", "the study.yaml", f"--sbatch={OTHERS}")
+    environment = {"COE_PYTHON": sys.executable, "COE_CHECK_NODES": "0"}
+    done = place.cluster.run(*submit, env=environment, cwd=place.folder)
+    assert done.returncode == 0, done.stderr
+    (array,) = re.findall(r"job (\d+): 2 runs of 1 ranks", done.stdout)
+    wait_for(lambda: not place.cluster.ask("squeue", "-h", "-j", array), 150, lambda: f"array {array} to be gone")
+    logs = [(place.folder / f"slurm-{array}_{task}.log").read_text() for task in (0, 1)]
+    assert all("does not go on: the run is done" in log for log in logs), logs
+    for arm in ("moe-4-8", "coe-2-2-8"):
+        assert [line[0] for line in place.losses(f"the study's runs/{arm}/seed-1")] == [0, 1, 2, 3]
+    again = place.cluster.run(*submit, env=environment, cwd=place.folder)
+    assert again.stdout.endswith("all 2 runs are done\n")
 
 
 def test_it_is_requeued_preempted_and_at_its_limit_twice(place: Place, ended_often: str, undisturbed: str) -> None:

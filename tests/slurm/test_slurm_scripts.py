@@ -21,7 +21,13 @@ def test_shellcheck_finds_nothing(script: Path) -> None:
 
 
 def test_there_are_scripts_to_check() -> None:
-    assert {path.name for path in SCRIPTS} == {"chain.sh", "pretrain.sbatch", "site.example.sh", "step.sh"}
+    assert {path.name for path in SCRIPTS} == {
+        "chain.sh",
+        "pretrain.sbatch",
+        "site.example.sh",
+        "step.sh",
+        "study.sbatch",
+    }
 
 
 @pytest.mark.parametrize("arguments", [[], ["0", "c.yaml"], ["two", "c.yaml"], ["2"], ["2", "--nodes=2", "--"]])
@@ -51,8 +57,21 @@ def test_a_mistake_before_the_start_is_one_line(environment: dict[str, str], sai
     assert done.stderr.startswith(f"pretrain.sbatch: error: {said}") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [(None, "this is for an array of jobs"), ("2", "task 2 of the array has no config: there are 2")],
+)
+def test_a_task_without_a_config_is_one_line(task: str | None, said: str) -> None:
+    environment = {"PATH": os.environ["PATH"], **({} if task is None else {"SLURM_ARRAY_TASK_ID": task})}
+    command = ["bash", ROOT / "launch" / "slurm" / "study.sbatch", "a.yaml", "b.yaml"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"study.sbatch: error: {said}") and done.stderr.count("\n") == 1
+
+
 @pytest.mark.slurm
-def test_sbatch_takes_the_script_as_it_stands(place: Place) -> None:
-    script = ROOT / "launch" / "slurm" / "pretrain.sbatch"
-    done = place.cluster.run("sbatch", "--test-only", "--nodes=2", "--time=60", script, "config.yaml", cwd=ROOT)
+@pytest.mark.parametrize(("name", "options"), [("pretrain.sbatch", ["--nodes=2"]), ("study.sbatch", ["--array=0-2%1"])])
+def test_sbatch_takes_the_scripts_as_they_stand(name: str, options: list[str], place: Place) -> None:
+    script = ROOT / "launch" / "slurm" / name
+    done = place.cluster.run("sbatch", "--test-only", *options, "--time=60", script, "config.yaml", cwd=ROOT)
     assert done.returncode == 0 and "to start at" in done.stderr, done.stderr
