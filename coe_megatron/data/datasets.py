@@ -53,13 +53,16 @@ class PreparedData:
 
     @classmethod
     def open(cls, folder: str | Path) -> "PreparedData":
-        """Open a folder after checking its manifest, its file sizes and its tokenizer's checksum.
+        """Open a folder after checking its manifest, its file sizes, and the checksums of tokenizer and indices.
 
         Raises:
             ValueError: it is no prepared data, of another format, or not whole.
         """
         folder = Path(folder)
         manifest = Manifest.read(folder)
+        for index in (f"{split}.idx" for split in get_args(Split)):  # Megatron fails on a damaged one in its own ways
+            if FileSummary.of(folder / index) != manifest.files[index]:
+                raise ValueError(f"{folder} is damaged: the content of {index} has changed; prepare it again")
         return cls(folder, manifest, Tokenizer(folder / TOKENIZER))
 
     def samples(
@@ -132,9 +135,6 @@ class PreparedData:
             raise ValueError(f"split is {split!r}: it must be one of {', '.join(get_args(Split))}")
         if seq_length < 1:
             raise ValueError(f"seq_length is {seq_length}: it must be at least 1")
-        index = f"{split}.idx"  # small, and Megatron fails on a damaged one in ways of its own
-        if FileSummary.of(self.folder / index) != self.manifest.files[index]:
-            raise ValueError(f"{self.folder} is damaged: the content of {index} has changed; prepare it again")
         return IndexedDataset(str(self.folder / split))
 
 
