@@ -9,7 +9,6 @@ import shlex
 import signal
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from coe_megatron.cluster.one_host import Requests
@@ -20,9 +19,9 @@ from coe_megatron.exit_status import ExitStatus
 from coe_megatron.forecast.devices import DEVICES
 from coe_megatron.study.arms import Run
 from coe_megatron.study.plan import Plan, make_plan
-from coe_megatron.study.running import Ended, Runner, devices_here, is_finished, log_of, seed_by_seed, why, write_config
+from coe_megatron.study.running import Ended, Runner, devices_here, is_finished, seed_by_seed, stands, write_config
 from coe_megatron.study.submitting import submissions
-from coe_megatron.training.status import Status, status, table
+from coe_megatron.training.status import table
 
 EPILOG = """examples:
   study.py plan configs/studies/paper/main-pair.yaml
@@ -106,7 +105,7 @@ def whole_number(text: str) -> int:
 def run(plan: Plan, options: argparse.Namespace) -> ExitStatus:
     if not (open_runs := _open_runs(plan, options)):
         return ExitStatus.DONE
-    devices = options.devices.split(",") if options.devices is not None else devices_here(os.environ)
+    devices = devices_here(options.devices, os.environ)
     requests = Requests()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda *_: requests.more())
@@ -145,11 +144,12 @@ def _wanted(plan: Plan, options: argparse.Namespace) -> list[Run]:
 
 
 def _conclude(ended: list[Ended], runs: int, requests: Requests) -> ExitStatus:
-    if requests.stop.is_set():
-        say("stopped; the same command goes on")
+    done = [each for each in ended if each.status is ExitStatus.DONE]
+    if requests.stop.is_set() and len(done) < runs:
+        say(f"stopped with {len(done)} of {runs} runs done; the same command goes on")
         return ExitStatus.INTERRUPTED if requests.end.is_set() else ExitStatus.STOPPED
     failed = [each for each in ended if each.status is not ExitStatus.DONE]
-    say(f"{runs - len(failed)} of {runs} runs are done" + (f", {len(failed)} are not:" if failed else ""))
+    say(f"{len(done)} of {runs} runs are done" + (f", {len(failed)} are not:" if failed else ""))
     for each in failed:
         say(f"  {each.run.arm}, seed {each.run.seed}: {each.status.name}: {each.reason}")
     return ExitStatus.FAILED if failed else ExitStatus.DONE
@@ -173,14 +173,6 @@ def report(plan: Plan, options: argparse.Namespace) -> ExitStatus:
         raise ConfigError(f"the report cannot be written to {folder}: {error.strerror}") from error
     write_out("\n".join(map(str, files)))
     return ExitStatus.DONE
-
-
-def stands(run: Run, now: float) -> Status:
-    """How a run stands; one that was refused before it began has left but a log."""
-    found = status(Path(run.config.output), now)
-    if found.state == "no run" and (reason := why(run)):
-        return replace(found, state="failed", reason=reason, log=str(log_of(run)))
-    return found
 
 
 def say(text: str) -> None:

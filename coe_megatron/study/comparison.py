@@ -17,10 +17,11 @@ class Summary:
     """One arm over its finished seeds.
 
     Attributes:
-        losses: the last validation loss by seed, in nats per counted token.
+        losses: the validation loss after the last step by seed, in nats per counted token.
         gain: of the mean over seeds: the baseline's loss less this arm's, seed by seed; positive is better. None of the
             baseline itself, and without a common seed.
-        interval: of 95 % confidence for that gain, by Student's t over the seeds; None with fewer than two.
+        interval: of 95 % confidence for that gain, by Student's t over the seeds; None with fewer than two. A point
+            where every seed gains the same.
         p: of a paired t-test (two-sided) that there is no gain; None with fewer than two seeds, or no spread.
         seeds: in common with the baseline.
     """
@@ -66,7 +67,8 @@ def _summary(arm: ArmPlan, losses: dict[int, float], baseline: dict[int, float],
     gains = [baseline[seed] - losses[seed] for seed in common]
     if len(gains) < 2:
         return Summary(arm, losses, len(gains), mean(gains))
+    if len(set(gains)) == 1:  # such as an arm that a setting without effect tells from the baseline: all gains are 0
+        return Summary(arm, losses, len(gains), gains[0], (gains[0], gains[0]))
     tested = stats.ttest_1samp(gains, 0.0)
     low, high = tested.confidence_interval(_CONFIDENCE)
-    p = float(tested.pvalue) if stdev(gains) else None
-    return Summary(arm, losses, len(gains), mean(gains), (float(low), float(high)), p)
+    return Summary(arm, losses, len(gains), mean(gains), (float(low), float(high)), float(tested.pvalue))

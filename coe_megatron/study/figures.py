@@ -17,7 +17,10 @@ from coe_megatron.study.results import Result, done
 
 # Okabe and Ito's palette without yellow, which print loses.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-_DASHES, _MARKS, _GREY = ("-", "--", ":", "-."), "osD^v<>P", "#666666"
+# In print without colour, marks stand for these, and the filling of marks for dashes.
+_MARKS, _DASHES, _FILLS = "osD^vP*", ("-", "--", ":", "-."), ("full", "none", "left", "bottom")
+_GREY = "#666666"
+_MOST_PAIRS = 4  # maps of experts that follow one another, of an arm
 _MIB = 2**20
 _LOSS = "validation loss (nats a token)"
 
@@ -28,8 +31,19 @@ class Look:
 
     label: str
     colour: str
-    dash: str
     mark: str
+    dash: str
+    fill: Any
+
+    @property
+    def marked(self) -> dict[str, Any]:
+        """Arguments of matplotlib for its marks."""
+        return {"color": self.colour, "marker": self.mark, "fillstyle": self.fill, "markeredgewidth": 1}
+
+    @property
+    def drawn(self) -> dict[str, Any]:
+        """Arguments of matplotlib for its lines."""
+        return {**self.marked, "linestyle": self.dash, "linewidth": 1.4, "markersize": 4.5, "label": self.label}
 
 
 @dataclass(frozen=True)
@@ -66,26 +80,21 @@ def draw(results: Sequence[Result], summaries: Sequence[Summary], baseline: str)
 
 
 def _looks(summaries: Sequence[Summary]) -> Mapping[str, Look]:
-    """The first axis has the colours where it has fewer labels than these, the others the dashes and marks."""
+    """Labels of the first axis have the colours and marks, the others' the dashes and fillings.
+
+    Where that are too many of either, arms go through the colours, and once through these the dashes change.
+    """
     arms = [summary.arm.arm for summary in summaries]
-    first = list(dict.fromkeys(next(iter(arm.labels.values())) for arm in arms))
-    rest = list(dict.fromkeys(tuple(arm.labels.values())[1:] for arm in arms))
-    if len(first) > len(_COLOURS) or len(rest) > len(_DASHES):
-        styles = zip(arms, cycle(_COLOURS), cycle(_MARKS), strict=False)
-        dashes = (_DASHES[number // len(_COLOURS) % len(_DASHES)] for number in range(len(arms)))
-        return {
-            arm.name: Look(_label(arm.labels), colour, dash, mark)
-            for (arm, colour, mark), dash in zip(styles, dashes, strict=True)
-        }
+    keys = [tuple(arm.labels.values()) for arm in arms]
+    first = list(dict.fromkeys(key[0] for key in keys))
+    rest = list(dict.fromkeys(key[1:] for key in keys))
+    apart = len(first) <= len(_COLOURS) and len(rest) <= len(_DASHES)
     looks = {}
-    for arm in arms:
-        colour, other = first.index(next(iter(arm.labels.values()))), rest.index(tuple(arm.labels.values())[1:])
-        looks[arm.name] = Look(_label(arm.labels), _COLOURS[colour], _DASHES[other], _MARKS[other])
+    for number, (arm, key) in enumerate(zip(arms, keys, strict=True)):
+        at, other = (first.index(key[0]), rest.index(key[1:])) if apart else (number, number // len(_COLOURS))
+        at, other = at % len(_COLOURS), other % len(_DASHES)
+        looks[arm.name] = Look(" ".join(key), _COLOURS[at], _MARKS[at], _DASHES[other], _FILLS[other])
     return looks
-
-
-def _label(labels: Mapping[str, str]) -> str:
-    return " ".join(labels.values())
 
 
 def _by_arm(results: Sequence[Result]) -> Iterator[tuple[str, list[Result]]]:
@@ -105,8 +114,11 @@ def _plain(axes: Axes) -> None:
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
+    """Below the figure, which grows by it."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False)
+    across = max(1, min(len(labels), int(figure.get_figwidth() * 12 / (max(map(len, labels)) + 5))))
+    figure.set_figheight(figure.get_figheight() + 0.22 * math.ceil(len(labels) / across))
+    figure.legend(handles, labels, loc="outside lower center", ncols=across, frameon=False, handlelength=3)
 
 
 def _curves(results: Sequence[Result], looks: Mapping[str, Look]) -> Drawing:
@@ -121,23 +133,16 @@ def _curves(results: Sequence[Result], looks: Mapping[str, Look]) -> Drawing:
     for axes, (title, (unit, amount)) in zip(grid.flat, amounts.items(), strict=True):
         _plain(axes)
         for name, runs in _by_arm(results):
-            look = looks[name]
-            lines = [result.evaluations for result in runs]
-            losses = np.array([[line["valid_loss"] for line in some] for some in _equally_long(lines)])
-            at = np.array(
-                [
-                    [amount(result, line) for line in some]
-                    for result, some in zip(runs, _equally_long(lines), strict=True)
-                ]
-            )
-            axes.plot(
-                at.mean(0), losses.mean(0), color=look.colour, linestyle=look.dash, label=look.label, linewidth=1.4
-            )
+            lines = _in_common([result.evaluations for result in runs])
+            losses = np.array([[line["valid_loss"] for line in some] for some in lines])
+            at = np.array([[amount(result, line) for line in some] for result, some in zip(runs, lines, strict=True)])
+            look, every = looks[name], math.ceil(losses.shape[1] / 8)
+            axes.plot(at.mean(0), losses.mean(0), **look.drawn, markevery=every)
             axes.fill_between(at.mean(0), losses.min(0), losses.max(0), color=look.colour, alpha=0.15, linewidth=0)
         axes.set_xlabel(title)
         axes.xaxis.set_major_formatter(EngFormatter(unit))
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        _from_the_first_tenth(axes, results)
+        _without_the_first(axes, results)
     for axes in grid[:, 0]:
         axes.set_ylabel(_LOSS)
     _legend(figure, grid[0, 0])
@@ -153,12 +158,13 @@ def _share(result: Result, line: Mapping[str, Any]) -> float:
     return line["step"] / result.run.config.training.steps
 
 
-def _equally_long(lines: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
-    shortest = min(map(len, lines))
-    return [some[:shortest] for some in lines]
+def _in_common(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[Mapping[str, Any]]]:
+    """The lines of those steps that all runs have."""
+    steps = set.intersection(*({line["step"] for line in lines} for lines in runs))
+    return [[line for line in lines if line["step"] in steps] for lines in runs]
 
 
-def _from_the_first_tenth(axes: Axes, results: Sequence[Result]) -> None:
+def _without_the_first(axes: Axes, results: Sequence[Result]) -> None:
     """The loss before training is many times what arms differ by: begin with what the first evaluation after it has."""
     later = [line["valid_loss"] for result in results for line in result.evaluations[1:]]
     if later:
@@ -177,7 +183,7 @@ def _gains(summaries: Sequence[Summary], looks: Mapping[str, Look], baseline: st
         look = looks[summary.arm.arm.name]
         seeds = [base.losses[seed] - loss for seed, loss in summary.losses.items() if seed in base.losses]
         axes.plot(seeds, [row] * len(seeds), "|", color=look.colour, markersize=9)
-        axes.plot([summary.gain or 0.0], [row], look.mark, color=look.colour, markersize=7)
+        axes.plot([summary.gain or 0.0], [row], **look.marked, markersize=7)
         if summary.interval is not None:
             axes.plot(summary.interval, [row, row], color=look.colour, linewidth=1.4)
     axes.axvline(0, color=_GREY, linewidth=1)
@@ -205,7 +211,7 @@ def _against_memory(summaries: Sequence[Summary], results: Sequence[Result], loo
             look, losses = looks[name], list(summary.losses.values())
             spread = [[summary.mean - min(losses)], [max(losses) - summary.mean]]
             axes.errorbar(
-                measured[name], summary.mean, spread, fmt=look.mark, color=look.colour, label=look.label, capsize=3
+                measured[name], summary.mean, spread, **look.marked, linestyle="", label=look.label, capsize=3
             )
             points.append((measured[name], summary.mean))
     front = pareto(points)
@@ -308,7 +314,7 @@ def _memory(results: Sequence[Result], looks: Mapping[str, Look]) -> Drawing:
     for name, runs in _by_arm(results):
         look, foreseen = looks[name], runs[0].arm.memory / _MIB
         measured = [result.memory / _MIB for result in runs]
-        axes.plot([foreseen] * len(runs), measured, look.mark, color=look.colour, label=look.label, alpha=0.8)
+        axes.plot([foreseen] * len(runs), measured, **look.marked, linestyle="", label=look.label, alpha=0.8)
     amounts = [amount / _MIB for result in results for amount in (result.arm.memory, result.memory)]
     ends = 0.95 * min(amounts), 1.05 * max(amounts)
     axes.plot(ends, ends, color=_GREY, linewidth=1)
@@ -340,7 +346,7 @@ def _routing_over_time(results: Sequence[Result], looks: Mapping[str, Look]) -> 
             unit = math.log(first.run.config.moe.num_experts) if key == "routing_entropy" else 1.0
             values = [line[key] / unit for line in lines]
             steps = [line["step"] for line in lines]
-            axes.plot(steps, values, color=look.colour, linestyle=look.dash, label=look.label, linewidth=1.2)
+            axes.plot(steps, values, **look.drawn, markevery=max(1, len(steps) // 6))
         axes.set_title(title, fontsize="medium", loc="left")
     for axes in grid[1]:
         axes.set_xlabel("steps")
@@ -390,15 +396,7 @@ def _norms(results: Sequence[Result], looks: Mapping[str, Look]) -> Drawing:
             parts, look = runs[0].steps[-1]["routing"], looks[name]
             most = max(part["iteration"] for part in parts)
             at = [part["layer"] + (part["iteration"] - 1) / most for part in parts]
-            axes.plot(
-                at,
-                [part[key] for part in parts],
-                color=look.colour,
-                linestyle=look.dash,
-                marker=look.mark,
-                markersize=4,
-                label=look.label,
-            )
+            axes.plot(at, [part[key] for part in parts], **look.drawn)
         axes.set_title(title, fontsize="medium", loc="left")
         axes.set_xlabel("layer, its iterations one after the other")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -7,15 +7,19 @@ were run; it is no law beyond them.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
 
-from coe_megatron.study.results import Result, done
+from coe_megatron.study.comparison import Summary
+from coe_megatron.study.plan import ArmPlan
 
 _CONFIDENCE = 0.95
+_VARIES = (
+    0.05  # what the other quantities leave of one's logarithm must range further, for an exponent to mean anything
+)
 
 
 @dataclass(frozen=True)
@@ -32,9 +36,9 @@ class Fit:
     """What was found.
 
     Attributes:
-        left_out: quantities that are the same in all arms, or follow from the others.
+        left_out: quantities that are nearly the same in all arms, or nearly follow from those before them.
         residual: standard deviation of the logarithms that the line leaves.
-        points: runs it was fitted to.
+        points: arms it was fitted to.
     """
 
     coefficients: list[Coefficient]
@@ -43,28 +47,18 @@ class Fit:
     points: int
 
 
-def fit(results: Sequence[Result]) -> Fit | None:
-    """The line through all finished runs; None where they are of no more arms than it has coefficients.
+def fit(summaries: Sequence[Summary]) -> Fit | None:
+    """The line through the arms that have finished runs; None where they are at too few points for one.
 
-    The interval takes runs as independent, which seeds of one arm are and repeated arms are not.
+    An arm is one point, the mean of its seeds. Its seeds are no points of their own: what the line does not know of an
+    arm, all of them have, and the interval would come out too narrow.
     """
-    finished = done(results)
-    columns = {
-        "parameters": [math.log(result.arm.parameters) for result in finished],
-        "FLOPs": [math.log(result.arm.flops) for result in finished],
-        "C": [math.log(result.run.config.chain.iterations) for result in finished],
-    }
-    design, used, left_out = np.ones((len(finished), 1)), list[str](), list[str]()
-    for name, column in columns.items():
-        wider = np.column_stack([design, column])
-        if finished and np.linalg.matrix_rank(wider, tol=1e-6) > design.shape[1]:
-            design, used = wider, [*used, name]
-        else:
-            left_out.append(name)
-    free = len(finished) - design.shape[1]
-    if not used or len(np.unique(design, axis=0)) <= design.shape[1]:  # seeds alone are no points of a line
+    known = [summary for summary in summaries if summary.mean is not None]
+    design, used, left_out = _design([_logarithms(summary.arm) for summary in known])
+    free = len(known) - design.shape[1]
+    if not used or len(np.unique(design, axis=0)) <= design.shape[1]:
         return None
-    losses = np.log([result.loss for result in finished])
+    losses = np.log([summary.mean or math.nan for summary in known])
     found, *_ = np.linalg.lstsq(design, losses, rcond=None)
     variance = float(((losses - design @ found) ** 2).sum()) / free
     errors = np.sqrt(variance * np.diag(np.linalg.inv(design.T @ design)))
@@ -73,4 +67,22 @@ def fit(results: Sequence[Result]) -> Fit | None:
         Coefficient(name, float(value), (float(value - width), float(value + width)))
         for name, value, width in zip(used, found[1:], reach[1:], strict=True)
     ]
-    return Fit(coefficients, left_out, math.sqrt(variance), len(finished))
+    return Fit(coefficients, left_out, math.sqrt(variance), len(known))
+
+
+def _logarithms(plan: ArmPlan) -> Mapping[str, float]:
+    amounts = {"parameters": plan.parameters, "FLOPs": plan.flops, "C": plan.arm.config.chain.iterations}
+    return {name: math.log(amount) for name, amount in amounts.items()}
+
+
+def _design(points: Sequence[Mapping[str, float]]) -> tuple[np.ndarray, list[str], list[str]]:
+    """A column of ones and one of each quantity that can be told from those before it; their names, the others'."""
+    design, used, left_out = np.ones((len(points), 1)), list[str](), list[str]()
+    for name in points[0] if points else ():
+        column = np.array([point[name] for point in points])
+        explained, *_ = np.linalg.lstsq(design, column, rcond=None)
+        if np.ptp(column - design @ explained) > _VARIES:
+            design, used = np.column_stack([design, column]), [*used, name]
+        else:
+            left_out.append(name)
+    return design, used, left_out

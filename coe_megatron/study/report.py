@@ -2,12 +2,14 @@
 
 import base64
 import html
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import markdown
 import matplotlib
 
+from coe_megatron.config.arguments import one_line
 from coe_megatron.study.comparison import Summary, compare
 from coe_megatron.study.figures import Drawing, draw
 from coe_megatron.study.fit import Fit, fit
@@ -44,17 +46,23 @@ def as_markdown(
     finished, study = done(results), plan.study
     seeds = ", ".join(map(str, study.settings.seeds))
     parts = [
-        f"# {title}",
-        f"{len(finished)} of {len(results)} runs are finished: {len(plan.arms)} arms with the seeds {seeds}. "
+        f"# {_escaped(title)}",
+        f"{len(finished)} of {len(results)} runs are finished: {_counted(plan.arms, 'arm')} with "
+        f"{'the seeds' if len(study.settings.seeds) > 1 else 'the seed'} {seeds}. "
         f"The baseline is {_name(plan, study.baseline.name)}. Losses are in nats a token, on the validation set, after "
         "the last step.",
         _budget(plan),
         *_not_done(results),
     ]
     if finished:
-        parts += ["## Losses", _answer(summaries), _losses(summaries, study.baseline.name), _reading()]
+        parts += [
+            "## Losses",
+            _answer(summaries, study.baseline.name),
+            _losses(summaries, study.baseline.name),
+            _reading(summaries),
+        ]
         parts += ["## What the arms cost", _costs(plan, finished)]
-        parts += ["## Loss against parameters, FLOPs and recurrence", _fitted(fit(results))]
+        parts += ["## Loss against parameters, FLOPs and recurrence", _fitted(fit(summaries))]
         parts += ["## Figures", *(f"![{each.name}]({each.name}.svg)\n\n*{each.caption}*" for each in drawings)]
     return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -80,22 +88,21 @@ def _not_done(results: Sequence[Result]) -> list[str]:
     missing = [result for result in results if not result.finished]
     if not missing:
         return []
-    rows = [[result.run.arm, str(result.run.seed), result.state] for result in missing]
-    return ["Not in the figures:", _table(["arm", "seed", "state"], rows)]
+    rows = [[_escaped(result.run.arm), str(result.run.seed), _escaped(result.state)] for result in missing]
+    return ["Not in the tables and figures below:", _table(["arm", "seed", "state"], rows)]
 
 
-def _answer(summaries: Sequence[Summary]) -> str:
+def _answer(summaries: Sequence[Summary], baseline: str) -> str:
     """In a sentence, what was found."""
-    by_verdict: dict[str, list[str]] = {}
-    for summary in summaries:
-        if summary.verdict:
-            by_verdict.setdefault(summary.verdict, []).append(_label(summary))
-    if not by_verdict:
-        return "There are too few seeds to tell arms from the baseline."
+    others = [summary for summary in summaries if summary.arm.arm.name != baseline]
+    if not others:
+        return "The baseline is the only arm."
+    if not next(summary for summary in summaries if summary.arm.arm.name == baseline).losses:
+        return "The baseline has no finished run, so that nothing can be held against it."
     told = {"better": "Better than the baseline", "worse": "Worse", "no difference seen": "No difference seen"}
-    return " ".join(
-        f"**{told[verdict]}:** {', '.join(by_verdict[verdict])}." for verdict in told if verdict in by_verdict
-    )
+    told[""] = "Too few seeds to tell"
+    found = {verdict: [_label(summary) for summary in others if summary.verdict == verdict] for verdict in told}
+    return " ".join(f"**{told[verdict]}:** {', '.join(arms)}." for verdict, arms in found.items() if arms)
 
 
 def _losses(summaries: Sequence[Summary], baseline: str) -> str:
@@ -111,7 +118,7 @@ def _losses(summaries: Sequence[Summary], baseline: str) -> str:
                 _number(summary.spread, ".4f"),
                 gain,
                 interval,
-                _number(summary.p, ".3f"),
+                "&lt; 0.001" if summary.p is not None and summary.p < 0.001 else _number(summary.p, ".3f"),
                 summary.verdict or "-",
             ]
         )
@@ -119,10 +126,13 @@ def _losses(summaries: Sequence[Summary], baseline: str) -> str:
     return _table(columns, rows)
 
 
-def _reading() -> str:
+def _reading(summaries: Sequence[Summary]) -> str:
+    tested = sum(summary.interval is not None for summary in summaries)
     return (
-        "Spread is the standard deviation over seeds. Gain is the baseline's loss less the arm's, seed by seed; its "
-        "interval and p come from a paired t-test over the seeds (two-sided, not corrected for the number of arms)."
+        "Spread is the standard deviation over seeds. Gain is the baseline's loss less the arm's, over the seeds that "
+        "both have finished; its interval and p come from a paired t-test over these (two-sided), and the verdict from "
+        "the interval. Nothing is corrected for the number of arms"
+        + (f": of {tested} that do not differ, {tested * 0.05:.1f} would seem to by chance alone." if tested else ".")
     )
 
 
@@ -157,32 +167,43 @@ def _fitted(found: Fit | None) -> str:
         for each in found.coefficients
     ]
     left_out = (
-        f" Left out, being constant or following from the others: {', '.join(found.left_out)}."
+        f" Left out, being nearly constant or nearly following from the others: {', '.join(found.left_out)}."
         if found.left_out
         else ""
     )
     text = (
-        f"log loss as a line in the logarithms of these, least squares over {found.points} runs; what the line leaves "
-        f"has a standard deviation of {found.residual:.2%}.{left_out} It is no law beyond these arms."
+        f"log loss as a line in the logarithms of these, least squares over {found.points} arms, each the mean of its "
+        f"seeds; what the line leaves, to which all else that arms differ in adds, has a standard deviation of "
+        f"{found.residual:.2%}.{left_out} It is no law beyond these arms."
     )
     return f"{text}\n\n{_table(['of', 'exponent', '95 % interval'], rows)}"
 
 
 def _name(plan: Plan, arm: str) -> str:
-    return next(" ".join(each.labels.values()) for each in plan.study.arms if each.name == arm)
+    return _escaped(next(" ".join(each.labels.values()) for each in plan.study.arms if each.name == arm))
 
 
 def _label(summary: Summary) -> str:
-    return " ".join(summary.arm.arm.labels.values())
+    return _escaped(" ".join(summary.arm.arm.labels.values()))
+
+
+def _counted(things: Sequence[object], name: str) -> str:
+    return f"{len(things)} {name}{'s' * (len(things) != 1)}"
 
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
+def _escaped(text: str) -> str:
+    """Text that is none of ours, on one line, with nothing that Markdown or HTML takes for more than text."""
+    text = one_line(text).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"[\\`*\[\]|]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
+
+
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _draw(drawing: Drawing, path: Path) -> Path:
@@ -193,5 +214,5 @@ def _draw(drawing: Drawing, path: Path) -> Path:
 
 
 def _write(path: Path, text: str) -> Path:
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     return path

@@ -2,7 +2,7 @@
 
 import csv
 import io
-import json
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +11,7 @@ from typing import Any
 
 from coe_megatron.study.arms import Run
 from coe_megatron.study.plan import ArmPlan, Plan
-from coe_megatron.study.running import why
+from coe_megatron.study.running import changed, stands
 from coe_megatron.training.logged import read_metrics
 
 _ROUTING = ("entropy", "load_max_over_mean", "dead_experts", "dropped", "overlap")
@@ -24,26 +24,21 @@ class Result:
     Attributes:
         arm: its plan.
         lines: the objects of its metrics.jsonl, none of a run that has not begun.
-        record: its run.json.
+        attempts: how often it was started.
+        state: `finished`: it came to its last step with the settings that the study has, and has a validation loss
+            there; otherwise what is the matter, in one line.
     """
 
     arm: ArmPlan
     run: Run
     lines: Sequence[Mapping[str, Any]]
-    record: Mapping[str, Any]
+    attempts: int
+    state: str
 
     @property
     def finished(self) -> bool:
-        """Whether it came to its last step."""
-        attempts = self.record.get("attempts", [])
-        return bool(attempts) and attempts[-1]["outcome"] == "finished"
-
-    @property
-    def state(self) -> str:
-        """`finished`, or why it is not."""
-        if self.finished:
-            return "finished"
-        return why(self.run) or ("not finished" if self.lines else "not begun")
+        """Whether figures and statistics count it."""
+        return self.state == "finished"
 
     @cached_property
     def evaluations(self) -> list[Mapping[str, Any]]:
@@ -57,8 +52,8 @@ class Result:
 
     @property
     def loss(self) -> float:
-        """The last validation loss, in nats per counted token."""
-        return float(self.evaluations[-1]["valid_loss"])
+        """The validation loss after the last step, in nats per counted token."""
+        return float(self.lines[-1]["valid_loss"])
 
     @property
     def seconds(self) -> float:
@@ -76,8 +71,8 @@ class Result:
 
 def collect(plan: Plan) -> list[Result]:
     """Every run of the study, in its order, done or not."""
-    by_name = {arm.arm.name: arm for arm in plan.arms}
-    return [_result(by_name[run.arm], run) for run in plan.study.runs]
+    by_name, now = {arm.arm.name: arm for arm in plan.arms}, time.time()
+    return [_result(by_name[run.arm], run, now) for run in plan.study.runs]
 
 
 def done(results: Iterable[Result]) -> list[Result]:
@@ -86,25 +81,42 @@ def done(results: Iterable[Result]) -> list[Result]:
 
 
 def results_csv(results: Sequence[Result]) -> str:
-    """A row a run. The same runs give the same bytes: what depends on the hour is in `timings_csv`."""
+    """A row a run. The same runs give the same bytes, in how many attempts ever: what depends on those, or on the
+    machine, is in `timings_csv`.
+    """
     return _csv(_row(result) for result in results)
 
 
 def timings_csv(results: Sequence[Result]) -> str:
-    """How fast the finished runs were, a row a run."""
+    """How fast the finished runs were, and what memory they took; a row a run."""
     return _csv(_timing(result) for result in done(results))
 
 
-def _result(arm: ArmPlan, run: Run) -> Result:
-    folder = Path(run.config.output)
-    path = folder / "run.json"
-    record = json.loads(path.read_text()) if path.exists() else {}
-    return Result(arm, run, read_metrics(folder / "metrics.jsonl"), record)
+def _result(arm: ArmPlan, run: Run, now: float) -> Result:
+    found = stands(run, now)
+    try:
+        lines = read_metrics(Path(run.config.output) / "metrics.jsonl")
+    except ValueError:
+        return Result(arm, run, [], found.starts or 0, "its metrics.jsonl cannot be read")
+    state = found.state if found.reason is None else f"{found.state}: {found.reason}"
+    if found.state == "no run":
+        state = "not begun"
+    elif said := changed(run):
+        state = said
+    elif found.state == "finished" and not _evaluated_at(run.config.training.steps, lines):
+        state = "finished, but without a validation loss after the last step"
+    return Result(arm, run, lines, found.starts or 0, state)
+
+
+def _evaluated_at(step: int, lines: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the last line is of this step and has a loss; null stands for one that is not finite."""
+    return bool(lines) and lines[-1]["step"] == step and lines[-1].get("valid_loss") is not None
 
 
 def _row(result: Result) -> dict[str, Any]:
     arm, steps = result.arm, result.run.config.training.steps
-    row = {"arm": result.run.arm, **arm.arm.labels, "seed": result.run.seed, "state": result.state}
+    labels = {f"axis_{name}": label for name, label in arm.arm.labels.items()}  # an axis may be called `steps`
+    row = {"arm": result.run.arm, **labels, "seed": result.run.seed, "state": result.state}
     row |= {"parameters": arm.parameters, "active_parameters": arm.active_parameters, "steps": steps}
     row |= {"flops_per_token": arm.flops_per_token, "flops": arm.flops, "expert_flops": arm.expert_flops}
     row["memory_foreseen"] = arm.memory
@@ -113,7 +125,6 @@ def _row(result: Result) -> dict[str, Any]:
     last = result.steps[-1]
     row |= {"tokens": last["tokens"], "valid_loss": result.loss, "train_loss": last["train_loss"]}
     row["best_valid_loss"] = min(line["valid_loss"] for line in result.evaluations)
-    row["memory_measured"] = result.memory
     return row | {f"routing_{name}": last.get(f"routing_{name}") for name in _ROUTING}
 
 
@@ -126,7 +137,8 @@ def _timing(result: Result) -> dict[str, Any]:
         "tokens_per_second": last["tokens_per_second"],
         "tflops": last["tflops"],
         "mfu": last.get("mfu"),
-        "attempts": len(result.record["attempts"]),
+        "attempts": result.attempts,
+        "memory_measured": result.memory,
         "seconds_foreseen": result.arm.seconds.total if result.arm.seconds else None,
     }
 

@@ -1,30 +1,44 @@
 """The runs of a study on this machine, one after another or packed on its devices; what is done is not done again."""
 
-import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from coe_megatron.cluster.one_host import Requests
 from coe_megatron.config import ConfigError, RunConfig, dump, load
+from coe_megatron.config.arguments import one_line
 from coe_megatron.config.layout import layout
 from coe_megatron.exit_status import ExitStatus, known_status
 from coe_megatron.study.arms import Run
+from coe_megatron.study.plan import span
+from coe_megatron.training.folder_lock import is_held
+from coe_megatron.training.status import Status, status
 
 _LOOKS_EVERY = 0.2  # seconds
+_BEGINS = "study.py begins: "  # the first line of every attempt in a run's log
+_LAST_WORDS = re.compile(r"\w+\.py: (?:error|ended with status \d+ \((?!STOPPED)\w+\), rank \d+): (.*)")
 _ROOT = Path(__file__).parents[2]
+
+
+_NO_FAILURE = {
+    ExitStatus.DONE: "done",
+    ExitStatus.STOPPED: "stopped, and saved",
+    ExitStatus.INTERRUPTED: "ended at once",
+}
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended here; `reason` is empty of one that is done."""
+    """How a run ended here; `reason` is empty of one that did not fail."""
 
     run: Run
     status: ExitStatus
@@ -56,14 +70,23 @@ def is_finished(run: Run) -> bool:
         ConfigError: it did so, or began, with other settings than the study has now; one line that names one of them.
     """
     folder = Path(run.config.output)
-    if not (folder / "run.json").exists():
+    state = status(folder, time.time()).state
+    if state == "unreadable":
+        raise ConfigError(f"{folder / 'run.json'} cannot be read: move its folder away, and the run begins anew")
+    if state == "no run" or (state != "finished" and not (folder / "config.yaml").exists()):  # killed as it began
         return False
-    if difference := _difference(load(folder / "config.yaml"), run.config):
-        raise ConfigError(
-            f"{folder} was run with {difference}: give the study another output, or move this folder away"
-        )
-    attempts = json.loads((folder / "run.json").read_text())["attempts"]
-    return bool(attempts) and attempts[-1]["outcome"] == "finished"
+    if said := changed(run):
+        raise ConfigError(f"{folder} {said}: give the study another output, or move this folder away")
+    return state == "finished"
+
+
+def changed(run: Run) -> str:
+    """What the settings of a run that has begun have against those that the study has now; empty if they are equal."""
+    try:
+        then = load(Path(run.config.output) / "config.yaml")
+    except ConfigError as error:
+        return f"has settings that cannot be read ({error})"
+    return _difference(then, run.config)
 
 
 def config_of(run: Run) -> Path:
@@ -91,6 +114,9 @@ def command(run: Run, config: Path) -> list[str]:
 class Runner:
     """Starts runs, as many as fit, and tells of each. One that fails stops no other.
 
+    A run whose folder another process writes, such as one that a killed study has left behind and that is still saving,
+    waits for that.
+
     Args:
         devices: GPUs, as CUDA_VISIBLE_DEVICES names them, each for one run at a time; empty on CPU.
         at_once: how many runs at a time.
@@ -101,6 +127,7 @@ class Runner:
         self._all, self._free = list(devices), list(devices)
         self._at_once, self._say = at_once, say
         self._children: list[_Child] = []
+        self._held: set[str] = set()
 
     def run(self, runs: Sequence[Run], requests: Requests) -> list[Ended]:
         """All of them in their order, but for those that must wait for more devices than are free.
@@ -114,35 +141,50 @@ class Runner:
         waiting, ended = deque(runs), list[Ended]()
         try:
             while (waiting and not requests.stop.is_set()) or self._children:
-                if not requests.stop.is_set():
-                    ended += self._start(waiting)
+                over = [] if requests.stop.is_set() else self._start(waiting)
                 self._tell(requests)
-                for child in [child for child in self._children if child.process.poll() is not None]:
-                    ended.append(self._bury(child))
+                for one in (*over, *self._bury_all(waiting)):
+                    ended.append(one)
                     self._report(ended, len(runs))
                 time.sleep(_LOOKS_EVERY)
         finally:
             for child in self._children:
                 _say_to(child, "end")
+            for child in self._children:
+                child.process.wait()
         return ended
 
     def _start(self, waiting: deque[Run]) -> list[Ended]:
-        refused, later = [], []
+        """Start what can be; returns what is over without that."""
+        over, later = [], []
         while waiting and len(self._children) < self._at_once:
             run = waiting.popleft()
             needed = layout(run.config).ranks if self._all else 0
             if needed > len(self._all):
                 reason = f"it has {needed} ranks, and here are {len(self._all)} devices"
-                refused.append(Ended(run, ExitStatus.MISTAKE, 0.0, reason))
-                self._say(f"{_name(run)}: {reason}")
-            elif needed > len(self._free):
+                over.append(Ended(run, ExitStatus.MISTAKE, 0.0, reason))
+            elif needed > len(self._free) or self._is_held(run):
                 later.append(run)
+            elif status(Path(run.config.output), time.time()).state == "finished":  # by whoever held it
+                over.append(Ended(run, ExitStatus.DONE, 0.0))
             else:
-                devices, self._free = self._free[:needed], self._free[needed:]
-                self._children.append(_launch(run, devices))
+                try:
+                    self._children.append(_launch(run, self._free[:needed]))
+                except OSError as error:
+                    over.append(Ended(run, ExitStatus.FAILED, 0.0, f"it cannot be started: {error.strerror}"))
+                    continue
+                self._free = self._free[needed:]
                 self._say(f"{_name(run)}: begins, log in {log_of(run)}")
         waiting.extendleft(reversed(later))
-        return refused
+        return over
+
+    def _is_held(self, run: Run) -> bool:
+        """Whether another process writes the run's folder; said once."""
+        held = bool(is_held(Path(run.config.output)))
+        if held and run.config.output not in self._held:
+            self._held.add(run.config.output)
+            self._say(f"{_name(run)}: waits for another process, which writes {run.config.output}")
+        return held
 
     def _tell(self, requests: Requests) -> None:
         for word, asked in (("stop", requests.stop), ("end", requests.end)):
@@ -151,27 +193,45 @@ class Runner:
                     child.told.add(word)
                     _say_to(child, word)
 
-    def _bury(self, child: _Child) -> Ended:
-        self._children.remove(child)
-        self._free = sorted(self._free + child.devices, key=self._all.index)
-        status = known_status(child.process.returncode)
-        reason = "" if status is ExitStatus.DONE else why(child.run)
-        return Ended(child.run, status, time.monotonic() - child.began, reason)
+    def _bury_all(self, waiting: deque[Run]) -> list[Ended]:
+        """How those ended that have; one whose folder another process took first waits again."""
+        ended = []
+        for child in [child for child in self._children if child.process.poll() is not None]:
+            self._children.remove(child)
+            self._free = sorted(self._free + child.devices, key=self._all.index)
+            how = known_status(child.process.returncode)
+            if how is ExitStatus.BUSY:
+                waiting.append(child.run)
+                continue
+            reason = "" if how in _NO_FAILURE else why(child.run) or f"without a word; its log is {log_of(child.run)}"
+            ended.append(Ended(child.run, how, time.monotonic() - child.began, reason))
+        return ended
 
     def _report(self, ended: Sequence[Ended], runs: int) -> None:
         last = ended[-1]
-        how = {ExitStatus.DONE: "done", ExitStatus.STOPPED: "stopped, and saved"}.get(last.status)
-        how = how or f"{last.status.name}: {last.reason}"
-        took = [each.seconds for each in ended if each.status is ExitStatus.DONE]
+        how = _NO_FAILURE.get(last.status) or f"{last.status.name}: {last.reason}"
+        took = [each.seconds for each in ended if each.status is ExitStatus.DONE and each.seconds]
         left = runs - len(ended)
-        soon = f", some {minutes(left * sum(took) / len(took) / self._at_once)} left" if took and left else ""
-        self._say(f"{_name(last.run)}: {how}, after {minutes(last.seconds)} ({len(ended)} of {runs}{soon})")
+        rounds = left / max(1, min(self._at_once, left))
+        soon = f", some {span(rounds * sum(took) / len(took))} left" if took and left else ""
+        self._say(f"{_name(last.run)}: {how}, after {span(last.seconds)} ({len(ended)} of {runs}{soon})")
 
 
-def devices_here(environment: Mapping[str, str]) -> list[str]:
-    """The GPUs a program of ours may use: those of CUDA_VISIBLE_DEVICES, else all; none on a machine without."""
-    if (given := environment.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name for name in given.split(",") if name]
+def devices_here(asked: str | None, environment: Mapping[str, str]) -> list[str]:
+    """The GPUs a program of ours may use, as CUDA_VISIBLE_DEVICES names them; none on a machine without.
+
+    Args:
+        asked: names with commas between; when None those of CUDA_VISIBLE_DEVICES, and without that all.
+
+    Raises:
+        ConfigError: one of those that were asked for is there twice.
+    """
+    given = environment.get("CUDA_VISIBLE_DEVICES") if asked is None else asked
+    if given is not None:
+        names = [name.strip() for name in given.split(",") if name.strip()]
+        if asked is not None and len(set(names)) < len(names):
+            raise ConfigError(f"--devices is {asked}: each must be another")
+        return [] if names == ["-1"] else names  # as CUDA has it: no device
     found = (path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia*"))
     return sorted((number for number in found if number.isdecimal()), key=int)
 
@@ -182,23 +242,23 @@ def log_of(run: Run) -> Path:
 
 
 def why(run: Run) -> str:
-    """Why a run did not come to its end, in one line, as its own files tell; empty where there are none."""
-    with suppress(OSError, ValueError, KeyError, IndexError):
-        outcome = json.loads((Path(run.config.output) / "run.json").read_text())["attempts"][-1]["outcome"]
-        if outcome.startswith("failed: "):
-            return str(outcome.removeprefix("failed: "))
+    """Why a run did not come to its end, in one line, as the log of its last attempt or its run.json tells.
+
+    Empty where there is nothing to tell: it goes on, was asked to stop, or was killed.
+    """
     with suppress(OSError):
-        lines = log_of(run).read_text(errors="replace").splitlines()
-        said = [line for line in lines if "error: " in line]
-        return said[-1].partition("error: ")[2] if said else f"without a word; its log is {log_of(run)}"
-    return ""
+        log = log_of(run).read_text(errors="replace").rpartition(_BEGINS)[2]
+        if said := _LAST_WORDS.findall(log):
+            return one_line(said[-1])
+    return status(Path(run.config.output), time.time()).reason or ""
 
 
-def minutes(seconds: float) -> str:
-    """A span of time for a person."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+def stands(run: Run, now: float) -> Status:
+    """How a run stands, at `now` seconds since 1970; one that was refused before it began has left but a log."""
+    found = status(Path(run.config.output), now)
+    if found.state == "no run" and (reason := why(run)):
+        return replace(found, state="failed", reason=reason, log=str(log_of(run)))
+    return found
 
 
 def _launch(run: Run, devices: list[str]) -> _Child:
@@ -206,11 +266,12 @@ def _launch(run: Run, devices: list[str]) -> _Child:
     environment.setdefault("OMP_NUM_THREADS", "1")
     if devices:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
-    config = write_config(run)
+    words = command(run, write_config(run))
     with log_of(run).open("a") as log:
+        print(f"{_BEGINS}{shlex.join(words)}", file=log, flush=True)
         # A session of its own: Ctrl-C is for the study, which asks its runs to save.
         process = subprocess.Popen(
-            command(run, config),
+            words,
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
@@ -237,7 +298,7 @@ def _difference(then: RunConfig, now: RunConfig) -> str:
     was, values = dict(_flat(asdict(then))), dict(_flat(asdict(now)))
     for key, value in values.items():
         if key != "output" and was.get(key) != value:
-            return f"{key} {was.get(key)}, and the study has {value} now"
+            return f"was run with {key} {was.get(key)}, and the study has {value} now"
     return ""
 
 
