@@ -357,7 +357,7 @@ def _routing_over_time(results: Sequence[Result], looks: Mapping[str, Look]) -> 
     _legend(figure, grid[0, 0])
     return Drawing(
         "routing",
-        "Routing over training, means over layers and iterations, of each arm's first seed. Retention counts choices "
+        "Routing over training, means over layers and iterations, of each arm's first finished seed. Retention counts choices "
         "that fell on an expert which the token had had in an earlier iteration of the layer.",
         figure,
     )
@@ -384,7 +384,7 @@ def _loads(results: Sequence[Result], looks: Mapping[str, Look]) -> Drawing:
     figure.colorbar(image, ax=grid, shrink=0.8, aspect=20 * rows, label="load / mean load")
     return Drawing(
         "load",
-        "Load of the experts by layer and iteration in the last step of each arm's first seed; 1 is perfect balance.",
+        "Load of the experts by layer and iteration in the last step of each arm's first finished seed; 1 is perfect balance.",
         figure,
     )
 
@@ -410,7 +410,7 @@ def _norms(results: Sequence[Result], looks: Mapping[str, Look]) -> Drawing:
     return Drawing(
         "norms",
         "Root mean square of the chain's state after each iteration, and of what its experts added against what they "
-        "were given, in the last step of each arm's first seed.",
+        "were given, in the last step of each arm's first finished seed.",
         figure,
     )
 
@@ -442,7 +442,7 @@ def _followers(results: Sequence[Result], looks: Mapping[str, Look]) -> Drawing:
         "Experts that follow one another: rows are experts of the iteration before, columns those of the iteration "
         f"named, both in their own order; light pairs share more tokens than chance would have them share, dark ones "
         f"fewer. A light diagonal would be tokens that stay. Of each arm up to {_MOST_PAIRS} places, evenly from the "
-        "first to the last, in the last step of its first seed.",
+        "first to the last, in the last step of its first finished seed.",
         figure,
     )
 
