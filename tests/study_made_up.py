@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from coe_megatron.config import RunConfig, dump
+from coe_megatron.config import RunConfig
 from coe_megatron.study.arms import Run
 
 
@@ -15,8 +16,8 @@ def leave(run: Run, loss: float = 5.0, outcome: str = "finished", attempts: int 
     """The folder of a run; `changes` are keys of its last line in metrics.jsonl."""
     folder, config = Path(run.config.output), run.config
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(dump(config))
-    record = {"attempts": [{"outcome": "died", "began": "2026"}] * (attempts - 1) + [{"outcome": outcome}]}
+    (folder / "config.yaml").write_text(json.dumps(asdict(config)))  # is YAML too, and quicker
+    record = {"attempts": [{"outcome": "died"}] * (attempts - 1) + [{"outcome": outcome, "began": "2000"}]}
     (folder / "run.json").write_text(json.dumps(record))
     lines = list(_lines(config, loss, np.random.default_rng(run.seed)))
     lines[-1] |= changes

@@ -10,6 +10,7 @@ from coe_megatron.study.plan import ArmPlan
 from coe_megatron.study.results import Result, done
 
 _CONFIDENCE = 0.95
+_ROUNDING = 1e-9  # of losses in float64
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def _summary(arm: ArmPlan, losses: dict[int, float], baseline: dict[int, float],
     gains = [baseline[seed] - losses[seed] for seed in common]
     if len(gains) < 2:
         return Summary(arm, losses, len(gains), mean(gains))
-    if len(set(gains)) == 1:  # such as an arm that a setting without effect tells from the baseline: all gains are 0
+    if max(gains) - min(gains) < _ROUNDING:  # such as all 0, by a setting without effect; nothing is there to test
         return Summary(arm, losses, len(gains), gains[0], (gains[0], gains[0]))
     tested = stats.ttest_1samp(gains, 0.0)
     low, high = tested.confidence_interval(_CONFIDENCE)

@@ -3,9 +3,9 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle, groupby
+from itertools import groupby
 from statistics import mean
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -20,8 +20,10 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#
 # In print without colour, marks stand for these, and the filling of marks for dashes.
 _MARKS, _DASHES, _FILLS = "osD^vP*", ("-", "--", ":", "-."), ("full", "none", "left", "bottom")
 _GREY = "#666666"
-_MOST_PAIRS = 4  # maps of experts that follow one another, of an arm
+_MOST_PAIRS = 4  # of an arm, of experts that follow one another
+_MOST_TICKS = 12  # of rows, without overlap
 _MIB = 2**20
+_Amount: TypeAlias = Callable[[Result, Mapping[str, Any]], float]  # of a run at one of its evaluations
 _LOSS = "validation loss (nats a token)"
 
 
@@ -123,7 +125,7 @@ def _legend(figure: Figure, axes: Axes) -> None:
 
 def _curves(results: Sequence[Result], looks: Mapping[str, Look]) -> Drawing:
     """Loss against steps, tokens, FLOPs and time."""
-    amounts: dict[str, tuple[str, Callable[[Result, Mapping[str, Any]], float]]] = {
+    amounts: dict[str, tuple[str, _Amount]] = {
         "steps": ("", lambda result, line: line["step"]),
         "tokens counted in the loss": ("", lambda result, line: line["tokens"]),
         "FLOPs of training": ("", lambda result, line: _share(result, line) * result.arm.flops),
@@ -142,14 +144,14 @@ def _curves(results: Sequence[Result], looks: Mapping[str, Look]) -> Drawing:
         axes.set_xlabel(title)
         axes.xaxis.set_major_formatter(EngFormatter(unit))
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        _without_the_first(axes, results)
+        _from_the_first_quarter(axes, results, amount)
     for axes in grid[:, 0]:
         axes.set_ylabel(_LOSS)
     _legend(figure, grid[0, 0])
     return Drawing(
         "loss-curves",
         "Validation loss against steps, tokens, FLOPs and time: means over seeds, bands from the lowest to the "
-        "highest. The evaluation before the first step is cut off. Time is that of this machine, spent in steps alone.",
+        "highest, from a quarter of the steps on. Time is the machine's, in steps alone.",
         figure,
     )
 
@@ -164,12 +166,13 @@ def _in_common(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[Mapping
     return [[line for line in lines if line["step"] in steps] for lines in runs]
 
 
-def _without_the_first(axes: Axes, results: Sequence[Result]) -> None:
-    """The loss before training is many times what arms differ by: begin with what the first evaluation after it has."""
-    later = [line["valid_loss"] for result in results for line in result.evaluations[1:]]
-    if later:
-        margin = 0.05 * (max(later) - min(later)) or 0.1
-        axes.set_ylim(min(later) - margin, max(later) + margin)
+def _from_the_first_quarter(axes: Axes, results: Sequence[Result], amount: _Amount) -> None:
+    """The loss before training is many times what arms differ by: begin with what they have after a quarter of it."""
+    later = [(result, line) for result in results for line in result.evaluations if _share(result, line) >= 0.25]
+    losses, at = [line["valid_loss"] for _, line in later], [amount(result, line) for result, line in later]
+    margin = 0.05 * (max(losses) - min(losses)) or 0.1
+    axes.set_ylim(min(losses) - margin, max(losses) + margin)
+    axes.set_xlim(left=min(at) - 0.03 * max(at))
 
 
 def _gains(summaries: Sequence[Summary], looks: Mapping[str, Look], baseline: str) -> Drawing:
@@ -189,11 +192,11 @@ def _gains(summaries: Sequence[Summary], looks: Mapping[str, Look], baseline: st
     axes.axvline(0, color=_GREY, linewidth=1)
     axes.set_yticks(range(len(shown)), [looks[summary.arm.arm.name].label for summary in shown])
     axes.set_ylim(len(shown) - 0.5, -0.5)
-    axes.set_xlabel(f"gain over {looks[baseline].label} in validation loss (nats a token); right of 0 is better")
+    axes.set_xlabel("gain in validation loss (nats a token)")
     return Drawing(
         "gains",
-        "Gain over the baseline, seed by seed (strokes), their mean (marks) and its interval of 95 % confidence "
-        "(lines).",
+        f"Gain over the baseline, {looks[baseline].label}, seed by seed (strokes), their mean (marks) and its interval "
+        "of 95 % confidence (lines). Right of 0 is better.",
         figure,
     )
 
@@ -208,11 +211,7 @@ def _against_memory(summaries: Sequence[Summary], results: Sequence[Result], loo
     for summary in summaries:
         name = summary.arm.arm.name
         if name in measured and summary.mean is not None:
-            look, losses = looks[name], list(summary.losses.values())
-            spread = [[summary.mean - min(losses)], [max(losses) - summary.mean]]
-            axes.errorbar(
-                measured[name], summary.mean, spread, **look.marked, linestyle="", label=look.label, capsize=3
-            )
+            _with_spread(axes, measured[name], summary, looks[name])
             points.append((measured[name], summary.mean))
     front = pareto(points)
     axes.step([x for x, _ in front], [y for _, y in front], where="post", color=_GREY, linestyle=":", zorder=0)
@@ -250,60 +249,65 @@ def _scaling(summaries: Sequence[Summary], looks: Mapping[str, Look]) -> Iterato
     """Final loss against C, K, N, L or steps, where an axis of the study varies one of them."""
     known = [summary for summary in summaries if summary.mean is not None]
     for name, (title, value) in _SCALED.items():
-        lines = [line for line in _lines(known, value) if len(line) > 1]
-        if not lines:
-            continue
-        figure, grid = _figure()
-        axes: Axes = grid[0, 0]
-        _plain(axes)
-        for line, colour, mark in zip(lines, cycle(_COLOURS), cycle(_MARKS), strict=False):
-            at = [value(summary.arm.arm.config) for summary in line]
-            losses = [mean(seeds) for seeds in _seeds(line)]
-            spread = [
-                [mean(seeds) - min(seeds) for seeds in _seeds(line)],
-                [max(seeds) - mean(seeds) for seeds in _seeds(line)],
-            ]
-            axes.errorbar(at, losses, spread, fmt=f"{mark}-", color=colour, capsize=3, label=_common(line))
-        axes.set_xscale("log", base=2)
-        ticks = sorted({value(summary.arm.arm.config) for line in lines for summary in line})
-        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xlabel(title)
-        axes.set_ylabel(_LOSS)
-        _legend(figure, axes)
-        yield Drawing(
-            f"scaling-{name}",
-            f"Final validation loss against {title}: means over seeds, bars from the lowest to the highest. Whatever "
-            "else the study's axis changes along with it, changes here too.",
-            figure,
-        )
+        groups = [group for group in _differing_in_one_axis(known) if len(_values(group, value)) > 1]
+        if groups:
+            shown = [summary for summary in known if any(summary in group for group in groups)]
+            yield _scaled(f"scaling-{name}", title, value, shown, groups, looks)
 
 
-def _lines(summaries: Sequence[Summary], value: Callable[[Any], int]) -> Iterator[list[Summary]]:
-    """Arms that differ in one axis alone, and with it in a value; by that value, one arm for each."""
-    axes = list(summaries[0].arm.arm.labels) if summaries else []
-    for axis in axes:
+def _scaled(
+    name: str,
+    title: str,
+    value: Callable[[Any], int],
+    shown: Sequence[Summary],
+    groups: Sequence[Sequence[Summary]],
+    looks: Mapping[str, Look],
+) -> Drawing:
+    figure, grid = _figure()
+    axes: Axes = grid[0, 0]
+    _plain(axes)
+    for summary in shown:
+        _with_spread(axes, value(summary.arm.arm.config), summary, looks[summary.arm.arm.name])
+    for group in groups:
+        if len(_values(group, value)) == len(group):  # else two of them differ in something else, and no line is right
+            line = sorted((value(summary.arm.arm.config), summary.mean or 0.0) for summary in group)
+            axes.plot(*zip(*line, strict=True), color=_GREY, linewidth=0.8, zorder=1)
+    ticks = _values(shown, value)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel(title)
+    axes.set_ylabel(_LOSS)
+    _legend(figure, axes)
+    return Drawing(
+        name,
+        f"Final validation loss against {title}: means over seeds, bars from the lowest to the highest. Lines join "
+        "arms that differ in one axis of the study alone; whatever else that axis changes, changes along them too.",
+        figure,
+    )
+
+
+def _with_spread(axes: Axes, at: float, summary: Summary, look: Look) -> None:
+    """A mark at the mean over seeds, and a bar from the lowest to the highest."""
+    losses, middle = list(summary.losses.values()), summary.mean or 0.0
+    spread = [[middle - min(losses)], [max(losses) - middle]]
+    axes.errorbar(at, middle, spread, **look.marked, linestyle="", label=look.label, capsize=3)
+
+
+def _differing_in_one_axis(summaries: Sequence[Summary]) -> Iterator[list[Summary]]:
+    """For every axis the groups of arms that have the same labels in all others."""
+    for axis in summaries[0].arm.arm.labels if summaries else ():
 
         def others(summary: Summary, axis: str = axis) -> tuple[str, ...]:
             return tuple(label for name, label in summary.arm.arm.labels.items() if name != axis)
 
         for _, group in groupby(sorted(summaries, key=others), key=others):
-            at = {value(summary.arm.arm.config): summary for summary in group}
-            yield [at[number] for number in sorted(at)]
+            yield list(group)
 
 
-def _seeds(line: Sequence[Summary]) -> list[list[float]]:
-    return [list(summary.losses.values()) for summary in line]
-
-
-def _common(line: Sequence[Summary]) -> str:
-    """The labels that all arms of a line have, and the first and last of those in which they differ."""
-    labels = [summary.arm.arm.labels for summary in line]
-    texts = []
-    for axis in labels[0]:
-        own = [each[axis] for each in labels]
-        texts.append(own[0] if len(set(own)) == 1 else f"{own[0]} to {own[-1]}")
-    return " ".join(texts)
+def _values(summaries: Sequence[Summary], value: Callable[[Any], int]) -> list[int]:
+    """The different ones, from the smallest on."""
+    return sorted({value(summary.arm.arm.config) for summary in summaries})
 
 
 def _memory(results: Sequence[Result], looks: Mapping[str, Look]) -> Drawing:
@@ -353,7 +357,7 @@ def _routing_over_time(results: Sequence[Result], looks: Mapping[str, Look]) -> 
     _legend(figure, grid[0, 0])
     return Drawing(
         "routing",
-        "Routing over training, means over layers and iterations, of each arm's first seed. Retention counts choices "
+        "Routing over training, means over layers and iterations, of each arm's first finished seed. Retention counts choices "
         "that fell on an expert which the token had had in an earlier iteration of the layer.",
         figure,
     )
@@ -369,17 +373,18 @@ def _loads(results: Sequence[Result], looks: Mapping[str, Look]) -> Drawing:
     for axes, (name, parts) in zip(grid.flat, arms, strict=False):
         load = np.array([sorted((share * len(part["load"]) for share in part["load"]), reverse=True) for part in parts])
         image = axes.imshow(load, aspect="auto", cmap="viridis", vmin=0, vmax=top, interpolation="nearest")
-        axes.set_yticks(range(len(parts)), [f"{part['layer']}.{part['iteration']}" for part in parts], fontsize=7)
+        ticks = range(0, len(parts), math.ceil(len(parts) / _MOST_TICKS))
+        axes.set_yticks(ticks, [f"{parts[row]['layer']}.{parts[row]['iteration']}" for row in ticks], fontsize=7)
         axes.set_title(looks[name].label, fontsize="small", loc="left")
         axes.set_xlabel("experts, busiest first")
     for axes in grid.flat[len(arms) :]:
         axes.set_visible(False)
     for axes in grid[:, 0]:
         axes.set_ylabel("layer.iteration")
-    figure.colorbar(image, ax=grid, shrink=0.8, label="load / mean load")
+    figure.colorbar(image, ax=grid, shrink=0.8, aspect=20 * rows, label="load / mean load")
     return Drawing(
         "load",
-        "Load of the experts by layer and iteration in the last step of each arm's first seed; 1 is perfect balance.",
+        "Load of the experts by layer and iteration in the last step of each arm's first finished seed; 1 is perfect balance.",
         figure,
     )
 
@@ -405,7 +410,7 @@ def _norms(results: Sequence[Result], looks: Mapping[str, Look]) -> Drawing:
     return Drawing(
         "norms",
         "Root mean square of the chain's state after each iteration, and of what its experts added against what they "
-        "were given, in the last step of each arm's first seed.",
+        "were given, in the last step of each arm's first finished seed.",
         figure,
     )
 
@@ -417,12 +422,12 @@ def _pairs(result: Result) -> list[Mapping[str, Any]]:
 
 def _followers(results: Sequence[Result], looks: Mapping[str, Look]) -> Drawing:
     """Which experts follow which."""
-    arms = [(name, _pairs(runs[0])) for name, runs in _by_arm(results)]
+    arms = [(name, _spread(_pairs(runs[0]), _MOST_PAIRS)) for name, runs in _by_arm(results)]
     columns = max(len(parts) for _, parts in arms)
     figure, grid = _figure(len(arms), columns, width=1.0 + 1.9 * columns, height=0.6 + 2.0 * len(arms))
     for row, (name, parts) in zip(grid, arms, strict=True):
         for axes, part in zip(row, parts, strict=False):
-            image = axes.imshow(_lift(part["pairs"]), cmap="RdBu_r", vmin=-3, vmax=3, interpolation="nearest")
+            image = axes.imshow(_lift(part["pairs"]), cmap="cividis", vmin=-3, vmax=3, interpolation="nearest")
             axes.set_title(f"layer {part['layer']}, iteration {part['iteration']}", fontsize="x-small")
         for axes in row[len(parts) :]:
             axes.set_visible(False)
@@ -430,15 +435,21 @@ def _followers(results: Sequence[Result], looks: Mapping[str, Look]) -> Drawing:
             axes.set_xticks([])
             axes.set_yticks([])
         row[0].set_ylabel(looks[name].label, fontsize="x-small")
-    bar = figure.colorbar(image, ax=grid, shrink=0.8)
+    bar = figure.colorbar(image, ax=grid, shrink=0.8, aspect=20 * len(arms))
     bar.set_label("log2 of observed / by chance", fontsize="small")
     return Drawing(
         "followers",
         "Experts that follow one another: rows are experts of the iteration before, columns those of the iteration "
-        "named, both in their own order; red pairs share more tokens than chance would have them share, blue ones "
-        "fewer. A red diagonal would be tokens that stay. Last step of each arm's first seed.",
+        f"named, both in their own order; light pairs share more tokens than chance would have them share, dark ones "
+        f"fewer. A light diagonal would be tokens that stay. Of each arm up to {_MOST_PAIRS} places, evenly from the "
+        "first to the last, in the last step of its first finished seed.",
         figure,
     )
+
+
+def _spread(parts: Sequence[Any], most: int) -> list[Any]:
+    """So many of them at most, evenly from the first to the last."""
+    return [parts[round(at)] for at in np.linspace(0, len(parts) - 1, min(most, len(parts)))]
 
 
 def _lift(pairs: Sequence[Sequence[int]]) -> np.ndarray:

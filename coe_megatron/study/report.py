@@ -21,7 +21,7 @@ table { border-collapse: collapse; font-size: 14px; display: block; overflow-x: 
 th, td { padding: .25em .7em; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
 th:first-child, td:first-child { text-align: left }
 img { max-width: 100% }
-@media print { body { max-width: none; font-size: 11px } img { break-inside: avoid } }"""
+@media print { body { max-width: none; font-size: 11px } img { break-inside: avoid; max-height: 95vh } }"""
 
 
 def write_report(plan: Plan, title: str, folder: Path) -> list[Path]:
@@ -132,7 +132,7 @@ def _reading(summaries: Sequence[Summary]) -> str:
         "Spread is the standard deviation over seeds. Gain is the baseline's loss less the arm's, over the seeds that "
         "both have finished; its interval and p come from a paired t-test over these (two-sided), and the verdict from "
         "the interval. Nothing is corrected for the number of arms"
-        + (f": of {tested} that do not differ, {tested * 0.05:.1f} would seem to by chance alone." if tested else ".")
+        + (f": {tested} tests without any difference give {tested * 0.05:.2g} verdicts of one." if tested else ".")
     )
 
 

@@ -161,7 +161,7 @@ class Runner:
             run = waiting.popleft()
             needed = layout(run.config).ranks if self._all else 0
             if needed > len(self._all):
-                reason = f"it has {needed} ranks, and here are {len(self._all)} devices"
+                reason = f"its {needed} ranks need a device each, and there are {len(self._all)}"
                 over.append(Ended(run, ExitStatus.MISTAKE, 0.0, reason))
             elif needed > len(self._free) or self._is_held(run):
                 later.append(run)

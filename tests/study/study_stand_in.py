@@ -1,0 +1,59 @@
+"""Stands in for a run: study_stand_in.py CONFIG.yaml HOW. Writes what a run writes, and notes when it began and ended.
+
+HOW is `done`, `fail`, `refused`, `silent` (fails without a word), `busy` (once, then done), `obeys` (waits for what
+stdin says), `stubborn` (ends for nothing but `end`), or `slow` (done after a while).
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+
+def main(config: Path, how: str) -> int:
+    folder = config.with_suffix("")
+    note(folder, f"begins on {os.environ.get('CUDA_VISIBLE_DEVICES', '-')}")
+    if how == "refused":
+        print("pretrain_coe.py: error: data.path is nowhere", file=sys.stderr)
+        return 2
+    if how == "busy" and not folder.exists():
+        folder.mkdir()
+        return 6
+    folder.mkdir(exist_ok=True)
+    shutil.copy(config, folder / "config.yaml")
+    with (folder / "run.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        status, outcome = act(folder, how)
+        (folder / "run.json").write_text(json.dumps({"attempts": [{"outcome": outcome}]}))
+    note(folder, outcome)
+    return status
+
+
+def act(folder: Path, how: str) -> tuple[int, str]:
+    if how == "fail":
+        print("one_host.py: ended with status 4 (DIVERGED), rank 0: the loss is nan", file=sys.stderr)
+        return 4, "failed: the loss is nan"
+    if how == "silent":
+        return 1, "running"
+    if how == "slow":
+        note(folder, "works")
+        time.sleep(0.5)
+    if how in ("obeys", "stubborn"):
+        note(folder, "waits")
+        while (word := sys.stdin.readline().strip()) == "stop" and how == "stubborn":
+            pass
+        return (130, "running") if word == "end" else (3, "interrupted")
+    time.sleep(0.1)
+    return 0, "finished"
+
+
+def note(folder: Path, what: str) -> None:
+    with (folder.parents[1] / "events").open("a") as file:
+        print(f"{folder.parent.name}/{folder.name} {what}", file=file)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2]))

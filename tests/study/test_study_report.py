@@ -1,0 +1,198 @@
+"""The report of a study whose runs are made up: every figure, tables that hold whatever labels say, one HTML file."""
+
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from programs import python
+from study_made_up import leave, leave_all
+
+from coe_megatron.study.arms import Run
+from coe_megatron.study.comparison import compare
+from coe_megatron.study.figures import _looks, draw
+from coe_megatron.study.plan import Plan, make_plan
+from coe_megatron.study.report import as_markdown, write_report
+from coe_megatron.study.results import collect
+
+Write = Callable[..., Path]
+DESIGNS = {
+    f"C{iterations}": {"chain.iterations": iterations, "moe.topk": 8 // iterations, "model.num_layers": 4}
+    for iterations in (1, 2, 4)
+}
+FIGURES = {
+    "loss-curves", "gains", "loss-against-memory", "scaling-iterations", "scaling-choices", "memory", "routing", "load",
+    "norms", "followers",
+}  # fmt: skip
+
+
+def loss_of(run: Run) -> float:
+    return 4.0 - 0.1 * run.config.chain.iterations + 0.03 * run.seed**2
+
+
+def as_table(text: str) -> list[list[str]]:
+    """The cells of the first table; every line has as many."""
+    lines = [line for line in text.partition("\n| ")[2].partition("\n\n")[0].splitlines() if line]
+    cells = [re.split(r"(?<!\\)\|", line.strip().strip("|")) for line in lines]
+    assert len({len(row) for row in cells}) == 1
+    return cells
+
+
+class Page(HTMLParser):
+    """What a page refers to, and its cells."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.sources, self.tags, self.cells, self.in_cell = list[str](), list[str](), list[str](), False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.sources += [value or "" for name, value in attributes if name in ("src", "href")]
+        if tag == "td":
+            self.cells.append("")
+            self.in_cell = True
+
+    def handle_endtag(self, tag: str) -> None:
+        self.in_cell = self.in_cell and tag != "td"
+
+    def handle_data(self, data: str) -> None:
+        if self.in_cell:
+            self.cells[-1] += data
+
+
+@pytest.fixture
+def plan(study_file: Write, tmp_path: Path) -> Plan:
+    axes = {"design": DESIGNS, "topology": {"chain.topology": ["prenorm", "reference"]}}
+    baseline = {"design": "C1", "topology": "prenorm"}
+    return make_plan(study_file(output=str(tmp_path / "out"), axes=axes, skip=None, baseline=baseline), device="cpu")
+
+
+def report(plan: Plan, folder: Path, title: str = "A study") -> tuple[str, Page]:
+    files = write_report(plan, title, folder)
+    assert set(files) == set(folder.iterdir()) and all(file.stat().st_size for file in files)
+    return (folder / "report.md").read_text(), Page((folder / "report.html").read_text())
+
+
+def test_every_figure_is_made_and_the_same_again(plan: Plan, tmp_path: Path) -> None:
+    leave_all(plan.study.runs, loss_of)
+    text, page = report(plan, tmp_path / "report")
+    assert {path.stem for path in (tmp_path / "report").glob("*.png")} == FIGURES
+    assert set(re.findall(r"!\[.*?\]\((.*?)\.svg\)", text)) == FIGURES
+    assert len(page.sources) == len(FIGURES)
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in page.sources)
+    assert not {"link", "script"} & set(page.tags)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()}
+    report(plan, tmp_path / "report")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()} == before
+
+
+def test_what_the_tables_say(plan: Plan, tmp_path: Path) -> None:
+    leave_all(plan.study.runs, loss_of)
+    results = collect(plan)
+    text = as_markdown(plan, "A study", results, compare(results, plan.arms, "c1_prenorm"), [])
+    assert "12 of 12 runs are finished: 6 arms with the seeds 1, 2. The baseline is C1 prenorm." in text
+    assert "Not in the tables" not in text
+    _, _, *rows = as_table(text)
+    assert [row[0].strip() for row in rows][:2] == ["C4 prenorm", "C4 reference"] and len(rows) == 6
+    assert [cell.strip() for cell in rows[0]] == [
+        "C4 prenorm", "2", "3.6750", "0.0636", "+0.3000", "+0.3000 to +0.3000", "-", "better"
+    ]  # fmt: skip
+    assert "**Better than the baseline:** C2 prenorm, C2 reference, C4 prenorm, C4 reference." in text
+    assert "5 tests without any difference give 0.25 verdicts of one." in text
+    _, _, first, *_ = as_table(text.partition("## What the arms cost")[2])
+    assert re.fullmatch(r"\d+ / 402", first[6].strip()) and first[7].strip().endswith(" s / 56 s")
+
+
+def test_labels_and_errors_are_text_whatever_they_hold(study_file: Write, tmp_path: Path) -> None:
+    wild = "a|b <script>x</script> *c* _d_ `e` & [f](g)"
+    axes = {"design": {wild: {"moe.topk": 2}, "plain": {"moe.topk": 4}}}
+    file = study_file(output=str(tmp_path / "out"), axes=axes, skip=None, baseline={"design": "plain"})
+    plan = make_plan(file)
+    leave_all(plan.study.runs[:3], loss_of)
+    leave(plan.study.runs[3], outcome=f"failed: {wild}\nand more")
+    text, page = report(plan, tmp_path / "report", title=f"On {wild}")
+    assert "script" not in page.tags and "em" not in page.tags[: page.tags.index("img")] and "a" not in page.tags
+    assert page.cells[2] == f"failed: {wild}\\nand more" and wild in page.cells
+    assert len(as_table(text)) == 3
+
+
+def test_a_study_that_has_not_begun_has_a_report_too(plan: Plan, tmp_path: Path) -> None:
+    text, page = report(plan, tmp_path / "report")
+    assert "0 of 12 runs are finished" in text and len(as_table(text)) == 14 and page.sources == []
+
+
+def test_one_arm_with_one_seed_and_one_evaluation(study_file: Write, tmp_path: Path) -> None:
+    changes = {"axes": {"design": {"only": {"moe.topk": 2}}}, "baseline": {"design": "only"}, "seeds": [7]}
+    file = study_file(output=str(tmp_path / "out"), skip=None, set={"training.evaluate_every": 100}, **changes)
+    plan = make_plan(file)
+    leave_all(plan.study.runs, loss_of)
+    text, _ = report(plan, tmp_path / "report")
+    assert "1 of 1 runs are finished: 1 arm with the seed 7" in text and "The baseline is the only arm." in text
+    assert "![gains]" not in text and "Too few different arms for a fit." in text
+
+
+def test_without_its_baseline_nothing_is_compared(plan: Plan) -> None:
+    leave_all(plan.study.runs[2:8], loss_of)
+    results = collect(plan)
+    summaries = compare(results, plan.arms, "c1_prenorm")
+    text = as_markdown(plan, "A study", results, summaries, [])
+    assert "The baseline has no finished run, so that nothing can be held against it." in text
+    assert {drawing.name for drawing in draw(results, summaries, "c1_prenorm")} == FIGURES - {"gains"}
+
+
+def test_seeds_with_other_evaluations_are_averaged_where_both_have_them(plan: Plan) -> None:
+    leave_all(plan.study.runs[:2], lambda run: 4.0)
+    path = Path(plan.study.runs[0].config.output) / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"valid_loss": 6.0', '"valid_loss": null'))
+    results = collect(plan)
+    curves = next(draw(results, compare(results, plan.arms, "c1_prenorm"), "c1_prenorm"))
+    (line,) = curves.figure.axes[0].lines
+    assert list(line.get_xdata()) == [0, 100] and list(line.get_ydata()) == [10.0, 4.0]
+
+
+def test_no_line_joins_arms_that_differ_in_more(study_file: Write, tmp_path: Path) -> None:
+    """Two designs have C = 2: which of them would a line go through?"""
+    designs = {
+        "C1": {"chain.iterations": 1, "moe.topk": 4},
+        "C2": {"chain.iterations": 2, "moe.topk": 2},
+        "wide": {"chain.iterations": 2, "moe.topk": 4},
+    }
+    for count, lines in ((2, 1), (3, 0)):
+        axes = {"design": dict(list(designs.items())[:count])}
+        file = study_file(output=str(tmp_path / "out"), axes=axes, skip=None, baseline={"design": "C1"})
+        plan = make_plan(file)
+        leave_all(plan.study.runs, loss_of)
+        results = collect(plan)
+        found = {each.name: each for each in draw(results, compare(results, plan.arms, "c1"), "c1")}
+        drawn = found["scaling-iterations"].figure.axes[0].lines
+        assert sum(line.get_linewidth() == 0.8 for line in drawn) == lines
+        labels = found["scaling-iterations"].figure.axes[0].get_legend_handles_labels()[1]
+        assert labels == list(axes["design"])
+
+
+@pytest.mark.parametrize("shape", [(20, 1), (5, 3), (2, 6)])
+def test_no_two_arms_look_alike_without_colours(study_file: Write, tmp_path: Path, shape: tuple[int, int]) -> None:
+    axes = {
+        "width": {f"w{n}": {"moe.ffn_hidden_size": 8 * (n + 1)} for n in range(shape[0])},
+        "length": {f"l{n}": {"training.steps": 100 * (n + 1)} for n in range(shape[1])},
+    }
+    file = study_file(output=str(tmp_path / "out"), axes=axes, skip=None, baseline={"width": "w0", "length": "l0"})
+    plan = make_plan(file)
+    looks = _looks(compare(collect(plan), plan.arms, "w0_l0")).values()
+    assert (
+        len({(look.mark, look.fill) for look in looks}) == len({(look.mark, look.dash) for look in looks}) == len(looks)
+    )
+
+
+def test_the_program_names_its_files_and_a_folder_that_cannot_be_written(plan: Plan, tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    done = python("launch/study.py", "report", file, "--to", tmp_path / "there")
+    assert done.returncode == 0, done.stderr
+    assert [Path(line).name for line in done.stdout.splitlines()] == [
+        "results.csv", "timings.csv", "report.md", "report.html"
+    ]  # fmt: skip
+    done = python("launch/study.py", "report", file, "--to", file)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"study.py: error: the report cannot be written to {file}: " in done.stderr

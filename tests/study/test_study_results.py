@@ -1,0 +1,213 @@
+"""What runs came to: rows, arms against the baseline, and the fit, on metrics that are made up."""
+
+import csv
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, stdev
+
+import pytest
+from scipy import stats
+from study_made_up import leave, leave_all
+
+from coe_megatron.study.arms import Run
+from coe_megatron.study.comparison import Summary, compare
+from coe_megatron.study.figures import pareto
+from coe_megatron.study.fit import fit
+from coe_megatron.study.plan import Plan, make_plan
+from coe_megatron.study.results import collect, results_csv, timings_csv
+
+Write = Callable[..., Path]
+MOE, COE, NORM = "moe-4-8_prenorm", "coe-2-2-8_prenorm", "coe-2-2-8_iteration-norm"
+LOSSES = {(MOE, 1): 4.0, (MOE, 2): 4.1, (COE, 1): 3.7, (COE, 2): 3.9, (NORM, 1): 4.2, (NORM, 2): 4.2}
+
+
+def loss_of(run: Run) -> float:
+    return LOSSES[run.arm, run.seed]
+
+
+@pytest.fixture
+def plan(study_file: Write, tmp_path: Path) -> Plan:
+    return make_plan(study_file(output=str(tmp_path / "out")), device="cpu")
+
+
+def by_name(plan: Plan) -> Mapping[str, Summary]:
+    compared = compare(collect(plan), plan.arms, plan.study.baseline.name)
+    return {summary.arm.arm.name: summary for summary in compared}
+
+
+def rows(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(text.splitlines()))
+
+
+def test_a_row_for_every_run(plan: Plan) -> None:
+    leave_all(plan.study.runs, loss_of)
+    header, first, *_ = results_csv(collect(plan)).splitlines()
+    assert header == (
+        "arm,axis_design,axis_topology,seed,state,parameters,active_parameters,steps,flops_per_token,flops,expert_flops,"
+        "memory_foreseen,tokens,valid_loss,train_loss,best_valid_loss,routing_entropy,routing_load_max_over_mean,"
+        "routing_dead_experts,routing_dropped,routing_overlap"
+    )
+    assert first.startswith("moe-4-8_prenorm,MoE(4/8),prenorm,1,finished,")
+    found = rows(results_csv(collect(plan)))
+    assert [float(row["valid_loss"]) for row in found] == [loss_of(run) for run in plan.study.runs]
+    assert int(found[2]["parameters"]) == plan.arms[1].parameters and found[0]["routing_overlap"] == ""
+
+
+def test_the_same_runs_give_the_same_bytes_in_how_many_attempts_ever(plan: Plan) -> None:
+    leave_all(plan.study.runs, loss_of)
+    before, timings = results_csv(collect(plan)), timings_csv(collect(plan))
+    leave(plan.study.runs[0], 4.0, attempts=3, step_seconds=9.0, tokens_per_second=1.0, memory={"peak": 1 << 40})
+    assert results_csv(collect(plan)) == before and timings_csv(collect(plan)) != timings
+    row = rows(timings_csv(collect(plan)))[0]
+    assert (row["attempts"], row["memory_measured"]) == ("3", str(1 << 40))
+
+
+def test_seconds_are_those_of_all_steps(plan: Plan) -> None:
+    run = plan.study.runs[0]
+    leave(run)
+    result = collect(plan)[0]
+    taken = [line["step_seconds"] for line in result.lines[1:]]
+    assert len(taken) == 4 and result.seconds == pytest.approx(25 * sum(taken))
+
+
+def test_an_axis_may_have_the_name_of_a_column(study_file: Write, tmp_path: Path) -> None:
+    axes = {"steps": {"short": {"training.steps": 100}, "long": {"training.steps": 200}}}
+    file = study_file(output=str(tmp_path / "out"), axes=axes, skip=None, baseline={"steps": "short"})
+    found = rows(results_csv(collect(make_plan(file))))
+    assert [(row["axis_steps"], row["steps"]) for row in found[1:3]] == [("short", "100"), ("long", "200")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "state"),
+    [
+        ({"outcome": "running"}, "running"),
+        ({"outcome": "interrupted"}, "interrupted"),
+        ({"outcome": "failed: ValueError: no, not so"}, "failed: ValueError: no, not so"),
+        ({"valid_loss": None}, "finished, but without a validation loss after the last step"),
+        ({"step": 50}, "finished, but without a validation loss after the last step"),
+    ],
+)
+def test_what_is_not_finished_counts_in_nothing(plan: Plan, changes: Mapping[str, object], state: str) -> None:
+    leave(plan.study.runs[2], **changes)
+    leave(plan.study.runs[3], 3.9)
+    results = collect(plan)
+    assert (results[2].state, results[2].finished) == (state, False)
+    assert compare(results, plan.arms, MOE)[1].losses == {2: 3.9}
+    row = rows(results_csv(results))[2]
+    assert (row["state"], row["valid_loss"]) == (state, "")
+    assert len(rows(timings_csv(results))) == 1
+
+
+def test_a_run_of_other_settings_counts_in_nothing(plan: Plan) -> None:
+    run = plan.study.runs[0]
+    leave(replace(run, config=replace(run.config, moe=replace(run.config.moe, topk=3))))
+    assert collect(plan)[0].state == "was run with moe.topk 3, and the study has 4 now"
+    assert by_name(plan)[MOE].losses == {}
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "state"),
+    [
+        ("config.yaml", "model: [", "has settings that cannot be read ("),
+        ("run.json", "{", "unreadable"),
+        ("metrics.jsonl", "{\n", "its metrics.jsonl cannot be read"),
+    ],
+)
+def test_files_that_cannot_be_read_cost_their_run_alone(plan: Plan, file: str, text: str, state: str) -> None:
+    leave(plan.study.runs[1])
+    (leave(plan.study.runs[0]) / file).write_text(text)
+    results = collect(plan)
+    assert results[0].state.startswith(state) and "\n" not in results[0].state
+    assert [result.finished for result in results] == [False, True] + [False] * 4
+
+
+def test_nothing_has_begun(plan: Plan) -> None:
+    assert {result.state for result in collect(plan)} == {"not begun"}
+    assert [summary.mean for summary in by_name(plan).values()] == [None] * 3
+
+
+def test_two_seeds_by_hand(plan: Plan) -> None:
+    """Gains of 0.3 and 0.2: 0.25 on average, with a standard error of 0.05, and t(0.975, 1) is 12.7062."""
+    leave_all(plan.study.runs, loss_of)
+    found = by_name(plan)[COE]
+    assert found.mean == pytest.approx(3.8) and found.spread == pytest.approx(0.2 / math.sqrt(2))
+    assert found.gain == pytest.approx(0.25) and found.seeds == 2
+    assert found.interval == pytest.approx((0.25 - 12.7062 * 0.05, 0.25 + 12.7062 * 0.05), abs=1e-5)
+    assert found.verdict == "no difference seen" and by_name(plan)[MOE].gain is None
+
+
+def test_gains_are_scipys_paired_test(study_file: Write, tmp_path: Path) -> None:
+    plan = make_plan(study_file(output=str(tmp_path / "out"), seeds=[1, 2, 3, 4, 5]))
+    losses = {MOE: [4.0, 4.2, 4.1, 4.4, 4.3], COE: [3.9, 4.0, 4.02, 4.3, 4.1], NORM: [4.5, 4.6, 4.7, 4.9, 4.8]}
+    leave_all(plan.study.runs, lambda run: losses[run.arm][run.seed - 1])
+    for arm, verdict in ((COE, "better"), (NORM, "worse")):
+        found, tested = by_name(plan)[arm], stats.ttest_rel(losses[MOE], losses[arm])
+        assert found.p == pytest.approx(tested.pvalue) and found.verdict == verdict
+        assert found.interval == pytest.approx(tuple(tested.confidence_interval(0.95)))
+        assert found.gain == pytest.approx(mean(losses[MOE]) - mean(losses[arm]))
+
+
+def test_seeds_that_the_baseline_lacks_are_no_pairs(plan: Plan) -> None:
+    leave_all([run for run in plan.study.runs if (run.arm, run.seed) != (MOE, 2)], loss_of)
+    found = by_name(plan)[COE]
+    assert (found.seeds, found.gain, found.interval, found.p) == (1, pytest.approx(0.3), None, None)
+    assert found.losses == {1: 3.7, 2: 3.9} and found.spread == stdev([3.7, 3.9]) and found.verdict == ""
+
+
+def test_an_arm_that_a_setting_without_effect_makes(plan: Plan) -> None:
+    leave_all(plan.study.runs, lambda run: 4.0 + run.seed / 10)
+    found = by_name(plan)[COE]
+    assert (found.gain, found.interval, found.p, found.verdict) == (0.0, (0.0, 0.0), None, "no difference seen")
+
+
+def fitted_plan(study_file: Write, tmp_path: Path, designs: Mapping[str, Mapping[str, object]]) -> Plan:
+    changes = {"axes": {"design": designs}, "skip": None, "baseline": {"design": next(iter(designs))}}
+    return make_plan(study_file(output=str(tmp_path / "out"), **changes))
+
+
+def test_the_fit_finds_planted_exponents(study_file: Write, tmp_path: Path) -> None:
+    designs = {
+        f"{n} {c} {steps}": {"moe.num_experts": n, "chain.iterations": c, "training.steps": steps}
+        for n in (8, 32)
+        for c in (1, 2)
+        for steps in (100, 200)
+    }
+    plan = fitted_plan(study_file, tmp_path, designs)
+    arms = {arm.arm.name: arm for arm in plan.arms}
+
+    def planted(run: Run) -> float:
+        arm, c = arms[run.arm], run.config.chain.iterations
+        return 9 * arm.parameters**-0.05 * arm.flops**-0.02 * c**0.03 * (1 + 1e-6 * run.seed)
+
+    leave_all(plan.study.runs, planted)
+    found = fit(compare(collect(plan), plan.arms, plan.study.baseline.name))
+    assert found is not None and (found.points, found.left_out) == (8, [])
+    assert [each.of for each in found.coefficients] == ["parameters", "FLOPs", "C"]
+    assert [each.value for each in found.coefficients] == pytest.approx([-0.05, -0.02, 0.03], abs=1e-6)
+    assert all(each.interval[0] < each.value < each.interval[1] for each in found.coefficients)
+    assert found.residual < 1e-6
+
+
+def test_the_fit_leaves_out_what_hardly_varies_or_follows(study_file: Write, tmp_path: Path) -> None:
+    """Steps alone differ: parameters and C are the same in all arms."""
+    designs = {str(steps): {"training.steps": steps} for steps in (100, 200, 400)}
+    plan = fitted_plan(study_file, tmp_path, designs)
+    leave_all(plan.study.runs, lambda run: run.config.training.steps**-0.1)
+    found = fit(compare(collect(plan), plan.arms, plan.study.baseline.name))
+    assert found is not None and found.left_out == ["parameters", "C"]
+    assert [(each.of, round(each.value, 9)) for each in found.coefficients] == [("FLOPs", -0.1)]
+
+
+def test_seeds_are_no_points_of_a_fit(plan: Plan) -> None:
+    """Two designs, one of them in two topologies, six runs: two points, and no line that could be wrong."""
+    leave_all(plan.study.runs, loss_of)
+    assert fit(list(by_name(plan).values())) is None
+    assert fit([]) is None
+
+
+def test_pareto() -> None:
+    points = [(3.0, 1.0), (1.0, 3.0), (2.0, 3.0), (2.0, 2.0), (4.0, 1.0), (1.0, 4.0)]
+    assert pareto(points) == [(1.0, 3.0), (2.0, 2.0), (3.0, 1.0)]
+    assert pareto([]) == []
