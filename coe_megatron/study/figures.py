@@ -357,8 +357,8 @@ def _routing_over_time(results: Sequence[Result], looks: Mapping[str, Look]) -> 
     _legend(figure, grid[0, 0])
     return Drawing(
         "routing",
-        "Routing over training, means over layers and iterations, of each arm's first finished seed. Retention counts choices "
-        "that fell on an expert which the token had had in an earlier iteration of the layer.",
+        "Routing over training, means over layers and iterations, of each arm's first finished seed. Retention counts "
+        "choices that fell on an expert which the token had had in an earlier iteration of the layer.",
         figure,
     )
 
@@ -384,7 +384,8 @@ def _loads(results: Sequence[Result], looks: Mapping[str, Look]) -> Drawing:
     figure.colorbar(image, ax=grid, shrink=0.8, aspect=20 * rows, label="load / mean load")
     return Drawing(
         "load",
-        "Load of the experts by layer and iteration in the last step of each arm's first finished seed; 1 is perfect balance.",
+        "Load of the experts by layer and iteration in the last step of each arm's first finished seed; 1 is perfect "
+        "balance.",
         figure,
     )
 
