@@ -103,9 +103,9 @@ def whole_number(text: str) -> int:
 
 
 def run(plan: Plan, options: argparse.Namespace) -> ExitStatus:
+    devices = devices_here(options.devices, os.environ)
     if not (open_runs := _open_runs(plan, options)):
         return ExitStatus.DONE
-    devices = devices_here(options.devices, os.environ)
     requests = Requests()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda *_: requests.more())

@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -136,9 +137,17 @@ def test_under_nohup_a_terminal_that_is_closed_ends_nothing(tmp_path: Path) -> N
     rank = tmp_path / "rank.py"
     rank.write_text(HANGS_UP)
     command = [sys.executable, "launch/one_host.py", "--", "--standalone", "--nproc-per-node", "1", str(rank)]
-    hung_up = ["sh", "-c", "trap '' HUP; exec \"$@\"", "-", *command]
-    assert subprocess.run(hung_up, cwd=ROOT, capture_output=True, timeout=120).returncode == ExitStatus.DONE
-    assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120).returncode != ExitStatus.DONE
+    ended = {
+        action: subprocess.run(
+            command,
+            cwd=ROOT,
+            capture_output=True,
+            timeout=120,
+            preexec_fn=partial(signal.signal, signal.SIGHUP, action),  # these tests too may run under nohup
+        ).returncode
+        for action in (signal.SIG_IGN, signal.SIG_DFL)
+    }
+    assert ended[signal.SIG_IGN] == ExitStatus.DONE != ended[signal.SIG_DFL]
 
 
 # A remote shell that answers where to meet, and whose ranks wait for a word from the launcher.

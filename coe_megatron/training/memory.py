@@ -11,6 +11,7 @@ birth to its death, which makes a step up to twice as long, so only the first on
 
 import gc
 import resource
+import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,9 @@ def foreseen(config: RunConfig, vocab_size: int) -> dict[str, int]:
     stage = parallel_state.get_pipeline_model_parallel_rank()
     cost = forecast(config, vocab_size, torch.distributed.get_world_size(), stage)
     return as_measured(config, cost.memory, cost.micro_batches) | {"peak": cost.needed}
+
+
+_LOOKS, _BETWEEN_LOOKS = 4, 0.02  # how often, and seconds
 
 
 class MemoryMeter:
@@ -65,10 +69,17 @@ class MemoryMeter:
             self._between = max(self._between, torch.cuda.memory_allocated())
         elif self._live is not None:
             gc.collect()  # what only waits for the collector, in a cycle of references, is not held
-            self._live.settle()
+            self._between = max(self._between, self._stays(self._live))
+
+    def _stays(self, live: "LiveBytes") -> int:
+        """Bytes of tensors; the least of several looks, since gloo's threads let go of a bucket a moment later."""
+        seen = []
+        for _ in range(_LOOKS if torch.distributed.get_world_size() > 1 else 1):
+            live.settle()
             held = _storages(self._held())
-            born = sum(size for storage, size in self._live.alive() if storage not in held)
-            self._between = max(self._between, born + sum(held.values()))
+            seen.append(sum(held.values()) + sum(size for storage, size in live.alive() if storage not in held))
+            time.sleep(_BETWEEN_LOOKS if len(seen) < _LOOKS else 0)
+        return min(seen)
 
     def measured(self) -> dict[str, int]:
         """Bytes by kind, as far as was measured.
