@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache
@@ -88,6 +88,19 @@ def parse_as(cls: type[Settings], values: Any) -> Settings:
     for problem in _misread(values, asdict(found)):
         raise ConfigError(problem)
     return found
+
+
+def flat(config: RunConfig) -> dict[str, Any]:
+    """Every setting by its whole name, such as `moe.topk`."""
+    return dict(_flat(asdict(config), ""))
+
+
+def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def dump(config: RunConfig) -> str:

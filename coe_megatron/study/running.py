@@ -9,12 +9,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from coe_megatron.cluster.one_host import Requests
-from coe_megatron.config import ConfigError, RunConfig, dump, load
+from coe_megatron.config import ConfigError, RunConfig, dump, flat, load
 from coe_megatron.config.arguments import one_line
 from coe_megatron.config.layout import layout
 from coe_megatron.exit_status import ExitStatus, known_status
@@ -295,16 +294,8 @@ def _name(run: Run) -> str:
 
 def _difference(then: RunConfig, now: RunConfig) -> str:
     """The first setting that differs, with its value then and now; empty if none does."""
-    was, values = dict(_flat(asdict(then))), dict(_flat(asdict(now)))
+    was, values = flat(then), flat(now)
     for key, value in values.items():
         if key != "output" and was.get(key) != value:
             return f"was run with {key} {was.get(key)}, and the study has {value} now"
     return ""
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value

@@ -5,15 +5,15 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
-from coe_megatron.config import ConfigError, RunConfig, dump, load
+from coe_megatron.config import ConfigError, RunConfig, dump, flat, load
 from coe_megatron.training import folder_lock
 from coe_megatron.training.logged import read_metrics
 from coe_megatron.training.picture import draw_loss
@@ -160,7 +160,7 @@ def check_same_run(folder: Path, config: RunConfig) -> str:
         saved = load(folder / "config.yaml")
     except ConfigError as error:
         raise ConfigError(f"output is {folder}: the config.yaml of its checkpoints cannot be used: {error}") from error
-    then, now = (dict(_settings(asdict(c))) for c in (saved, config))
+    then, now = flat(saved), flat(config)
     for name, value in now.items():
         if then.get(name) != value and name not in _FREE and not name.startswith(_FREE_SECTIONS):
             raise ConfigError(
@@ -171,14 +171,6 @@ def check_same_run(folder: Path, config: RunConfig) -> str:
     if was == steps or config.optimizer.decay == "constant":
         return ""
     return f"; training.steps was {was} and is {steps}, so that the learning rate is another from here on"
-
-
-def _settings(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _settings(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _attempts(record: Mapping[str, Any]) -> list[dict[str, Any]]:
