@@ -43,7 +43,7 @@ def calibrate(folder: Path, half_rows: float) -> Speed:
         return Speed(rate, half_rows)
     a_pass = flops / 3 * amounts.evaluated(config) / rate / record["ranks"]
     a_save = _seconds_a_save(config, lines, a_pass)
-    known = _in_steps(logged) + evaluations(config) * a_pass + saves(config) * a_save
+    known = seconds_in_steps(logged) + evaluations(config) * a_pass + saves(config) * a_save
     return Speed(rate, half_rows, max(0.0, _took(attempts[0]) - known), a_save)
 
 
@@ -64,8 +64,8 @@ def _with_vocabulary(config: RunConfig, record: Mapping[str, Any]) -> RunConfig:
     return replace(config, model=replace(config.model, vocab_size=rows))
 
 
-def _in_steps(logged: Sequence[Mapping[str, Any]]) -> float:
-    """Seconds spent in steps, without evaluations and checkpoints."""
+def seconds_in_steps(logged: Sequence[Mapping[str, Any]]) -> float:
+    """Seconds that the lines of logged steps tell of, without evaluations and checkpoints."""
     before = [0, *(line["step"] for line in logged)]
     return sum((line["step"] - earlier) * line["step_seconds"] for line, earlier in zip(logged, before, strict=False))
 
@@ -83,7 +83,7 @@ def _seconds_a_save(config: RunConfig, lines: Sequence[Mapping[str, Any]], a_pas
         return 0.0
     took = done[-1]["eta_seconds"] * last / (steps - last)
     evaluated = 1 + sum("valid_loss" in line for line in done[:-1])
-    return max(0.0, took - _in_steps(done) - evaluated * a_pass) / saved
+    return max(0.0, took - seconds_in_steps(done) - evaluated * a_pass) / saved
 
 
 def _took(attempt: Mapping[str, str]) -> float:

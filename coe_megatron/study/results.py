@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from coe_megatron.study.arms import Run
+from coe_megatron.study.calibration import seconds_in_steps
 from coe_megatron.study.plan import ArmPlan, Plan
 from coe_megatron.study.running import changed, stands
 from coe_megatron.training.logged import read_metrics
@@ -58,10 +59,7 @@ class Result:
     @property
     def seconds(self) -> float:
         """Spent in steps alone, evaluations and checkpoints not counted."""
-        before = [0, *(line["step"] for line in self.steps)]
-        return sum(
-            (line["step"] - earlier) * line["step_seconds"] for line, earlier in zip(self.steps, before, strict=False)
-        )
+        return seconds_in_steps(self.steps)
 
     @property
     def memory(self) -> int:
