@@ -1,7 +1,7 @@
 """launch/pretrain_coe.py as the tests of SLURM start it: each rank notes where it is, and may wait or die in a step.
 
 COE_TEST_WAIT=STEP:FILE    from that step on wait before each, until asked to stop or until the file exists
-COE_TEST_DEAF=STEP:FILE    in the job's first start the same, but being asked to stop does not help
+COE_TEST_DEAF=STEP:FILE    in the job's first start the same, but being asked to stop does not help, at no step
 COE_TEST_KILL=RANK:STEP    this rank kills itself before that step
 """
 
@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import coe_megatron
+from coe_megatron.exit_status import ExitStatus
 
 ROOT = Path(coe_megatron.__file__).resolve().parents[1]
 NOTED = ("SLURM", "COE_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GLOO_", "NCCL_", "TORCHELASTIC_", "SITE_")
@@ -29,17 +30,18 @@ def disturb() -> None:
     from coe_megatron.training.console import quiet_libraries
 
     quiet_libraries()
-    from coe_megatron.training import loop
+    from coe_megatron.training import interruption, loop
 
     waits_before, _, let_go = os.environ.get("COE_TEST_WAIT", "0:.").partition(":")
     deaf_before, _, mended = os.environ.get("COE_TEST_DEAF", "0:.").partition(":")
     dies, _, dies_before = os.environ.get("COE_TEST_KILL", "-1:0").partition(":")
     if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
         mended = "."
-    asked, train_step = Path(os.environ["COE_ATTEMPT"]) / "stop", loop.Pretraining._train_step
+    stop, train_step = Path(os.environ["COE_ATTEMPT"]) / "stop", loop.Pretraining._train_step
+    asked = interruption.Interruption.asked
 
     def step(self: loop.Pretraining, number: int):
-        while number + 1 >= int(waits_before) and not asked.exists() and not Path(let_go).exists():
+        while number + 1 >= int(waits_before) and not stop.exists() and not Path(let_go).exists():
             time.sleep(0.1)
         while number + 1 >= int(deaf_before) and not Path(mended).exists():
             time.sleep(0.1)
@@ -47,7 +49,11 @@ def disturb() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return train_step(self, number)
 
+    def heard(self: interruption.Interruption) -> ExitStatus:
+        return asked(self) if Path(mended).exists() else ExitStatus.DONE
+
     loop.Pretraining._train_step = step
+    interruption.Interruption.asked = heard
 
 
 if __name__ == "__main__":

@@ -33,9 +33,10 @@ def ended_often(place: Place) -> str:
 
 @pytest.fixture(scope="module")
 def past_its_limit(place: Place) -> str:
-    """A job that is still in its third step when its time is up."""
+    """A job that is still in its third step when its time is up, and is not warned again once it goes on."""
     overrides = ("parallel.expert=1", "training.save_every=2")
-    return place.submit(*DEAF, "--time=1", output="past its limit", overrides=overrides, COE_TEST_DEAF="3:never")
+    limits = ("--time=2", "--signal=B:USR1@1")
+    return place.submit(*DEAF, *limits, output="past its limit", overrides=overrides, COE_TEST_DEAF="3:never")
 
 
 @pytest.fixture(scope="module")
