@@ -35,7 +35,7 @@ class ModelSettings:
         rope_theta: base of the rotary frequencies.
 
     Raises:
-        ValueError: hidden is no even multiple of heads.
+        ValueError: hidden is no even multiple of heads, or the chain is to be in some layers only.
     """
 
     vocab: int
@@ -53,6 +53,10 @@ class ModelSettings:
     def __post_init__(self) -> None:
         if self.hidden % (2 * self.heads):
             raise ValueError(f"model.hidden is {self.hidden!r}: it must be an even multiple of heads, {self.heads}")
+        if self.chain.layers is not None:
+            raise ValueError(
+                f"chain.layers is {list(self.chain.layers)}: every layer of this model is one, so it must be null"
+            )
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from coe_megatron.study.settings import read_study
 
 Write = Callable[..., Path]
 STUDIES = ROOT / "configs" / "studies"
-FILES = sorted(path for path in STUDIES.rglob("*.yaml") if path.name != "common.yaml")
+FILES = sorted(path for path in STUDIES.rglob("*.yaml") if path.stem not in {"common", "topologies"})
 NAMES = {path.stem for path in FILES}
 TOPOLOGIES = {"reference", "prenorm", "iteration_norm"}
 # Arms of studies, and the configs of single arms that are the same models.
@@ -55,7 +55,7 @@ def test_every_study_of_the_project_plans(path: Path) -> None:
 
 
 def test_the_papers_studies_are_there_in_both_sizes() -> None:
-    assert {study for study, _ in SINGLE} | {"main-pair-equal-flops", "long", "search"} == NAMES
+    assert {study for study, _ in SINGLE} | {"main-pair-equal-flops", "learning-rate", "long", "search"} == NAMES
     assert {(path.parent.name, path.stem) for path in FILES} == {
         (size, name) for size in ("paper", "cpu") for name in NAMES
     }
