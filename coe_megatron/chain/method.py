@@ -371,11 +371,12 @@ class ChainOfExperts(nn.Module):
     def reset_parameters(self) -> None:
         """The authors' initialisation: normal 0.02, routers kaiming-uniform with a = √5, gains 1; a_t its scale.
 
-        With `routers_apart` W_t is W_0 with its rows rolled by ⌊t·N/C⌋.
+        With `routers_apart` W_t is W_0 with its rows rolled by ⌊t·N/C⌋; with `scaled_init` w2 start √C times smaller.
         """
-        for weight in (self.w1, self.w2, self.shared_w1, self.shared_w2):
+        out_std = 0.02 / math.sqrt(self.chain.iterations) if self.chain.scaled_init else 0.02
+        for weight, std in ((self.w1, 0.02), (self.w2, out_std), (self.shared_w1, 0.02), (self.shared_w2, out_std)):
             if weight is not None:
-                nn.init.normal_(weight, std=0.02)
+                nn.init.normal_(weight, std=std)
         for weight_ND in self.router_weights:
             nn.init.kaiming_uniform_(weight_ND, a=math.sqrt(5))
         if self.chain.routers_apart:

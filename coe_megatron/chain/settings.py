@@ -40,6 +40,9 @@ class ChainSettings:
             nor groups of experts.
         routers_apart: W_t, t = 0 .. C-1, starts as W_0 with its rows rolled by ⌊t·N/C⌋, so that the same state would
             choose other experts in a later iteration; `independent` gating only. It touches initial weights alone.
+        scaled_init: W_2 of routed and shared experts starts with a deviation √C times smaller, so that an inner chain's
+            increments, which C iterations add up, start about as large as one of them would be (as Megatron's division
+            by √(2L) has it for L layers). It touches initial weights alone.
         layers: numbers, from 1, of the layers that are chains; the other layers with experts are Megatron's MoE layer,
             pre-norm, with C·K of N experts a token, which costs about the same. null makes all of them chains.
 
@@ -58,6 +61,7 @@ class ChainSettings:
     shared_once: bool = False
     no_return: bool = False
     routers_apart: bool = False
+    scaled_init: bool = False
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ The variants of ChainSettings put gains in it: a_t F_t(c_t x) wherever F_t(x) st
 S: sequence, B: micro-batch, D: hidden size, T = S * B.
 """
 
+import math
 from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
@@ -65,9 +66,11 @@ class CoELayer(MoELayer):
         topk: int | None = None,
     ) -> None:
         chain = chain or ChainSettings()
+        config = copy(config)  # what is changed here concerns this layer alone
         if topk is not None:
-            config = copy(config)
             config.moe_router_topk = topk
+        if chain.scaled_init:
+            config.output_layer_init_method = partial(_scaled, config.output_layer_init_method, chain.iterations)
         _refuse_unsupported(config, chain)
         recompute = recompute_mode(config, recompute)
         assert submodules is not None, "CoELayer needs submodules: take them from coe_layer_spec"
@@ -275,6 +278,13 @@ class CoELayer(MoELayer):
 
 def _called(function: Callable, *args: Any) -> Any:
     return function(*args)
+
+
+@torch.no_grad()
+def _scaled(initialise: Callable[[torch.Tensor], object], iterations: int, weight: torch.Tensor) -> torch.Tensor:
+    """What leads out of an expert, as `chain.scaled_init` has it."""
+    initialise(weight)
+    return weight.div_(math.sqrt(iterations))
 
 
 def _refuse_unsupported(config: TransformerConfig, chain: ChainSettings) -> None:

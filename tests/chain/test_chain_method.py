@@ -146,6 +146,14 @@ def test_routers_apart_choose_other_experts_for_the_same_state():
         assert torch.equal(chosen, first.roll(shift, dims=1))
 
 
+def test_what_leads_out_of_experts_begins_smaller_for_a_chain():
+    router, chain = RouterSettings(8, 2), ChainSettings(4, scaled_init=True)
+    layer = ChainOfExperts(32, 64, router, chain, shared_ffn=64)
+    assert layer.shared_w1 is not None and layer.shared_w2 is not None
+    stds = [weight.std().item() for weight in (layer.w1, layer.shared_w1, layer.w2, layer.shared_w2)]
+    assert stds == pytest.approx([0.02, 0.02, 0.01, 0.01], rel=0.1)
+
+
 def test_conditioned_with_gains_of_one_is_the_plain_chain():
     layer = make_layer(ChainSettings(3, conditioned=True), shared_ffn=2)
     plain = make_layer(ChainSettings(3), shared_ffn=2)
