@@ -49,7 +49,8 @@ def test_every_study_of_the_project_plans(path: Path) -> None:
     assert plan.study.settings.output == f"runs/studies/{path.parent.name}/{path.stem}"
     assert path.stem == "search" or {arm.labels["topology"] for arm in plan.study.arms} == TOPOLOGIES
     assert not any(arm.too_large for arm in plan.arms)
-    assert len(plan.study.settings.seeds) == 3
+    rough = path.parent.name == "cpu" and path.stem == "learning-rate"  # a rate is chosen with one seed
+    assert len(plan.study.settings.seeds) == (1 if rough else 3)
     if path.parent.name == "cpu":
         assert max(arm.seconds.total for arm in plan.arms if arm.seconds) <= 600
 
