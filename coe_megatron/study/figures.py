@@ -236,20 +236,24 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return front
 
 
-_SCALED: dict[str, tuple[str, Callable[[Any], int]]] = {
+_SCALED: dict[str, tuple[str, Callable[[Any], float]]] = {
     "iterations": ("C, iterations", lambda config: config.chain.iterations),
     "choices": ("K, experts a token visits in an iteration", lambda config: config.moe.topk),
     "experts": ("N, routed experts", lambda config: config.moe.num_experts),
     "layers": ("L, layers", lambda config: config.model.num_layers),
     "steps": ("steps", lambda config: config.training.steps),
+    "learning-rate": ("learning rate", lambda config: config.optimizer.lr),
 }
+_FEWEST = {"learning-rate": 3}  # values; two may be those of two topologies, and no axis of their own
 
 
 def _scaling(summaries: Sequence[Summary], looks: Mapping[str, Look]) -> Iterator[Drawing]:
-    """Final loss against C, K, N, L or steps, where an axis of the study varies one of them."""
+    """Final loss against C, K, N, L, steps or learning rate, where an axis of the study varies one of them."""
     known = [summary for summary in summaries if summary.mean is not None]
     for name, (title, value) in _SCALED.items():
-        groups = [group for group in _differing_in_one_axis(known) if len(_values(group, value)) > 1]
+        groups = [
+            group for group in _differing_in_one_axis(known) if len(_values(group, value)) >= _FEWEST.get(name, 2)
+        ]
         if groups:
             shown = [summary for summary in known if any(summary in group for group in groups)]
             yield _scaled(f"scaling-{name}", title, value, shown, groups, looks)
@@ -258,7 +262,7 @@ def _scaling(summaries: Sequence[Summary], looks: Mapping[str, Look]) -> Iterato
 def _scaled(
     name: str,
     title: str,
-    value: Callable[[Any], int],
+    value: Callable[[Any], float],
     shown: Sequence[Summary],
     groups: Sequence[Sequence[Summary]],
     looks: Mapping[str, Look],
@@ -305,7 +309,7 @@ def _differing_in_one_axis(summaries: Sequence[Summary]) -> Iterator[list[Summar
             yield list(group)
 
 
-def _values(summaries: Sequence[Summary], value: Callable[[Any], int]) -> list[int]:
+def _values(summaries: Sequence[Summary], value: Callable[[Any], float]) -> list[float]:
     """The different ones, from the smallest on."""
     return sorted({value(summary.arm.arm.config) for summary in summaries})
 

@@ -29,6 +29,7 @@ def write_report(plan: Plan, title: str, folder: Path) -> list[Path]:
     results = collect(plan)
     summaries = compare(results, plan.arms, plan.study.baseline.name)
     folder.mkdir(parents=True, exist_ok=True)
+    _forget_figures(folder)
     files = [_write(folder / "results.csv", results_csv(results)), _write(folder / "timings.csv", timings_csv(results))]
     drawings = list(draw(results, summaries, plan.study.baseline.name))
     for drawing in drawings:
@@ -37,6 +38,15 @@ def write_report(plan: Plan, title: str, folder: Path) -> list[Path]:
     files.append(_write(folder / "report.md", text))
     files.append(_write(folder / "report.html", as_html(title, text, folder, drawings)))
     return files
+
+
+def _forget_figures(folder: Path) -> None:
+    """Those of an earlier report, which may not be drawn any more."""
+    earlier = folder / "report.md"
+    if earlier.exists():
+        for name in re.findall(r"\]\(([\w-]+)\.svg\)", earlier.read_text()):
+            for kind in ("svg", "png"):
+                (folder / f"{name}.{kind}").unlink(missing_ok=True)
 
 
 def as_markdown(

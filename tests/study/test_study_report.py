@@ -172,6 +172,21 @@ def test_no_line_joins_arms_that_differ_in_more(study_file: Write, tmp_path: Pat
         assert labels == list(axes["design"])
 
 
+def test_learning_rates_are_drawn_where_they_are_an_axis(study_file: Write, tmp_path: Path) -> None:
+    """And a figure that is not drawn any more goes with the report it was in; what else lies there stays."""
+    folder = tmp_path / "report"
+    for rates, drawn in (([1e-3, 2e-3, 4e-3], True), ([1e-3, 2e-3], False)):
+        axes = {"rate": {"optimizer.lr": rates}}
+        file = study_file(output=str(tmp_path / "out"), axes=axes, skip=None, baseline={"rate": 1e-3})
+        plan = make_plan(file)
+        leave_all(plan.study.runs, lambda run: run.config.optimizer.lr)
+        write_report(plan, "rates", folder)
+        assert (folder / "scaling-learning-rate.svg").exists() == drawn
+        assert (folder / "loss-curves.png").exists()
+        (folder / "my-own.png").touch()
+    assert (folder / "my-own.png").exists()
+
+
 @pytest.mark.parametrize("shape", [(20, 1), (5, 3), (2, 6)])
 def test_no_two_arms_look_alike_without_colours(study_file: Write, tmp_path: Path, shape: tuple[int, int]) -> None:
     axes = {
