@@ -410,7 +410,7 @@ def _norms(results: Sequence[Result], looks: Mapping[str, Look]) -> Drawing:
         axes.set_title(title, fontsize="medium", loc="left")
         axes.set_xlabel("layer, its iterations one after the other")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_ylim(bottom=0)
+        axes.set_yscale("log")  # a chain that runs away is not to hide the others
     _legend(figure, grid[0, 0])
     return Drawing(
         "norms",
