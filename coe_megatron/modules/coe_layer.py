@@ -66,7 +66,8 @@ class CoELayer(MoELayer):
         topk: int | None = None,
     ) -> None:
         chain = chain or ChainSettings()
-        config = copy(config)  # what is changed here concerns this layer alone
+        if topk is not None or chain.scaled_init:  # which concern this layer alone
+            config = copy(config)
         if topk is not None:
             config.moe_router_topk = topk
         if chain.scaled_init:
