@@ -12,7 +12,8 @@ from pathlib import Path
 
 from coe_megatron.cluster import network
 from coe_megatron.cluster.one_host import Requests, supervise
-from coe_megatron.config.arguments import Parser, one_line
+from coe_megatron.config.arguments import Parser
+from coe_megatron.errors import one_line
 from coe_megatron.exit_status import ExitStatus
 
 EPILOG = """Everything after -- goes to torchrun as it is; what torchrun reads from PET_ variables holds too.

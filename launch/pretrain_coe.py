@@ -42,9 +42,10 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, leave)  # before the imports, which take seconds
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a launcher that ignores it would have its ranks do so as well
 
-from coe_megatron.config import ConfigError, RunConfig, load  # noqa: E402
-from coe_megatron.config.arguments import Parser, one_line, write_out  # noqa: E402
+from coe_megatron.config import RunConfig, load  # noqa: E402
+from coe_megatron.config.arguments import Parser, write_out  # noqa: E402
 from coe_megatron.config.load import parse  # noqa: E402
+from coe_megatron.errors import ConfigError, one_line  # noqa: E402
 from coe_megatron.exit_status import ExitStatus, leave_error_file  # noqa: E402
 from coe_megatron.forecast.cost import forecast, vocabulary  # noqa: E402
 from coe_megatron.forecast.crossing import needless_crossing  # noqa: E402

@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 
 from coe_megatron.cluster.one_host import Requests
-from coe_megatron.config import ConfigError
 from coe_megatron.config.arguments import Parser, write_out
 from coe_megatron.config.layout import layout
+from coe_megatron.errors import ConfigError
 from coe_megatron.exit_status import ExitStatus
 from coe_megatron.forecast.devices import DEVICES
 from coe_megatron.study.arms import Run

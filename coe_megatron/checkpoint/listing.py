@@ -8,7 +8,7 @@ from pathlib import Path
 
 from coe_megatron.checkpoint.seal import SEAL, problem
 from coe_megatron.checkpoint.storage import refusal
-from coe_megatron.durable import to_disk
+from coe_megatron.files import to_disk
 from coe_megatron.parallel.collective import am_first, from_first
 
 _NAME = re.compile(r"step-(\d+)(\.tmp)?")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from coe_megatron.config.arguments import one_line
+from coe_megatron.errors import one_line
 from coe_megatron.exit_status import ExitStatus, known_status, read_error_file, verdict
 
 _LAST_LINES, _LAST_BYTES = 12, 8192

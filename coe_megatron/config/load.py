@@ -1,6 +1,7 @@
 """From a YAML file and overrides to a checked RunConfig; whatever is wrong becomes one line that names the field."""
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -14,18 +15,20 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from yaml import YAMLError
 
-from coe_megatron.config.arguments import one_line
+from coe_megatron import parsing
 from coe_megatron.config.checks import check
 from coe_megatron.config.settings import RunConfig
+from coe_megatron.errors import ConfigError
+from coe_megatron.files import expand_user, read_limited
 
 Settings = TypeVar("Settings")
 
 
-class ConfigError(ValueError):
-    """A mistake in a config or an override; its text is one line for the user."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(one_line(text))
+_MOST_FILES = 64  # that one config is made of
+_LONGEST_OVERRIDE = 1 << 14
+_LONGEST_TEXT = 1 << 12  # of one setting, references replaced
+_REFERENCE = re.compile(r"\$\{(.*?)\}")
+_NAME = re.compile(r"[\w-]+(\.[\w-]+)*")
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), world_size: int | None = None) -> RunConfig:
@@ -65,10 +68,44 @@ def resolve(
 
 def plain(values: Any, whose: str) -> Any:
     """OmegaConf's containers as dicts and lists, references to other keys resolved."""
+    _check_references(OmegaConf.to_container(values))
     try:
         return OmegaConf.to_container(values, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or whose} has no value: {_first_line(error)}") from None
+
+
+def _check_references(values: Any) -> None:
+    """That no text grows beyond bounds by its references: each must name a value that has none, or the environment.
+
+    Raises:
+        ConfigError: one line that names the key. What else may be wrong with a reference OmegaConf says.
+    """
+    leaves = {key: str(value) for key, value in _leaves(values, "")}
+    for key, text in leaves.items():
+        size = len(text)
+        for name in _REFERENCE.findall(text):
+            if name.startswith("oc.env:"):
+                size += len(os.environ.get(name.removeprefix("oc.env:"), ""))
+                continue
+            if not _NAME.fullmatch(name):
+                raise ConfigError(f"{key} is {_shown(text)}: a reference is ${{key.sub}} or ${{oc.env:VARIABLE}}")
+            if name not in leaves and any(other.startswith(f"{name}.") for other in leaves):
+                raise ConfigError(f"{key} is {_shown(text)}: {name} is a section, and a reference must name a value")
+            if "${" in leaves.get(name, ""):
+                raise ConfigError(f"{key} is {_shown(text)}: {name} is a reference itself, refer to what it names")
+            size += len(leaves.get(name, ""))
+        if "${" in text and size > _LONGEST_TEXT:
+            raise ConfigError(f"{key} has references to more than {_LONGEST_TEXT:,} characters")
+
+
+def _leaves(values: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Every value that is no section and no list, by its dotted key."""
+    if isinstance(values, dict | list):
+        for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, values
 
 
 def parse(values: Any) -> RunConfig:
@@ -112,26 +149,51 @@ def read(
     path: Path,
     key: str = "base",
     prepare: Callable[[Path, Any], Any] = lambda _path, values: values,
-    including: tuple[Path, ...] = (),
 ) -> Any:
-    """A file's settings over those of its bases, unchecked.
+    """A file's settings over those of its bases, unchecked; each file is read once.
 
     Args:
         key: that names the bases.
         prepare: what is done with each file's own settings.
-        including: the chain of files that led here.
+
+    Raises:
+        ConfigError: one line that names the file and what is wrong with it.
     """
-    values = prepare(path, read_yaml(path))
-    if path.resolve() in including:
-        raise ConfigError(
-            f"{path}: {key} leads back to this file: {' -> '.join(p.name for p in including)} -> {path.name}"
-        )
-    bases = values.pop(key, [])
-    names = [bases] if isinstance(bases, str) else bases
-    if not isinstance(names, Sequence) or not all(isinstance(name, str) and name for name in names):
-        raise ConfigError(f"{path}: {key} is {_shown(bases)}: it must name a file or a list of files")
-    above = (*including, path.resolve())
-    return merge(str(path), *(read(path.parent / name, key, prepare, above) for name in names), values)
+    return _Files(key, prepare).read(path, ())
+
+
+class _Files:
+    """The files of one config, together within bounds."""
+
+    def __init__(self, key: str, prepare: Callable[[Path, Any], Any]) -> None:
+        self._key, self._prepare = key, prepare
+        self._read: dict[Path, Any] = {}
+        self._nodes = 0
+
+    def read(self, path: Path, including: tuple[Path, ...]) -> Any:
+        """Settings of a file over those of its bases; `including` is the chain of files that led here."""
+        where = Path(os.path.realpath(path))
+        if where in including:
+            names = " -> ".join(each.name for each in (*including, where))
+            raise ConfigError(f"{path}: {self._key} leads back to this file: {names}")
+        if where not in self._read:
+            if len(self._read) + len(including) >= _MOST_FILES:
+                raise ConfigError(f"{path}: {self._key} leads to more than {_MOST_FILES} files")
+            self._read[where] = self._over_bases(path, (*including, where))
+        return self._read[where]
+
+    def _over_bases(self, path: Path, above: tuple[Path, ...]) -> Any:
+        values, nodes = _read_yaml(path)
+        self._nodes += nodes
+        if self._nodes > parsing.MOST_NODES:
+            raise ConfigError(f"{path}: with what its {self._key} names it has more than {parsing.MOST_NODES:,} keys")
+        values = self._prepare(path, values)
+        bases = values.pop(self._key, [])
+        names = [bases] if isinstance(bases, str) else bases
+        if not isinstance(names, Sequence) or not all(isinstance(name, str) and name for name in names):
+            raise ConfigError(f"{path}: {self._key} is {_shown(bases)}: it must name a file or a list of files")
+        found = [self.read(path.parent / expand_user(name), above) for name in dict.fromkeys(names)]
+        return merge(str(path), *found, values)
 
 
 def merge(whose: str, *given: Any) -> Any:
@@ -142,37 +204,39 @@ def merge(whose: str, *given: Any) -> Any:
         raise ConfigError(f"{whose}: it does not fit to what it changes: {_first_line(error)}") from None
 
 
-def read_yaml(path: Path) -> Any:
-    """A file's mapping of keys, as OmegaConf holds it; ConfigError in one line if it is none."""
+def _read_yaml(path: Path) -> tuple[Any, int]:
+    """A file's mapping of keys, as OmegaConf holds it, and the number of its nodes."""
+    content = read_limited(path, "the config file", parsing.CONFIG_BYTES)
     try:
-        values = OmegaConf.load(path)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no such config file") from None
+        text = content.decode("utf-8-sig")
+        nodes = parsing.check_yaml(text)
+        values = OmegaConf.create(text) if nodes > 1 else None  # of a single value it makes no config
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: cannot be read: it must be text in UTF-8 ({error.reason})") from None
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be read: {error.strerror or 'it must be a mapping of keys to values'}"
-        ) from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {error.full_key or 'its YAML'} is not valid: {_first_line(error)}") from None
-    except (YAMLError, ValueError) as error:  # a ValueError: a number of thousands of digits, a NUL in the name
+    except (YAMLError, ValueError, RecursionError) as error:  # a ValueError: a number of thousands of digits, say
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not OmegaConf.is_dict(values) or not values:
         raise ConfigError(f"{path}: a config must be a mapping of keys to values, such as model: {{num_layers: 4}}")
-    return values
+    return values, nodes
 
 
 def _override(values: Any, text: str) -> None:
     """Put an override's value in its place, which may be in a list (`data.blend.0.path=...`)."""
-    key, equals, _ = text.partition("=")
-    if not equals or not _KEY.fullmatch(key):
+    key, equals, given = text.partition("=")
+    if key.startswith("--") and _KEY.fullmatch(key := key.lstrip("-")) and equals:
+        raise ConfigError(f"override {_shown(text)}: leave out the leading --: {key}={_shown(given)[1:-1]}")
+    if len(text) > _LONGEST_OVERRIDE:
+        raise ConfigError(f"override {_shown(text)}: it has more than {_LONGEST_OVERRIDE:,} characters")
+    if not equals or not _KEY.fullmatch(key) or len(re.split(r"[.\[]", key)) > parsing.DEEPEST:
         raise ConfigError(f"override {_shown(text)}: write it as key.sub=value")
     if key == "base":
         raise ConfigError(f"override {_shown(text)}: base must stand in a config file")
     if said := _beyond_a_list(values, re.findall(r"[^.\[\]]+", key)):
         raise ConfigError(f"override {_shown(text)}: {said}")
     try:
+        parsing.check_yaml(given)
         value: Any = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
         for _ in re.split(r"[.\[]", key):
             (value,) = value.values()
@@ -268,7 +332,7 @@ def _is_union_tag(part: object) -> bool:
 
 def dataclasses_in(hint: Any) -> Iterator[Any]:
     """The dataclasses that a type is made of."""
-    if is_dataclass(hint):
+    if isinstance(hint, type) and is_dataclass(hint):
         yield hint
     for inner in get_args(hint):
         yield from dataclasses_in(inner)

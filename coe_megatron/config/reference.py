@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from coe_megatron.config.load import dataclasses_in, is_listed
-from coe_megatron.config.settings import LARGEST, RunConfig
+from coe_megatron.config.settings import LARGEST, PathText, RunConfig
 
 _HEAD = """# Settings
 
@@ -62,6 +62,8 @@ def _meanings(text: str) -> dict[str, str]:
 def _type(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return ", ".join(f"`{value}`" for value in get_args(hint))
+    if hint == PathText:
+        return "path"
     if metadata := getattr(hint, "__metadata__", ()):
         return f"{_type(hint.__origin__)}{_bounds(metadata)}"
     if hint is type(None):

@@ -6,16 +6,18 @@ Loaded and checked by `coe_megatron.config.load`; nothing here imports torch.
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from coe_megatron.chain.activations import Recompute
 from coe_megatron.chain.settings import ChainSettings
+from coe_megatron.files import expand_user
 
 LARGEST = 2**31 - 1  # what torch's and numpy's 32-bit sizes and seeds hold
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Index = Annotated[int, Field(ge=0, le=LARGEST)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+PathText = Annotated[str, AfterValidator(expand_user)]  # of a file or folder; ~ stands for the user's home
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -159,7 +161,7 @@ class BlendPart:
         weight: its share of the samples, relative to the other weights.
     """
 
-    path: str
+    path: PathText
     weight: Positive
 
 
@@ -179,9 +181,9 @@ class DataSettings:
         validation_samples: how many samples of each validation set an evaluation reads; all when null.
     """
 
-    path: str = "data/builtin"
+    path: PathText = "data/builtin"
     blend: list[BlendPart] | None = None
-    validation: dict[str, str] | None = None
+    validation: dict[str, PathText] | None = None
     samples: Literal["row", "packed"] = "row"
     reset_at_documents: bool = False
     validation_samples: Count | None = None
@@ -260,7 +262,7 @@ class ZeroSettings:
     offload_parameters: bool = False
     reduce_bucket_size: Count = 50_000_000
     overlap_reduction: bool = True
-    deepspeed: str | None = None
+    deepspeed: PathText | None = None
 
 
 @dataclass(frozen=True)
@@ -296,7 +298,7 @@ class TrainingSettings:
     keep_checkpoints: Count = 2
     milestones: list[Count] = field(default_factory=list)
     background_saving: bool = False
-    warm_start: str | None = None
+    warm_start: PathText | None = None
     deterministic: bool = False
 
 
@@ -376,7 +378,7 @@ class RunConfig:
         output: its folder, for config, metrics, TensorBoard and checkpoints.
     """
 
-    output: str = "runs/quickstart"
+    output: PathText = "runs/quickstart"
     model: ModelSettings = field(default_factory=ModelSettings)
     moe: MoESettings = field(default_factory=MoESettings)
     chain: ChainSettings = field(default_factory=ChainSettings)

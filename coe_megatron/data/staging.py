@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from coe_megatron.data.manifest import TOKENIZER
-from coe_megatron.durable import to_disk
+from coe_megatron.files import to_disk
 
 
 class Staging:

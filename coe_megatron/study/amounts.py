@@ -11,11 +11,12 @@ from pathlib import Path
 
 from coe_megatron.chain.activations import extra_flops
 from coe_megatron.chain.closed_forms import Flops, ModelShape, parameters, training_flops
-from coe_megatron.config import ConfigError, RunConfig
+from coe_megatron.config import RunConfig
 from coe_megatron.config.layout import layout
 from coe_megatron.config.shape import model_shape
 from coe_megatron.data.folders import validation_paths
 from coe_megatron.data.manifest import Manifest
+from coe_megatron.errors import ConfigError
 from coe_megatron.forecast.cost import Forecast, forecast, vocabulary
 from coe_megatron.forecast.devices import Device
 from coe_megatron.study.settings import Quantity

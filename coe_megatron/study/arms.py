@@ -12,8 +12,9 @@ from typing import Any, TypeAlias
 
 from omegaconf import OmegaConf
 
-from coe_megatron.config import ConfigError, RunConfig
+from coe_megatron.config import RunConfig
 from coe_megatron.config.load import merge, read, resolve
+from coe_megatron.errors import ConfigError
 from coe_megatron.study.settings import StudySettings
 
 Labels: TypeAlias = Mapping[str, str]  # by axis

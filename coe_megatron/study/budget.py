@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
-from coe_megatron.config import ConfigError, RunConfig
+from coe_megatron.config import RunConfig
+from coe_megatron.errors import ConfigError
 from coe_megatron.study.amounts import Amounts
 from coe_megatron.study.arms import Study
 from coe_megatron.study.settings import Budget

@@ -8,7 +8,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from coe_megatron.config import ConfigError, RunConfig, load
+from coe_megatron.config import RunConfig, load
+from coe_megatron.errors import ConfigError
 from coe_megatron.study.amounts import Amounts, Speed, evaluations, saves
 from coe_megatron.training.logged import read_metrics
 

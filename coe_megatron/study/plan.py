@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from coe_megatron.config import ConfigError
 from coe_megatron.config.layout import layout
+from coe_megatron.errors import ConfigError
 from coe_megatron.forecast.cost import size
 from coe_megatron.forecast.devices import Device
 from coe_megatron.forecast.devices import device as device_named

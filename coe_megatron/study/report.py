@@ -9,7 +9,7 @@ from pathlib import Path
 import markdown
 import matplotlib
 
-from coe_megatron.config.arguments import one_line
+from coe_megatron.errors import one_line
 from coe_megatron.study.comparison import Summary, compare
 from coe_megatron.study.figures import Drawing, draw
 from coe_megatron.study.fit import Fit, fit

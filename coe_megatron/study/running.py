@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from coe_megatron.cluster.one_host import Requests
-from coe_megatron.config import ConfigError, RunConfig, dump, flat, load
-from coe_megatron.config.arguments import one_line
+from coe_megatron.config import RunConfig, dump, flat, load
 from coe_megatron.config.layout import layout
+from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.exit_status import ExitStatus, known_status
 from coe_megatron.study.arms import Run
 from coe_megatron.study.plan import span

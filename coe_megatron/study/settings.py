@@ -7,9 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from coe_megatron.config import ConfigError
 from coe_megatron.config.load import parse_as, plain, read
-from coe_megatron.config.settings import Count, Index
+from coe_megatron.config.settings import Count, Index, PathText
+from coe_megatron.errors import ConfigError
+from coe_megatron.files import expand_user
 
 Quantity = Literal["expert_compute", "flops", "parameters", "memory", "wall_clock"]
 
@@ -65,7 +66,7 @@ class StudySettings:
     """
 
     base: list[str]
-    output: str
+    output: PathText
     axes: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
     baseline: dict[str, Any]
     seeds: Annotated[list[Index], Field(min_length=1)]
@@ -101,5 +102,5 @@ def _with_paths(path: Path, values: Any) -> Any:
         names = [given] if isinstance(given, str) else given
         if not names or not isinstance(names, Sequence) or not all(isinstance(name, str) and name for name in names):
             raise ConfigError(f"{path}: base is {given!r}: it must name a run config or a list of them")
-        values["base"] = [str(path.parent / name) for name in names]
+        values["base"] = [str(path.parent / expand_user(name)) for name in names]
     return values

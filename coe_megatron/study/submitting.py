@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from coe_megatron.config import ConfigError
 from coe_megatron.config.layout import layout
+from coe_megatron.errors import ConfigError
 from coe_megatron.study.arms import Run
 from coe_megatron.study.running import config_of
 

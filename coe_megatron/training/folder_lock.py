@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import TextIO
 
-from coe_megatron.config import ConfigError
+from coe_megatron.errors import ConfigError
 
 NAME = "run.lock"
 _TRIES, _PAUSE_SECONDS = 10, 0.1  # a predecessor may be dying, and `is_held` takes the lock for a moment

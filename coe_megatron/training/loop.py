@@ -19,10 +19,11 @@ import torch
 from megatron.core import parallel_state
 
 from coe_megatron.chain import closed_forms
-from coe_megatron.config import ConfigError, RunConfig
+from coe_megatron.config import RunConfig
 from coe_megatron.config.layout import layout
 from coe_megatron.config.shape import model_shape, padded_vocabulary
 from coe_megatron.data.run_data import RunData
+from coe_megatron.errors import ConfigError
 from coe_megatron.exit_status import ExitStatus
 from coe_megatron.forecast.checkpoint import checkpoint_bytes
 from coe_megatron.forecast.cost import forecast

@@ -17,8 +17,9 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from coe_megatron.config import ConfigError, RunConfig
+from coe_megatron.config import RunConfig
 from coe_megatron.config.settings import WandbSettings
+from coe_megatron.errors import ConfigError
 
 Values: TypeAlias = Mapping[str, Any]
 

@@ -7,7 +7,8 @@ import os
 import shutil
 from pathlib import Path
 
-from coe_megatron.config import ConfigError, RunConfig
+from coe_megatron.config import RunConfig
+from coe_megatron.errors import ConfigError
 from coe_megatron.forecast.checkpoint import checkpoint_bytes
 from coe_megatron.forecast.cost import size, vocabulary
 

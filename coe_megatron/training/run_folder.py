@@ -13,7 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
-from coe_megatron.config import ConfigError, RunConfig, dump, flat, load
+from coe_megatron.config import RunConfig, dump, flat, load
+from coe_megatron.errors import ConfigError
 from coe_megatron.training import folder_lock
 from coe_megatron.training.logged import read_metrics
 from coe_megatron.training.picture import draw_loss

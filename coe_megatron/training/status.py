@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from coe_megatron.config.arguments import one_line
+from coe_megatron.errors import one_line
 from coe_megatron.training import folder_lock
 
 _PARTS = {"checkpoints", "index", "profile", "tensorboard", "wandb"}  # of a run's folder: no runs lie in them

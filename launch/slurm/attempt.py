@@ -19,8 +19,9 @@ from pathlib import Path
 from coe_megatron.cluster.attempts import Attempts, Refused
 from coe_megatron.cluster.failures import find_failures, outcome
 from coe_megatron.cluster.spare_nodes import bad_nodes, choose
-from coe_megatron.config import ConfigError, load
-from coe_megatron.config.arguments import Parser, one_line
+from coe_megatron.config import load
+from coe_megatron.config.arguments import Parser
+from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.exit_status import ExitStatus
 
 

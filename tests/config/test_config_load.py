@@ -9,8 +9,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from coe_megatron.chain.settings import ChainSettings
-from coe_megatron.config import ConfigError, RunConfig, dump, load, parse
+from coe_megatron.config import RunConfig, dump, load, parse
 from coe_megatron.config.shape import moe_pattern, padded_vocabulary
+from coe_megatron.errors import ConfigError
 
 CONFIGS = sorted(
     path for path in (Path(__file__).parents[2] / "configs").rglob("*.yaml") if "studies" not in path.parts
@@ -43,7 +44,7 @@ def test_bases_hold_where_the_file_says_nothing(small: Path) -> None:
 
 @pytest.mark.parametrize(
     ("base", "said"),
-    [("a.yaml", "base leads back to this file"), ("none.yaml", "there is no such config file"), ("7", "base is 7")],
+    [("a.yaml", "base leads back to this file"), ("none.yaml", "there is no such file"), ("7", "base is 7")],
 )
 def test_a_base_that_cannot_be_one(tmp_path: Path, base: str, said: str) -> None:
     (tmp_path / "a.yaml").write_text(f"base: {base}\n")
@@ -128,7 +129,7 @@ def test_a_file_that_is_no_config(tmp_path: Path, text: str) -> None:
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="there is no such config file"):
+    with pytest.raises(ConfigError, match="there is no such file"):
         load(tmp_path / "none.yaml")
 
 

@@ -180,7 +180,7 @@ FILES: dict[str, tuple[str | bytes, str]] = {
     "a key twice": ("model: {}\nmodel: {}\n", "found duplicate key model"),
     "two documents": ("model: {}\n---\nmodel: {}\n", "not valid YAML: expected a single document"),
     "a list": ("- 1\n- 2\n", "config.yaml: a config must be a mapping of keys to values"),
-    "a number": ("7\n", "config.yaml: cannot be read: it must be a mapping of keys to values"),
+    "a number": ("7\n", "config.yaml: a config must be a mapping of keys to values"),
     "text": ("model\n", "model is null: it must hold keys of its own: num_layers"),
     "nothing": ("# all of it\n", "config.yaml: a config must be a mapping of keys to values"),
     "other encoding": ("model: {}".encode("utf-16"), "config.yaml: cannot be read: it must be text in UTF-8"),
@@ -193,7 +193,7 @@ FILES: dict[str, tuple[str | bytes, str]] = {
     "a line break in a key": ('data: {validation: {"a\\nb": "${"}}\n', "data.validation.a\\nb is not valid: "),
     "itself as base": ("base: config.yaml\n", "config.yaml: base leads back to this file"),
     "a base in a circle": ("base: circle.yaml\n", "base leads back to this file: config.yaml -> circle.yaml"),
-    "no such base": ("base: none.yaml\n", "none.yaml: there is no such config file"),
+    "no such base": ("base: none.yaml\n", "none.yaml: there is no such file"),
     "a number as base": ("base: 7\n", "config.yaml: base is 7: it must name a file or a list of files"),
 }
 
@@ -245,8 +245,8 @@ def test_a_mistake_in_a_file(name: str, config: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["none.yaml"], "none.yaml: there is no such config file"),
-        ([ROOT], "cannot be read: Is a directory"),
+        (["none.yaml"], "none.yaml: there is no such file"),
+        ([ROOT], "it is a folder, where a file is needed"),
         ([], "the following arguments are required: config"),
         (["{config}", "--jsn"], "unrecognized arguments: --jsn"),
         (["{config}", "--a\nb"], "unrecognized arguments: --a\\nb"),

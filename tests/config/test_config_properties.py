@@ -18,8 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from coe_megatron.config import ConfigError, RunConfig, dump, load
+from coe_megatron.config import RunConfig, dump, load
 from coe_megatron.config.layout import layout
+from coe_megatron.errors import ConfigError
 from coe_megatron.forecast.cost import forecast, vocabulary
 
 CONFIGS = sorted(
@@ -64,7 +65,7 @@ def settings_of(cls: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[st
     for name, hint in get_type_hints(cls, include_extras=True).items():
         yield (*path, name), hint
         for part in (hint, *get_args(hint)):
-            if is_dataclass(part):
+            if isinstance(part, type) and is_dataclass(part):
                 yield from settings_of(part, (*path, name))
 
 

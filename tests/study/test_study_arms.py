@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from coe_megatron.config import ConfigError, load
+from coe_megatron.config import load
+from coe_megatron.errors import ConfigError
 from coe_megatron.study.arms import Study, make_study, override, slug
 from coe_megatron.study.settings import read_study
 
@@ -108,7 +109,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"output": None}, "output is missing: a value is needed there"),
     ({"base": None}, "base is missing"),
     ({"base": 7}, "base is 7: it must name a run config or a list of them"),
-    ({"base": "none.yaml"}, "there is no such config file"),
+    ({"base": "none.yaml"}, "there is no such file"),
     ({"base_study": "study.yaml"}, "base_study leads back to this file"),
     ({"seeds": []}, "seeds is []: it should have at least 1 item"),
     ({"seeds": [1, 1]}, "seeds is [1, 1]: each must be another"),

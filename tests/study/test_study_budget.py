@@ -9,8 +9,8 @@ import torch
 from flops_counted import counting
 from modules_build import reset_megatron
 
-from coe_megatron.config import ConfigError
 from coe_megatron.config.shape import model_shape
+from coe_megatron.errors import ConfigError
 from coe_megatron.study.amounts import Amounts, Speed, tokens
 from coe_megatron.study.arms import make_study
 from coe_megatron.study.budget import Solved, nearest, solve

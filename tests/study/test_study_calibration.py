@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from coe_megatron.config import ConfigError, RunConfig, dump
+from coe_megatron.config import RunConfig, dump
 from coe_megatron.config.settings import DataSettings, ModelSettings, TrainingSettings
+from coe_megatron.errors import ConfigError
 from coe_megatron.study.amounts import Amounts, Speed, evaluations, saves
 from coe_megatron.study.calibration import calibrate
 

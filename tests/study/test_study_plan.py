@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from programs import ROOT, python
 
-from coe_megatron.config import ConfigError, load
+from coe_megatron.config import load
+from coe_megatron.errors import ConfigError
 from coe_megatron.forecast.cost import forecast
 from coe_megatron.study.arms import make_study
 from coe_megatron.study.plan import make_plan, span

@@ -14,7 +14,7 @@ from programs import Program, python
 from study_made_up import leave
 
 from coe_megatron.cluster.one_host import Requests
-from coe_megatron.config import ConfigError
+from coe_megatron.errors import ConfigError
 from coe_megatron.exit_status import ExitStatus
 from coe_megatron.study import running
 from coe_megatron.study.arms import Run, make_study
@@ -241,7 +241,7 @@ def test_a_study_whose_folder_moved_is_the_same_study(place: Place, study_file: 
     ("file", "text", "said"),
     [
         ("config.yaml", "model: [", "seed-1 has settings that cannot be read (.*not valid YAML.*: give the study"),
-        ("config.yaml", None, "seed-1 has settings that cannot be read (.*there is no such config file.*: give the"),
+        ("config.yaml", None, "seed-1 has settings that cannot be read (.*there is no such file.*: give the"),
         ("run.json", "{", "run.json cannot be read: move its folder away, and the run begins anew"),
     ],
 )

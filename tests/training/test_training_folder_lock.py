@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from programs import Program
 
-from coe_megatron.config import ConfigError, RunConfig
+from coe_megatron.config import RunConfig
+from coe_megatron.errors import ConfigError
 from coe_megatron.training import folder_lock, run_folder
 
 HOLD = """

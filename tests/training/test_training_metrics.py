@@ -7,7 +7,8 @@ import pytest
 from matplotlib import image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from coe_megatron.config import ConfigError, RunConfig, parse
+from coe_megatron.config import RunConfig, parse
+from coe_megatron.errors import ConfigError
 from coe_megatron.training.logged import read_metrics
 from coe_megatron.training.metrics import Several, open_metrics
 from coe_megatron.training.picture import draw_loss

@@ -15,8 +15,9 @@ from attempts import attempt, small
 from programs import TORCHRUN, Program, python
 
 from coe_megatron.checkpoint import listing, store
-from coe_megatron.config import ConfigError, RunConfig, parse
+from coe_megatron.config import RunConfig, parse
 from coe_megatron.config.settings import MLASettings, ModelSettings, MoESettings, TrainingSettings
+from coe_megatron.errors import ConfigError
 from coe_megatron.forecast.checkpoint import checkpoint_bytes
 from coe_megatron.training import room
 from coe_megatron.training.logged import read_metrics

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from coe_megatron.config import ConfigError, RunConfig, parse
+from coe_megatron.config import RunConfig, parse
+from coe_megatron.errors import ConfigError
 from coe_megatron.training import run_folder
 
 

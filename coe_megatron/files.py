@@ -1,0 +1,168 @@
+"""Paths that users name, looked at before anything is done with them, and files that must survive a power cut.
+
+Every check raises a ConfigError of one line that names the setting or option, the path, and what is wrong with it,
+whatever the file system answers: no permission, a name that is too long, a dangling link, a file where a folder should
+be, a pipe or a device. Standard library only.
+"""
+
+import os
+import stat
+from pathlib import Path
+from typing import Literal
+
+from coe_megatron.errors import ConfigError, one_line
+
+Kind = Literal["file", "folder", "special file"]
+_SHOWN = 200  # characters of a path in a message
+
+
+def expand_user(text: str) -> str:
+    """A path with `~` or `~name` at its beginning replaced by that user's home; any other text as it is.
+
+    Raises:
+        ConfigError: there is no such user.
+    """
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise ConfigError(
+            f"{_shown(text)}: there is no user {text.split('/')[0]!r} here; write ./ before a name with ~"
+        )
+    return expanded
+
+
+def user_path(text: str) -> Path:
+    """`expand_user` as the type of an argparse option; an empty path is refused, for it would mean this folder."""
+    if not text:
+        raise ConfigError("a path is needed, not an empty text")
+    return Path(expand_user(text))
+
+
+def kind_of(path: Path, name: str) -> Kind | None:
+    """What is at a path, links followed; None if nothing is.
+
+    Args:
+        name: of the setting or option, for the message.
+
+    Raises:
+        ConfigError: it cannot be looked at, or is a link that leads nowhere.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        if os.path.islink(path):
+            raise problem(path, name, f"it is a link to {_shown(os.readlink(path))}, where nothing is") from None
+        return None
+    except (OSError, ValueError) as error:  # a ValueError: a NUL, or text that no file name can hold
+        raise problem(path, name, error) from None
+    return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "special file"
+
+
+def require_file(path: Path, name: str) -> Path:
+    """A plain file that can be read; returns it. Raises as `kind_of`, and if it is missing or something else."""
+    _require(kind_of(path, name), "file", path, name)
+    if not os.access(path, os.R_OK):
+        raise problem(path, name, "it cannot be read: permission denied")
+    return path
+
+
+def require_folder(path: Path, name: str) -> Path:
+    """A folder that can be listed and entered; returns it. Raises as `kind_of`, and if it is missing or otherwise."""
+    _require(kind_of(path, name), "folder", path, name)
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise problem(path, name, "it cannot be read: permission denied")
+    return path
+
+
+def require_writable(path: Path, name: str, kind: Literal["file", "folder"], spare: int = 0) -> Path:
+    """A place for a file or folder: one of that kind that can be written, or nothing yet where it can be made.
+
+    Nothing is written: also for `--dry-run`. Folders above that are missing will have to be made.
+
+    Args:
+        spare: bytes by which a temporary name beside it is longer.
+
+    Raises:
+        ConfigError: as `kind_of`, and if it cannot be written there.
+    """
+    found = kind_of(path, name)
+    if found is not None:
+        _require(found, kind, path, name)
+    place, missing = Path(os.path.abspath(path)), []
+    while (found := kind_of(place, name)) is None:
+        missing.append(place.name)
+        place = place.parent
+    if missing and found != "folder":
+        raise problem(path, name, f"{_shown(place)} is a {found}, and no folder")
+    longest = os.pathconf(place, "PC_NAME_MAX") - spare
+    if too_long := [each for each in missing if len(os.fsencode(each)) > longest]:
+        raise problem(path, name, f"{_shown(too_long[0])} is too long for a name (at most {longest} bytes)")
+    if not os.access(place, os.W_OK | (os.X_OK if found == "folder" else 0)):
+        said = "it" if not missing else _shown(place)
+        raise problem(path, name, f"{said} cannot be written: permission denied, or a read-only file system")
+    return path
+
+
+def read_limited(path: Path, name: str, most: int) -> bytes:
+    """The content of a plain file of at most `most` bytes.
+
+    Raises:
+        ConfigError: as `require_file`, or it is larger.
+    """
+    require_file(path, name)
+    try:
+        with path.open("rb") as file:
+            content = file.read(most + 1)
+    except OSError as error:
+        raise problem(path, name, error) from None
+    if len(content) > most:
+        raise problem(path, name, f"it has more than {most:,} bytes, which is too much for what it should hold")
+    return content
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Put a file in the place of an older one, so that after a power cut either of them is there, and whole.
+
+    Raises:
+        OSError: it cannot be written; the older one is there still.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    to_disk(path.parent)
+
+
+def to_disk(path: Path) -> None:
+    """Bring a file's content, or a folder's own entries (names, renames), to the disk before this returns."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def problem(path: Path | str, name: str, reason: str | OSError | ValueError) -> ConfigError:
+    """The error that says in one line what is wrong with a path; `name` is the setting or option that gave it."""
+    if isinstance(reason, OSError):
+        reason = f"it cannot be used: {(reason.strerror or str(reason)).lower()}"
+    elif isinstance(reason, ValueError):
+        reason = f"it is no path ({reason})"
+    return ConfigError(f"{name} is {_shown(path)}: {reason}")
+
+
+def _require(found: Kind | None, wanted: Kind, path: Path, name: str) -> None:
+    if found is None:
+        raise problem(path, name, f"there is no such {wanted}")
+    if found != wanted:
+        raise problem(path, name, f"it is a {found}, where a {wanted} is needed")
+
+
+def _shown(path: Path | str) -> str:
+    text = one_line(str(path))
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

@@ -1,0 +1,102 @@
+"""JSON and YAML from anywhere, within bounds: what is too large, nested too deep or ambiguous is a ValueError of one
+line, in time and memory that the content cannot choose."""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any, Never
+
+import yaml
+
+DEEPEST = 32  # levels; a config has five
+MOST_NODES = 5_000  # of YAML: keys, values, lists and mappings, each counted as often as aliases repeat it
+CONFIG_BYTES = 1 << 17
+JSON_BYTES = 1 << 23
+_EVENTS = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, some twenty times as fast
+# What YAML 1.1 reads as something else than nearly everybody means.
+_OCTAL = re.compile(r"[-+]?0[0-7_]+")
+_BOOLEANS = re.compile(r"(yes|no|on|off)", re.IGNORECASE)
+_BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
+
+
+def parse_json(content: bytes | str, deepest: int | None = DEEPEST) -> Any:
+    """Strict JSON in UTF-8: no NaN and no Infinity.
+
+    Args:
+        deepest: levels of nesting that are allowed; None for as many as Python's parser takes (some hundreds).
+
+    Raises:
+        ValueError: it is none, or nested too deep.
+    """
+    try:
+        value = json.loads(content, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 ({error.reason})") from None
+    if deepest is not None and _deeper_than(value, deepest):
+        raise ValueError(f"it is nested more than {deepest} levels deep")
+    return value
+
+
+def check_yaml(text: str) -> int:
+    """Look through YAML before it is read; returns the number of its nodes.
+
+    Raises:
+        ValueError: it is nested too deep, has too many nodes (with what aliases repeat), or what YAML 1.1
+            reads as a number in base 8 or 60, or as true or false.
+        yaml.YAMLError: it is no YAML.
+    """
+    open_nodes: list[tuple[str | None, int]] = []  # anchor, nodes before it
+    sizes: dict[str, int] = {}
+    nodes = 0
+    for event in yaml.parse(text, Loader=_EVENTS):
+        if isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_nodes.pop()
+            sizes |= {anchor: nodes - before} if anchor is not None else {}
+        elif isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append((event.anchor, nodes))
+            nodes += 1
+        elif isinstance(event, yaml.AliasEvent):
+            if event.anchor not in sizes:
+                raise ValueError(f"*{event.anchor} refers to itself, or to nothing")
+            nodes += sizes[event.anchor]
+        elif isinstance(event, yaml.ScalarEvent):
+            nodes += 1
+            sizes |= {event.anchor: 1} if event.anchor is not None else {}
+            if event.implicit[0]:
+                _refuse_ambiguous(event.value)
+        if len(open_nodes) > DEEPEST:
+            raise ValueError(f"it is nested more than {DEEPEST} levels deep")
+        if nodes > MOST_NODES:
+            raise ValueError(f"it has more than {MOST_NODES:,} keys and values")
+    return nodes
+
+
+def _refuse_ambiguous(scalar: str) -> None:
+    if _BOOLEANS.fullmatch(scalar):
+        raise ValueError(f"{scalar} is a truth value to YAML 1.1: write true or false, or quote the text")
+    if _OCTAL.fullmatch(scalar):
+        raise ValueError(f"{scalar[:50]} is a number in base 8 to YAML 1.1: leave out the leading 0, or quote the text")
+    if _BASE_60.fullmatch(scalar):
+        raise ValueError(f"{scalar[:50]} is a number in base 60 to YAML 1.1: write the number, or quote the text")
+
+
+def _refuse_constant(name: str) -> Never:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _deeper_than(value: Any, most: int) -> bool:
+    level = [value]
+    for _ in range(most):
+        level = [inner for each in level for inner in _inside(each)]
+        if not level:
+            return False
+    return any(isinstance(each, dict | list) for each in level)
+
+
+def _inside(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        yield from value.values()
+    elif isinstance(value, list):
+        yield from value
