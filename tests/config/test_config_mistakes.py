@@ -181,7 +181,7 @@ FILES: dict[str, tuple[str | bytes, str]] = {
     "two documents": ("model: {}\n---\nmodel: {}\n", "not valid YAML: expected a single document"),
     "a list": ("- 1\n- 2\n", "config.yaml: a config must be a mapping of keys to values"),
     "a number": ("7\n", "config.yaml: a config must be a mapping of keys to values"),
-    "text": ("model\n", "model is null: it must hold keys of its own: num_layers"),
+    "text": ("model\n", "config.yaml: a config must be a mapping of keys to values"),
     "nothing": ("# all of it\n", "config.yaml: a config must be a mapping of keys to values"),
     "other encoding": ("model: {}".encode("utf-16"), "config.yaml: cannot be read: it must be text in UTF-8"),
     "a dotted key": ("model.seq_length: 3\n", "'model.seq_length' is not a setting; valid keys: output, model"),
