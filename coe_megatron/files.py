@@ -60,7 +60,7 @@ def kind_of(path: Path, name: str) -> Kind | None:
 def require_file(path: Path, name: str) -> Path:
     """A plain file that can be read; returns it. Raises as `kind_of`, and if it is missing or something else."""
     _require(kind_of(path, name), "file", path, name)
-    if not os.access(path, os.R_OK):
+    if not os.access(path, os.R_OK, effective_ids=True):
         raise problem(path, name, "it cannot be read: permission denied")
     return path
 
@@ -68,7 +68,7 @@ def require_file(path: Path, name: str) -> Path:
 def require_folder(path: Path, name: str) -> Path:
     """A folder that can be listed and entered; returns it. Raises as `kind_of`, and if it is missing or otherwise."""
     _require(kind_of(path, name), "folder", path, name)
-    if not os.access(path, os.R_OK | os.X_OK):
+    if not os.access(path, os.R_OK | os.X_OK, effective_ids=True):
         raise problem(path, name, "it cannot be read: permission denied")
     return path
 
@@ -96,7 +96,7 @@ def require_writable(path: Path, name: str, kind: Literal["file", "folder"], spa
     longest = os.pathconf(place, "PC_NAME_MAX") - spare
     if too_long := [each for each in missing if len(os.fsencode(each)) > longest]:
         raise problem(path, name, f"{_shown(too_long[0])} is too long for a name (at most {longest} bytes)")
-    if not os.access(place, os.W_OK | (os.X_OK if found == "folder" else 0)):
+    if not os.access(place, os.W_OK | (os.X_OK if found == "folder" else 0), effective_ids=True):
         said = "it" if not missing else _shown(place)
         raise problem(path, name, f"{said} cannot be written: permission denied, or a read-only file system")
     return path

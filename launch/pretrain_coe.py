@@ -45,8 +45,10 @@ if __name__ == "__main__":
 from coe_megatron.config import RunConfig, load  # noqa: E402
 from coe_megatron.config.arguments import Parser, write_out  # noqa: E402
 from coe_megatron.config.load import parse  # noqa: E402
+from coe_megatron.data.folders import missing  # noqa: E402
 from coe_megatron.errors import ConfigError, one_line  # noqa: E402
 from coe_megatron.exit_status import ExitStatus, leave_error_file  # noqa: E402
+from coe_megatron.files import kind_of, require_folder, user_path  # noqa: E402
 from coe_megatron.forecast.cost import forecast, vocabulary  # noqa: E402
 from coe_megatron.forecast.crossing import needless_crossing  # noqa: E402
 from coe_megatron.forecast.fit import parse_size, refusal  # noqa: E402
@@ -57,14 +59,14 @@ from coe_megatron.training.interruption import Interruption, stop_with_parent  #
 def main(arguments: list[str] | None = None) -> int:
     """Parse, check, train; returns the exit status."""
     parser = Parser(prog="pretrain_coe.py", description=__doc__)
-    parser.add_argument("config", help="YAML file, such as configs/quickstart.yaml")
+    parser.add_argument("config", type=user_path, help="YAML file, such as configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", default=[], help="key.sub=value, which wins over the file")
     parser.add_argument("--dry-run", action="store_true", help="say what the run would cost; needs no data, no ranks")
     parser.add_argument("--json", action="store_true", help="with --dry-run: say it as one JSON object")
     fits = "with --dry-run: refuse (exit status 2) what needs more, such as 80GiB, and say what would fit"
     parser.add_argument("--device-memory", metavar="SIZE", help=fits)
     stops = "stop after the step at hand, with a checkpoint, when this file exists; a new name for each start"
-    parser.add_argument("--stop-file", metavar="FILE", type=Path, help=stops)
+    parser.add_argument("--stop-file", metavar="FILE", type=user_path, help=stops)
     options = parser.parse_intermixed_args(arguments)
     if options.json and not options.dry_run:
         parser.error("--json goes with --dry-run: a run writes its numbers into metrics.jsonl")
@@ -72,7 +74,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--device-memory goes with --dry-run: a run takes the memory that is there")
     try:
         if options.dry_run:
-            return _forecast(load(options.config, options.overrides), options.json, options.device_memory)
+            config = load(options.config, options.overrides)
+            _require_warm_start(config)
+            return _forecast(config, options.json, options.device_memory)
         if os.environ.get("RANK", "0") != "0":
             return _pretrain(None, None)
         config = load(options.config, options.overrides, int(os.environ.get("WORLD_SIZE", "1")))
@@ -95,10 +99,10 @@ def _forecast(config: RunConfig, as_json: bool, device_memory: str | None) -> in
             raise ConfigError(f"--device-memory {error}") from error
         if refused := refusal(config, cost, vocab_size, available):
             raise ConfigError(f"--device-memory {device_memory}: {refused}")
-    warning = needless_crossing(config, cost, vocab_size)
+    warnings = [*missing(config.data), *filter(None, [needless_crossing(config, cost, vocab_size)])]
     if os.environ.get("RANK", "0") == "0":
-        as_text = json.dumps({**cost.as_dict(), "warning": warning}, indent=2) if as_json else cost.table()
-        write_out(as_text if as_json or warning is None else f"{as_text}\nwarning: {warning}")
+        as_text = json.dumps({**cost.as_dict(), "warnings": warnings}, indent=2) if as_json else cost.table()
+        write_out(as_text if as_json else "\n".join([as_text, *(f"warning: {each}" for each in warnings)]))
     return 0
 
 
@@ -110,10 +114,10 @@ def _vocabulary(config: RunConfig, *, data_needed: bool = False) -> int:
 
 
 def _require_warm_start(config: RunConfig) -> None:
-    source = config.training.warm_start
-    begins = not (Path(config.output) / "checkpoints").exists()
-    if source is not None and begins and not Path(source).is_dir():
-        raise ConfigError(f"training.warm_start is {source}: it must be a checkpoint or the folder of a run")
+    """That there is a folder to begin with, unless the run has checkpoints of its own to go on from."""
+    source, own = config.training.warm_start, Path(config.output) / "checkpoints"
+    if source is not None and kind_of(own, "output") is None:
+        require_folder(Path(source), "training.warm_start")
 
 
 def _pretrain(checked: RunConfig | None, stop_file: Path | None) -> ExitStatus:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 import time
 from typing import Never
@@ -9,6 +10,7 @@ from typing import Never
 from coe_megatron.exit_status import ExitStatus, leave_error_file
 
 _SECONDS_FOR_RANK_0 = 10
+_DASHED = re.compile(r"(?<=unrecognized arguments: )--(output|[a-z_]+(?:\.\w+)+)(?:[= ](\S+))?")
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,6 +22,10 @@ class Parser(argparse.ArgumentParser):
         self._silent = os.environ.get("RANK", "0") != "0"
 
     def error(self, message: str) -> Never:
+        if setting := _DASHED.search(message):
+            message = (
+                f"{setting[0]} is no option: a setting is given without --, as {setting[1]}={setting[2] or 'VALUE'}"
+            )
         self.refuse(ExitStatus.MISTAKE, message)
 
     def refuse(self, status: ExitStatus, message: str) -> Never:

@@ -17,6 +17,7 @@ from yaml import YAMLError
 
 from coe_megatron import parsing
 from coe_megatron.config.checks import check
+from coe_megatron.config.describe import should_be
 from coe_megatron.config.settings import RunConfig
 from coe_megatron.errors import ConfigError
 from coe_megatron.files import expand_user, read_limited
@@ -225,8 +226,6 @@ def _read_yaml(path: Path) -> tuple[Any, int]:
 def _override(values: Any, text: str) -> None:
     """Put an override's value in its place, which may be in a list (`data.blend.0.path=...`)."""
     key, equals, given = text.partition("=")
-    if key.startswith("--") and _KEY.fullmatch(key := key.lstrip("-")) and equals:
-        raise ConfigError(f"override {_shown(text)}: leave out the leading --: {key}={_shown(given)[1:-1]}")
     if len(text) > _LONGEST_OVERRIDE:
         raise ConfigError(f"override {_shown(text)}: it has more than {_LONGEST_OVERRIDE:,} characters")
     if not equals or not _KEY.fullmatch(key) or len(re.split(r"[.\[]", key)) > parsing.DEEPEST:
@@ -274,7 +273,10 @@ def _explain(cls: type, error: Any) -> str:
             names = ", ".join(_field_names(cls, name.split(".") if name else []))
             return f"{name or 'the config'} is {_shown(error['input'])}: it must hold keys of its own: {names}"
         case "value_error":
-            return str(error["ctx"]["error"])
+            said = str(error["ctx"]["error"])
+            return f"{name} is {said}" if isinstance(error["input"], str) else said
+        case kind if kind.endswith(("_parsing", "_type", "_from_float")):
+            return f"{name} is {_shown(error['input'])}: it should be {should_be(_hint(cls, name.split('.')))}"
         case _:
             should = re.sub(r"^\w+ should ", "should ", error["msg"])
             return f"{name} is {_shown(error['input'])}: it {should}"
@@ -283,11 +285,26 @@ def _explain(cls: type, error: Any) -> str:
 def _unknown(cls: type, path: Sequence[str], key: object) -> str:
     """One line on a key that is none of a section's; of YAML's dotted keys too, which are no sections."""
     names = _field_names(cls, path)
-    name = ".".join([*path, key if isinstance(key, str) and key.isidentifier() else _shown(key)])
-    near = [".".join([*path, close]) for close in difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)]
+    name = ".".join([*path, key if isinstance(key, str) and key.isidentifier() and len(key) < 100 else _shown(key)])
+    near = [".".join([*path, close]) for close in difflib.get_close_matches(str(key)[:100], names, n=1, cutoff=0.5)]
+    if not path and key in _ELSEWHERE.get(cls.__name__, {}):
+        return f"{key} is not a setting of this kind of file: {_ELSEWHERE[cls.__name__][key]}"
     meant = " or ".join([found for found in _settings(cls) if found.rpartition(".")[2] == key] or near)
     hint = f"did you mean {meant}?" if meant else f"valid keys: {', '.join(names)}"
     return f"{name} is not a setting; {hint}"
+
+
+def _hint(cls: Any, path: Sequence[str]) -> Any:
+    """The type of a setting, with its bounds; of a place in a list or of a name in a mapping that of what is there."""
+    hint = cls
+    for part in path:
+        found = next((inner for inner in dataclasses_in(hint)), None)
+        if found is not None and part in (hints := get_type_hints(found, include_extras=True)):
+            hint = hints[part]
+        else:
+            listed = next(inner for inner in (hint, *get_args(hint)) if get_origin(inner) in (list, tuple, dict))
+            hint = get_args(listed)[-1]
+    return hint
 
 
 def _settings(cls: Any) -> Iterator[str]:
@@ -372,4 +389,10 @@ def _forbid_unknown_keys(cls: Any) -> None:
             _forbid_unknown_keys(inner)
 
 
+_STUDY = "it is a study, which launch/study.py takes"
+_RUN = "it is the config of a run, which launch/pretrain_coe.py takes, and a study as its base"
+_ELSEWHERE: dict[str, dict[object, str]] = {
+    "RunConfig": dict.fromkeys(("axes", "base_study", "baseline", "budget", "seeds", "skip"), _STUDY),
+    "StudySettings": dict.fromkeys((each.name for each in fields(RunConfig) if each.name != "output"), _RUN),
+}
 _KEY = re.compile(r"[^.\[\]]+(\.[^.\[\]]+|\[[^.\[\]]+\])*")  # key.sub, and key[sub], which OmegaConf reads alike

@@ -1,8 +1,10 @@
 """DeepSpeed's own JSON, merged over what the settings make of it; torch is not needed to check one."""
 
-import json
 from pathlib import Path
 from typing import Any
+
+from coe_megatron.files import read_limited
+from coe_megatron.parsing import CONFIG_BYTES, parse_json
 
 # What a setting decides, and which; said twice it could contradict the layout or the batch.
 _DECIDED = {
@@ -41,11 +43,11 @@ def read_native(path: str) -> dict[str, Any]:
     Raises:
         ValueError: it cannot be read, or says what a setting decides; one line that names both.
     """
+    content = read_limited(Path(path), "zero.deepspeed", CONFIG_BYTES)
     try:
-        native = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"not valid JSON ({error})"
-        raise ValueError(f"zero.deepspeed is {path}: {reason}") from error
+        native = parse_json(content)
+    except ValueError as error:
+        raise ValueError(f"zero.deepspeed is {path}: not valid JSON ({error})") from error
     if not isinstance(native, dict):
         raise ValueError(f"zero.deepspeed is {path}: it must hold a JSON object")
     for key, setting in _DECIDED.items():

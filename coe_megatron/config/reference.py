@@ -9,10 +9,11 @@ import sys
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
+from coe_megatron.config.describe import describe
 from coe_megatron.config.load import dataclasses_in, is_listed
-from coe_megatron.config.settings import LARGEST, PathText, RunConfig
+from coe_megatron.config.settings import RunConfig
 
 _HEAD = """# Settings
 
@@ -39,7 +40,7 @@ def _section(cls: Any, prefix: str) -> str:
     text = inspect.getdoc(cls) or ""
     hints, meanings = get_type_hints(cls, include_extras=True), _meanings(text)
     rows = [
-        f"| `{prefix}{field.name}` | {_type(hints[field.name])} | {_default(field)} | {meanings[field.name]} |"
+        f"| `{prefix}{field.name}` | {describe(hints[field.name])} | {_default(field)} | {meanings[field.name]} |"
         for field in fields(cls)
         if not is_dataclass(hints[field.name])
     ]
@@ -57,36 +58,6 @@ def _meanings(text: str) -> dict[str, str]:
     block = text.partition("Attributes:")[2].partition("\nRaises:")[0]
     found = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", block, re.MULTILINE)
     return {name: " ".join(meaning.split()).replace("|", "\\|") for name, meaning in found}
-
-
-def _type(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return ", ".join(f"`{value}`" for value in get_args(hint))
-    if hint == PathText:
-        return "path"
-    if metadata := getattr(hint, "__metadata__", ()):
-        return f"{_type(hint.__origin__)}{_bounds(metadata)}"
-    if hint is type(None):
-        return "`null`"
-    if get_origin(hint) in (list, tuple):
-        parts = get_args(hint)
-        inner = ", ".join(_type(part) for part in parts if part is not ...)
-        return f"list of {inner}" if get_origin(hint) is list or ... in parts else f"[{inner}]"
-    if get_origin(hint) is dict:
-        return "names with " + _type(get_args(hint)[1])
-    if arguments := get_args(hint):
-        return " or ".join(_type(part) for part in arguments)
-    return {bool: "`true`, `false`", int: "integer", float: "number", str: "text"}.get(hint, "section")
-
-
-def _bounds(metadata: tuple[Any, ...]) -> str:
-    constraints = [part for info in metadata for part in getattr(info, "metadata", [info])]
-    limits = []
-    for part in constraints:
-        for name, sign in (("ge", "≥"), ("gt", ">"), ("lt", "<"), ("le", "≤")):
-            if (limit := getattr(part, name, None)) not in (None, LARGEST):  # that one goes without saying
-                limits.append(f"{sign} {limit}")
-    return f" {', '.join(limits)}"
 
 
 def _default(field: Field) -> str:

@@ -234,11 +234,11 @@ class ParallelSettings:
     """
 
     tensor: Count = 1
-    pipeline: Count = 1
+    pipeline: Annotated[int, Field(ge=1, le=256)] = 1
     expert: Count = 1
     expert_tensor: Count = 1
     context: Count = 1
-    world_size: Count | None = None
+    world_size: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     ranks_per_node: Count = 8
 
 

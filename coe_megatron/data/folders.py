@@ -6,6 +6,7 @@ from pathlib import Path
 
 from coe_megatron.config.settings import BlendPart, DataSettings, RunConfig
 from coe_megatron.data.manifest import TOKENIZER, Manifest
+from coe_megatron.files import kind_of
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,12 @@ def folders(settings: DataSettings) -> Iterator[Folder]:
         yield Folder(f"data.validation.{name}", Path(path))
 
 
+def missing(settings: DataSettings) -> list[str]:
+    """A line for each folder of a run that is not there (yet)."""
+    absent = (folder for folder in folders(settings) if kind_of(folder.path, folder.setting) is None)
+    return [f"{folder.setting} is {folder.path}: there is no such folder, and the run needs it" for folder in absent]
+
+
 def check_folders(settings: DataSettings, *, needed: bool) -> Manifest | None:
     """Read the manifest of every folder of a run; returns one of them, or None if no folder is there.
 
@@ -63,7 +70,7 @@ def check_folders(settings: DataSettings, *, needed: bool) -> Manifest | None:
     """
     first: tuple[Folder, Manifest] | None = None
     for folder in folders(settings):
-        if not needed and not folder.path.exists():
+        if not needed and kind_of(folder.path, folder.setting) is None:
             continue
         manifest = folder.read()
         first = first or (folder, manifest)

@@ -79,6 +79,8 @@ class Group:
 @cache
 def group(ranks: int, size: int, stride: int, ranks_per_node: int) -> Group:
     """The mean of all groups of a kind, into which `ranks` fall: where nodes cut them, they do not cut all alike."""
+    if size == 1:
+        return Group(size, stride, Fraction(0), Fraction(0), Fraction(0))
     others, ring, row = 0, 0, 0
     firsts = [rank for rank in range(ranks) if rank // stride % size == 0]
     for first in firsts:
