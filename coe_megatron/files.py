@@ -24,9 +24,7 @@ def expand_user(text: str) -> str:
     """
     expanded = os.path.expanduser(text)
     if expanded.startswith("~"):
-        raise ConfigError(
-            f"{_shown(text)}: there is no user {text.split('/')[0]!r} here; write ./ before a name with ~"
-        )
+        raise ConfigError(f"{_shown(text)}: there is no such user here; a name that begins with ~ is written ./~name")
     return expanded
 
 

@@ -15,7 +15,7 @@ JSON_BYTES = 1 << 23
 _EVENTS = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, some twenty times as fast
 # What YAML 1.1 reads as something else than nearly everybody means.
 _OCTAL = re.compile(r"[-+]?0[0-7_]+")
-_LONG_NUMBER = re.compile(r"[-+]?(0[bx])?[0-9a-f_]{64,}", re.IGNORECASE)  # slow, and too long to be shown
+_LONG_NUMBER = re.compile(r"[-+]?(0[bx][0-9a-f_]{64,}|[0-9_]{64,})", re.IGNORECASE)  # slow, and too long to be shown
 _BOOLEANS = re.compile(r"(yes|no|on|off)", re.IGNORECASE)
 _BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 
