@@ -63,12 +63,13 @@ def watch(requests: Requests) -> None:
 def main() -> int:
     program = parser()
     options = program.parse_args()
-    # With its store shared, ranks that torchrun 2.13 starts again find there where those before them listened.
-    environment, requests = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}, Requests()
+    requests = Requests()
     try:
+        scratch.enter()
+        # With its store shared, ranks that torchrun 2.13 starts again find there where those before them listened.
+        environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         max_restarts = restarts(options.max_restarts, environment)
         local = towards(options.towards, environment) if options.towards else []
-        environment["TMPDIR"] = str(scratch.enter())
     except ConfigError as error:
         program.error(str(error))
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):

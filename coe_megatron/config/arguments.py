@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
         self.register("type", user_path, _path)
         self._silent = rank_of(os.environ) != 0
 
-    def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+    def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         """As argparse's, which would take `--option=--` for an option with an empty list."""
         words = list(sys.argv[1:] if args is None else args)
         options = words[: words.index("--")] if "--" in words else words

@@ -103,7 +103,7 @@ def _why(error: OSError | UnicodeError, seconds: float) -> str:
         return "it is no name of a host"
     if isinstance(error, socket.gaierror):
         return f"no host of this name is known here ({error.strerror})"
-    return f"rank 0 does not answer there within {seconds:g} s ({error.strerror or error})"
+    return f"nobody answers there within {seconds:g} s ({error.strerror or error})"
 
 
 @contextmanager
