@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coe_megatron.cluster import several_hosts
-from coe_megatron.cluster.hosts import Host, from_file, from_list, ranks_per_node
+from coe_megatron.cluster.hosts import MOST_SLOTS, Host, from_file, from_list, ranks_per_node
 from coe_megatron.cluster.one_host import Requests
 from coe_megatron.cluster.several_hosts import RemoteCommands, ask, command_string, exported
 from coe_megatron.cluster.spare_nodes import bad_in
@@ -131,7 +131,8 @@ def parser() -> Parser:
 def plan(options: argparse.Namespace) -> Plan:
     """The plan that the arguments ask for; ConfigError if there is none."""
     hosts = from_list(options.hosts) if options.hosts is not None else from_file(options.hostfile)
-    ranks = ranks_per_node(hosts, options.ranks_per_node)
+    asked = options.ranks_per_node
+    ranks = ranks_per_node(hosts, asked and whole_number("--ranks-per-node", asked, 1, MOST_SLOTS))
     options.max_restarts = whole_number("--max-restarts", options.max_restarts, 0, MOST_RANKS)
     if options.min_hosts is not None:
         options.min_hosts = whole_number("--min-hosts (there are so many hosts)", options.min_hosts, 1, len(hosts))

@@ -10,7 +10,7 @@ from coe_megatron.launch_environment import MOST_RANKS, whole_number
 
 _FILE_BYTES = 1 << 22
 _NAME = re.compile(r"([A-Za-z0-9._-]+@)?[A-Za-z0-9][A-Za-z0-9._-]*")  # beginning with - it would be an option of ssh
-_MOST_SLOTS = 4096
+MOST_SLOTS = 4096
 
 
 @dataclass(frozen=True)
@@ -53,20 +53,19 @@ def from_file(path: Path) -> list[Host]:
     return _distinct(hosts, f"--hostfile is {path}")
 
 
-def ranks_per_node(hosts: list[Host], asked: str | None) -> int:
+def ranks_per_node(hosts: list[Host], asked: int | None) -> int:
     """How many ranks each host gets: as asked, else by the slots, else one.
 
     Raises:
         ConfigError: the hosts have different slots, or fewer than asked for.
     """
     slots = {host.slots for host in hosts}
-    count = None if asked is None else whole_number("--ranks-per-node", asked, 1, _MOST_SLOTS)
-    if count is None and len(slots) > 1:
+    if asked is None and len(slots) > 1:
         said = ", ".join(f"{host.name}={host.slots or 'unsaid'}" for host in hosts)
         raise ConfigError(
             f"slots differ ({said}): give each host as many, or --ranks-per-node N for fewer than there are"
         )
-    count = slots.pop() or 1 if count is None else count
+    count = asked if asked is not None else slots.pop() or 1
     if count * len(hosts) > MOST_RANKS:
         raise ConfigError(f"{count} ranks on each of {len(hosts)} hosts: there may be {MOST_RANKS} ranks")
     for host in hosts:
@@ -100,7 +99,7 @@ def _name(text: str, where: str) -> str:
 
 def _slots(text: str, where: str) -> int:
     try:
-        return whole_number("slots", text, 1, _MOST_SLOTS)
+        return whole_number("slots", text, 1, MOST_SLOTS)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
 

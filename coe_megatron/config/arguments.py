@@ -5,13 +5,14 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Never
 
 from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.exit_status import ExitStatus, leave_error_file
-from coe_megatron.files import user_path
+from coe_megatron.files import expand_user, user_path
 from coe_megatron.launch_environment import rank_of
 
 _SECONDS_FOR_RANK_0 = 10
@@ -27,7 +28,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, description: str | None, epilog: str | None = None) -> None:
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(prog, None, description, epilog, formatter_class=formatter, allow_abbrev=False)
-        self.register("type", user_path, _path)
+        for kind in (user_path, expand_user):
+            self.register("type", kind, partial(_checked, kind))
         self._silent = rank_of(os.environ) != 0
 
     def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
@@ -58,9 +60,9 @@ class Parser(argparse.ArgumentParser):
         self.exit(status, None if silent else f"{self.prog}: error: {one_line(message)}\n")
 
 
-def _path(text: str) -> Path:
+def _checked(kind: Callable[[str], Path | str], text: str) -> Path | str:
     try:
-        return user_path(text)
+        return kind(text)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

@@ -23,7 +23,7 @@ from coe_megatron.config import load
 from coe_megatron.config.arguments import Parser
 from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.exit_status import ExitStatus
-from coe_megatron.files import problem, user_path
+from coe_megatron.files import problem, require_folder, require_writable, user_path
 from coe_megatron.launch_environment import MOST_RANKS, whole_number
 
 _MOST_REQUEUES = 1_000_000
@@ -53,8 +53,16 @@ def requeues() -> int:
     return whole_number("COE_MAX_REQUEUES", os.environ.get("COE_MAX_REQUEUES", "3"), 0, _MOST_REQUEUES)
 
 
+def attempts_in(logs: Path) -> Attempts:
+    require_writable(logs, "--logs", "folder")
+    try:
+        return Attempts(logs, requeues())
+    except ValueError as error:  # the file may have been anybody's
+        raise ConfigError(str(error)) from None
+
+
 def begin(options: argparse.Namespace) -> ExitStatus:
-    attempts = Attempts(options.logs, requeues())
+    attempts = attempts_in(options.logs)
     try:
         config = load(options.config, options.overrides, whole_number("--ranks", options.ranks, 1, MOST_RANKS))
         print(attempts.begin(options.job, Path(config.output)))
@@ -85,14 +93,14 @@ def nodes(options: argparse.Namespace) -> ExitStatus:
 
 
 def end(options: argparse.Namespace) -> ExitStatus:
-    failures = find_failures(options.attempt)
+    failures = find_failures(require_folder(options.attempt, "--attempt"))
     status = outcome(failures, options.status)
     if status is not ExitStatus.DONE:
         telling = [failure for failure in failures if failure.status is status][:1]
         told = "\n".join(failure.told() for failure in dict.fromkeys(failures[:1] + telling))
         say(f"{status.name}: {told or 'no rank has said why'}")
         say(f"all ranks' logs lie in {options.attempt}")
-    decision = Attempts(options.logs, requeues()).end(status)
+    decision = attempts_in(options.logs).end(status)
     say(f"{'goes on' if decision.again else 'does not go on'}: {decision.reason}")
     print("again" if decision.again else "over")
     return status
