@@ -12,7 +12,7 @@ export PYTHONUNBUFFERED := 1
 .PHONY: quickstart test test-full lint check format docs clean
 
 quickstart: $(INSTALLED) data/builtin/manifest.json
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 launch/pretrain_coe.py configs/quickstart.yaml
+	OMP_NUM_THREADS=1 $(BIN)/python launch/one_host.py -- --nproc-per-node 2 launch/pretrain_coe.py configs/quickstart.yaml
 
 CORPUS := $(wildcard coe_megatron/data/*.py coe_megatron/data/templates/*.py coe_megatron/data/templates/*/*.py)
 data/builtin/manifest.json: $(INSTALLED) $(CORPUS)

@@ -15,6 +15,10 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
+from coe_megatron.files import read_limited
+from coe_megatron.launch_environment import rank_of
+from coe_megatron.parsing import JSON_BYTES, parse_json
+
 
 class ExitStatus(IntEnum):
     """Exit statuses of `launch/pretrain_coe.py`; `again` says what a scheduler needs to know."""
@@ -69,7 +73,7 @@ def leave_error_file(status: int, message: str, stack: str = "", *, environment:
         return
     now = time.time()
     details = {"py_callstack": stack or message, "timestamp": str(int(now)), "time": now}
-    details |= {"rank": int(environment.get("RANK", 0)), "host": platform.node()}
+    details |= {"rank": rank_of(environment), "host": platform.node()}
     record = {"message": {"message": message, "errorCode": int(status), "extraInfo": details}}
     with suppress(OSError):  # the run's own error is the one to tell
         temporary = Path(f"{name}.tmp")
@@ -85,7 +89,8 @@ def read_error_file(path: Path) -> LastWords | None:
     """
     rank = int(path.parent.name) if path.parent.name.isdecimal() else 0
     try:
-        written, content = path.stat().st_mtime, json.loads(path.read_text())
+        written = path.stat().st_mtime
+        content = parse_json(read_limited(path, "error file", JSON_BYTES))
     except (OSError, ValueError):
         return None
     try:

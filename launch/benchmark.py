@@ -16,10 +16,14 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from coe_megatron import scratch
 from coe_megatron.chain.closed_forms import ModelShape
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.config.arguments import Parser
 from coe_megatron.data.options import add_document_options, templates
+from coe_megatron.errors import ConfigError
+from coe_megatron.files import problem, require_folder, require_writable, user_path, write_atomically
+from coe_megatron.launch_environment import whole_number
 
 LAYER = """Times forward and backward of one MoE sub-layer: Megatron's own (local spec), ours with the same weights, and
 ours as CoE-2 with half the experts a token. Without sizes, the default table of shapes.
@@ -53,6 +57,7 @@ TABLE = (
     Sizes(hidden=256, ffn=176, experts=64, topk=8, tokens=1024),
     Sizes(hidden=1024, ffn=704, experts=64, topk=8, tokens=512),
 )
+_LARGEST = 1 << 31
 SIZES = {
     "hidden": "hidden size",
     "ffn": "width of an expert",
@@ -65,10 +70,17 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse, measure, print; returns the exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.json is not None and not options.json.parent.is_dir():
-        parser.error(f"--json is {options.json}: there is no folder {options.json.parent}")
+    try:
+        if options.json is not None:
+            require_folder(options.json.parent, "the folder of --json")
+            require_writable(options.json, "--json", "file", spare=len(".tmp"))
+        scratch.enter()
+    except ConfigError as error:
+        parser.error(str(error))
     try:
         return options.measure(options, parser)
+    except ConfigError as error:
+        parser.error(str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -84,7 +96,7 @@ def _parser() -> Parser:
         kind.add_argument(
             "--clock", choices=("wall", "cpu"), default="wall", help="cpu: this process's CPU time, for busy machines"
         )
-        kind.add_argument("--json", type=Path, metavar="FILE", help="write what was measured here as well")
+        kind.add_argument("--json", type=user_path, metavar="FILE", help="write what was measured here as well")
         kind.set_defaults(measure=measure)
     return parser
 
@@ -100,17 +112,19 @@ def _add_layer(layer: argparse.ArgumentParser) -> None:
 
 
 def _add_data(data: argparse.ArgumentParser) -> None:
-    data.add_argument("--input", type=Path, nargs="+", default=[], metavar="FILE", help="(default: built-in corpus)")
+    data.add_argument(
+        "--input", type=user_path, nargs="+", default=[], metavar="FILE", help="(default: built-in corpus)"
+    )
     add_document_options(data)
     data.add_argument("--vocab-size", type=_positive, default=4096, metavar="N", help="(default: 4096)")
-    data.add_argument("--tokenizer", type=Path, metavar="MODEL", help="a SentencePiece model instead of a new one")
+    data.add_argument("--tokenizer", type=user_path, metavar="MODEL", help="a SentencePiece model instead of a new one")
 
 
 def _positive(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
-    return value
+    try:
+        return whole_number("the value", text, 1, _LARGEST)
+    except ConfigError:
+        raise argparse.ArgumentTypeError(f"{text[:50]!r} is not an integer from 1 to {_LARGEST}") from None
 
 
 def _shapes(options: argparse.Namespace) -> list[ModelShape]:
@@ -223,7 +237,10 @@ def _data(options: argparse.Namespace, parser: Parser) -> int:
 
 def _write(path: Path | None, document: dict[str, Any]) -> None:
     if path is not None:
-        path.write_text(json.dumps(document, indent=1) + "\n")
+        try:
+            write_atomically(path, json.dumps(document, indent=1) + "\n")
+        except OSError as error:
+            raise problem(path, "--json", error) from None
 
 
 if __name__ == "__main__":

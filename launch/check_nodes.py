@@ -3,6 +3,7 @@
 srun --ntasks-per-node 1 python launch/check_nodes.py --output runs/mine --report check.json
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -10,11 +11,13 @@ import sys
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Never
 
 from coe_megatron.cluster import network
 from coe_megatron.config.arguments import Parser
+from coe_megatron.errors import ConfigError
+from coe_megatron.files import problem, require_folder, require_writable, user_path, write_atomically
+from coe_megatron.launch_environment import LARGEST_PORT, MOST_RANKS, Ranks, whole_number
 
 EPILOG = """One process a node takes part; of several on a node all but the first end at once. Who is who comes from
 srun's or torchrun's variables, or, when they are started in another way, from --nodes and --name. They meet at the
@@ -38,13 +41,18 @@ LIMITS = {
     "bandwidth": "GB/s that every node must reach",
 }
 _PORT = 29477
+_LARGEST_LIMIT, _ABOVE_0 = 1e6, ("timeout", "slow")
 AT_MOST = 20  # times --timeout: then a process that hangs in spite of all time limits is ended
 
 
 def parser() -> Parser:
     made = Parser(prog="check_nodes.py", description=__doc__, epilog=EPILOG)
-    made.add_argument("--output", type=Path, required=True, metavar="DIR", help="the run's folder, to be written to")
-    made.add_argument("--report", type=Path, metavar="FILE", help="what was found, as JSON, written by the first node")
+    made.add_argument(
+        "--output", type=user_path, required=True, metavar="DIR", help="the run's folder, to be written to"
+    )
+    made.add_argument(
+        "--report", type=user_path, metavar="FILE", help="what was found, as JSON, written by the first node"
+    )
     made.add_argument("--json", action="store_true", help="print the report as JSON in one line after the table")
     made.add_argument(
         "--nodes", metavar="A,B,...", help="the names of all nodes (default: as srun or torchrun have it)"
@@ -53,58 +61,94 @@ def parser() -> Parser:
     meet = f"a free port of the first node (default: its name and {_PORT}; under torchrun its own)"
     made.add_argument("--meet", metavar="ADDRESS:PORT", help=meet)
     for name, about in LIMITS.items():
-        made.add_argument(f"--{name}", type=float, metavar="NUMBER", help=about)
+        made.add_argument(f"--{name}", type=above_0 if name in _ABOVE_0 else limit, metavar="NUMBER", help=about)
     return made
+
+
+def limit(text: str) -> float:
+    """A number of at least 0, and not beyond what a clock can wait for."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value <= _LARGEST_LIMIT:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number from 0 to {_LARGEST_LIMIT:g}")
+    return value
+
+
+def above_0(text: str) -> float:
+    """The same, without 0."""
+    if (value := limit(text)) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} must be above 0")
+    return value
 
 
 def names_and_index(nodes: str | None, name: str | None, environment: Mapping[str, str]) -> tuple[tuple[str, ...], int]:
     """All nodes' names and which one this is: as said, else as SLURM or torchrun have it.
 
     Raises:
-        ValueError: they do not say it.
+        ConfigError: they do not say it, or not as a whole.
     """
-    names = tuple(nodes.split(",")) if nodes else ()
+    names = () if nodes is None else tuple(nodes.split(","))
+    if not all(name.strip() for name in names):
+        raise ConfigError(f"--nodes is {nodes!r}: it must be names by comma")
     if len(set(names)) < len(names):
-        raise ValueError(f"--nodes is {nodes}: a name stands there twice")
+        raise ConfigError(f"--nodes is {nodes}: a name stands there twice")
     if name is not None:
         if name not in names:
-            raise ValueError(f"--name is {name}: it must be one of --nodes, {nodes}")
+            raise ConfigError(f"--name is {name}: it must be one of --nodes, {nodes}")
         return names, names.index(name)
     if "SLURM_NODEID" in environment:
-        names = names or _expanded(environment.get("SLURM_STEP_NODELIST", environment["SLURM_JOB_NODELIST"]))
-        index, count = int(environment["SLURM_NODEID"]), len(names)
+        names = names or _expanded(environment)
+        index, count = whole_number("SLURM_NODEID", environment["SLURM_NODEID"], 0, MOST_RANKS), len(names)
     elif "GROUP_RANK" in environment:
-        index, count = int(environment["GROUP_RANK"]), int(environment["GROUP_WORLD_SIZE"])
+        if "GROUP_WORLD_SIZE" not in environment:
+            raise ConfigError("GROUP_RANK is set, but GROUP_WORLD_SIZE is not: torchrun sets both")
+        index = whole_number("GROUP_RANK", environment["GROUP_RANK"], 0, MOST_RANKS)
+        count = whole_number("GROUP_WORLD_SIZE", environment["GROUP_WORLD_SIZE"], 1, MOST_RANKS)
         names = names or tuple(f"node-{number}" for number in range(count))
     else:
-        raise ValueError("--name is missing: without srun and torchrun, --nodes and --name say which node this is")
+        raise ConfigError("--name is missing: without srun and torchrun, --nodes and --name say which node this is")
     if not index < len(names) == count:
-        raise ValueError(f"--nodes is {nodes}: it must name all nodes, of which this is number {index}")
+        said = f"--nodes is {nodes}" if nodes else "the environment names " + (",".join(names) or "no node")
+        raise ConfigError(f"{said}: all nodes must be named, and this is number {index} counted from 0")
     return names, index
 
 
-def _expanded(nodes: str) -> tuple[str, ...]:
+def _expanded(environment: Mapping[str, str]) -> tuple[str, ...]:
     """node[1-3] as SLURM writes it -> node1, node2, node3."""
-    done = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    name = "SLURM_STEP_NODELIST" if "SLURM_STEP_NODELIST" in environment else "SLURM_JOB_NODELIST"
+    nodes = environment.get(name, "")
+    if not nodes:
+        raise ConfigError(f"SLURM_NODEID is set, but {name} is not: srun sets both")
+    try:
+        done = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ConfigError(f"{name} is {nodes}: scontrol does not answer ({error}); give --nodes and --name") from None
+    if done.returncode != 0 or not done.stdout.split():
+        raise ConfigError(f"{name} is {nodes}: scontrol knows no such nodes; give --nodes and --name")
     return tuple(done.stdout.split())
 
 
-def meeting(said: str | None, first: str, environment: Mapping[str, str]) -> tuple[str, int]:
-    """Address and port; ValueError if they are none."""
-    if said is None and "TORCHELASTIC_RUN_ID" in environment:
-        return environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+def meeting(said: str | None, first: str, environment: Mapping[str, str]) -> tuple[str, int, bool]:
+    """Address and port, and whether torchrun serves a store there; ConfigError if they are none."""
     if said is None:
-        return first, _PORT
+        ranks = Ranks.from_environment(environment)
+        return (ranks.address, ranks.port, ranks.served) if ranks.address else (first, _PORT, False)
     address, _, port = said.rpartition(":")
-    if not address or not port.isdecimal():
-        raise ValueError(f"--meet is {said}: it must be ADDRESS:PORT")
-    return address, int(port)
+    try:
+        number = whole_number("the port", port, 1, LARGEST_PORT)
+    except ConfigError:
+        number = 0
+    if not (address and number):
+        raise ConfigError(f"--meet is {said}: it must be ADDRESS:PORT, with a port from 1 to {LARGEST_PORT}")
+    return address, number, False
 
 
 def use_interface(names: tuple[str, ...], index: int, address: str) -> None:
     """Let gloo and NCCL talk through the interface that leads to the first node (of that, to any other)."""
     for other in (address,) if index else names[1:]:
-        with suppress(ValueError):
+        with suppress(ConfigError):
             network.use_interface_towards(other, os.environ)
             return
 
@@ -120,22 +164,23 @@ def leave(status: int, message: str = "") -> Never:
 def main() -> int:
     program = parser()
     options = program.parse_args()
-    if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0":
-        return 0
     chosen = {field: getattr(options, field.replace("-", "_")) for field in LIMITS}
     try:
+        local = next((name for name in ("LOCAL_RANK", "SLURM_LOCALID") if name in os.environ), None)
+        if local is not None and whole_number(local, os.environ[local], 0, MOST_RANKS) != 0:
+            return 0
         names, index = names_and_index(options.nodes, options.name, os.environ)
-        address, port = meeting(options.meet, names[0], os.environ)
-        if options.report and not options.report.parent.is_dir():
-            raise ValueError(f"--report is {options.report}: there is no folder {options.report.parent}")
-    except ValueError as error:
+        address, port, served = meeting(options.meet, names[0], os.environ)
+        if options.report and index == 0:
+            require_folder(options.report.parent, "the folder of --report")
+            require_writable(options.report, "--report", "file", spare=len(".tmp"))
+    except ConfigError as error:
         program.error(str(error))
     use_interface(names, index, address)
     os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"  # so that a collective that does not end raises
     from coe_megatron.cluster.node_check import Limits, Place, check  # torch takes seconds
 
     limits = Limits(**{name.replace("-", "_"): value for name, value in chosen.items() if value is not None})
-    served = options.meet is None and "TORCHELASTIC_RUN_ID" in os.environ
     last = f"{program.prog}: {names[index]}: no end after {AT_MOST * limits.timeout:g} s"
     threading.Timer(AT_MOST * limits.timeout, leave, args=(1, last)).start()
     try:
@@ -145,7 +190,10 @@ def main() -> int:
     if report is None:
         leave(0)
     if options.report:
-        options.report.write_text(json.dumps(report.as_dict(), indent=2))
+        try:
+            write_atomically(options.report, json.dumps(report.as_dict(), indent=2))
+        except OSError as error:
+            leave(1, f"{program.prog}: error: {problem(options.report, '--report', error)}")
     print(report.table(), flush=True)
     if options.json:
         print(json.dumps(report.as_dict()), flush=True)

@@ -4,7 +4,6 @@ multi_host.py --hosts node-1:8,node-2:8 CONFIG.yaml [key.sub=value ...]
 """
 
 import argparse
-import json
 import os
 import shlex
 import signal
@@ -14,12 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coe_megatron.cluster import several_hosts
-from coe_megatron.cluster.hosts import Host, from_file, from_list, ranks_per_node
+from coe_megatron.cluster.hosts import MOST_SLOTS, Host, from_file, from_list, ranks_per_node
 from coe_megatron.cluster.one_host import Requests
 from coe_megatron.cluster.several_hosts import RemoteCommands, ask, command_string, exported
+from coe_megatron.cluster.spare_nodes import bad_in
 from coe_megatron.config import load
-from coe_megatron.config.arguments import Parser
+from coe_megatron.config.arguments import Parser, write_out
+from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.exit_status import ExitStatus
+from coe_megatron.files import expand_user, user_path
+from coe_megatron.launch_environment import LARGEST_PORT, MOST_RANKS, whole_number
 
 EPILOG = f"""The hosts need the same working folder, Python, data and output folder under the same paths, and a remote
 shell that asks for no password. A host file has a line `NAME slots=N` for each host; # begins a comment.
@@ -51,7 +54,7 @@ class Plan:
 
     @property
     def shell(self) -> list[str]:
-        return shlex.split(self.options.remote_shell)
+        return remote_shell(self.options.remote_shell)
 
     def command(self, *program: str) -> str:
         """As a remote shell takes it: Python with these arguments, in this folder."""
@@ -62,7 +65,9 @@ class Plan:
         """Address and free port of the first host, as it says itself."""
         peer = self.hosts[min(1, len(self.hosts) - 1)]
         said = ask(self.shell, self.hosts[0], self.command("-c", _MEETING, peer.address)).split()
-        return said[-2], int(said[-1])
+        if len(said) < 2:
+            raise ConfigError(f"host {self.hosts[0].name}: {self.shell[0]} has not run the command that it was given")
+        return said[-2], whole_number(f"host {self.hosts[0].name}: its port", said[-1], 1, LARGEST_PORT)
 
     def torchrun(self, address: str, port: int, run: str) -> dict[str, str]:
         """The command of each host that starts its ranks."""
@@ -102,16 +107,21 @@ def parser() -> Parser:
     made = Parser(prog="multi_host.py", description=__doc__, epilog=EPILOG)
     hosts = made.add_mutually_exclusive_group(required=True)
     hosts.add_argument("--hosts", metavar="A,B:SLOTS", help="the hosts, by comma; the first one leads")
-    hosts.add_argument("--hostfile", type=Path, metavar="FILE", help="the hosts, one a line: NAME slots=N")
-    made.add_argument("--ranks-per-node", type=int, metavar="N", help="ranks on each host (default: its slots, else 1)")
-    made.add_argument("--max-restarts", type=int, default=0, metavar="N", help="starts after a failure (default: 0)")
-    made.add_argument("--min-hosts", type=int, metavar="N", help="go on with so many (default: all are needed)")
+    hosts.add_argument("--hostfile", type=user_path, metavar="FILE", help="the hosts, one a line: NAME slots=N")
+    made.add_argument("--ranks-per-node", metavar="N", help="ranks on each host (default: its slots, else 1)")
+    made.add_argument("--max-restarts", default="0", metavar="N", help="starts after a failure (default: 0)")
+    made.add_argument("--min-hosts", metavar="N", help="go on with so many (default: all are needed)")
     check = "look at every host first, and stop at a bad one or exclude it"
     made.add_argument("--check", choices=["stop", "exclude"], help=check)
     shell = "ssh -o BatchMode=yes -o ServerAliveInterval=30"
     made.add_argument("--remote-shell", default=shell, metavar="COMMAND", help="default: %(default)s")
     made.add_argument("--export", action="append", default=[], metavar="NAME", help="one more variable for all hosts")
-    made.add_argument("--stop-file", metavar="FILE", help="for pretrain_coe.py: stop and save when this file appears")
+    made.add_argument(
+        "--stop-file",
+        type=expand_user,
+        metavar="FILE",
+        help="for pretrain_coe.py: stop and save when this file appears",
+    )
     made.add_argument("--dry-run", action="store_true", help="print each host's command; nothing is started")
     made.add_argument("config", help="YAML file, such as configs/quickstart.yaml")
     made.add_argument("overrides", nargs="*", default=[], help="key.sub=value, which wins over the file")
@@ -119,16 +129,28 @@ def parser() -> Parser:
 
 
 def plan(options: argparse.Namespace) -> Plan:
-    """The plan that the arguments ask for; ValueError or OSError, in one line, if there is none."""
+    """The plan that the arguments ask for; ConfigError if there is none."""
     hosts = from_list(options.hosts) if options.hosts is not None else from_file(options.hostfile)
-    ranks = ranks_per_node(hosts, options.ranks_per_node)
-    if options.max_restarts < 0:
-        raise ValueError(f"--max-restarts is {options.max_restarts}: it must be at least 0")
-    if options.min_hosts is not None and not 1 <= options.min_hosts <= len(hosts):
-        raise ValueError(f"--min-hosts is {options.min_hosts}: it must be from 1 to the number of hosts, {len(hosts)}")
+    asked = options.ranks_per_node
+    ranks = ranks_per_node(hosts, asked and whole_number("--ranks-per-node", asked, 1, MOST_SLOTS))
+    options.max_restarts = whole_number("--max-restarts", options.max_restarts, 0, MOST_RANKS)
+    if options.min_hosts is not None:
+        options.min_hosts = whole_number("--min-hosts (there are so many hosts)", options.min_hosts, 1, len(hosts))
+    remote_shell(options.remote_shell)
     load(options.config, options.overrides, ranks * len(hosts))
     exported(os.environ, options.export)
     return Plan(hosts, ranks, options)
+
+
+def remote_shell(text: str) -> list[str]:
+    """The words of a command; ConfigError if it has none, or a quotation without an end."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"--remote-shell is {text!r}: {error}") from None
+    if not words:
+        raise ConfigError("--remote-shell is empty: it must be a command, such as ssh")
+    return words
 
 
 def main() -> int:
@@ -137,13 +159,13 @@ def main() -> int:
     try:
         made = plan(options)
         if options.dry_run:
-            for host, command in made.torchrun("ADDRESS", 0, "RUN").items():
-                print(shlex.join([*made.shell, host, command]))
+            commands = made.torchrun("ADDRESS", 0, "RUN").items()
+            write_out("\n".join(shlex.join([*made.shell, host, command]) for host, command in commands))
             return 0
         if options.check:
             made = checked(made)
         return run(made)
-    except (ValueError, OSError) as error:
+    except ConfigError as error:
         program.error(str(error))
     except KeyboardInterrupt:
         return ExitStatus.INTERRUPTED
@@ -153,16 +175,16 @@ def checked(made: Plan) -> Plan:
     """The plan without the hosts that a node check finds bad.
 
     Raises:
-        ValueError: one is bad and not to be excluded, none is left, or the config does not fit those that are.
+        ConfigError: one is bad and not to be excluded, none is left, or the config does not fit those that are.
     """
     while bad := check(made):
         told = "; ".join(f"{name}: {reason}" for name, reason in bad.items())
         if made.options.check == "stop":
-            raise ValueError(f"bad hosts: {told}")
+            raise ConfigError(f"bad hosts: {told}")
         hosts = [host for host in made.hosts if host.address not in bad]
         if not hosts:
-            raise ValueError(f"no host is left: {told}")
-        print(f"excluded: {told}", flush=True)
+            raise ConfigError(f"no host is left: {told}")
+        print(one_line(f"excluded: {told}"), flush=True)
         load(made.options.config, made.options.overrides, made.ranks * len(hosts))
         made = Plan(hosts, made.ranks, made.options)
     return made
@@ -172,14 +194,13 @@ def check(made: Plan) -> dict[str, str]:
     """The bad hosts with the reasons."""
     try:
         address, port = made.meeting()
-    except ValueError as error:
+    except ConfigError as error:
         return {made.hosts[0].address: str(error)}
     commands = RemoteCommands(made.shell, made.check(address, port), len(made.hosts), reporting=True)
     commands.wait()
     reports = [line for line in commands.lines[made.hosts[0].name] if line.startswith("{")]
-    if not reports:
-        return {made.hosts[0].address: "its node check has not reported"}
-    return dict(json.loads(reports[-1])["bad"])
+    bad = bad_in(reports[-1]) if reports else None
+    return {made.hosts[0].address: "its node check has not reported"} if bad is None else bad
 
 
 def run(made: Plan) -> int:

@@ -1,6 +1,6 @@
 """Torchrun on this host, which ends with the exit status of its ranks and can be asked to stop.
 
-one_host.py [--max-restarts N] -- --standalone --nproc-per-node 8 launch/pretrain_coe.py CONFIG.yaml
+one_host.py [--max-restarts N] -- --nproc-per-node 8 launch/pretrain_coe.py CONFIG.yaml
 """
 
 import os
@@ -8,15 +8,20 @@ import signal
 import sys
 import tempfile
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
+from coe_megatron import scratch
 from coe_megatron.cluster import network
 from coe_megatron.cluster.one_host import Requests, supervise
 from coe_megatron.config.arguments import Parser
-from coe_megatron.errors import one_line
+from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.exit_status import ExitStatus
+from coe_megatron.launch_environment import MOST_RANKS, whole_number
 
 EPILOG = """Everything after -- goes to torchrun as it is; what torchrun reads from PET_ variables holds too.
+On one host (--standalone, or without --nnodes) the ranks meet by a file and at the loopback address: no port is open to
+other hosts.
 
 The first SIGTERM, SIGINT (Ctrl-C), SIGUSR1 or SIGHUP asks the ranks to stop: they finish the step at hand and save, for
 as long as that takes. The second ends all at once. What it was started to ignore (SIGHUP
@@ -34,7 +39,7 @@ exit status: that of the ranks as pretrain_coe.py has it, by the first of them t
 def parser() -> Parser:
     made = Parser(prog="one_host.py", description=__doc__, epilog=EPILOG)
     restarts = "how often ranks that failed are started again (default: PET_MAX_RESTARTS, else 0)"
-    made.add_argument("--max-restarts", type=int, metavar="N", help=restarts)
+    made.add_argument("--max-restarts", metavar="N", help=restarts)
     towards = "talk to other hosts through the interface that leads to this one (default: torch's and NCCL's choice)"
     made.add_argument("--towards", metavar="HOST", help=towards)
     watched = "stop when stdin ends or says `stop`; end at once when it says `end` (multi_host.py asks for this)"
@@ -58,30 +63,34 @@ def watch(requests: Requests) -> None:
 def main() -> int:
     program = parser()
     options = program.parse_args()
-    # With its store shared, ranks that torchrun 2.13 starts again find there where those before them listened.
-    environment, requests = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}, Requests()
+    requests = Requests()
     try:
-        max_restarts = (
-            int(environment.get("PET_MAX_RESTARTS", 0)) if options.max_restarts is None else options.max_restarts
-        )
+        scratch.enter()
+        # With its store shared, ranks that torchrun 2.13 starts again find there where those before them listened.
+        environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        max_restarts = restarts(options.max_restarts, environment)
         local = towards(options.towards, environment) if options.towards else []
-    except ValueError as error:
+    except ConfigError as error:
         program.error(str(error))
-    if max_restarts < 0:
-        program.error(f"--max-restarts is {max_restarts}: it must be at least 0")
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # under nohup a terminal that is closed is none of its business
             signal.signal(number, lambda *_: requests.more())
     if options.watch_stdin:
         threading.Thread(target=watch, args=(requests,), daemon=True).start()
-    with tempfile.TemporaryDirectory(prefix="coe-ranks-") as logs:
-        own = [f"--log-dir={logs}", f"--max-restarts={max_restarts}", *local]
-        command = [sys.executable, "-m", "torch.distributed.run", *own, *options.torchrun]
-        status, cause = supervise(command, environment, Path(logs), max_restarts, requests)
+    logs = tempfile.mkdtemp(prefix="ranks-")
+    own = [f"--log-dir={logs}", f"--max-restarts={max_restarts}", *local]
+    command = [sys.executable, "-m", "coe_megatron.cluster.torchrun", *own, *options.torchrun]
+    status, cause = supervise(command, environment, Path(logs), max_restarts, requests)
     if cause:
         told = f"rank {cause.rank}: {one_line(cause.message)}"
         print(f"{program.prog}: ended with status {status.value} ({status.name}), {told}", file=sys.stderr, flush=True)
     return kubeflow(status) if options.kubeflow else status
+
+
+def restarts(asked: str | None, environment: Mapping[str, str]) -> int:
+    """How often failed ranks are started again: as asked for here, else as torchrun's own variable says."""
+    name = "PET_MAX_RESTARTS" if asked is None else "--max-restarts"
+    return whole_number(name, environment.get(name, "0") if asked is None else asked, 0, MOST_RANKS)
 
 
 def towards(host: str, environment: dict[str, str]) -> list[str]:

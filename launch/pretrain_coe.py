@@ -42,16 +42,18 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, leave)  # before the imports, which take seconds
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a launcher that ignores it would have its ranks do so as well
 
+from coe_megatron import scratch  # noqa: E402
 from coe_megatron.config import RunConfig, load  # noqa: E402
 from coe_megatron.config.arguments import Parser, write_out  # noqa: E402
 from coe_megatron.config.load import parse  # noqa: E402
 from coe_megatron.data.folders import missing  # noqa: E402
 from coe_megatron.errors import ConfigError, one_line  # noqa: E402
 from coe_megatron.exit_status import ExitStatus, leave_error_file  # noqa: E402
-from coe_megatron.files import kind_of, require_folder, user_path  # noqa: E402
+from coe_megatron.files import kind_of, problem, require_folder, user_path  # noqa: E402
 from coe_megatron.forecast.cost import forecast, vocabulary  # noqa: E402
 from coe_megatron.forecast.crossing import needless_crossing  # noqa: E402
 from coe_megatron.forecast.fit import parse_size, refusal  # noqa: E402
+from coe_megatron.launch_environment import Ranks  # noqa: E402
 from coe_megatron.training.folder_lock import FolderInUse  # noqa: E402
 from coe_megatron.training.interruption import Interruption, stop_with_parent  # noqa: E402
 
@@ -72,24 +74,35 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--json goes with --dry-run: a run writes its numbers into metrics.jsonl")
     if options.device_memory is not None and not options.dry_run:
         parser.error("--device-memory goes with --dry-run: a run takes the memory that is there")
+    ranks = _ranks(parser)
     try:
         if options.dry_run:
             config = load(options.config, options.overrides)
             _require_warm_start(config)
-            return _forecast(config, options.json, options.device_memory)
-        if os.environ.get("RANK", "0") != "0":
-            return _pretrain(None, None)
-        config = load(options.config, options.overrides, int(os.environ.get("WORLD_SIZE", "1")))
+            return _forecast(ranks, config, options.json, options.device_memory)
+        if ranks.rank != 0:
+            return _pretrain(parser, ranks, None, None)
+        config = load(options.config, options.overrides, ranks.world_size)
         _vocabulary(config, data_needed=True)
         _require_warm_start(config)
-        return _pretrain(config, options.stop_file)
+        _require_stop_file(options.stop_file)
+        return _pretrain(parser, ranks, config, options.stop_file)
     except FolderInUse as error:
         parser.refuse(ExitStatus.BUSY, str(error))
     except ConfigError as error:
         parser.error(str(error))
 
 
-def _forecast(config: RunConfig, as_json: bool, device_memory: str | None) -> int:
+def _ranks(parser: Parser) -> Ranks:
+    """This process's place, or the end: before anything else is read, for a dry run too."""
+    try:
+        return Ranks.from_environment(os.environ)
+    except ConfigError as error:
+        # Of torchrun's ranks the first speaks for all; started by hand, each does for itself.
+        parser.refuse(ExitStatus.MISTAKE, str(error), aloud="TORCHELASTIC_RUN_ID" not in os.environ)
+
+
+def _forecast(ranks: Ranks, config: RunConfig, as_json: bool, device_memory: str | None) -> int:
     vocab_size = _vocabulary(config)
     cost = forecast(config, vocab_size)
     if device_memory is not None:
@@ -100,7 +113,7 @@ def _forecast(config: RunConfig, as_json: bool, device_memory: str | None) -> in
         if refused := refusal(config, cost, vocab_size, available):
             raise ConfigError(f"--device-memory {device_memory}: {refused}")
     warnings = [*missing(config.data), *filter(None, [needless_crossing(config, cost, vocab_size)])]
-    if os.environ.get("RANK", "0") == "0":
+    if ranks.rank == 0:
         as_text = json.dumps({**cost.as_dict(), "warnings": warnings}, indent=2) if as_json else cost.table()
         write_out(as_text if as_json else "\n".join([as_text, *(f"warning: {each}" for each in warnings)]))
     return 0
@@ -120,20 +133,28 @@ def _require_warm_start(config: RunConfig) -> None:
         require_folder(Path(source), "training.warm_start")
 
 
-def _pretrain(checked: RunConfig | None, stop_file: Path | None) -> ExitStatus:
+def _require_stop_file(path: Path | None) -> None:
+    if path is not None and kind_of(path.parent, "--stop-file") not in (None, "folder"):
+        raise problem(path, "--stop-file", f"{path.parent} is no folder")
+
+
+def _pretrain(parser: Parser, ranks: Ranks, checked: RunConfig | None, stop_file: Path | None) -> ExitStatus:
     """Args: what rank 0 has, which alone reads files at the start: a thousand ranks would read them all at once."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         stop_with_parent()
+    scratch.enter(ranks.logs.parents[2] if ranks.logs and ranks.local_rank == 0 else None)
     # Imported here: the stack takes seconds, and a mistake in config or data should not.
     from coe_megatron.training.console import quiet_libraries
 
     quiet_libraries()
     from coe_megatron.checkpoint.store import NotSaved
-    from coe_megatron.parallel.groups import Ranks, meet
+    from coe_megatron.parallel.meeting import NotMet, meet
     from coe_megatron.training.loop import Interrupted, train
 
-    ranks = Ranks.from_environment(os.environ)
-    store = meet(ranks)
+    try:
+        store = meet(ranks)
+    except NotMet as error:  # a mistake by hand; where a launcher has set the variables, a node may be lost
+        parser.refuse(ExitStatus.FAILED if ranks.launched else ExitStatus.MISTAKE, str(error), aloud=True)
     if checked is not None:
         store.set("config", json.dumps(asdict(checked)))
     config = parse(json.loads(store.get("config")))

@@ -12,7 +12,8 @@ from coe_megatron.exit_status import ExitStatus, leave_error_file
 def test_torchrun_reads_the_file_as_its_own(tmp_path: Path) -> None:
     file = tmp_path / "error.json"
     before = time.time()
-    leave_error_file(ExitStatus.HUNG, "it hangs", environment={"TORCHELASTIC_ERROR_FILE": str(file), "RANK": "3"})
+    of_rank_3 = {"TORCHELASTIC_ERROR_FILE": str(file), "RANK": "3", "WORLD_SIZE": "4"}
+    leave_error_file(ExitStatus.HUNG, "it hangs", environment=of_rank_3)
     failure = ProcessFailure(local_rank=1, pid=1, exitcode=7, error_file=str(file))
     assert failure.message["message"] == "it hangs" and int(before) <= failure.timestamp <= time.time()
     written = json.loads(file.read_text())["message"]

@@ -91,8 +91,8 @@ def test_a_bad_argument_for_data_is_one_line(arguments: tuple[str, ...], says: s
     [
         (("--topk", "3"), "topk is 3: it must be even"),
         (("--experts", "4", "--topk", "8"), "topk is 8: it must be at most experts, 4"),
-        (("--hidden", "0"), "argument --hidden: '0' is not an integer of at least 1"),
-        (("--json", "nowhere/times.json"), "there is no folder nowhere"),
+        (("--hidden", "0"), "argument --hidden: '0' is not an integer from 1 to 2147483648"),
+        (("--json", "nowhere/times.json"), "the folder of --json is nowhere: there is no such folder"),
     ],
 )
 def test_a_bad_argument_is_one_line(arguments: tuple[str, ...], says: str) -> None:

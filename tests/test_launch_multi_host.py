@@ -28,15 +28,27 @@ def launch(program: str, *arguments: str, **variables: str) -> subprocess.Comple
     [
         ((CONFIG,), "one of the arguments --hosts --hostfile is required"),
         (("--hosts", "a,a", CONFIG), "--hosts is 'a,a': a stands there twice"),
-        (("--hostfile", "nowhere", CONFIG), "No such file or directory: 'nowhere'"),
+        (("--hostfile", "nowhere", CONFIG), "--hostfile is nowhere: there is no such file"),
+        (("--hosts=--", CONFIG), "argument --hosts: -- is no value"),
+        (("--hosts", "a@b@c", CONFIG), "'a@b@c' is no name of a host"),
+        (("--hosts", "a:" + "9" * 5000, CONFIG), "it must be a whole number from 1 to 4096"),
+        (("--hosts", "a,b", "--remote-shell", "'", CONFIG), "No closing quotation"),
+        (("--hosts", "a,b", "--remote-shell", "true", CONFIG), "host a: true has not run the command"),
         (("--hosts", "a:2,b:4", CONFIG), "slots differ (a=2, b=4)"),
+        (
+            ("--hosts", "a", "--ranks-per-node", "0", CONFIG),
+            "--ranks-per-node is '0': it must be a whole number from 1",
+        ),
         (("--hosts", "a:1,b", "--hots", CONFIG), "unrecognized arguments: --hots"),
         (("--hosts", "a,b,c", CONFIG), "parallel"),  # EP 2 does not go with three ranks
         (("--hosts", "a,b", CONFIG, "model.layers=2"), "model.layers"),
-        (("--hosts", "a,b", "--max-restarts", "-1", CONFIG), "--max-restarts is -1: it must be at least 0"),
+        (
+            ("--hosts", "a,b", "--max-restarts", "-1", CONFIG),
+            "--max-restarts is '-1': it must be a whole number from 0",
+        ),
         (
             ("--hosts", "a,b", "--min-hosts", "3", CONFIG),
-            "--min-hosts is 3: it must be from 1 to the number of hosts, 2",
+            "--min-hosts (there are so many hosts) is '3': it must be a whole number from 1 to 2",
         ),
         (("--hosts", "a,b", "--export", "NONE_SUCH", CONFIG), "--export is NONE_SUCH: there is no such variable"),
         (("--hosts", "a,b", "--remote-shell", "nowhere/ssh", CONFIG), "--remote-shell is 'nowhere/ssh': No such file"),
@@ -74,7 +86,7 @@ def test_a_dry_run_shows_each_hosts_command() -> None:
     ("arguments", "says"),
     [
         ((), "the following arguments are required: ARGUMENT"),
-        (("--max-restarts", "-1", "--", "x.py"), "--max-restarts is -1: it must be at least 0"),
+        (("--max-restarts", "-1", "--", "x.py"), "--max-restarts is '-1': it must be a whole number from 0"),
         (("--towards", "no.such.host.invalid", "--", "x.py"), "host 'no.such.host.invalid' cannot be reached"),
     ],
 )
@@ -92,7 +104,16 @@ def test_a_mistake_on_one_host_is_one_line(arguments: tuple[str, ...], says: str
         (("--output", "o", "--nodes", "a,b", "--name", "c"), "--name is c: it must be one of --nodes, a,b"),
         (("--output", "o", "--nodes", "a,a", "--name", "a"), "--nodes is a,a: a name stands there twice"),
         (("--output", "o", "--nodes", "a", "--name", "a", "--meet", "x"), "--meet is x: it must be ADDRESS:PORT"),
-        (("--output", "o", "--nodes", "a", "--name", "a", "--report", "no/r"), "there is no folder no"),
+        (
+            ("--output", "o", "--nodes", "a", "--name", "a", "--report", "no/r"),
+            "the folder of --report is no: there is no",
+        ),
+        (("--output", "o", "--nodes", "a", "--name", "a", "--report", "launch"), "--report is launch: it is a folder"),
+        (("--output", "o", "--nodes", "a,,b", "--name", "a"), "--nodes is 'a,,b': it must be names by comma"),
+        (("--output", "o", "--nodes", "a", "--name", "a", "--meet", "a:65536"), "with a port from 1 to 65535"),
+        (("--output", "o", "--timeout", "nan"), "argument --timeout: 'nan' must be a number from 0"),
+        (("--output", "o", "--slow", "0"), "argument --slow: '0' must be above 0"),
+        (("--output", "~no-such-user/o"), "there is no user '~no-such-user' here"),
     ],
 )
 def test_a_mistake_in_a_node_check_is_one_line(arguments: tuple[str, ...], says: str) -> None:
@@ -100,6 +121,43 @@ def test_a_mistake_in_a_node_check_is_one_line(arguments: tuple[str, ...], says:
     assert done.returncode == ExitStatus.MISTAKE
     assert re.fullmatch(r"check_nodes\.py: error: .*\n", done.stderr)
     assert says in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"SLURM_NODEID": "0"}, "SLURM_NODEID is set, but SLURM_JOB_NODELIST is not"),
+        ({"SLURM_NODEID": "0", "SLURM_JOB_NODELIST": "n["}, "SLURM_JOB_NODELIST is n["),
+        ({"GROUP_RANK": "0"}, "GROUP_RANK is set, but GROUP_WORLD_SIZE is not"),
+        ({"GROUP_RANK": "x", "GROUP_WORLD_SIZE": "1"}, "GROUP_RANK is 'x': it must be a whole number"),
+        ({"SLURM_LOCALID": "x"}, "SLURM_LOCALID is 'x': it must be a whole number"),
+    ],
+)
+def test_a_node_check_with_variables_in_part_is_one_line(variables: dict[str, str], says: str) -> None:
+    done = launch("check_nodes.py", "--output", "o", **variables)
+    assert done.returncode == ExitStatus.MISTAKE
+    assert re.fullmatch(r"check_nodes\.py: error: .*\n", done.stderr) and says in done.stderr
+
+
+def test_a_variable_of_torchruns_is_named() -> None:
+    done = launch("one_host.py", "--", "x.py", PET_MAX_RESTARTS="many")
+    assert (done.returncode, done.stdout) == (ExitStatus.MISTAKE, "")
+    assert done.stderr.startswith("one_host.py: error: PET_MAX_RESTARTS is 'many': it must be a whole number from 0")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--nproc-per-node", "many", "setup.py"), "setup.py: there is no such file"),
+        (("--nproc-per-node", "many", "launch/status.py"), "Unsupported nproc_per_node value: many"),
+        (("--nnodes", "1:2:3", "launch/status.py"), 'nnodes=1:2:3 is not in "MIN:MAX" format'),
+    ],
+)
+@pytest.mark.run
+def test_what_torchrun_does_not_take_is_one_line(arguments: tuple[str, ...], says: str) -> None:
+    done = launch("one_host.py", "--", *arguments)
+    said = [line for line in done.stderr.splitlines() if line.startswith("torchrun: error: ")]
+    assert len(said) == 1 and says in said[0] and "Traceback" not in done.stderr
 
 
 # A rank that fails at its first start and diverges at its second.

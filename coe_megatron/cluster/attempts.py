@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from coe_megatron.errors import ConfigError
 from coe_megatron.exit_status import ExitStatus
 
 NO_CHECKPOINT = 0  # the step of a run that has not saved yet
@@ -102,7 +103,13 @@ class Attempts:
         return folder
 
     def end(self, status: ExitStatus) -> Decision:
-        """Note how the attempt ended that `begin` noted last, and decide."""
+        """Note how the attempt ended that `begin` noted last, and decide.
+
+        Raises:
+            ConfigError: none has begun.
+        """
+        if not self._all:
+            raise ConfigError(f"--logs is {self._path.parent}: no attempt has begun there")
         self._all[-1] = last = replace(self._all[-1], ended=_now(), status=int(status))
         step = newest_step(Path(last.output))
         if not status.again:

@@ -6,7 +6,6 @@ that was killed leaves no error: torchrun's report in `node-I.log` tells of it, 
 own, `ended.json` with the status that its shell saw. Without torch.
 """
 
-import json
 import re
 import signal
 from collections.abc import Iterator
@@ -16,14 +15,19 @@ from pathlib import Path
 
 from coe_megatron.errors import one_line
 from coe_megatron.exit_status import ExitStatus, known_status, read_error_file, verdict
+from coe_megatron.files import read_limited
+from coe_megatron.parsing import JSON_BYTES, parse_json
 
 _LAST_LINES, _LAST_BYTES = 12, 8192
+_REPORT_BYTES = 1 << 20  # torchrun's report is the last that it writes
 # Other ranks notice within moments that one was killed, and may say so before its launcher has.
 _SECONDS_TO_NOTICE = 10
 _REPORT = re.compile(
     r"Root Cause \(first observed failure\):\s*\[\d+\]:\s*"
-    r"time\s*: (?P<time>\S+)\s+host\s*: (?P<host>\S+)\s+rank\s*: (?P<rank>\d+) \(local_rank: (?P<local>\d+)\)\s+"
-    r"exitcode\s*: (?P<code>-?\d+)"
+    r"time\s*: (?P<time>\S+)\s+host\s*: (?P<host>\S+)\s+"
+    r"rank\s*: (?P<rank>\d{1,9}) \(local_rank: (?P<local>\d{1,9})\)\s+"
+    r"exitcode\s*: (?P<code>-?\d{1,5})",
+    re.ASCII,
 )
 
 
@@ -84,14 +88,14 @@ def _shells(attempt: Path) -> Iterator[Failure]:
     """From the shells around single ranks, which see a signal as 128 more; a file cut short is passed over."""
     for path in sorted(attempt.glob("ranks/node-*/**/ended.json")):
         try:
-            ended = json.loads(path.read_text())
+            ended = parse_json(read_limited(path, "record", JSON_BYTES))
             rank, code, moment, host = (
                 int(ended["rank"]),
                 int(ended["status"]),
                 float(ended["time"]),
                 str(ended["host"]),
             )
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
             continue
         code = 128 - code if code - 128 in signal.valid_signals() and code != ExitStatus.INTERRUPTED else code
         if code != 0:
@@ -101,8 +105,13 @@ def _shells(attempt: Path) -> Iterator[Failure]:
 def _reports(attempt: Path) -> Iterator[Failure]:
     """From torchrun's reports: the rank that each node saw failing first."""
     for path in sorted(attempt.glob("node-*.log")):
-        for report in _REPORT.finditer(path.read_text(errors="replace")):
-            moment = datetime.strptime(report["time"], "%Y-%m-%d_%H:%M:%S").timestamp()
+        if not path.is_file():
+            continue
+        for report in _REPORT.finditer(_end_of(path, _REPORT_BYTES)):
+            try:
+                moment = datetime.strptime(report["time"], "%Y-%m-%d_%H:%M:%S").timestamp()
+            except ValueError:  # a rank has said something that looks like one
+                continue
             folders = sorted(attempt.glob(f"ranks/{path.stem}/*/attempt_*/{report['local']}"))
             folder = folders[-1] if folders else None
             yield _without_words(int(report["rank"]), report["host"], moment, int(report["code"]), folder)
@@ -122,10 +131,14 @@ def _without_words(rank: int, host: str, time: float, code: int, folder: Path | 
 
 def _log(folder: Path) -> Path | None:
     path = folder / "stderr.log"
-    return path if path.exists() else None
+    return path if path.is_file() else None
 
 
 def _last_lines(path: Path) -> list[str]:
+    return [one_line(line) for line in _end_of(path, _LAST_BYTES).splitlines()[-_LAST_LINES:]]
+
+
+def _end_of(path: Path, most: int) -> str:
     with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - _LAST_BYTES))
-        return [one_line(line) for line in file.read().decode(errors="replace").splitlines()[-_LAST_LINES:]]
+        file.seek(max(0, path.stat().st_size - most))
+        return file.read(most).decode(errors="replace")

@@ -1,7 +1,16 @@
 """The hosts of a run: which ones, in what order, how many ranks on each. Lists and files as MPI users write them."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
+
+from coe_megatron.errors import ConfigError
+from coe_megatron.files import problem, read_limited
+from coe_megatron.launch_environment import MOST_RANKS, whole_number
+
+_FILE_BYTES = 1 << 22
+_NAME = re.compile(r"([A-Za-z0-9._-]+@)?[A-Za-z0-9][A-Za-z0-9._-]*")  # beginning with - it would be an option of ssh
+MOST_SLOTS = 4096
 
 
 @dataclass(frozen=True)
@@ -21,7 +30,7 @@ def from_list(text: str) -> list[Host]:
     """The hosts of `a,b:8,user@c`: names with the number of ranks after a colon where it is given.
 
     Raises:
-        ValueError: one line that says what is wrong and what would be valid.
+        ConfigError: one line that says what is wrong and what would be valid.
     """
     hosts = [_from_entry(entry.strip()) for entry in text.split(",")]
     return _distinct(hosts, f"--hosts is {text!r}")
@@ -31,11 +40,14 @@ def from_file(path: Path) -> list[Host]:
     """The hosts of a file with a line `NAME slots=N` each (`slots=N` may be left out); `#` begins a comment.
 
     Raises:
-        ValueError: one line that names file and line, what is wrong and what would be valid.
-        OSError: the file cannot be read.
+        ConfigError: one line that names file and line, what is wrong and what would be valid.
     """
     hosts = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    try:
+        text = read_limited(path, "--hostfile", _FILE_BYTES).decode()
+    except UnicodeDecodeError:
+        raise problem(path, "--hostfile", "it is no text in UTF-8") from None
+    for number, line in enumerate(text.splitlines(), start=1):
         if words := line.partition("#")[0].split():
             hosts.append(_from_words(words, f"{path}, line {number}"))
     return _distinct(hosts, f"--hostfile is {path}")
@@ -45,20 +57,20 @@ def ranks_per_node(hosts: list[Host], asked: int | None) -> int:
     """How many ranks each host gets: as asked, else by the slots, else one.
 
     Raises:
-        ValueError: the hosts have different slots, or fewer than asked for.
+        ConfigError: the hosts have different slots, or fewer than asked for.
     """
     slots = {host.slots for host in hosts}
     if asked is None and len(slots) > 1:
         said = ", ".join(f"{host.name}={host.slots or 'unsaid'}" for host in hosts)
-        raise ValueError(
+        raise ConfigError(
             f"slots differ ({said}): give each host as many, or --ranks-per-node N for fewer than there are"
         )
     count = asked if asked is not None else slots.pop() or 1
-    if count < 1:
-        raise ValueError(f"--ranks-per-node is {count}: it must be at least 1")
+    if count * len(hosts) > MOST_RANKS:
+        raise ConfigError(f"{count} ranks on each of {len(hosts)} hosts: there may be {MOST_RANKS} ranks")
     for host in hosts:
         if host.slots is not None and host.slots < count:
-            raise ValueError(
+            raise ConfigError(
                 f"--ranks-per-node is {count}, but {host.name} has {host.slots} slots: give at most as many"
             )
     return count
@@ -74,30 +86,30 @@ def _from_words(words: list[str], where: str) -> Host:
     for word in words[1:]:
         key, _, value = word.partition("=")
         if key != "slots":
-            raise ValueError(f"{where}: {word!r} is unknown after {name}: only slots=N may stand there")
+            raise ConfigError(f"{where}: {word!r} is unknown after {name}: only slots=N may stand there")
         slots = _slots(value, where)
     return Host(name, slots)
 
 
 def _name(text: str, where: str) -> str:
-    plain = text.replace(".", "").replace("-", "").replace("_", "").replace("@", "")
-    if not plain.isalnum() or text.startswith("-"):  # such a name would be an option of the remote shell
-        raise ValueError(f"{where}: {text!r} is no name of a host: letters, digits, '.', '-' and '_' make one")
+    if text.startswith("-") or not _NAME.fullmatch(text) or len(text) > 253:
+        raise ConfigError(f"{where}: {text!r} is no name of a host: letters, digits, '.', '-' and '_' make one")
     return text
 
 
 def _slots(text: str, where: str) -> int:
-    if not (text.isdecimal() and int(text) > 0):
-        raise ValueError(f"{where}: slots are {text!r}: they must be a number of at least 1")
-    return int(text)
+    try:
+        return whole_number("slots", text, 1, MOST_SLOTS)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _distinct(hosts: list[Host], where: str) -> list[Host]:
     if not hosts:
-        raise ValueError(f"{where}: it names no host: at least one is needed")
+        raise ConfigError(f"{where}: it names no host: at least one is needed")
     seen: set[str] = set()
     for host in hosts:
         if host.address in seen:
-            raise ValueError(f"{where}: {host.address} stands there twice: name each host once, with all its slots")
+            raise ConfigError(f"{where}: {host.address} stands there twice: name each host once, with all its slots")
         seen.add(host.address)
     return hosts

@@ -10,6 +10,8 @@ from collections.abc import MutableMapping
 
 import psutil
 
+from coe_megatron.errors import ConfigError
+
 _ANY_PORT = 9  # nothing is sent: connecting a UDP socket only asks the kernel for the route
 
 
@@ -17,7 +19,7 @@ def address_towards(host: str) -> str:
     """The address of this machine that packets to `host` (a name or an address) carry.
 
     Raises:
-        ValueError: the name is not known here, or no route leads to it.
+        ConfigError: the name is not known here, or no route leads to it.
     """
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, _ANY_PORT, type=socket.SOCK_DGRAM)[0]
@@ -25,7 +27,7 @@ def address_towards(host: str) -> str:
             probe.connect(address)
             return str(probe.getsockname()[0])
     except (OSError, UnicodeError) as error:  # UnicodeError: no name at all, such as one with an empty part
-        raise ValueError(f"host {host!r} cannot be reached from {socket.gethostname()}: {error}") from error
+        raise ConfigError(f"host {host!r} cannot be reached from {socket.gethostname()}: {error}") from error
 
 
 def interface_towards(host: str) -> str:
@@ -34,20 +36,20 @@ def interface_towards(host: str) -> str:
     Gloo and NCCL would otherwise choose by themselves, and may take one that leads nowhere (a bridge of containers).
 
     Raises:
-        ValueError: the name is not known here, no route leads to it, or no interface has the route's address.
+        ConfigError: the name is not known here, no route leads to it, or no interface has the route's address.
     """
     address = address_towards(host)
     for name, addresses in psutil.net_if_addrs().items():
         if any(found.address.partition("%")[0] == address for found in addresses):
             return name
-    raise ValueError(f"host {host!r}: no interface of {socket.gethostname()} has the address {address} of its route")
+    raise ConfigError(f"host {host!r}: no interface of {socket.gethostname()} has the address {address} of its route")
 
 
 def use_interface_towards(host: str, environment: MutableMapping[str, str]) -> None:
     """Have gloo and NCCL talk through the interface that leads to `host`; what is set in the environment wins.
 
     Raises:
-        ValueError: as `interface_towards` does.
+        ConfigError: as `interface_towards` does.
     """
     interface = interface_towards(host)
     # NCCL takes a name for the beginning of names, unless it stands behind `=`; gloo takes it as it is.
@@ -83,7 +85,7 @@ def main(arguments: list[str]) -> int:
         case ["towards", host]:
             try:
                 print(interface_towards(host))
-            except ValueError as error:
+            except ConfigError as error:
                 print(error, file=sys.stderr)
                 return 1
         case _:

@@ -28,6 +28,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from coe_megatron.parallel.meeting import LOOPBACK, join, serve
+
 GIB = 2**30
 _SMALLEST, _LARGEST = 2**18, 2**28  # bytes of a message: doubled until it takes long enough to be timed
 _LONG_ENOUGH = 0.05  # seconds
@@ -209,13 +211,15 @@ def _within(seconds: float, look: Callable[[], Node]) -> Node:
 
 
 def _meet(place: Place, limits: Limits) -> dist.Store:
-    wait, serves = timedelta(seconds=limits.timeout), place.leads and not place.served
     try:
-        store = dist.TCPStore(place.address, place.port, is_master=serves, timeout=wait, wait_for_workers=False)
+        if place.leads and not place.served:
+            store = serve(LOOPBACK if len(place.names) == 1 else place.address, place.port)
+        else:
+            store = join(place.address, place.port, limits.timeout)
         return dist.PrefixStore("node check", store)
-    except dist.DistError as error:
+    except (dist.DistError, OSError) as error:
         meeting = f"{place.names[0]} ({place.address}:{place.port})"
-        raise TimeoutError(f"{meeting}, where the nodes meet, does not answer") from error
+        raise TimeoutError(f"{meeting}, where the nodes meet: {str(error).splitlines()[0]}") from error
 
 
 def _get(store: dist.Store, key: str, seconds: float) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 
 from coe_megatron.cluster.hosts import Host
 from coe_megatron.cluster.one_host import Requests
+from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.exit_status import ExitStatus, known_status, verdict
 
 # What a command on another host gets of this one's environment, by the beginning of its name.
@@ -25,11 +26,11 @@ def exported(environment: Mapping[str, str], more: Sequence[str] = ()) -> dict[s
     """The part of an environment that goes to other hosts: `EXPORTED`, and more variables by name.
 
     Raises:
-        ValueError: one of `more` is not set.
+        ConfigError: one of `more` is not set.
     """
     for name in more:
         if name not in environment:
-            raise ValueError(f"--export is {name}: there is no such variable in the environment")
+            raise ConfigError(f"--export is {name}: there is no such variable in the environment")
     return {name: value for name, value in sorted(environment.items()) if name in more or name.startswith(EXPORTED)}
 
 
@@ -43,19 +44,24 @@ def ask(shell: Sequence[str], host: Host, command: str, seconds: float = 60) -> 
     """What a command prints on a host.
 
     Raises:
-        ValueError: one line that names the host, when it cannot be reached or the command fails.
+        ConfigError: one line that names the host, when it cannot be reached or the command fails.
     """
     try:
         done = subprocess.run(
-            [*shell, host.name, command], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=seconds
+            [*shell, host.name, command],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=seconds,
         )
     except subprocess.TimeoutExpired:
-        raise ValueError(f"host {host.name}: no answer through {shell[0]} in {seconds:.0f} s") from None
+        raise ConfigError(f"host {host.name}: no answer through {shell[0]} in {seconds:.0f} s") from None
     except OSError as error:
-        raise ValueError(f"--remote-shell is {shlex.join(shell)!r}: {error.strerror}") from None
+        raise ConfigError(f"--remote-shell is {shlex.join(shell)!r}: {error.strerror}") from None
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no word"])[-1]
-        raise ValueError(f"host {host.name}: {shell[0]} ended with status {done.returncode}: {last}")
+        raise ConfigError(f"host {host.name}: {shell[0]} ended with status {done.returncode}: {one_line(last)}")
     return done.stdout
 
 

@@ -5,21 +5,40 @@ import os
 import re
 import sys
 import time
-from typing import Never
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any, Never
 
+from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.exit_status import ExitStatus, leave_error_file
+from coe_megatron.files import expand_user, user_path
+from coe_megatron.launch_environment import rank_of
 
 _SECONDS_FOR_RANK_0 = 10
 _DASHED = re.compile(r"(?<=unrecognized arguments: )--(output|[a-z_]+(?:\.\w+)+)(?:[= ](\S+))?")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without the usage before an error; under torchrun ranks other than 0 stay silent."""
+    """argparse without the usage before an error; under torchrun ranks other than 0 stay silent.
+
+    An option with `type=user_path` says what is wrong with a path, not only that something is.
+    """
 
     def __init__(self, prog: str, description: str | None, epilog: str | None = None) -> None:
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(prog, None, description, epilog, formatter_class=formatter, allow_abbrev=False)
-        self._silent = os.environ.get("RANK", "0") != "0"
+        for kind in (user_path, expand_user):
+            self.register("type", kind, partial(_checked, kind))
+        self._silent = rank_of(os.environ) != 0
+
+    def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
+        """As argparse's, which would take `--option=--` for an option with an empty list."""
+        words = list(sys.argv[1:] if args is None else args)
+        options = words[: words.index("--")] if "--" in words else words
+        if wrong := next((word for word in options if re.fullmatch(r"-[^=]*=--", word)), None):
+            self.error(f"argument {wrong.partition('=')[0]}: -- is no value")
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> Never:
         if setting := _DASHED.search(message):
@@ -28,17 +47,24 @@ class Parser(argparse.ArgumentParser):
             )
         self.refuse(ExitStatus.MISTAKE, message)
 
-    def refuse(self, status: ExitStatus, message: str) -> Never:
-        """End the program with a line on stderr, also for torchrun's report."""
+    def refuse(self, status: ExitStatus, message: str, aloud: bool = False) -> Never:
+        """End the program with a line on stderr, also for torchrun's report.
+
+        Args:
+            aloud: also on ranks other than 0: it is this rank's own matter.
+        """
         leave_error_file(status, one_line(message), environment=os.environ)
-        if self._silent:  # the first rank to end makes torchrun kill the others, rank 0 before it has spoken
+        silent = self._silent and not aloud
+        if silent:  # the first rank to end makes torchrun kill the others, rank 0 before it has spoken
             time.sleep(_SECONDS_FOR_RANK_0)
-        self.exit(status, None if self._silent else f"{self.prog}: error: {one_line(message)}\n")
+        self.exit(status, None if silent else f"{self.prog}: error: {one_line(message)}\n")
 
 
-def one_line(text: str) -> str:
-    """The text with line breaks and whatever else no terminal shows (from names of files and keys) as escapes."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+def _checked(kind: Callable[[str], Path | str], text: str) -> Path | str:
+    try:
+        return kind(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def write_out(text: str) -> bool:

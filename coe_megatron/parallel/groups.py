@@ -1,74 +1,24 @@
-"""Starts and ends a rank: device, process groups, seeds. What DeepSpeed asks of Megatron's groups is answered here too.
-
-The environment that torchrun makes is read in one place, `Ranks.from_environment`.
-"""
+"""Starts and ends a rank: device, process groups, seeds. Answers what DeepSpeed asks of Megatron's groups, too."""
 
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from coe_megatron.cluster import network
 from coe_megatron.config.settings import ParallelSettings
+from coe_megatron.errors import ConfigError
+from coe_megatron.launch_environment import Ranks
 from coe_megatron.parallel import processors, without_cuda, without_te
+from coe_megatron.parallel.meeting import LOOPBACK, meet
 
 # Megatron derives the seeds of its generators by adding up to a few thousand (2718 + TP rank, 1024 + 100 x EP rank).
 _SEEDS_OF_A_RANK = 10_000
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Which process of how many this is; the default is a process on its own.
-
-    Attributes:
-        meeting: a name that ranks started by the same attempt have in common; empty where the place they meet at is
-            new with every attempt anyway.
-        node: on which node this process is, counted from 0.
-        logs: the folder where whoever started it keeps this rank's logs, if it does.
-    """
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    meeting: str = ""
-    node: int = 0
-    logs: Path | None = None
-
-    @classmethod
-    def from_environment(cls, environment: Mapping[str, str]) -> "Ranks":
-        """What torchrun wrote into the environment (RANK, WORLD_SIZE, ...); without RANK a single process.
-
-        When torchrun 2.13 starts ranks anew (`--max-restarts`), they find in its store where those before them
-        listened, and connect to nobody. On one node the count of restarts tells them apart; on several nodes the
-        counts differ, and torchrun has to be started with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
-        """
-        if "RANK" not in environment:
-            return cls()
-        rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-        shared = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        alone = environment.get("GROUP_WORLD_SIZE") == "1"
-        meeting = f"start {environment['TORCHELASTIC_RESTART_COUNT']}" if shared and alone else ""
-        local_rank, node = (int(environment.get(name, 0)) for name in ("LOCAL_RANK", "GROUP_RANK"))
-        error_file = environment.get("TORCHELASTIC_ERROR_FILE")
-        logs = Path(error_file).resolve().parent if error_file else None
-        return cls(rank, world_size, local_rank, meeting, node, logs)
-
-
-def meet(ranks: Ranks) -> dist.Store:
-    """What the ranks of one attempt have in common before they are groups; a rank on its own needs no place for it.
-
-    Several ranks meet where torchrun tells them to (MASTER_ADDR, MASTER_PORT).
-    """
-    if ranks.world_size == 1:
-        return dist.HashStore()
-    store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size))
-    return dist.PrefixStore(ranks.meeting, store) if ranks.meeting else store
 
 
 def start(
@@ -88,6 +38,8 @@ def start(
         timeout: after which a collective that waits for others is an error; torch's and Megatron's own when None.
         store: from `meet`, which is called when None.
 
+    Where all ranks are on one host, gloo and NCCL listen at its loopback interface alone.
+
     Returns:
         The rank's device: its CUDA device (with NCCL), or the CPU (with gloo) where there is no CUDA.
     """
@@ -95,6 +47,9 @@ def start(
     without_te.install()
     without_cuda.install()
     device = _device(ranks)
+    if ranks.one_host:
+        with suppress(ConfigError):  # a container may have no such interface
+            network.use_interface_towards(LOOPBACK, os.environ)
     backend = "nccl" if device.type == "cuda" else "gloo"
     own = device if device.type == "cuda" else None  # lets NCCL connect at once, to the right device
     dist.init_process_group(

@@ -23,6 +23,10 @@ from coe_megatron.config import load
 from coe_megatron.config.arguments import Parser
 from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.exit_status import ExitStatus
+from coe_megatron.files import problem, require_folder, require_writable, user_path
+from coe_megatron.launch_environment import MOST_RANKS, whole_number
+
+_MOST_REQUEUES = 1_000_000
 
 
 def parser() -> Parser:
@@ -30,30 +34,37 @@ def parser() -> Parser:
     commands = made.add_subparsers(dest="command", required=True, metavar="begin|nodes|end")
     begin, nodes, end = (commands.add_parser(name, description=None) for name in ("begin", "nodes", "end"))
     for command in (begin, end):
-        command.add_argument("--logs", type=Path, required=True, help="the folder that all attempts at a run share")
+        command.add_argument(
+            "--logs", type=user_path, required=True, help="the folder that all attempts at a run share"
+        )
     begin.add_argument("--job", required=True, help="SLURM's number of the job")
-    begin.add_argument("--ranks", type=int, required=True, help="how many there will be")
+    begin.add_argument("--ranks", required=True, help="how many there will be")
     begin.add_argument("config")
     begin.add_argument("overrides", nargs="*", default=[])
-    nodes.add_argument("--report", type=Path, required=True, help="written by launch/check_nodes.py, if at all")
-    nodes.add_argument("--count", type=int, required=True, help="how many are needed")
+    nodes.add_argument("--report", type=user_path, required=True, help="written by launch/check_nodes.py, if at all")
+    nodes.add_argument("--count", required=True, help="how many are needed")
     nodes.add_argument("names", nargs="+", metavar="NODE")
-    end.add_argument("--attempt", type=Path, required=True, help="the folder that begin has printed")
+    end.add_argument("--attempt", type=user_path, required=True, help="the folder that begin has printed")
     end.add_argument("--status", type=int, required=True, help="the exit status of srun")
     return made
 
 
 def requeues() -> int:
-    text = os.environ.get("COE_MAX_REQUEUES", "3")
-    if not text.isdecimal():
-        raise ConfigError(f"COE_MAX_REQUEUES is {text}: it must be a number, such as 3")
-    return int(text)
+    return whole_number("COE_MAX_REQUEUES", os.environ.get("COE_MAX_REQUEUES", "3"), 0, _MOST_REQUEUES)
+
+
+def attempts_in(logs: Path) -> Attempts:
+    require_writable(logs, "--logs", "folder")
+    try:
+        return Attempts(logs, requeues())
+    except ValueError as error:  # the file may have been anybody's
+        raise ConfigError(str(error)) from None
 
 
 def begin(options: argparse.Namespace) -> ExitStatus:
-    attempts = Attempts(options.logs, requeues())
+    attempts = attempts_in(options.logs)
     try:
-        config = load(options.config, options.overrides, options.ranks)
+        config = load(options.config, options.overrides, whole_number("--ranks", options.ranks, 1, MOST_RANKS))
         print(attempts.begin(options.job, Path(config.output)))
         print(config.output)
     except Refused as refused:
@@ -69,9 +80,10 @@ def nodes(options: argparse.Namespace) -> ExitStatus:
         return ExitStatus.FAILED
     for node, reason in bad.items():
         say(one_line(f"node {node} is bad: {reason}"))
-    chosen = choose(options.names, bad, options.count)
-    if len(chosen) < options.count:
-        say(f"{len(options.names) - len(bad)} of {len(options.names)} nodes are good, and {options.count} are needed")
+    count = whole_number("--count", options.count, 1, MOST_RANKS)
+    chosen = choose(options.names, bad, count)
+    if len(chosen) < count:
+        say(f"{len(options.names) - len(bad)} of {len(options.names)} nodes are good, and {count} are needed")
         print(*bad, sep="\n")
         return ExitStatus.FAILED
     if bad:
@@ -81,14 +93,14 @@ def nodes(options: argparse.Namespace) -> ExitStatus:
 
 
 def end(options: argparse.Namespace) -> ExitStatus:
-    failures = find_failures(options.attempt)
+    failures = find_failures(require_folder(options.attempt, "--attempt"))
     status = outcome(failures, options.status)
     if status is not ExitStatus.DONE:
         telling = [failure for failure in failures if failure.status is status][:1]
         told = "\n".join(failure.told() for failure in dict.fromkeys(failures[:1] + telling))
         say(f"{status.name}: {told or 'no rank has said why'}")
         say(f"all ranks' logs lie in {options.attempt}")
-    decision = Attempts(options.logs, requeues()).end(status)
+    decision = attempts_in(options.logs).end(status)
     say(f"{'goes on' if decision.again else 'does not go on'}: {decision.reason}")
     print("again" if decision.again else "over")
     return status
@@ -103,8 +115,10 @@ def main() -> int:
     options = program.parse_args()
     try:
         return {"begin": begin, "nodes": nodes, "end": end}[options.command](options)
-    except (ValueError, OSError) as error:
+    except ConfigError as error:
         program.error(str(error))
+    except OSError as error:
+        program.error(str(problem(error.filename or "the disk", "a file of --logs", error)))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,13 @@
 # What srun starts for pretrain.sbatch: on each node torchrun, or as a task of its own each rank (COE_LAUNCH=tasks).
 # The arguments are those of pretrain_coe.py. The environment is that of pretrain.sbatch with SLURM's variables of the task.
 
+needed=(COE_ATTEMPT COE_HOME COE_LAUNCH COE_NODES COE_PYTHON COE_RANKS_PER_NODE MASTER_ADDR MASTER_PORT
+    SLURM_JOB_ID SLURM_NODEID SLURM_PROCID SLURM_LOCALID SLURM_STEP_NUM_TASKS SLURMD_NODENAME)
+for name in "${needed[@]}"; do
+    [[ -n ${!name:-} ]] ||
+        { printf 'step.sh: error: %s is not set: pretrain.sbatch and srun set it\n' "$name" >&2; exit 2; }
+done
+
 # SLURM sends TERM and USR1 to its tasks, with cgroups to nobody below them. The ranks learn of it through the stop file.
 awoken=''
 trap 'awoken=1; : >"$COE_ATTEMPT/stop"' TERM USR1
@@ -29,11 +36,11 @@ with_torchrun() {
     # Torchrun would kill its ranks 30 seconds after a TERM; they go on to the end of their step and save.
     trap '' TERM USR1
     if ((SLURM_NODEID == 0)); then # the job's log shows rank 0, without torchrun's words
-        "$COE_PYTHON" -m torch.distributed.run "${options[@]}" --tee=0:3 "${program[@]}" 2>&1 |
+        "$COE_PYTHON" -m coe_megatron.cluster.torchrun "${options[@]}" --tee=0:3 "${program[@]}" 2>&1 |
             tee "$COE_ATTEMPT/$node.log" | sed -un 's/^\[default0\]: \?//p'
         return "${PIPESTATUS[0]}"
     fi
-    "$COE_PYTHON" -m torch.distributed.run "${options[@]}" "${program[@]}" >"$COE_ATTEMPT/$node.log" 2>&1
+    "$COE_PYTHON" -m coe_megatron.cluster.torchrun "${options[@]}" "${program[@]}" >"$COE_ATTEMPT/$node.log" 2>&1
 }
 
 as_rank() {

@@ -117,10 +117,10 @@ def test_the_program_begins_and_ends_an_attempt(begin: list[str], tmp_path: Path
 @pytest.mark.parametrize(
     ("settings", "environment", "said"),
     [
-        (["nowhere.yaml"], "3", "nowhere.yaml: there is no such config file"),
+        (["nowhere.yaml"], "3", "the config file is nowhere.yaml: there is no such file"),
         (["configs/quickstart.yaml", "moe.topk=0"], "3", "moe.topk is 0: it "),
         (["configs/quickstart.yaml", "parallel.expert=4"], "3", "parallel.expert is 4: "),
-        (["configs/quickstart.yaml"], "many", "COE_MAX_REQUEUES is many: it must be a number, such as 3"),
+        (["configs/quickstart.yaml"], "many", "COE_MAX_REQUEUES is 'many': it must be a whole number from 0"),
     ],
 )
 def test_a_mistake_is_one_line_and_no_attempt(
@@ -131,6 +131,21 @@ def test_a_mistake_is_one_line_and_no_attempt(
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"attempt.py: error: {said}") and done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("logs", "attempt", "said"),
+    [
+        (".", ".", "--logs is .: no attempt has begun there"),
+        (".", "nowhere", "--attempt is nowhere: there is no such folder"),
+        ("/dev/null", ".", "--logs is /dev/null: it is a special file, where a folder is needed"),
+        ("x" * 300, ".", "--logs is xxx"),
+    ],
+)
+def test_a_folder_that_is_none_is_one_line(logs: str, attempt: str, said: str) -> None:
+    done = python("launch/slurm/attempt.py", "end", "--logs", logs, "--attempt", attempt, "--status", 1)
+    last = done.stderr.splitlines()[-1]
+    assert (done.returncode, done.stdout) == (2, "") and last.startswith(f"attempt.py: error: {said}")
 
 
 def test_torch_is_not_imported() -> None:

@@ -12,10 +12,10 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from ranks import run_ranks
 
 from coe_megatron.parallel import groups
-from coe_megatron.parallel.groups import MegatronGroups, Ranks
+from coe_megatron.parallel.groups import MegatronGroups
 
 PROGRAM = """
-import json, sys, torch
+import json, psutil, sys, torch
 from coe_megatron.config.settings import ParallelSettings
 from coe_megatron.parallel import groups
 from megatron.core import parallel_state
@@ -26,17 +26,11 @@ values = {"device": device.type, "ranks": ranks, "ep": parallel_state.get_expert
 values["weights"] = torch.rand(1).item()
 groups.seed_dropout(3)
 values["dropout"] = torch.rand(1).item()
+connections = psutil.Process().net_connections("tcp")
+values["listens"] = sorted({one.laddr.ip for one in connections if one.status == psutil.CONN_LISTEN})
 groups.stop()
 json.dump(values | {"stopped": not torch.distributed.is_initialized()}, open(f"{sys.argv[2]}/{rank}", "w"))
 """
-
-
-def test_ranks_are_torchruns_or_one() -> None:
-    assert Ranks.from_environment({}) == Ranks(rank=0, world_size=1, local_rank=0)
-    environment = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
-    assert Ranks.from_environment(environment) == Ranks(rank=5, world_size=8, local_rank=1)
-    environment["TORCHELASTIC_ERROR_FILE"] = "/logs/ranks/node-0/1/error.json"
-    assert Ranks.from_environment(environment).logs == Path("/logs/ranks/node-0/1")
 
 
 @pytest.mark.ranks
@@ -48,6 +42,7 @@ def test_start_alone_and_under_torchrun(tmp_path: Path) -> None:
     pair = start_and_stop(torchrun, program, 2, tmp_path / "pair")
     for values, ranks in ((alone, 1), (pair[0], 2), (pair[1], 2)):
         assert (values["ranks"], values["ep"], values["stopped"]) == (ranks, ranks, True)
+        assert values["listens"] == ["127.0.0.1"]  # whatever address the host's name has
         assert values["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
     assert alone["weights"] == pair[0]["weights"] == pair[1]["weights"]
     assert alone["dropout"] == pair[0]["dropout"] != pair[1]["dropout"]
