@@ -82,8 +82,8 @@ class Facts:
             return found
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-            place = ".".join(map(str, first["loc"]))[:100]
-            raise ConfigError(f"{FACTS} is of another shape: {place or 'all of it'}: {first['msg'].lower()}") from None
+            place, wanted = ".".join(map(str, first["loc"]))[:100], first["msg"].lower().partition(" or an instance")[0]
+            raise ConfigError(f"{FACTS} is of another shape: {place or 'all of it'}: {wanted}") from None
         except ValueError as error:
             raise ConfigError(f"{FACTS} cannot be read: {error}") from None
 

@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 
 _DEEPEST = 10_000  # values on the stack: pickle sets a thousand items at once, and nests them a few levels
 
+_NONE = "it is no pickle of plain data"
+
 
 class Refused(ValueError):
     """A pickle asks for something that is not on the list."""
@@ -47,11 +49,10 @@ class Unpickler:
             for operation, argument, _ in pickletools.genops(content):
                 _ACTIONS[operation.name](self, argument)
                 _require(len(self._stack) <= _DEEPEST)
-            _require(self._empty == 0)
-            (found,) = self._stack
+            _require(self._empty == 0 and len(self._stack) == 1)
         except (LookupError, TypeError, AttributeError) as error:  # nothing there, or of another type
-            raise ValueError(f"it is no pickle of plain data ({type(error).__name__})") from error
-        return found
+            raise ValueError(_NONE) from error
+        return self._stack[0]
 
     def build(self, made: Any, state: Any) -> None:
         """Fill an empty instance. Raises ValueError for a state that does not suit it."""
@@ -125,7 +126,7 @@ class Unpickler:
 
 def _require(met: bool) -> None:
     if not met:
-        raise ValueError("it is no pickle of plain data")
+        raise ValueError(_NONE)
 
 
 _ACTIONS: dict[str, Callable[[Unpickler, Any], None]] = {

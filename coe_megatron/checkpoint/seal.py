@@ -13,9 +13,12 @@ from typing import Any, TypeAlias
 from coe_megatron.errors import ConfigError
 from coe_megatron.files import read_limited
 from coe_megatron.parallel.collective import Group, from_first, gathered, share, together
-from coe_megatron.parsing import JSON_BYTES, parse_json
+from coe_megatron.parsing import parse_json
 
 SEAL = "complete.json"
+PARTS = ".distcp"  # ends the names of files with tensors' numbers, which alone may be large
+_LARGEST = 1 << 26  # bytes of any other
+_LARGEST_SEAL = 1 << 22  # of 4,096 ranks it has a quarter of these bytes
 Entry: TypeAlias = dict[str, Any]  # "bytes" and "sha256" of a file
 
 
@@ -108,7 +111,7 @@ def _read_seal(folder: Path) -> dict[str, Entry]:
     if not os.path.lexists(folder / SEAL):
         raise ConfigError(f"{SEAL} is missing")
     _own(SEAL, "file", not os.path.islink(folder / SEAL))
-    content = read_limited(folder / SEAL, SEAL, JSON_BYTES)
+    content = read_limited(folder / SEAL, SEAL, _LARGEST_SEAL)
     try:
         found = parse_json(content)
     except ValueError as error:
@@ -135,6 +138,8 @@ def _difference(path: Path, name: str, entry: Entry) -> str | None:
         size = path.lstat().st_size
         if size != entry["bytes"]:
             return f"{name} has {size} bytes instead of {entry['bytes']}"
+        if size > _LARGEST and not name.endswith(PARTS):
+            return f"{name} has {size} bytes, which is too much for what it should hold"
         return None if _describe(path) == entry else f"the content of {name} has changed"
     except OSError as error:
         return f"{name} cannot be read: {(error.strerror or str(error)).lower()}"

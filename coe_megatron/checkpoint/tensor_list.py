@@ -27,11 +27,11 @@ from torch.serialization import _get_layout
 
 from coe_megatron.checkpoint.pickles import Refused, Unpickler
 from coe_megatron.checkpoint.saved import MOST_DIMENSIONS, STORED_DTYPES
+from coe_megatron.checkpoint.seal import PARTS
 from coe_megatron.errors import ConfigError
 from coe_megatron.files import read_limited
 
 LIST = ".metadata"
-_PARTS = ".distcp"
 # A part takes some 200 bytes in the list, and 1,600 more than its numbers in a file.
 _SMALLEST_LIST, _LARGEST_LIST = 1 << 16, 1 << 26  # bytes
 _LONGEST_KEY = 500  # characters
@@ -54,7 +54,7 @@ class Listed:
             ConfigError: it cannot be read, or is larger than parts of that size need.
         """
         try:
-            sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.suffix == _PARTS}
+            sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.suffix == PARTS}
         except OSError as error:
             raise ConfigError(f"{folder.name} cannot be read: {(error.strerror or str(error)).lower()}") from None
         shown, most = f"{folder.name}/{LIST}", min(_LARGEST_LIST, _SMALLEST_LIST + sum(sizes.values()) // 4)
@@ -91,8 +91,8 @@ def _require_parts(found: Metadata, sizes: Mapping[str, int]) -> None:
         for chunk in entry.chunks:
             _require_place(found.storage_data.get(MetadataIndex(key, chunk.offsets)), key, entry, chunk, sizes)
         parts += len(entry.chunks)
-    if parts != len(found.storage_data):
-        raise ValueError("it lists parts of no tensor")
+    if not parts or parts != len(found.storage_data):
+        raise ValueError("it lists no tensors, or parts of none")
 
 
 def _require_place(
