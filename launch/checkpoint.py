@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from coe_megatron.config.arguments import Parser, write_out
+from coe_megatron.errors import ConfigError, one_line
+from coe_megatron.files import require_folder, require_writable, user_path
 
 EPILOG = """examples:
   checkpoint.py inspect runs/quickstart
@@ -37,10 +39,10 @@ def parser() -> Parser:
     inspect, _, reshard, average = parsers.values()
     for command in parsers.values():
         more: dict[str, Any] = {"nargs": "+"} if command is average else {}
-        command.add_argument("sources" if more else "source", type=Path, metavar="DIR", **more)
+        command.add_argument("sources" if more else "source", type=user_path, metavar="DIR", **more)
     inspect.add_argument("--json", action="store_true", help="as one JSON object, the optimizer's tensors too")
     for command in (reshard, average):
-        command.add_argument("out", type=Path, metavar="OUT")
+        command.add_argument("out", type=user_path, metavar="OUT")
         command.add_argument("--overwrite", action="store_true", help="replace the checkpoint OUT")
     reshard.add_argument("--files", type=int, default=1, metavar="N", help="that the tensors go into (default: 1)")
     reshard.add_argument("--weights-only", action="store_true", help="weights and fp32 masters, for a warm start")
@@ -52,12 +54,15 @@ def check(options: argparse.Namespace) -> None:
     """What can be said before torch is imported."""
     sources = [options.source] if "source" in options else options.sources
     for source in sources:
-        if not source.is_dir():
-            raise ValueError(f"{source}: there is no such folder")
+        require_folder(source, "DIR")
+    if "out" in options:
+        require_writable(options.out, "OUT", "folder")
+        if options.out.exists() and not options.overwrite:
+            raise ConfigError(f"{options.out} exists: name another folder, or give --overwrite")
     if getattr(options, "files", 1) < 1:
-        raise ValueError(f"--files is {options.files}: it must be at least 1")
+        raise ConfigError(f"--files is {options.files}: it must be at least 1")
     if getattr(options, "last", None) is not None and (options.last < 2 or len(sources) > 1):
-        raise ValueError(f"--last is {options.last}: it must be at least 2, and goes with one run")
+        raise ConfigError(f"--last is {options.last}: it must be at least 2, and goes with one run")
 
 
 def act(options: argparse.Namespace) -> int:
@@ -74,12 +79,13 @@ def act(options: argparse.Namespace) -> int:
             made = tools.reshard(
                 options.source, options.out, options.files, options.weights_only, overwrite=options.overwrite
             )
-            write_out(f"written: {made}")
+            write_out(one_line(f"written: {made}"))
         case "average":
             sources = options.sources
             if options.last is not None:
                 sources = tools.newest(sources[0], options.last)
-            write_out(f"written: {tools.average(sources, options.out, options.overwrite)}")
+            made = tools.average(sources, options.out, options.overwrite)
+            write_out(one_line(f"written: {made}"))
     return 0
 
 
@@ -89,7 +95,7 @@ def verify(source: Path) -> int:
     damaged = False
     for checkpoint, trouble in tools.verify(source):
         damaged |= trouble is not None and listing.finished(checkpoint)
-        write_out(f"{checkpoint}: {trouble or 'whole'}")
+        write_out(one_line(f"{checkpoint}: {trouble or 'whole'}"))
     return 1 if damaged else 0
 
 
@@ -99,7 +105,7 @@ def main() -> int:
     try:
         check(options)
         return act(options)
-    except (ValueError, OSError) as error:
+    except (ConfigError, OSError) as error:
         program.error(str(error))
     except KeyboardInterrupt:
         program.exit(130, f"{program.prog}: interrupted; nothing was written\n")

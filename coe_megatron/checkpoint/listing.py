@@ -4,14 +4,19 @@ import os
 import re
 import shutil
 import sys
+from itertools import chain, islice
 from pathlib import Path
 
+from coe_megatron.checkpoint.facts import FACTS, Facts
+from coe_megatron.checkpoint.saved import generators_problem, saved_problem
 from coe_megatron.checkpoint.seal import SEAL, problem
-from coe_megatron.checkpoint.storage import refusal
-from coe_megatron.files import to_disk
-from coe_megatron.parallel.collective import am_first, from_first
+from coe_megatron.checkpoint.storage import Reader
+from coe_megatron.checkpoint.tensor_list import Listed
+from coe_megatron.errors import ConfigError, one_line
+from coe_megatron.files import kind_of, require_folder, to_disk
+from coe_megatron.parallel.collective import am_first, from_first, gathered, share
 
-_NAME = re.compile(r"step-(\d+)(\.tmp)?")
+_NAME = re.compile(r"step-([0-9]+)(\.tmp)?")
 UNFINISHED = "saving it was not finished"
 
 
@@ -29,17 +34,25 @@ def step_of(checkpoint: Path) -> int:
 
 def is_checkpoint(folder: Path) -> bool:
     """A checkpoint by its name or by its seal, whole or not."""
-    return _NAME.fullmatch(folder.name) is not None or (folder / SEAL).exists()
+    return _NAME.fullmatch(folder.name) is not None or os.path.lexists(folder / SEAL)
 
 
 def checkpoints_of(folder: Path) -> Path:
     """Where the checkpoints lie: in the folder of a run, or in this very folder."""
-    return folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    inner = folder / "checkpoints"
+    return inner if kind_of(inner, "the folder of checkpoints") == "folder" else folder
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """Checkpoints, unfinished ones among them, by falling step."""
-    found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
+    """Checkpoints, unfinished ones among them, by falling step; none of a folder that is not there.
+
+    Raises:
+        ConfigError: the folder cannot be read, or is none.
+    """
+    if kind_of(folder, "the folder of checkpoints") is None:
+        return []
+    names = os.listdir(require_folder(folder, "the folder of checkpoints"))
+    found = [folder / name for name in names if _NAME.fullmatch(name)]
     return sorted(found, key=lambda path: (step_of(path), path.name), reverse=True)
 
 
@@ -63,11 +76,43 @@ def finished(checkpoint: Path) -> bool:
     return match is None or match[2] is None
 
 
+def random_file(checkpoint: Path, rank: int) -> Path:
+    """Where the states of a rank's generators lie."""
+    return checkpoint / "random" / f"{rank:05d}.pt"
+
+
 def trouble(checkpoint: Path) -> str | None:
-    """Why a checkpoint is not to be used, None if it is whole; collective, the same answer on all ranks."""
+    """Why a checkpoint is not to be used, None if it is whole; collective, the same answer on all ranks.
+
+    All its bytes are read, and looked through for what other commands rely on: a list of files that fits them may
+    have been made by anyone.
+    """
     if not finished(checkpoint):
         return UNFINISHED
-    return problem(checkpoint) or from_first(lambda: refusal(checkpoint / "tensors"))
+    return problem(checkpoint) or _foreign(checkpoint)
+
+
+def _foreign(checkpoint: Path) -> str | None:
+    """What in the files is not as we write it."""
+    try:
+        states = from_first(lambda: _require_files(checkpoint))
+        reader = Reader(checkpoint / "tensors", from_first(lambda: Listed.read(checkpoint / "tensors")))
+    except ConfigError as error:
+        return str(error)
+    found = (reader.problem(*part) for part in share(reader.parts()))
+    also = (generators_problem(path) for path in share(states))
+    return next(iter(gathered(list(islice(filter(None, chain(found, also)), 1)))), None)
+
+
+def _require_files(checkpoint: Path) -> list[Path]:
+    """Look at what there is besides tensors; returns the files of generators' states. On one rank."""
+    facts, common = Facts.read(checkpoint), checkpoint / "tensors" / "common.pt"
+    states = sorted((checkpoint / "random").glob("*"))
+    if facts.optimizer_steps is not None and len(states) != facts.layout.ranks:
+        raise ConfigError(f"random has {len(states):,} files, and {FACTS} tells of {facts.layout.ranks:,} ranks")
+    if os.path.lexists(common) and (found := saved_problem(common, lambda saved: saved == {})):
+        raise ConfigError(found)
+    return states
 
 
 def newest_whole(folder: Path, up_to: int | None = None) -> Path | None:
@@ -80,7 +125,7 @@ def newest_whole(folder: Path, up_to: int | None = None) -> Path | None:
         None if no save was ever finished.
 
     Raises:
-        ValueError: there are finished checkpoints, and none is whole.
+        ConfigError: there are finished checkpoints, and none is whole.
     """
     damaged = []
     for checkpoint in from_first(lambda: newest_first(folder)):
@@ -92,9 +137,9 @@ def newest_whole(folder: Path, up_to: int | None = None) -> Path | None:
         if finished(checkpoint):
             damaged.append(f"{checkpoint.name}: {found}")
         if am_first():
-            print(f"checkpoint {checkpoint} is skipped: {found}", file=sys.stderr)
+            print(one_line(f"checkpoint {checkpoint} is skipped: {found}"), file=sys.stderr)
     if damaged:
-        raise ValueError(f"no checkpoint in {folder} is whole, the newest is {damaged[0]}")
+        raise ConfigError(f"no checkpoint in {folder} is whole, the newest is {damaged[0]}")
     return None
 
 
@@ -102,15 +147,15 @@ def find(source: Path) -> Path:
     """The checkpoint that is meant by a checkpoint, or by the folder of a run (the newest whole one). Collective.
 
     Raises:
-        ValueError: it is not whole, or there is none.
+        ConfigError: it is not whole, or there is none.
     """
     if from_first(lambda: is_checkpoint(source)):
         if found := trouble(source):
-            raise ValueError(f"checkpoint {source} is not whole: {found}")
+            raise ConfigError(f"checkpoint {source} is not whole: {found}")
         return source
     newest = newest_whole(from_first(lambda: checkpoints_of(source)))
     if newest is None:
-        raise ValueError(f"{source} holds no checkpoint: name one, or the folder of a run that saved one")
+        raise ConfigError(f"{source} holds no checkpoint: name one, or the folder of a run that saved one")
     return newest
 
 
@@ -119,17 +164,17 @@ def publish(partial: Path, final: Path) -> None:
     for path in (partial, *partial.rglob("*")):  # names as well, and what others wrote
         to_disk(path)
     aside = final.with_name(f".{final.name}.replaced")
-    if final.exists():
-        shutil.rmtree(aside, ignore_errors=True)
+    if os.path.lexists(final):
+        remove(aside, ignore_errors=True)
         os.rename(final, aside)
     try:
         os.rename(partial, final)
     except BaseException:
-        if aside.exists() and not final.exists():
+        if os.path.lexists(aside) and not os.path.lexists(final):
             os.rename(aside, final)
         raise
     to_disk(final.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    remove(aside, ignore_errors=True)
 
 
 def delete_between(folder: Path, first: int, last: int) -> None:
@@ -141,5 +186,14 @@ def delete_between(folder: Path, first: int, last: int) -> None:
 
 def delete(checkpoint: Path) -> None:
     """Delete a checkpoint so that at no moment a part of it passes for one."""
-    (checkpoint / SEAL).unlink(missing_ok=True)
-    shutil.rmtree(checkpoint)
+    if not checkpoint.is_symlink():
+        (checkpoint / SEAL).unlink(missing_ok=True)
+    remove(checkpoint)
+
+
+def remove(path: Path, ignore_errors: bool = False) -> None:
+    """Remove a folder with all that is in it, but of a link the link alone."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors)

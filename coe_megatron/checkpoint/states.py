@@ -16,12 +16,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.exchange_utils import determine_main_replica_uniform_distribution
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, apply_factory_merges, is_main_replica
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     distribute_main_replicas_with_precomputed_distribution,
 )
@@ -37,7 +35,9 @@ from megatron.core.dist_checkpointing.validation import determine_global_metadat
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
-from coe_megatron.checkpoint.storage import OPTIMIZER, Reader, Writer, read_list
+from coe_megatron.checkpoint.storage import OPTIMIZER, Reader, Writer, cause_of, write_for_megatron
+from coe_megatron.checkpoint.tensor_list import Listed
+from coe_megatron.errors import ConfigError
 from coe_megatron.parallel.collective import Group, from_first, gathered, together
 from coe_megatron.zero import states as zero_states
 from coe_megatron.zero.engine import Engine
@@ -47,6 +47,7 @@ Shards = dict[str, Shard]
 Random = dict[str, torch.Tensor]
 Tensors = dict[str, Any]
 _TRACKED = "tracker."
+_LONGEST_LINE = 500  # of an error
 
 
 def take_tensors(engine: Engine) -> Tensors:
@@ -74,13 +75,7 @@ def write_tensors(tensors: Tensors, folder: Path, group: Group = None) -> None:
     """
     planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
     dcp.save(tensors, storage_writer=Writer(folder), planner=planner, process_group=group)
-    together(lambda: _write_for_megatron(folder), group, first_alone=True)
-
-
-def _write_for_megatron(folder: Path) -> None:
-    """What Megatron's own way of loading looks for; ours needs neither."""
-    TorchCommonSaveStrategy("torch", 1).save_common({}, folder)
-    save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+    together(lambda: write_for_megatron(folder), group, first_alone=True)
 
 
 def load_tensors(engine: Engine, folder: Path, kinds: Sequence[str] = zero_states.KINDS) -> None:
@@ -90,9 +85,9 @@ def load_tensors(engine: Engine, folder: Path, kinds: Sequence[str] = zero_state
         kinds: which of the optimizer's states to read; fp32 master weights alone leave the moments as they are.
 
     Raises:
-        ValueError: the checkpoint holds other tensors than the model, or something that is no tensor.
+        ConfigError: the checkpoint holds other tensors than the model, or something that is no tensor.
     """
-    model, reader = engine.module, Reader(folder, from_first(lambda: read_list(folder)))
+    model, reader = engine.module, Reader(folder, from_first(lambda: Listed.read(folder)))
     with zero_states.gathered(engine):
         _refuse_other_model(_weights(model), reader)
         weights = _load(_weights(model), reader)
@@ -190,7 +185,7 @@ def _refuse_other_model(shards: Shards, reader: Reader) -> None:
     for key in sorted(held.keys() | wanted.keys()):
         if held.get(key) != wanted.get(key):
             sizes = f"{held.get(key, 'missing')} in the checkpoint and {wanted.get(key, 'missing')} in the model"
-            raise ValueError(f"checkpoint {reader.folder.parent} is of another model: {key} is {sizes}")
+            raise ConfigError(f"checkpoint {reader.folder.parent} is of another model: {key} is {sizes}")
 
 
 def _allocate(parameter: torch.nn.Parameter, _kind: str) -> torch.Tensor:
@@ -207,8 +202,8 @@ def _load(shards: Shards, reader: Reader) -> dict[str, torch.Tensor]:
         try:
             dcp.load(tensors, storage_reader=reader, planner=planner)
         except CheckpointException as error:  # it has a traceback of every rank in it
-            cause = str(next(iter(error.failures.values()))[0]).splitlines()[0]
-            raise ValueError(f"checkpoint {reader.folder.parent} cannot be read: {cause}") from error
+            cause = str(cause_of(error))[:_LONGEST_LINE]
+            raise ConfigError(f"checkpoint {reader.folder.parent} cannot be read: {cause}") from error
         parts = {key: _unwrap_pyt_sharded_tensor(tensor) for key, tensor in tensors.items()}
         return apply_factory_merges(_replace_sharded_keys_with_state_dict_keys(parts, *names), factories)
 

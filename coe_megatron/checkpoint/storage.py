@@ -1,14 +1,13 @@
 """Folders of tensors in torch's distributed format (Megatron's torch_dist), part by part and without process groups.
 
-    .metadata         every tensor's shape, type and parts, and where each part lies
+    .metadata         every tensor's shape, type and parts, and where each part lies (`tensor_list.py`)
     __R_F.distcp      parts, one after the other: file F of rank R
 
-`.metadata` is a pickle, and unpickling can run any code. It is read with the few classes that such a list is made of;
-one that asks for another is refused. That keeps out byte entries as well, which torch would unpickle without a list.
-The parts are tensors for `torch.load(weights_only=True)`.
+The parts are tensors for `torch.load(weights_only=True)`, each looked into before (`saved.py`).
 """
 
 import io
+import json
 import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -17,34 +16,31 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
-    _MEM_FORMAT_ENCODING,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
     StorageMeta,
-    TensorProperties,
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
-from torch.serialization import _get_layout
+from torch.futures import Future
 
+from coe_megatron.checkpoint.saved import SavedTensor, look_into
+from coe_megatron.checkpoint.tensor_list import Listed
+from coe_megatron.errors import ConfigError
 from coe_megatron.parallel.collective import said_by_the_disk
 
-LIST = ".metadata"
 OPTIMIZER = "optimizer."  # AdamW's states are named `optimizer.<kind>.<key of the weight>`
 MASTER = f"{OPTIMIZER}fp32_param."
-_CLASSES = (
-    ChunkStorageMetadata, Metadata, MetadataIndex, StorageMeta, TensorProperties, TensorStorageMetadata,
-    _MEM_FORMAT_ENCODING, _StorageInfo, _get_layout,
-)  # fmt: skip
-_DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
-_ALLOWED: dict[tuple[str, str], Any] = {
-    ("torch", "Size"): torch.Size,
-    **{("torch", name): dtype for name, dtype in _DTYPES.items()},
-    **{(known.__module__, known.__name__): known for known in _CLASSES},
+_LONGEST_LINE = 500  # of an error; torch explains at length
+_FOR_MEGATRON = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
 }
 Make = Callable[[str, ChunkStorageMetadata], torch.Tensor]
 Entries = Mapping[str, TensorStorageMetadata]
@@ -54,22 +50,49 @@ class Reader(dcp.FileSystemReader):
     """Reads a folder of tensors, through torch's and Megatron's own calls too; `.metadata` goes through the allow-list.
 
     Args:
-        content: of `.metadata`, where another rank has read it for all (`read_list`).
+        listed: where another rank has read it for all.
 
     Raises:
-        ValueError: `.metadata` cannot be read, or asks for more than a list of tensors needs.
+        ConfigError: `.metadata` cannot be read, asks for more than a list of tensors needs, or does not suit the files.
     """
 
-    def __init__(self, folder: Path, content: bytes | None = None) -> None:
+    def __init__(self, folder: Path, listed: Listed | None = None) -> None:
         super().__init__(folder)
         self.folder = folder
-        self._metadata = _parsed(read_list(folder) if content is None else content, folder)
+        self._metadata = (listed or Listed.read(folder)).parsed()
         self.storage_data = self._metadata.storage_data
         self.entries: dict[str, TensorStorageMetadata] = self._metadata.state_dict_metadata  # type: ignore[assignment]
 
     def read_metadata(self) -> Metadata:
         """What torch's own reader unpickles here."""
         return self._metadata
+
+    def parts(self) -> list[tuple[str, ChunkStorageMetadata]]:
+        """All that are stored."""
+        return [(key, chunk) for key, entry in self.entries.items() for chunk in entry.chunks]
+
+    def problem(self, key: str, chunk: ChunkStorageMetadata) -> str | None:
+        """Why a stored part is not what the list says, None if it is; its numbers are not read."""
+        place = self.storage_data[MetadataIndex(key, chunk.offsets)]
+        try:
+            with (self.folder / place.relative_path).open("rb") as file:
+                found = look_into(file, place.length, place.offset)
+            if found != SavedTensor(self.entries[key].properties.dtype, chunk.sizes):
+                raise ValueError("it is of another type or shape")
+        except (OSError, ValueError) as error:
+            return f"{self.folder.name}/{place.relative_path}: a part of {key} is damaged: {error}"
+        return None
+
+    def read_data(self, plan: LoadPlan, planner: dcp.LoadPlanner) -> Future[None]:
+        """What torch does, with its errors about files in one line.
+
+        Raises:
+            ConfigError: the files hold something else than was written.
+        """
+        try:
+            return super().read_data(plan, planner)
+        except (RuntimeError, pickle.UnpicklingError, OSError) as error:
+            raise ConfigError(f"a part in {self.folder} cannot be read: {error}"[:_LONGEST_LINE]) from error
 
     def part(self, key: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
         """Any part of a tensor, in whatever parts it is stored; each of those it touches is in memory once."""
@@ -102,25 +125,12 @@ class Writer(dcp.FileSystemWriter):
             raise said_by_the_disk(error) from error
 
 
-def refusal(folder: Path) -> str | None:
-    """Why the list of a folder's tensors is not read, None if it can be."""
-    try:
-        _parsed(read_list(folder), folder)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-def read_list(folder: Path) -> bytes:
-    """The content of a folder's `.metadata`.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
-    try:
-        return (folder / LIST).read_bytes()
-    except OSError as error:
-        raise ValueError(f"{folder.name}/{LIST} is no list of tensors") from error
+def write_for_megatron(folder: Path) -> None:
+    """What Megatron's own way of loading looks for beside the tensors; ours needs neither."""
+    common = io.BytesIO()
+    torch.save({}, common)
+    (folder / "common.pt").write_bytes(common.getvalue())
+    (folder / "metadata.json").write_text(json.dumps(_FOR_MEGATRON))
 
 
 def write(folder: Path, entries: Entries, make: Make, files: int = 1) -> None:
@@ -130,10 +140,24 @@ def write(folder: Path, entries: Entries, make: Make, files: int = 1) -> None:
         folder: an empty one.
         entries: shape, type and parts of every tensor.
         files: over how many files the parts are spread, evenly by size.
+
+    Raises:
+        OSError: they cannot be written.
+        Exception: what `make` raised.
     """
+    writer = Writer(folder, max(1, min(files, sum(len(entry.chunks) for entry in entries.values()))))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.save({}, storage_writer=Writer(folder, files), planner=_PartByPart(entries, make), no_dist=True)
+        try:
+            dcp.save({}, storage_writer=writer, planner=_PartByPart(entries, make), no_dist=True)
+        except CheckpointException as error:  # no Exception, and it has tracebacks in its text
+            raise cause_of(error) from error
+    write_for_megatron(folder)
+
+
+def cause_of(error: CheckpointException) -> BaseException:
+    """What went wrong on the first of the ranks where something did."""
+    return next(iter(error.failures.values()))[0]
 
 
 class _Into(dcp.DefaultLoadPlanner):
@@ -167,34 +191,3 @@ class _PartByPart(dcp.DefaultSavePlanner):
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
         assert write_item.tensor_data is not None
         return self._make(write_item.index.fqn, write_item.tensor_data.chunk)
-
-
-class _Refused(ValueError):
-    pass
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED:
-            raise _Refused(f"{module}.{name}")
-        return _ALLOWED[module, name]
-
-
-def _parsed(content: bytes, folder: Path) -> Metadata:
-    shown = f"{folder.name}/{LIST}"
-    try:
-        found = _Unpickler(io.BytesIO(content)).load()
-        _require_list(found)
-    except _Refused as error:
-        raise ValueError(f"{shown} asks for {error}, of which no list of tensors is made") from error
-    except Exception as error:  # a pickle that is none can fail in any way
-        raise ValueError(f"{shown} is no list of tensors") from error
-    return found
-
-
-def _require_list(found: Any) -> None:
-    assert type(found) is Metadata
-    assert all(type(entry) is TensorStorageMetadata for entry in found.state_dict_metadata.values())
-    for place in found.storage_data.values():
-        if Path(place.relative_path).name != place.relative_path:
-            raise _Refused(f"the file {place.relative_path}")

@@ -14,12 +14,10 @@ as if it had never stopped, on the same layout; on another one only the random n
 """
 
 import io
-import json
 import pickle
-import shutil
 import sys
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from coe_megatron.checkpoint import listing, states
 from coe_megatron.checkpoint.background import Background
+from coe_megatron.checkpoint.facts import FACTS, Facts, SavedLayout
 from coe_megatron.checkpoint.seal import SEAL, seal, write_bytes, write_text
+from coe_megatron.checkpoint.storage import cause_of
+from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.parallel.collective import Group, am_first, from_first, together
 from coe_megatron.zero import states as zero_states
 from coe_megatron.zero.engine import Engine
@@ -38,22 +39,6 @@ from coe_megatron.zero.engine import Engine
 
 class NotSaved(Exception):
     """A checkpoint could not be written, on one rank at least; those before it are as they were."""
-
-
-@dataclass(frozen=True)
-class SavedLayout:
-    """How the ranks that saved divided the work; any other can load."""
-
-    ranks: int
-    tensor: int
-    pipeline: int
-    expert: int
-    expert_tensor: int
-    zero_stage: int
-
-    def has_ranks_of(self, other: "SavedLayout") -> bool:
-        """Whether each rank is there to do the same: any ZeRO stage draws the same random numbers."""
-        return replace(self, zero_stage=other.zero_stage) == other
 
 
 def save(
@@ -108,12 +93,12 @@ def load_latest(folder: Path, engine: Engine) -> dict[str, Any] | None:
         The `state` that was saved with it; None if no save was ever finished.
 
     Raises:
-        ValueError: there are checkpoints, but none is whole; or the newest whole one is of another model.
+        ConfigError: there are checkpoints, but none is whole; or the newest whole one is of another model.
     """
     try:
         checkpoint = listing.newest_whole(folder)
-    except ValueError as error:
-        raise ValueError(f"{error}: choose another output, or delete that folder to begin anew") from error
+    except ConfigError as error:
+        raise ConfigError(f"{error}: choose another output, or delete that folder to begin anew") from error
     if checkpoint is not None:
         return load(checkpoint, engine)
     if am_first() and listing.newest_first(folder):
@@ -125,16 +110,16 @@ def load(checkpoint: Path, engine: Engine) -> dict[str, Any]:
     """Take up one whole checkpoint: weights, optimizer states, generators; returns the `state` saved with it.
 
     Raises:
-        ValueError: it is of another model, or holds weights alone.
+        ConfigError: it is of another model, or holds weights alone.
     """
-    facts = from_first(lambda: _facts(checkpoint))
-    if facts["optimizer_steps"] is None:
-        raise ValueError(f"checkpoint {checkpoint} holds weights alone: begin a run with it as training.warm_start")
+    facts = from_first(lambda: Facts.read(checkpoint))
+    if facts.optimizer_steps is None:
+        raise ConfigError(f"checkpoint {checkpoint} holds weights alone: begin a run with it as training.warm_start")
     states.load_tensors(engine, checkpoint / "tensors")
-    zero_states.set_steps(engine, facts["optimizer_steps"])
-    if SavedLayout(**facts["layout"]).has_ranks_of(_layout(engine)):  # else no rank's generators suit one that saved
-        states.set_random_states(_read_random(_random_file(checkpoint, dist.get_rank())))
-    return facts["state"]
+    zero_states.set_steps(engine, facts.optimizer_steps)
+    if facts.layout.has_ranks_of(_layout(engine)):  # else no rank's generators suit one that saved
+        _set_random_states(listing.random_file(checkpoint, dist.get_rank()))
+    return facts.state
 
 
 def load_weights(source: Path, engine: Engine) -> tuple[Path, dict[str, Any]]:
@@ -147,11 +132,11 @@ def load_weights(source: Path, engine: Engine) -> tuple[Path, dict[str, Any]]:
         The checkpoint's folder, and the `state` that was saved with it.
 
     Raises:
-        ValueError: there is no whole checkpoint, or it is of another model.
+        ConfigError: there is no whole checkpoint, or it is of another model.
     """
     checkpoint = listing.find(source)
     states.load_tensors(engine, checkpoint / "tensors", kinds=(zero_states.MASTER,))
-    return checkpoint, from_first(lambda: _facts(checkpoint))["state"]
+    return checkpoint, from_first(lambda: Facts.read(checkpoint)).state
 
 
 @dataclass(frozen=True)
@@ -160,13 +145,13 @@ class _Snapshot:
 
     tensors: states.Tensors
     random: bytes
-    facts: dict[str, Any]
+    facts: Facts
 
     @classmethod
     def take(cls, engine: Engine, state: dict[str, Any]) -> "_Snapshot":
         random = io.BytesIO()
         torch.save(states.random_states(), random)
-        facts = {"layout": asdict(_layout(engine)), "optimizer_steps": zero_states.steps(engine), "state": state}
+        facts = Facts(_layout(engine), zero_states.steps(engine), state)
         return cls(states.take_tensors(engine), random.getvalue(), facts)
 
 
@@ -189,35 +174,27 @@ def _unless_not_saved(final: Path, write: Callable[..., None], *group: Group) ->
     try:
         write(*group)
     except (CheckpointException, OSError) as error:
-        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        cause = cause_of(error) if isinstance(error, CheckpointException) else error
         if am_first():
-            shutil.rmtree(_partial(final), ignore_errors=True)
-        raise NotSaved(f"checkpoint {final} could not be saved: {cause}") from error
+            listing.remove(_partial(final), ignore_errors=True)
+        raise NotSaved(one_line(f"checkpoint {final} could not be saved: {cause}")) from error
 
 
 def _write(snapshot: _Snapshot, final: Path, group: Group) -> None:
     partial = _partial(final)
     together(lambda: _make_empty(partial), group, first_alone=True)
     states.write_tensors(snapshot.tensors, partial / "tensors", group)
-    together(lambda: write_bytes(_random_file(partial, dist.get_rank()), snapshot.random), group)
-    together(lambda: write_text(partial / "state.json", json.dumps(snapshot.facts, indent=1)), group, first_alone=True)
+    together(lambda: write_bytes(listing.random_file(partial, dist.get_rank()), snapshot.random), group)
+    together(lambda: write_text(partial / FACTS, snapshot.facts.as_json()), group, first_alone=True)
     seal(partial, group)
     together(lambda: listing.publish(partial, final), group, first_alone=True)
 
 
-def _facts(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / "state.json").read_text())
-
-
-def _read_random(path: Path) -> states.Random:
+def _set_random_states(path: Path) -> None:
     try:
-        return torch.load(path, weights_only=True)
-    except pickle.UnpicklingError as error:  # torch's explanation is a page long
-        raise ValueError(f"random/{path.name} of checkpoint {path.parents[1]} holds more than tensors") from error
-
-
-def _random_file(folder: Path, rank: int) -> Path:
-    return folder / "random" / f"{rank:05d}.pt"
+        states.set_random_states(torch.load(path, map_location="cpu", weights_only=True))
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:  # of a file that was looked into before
+        raise ConfigError(f"random/{path.name} of checkpoint {path.parents[1]} cannot be used: {error}") from error
 
 
 def _partial(final: Path) -> Path:
@@ -226,7 +203,7 @@ def _partial(final: Path) -> Path:
 
 def _make_empty(partial: Path) -> None:
     for unfinished in listing.unfinished(partial.parent):  # they only take room: no two runs write into one folder
-        shutil.rmtree(unfinished, ignore_errors=True)
+        listing.remove(unfinished, ignore_errors=True)
     for part in ("tensors", "random"):
         (partial / part).mkdir(parents=True)
 

@@ -4,12 +4,12 @@ What is made is sealed like any other checkpoint, appears under its name at once
 were saved in: no more than one part of each is in memory.
 """
 
-import json
+import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,13 @@ import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from coe_megatron.checkpoint import listing, storage
-from coe_megatron.checkpoint.seal import SEAL, seal, write_text
+from coe_megatron.checkpoint.facts import FACTS, Facts
+from coe_megatron.checkpoint.seal import SEAL, listed, seal, write_text
 from coe_megatron.checkpoint.storage import MASTER, OPTIMIZER, Entries, Reader
+from coe_megatron.errors import ConfigError, one_line
+from coe_megatron.files import require_writable
 
-_FOR_MEGATRON = ("common.pt", "metadata.json")  # equal in all checkpoints
+_LONGEST_SUFFIX = len("..replaced")  # that the name of a checkpoint gets while it is made
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Contents:
     """What a checkpoint holds; `facts` is what the run that saved it noted."""
 
     checkpoint: Path
-    facts: dict[str, Any]
+    facts: Facts
     age_seconds: float
     files: int
     bytes: int
@@ -47,24 +50,24 @@ class Contents:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
-        return {**asdict(self), "checkpoint": str(self.checkpoint)}
+        return {**asdict(self), "checkpoint": str(self.checkpoint), "facts": self.facts.as_dict()}
 
     def table(self) -> str:
         """For a person: the optimizer's states, shaped like the weights, are not listed one by one."""
         weights = {key: tensor for key, tensor in self.tensors.items() if not key.startswith(OPTIMIZER)}
-        state, layout, made_of = self.facts["state"], self.facts["layout"], self.facts.get("made_of")
-        whole = self.facts["optimizer_steps"] is not None
+        state, made_of = self.facts.state, self.facts.made_of
+        whole = self.facts.optimizer_steps is not None
         rows = {
             "checkpoint": self.checkpoint,
             "step": f"{state.get('step', 0):,}, after {state.get('tokens', 0):,} tokens",
             "age": _duration(self.age_seconds),
-            "saved from": ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in layout.items()),
+            "saved from": ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in asdict(self.facts.layout).items()),
             **({"made of": ", ".join(made_of)} if made_of else {}),
             "parameters": f"{self.parameters:,}, with " + ("AdamW's states" if whole else "fp32 masters alone"),
             "size": f"{self.bytes / 1e6:,.1f} MB in {self.files} files",
         }
-        width = max(map(len, weights))
-        lines = [f"{name:<12}{value}" for name, value in rows.items()]
+        width = max(map(len, weights), default=0)
+        lines = [one_line(f"{name:<12}{value}") for name, value in rows.items()]
         return "\n".join([*lines, "", *(_row(key, tensor, width) for key, tensor in sorted(weights.items()))])
 
 
@@ -72,19 +75,26 @@ def inspect(source: Path) -> Contents:
     """What a checkpoint holds, or the newest finished one of a run's folder; its files are not verified.
 
     Raises:
-        ValueError: there is none, or it cannot be read.
+        ConfigError: there is none, or it cannot be read.
     """
     checkpoint = source
     if not listing.is_checkpoint(source):
         finished = [found for found in _listed(source) if listing.finished(found)]
         if not finished:
-            raise ValueError(f"{source} holds no finished checkpoint")
+            raise ConfigError(f"{source} holds no finished checkpoint")
         checkpoint = finished[0]
-    entries = Reader(checkpoint / "tensors").entries
-    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    try:
+        return _contents(checkpoint)
+    except ConfigError as error:
+        raise ConfigError(f"checkpoint {checkpoint} is damaged: {error}") from error
+
+
+def _contents(checkpoint: Path) -> Contents:
+    files = [checkpoint / name for name in (*listed(checkpoint), SEAL)]
+    facts, entries = Facts.read(checkpoint), Reader(checkpoint / "tensors").entries
     return Contents(
         checkpoint,
-        _facts(checkpoint),
+        facts,
         age_seconds=time.time() - (checkpoint / SEAL).stat().st_mtime,
         files=len(files),
         bytes=sum(path.stat().st_size for path in files),
@@ -100,7 +110,7 @@ def verify(source: Path) -> Iterator[tuple[Path, str | None]]:
     """One checkpoint, or all of a run's folder from the newest on, each with what is wrong with it (None if whole).
 
     Raises:
-        ValueError: there is none.
+        ConfigError: there is none.
     """
     for checkpoint in [source] if listing.is_checkpoint(source) else _listed(source):
         yield checkpoint, listing.trouble(checkpoint)
@@ -110,15 +120,17 @@ def reshard(source: Path, out: Path, files: int = 1, weights_only: bool = False,
     """Write a checkpoint anew, its tensors in `files` files; with `weights_only` without AdamW's moments.
 
     Raises:
-        ValueError: `source` is no whole checkpoint; or `out` exists, and `overwrite` is not asked for or it is none.
+        ConfigError: `source` is no whole checkpoint; `out` exists, and `overwrite` is not asked for or it is none; or
+            it cannot be written.
     """
     checkpoint = listing.find(source)
-    reader, facts = Reader(checkpoint / "tensors"), _facts(checkpoint)
-    with _making(out, overwrite) as folder:
-        _copy_rest(checkpoint, folder, with_random=not weights_only)
+    reader, facts = Reader(checkpoint / "tensors"), Facts.read(checkpoint)
+    with _making(out, overwrite, [checkpoint]) as folder:
         if weights_only:
-            facts = {**facts, "optimizer_steps": None, "made_of": [checkpoint.name]}
-        write_text(folder / "state.json", json.dumps(facts, indent=1))
+            facts = replace(facts, optimizer_steps=None, made_of=[checkpoint.name])
+        else:
+            _copy_random(checkpoint, folder)
+        write_text(folder / FACTS, facts.as_json())
         entries = _without_moments(reader.entries) if weights_only else reader.entries
         storage.write(folder / "tensors", entries, reader.part, files)
     return out
@@ -131,18 +143,18 @@ def average(sources: Sequence[Path], out: Path, overwrite: bool = False) -> Path
     are those of the newest.
 
     Raises:
-        ValueError: fewer than two, not all whole, of different models or tokenizers; or `out` as in `reshard`.
+        ConfigError: fewer than two, not all whole, of different models or tokenizers; or `out` as in `reshard`.
     """
     if len(sources) < 2:
-        raise ValueError(f"{len(sources)} checkpoint given: a mean needs two")
-    checkpoints = sorted(map(listing.find, sources), key=lambda found: _facts(found)["state"].get("step", 0))
+        raise ConfigError(f"{len(sources)} checkpoint given: a mean needs two")
+    found = [(checkpoint, Facts.read(checkpoint)) for checkpoint in map(listing.find, sources)]
+    found.sort(key=lambda each: each[1].state.get("step", 0))
+    checkpoints, (*_, facts) = zip(*found, strict=True)
     readers = [Reader(checkpoint / "tensors") for checkpoint in checkpoints]
-    _require_alike(checkpoints, readers)
-    newest, facts = checkpoints[-1], _facts(checkpoints[-1])
-    with _making(out, overwrite) as folder:
-        _copy_rest(newest, folder, with_random=False)
-        facts = {**facts, "optimizer_steps": None, "made_of": [checkpoint.name for checkpoint in checkpoints]}
-        write_text(folder / "state.json", json.dumps(facts, indent=1))
+    _require_alike(found, readers)
+    with _making(out, overwrite, checkpoints) as folder:
+        facts = replace(facts, optimizer_steps=None, made_of=[checkpoint.name for checkpoint in checkpoints])
+        write_text(folder / FACTS, facts.as_json())
         storage.write(folder / "tensors", _without_moments(readers[-1].entries), partial(_mean, readers))
     return out
 
@@ -151,40 +163,33 @@ def newest(folder: Path, count: int) -> list[Path]:
     """The newest `count` checkpoints of a run's folder.
 
     Raises:
-        ValueError: there are fewer, or one of them is not whole.
+        ConfigError: there are fewer, or one of them is not whole.
     """
     finished = [checkpoint for checkpoint in _listed(folder) if listing.finished(checkpoint)]
     if len(finished) < count:
-        raise ValueError(f"{folder} holds {len(finished)} finished checkpoints, and {count} are asked for")
+        raise ConfigError(f"{folder} holds {len(finished)} finished checkpoints, and {count} are asked for")
     return [listing.find(checkpoint) for checkpoint in finished[:count]]
 
 
 def _listed(source: Path) -> list[Path]:
     if found := listing.newest_first(listing.checkpoints_of(source)):
         return found
-    raise ValueError(f"{source} holds no checkpoint: name one, or the folder of a run that saved one")
-
-
-def _facts(checkpoint: Path) -> dict[str, Any]:
-    try:
-        return json.loads((checkpoint / "state.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"state.json of checkpoint {checkpoint} cannot be read") from error
+    raise ConfigError(f"{source} holds no checkpoint: name one, or the folder of a run that saved one")
 
 
 def _without_moments(entries: Entries) -> Entries:
     return {key: entry for key, entry in entries.items() if key.startswith(MASTER) or not key.startswith(OPTIMIZER)}
 
 
-def _require_alike(checkpoints: Sequence[Path], readers: Sequence[Reader]) -> None:
+def _require_alike(found: Sequence[tuple[Path, Facts]], readers: Sequence[Reader]) -> None:
     model, tokenizer = (
         [{key: entry.size for key, entry in _without_moments(reader.entries).items()} for reader in readers],
-        [_facts(checkpoint)["state"].get("tokenizer") for checkpoint in checkpoints],
+        [facts.state.get("tokenizer") for _, facts in found],
     )
     for what, held in (("model", model), ("tokenizer", tokenizer)):
-        for checkpoint, its in zip(checkpoints, held, strict=True):
+        for (checkpoint, _), its in zip(found, held, strict=True):
             if its != held[-1]:
-                raise ValueError(f"{checkpoint} is of another {what} than {checkpoints[-1]}: a mean makes no sense")
+                raise ConfigError(f"{checkpoint} is of another {what} than {found[-1][0]}: a mean makes no sense")
 
 
 def _mean(readers: Sequence[Reader], key: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
@@ -200,30 +205,45 @@ def _mean(readers: Sequence[Reader], key: str, chunk: ChunkStorageMetadata) -> t
     return (total / len(readers)).to(dtype).to(newest.entries[key].properties.dtype)
 
 
-def _copy_rest(checkpoint: Path, folder: Path, with_random: bool) -> None:
-    for name in _FOR_MEGATRON:
-        shutil.copyfile(checkpoint / "tensors" / name, folder / "tensors" / name)
-    if with_random and (checkpoint / "random").is_dir():
-        shutil.copytree(checkpoint / "random", folder / "random")
+def _copy_random(checkpoint: Path, folder: Path) -> None:
+    """The files of generators' states that the checkpoint lists, all of them plain files."""
+    for name in listed(checkpoint):
+        if name.startswith("random/"):
+            (folder / "random").mkdir(exist_ok=True)
+            shutil.copyfile(checkpoint / name, folder / name, follow_symlinks=False)
 
 
 @contextmanager
-def _making(out: Path, overwrite: bool) -> Iterator[Path]:
+def _making(out: Path, overwrite: bool, sources: Sequence[Path]) -> Iterator[Path]:
     """A folder to fill, which is then sealed and takes the name `out`; of an attempt that fails nothing is left."""
-    if out.exists() and not overwrite:
-        raise ValueError(f"{out} exists: name another folder, or give --overwrite")
-    if out.exists() and not listing.is_checkpoint(out):
-        raise ValueError(f"{out} is no checkpoint, and is not replaced by one: name another folder")
+    _require_out(out, overwrite, sources)
     folder = out.absolute().with_name(f".{out.absolute().name}.partial")
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / "tensors").mkdir(parents=True)
     try:
-        yield folder
-        seal(folder)
-        listing.publish(folder, out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        try:
+            listing.remove(folder, ignore_errors=True)
+            (folder / "tensors").mkdir(parents=True)
+            yield folder
+            seal(folder)
+            listing.publish(folder, out)
+        except BaseException:
+            listing.remove(folder, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise ConfigError(f"{out} could not be written: {error}") from error
+
+
+def _require_out(out: Path, overwrite: bool, sources: Sequence[Path]) -> None:
+    """Where a checkpoint may be written: nothing is lost there, and no checkpoint that is read has it inside."""
+    require_writable(out, "OUT", "folder", spare=_LONGEST_SUFFIX)
+    if os.path.lexists(out):
+        if not overwrite:
+            raise ConfigError(f"{out} exists: name another folder, or give --overwrite")
+        if out.is_symlink() or not listing.is_checkpoint(out):
+            raise ConfigError(f"{out} is no checkpoint, and is not replaced by one: name another folder")
+    place = out.resolve()
+    for source in (source.resolve() for source in sources):
+        if place != source and (place in source.parents or source in place.parents):
+            raise ConfigError(f"{out} and the checkpoint {source} lie in one another: name another folder")
 
 
 def _row(key: str, tensor: Tensor, width: int) -> str:

@@ -11,6 +11,7 @@ from coe_megatron.checkpoint import listing, store
 from coe_megatron.checkpoint.background import Background
 from coe_megatron.config import RunConfig
 from coe_megatron.data.run_data import RunData
+from coe_megatron.errors import ConfigError
 from coe_megatron.parallel.collective import am_first, from_first, shared, together
 from coe_megatron.training import room, run_folder
 from coe_megatron.zero.engine import Engine
@@ -43,7 +44,13 @@ class Position:
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> "Position":
-        """What a checkpoint holds of it."""
+        """What a checkpoint holds of it (`checkpoint.facts` has looked at the types).
+
+        Raises:
+            ConfigError: something is missing.
+        """
+        if missing := [each.name for each in fields(cls) if each.name not in state]:
+            raise ConfigError(f"state.json of a checkpoint does not say where the run stood: {missing[0]} is missing")
         return cls(**{each.name: state[each.name] for each in fields(cls)})
 
 
@@ -81,10 +88,11 @@ class Checkpoints:
         remark = from_first(self._same_run)
         state = store.load_latest(self._folder, self._engine)
         if state is not None:
+            position = Position.of(state)
             self._require_same(state, ("tokenizer", "text"), f"the checkpoints in {self._run}")
-            self._require_steps(state["step"])
-            self._damaged = listing.steps_beyond(self._folder, state["step"])
-            return Position.of(state), self._resumed(state["step"], remark)
+            self._require_steps(position.step)
+            self._damaged = listing.steps_beyond(self._folder, position.step)
+            return position, self._resumed(position.step, remark)
         if self._config.training.warm_start is not None:
             return Position(), self._warm_start(Path(self._config.training.warm_start))
         return Position(), ""
@@ -218,19 +226,19 @@ class Checkpoints:
     def _warm_start(self, source: Path) -> str:
         try:
             checkpoint, state = store.load_weights(source, self._engine)
-        except ValueError as error:
-            raise ValueError(f"training.warm_start is {source}: {error}") from error
+        except ConfigError as error:
+            raise ConfigError(f"training.warm_start is {source}: {error}") from error
         self._require_same(state, ("tokenizer",), f"training.warm_start {source}")
-        return f"begins with the weights of {checkpoint}, after {state['tokens']:,} tokens"
+        return f"begins with the weights of {checkpoint}, after {state.get('tokens', 0):,} tokens"
 
     def _require_same(self, state: dict[str, Any], kinds: tuple[str, ...], whose: str) -> None:
         setting = "data.path" if self._config.data.blend is None else "data.blend"
         for kind in kinds:
-            if state[kind] != self._identity[kind]:
-                raise ValueError(f"{setting} has {_ANOTHER[kind]} than {whose}: give the data these were trained on")
+            if state.get(kind) != self._identity[kind]:
+                raise ConfigError(f"{setting} has {_ANOTHER[kind]} than {whose}: give the data these were trained on")
 
     def _require_steps(self, done: int) -> None:
         if (steps := self._config.training.steps) < done:
-            raise ValueError(
+            raise ConfigError(
                 f"training.steps is {steps}: the run in {self._run} has done {done}; give as many or another output"
             )

@@ -1,0 +1,99 @@
+"""`state.json` of a checkpoint: the layout that saved, and where the run stands in the training loop's own words."""
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from coe_megatron.errors import ConfigError
+from coe_megatron.files import read_limited
+from coe_megatron.parsing import parse_json
+
+FACTS = "state.json"
+_MOST_BYTES = 1 << 20
+Count: TypeAlias = Annotated[int, Field(strict=True, ge=0, le=2**53)]
+_Size: TypeAlias = Annotated[int, Field(strict=True, ge=1, le=2**31)]
+_Text: TypeAlias = Annotated[str, Field(strict=True)]
+_Loss: TypeAlias = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True)
+class _State:
+    """Types of what is known of the training loop's words: `training.continuation.Position`, and the tokenizer."""
+
+    step: Count = 0
+    tokens: Count = 0
+    left_out: Count = 0
+    in_a_row: list[_Loss | None] = field(default_factory=list)
+    losses: list[_Loss] = field(default_factory=list)
+    passed_over: Count = 0
+    rolled_back: list[dict[_Text, Any]] = field(default_factory=list)
+    tokenizer: _Text = ""
+
+
+@dataclass(frozen=True)
+class SavedLayout:
+    """How the ranks that saved divided the work; any other can load."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    ranks: _Size
+    tensor: _Size
+    pipeline: _Size
+    expert: _Size
+    expert_tensor: _Size
+    zero_stage: Annotated[int, Field(strict=True, ge=0, le=3)]
+
+    def has_ranks_of(self, other: "SavedLayout") -> bool:
+        """Whether each rank is there to do the same: any ZeRO stage draws the same random numbers."""
+        return replace(self, zero_stage=other.zero_stage) == other
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All of it.
+
+    Attributes:
+        optimizer_steps: that AdamW has taken; None where its moments are not there.
+        state: of the training loop.
+        made_of: names of the checkpoints that this one was made of, without a run.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    layout: SavedLayout
+    optimizer_steps: Count | None
+    state: dict[_Text, Any]
+    made_of: list[_Text] | None = None
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> "Facts":
+        """Of a checkpoint.
+
+        Raises:
+            ConfigError: they cannot be read, or are of another shape.
+        """
+        content = read_limited(checkpoint / FACTS, FACTS, _MOST_BYTES)
+        try:
+            found = _FACTS.validate_python(parse_json(content))
+            _STATE.validate_python(found.state)
+            return found
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+            place, wanted = ".".join(map(str, first["loc"]))[:100], first["msg"].lower().partition(" or an instance")[0]
+            raise ConfigError(f"{FACTS} is of another shape: {place or 'all of it'}: {wanted}") from None
+        except ValueError as error:
+            raise ConfigError(f"{FACTS} cannot be read: {error}") from None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {name: value for name, value in asdict(self).items() if name != "made_of" or value is not None}
+
+    def as_json(self) -> str:
+        """The file's content."""
+        return json.dumps(self.as_dict(), indent=1)
+
+
+_FACTS, _STATE = TypeAdapter(Facts), TypeAdapter(_State)
