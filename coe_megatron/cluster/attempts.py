@@ -18,6 +18,7 @@ _WHY_NOT = {
     ExitStatus.MISTAKE: "a mistake in config or data would come again",
     ExitStatus.DIVERGED: "the loss has diverged: a person decides",
     ExitStatus.NOT_SAVED: "a checkpoint could not be written: a person makes room",
+    ExitStatus.OUTPUT_LOST: "the output folder was removed or moved: a person moves it back",
     ExitStatus.INTERRUPTED: "it was interrupted from the keyboard",
 }
 
