@@ -1,30 +1,35 @@
 """Which checkpoints a folder holds, and which of them are whole. Without process groups this process is alone."""
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
 
-from coe_megatron.checkpoint import names
-from coe_megatron.checkpoint.names import name_of as name_of
 from coe_megatron.checkpoint.seal import SEAL, problem
 from coe_megatron.checkpoint.storage import refusal
 from coe_megatron.files import to_disk
 from coe_megatron.parallel.collective import am_first, from_first
 
+_NAME = re.compile(r"step-(\d+)(\.tmp)?")
 UNFINISHED = "saving it was not finished"
+
+
+def name_of(step: int) -> str:
+    """The name of a checkpoint's folder."""
+    return f"step-{step:08d}"
 
 
 def step_of(checkpoint: Path) -> int:
     """The step in a checkpoint's name."""
-    step = names.step_of(checkpoint.name)
-    assert step is not None, checkpoint
-    return step
+    match = _NAME.fullmatch(checkpoint.name)
+    assert match is not None, checkpoint
+    return int(match[1])
 
 
 def is_checkpoint(folder: Path) -> bool:
     """A checkpoint by its name or by its seal, whole or not."""
-    return names.step_of(folder.name) is not None or (folder / SEAL).exists()
+    return _NAME.fullmatch(folder.name) is not None or (folder / SEAL).exists()
 
 
 def checkpoints_of(folder: Path) -> Path:
@@ -34,7 +39,7 @@ def checkpoints_of(folder: Path) -> Path:
 
 def newest_first(folder: Path) -> list[Path]:
     """Checkpoints, unfinished ones among them, by falling step."""
-    found = [path for path in folder.glob("step-*") if names.step_of(path.name) is not None]
+    found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: (step_of(path), path.name), reverse=True)
 
 
@@ -54,7 +59,8 @@ def unfinished(folder: Path) -> list[Path]:
 
 def finished(checkpoint: Path) -> bool:
     """It got its name, so that all of it was there once."""
-    return names.is_finished(checkpoint.name) or names.step_of(checkpoint.name) is None
+    match = _NAME.fullmatch(checkpoint.name)
+    return match is None or match[2] is None
 
 
 def trouble(checkpoint: Path) -> str | None:

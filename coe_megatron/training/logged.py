@@ -10,8 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from coe_megatron.files import kind_of, require_file, set_aside, write_atomically
-from coe_megatron.parsing import parse_json
-from coe_megatron.training.run_record import explain
+from coe_megatron.parsing import first_of, parse_json
 
 _LONGEST_LINE = 1 << 28  # bytes; the last line of a run with many experts holds N x N numbers for each router
 _Number = FiniteFloat | None
@@ -104,7 +103,7 @@ def parse_line(line: bytes) -> dict[str, Any]:
     try:
         _Line.model_validate(values)
     except ValidationError as error:
-        raise ValueError(explain(error)) from None
+        raise ValueError(first_of(error)) from None
     return values
 
 

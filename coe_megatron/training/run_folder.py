@@ -8,7 +8,7 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -76,7 +76,7 @@ class Outcome:
 
     folder: Path
     facts: Mapping[str, Any]
-    evaluations: list[Mapping[str, Any]]
+    evaluations: Sequence[Mapping[str, Any]]
     checkpoint: Path | None
     picture: Path | None
 
