@@ -47,7 +47,7 @@ def attempt(config: RunConfig, before_step: Callable[[Pretraining, int], None] =
     torch.manual_seed(config.training.seed)
     model_parallel_cuda_manual_seed(config.training.seed)
     folder, main = Path(config.output), torch.distributed.get_rank() == 0
-    output = run_folder.begin(folder, config) if main else None
+    output = run_folder.begin(config) if main else None
     interruption = Interruption()
     try:
         run = Pretraining(config, torch.device("cpu"), interruption, HangWatch(folder, 0, None, _nothing), 0, output)

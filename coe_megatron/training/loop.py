@@ -91,7 +91,7 @@ def train(
             stack.callback(interruption.forget)
         watch = stack.enter_context(HangWatch(Path(config.output) / "stacks", ranks.rank, limit, last_word))
         device = groups.start(config.parallel, config.training.seed, ranks, collective_timeout(limit), store)
-        with _at_rank_0(lambda: run_folder.begin(Path(config.output), config, ranks.logs)) or nullcontext() as output:
+        with _at_rank_0(lambda: run_folder.begin(config, ranks.logs)) or nullcontext() as output:
             outcome = _attempt(config, ranks, device, interruption, watch, output)
         groups.stop()
     return outcome

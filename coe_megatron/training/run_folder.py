@@ -109,8 +109,8 @@ class Outcome:
         }
 
 
-def begin(folder: Path, config: RunConfig, logs: Path | None = None) -> "RunFolder":
-    """Make the folder, lock it and note this attempt in run.json, before anything costs time.
+def begin(config: RunConfig, logs: Path | None = None) -> "RunFolder":
+    """Make the output folder, lock it and note this attempt in run.json, before anything costs time.
 
     Args:
         logs: where whoever started this rank keeps its logs.
@@ -119,6 +119,7 @@ def begin(folder: Path, config: RunConfig, logs: Path | None = None) -> "RunFold
         ConfigError: the folder cannot be made or written.
         FolderInUse: another run has locked it; its files stay as they are.
     """
+    folder = Path(config.output)
     require_output(config)
     made = not folder.exists()
     try:
@@ -127,7 +128,7 @@ def begin(folder: Path, config: RunConfig, logs: Path | None = None) -> "RunFold
     except OSError as error:
         raise _unusable(folder, error) from error
     try:
-        return RunFolder(folder, config, lock, _attempt(logs), made)
+        return RunFolder(config, lock, _attempt(logs), made)
     except BaseException as error:
         lock.close()
         if isinstance(error, OSError):
@@ -146,8 +147,8 @@ class RunFolder:
         made: the folder was not there before.
     """
 
-    def __init__(self, folder: Path, config: RunConfig, lock: TextIO, attempt: dict[str, Any], made: bool) -> None:
-        self.path, self._lock, self._made = folder, lock, made
+    def __init__(self, config: RunConfig, lock: TextIO, attempt: dict[str, Any], made: bool) -> None:
+        self.path, self._lock, self._made = Path(config.output), lock, made
         self._new = set[str]()  # files that were not there before
         self._record = self._read()
         attempts = [{**old, "outcome": _DIED} if old["outcome"] == "running" else old for old in self._attempts]
@@ -157,7 +158,7 @@ class RunFolder:
         self._untouched = finished and max(self._steps(), default=-1) >= config.training.steps
         if not self._untouched:
             self._replace(RECORD, self._as_json())
-        if not (folder / CHECKPOINTS).exists():  # otherwise the checkpoints' config stays until it is compared
+        if not (self.path / CHECKPOINTS).exists():  # otherwise the checkpoints' config stays until it is compared
             self._has_config()
             self._replace(CONFIG, dump(config))
 

@@ -1,25 +1,14 @@
 """What run.json holds of a run, read back: its shape is checked before anybody relies on it. Without torch."""
 
-from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, FiniteFloat, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, FiniteFloat, NonNegativeInt, ValidationError
 
 from coe_megatron.files import kind_of, read_limited
 from coe_megatron.parsing import JSON_BYTES, first_of, parse_json
 
 NAME = "run.json"
-
-
-def _moment(text: str) -> str:
-    """An ISO 8601 time with its offset, which alone can be compared with others."""
-    if datetime.fromisoformat(text).tzinfo is None:
-        raise ValueError("has no time zone")
-    return text
-
-
-Moment = Annotated[str, AfterValidator(_moment)]
 
 
 class _Strict(BaseModel):
@@ -30,8 +19,8 @@ class _Strict(BaseModel):
 
 class _Attempt(_Strict):
     outcome: str
-    began: Moment | None = None
-    ended: Moment | None = None
+    began: str | None = None
+    ended: str | None = None
     host: str | None = None
     log: str | None = None
 
