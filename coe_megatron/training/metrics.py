@@ -124,19 +124,19 @@ class JsonLines:
     """A file with an object a line, each on the disk when `write` returns."""
 
     def __init__(self, path: Path, first_step: int) -> None:
-        self._path, self._there = path, path.exists()
+        self._path = path
         if first_step:
             self.go_back(first_step)
         elif path.exists():
             path.replace(path.with_name(PREVIOUS_METRICS))
-            self._there = False
+        if not path.exists():
+            path.touch()
 
     def write(self, values: Values) -> None:
         line = (json.dumps(_finite(values), allow_nan=False) + "\n").encode()
-        if self._there and not self._path.exists() and self._path.parent.exists():
+        if not self._path.exists() and self._path.parent.exists():
             print(f"{self._path} was removed: it begins anew with step {values['step']}", file=sys.stderr)
         _append(self._path, line)
-        self._there = True
 
     def go_back(self, step: int) -> None:
         mend_metrics(self._path, up_to=step)

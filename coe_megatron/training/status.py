@@ -11,11 +11,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
+from coe_megatron.config.load import read
 from coe_megatron.errors import one_line
-from coe_megatron.files import read_limited, require_file
-from coe_megatron.parsing import CONFIG_BYTES, check_yaml
+from coe_megatron.files import require_file
 from coe_megatron.training import folder_lock
 from coe_megatron.training.logged import parse_line
 from coe_megatron.training.output_check import CONFIG, METRICS, RECORD
@@ -32,7 +31,7 @@ _COLUMNS = {
     "rolled back": str.rjust,
     "log": str.ljust,
 }
-_LAST_MOMENT = datetime.max.replace(tzinfo=UTC).timestamp() // 1
+_LAST_MOMENT = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC).timestamp()
 _STATES = {"waiting", "running", "finished", "interrupted", "failed", "died"}
 _LONG = 1e9  # from here on a number is shown with its exponent
 _WHERE_ANY = "rolled back"  # a column that is there when a run has something to say in it
@@ -92,7 +91,7 @@ def status(folder: Path, now: float) -> Status:
     except ValueError:
         return Status(str(folder), "unreadable")
     if not (attempts := record.get("attempts")):
-        return Status(str(folder), "unreadable" if record else "no run")
+        return Status(str(folder), "unreadable" if (folder / RECORD).exists() else "no run")
     attempt, training = attempts[-1], _training(folder / CONFIG)
     newest, evaluated = _last_steps(folder / METRICS)
     logged = _written(folder / METRICS)
@@ -208,10 +207,8 @@ def _lines_from_the_end(path: Path) -> Iterator[bytes]:
 def _training(path: Path) -> dict[str, int]:
     """Of the section `training` of a config `steps` and `log_every`; those that cannot be read are not there."""
     try:
-        text = read_limited(path, path.name, CONFIG_BYTES).decode()
-        check_yaml(text)
-        section = dict(OmegaConf.select(OmegaConf.create(text), "training"))
-    except (ValueError, TypeError, YAMLError, OmegaConfBaseException):
+        section = dict(OmegaConf.select(read(path), "training"))
+    except (ValueError, TypeError, OmegaConfBaseException):
         return {}
     names = ("steps", "log_every")
     return {name: section[name] for name in names if type(section.get(name)) is int and 0 < section[name] < _LONG}

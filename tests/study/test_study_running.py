@@ -137,7 +137,7 @@ def test_a_run_that_fails_stops_no_other_and_its_error_is_shown(
 def test_a_run_that_cannot_be_started_stops_no_other(place: Place) -> None:
     (place.folder / MOE).write_text("a file where its folder would be")
     ended = place.go(place.runs())
-    assert [each.status.name for each in ended.values()] == ["FAILED", "DONE", "DONE"] * 2
+    assert [each.status.name for each in ended.values()] == ["MISTAKE", "DONE", "DONE"] * 2
     assert ended[f"{MOE}/seed-1"].reason == "it cannot be started: File exists"
 
 
