@@ -217,7 +217,7 @@ def test_a_checkpoint_takes_what_was_foreseen(single_rank: None, name: str, tmp_
 def test_a_whole_run_on_two_ranks_outlives_a_full_disk(config: Path, prepared: Path, disk: Path) -> None:
     """Full from its first checkpoint until it has said that one was not saved; and no run begins there meanwhile."""
     run, log = disk / "run", disk.parent / "log"
-    program = ("launch/pretrain_coe.py", config, f"data.path={prepared}", f"output={run}", "logging.tensorboard=false")
+    program = ("launch/pretrain_coe.py", config, f"data.path={prepared}", f"output={run}")
     long = ("training.steps=3000", "training.save_every=20", "training.keep_checkpoints=1", "training.log_every=20")
     command = [*TORCHRUN, "2", *program, *long, "training.evaluate_every=3000"]
     with (
