@@ -31,6 +31,7 @@ class ExitStatus(IntEnum):
     NOT_SAVED = 5  # a checkpoint could not be written
     BUSY = 6  # another process writes the output folder
     HUNG = 7  # no progress for `recovery.hang_after` seconds; the stacks are written
+    OUTPUT_LOST = 8  # the output folder was removed or moved while the run went on
     INTERRUPTED = 130  # from the keyboard
 
     @property

@@ -7,6 +7,8 @@ be, a pipe or a device. Standard library only.
 
 import os
 import stat
+import sys
+from itertools import count
 from pathlib import Path
 from typing import Literal
 
@@ -134,6 +136,26 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     to_disk(path.parent)
+
+
+def set_aside(path: Path, why: str) -> Path:
+    """Give what is damaged another name, `X.damaged` or `X.damaged-2` and so on, and say so in a line on stderr.
+
+    Args:
+        why: what is wrong with it, to follow its path.
+
+    Returns:
+        Where it is now.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    names = (path.with_name(f"{path.name}.damaged{'' if number == 1 else f'-{number}'}") for number in count(1))
+    aside = next(name for name in names if not os.path.lexists(name))
+    os.rename(path, aside)
+    to_disk(path.parent)
+    print(one_line(f"{path} {why}: it is kept as {aside.name}, and made anew"), file=sys.stderr)
+    return aside
 
 
 def to_disk(path: Path) -> None:

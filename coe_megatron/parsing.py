@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from typing import Any, Never
 
 import yaml
+from pydantic import ValidationError
+
+from coe_megatron.errors import one_line
 
 DEEPEST = 32  # levels; a config has five
 MOST_NODES = 5_000  # of YAML: keys, values, lists and mappings, each counted as often as aliases repeat it
@@ -38,6 +41,12 @@ def parse_json(content: bytes | str, deepest: int | None = DEEPEST) -> Any:
     if deepest is not None and _deeper_than(value, deepest):
         raise ValueError(f"it is nested more than {deepest} levels deep")
     return value
+
+
+def first_of(error: ValidationError) -> str:
+    """The first of what a validation has found, in one line: where, and what."""
+    found = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    return one_line(f"{'.'.join(map(str, found['loc'])) or 'all of it'}: {found['msg']}")
 
 
 def check_yaml(text: str) -> int:

@@ -5,7 +5,8 @@
 Run again with the same config, it goes on from its newest checkpoint. Exit status: 0 done; 1 an error nobody has
 foreseen; 2 a mistake in the config or the data (one line on stderr says which); 3 stopped as asked (SIGTERM, SIGUSR1,
 the stop file), and saved; 4 the loss has diverged; 5 a checkpoint could not be written; 6 another run writes the output
-folder; 7 the run hung; 130 interrupted from the keyboard. After 1, 3, 6 and 7 the same command may be tried again.
+folder; 7 the run hung; 8 the output folder was removed or moved while the run went on; 130 interrupted from the
+keyboard. After 1, 3, 6 and 7 the same command may be tried again.
 
 Torchrun exits with 1 whatever the status was, and adds warnings and a traceback of its own: the line that begins with
 "pretrain_coe.py: error:" is the one to read; with its --log-dir each failed rank's status is in its error.json. With
@@ -56,6 +57,7 @@ from coe_megatron.forecast.fit import parse_size, refusal  # noqa: E402
 from coe_megatron.launch_environment import Ranks  # noqa: E402
 from coe_megatron.training.folder_lock import FolderInUse  # noqa: E402
 from coe_megatron.training.interruption import Interruption, stop_with_parent  # noqa: E402
+from coe_megatron.training.output_check import require_output  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -78,11 +80,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.dry_run:
             config = load(options.config, options.overrides)
+            require_output(config)
             _require_warm_start(config)
             return _forecast(ranks, config, options.json, options.device_memory)
         if ranks.rank != 0:
             return _pretrain(parser, ranks, None, None)
         config = load(options.config, options.overrides, ranks.world_size)
+        require_output(config)
         _vocabulary(config, data_needed=True)
         _require_warm_start(config)
         _require_stop_file(options.stop_file)
@@ -150,6 +154,7 @@ def _pretrain(parser: Parser, ranks: Ranks, checked: RunConfig | None, stop_file
     from coe_megatron.checkpoint.store import NotSaved
     from coe_megatron.parallel.meeting import NotMet, meet
     from coe_megatron.training.loop import Interrupted, train
+    from coe_megatron.training.run_folder import OutputLost
 
     try:
         store = meet(ranks)
@@ -173,6 +178,8 @@ def _pretrain(parser: Parser, ranks: Ranks, checked: RunConfig | None, stop_file
         status, reason = ExitStatus.DIVERGED, str(error)
     except NotSaved as error:
         status, reason = ExitStatus.NOT_SAVED, f"{error}; {GOES_ON}"
+    except OutputLost as error:
+        status, reason = ExitStatus.OUTPUT_LOST, str(error)
     except Exception as error:
         last_word(ExitStatus.FAILED, one_line(f"{type(error).__name__}: {error}"), traceback.format_exc())
         raise

@@ -5,9 +5,10 @@ import json
 import math
 import sys
 import time
-from pathlib import Path
 
 from coe_megatron.config.arguments import Parser, write_out
+from coe_megatron.errors import ConfigError
+from coe_megatron.files import require_folder, user_path
 from coe_megatron.training.status import statuses, table
 
 EPILOG = """examples:
@@ -16,7 +17,7 @@ EPILOG = """examples:
   status.py runs/mine --json      a JSON array with an object for each run
 
 state: waiting (started, not come to its steps yet), running, finished, interrupted, failed, died (without a word);
-"no run" is said of a folder without one, "unreadable" of a run.json that cannot be read.
+"no run" is said of a folder without one, "unreadable" of a run.json that is damaged.
 
 exit status: 0 done, 2 a mistake (one line on stderr says which), 130 interrupted from the keyboard."""
 CLEAR = "\033[H\033[2J"  # cursor to the top, all erased
@@ -25,7 +26,7 @@ CLEAR = "\033[H\033[2J"  # cursor to the top, all erased
 def parser() -> Parser:
     made = Parser(prog="status.py", description=__doc__, epilog=EPILOG)
     made.add_argument(
-        "folders", type=Path, nargs="+", metavar="DIR", help="the folder of a run, or one with runs in it"
+        "folders", type=user_path, nargs="+", metavar="DIR", help="the folder of a run, or one with runs in it"
     )
     made.add_argument("--watch", type=seconds, metavar="SECONDS", help="show it again so often, until Ctrl-C")
     made.add_argument("--json", action="store_true", help="for programs, unrounded; null is what is not known")
@@ -54,9 +55,11 @@ def show(options: argparse.Namespace) -> bool:
 def main() -> int:
     program = parser()
     options = program.parse_args()
-    for folder in options.folders:
-        if not folder.is_dir():
-            program.error(f"{folder}: there is no such folder")
+    try:
+        for folder in options.folders:
+            require_folder(folder, "DIR")
+    except ConfigError as error:
+        program.error(str(error))
     try:
         while show(options) and options.watch:
             time.sleep(options.watch)

@@ -47,19 +47,19 @@ def attempt(config: RunConfig, before_step: Callable[[Pretraining, int], None] =
     torch.manual_seed(config.training.seed)
     model_parallel_cuda_manual_seed(config.training.seed)
     folder, main = Path(config.output), torch.distributed.get_rank() == 0
-    lock = run_folder.begin(folder, config) if main else None
+    output = run_folder.begin(config) if main else None
     interruption = Interruption()
     try:
-        run = Pretraining(config, torch.device("cpu"), interruption, HangWatch(folder, 0, None, _nothing), 0)
+        run = Pretraining(config, torch.device("cpu"), interruption, HangWatch(folder, 0, None, _nothing), 0, output)
         trained = run._train_step
         run._train_step = lambda step: (before_step(run, step + 1), trained(step))[1]  # type: ignore[method-assign]
         run.run()
-        if main:
-            run_folder.finish(folder)
+        if output is not None:
+            output.finish()
     finally:
         interruption.forget()
-        if lock is not None:
-            lock.close()
+        if output is not None:
+            output.close()
 
 
 def _nothing(_status: int, _line: str) -> None:

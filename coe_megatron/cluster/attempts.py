@@ -5,13 +5,17 @@ end by itself where it leads nowhere, so every attempt notes the newest checkpoi
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
+from coe_megatron.checkpoint.names import finished_steps
 from coe_megatron.errors import ConfigError
-from coe_megatron.exit_status import ExitStatus
+from coe_megatron.exit_status import ExitStatus, known_status
+from coe_megatron.files import read_limited, require_writable, set_aside, write_atomically
+from coe_megatron.parsing import JSON_BYTES, first_of
 
 NO_CHECKPOINT = 0  # the step of a run that has not saved yet
 _WHY_NOT = {
@@ -19,6 +23,7 @@ _WHY_NOT = {
     ExitStatus.MISTAKE: "a mistake in config or data would come again",
     ExitStatus.DIVERGED: "the loss has diverged: a person decides",
     ExitStatus.NOT_SAVED: "a checkpoint could not be written: a person makes room",
+    ExitStatus.OUTPUT_LOST: "the output folder was removed or moved: a person moves it back",
     ExitStatus.INTERRUPTED: "it was interrupted from the keyboard",
 }
 
@@ -73,9 +78,10 @@ class Attempts:
         folder: made when the first attempt begins.
         limit: how many attempts may follow one another without a newer checkpoint, the first of them not counted.
 
+    A file that is damaged is set aside, which is said, and made anew: the count begins again.
+
     Raises:
-        ValueError: one line, if the file holds something else.
-        OSError: it cannot be read.
+        ConfigError: the file is none, or cannot be read or written.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
@@ -91,13 +97,13 @@ class Attempts:
         if self._all and self._all[-1].again is False and self._all[-1].job != job:
             raise Refused(
                 f"job {self._all[-1].job} of this chain has ended for good: {self._all[-1].reason}",
-                ExitStatus(self._all[-1].status or 0),
+                known_status(self._all[-1].status or 0),
             )
         step = newest_step(output)
         if (before := self._stalled(step)) > self._limit:
             raise Refused(self._no_progress(before, step), ExitStatus.FAILED)
-        folder = self._path.parent / f"attempt-{len(self._all)}"
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = self._path.parent / f"attempt-{self._number()}"
+        folder.mkdir(parents=True)
         self._all.append(Attempt(job, _now(), str(output.absolute()), step))
         self._write()
         return folder
@@ -109,7 +115,9 @@ class Attempts:
             ConfigError: none has begun.
         """
         if not self._all:
-            raise ConfigError(f"--logs is {self._path.parent}: no attempt has begun there")
+            if not any(self._path.parent.glob("attempt-*")):
+                raise ConfigError(f"--logs is {self._path.parent}: no attempt has begun there")
+            return Decision(status.again, "how it began is not known: the attempts' file was damaged")
         self._all[-1] = last = replace(self._all[-1], ended=_now(), status=int(status))
         step = newest_step(Path(last.output))
         if not status.again:
@@ -122,6 +130,11 @@ class Attempts:
         self._all[-1] = replace(last, again=decision.again, reason=decision.reason)
         self._write()
         return decision
+
+    def _number(self) -> int:
+        """Of the next attempt: no folder has it, though the file may have been made anew."""
+        there = (path.name.removeprefix("attempt-") for path in self._path.parent.glob("attempt-*"))
+        return max([len(self._all), *(int(number) + 1 for number in there if number.isdecimal())])
 
     def _stalled(self, step: int) -> int:
         """How many of the last attempts began from the very checkpoint that is the newest now, or were kept out.
@@ -142,24 +155,24 @@ class Attempts:
         return f"{attempts} attempts in a row without progress, COE_MAX_REQUEUES allows {self._limit} requeues: {why}"
 
     def _write(self) -> None:
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text(json.dumps([asdict(attempt) for attempt in self._all], indent=1) + "\n")
-        os.replace(temporary, self._path)
+        write_atomically(self._path, json.dumps([asdict(attempt) for attempt in self._all], indent=1) + "\n")
 
 
 def newest_step(output: Path) -> int:
     """The step of the newest checkpoint whose saving was finished; NO_CHECKPOINT where there is none."""
-    steps = (path.name.removeprefix("step-") for path in (output / "checkpoints").glob("step-*"))
-    return max((int(step) for step in steps if step.isdecimal()), default=NO_CHECKPOINT)
+    return max(finished_steps(output / "checkpoints"), default=NO_CHECKPOINT)
 
 
 def _read(path: Path) -> list[Attempt]:
+    require_writable(path, "attempts.json", "file")
     if not path.exists():
         return []
+    content = read_limited(path, "attempts.json", JSON_BYTES)
     try:
-        return [Attempt(**values) for values in json.loads(path.read_text())]
-    except (ValueError, TypeError):
-        raise ValueError(f"{path} holds no attempts: it must be as an attempt left it; move it away") from None
+        return TypeAdapter(list[Attempt]).validate_json(content, strict=True)
+    except ValidationError as error:
+        set_aside(path, f"is damaged ({first_of(error)})")
+        return []
 
 
 def _now() -> str:

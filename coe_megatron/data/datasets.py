@@ -11,8 +11,10 @@ Where documents of a packed sample shall not see each other there is also, of sh
 A batch holds the same keys with tensors of shape [b, S] and [b, 1, S, S].
 """
 
+import json
+import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, Literal, Protocol, get_args
@@ -20,13 +22,19 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 import torch
 from numpy.lib.stride_tricks import as_strided
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from coe_megatron.data.manifest import TOKENIZER, FileSummary, Manifest, Split
 from coe_megatron.data.tokenizer import Tokenizer
+from coe_megatron.errors import one_line
+from coe_megatron.files import problem, read_limited, require_file, set_aside, write_atomically
+from coe_megatron.parallel.collective import from_first
+from coe_megatron.parsing import JSON_BYTES, first_of
 
 Sample = dict[str, Tensor]
 Mode = Literal["row", "packed"]
+_LIST = "complete.json"  # of an index: every other file with its size and SHA-256
 
 
 class SampleSource(Protocol):
@@ -102,7 +110,7 @@ class PreparedData:
         Every token but the first is a label once. The last tokens that fill no window are dropped in training and
         padded in validation.
 
-        Under torch.distributed all ranks must call this together: rank 0 builds the index, then a barrier.
+        Under torch.distributed all ranks must call this together: rank 0 builds the index, the others wait.
 
         Args:
             seed: of the documents' order; another seed gives other windows.
@@ -396,13 +404,42 @@ class _TokenizerFacts:
 def _build_index_once(cache: Path, build: Callable[[Path], Any]) -> Any:
     """Build a dataset whose index is kept in `cache`; a build cut short leaves no half index behind.
 
-    GPTDataset writes its index on rank 0 alone and expects the others to come later.
+    GPTDataset writes its index on rank 0 alone, expects the others to come later, and believes whatever it finds, which
+    is why an index that is not as it was made is set aside and made anew.
     """
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not cache.exists() and not (distributed and torch.distributed.get_rank()):
-        partial = cache.with_name(f"{cache.name}.{token_hex(4)}.partial")
-        build(partial)
-        partial.rename(cache)
-    if distributed:
-        torch.distributed.barrier()
+    from_first(lambda: _make_index(cache, build))
     return build(cache)
+
+
+def _make_index(cache: Path, build: Callable[[Path], Any]) -> None:
+    try:
+        if os.path.lexists(cache) and (wrong := _wrong_with(cache)):
+            set_aside(cache, f"is damaged ({wrong})")
+        if not cache.exists():
+            partial = cache.with_name(f"{cache.name}.{token_hex(4)}.partial")
+            build(partial)
+            listed = {path.name: asdict(FileSummary.of(path)) for path in sorted(partial.iterdir())}
+            write_atomically(partial / _LIST, json.dumps(listed, indent=1))
+            partial.rename(cache)
+    except OSError as error:
+        raise problem(cache, "the index of packed samples", error) from error
+
+
+def _wrong_with(cache: Path) -> str:
+    """Why an index is not as it was made; empty if it is. No file is unpickled for that, nor later by GPTDataset."""
+    try:
+        content = read_limited(cache / _LIST, "its list of files", JSON_BYTES)
+        listed = TypeAdapter(dict[str, FileSummary]).validate_json(content)
+        found = {path.name: path for path in cache.iterdir() if path.name != _LIST}
+        if differing := listed.keys() ^ found.keys():
+            return one_line(f"{min(differing)} is missing, or too much")
+        for name, path in found.items():
+            if FileSummary.of(require_file(path, name)) != listed[name]:
+                return f"the content of {name} has changed"
+            if path.suffix == ".npy":
+                np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValidationError as error:
+        return f"{_LIST}: {first_of(error)}"
+    except (OSError, ValueError, EOFError) as error:
+        return one_line(str(error))
+    return ""

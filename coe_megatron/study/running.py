@@ -17,6 +17,7 @@ from coe_megatron.config import RunConfig, dump, flat, load
 from coe_megatron.config.layout import layout
 from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.exit_status import ExitStatus, known_status
+from coe_megatron.files import kind_of, require_file, require_writable, write_atomically
 from coe_megatron.study.arms import Run
 from coe_megatron.study.plan import span
 from coe_megatron.training.folder_lock import is_held
@@ -65,16 +66,21 @@ def seed_by_seed(runs: Iterable[Run]) -> list[Run]:
 def is_finished(run: Run) -> bool:
     """Whether it came to its last step.
 
+    One whose run.json or config.yaml is damaged is not counted: started again it sets them aside, and goes on from its
+    checkpoints, or says that it is finished.
+
     Raises:
         ConfigError: it did so, or began, with other settings than the study has now; one line that names one of them.
     """
     folder = Path(run.config.output)
     state = status(folder, time.time()).state
-    if state == "unreadable":
-        raise ConfigError(f"{folder / 'run.json'} cannot be read: move its folder away, and the run begins anew")
-    if state == "no run" or (state != "finished" and not (folder / "config.yaml").exists()):  # killed as it began
+    try:
+        then = _settings(run)
+    except ConfigError:
         return False
-    if said := changed(run):
+    if state == "no run" or then is None:  # None of one that was killed as it began
+        return False
+    if said := _difference(then, run.config):
         raise ConfigError(f"{folder} {said}: give the study another output, or move this folder away")
     return state == "finished"
 
@@ -82,10 +88,16 @@ def is_finished(run: Run) -> bool:
 def changed(run: Run) -> str:
     """What the settings of a run that has begun have against those that the study has now; empty if they are equal."""
     try:
-        then = load(Path(run.config.output) / "config.yaml")
+        then = _settings(run)
     except ConfigError as error:
         return f"has settings that cannot be read ({error})"
-    return _difference(then, run.config)
+    return "has no config.yaml" if then is None else _difference(then, run.config)
+
+
+def _settings(run: Run) -> RunConfig | None:
+    """Of a run that has begun; None if it has no config.yaml. ConfigError if that is damaged."""
+    path = Path(run.config.output) / "config.yaml"
+    return None if kind_of(path, "config.yaml") is None else load(path)
 
 
 def config_of(run: Run) -> Path:
@@ -94,12 +106,15 @@ def config_of(run: Run) -> Path:
 
 
 def write_config(run: Run) -> Path:
-    """The run's whole config as a file beside its folder, which repeats it: `pretrain_coe.py FILE`."""
-    path = config_of(run)
+    """The run's whole config as a file beside its folder, which repeats it: `pretrain_coe.py FILE`.
+
+    Raises:
+        ConfigError: there is something else, or it cannot be written there.
+        OSError: it cannot be written.
+    """
+    path = require_writable(config_of(run), "the run's config", "file", spare=len(".tmp"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(dump(run.config))
-    os.replace(temporary, path)
+    write_atomically(path, dump(run.config))
     return path
 
 
@@ -164,13 +179,16 @@ class Runner:
                 over.append(Ended(run, ExitStatus.MISTAKE, 0.0, reason))
             elif needed > len(self._free) or self._is_held(run):
                 later.append(run)
-            elif status(Path(run.config.output), time.time()).state == "finished":  # by whoever held it
+            elif run.config.output in self._held and _came_to_its_end(run):  # by whoever held it
                 over.append(Ended(run, ExitStatus.DONE, 0.0))
             else:
                 try:
                     self._children.append(_launch(run, self._free[:needed]))
                 except OSError as error:
                     over.append(Ended(run, ExitStatus.FAILED, 0.0, f"it cannot be started: {error.strerror}"))
+                    continue
+                except ConfigError as error:
+                    over.append(Ended(run, ExitStatus.MISTAKE, 0.0, str(error)))
                     continue
                 self._free = self._free[needed:]
                 self._say(f"{_name(run)}: begins, log in {log_of(run)}")
@@ -245,8 +263,8 @@ def why(run: Run) -> str:
 
     Empty where there is nothing to tell: it goes on, was asked to stop, or was killed.
     """
-    with suppress(OSError):
-        log = log_of(run).read_text(errors="replace").rpartition(_BEGINS)[2]
+    with suppress(OSError, ConfigError):
+        log = require_file(log_of(run), "log").read_text(errors="replace").rpartition(_BEGINS)[2]
         if said := _LAST_WORDS.findall(log):
             return one_line(said[-1])
     return status(Path(run.config.output), time.time()).reason or ""
@@ -254,6 +272,7 @@ def why(run: Run) -> str:
 
 def stands(run: Run, now: float) -> Status:
     """How a run stands, at `now` seconds since 1970; one that was refused before it began has left but a log."""
+    kind_of(Path(run.config.output), "output")  # a name that is too long, no rights: said, for there may be a run
     found = status(Path(run.config.output), now)
     if found.state == "no run" and (reason := why(run)):
         return replace(found, state="failed", reason=reason, log=str(log_of(run)))
@@ -266,7 +285,7 @@ def _launch(run: Run, devices: list[str]) -> _Child:
     if devices:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
     words = command(run, write_config(run))
-    with log_of(run).open("a") as log:
+    with require_writable(log_of(run), "the run's log", "file").open("a") as log:
         print(f"{_BEGINS}{shlex.join(words)}", file=log, flush=True)
         # A session of its own: Ctrl-C is for the study, which asks its runs to save.
         process = subprocess.Popen(
@@ -286,6 +305,10 @@ def _say_to(child: _Child, word: str) -> None:
     with suppress(OSError):  # it has just ended
         child.process.stdin.write(f"{word}\n")
         child.process.stdin.flush()
+
+
+def _came_to_its_end(run: Run) -> bool:
+    return status(Path(run.config.output), time.time()).state == "finished"
 
 
 def _name(run: Run) -> str:

@@ -220,7 +220,7 @@ class Checkpoints:
     def _resumed(self, step: int, remark: str) -> str:
         steps = self._config.training.steps
         if step >= steps:
-            return f"finished already, at step {step}; a larger training.steps goes on"
+            return f"finished already, at step {step}; a larger training.steps goes on{remark}"
         return f"resumed at step {step}{remark}"
 
     def _warm_start(self, source: Path) -> str:

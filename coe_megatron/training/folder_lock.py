@@ -13,10 +13,12 @@ import time
 from pathlib import Path
 from typing import TextIO
 
-from coe_megatron.errors import ConfigError
+from coe_megatron.errors import ConfigError, one_line
 
 NAME = "run.lock"
 _TRIES, _PAUSE_SECONDS = 10, 0.1  # a predecessor may be dying, and `is_held` takes the lock for a moment
+_LONGEST_HOLDER = 300  # bytes
+_IS_GONE = {errno.ENOENT, errno.ENOTDIR, errno.ESTALE}
 _HAS_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
@@ -40,7 +42,7 @@ def take(folder: Path) -> TextIO:
             return lock
         time.sleep(_PAUSE_SECONDS)
     raise FolderInUse(
-        f"output is {folder}: another run is writing it, {(folder / NAME).read_text().strip()}; "
+        f"output is {folder}: another run is writing it, {_holder(folder / NAME)}; "
         "wait for its end, end it, or choose another output"
     )
 
@@ -48,13 +50,35 @@ def take(folder: Path) -> TextIO:
 def is_held(folder: Path) -> bool | None:
     """Whether a process has locked the folder; None if that cannot be found out."""
     try:
-        with (folder / NAME).open() as file:
+        with open(folder / NAME, opener=_without_waiting) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:
+    except (OSError, ValueError):
         return None
     return False
+
+
+def is_in_place(lock: TextIO, folder: Path) -> bool:
+    """Whether a lock that `take` returned is that of the folder at this path still: not removed, moved or replaced.
+
+    What cannot be looked at for a while, on a server that is away, counts as in place.
+    """
+    try:
+        return os.path.samestat(os.stat(folder / NAME), os.fstat(lock.fileno()))
+    except OSError as error:
+        return error.errno not in _IS_GONE
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """As `open` does, but for a pipe, which would wait for its other end."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _holder(path: Path) -> str:
+    """What the process that has the lock wrote of itself."""
+    with path.open("rb") as file:
+        return one_line(file.read(_LONGEST_HOLDER).decode(errors="replace").strip()) or "which one is not known"
 
 
 def _try(path: Path) -> TextIO | None:

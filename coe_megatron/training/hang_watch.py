@@ -80,7 +80,7 @@ class HangWatch:
         message = f"rank {self._rank} on {platform.node()} hangs: no progress in {self._limit:g} s at {self._beat[1]}"
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            with self._file.open("w") as file:
+            with open(self._file, "w", opener=_without_waiting) as file:
                 print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} process {os.getpid()}: {message}", file=file, flush=True)
                 faulthandler.dump_traceback(file)
             message += f"; the stacks of its threads are in {self._file}"
@@ -91,3 +91,8 @@ class HangWatch:
         self._last_word(ExitStatus.HUNG, message)
         time.sleep(_SECONDS_FOR_OTHERS)
         os._exit(ExitStatus.HUNG)  # what hangs cannot be asked to end
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """As `open` does, but for a pipe that nobody reads, which would wait."""
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)

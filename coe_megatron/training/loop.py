@@ -19,6 +19,7 @@ import torch
 from megatron.core import parallel_state
 
 from coe_megatron.chain import closed_forms
+from coe_megatron.checkpoint.store import NotSaved
 from coe_megatron.config import RunConfig
 from coe_megatron.config.layout import layout
 from coe_megatron.config.shape import model_shape, padded_vocabulary
@@ -79,6 +80,7 @@ def train(
         Interrupted: the run was asked to stop; all ranks have stopped after the same step and saved.
         Diverged: the loss, and nothing that `recovery` allows has helped.
         NotSaved: the last checkpoint could not be written.
+        OutputLost: the output folder was removed or moved meanwhile.
     """
     if config.training.deterministic:
         devices.make_deterministic()
@@ -89,40 +91,42 @@ def train(
             stack.callback(interruption.forget)
         watch = stack.enter_context(HangWatch(Path(config.output) / "stacks", ranks.rank, limit, last_word))
         device = groups.start(config.parallel, config.training.seed, ranks, collective_timeout(limit), store)
-        with _at_rank_0(lambda: run_folder.begin(Path(config.output), config, ranks.logs)) or nullcontext():
-            outcome = _attempt(config, ranks, device, interruption, watch)
+        with _at_rank_0(lambda: run_folder.begin(config, ranks.logs)) or nullcontext() as output:
+            outcome = _attempt(config, ranks, device, interruption, watch, output)
         groups.stop()
     return outcome
 
 
 def _attempt(
-    config: RunConfig, ranks: groups.Ranks, device: torch.device, interruption: Interruption, watch: HangWatch
-) -> run_folder.Outcome | None:
-    """One attempt in a folder that is begun; however it ends, run.json says so."""
+    config: RunConfig, ranks: groups.Ranks, device: torch.device, interruption: Interruption, watch: HangWatch,
+    output: run_folder.RunFolder | None,
+) -> run_folder.Outcome | None:  # fmt: skip
+    """One attempt in a folder that is begun (on rank 0 `output`); however it ends, run.json says so."""
     try:
         if warning := _at_rank_0(lambda: room.require(config, ranks.world_size)):
             print(warning, file=sys.stderr)
-        run = Pretraining(config, device, interruption, watch, ranks.node)
+        run = Pretraining(config, device, interruption, watch, ranks.node, output)
         run.run()
+        return _at_rank_0(lambda: None if output is None else output.finish())
     except ConfigError:
-        if ranks.rank == 0:
-            run_folder.withdraw(Path(config.output))
+        if output is not None:
+            output.withdraw()
         raise
     except BaseException as error:
-        if ranks.rank == 0:
-            run_folder.end(
-                Path(config.output), "interrupted" if isinstance(error, Interrupted) else f"failed: {error!r}"
-            )
+        if output is not None:
+            output.end("interrupted" if isinstance(error, Interrupted) else f"failed: {error!r}")
         raise
-    return run_folder.finish(run.folder) if ranks.rank == 0 else None
 
 
 class Pretraining:
     """One run on this rank: data, model, engine, and the loop over the steps."""
 
     def __init__(
-        self, config: RunConfig, device: torch.device, interruption: Interruption, watch: HangWatch, node: int
-    ) -> None:
+        self, config: RunConfig, device: torch.device, interruption: Interruption, watch: HangWatch, node: int,
+        output: run_folder.RunFolder | None,
+    ) -> None:  # fmt: skip
+        """Args: `output` is the run's folder on rank 0, None on other ranks."""
+        self.output = output
         self.config, self.device, self.folder, self.node = config, device, Path(config.output), node
         self.interruption, self.watch = interruption, watch
         self.main_rank = torch.distributed.get_rank() == 0
@@ -147,8 +151,8 @@ class Pretraining:
         first, steps = self.position.step, self.config.training.steps
         seen = chain.from_iterable(part.batches for part in self.data.validation.values())
         entropy = evaluation.unigram_entropy(seen, self.vocab_size)
-        if self.main_rank:
-            run_folder.describe(self.folder, self._facts(entropy), self.config)
+        if self.output is not None:
+            self.output.describe(self._facts(entropy), self.config, done=first >= steps)
         with ExitStack() as stack:
             opened = _at_rank_0(lambda: open_metrics(self.folder, self.config, first) if first < steps else None)
             self.writer = opened or Several()
@@ -164,6 +168,7 @@ class Pretraining:
         if first == 0:
             self.watch.beat("the first evaluation")
             values = self._validate()
+            self._require_output()
             self.writer.write({"step": 0, "tokens": 0, **values})
             self.progress.step(0, evaluation.shown(values))
         clock = _Clock(self.position)
@@ -193,19 +198,30 @@ class Pretraining:
 
     def _save(self, due: bool, logged: bool, last: bool) -> None:
         self.watch.beat(f"the checkpoint of step {self.position.step}")
-        if said := self.checkpoints.after_step(self.position, due, logged, last):
+        self._require_output()
+        try:
+            said = self.checkpoints.after_step(self.position, due, logged, last)
+        except NotSaved:
+            self._require_output()  # which says more
+            raise
+        if said:
             self.progress.say(said)
+
+    def _require_output(self) -> None:
+        """Before a write, on all ranks: nothing is made anew where the output folder was."""
+        _at_rank_0(lambda: None if self.output is None else self.output.require_present())
 
     def _roll_back(self) -> None:
         """Go on from an earlier checkpoint, with data that no step has met; what was logged since is forgotten."""
         self.watch.beat("rolling back")
+        self._require_output()
         self.position, said = recovery.roll_back(self.config, self.position, self.checkpoints)
         self.progress.close()
         self.progress = Progress(self.position.step, self.config.training.steps, visible=self.main_rank)
         self.progress.say(said)
         self.writer.go_back(self.position.step)
-        if self.main_rank:
-            run_folder.note(self.folder, {"rolled_back": self.position.rolled_back})
+        if self.output is not None:
+            self.output.note({"rolled_back": self.position.rolled_back})
 
     def _train_step(self, step: int) -> tuple[float, ExitStatus]:
         """One optimizer step; returns its loss in nats per counted token, and whether a rank was asked to stop."""
@@ -263,6 +279,7 @@ class Pretraining:
         if self._due("evaluate_every"):
             values |= self._validate()
             shown |= evaluation.shown(values)
+        self._require_output()
         self.writer.write(values)
         return shown
 

@@ -3,10 +3,14 @@
 A full disk, or a folder that cannot be written for a while, costs no number: it waits in memory until it is written.
 """
 
+import io
 import json
 import math
 import os
+import platform
+import re
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -15,14 +19,21 @@ from secrets import token_hex
 from typing import Any, Protocol, TypeAlias
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
+from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
+from torch.utils.tensorboard.summary import histogram, scalar
 
 from coe_megatron.config import RunConfig
 from coe_megatron.config.settings import WandbSettings
 from coe_megatron.errors import ConfigError
+from coe_megatron.files import set_aside, write_atomically
+from coe_megatron.training.logged import mend_metrics
+from coe_megatron.training.output_check import METRICS, PREVIOUS_METRICS, TENSORBOARD, WANDB_ID
 
 Values: TypeAlias = Mapping[str, Any]
 
+_LONGEST_ID = 128
 _GROUPS = {
     "loss": ("train_loss", "valid_loss", "valid_bits_per_byte", "valid", "aux_loss", "z_loss"),
     "optimizer": ("learning_rate", "grad_norm"),
@@ -61,9 +72,9 @@ def open_metrics(folder: Path, config: RunConfig, first_step: int = 0) -> Metric
         ConfigError: Weights & Biases cannot be reached; the message says why.
     """
     logging = config.logging
-    opened: list[Metrics] = [JsonLines(folder / "metrics.jsonl", first_step)]
+    opened: list[Metrics] = [JsonLines(folder / METRICS, first_step)]
     if logging.tensorboard:
-        opened.append(TensorBoard(folder / "tensorboard", first_step))
+        opened.append(TensorBoard(folder / TENSORBOARD, first_step))
     if logging.wandb is not None:
         opened.append(WeightsAndBiases(folder, logging.wandb, config))
     return Several(opened)
@@ -110,62 +121,72 @@ class Several:
 
 
 class JsonLines:
-    """A file with an object a line, each on its way to the disk when `write` returns."""
+    """A file with an object a line, each on the disk when `write` returns."""
 
     def __init__(self, path: Path, first_step: int) -> None:
         self._path = path
         if first_step:
             self.go_back(first_step)
         elif path.exists():
-            path.replace(path.with_suffix(".previous.jsonl"))
+            path.replace(path.with_name(PREVIOUS_METRICS))
         if not path.exists():
             path.touch()
 
     def write(self, values: Values) -> None:
         line = (json.dumps(_finite(values), allow_nan=False) + "\n").encode()
-        with self._path.open("ab", buffering=0) as file:  # opened anew: its folder may have come back
-            end = file.tell()
-            try:
-                while line:
-                    line = line[file.write(line) :]
-            except OSError:
-                file.truncate(end)  # no line is torn
-                raise
+        if not self._path.exists() and self._path.parent.exists():
+            print(f"{self._path} was removed: it begins anew with step {values['step']}", file=sys.stderr)
+        _append(self._path, line)
 
     def go_back(self, step: int) -> None:
-        if self._path.exists():
-            os.truncate(self._path, _end_of(self._path, step))
+        mend_metrics(self._path, up_to=step)
 
     def close(self) -> None:
         """Nothing is open."""
 
 
 class TensorBoard:
-    """Event files of the scalars, and of each router's N loads as a histogram."""
+    """Event files of the scalars, and of each router's N loads as a histogram.
+
+    Without torch's SummaryWriter: that writes in a thread, whose traceback no caller can keep back on a full disk, and
+    which may leave half a record. Each start, and each going back, has a file of its own, so that a damaged one costs
+    no more than what is in it.
+    """
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        self._open: Callable[[int], SummaryWriter] = lambda first: SummaryWriter(str(folder), purge_step=first)
-        self._board: SummaryWriter | None = self._open(first_step + 1)
+        self._folder = folder
+        folder.mkdir(exist_ok=True)
+        self.go_back(first_step)
 
     def write(self, values: Values) -> None:
-        board = self._board = self._board or self._open(values["step"])
-        try:
-            for name, value in _scalars(values):
-                board.add_scalar(name, value, values["step"])
-            for part in values.get("routing", ()):
-                board.add_histogram(_place(part) + "load", torch.tensor(part["load"]), values["step"], bins="auto")
-            board.flush()
-        except OSError:
-            self._board = None  # its thread has ended; another file goes on with this step
-            raise
+        scalars = [scalar(name, value) for name, value in _scalars(values)]
+        loads = [
+            histogram(_place(part) + "load", torch.tensor(part["load"]), bins="auto")
+            for part in values.get("routing", ())
+        ]
+        summaries = [value for summary in (*scalars, *loads) for value in summary.value]
+        self._append(Event(step=values["step"], summary=Summary(value=summaries)))
 
     def go_back(self, step: int) -> None:
-        self.close()
-        self._board = self._open(step + 1)
+        """Begin another file; what others have beyond this step is not shown any more."""
+        now = time.time()
+        name = f"events.out.tfevents.{now:017.6f}.{platform.node()}.{os.getpid()}"  # read in the order of their names
+        self._file = self._folder / name
+        self._append(
+            Event(step=step + 1, file_version="brain.Event:2"),
+            Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)),
+        )
 
     def close(self) -> None:
-        if self._board is not None:
-            self._board.close()
+        """Nothing is open."""
+
+    def _append(self, *events: Any) -> None:
+        records = io.BytesIO()
+        writer = RecordWriter(records)
+        for event in events:
+            event.wall_time = time.time()
+            writer.write(event.SerializeToString())
+        _append(self._file, records.getvalue())
 
 
 class WeightsAndBiases:
@@ -180,16 +201,14 @@ class WeightsAndBiases:
             import wandb
         except ImportError:
             raise ConfigError("logging.wandb is set: install the package wandb for it, or set it to null") from None
-        identity = folder / "wandb-id"
-        if not identity.exists():
-            identity.write_text(token_hex(8))
+        identity = _identity(folder / WANDB_ID)
         try:
             self._run = wandb.init(
                 project=settings.project,
                 name=settings.name or folder.resolve().name,
                 entity=settings.entity,
                 mode=settings.mode,
-                id=identity.read_text(),
+                id=identity,
                 resume="allow",
                 dir=str(folder),
                 config=asdict(config),
@@ -209,14 +228,33 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-def _end_of(path: Path, step: int) -> int:
-    """Where in a metrics.jsonl the lines of this step and those before it end, in bytes."""
-    end = 0
-    for line in path.read_bytes().splitlines(keepends=True):
-        if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-            break
-        end += len(line)
-    return end
+def _identity(path: Path) -> str:
+    """What the service knows a run by; kept in a file, made anew where that holds something else."""
+    if path.exists():
+        with path.open("rb") as file:
+            content = file.read(_LONGEST_ID + 1)
+        if re.fullmatch(rb"[\w-]{1,%d}" % _LONGEST_ID, content):
+            return content.decode()
+        set_aside(path, "holds no name of a run of Weights & Biases")
+    write_atomically(path, made := token_hex(8))
+    return made
+
+
+def _append(path: Path, content: bytes) -> None:
+    """Put content at a file's end, and on the disk; all of it or nothing.
+
+    Raises:
+        OSError: nothing of it is written.
+    """
+    with path.open("ab", buffering=0) as file:  # opened anew: the file system may have been away
+        end = file.tell()
+        try:
+            while content:
+                content = content[file.write(content) :]
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def _finite(value: Any) -> Any:

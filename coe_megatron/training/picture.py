@@ -1,6 +1,8 @@
 """The picture of a run: training and validation loss against tokens seen."""
 
-from collections.abc import Mapping, Sequence
+import io
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from coe_megatron.files import read_limited, write_atomically
+
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#666666"  # apart for colour-blind readers and in print
+_SIGNATURE, _LAST = b"\x89PNG\r\n\x1a\n", b"IEND"  # a PNG's beginning, and its last chunk
+_MOST_BYTES = 1 << 26
+_HIGHEST = 1e9  # nats that are drawn; more is no loss, and makes no axis
 _DASHES = ("--", ":", "-.")  # of single validation sets, in the colour of all
 
 
@@ -17,10 +24,13 @@ def draw_loss(lines: Sequence[Mapping[str, Any]], entropy: float, title: str, pa
     """Draw what metrics.jsonl holds.
 
     Args:
-        lines: its objects; losses that are null are left out.
+        lines: its objects; losses that are null or beyond any meaning are left out.
         entropy: entropy in nats of the token frequencies, drawn as the line to get below.
         title: what was trained.
         path: the PNG to write; returned.
+
+    Raises:
+        OSError: it cannot be written; the one before is there still.
     """
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -29,20 +39,46 @@ def draw_loss(lines: Sequence[Mapping[str, Any]], entropy: float, title: str, pa
         ("valid_loss", "validation", {"color": _ORANGE, "marker": "o", "markersize": 4, "linewidth": 2}),
     )
     for key, label, style in curves:
-        points = [(line["tokens"], line[key]) for line in lines if line.get(key) is not None]
-        _curve(axes, points, label, **style)
-    sets = next((line["valid"] for line in reversed(lines) if "valid" in line), ())
+        _curve(axes, _points((line, line.get(key)) for line in lines), label, **style)
+    sets = next((line["valid"] for line in reversed(lines) if line.get("valid")), ())
     for name, dashes in zip(sets, cycle(_DASHES), strict=False):
-        of_set = [(line["tokens"], line["valid"][name]["loss"]) for line in lines if "valid" in line]
-        points = [(tokens, loss) for tokens, loss in of_set if loss is not None]
+        points = _points((line, line.get("valid", {}).get(name, {}).get("loss")) for line in lines)
         _curve(axes, points, f"validation: {name}", color=_ORANGE, linestyle=dashes)
     axes.axhline(entropy, color=_GREY, linestyle="--", linewidth=1, label="entropy of token frequencies")
-    axes.set(xlabel="tokens seen (padding not counted)", ylabel="loss [nats per token]", title=title)
+    axes.set(xlabel="tokens seen (padding not counted)", ylabel="loss [nats per token]")
+    axes.set_title(title, parse_math=False)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.legend(frameon=False)
+    for text in axes.legend(frameon=False).get_texts():
+        text.set_parse_math(False)  # names of validation sets are the user's
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=150)
+    write_atomically(path, content.getvalue())
     return path
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file is a PNG from its first to its last byte, by the checksum of each of its chunks."""
+    try:
+        content = read_limited(path, path.name, _MOST_BYTES)
+    except ValueError:
+        return False
+    kind, rest = b"", content.removeprefix(_SIGNATURE)
+    while len(content) > len(rest) >= 12 and kind != _LAST:
+        kind, end = rest[4:8], 8 + int.from_bytes(rest[:4])
+        if zlib.crc32(rest[4:end]) != int.from_bytes(rest[end : end + 4]):
+            return False
+        rest = rest[end + 4 :]
+    return kind == _LAST and not rest
+
+
+def _points(values: Iterable[tuple[Mapping[str, Any], float | None]]) -> list[tuple[float, float]]:
+    """(tokens, loss) of those lines that have both."""
+    return [
+        (line["tokens"], loss)
+        for line, loss in values
+        if "tokens" in line and loss is not None and abs(loss) < _HIGHEST
+    ]
 
 
 def _curve(axes: Axes, points: Sequence[tuple[float, float]], label: str, **style: Any) -> None:

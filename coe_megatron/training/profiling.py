@@ -49,7 +49,7 @@ class ProfileWindow:
         self._profile.start()
 
     def after_step(self, step: int) -> str | None:
-        """To be called after step `step`; says where the files are when the window has closed."""
+        """To be called after step `step`; says where the files are, or why not, when the window has closed."""
         if self._profile is None or self._mark is None:
             return None
         self._mark.__exit__(None, None, None)
@@ -58,8 +58,11 @@ class ProfileWindow:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self._profile.stop()
-        self._write(self._profile)
-        self._profile = None
+        watched, self._profile = self._profile, None
+        try:
+            self._write(watched)
+        except (OSError, RuntimeError) as error:  # what training is for does not end for that
+            return f"the profile of steps {self._window.start} to {step} is not written: {error}"
         return f"profile of steps {self._window.start} to {step} in {self._folder}"
 
     def _write(self, watched: profile) -> None:

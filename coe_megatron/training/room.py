@@ -6,7 +6,9 @@ Without torch. A quota shows in no number that a file system gives; only writing
 import os
 import shutil
 from pathlib import Path
+from tempfile import TemporaryFile
 
+from coe_megatron.checkpoint.names import finished_steps
 from coe_megatron.config import RunConfig
 from coe_megatron.errors import ConfigError
 from coe_megatron.forecast.checkpoint import checkpoint_bytes
@@ -29,7 +31,7 @@ def require(config: RunConfig, world_size: int) -> str:
     folder = Path(config.output)
     try:
         one = checkpoint_bytes(config, vocabulary(config), world_size)
-        reason, available, done = _refusal(folder), _free(folder), _steps_saved(folder)
+        reason, available, done = _refusal(folder), _free(folder), finished_steps(folder / "checkpoints")
     except (OSError, ValueError) as error:
         raise ConfigError(f"output is {folder}: {error}") from error
     if reason:
@@ -68,17 +70,14 @@ def _checkpoints_to_come(config: RunConfig, done: list[int]) -> int:
 
 def _refusal(folder: Path) -> str:
     """Why nothing can be written: of a full disk, a quota, or a file system that has become read-only."""
-    probe = _where(folder) / _PROBE
+    place = _where(folder)
     try:
-        try:
-            with probe.open("wb") as file:
-                file.write(os.urandom(_PROBE_BYTES))
-                file.flush()
-                os.fsync(file.fileno())
-        finally:
-            probe.unlink(missing_ok=True)
+        with TemporaryFile(dir=place, prefix=_PROBE) as file:
+            file.write(os.urandom(_PROBE_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
-        return f"{probe.parent} cannot be written: {error.strerror}"
+        return f"{place} cannot be written: {error.strerror}"
     return ""
 
 
@@ -96,12 +95,6 @@ def _free(folder: Path) -> int:
 
 def _held(folder: Path) -> int:
     return sum(path.stat().st_blocks * 512 for path in folder.rglob("*"))
-
-
-def _steps_saved(folder: Path) -> list[int]:
-    """Steps of the finished checkpoints, by their names."""
-    names = [path.name for path in (folder / "checkpoints").glob("step-*") if not path.suffix]
-    return [int(name.removeprefix("step-")) for name in names]
 
 
 def _too_little(needed: int, available: int) -> str:

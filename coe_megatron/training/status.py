@@ -1,6 +1,5 @@
 """How runs stand, read from their folders alone: config.yaml, run.json, the end of metrics.jsonl. Without torch."""
 
-import json
 import os
 import platform
 import time
@@ -12,13 +11,17 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
+from coe_megatron.config.load import read
 from coe_megatron.errors import one_line
+from coe_megatron.files import require_file
 from coe_megatron.training import folder_lock
+from coe_megatron.training.logged import parse_line
+from coe_megatron.training.output_check import CONFIG, METRICS, RECORD
+from coe_megatron.training.run_record import read_record
 
 _PARTS = {"checkpoints", "index", "profile", "tensorboard", "wandb"}  # of a run's folder: no runs lie in them
-_BLOCK = 1 << 16
+_BLOCK, _FARTHEST = 1 << 16, 1 << 27  # bytes of a metrics.jsonl: read at once, and from its end at all
 # A run on another machine has died when it was silent for so long, or for so many times what it takes from one logged
 # step to the next: evaluating, saving and starting take time too.
 _SILENT_SECONDS, _SILENT_INTERVALS = 600, 10
@@ -28,6 +31,9 @@ _COLUMNS = {
     "rolled back": str.rjust,
     "log": str.ljust,
 }
+_LAST_MOMENT = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC).timestamp()
+_STATES = {"waiting", "running", "finished", "interrupted", "failed", "died"}
+_LONG = 1e9  # from here on a number is shown with its exponent
 _WHERE_ANY = "rolled back"  # a column that is there when a run has something to say in it
 
 
@@ -37,7 +43,7 @@ class Status:
 
     Attributes:
         state: `waiting` (started, not come to its steps yet), `running`, `finished`, `interrupted`, `failed`, `died`
-            (without a word), `no run` (there is none in this folder) or `unreadable` (its run.json).
+            (without a word), `no run` (there is none in this folder) or `unreadable` (its run.json is damaged).
         reason: the error of a failed run.
         step, steps: done at the last logged step, and asked for.
         train_loss, valid_loss: the newest ones, in nats per counted token.
@@ -80,25 +86,27 @@ def find_runs(folder: Path) -> list[Path]:
 
 def status(folder: Path, now: float) -> Status:
     """How the run in a folder stands, at `now` seconds since 1970."""
-    record = _record(folder / "run.json")
-    attempts = _objects(record, "attempts")
-    if not attempts:
-        return Status(str(folder), "unreadable" if (folder / "run.json").exists() else "no run")
-    attempt, training = attempts[-1], _training(folder / "config.yaml")
-    newest, evaluated = _last_steps(folder / "metrics.jsonl")
-    logged = _written(folder / "metrics.jsonl")
-    written = max(logged, _written(folder / "run.json"))
-    state, _, reason = str(attempt.get("outcome", "unreadable")).partition(": ")
+    try:
+        record = read_record(folder)
+    except ValueError:
+        return Status(str(folder), "unreadable")
+    if not (attempts := record.get("attempts")):
+        return Status(str(folder), "unreadable" if (folder / RECORD).exists() else "no run")
+    attempt, training = attempts[-1], _training(folder / CONFIG)
+    newest, evaluated = _last_steps(folder / METRICS)
+    logged = _written(folder / METRICS)
+    written = max(logged, _written(folder / RECORD))
+    state, _, reason = attempt["outcome"].partition(": ")
     if state == "running":
         interval = (newest.get("step_seconds") or 0) * training.get("log_every", 0)
         if not _lives(folder, attempt, now - written, interval):
             state = "died"
-        elif not newest or _moment(logged) < str(attempt.get("began")):
+        elif not newest or _moment(logged) < (attempt.get("began") or ""):
             state = "waiting"
     left = newest.get("eta_seconds") if state == "running" else None
     return Status(
         str(folder),
-        state,
+        state if state in _STATES else "unreadable",
         reason=reason or None,
         step=newest.get("step"),
         steps=training.get("steps"),
@@ -107,7 +115,7 @@ def status(folder: Path, now: float) -> Status:
         tokens_per_second=newest.get("tokens_per_second"),
         seconds_left=None if left is None else max(0.0, left - (now - written)),
         starts=len(attempts),
-        rolled_back=len(_objects(record, "rolled_back")),
+        rolled_back=len(record.get("rolled_back", [])),
         written=written,
         log=attempt.get("log"),
     )
@@ -162,10 +170,10 @@ def _last_steps(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The newest logged step, and the newest that was evaluated; empty where there is none."""
     newest: dict[str, Any] = {}
     try:
-        for line in _lines_from_the_end(path):
+        for line in _lines_from_the_end(require_file(path, path.name)):
             if newest and b'"valid_loss"' not in line:
                 continue
-            values = json.loads(line)
+            values = parse_line(line)
             newest = newest or values
             if "valid_loss" in values:
                 return newest, values
@@ -177,40 +185,33 @@ def _last_steps(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def _lines_from_the_end(path: Path) -> Iterator[bytes]:
     """The lines of a file, the last first, reading no more than is asked for; one without an end is left out."""
     with path.open("rb") as file:
-        position, rest, whole = file.seek(0, os.SEEK_END), b"", False
-        while position:
+        end = position = file.seek(0, os.SEEK_END)
+        tail: list[bytes] = []  # pieces of the line whose beginning is not read yet, the last piece first
+        whole = False
+        while position > max(0, end - _FARTHEST):
             size = min(_BLOCK, position)
             position = file.seek(position - size)
-            rest, *lines = (file.read(size) + rest).split(b"\n")
-            if lines and not whole:  # what follows the last line break is being written
-                lines, whole = lines[:-1], True
-            yield from reversed(lines)
-        if whole:
-            yield rest
+            first, *lines = file.read(size).split(b"\n")
+            if lines:
+                lines[-1] += b"".join(reversed(tail))
+                tail = []
+                if not whole:  # what follows the last line break is being written
+                    lines.pop()
+                    whole = True
+                yield from reversed(lines)
+            tail.append(first)
+        if whole and position == 0:
+            yield b"".join(reversed(tail))
 
 
-def _record(path: Path) -> dict[str, Any]:
-    """A run.json; empty if it cannot be read."""
+def _training(path: Path) -> dict[str, int]:
+    """Of the section `training` of a config `steps` and `log_every`; those that cannot be read are not there."""
     try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
+        section = dict(OmegaConf.select(read(path), "training"))
+    except (ValueError, TypeError, OmegaConfBaseException):
         return {}
-
-
-def _objects(record: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
-    """A list of objects in a run.json, the newest last; empty if it is none."""
-    try:
-        return [dict(each) for each in record.get(name, [])]
-    except (ValueError, TypeError):
-        return []
-
-
-def _training(path: Path) -> dict[str, Any]:
-    """The section `training` of a config; empty if it cannot be read."""
-    try:
-        return dict(OmegaConf.select(OmegaConf.load(path), "training"))
-    except (OSError, ValueError, TypeError, YAMLError, OmegaConfBaseException):
-        return {}
+    names = ("steps", "log_every")
+    return {name: section[name] for name in names if type(section.get(name)) is int and 0 < section[name] < _LONG}
 
 
 def _written(path: Path) -> float:
@@ -221,16 +222,19 @@ def _written(path: Path) -> float:
 
 
 def _moment(seconds: float) -> str:
-    """As run.json has it."""
+    """As run.json has it; of a file that says it is of another age the last moment that there is a name for."""
+    seconds = min(max(seconds, 0.0), _LAST_MOMENT)
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
 def _text(value: Any, form: str) -> str:
+    if isinstance(value, float) and abs(value) >= _LONG:
+        form = "{:.3g}"
     return "-" if value is None else form.format(value)
 
 
 def _span(seconds: float | None) -> str:
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds is not None and seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
+            return f"{_text(seconds / size, '{:.1f}')} {unit}"
     return _text(seconds, "{:.0f} s")

@@ -1,6 +1,7 @@
 """Whether a job goes on: by how the attempt ended, and by whether attempts lead to newer checkpoints."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -75,14 +76,38 @@ def test_a_chain_whose_run_ended_for_good_does_not_begin_again(tmp_path: Path) -
     )  # a person queues the same job again, having changed things
 
 
-@pytest.mark.parametrize("text", ["", "{}{", '{"job": 7}', '[{"job": "7"}]', "[7]"])
-def test_a_file_that_holds_no_attempts_is_a_mistake(text: str, begin: list[str], tmp_path: Path) -> None:
-    folder = tmp_path / "it's $(here)"
-    folder.mkdir()
-    (folder / "attempts.json").write_text(text)
-    done = python(*begin, "--", "configs/quickstart.yaml")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"attempt.py: error: {folder}/attempts.json holds no attempts: ")
+BEGUN = '"job": "7", "began": "2026", "output": "o"'
+DAMAGED = ["", "{}{", '{"job": 7}', '[{"job": "7"}]', "[7]", "\0\0", "[" * 100_000, f'[{{{BEGUN}, "step": "x"}}]']
+
+
+@pytest.mark.parametrize("text", DAMAGED)
+def test_a_damaged_file_is_set_aside_and_the_count_begins_again(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert Attempts(tmp_path, limit=3).begin("7", tmp_path / "run").name == "attempt-0"
+    path = tmp_path / "attempts.json"
+    path.write_text(text)
+    assert Attempts(tmp_path, limit=3).begin("7", tmp_path / "run").name == "attempt-1", "no folder is used twice"
+    assert [attempt["job"] for attempt in json.loads(path.read_text())] == ["7"]
+    assert (tmp_path / "attempts.json.damaged").read_text() == text
+    said = capsys.readouterr().err
+    assert said.startswith(f"{path} is damaged (") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("status", [ExitStatus.STOPPED, ExitStatus.DIVERGED])
+def test_an_attempt_whose_beginning_was_lost_ends_by_its_status(status: ExitStatus, tmp_path: Path) -> None:
+    Attempts(tmp_path, limit=3).begin("7", tmp_path / "run")
+    (tmp_path / "attempts.json").write_text("{")
+    assert Attempts(tmp_path, limit=3).end(status).again == status.again
+
+
+def test_what_is_no_file_is_a_mistake(begin: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "it's $(here)" / "attempts.json"
+    path.parent.mkdir()
+    os.mkfifo(path)
+    done = python(*begin, "configs/quickstart.yaml")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert f"attempts.json is {path}: it is a special file" in done.stderr
 
 
 def test_only_finished_checkpoints_are_progress(tmp_path: Path) -> None:

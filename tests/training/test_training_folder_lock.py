@@ -49,12 +49,12 @@ def test_a_second_process_is_refused_until_the_first_is_killed(holder: Program, 
 
 
 def test_a_refused_run_changes_no_file_of_the_first(tmp_path: Path) -> None:
-    with run_folder.begin(tmp_path, RunConfig()):
+    with run_folder.begin(RunConfig(output=str(tmp_path))):
         before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
         with pytest.raises(ConfigError, match=f"process {os.getpid()} on "):
-            run_folder.begin(tmp_path, RunConfig(output="elsewhere"))
+            run_folder.begin(RunConfig(output=str(tmp_path)))
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    with run_folder.begin(tmp_path, RunConfig()):
+    with run_folder.begin(RunConfig(output=str(tmp_path))):
         pass
 
 

@@ -1,5 +1,10 @@
 """metrics.jsonl and the picture drawn from it."""
 
+import errno
+import io
+import json
+import os
+import re
 import sys
 from pathlib import Path
 
@@ -11,7 +16,7 @@ from coe_megatron.config import RunConfig, parse
 from coe_megatron.errors import ConfigError
 from coe_megatron.training.logged import read_metrics
 from coe_megatron.training.metrics import Several, open_metrics
-from coe_megatron.training.picture import draw_loss
+from coe_megatron.training.picture import draw_loss, is_whole
 
 
 def test_what_is_written_is_read_and_shown_in_tensorboard(tmp_path: Path) -> None:
@@ -73,22 +78,118 @@ def test_going_back_forgets_what_lies_beyond(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in board.Scalars("loss/train_loss")] == [(1, 1.0), (2, 9.0)]
 
 
-def test_what_cannot_be_written_waits(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    run, away = tmp_path / "run", tmp_path / "away"
-    run.mkdir()
-    writer = open_metrics(run, RunConfig())
+def test_what_cannot_be_written_waits(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a full disk, which takes half of what is given first: neither file has half a record."""
+    writer = open_metrics(tmp_path, RunConfig())
     writer.write({"step": 1, "train_loss": 1.0})
-    run.rename(away)
-    for step in (2, 3):
-        writer.write({"step": step, "train_loss": 1.0})
-    away.rename(run)
+
+    def half(file: io.FileIO, content: bytes) -> int:
+        io.FileIO.write(file, content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    class Full(io.FileIO):
+        write = half  # type: ignore[assignment]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda path, mode, buffering: Full(path, mode))
+        for step in (2, 3):
+            writer.write({"step": step, "train_loss": 1.0})
     writer.write({"step": 4, "train_loss": 1.0})
     writer.close()
-    assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == [1, 2, 3, 4]
-    board = EventAccumulator(str(run / "tensorboard")).Reload()
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in board.Scalars("loss/train_loss")] == [1, 2, 3, 4]
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and said.startswith("metrics wait in memory until they can be written: [Errno 2]")
+    assert said == "metrics wait in memory until they can be written: [Errno 28] No space left on device\n"
+
+
+def test_a_line_is_on_the_disk_when_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = open_metrics(tmp_path, RunConfig())
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.readlink(f"/proc/self/fd/{number}")))
+    writer.write({"step": 1, "train_loss": 1.0})
+    assert str(tmp_path / "metrics.jsonl") in synced
+
+
+DAMAGED = {
+    "NULs": b"\0" * 4096,
+    "NULs and a line break": b"\0\0\n",
+    "a blank line": b"\n",
+    "no JSON": b"garb\n",
+    "no object": b"[1]\n",
+    "no step": b'{"train_loss": 1.0}\n',
+    "a step that is none": b'{"step": "3"}\n',
+    "a huge step": b'{"step": 1' + b"0" * 400 + b"}\n",
+    "a number of many digits": b'{"step": 3, "train_loss": ' + b"9" * 5000 + b"}\n",
+    "an infinite loss": b'{"step": 3, "train_loss": 1e999}\n',
+    "a loss as text": b'{"step": 3, "train_loss": "low"}\n',
+    "sets of another shape": b'{"step": 3, "valid": {"a": 1}}\n',
+    "deep nesting": b"[" * 100_000 + b"\n",
+    "no UTF-8": b'{"step": 3, "\xff": 1}\n',
+    "an earlier step": b'{"step": 1, "train_loss": 7.0}\n',
+}
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+@pytest.mark.parametrize("place", [0, 2, 4])
+def test_good_lines_of_a_damaged_file_are_kept_and_the_file_set_aside(
+    what: str, place: int, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    lines = [json.dumps({"step": step, "train_loss": 1.0}).encode() + b"\n" for step in (0, 1, 2, 3)]
+    damaged = b"".join([*lines[:place], DAMAGED[what], *lines[place:]])
+    path, aside = tmp_path / "metrics.jsonl", tmp_path / "metrics.jsonl.damaged"
+    path.write_bytes(damaged)
+    writer = open_metrics(tmp_path, parse({"logging": {"tensorboard": False}}), first_step=2)
+    writer.write({"step": 3, "again": True})
+    steps = [line["step"] for line in read_metrics(path)]
+    assert steps == [0, 1, 2, 3] or (what == "NULs" and set(steps) < {0, 1, 2, 3}), (
+        "they take the line behind with them"
+    )
+    said = capsys.readouterr().err
+    assert aside.read_bytes() == damaged
+    assert said.count("\n") == 1 and said[:-1].isprintable() and said.startswith(f"{path} is damaged (line ")
+
+
+def test_a_damaged_file_gets_a_name_that_is_free(tmp_path: Path) -> None:
+    for _ in range(3):
+        (tmp_path / "metrics.jsonl").write_text("garb\n")
+        open_metrics(tmp_path, parse({"logging": {"tensorboard": False}}), first_step=2).close()
+    names = ["metrics.jsonl", *(f"metrics.jsonl.damaged{number}" for number in ("", "-2", "-3"))]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_a_file_without_damage_is_not_rewritten(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0}\n{"step": 1}\n')
+    before = path.stat()
+    open_metrics(tmp_path, parse({"logging": {"tensorboard": False}}), first_step=1).close()
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_a_file_that_was_removed_meanwhile_begins_anew_and_that_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    writer = open_metrics(tmp_path, parse({"logging": {"tensorboard": False}}))
+    writer.write({"step": 1})
+    (tmp_path / "metrics.jsonl").unlink()
+    writer.write({"step": 2})
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 2}]
+    assert capsys.readouterr().err == f"{tmp_path / 'metrics.jsonl'} was removed: it begins anew with step 2\n"
+
+
+@pytest.mark.parametrize("damage", [b"", b"\0" * 100, b"garbage"])
+def test_a_torn_event_file_costs_nothing_but_itself(damage: bytes, tmp_path: Path) -> None:
+    for step in (1, 2):
+        writer = open_metrics(tmp_path, RunConfig(), first_step=step - 1)
+        writer.write({"step": step, "train_loss": 1.0})
+        writer.close()
+        if step == 1:
+            (torn,) = (tmp_path / "tensorboard").iterdir()
+            torn.write_bytes(torn.read_bytes()[:-20] + damage)
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("loss/train_loss")] == [2]
 
 
 def test_beginning_anew_keeps_the_old_file_aside(tmp_path: Path) -> None:
@@ -122,6 +223,14 @@ def test_weights_and_biases_offline_goes_on_as_the_same_run(tmp_path: Path) -> N
     assert any(b"train_loss" in path.read_bytes() and b"memory/parameters" in path.read_bytes() for path in written)
 
 
+@pytest.mark.parametrize("damage", ["", "\0\0", "a b/c", "x" * 1000])
+def test_a_damaged_name_at_weights_and_biases_is_set_aside(damage: str, tmp_path: Path) -> None:
+    (tmp_path / "wandb-id").write_text(damage)
+    open_metrics(tmp_path, parse({"logging": {"wandb": {"mode": "offline"}}})).close()
+    assert re.fullmatch("[0-9a-f]{16}", (tmp_path / "wandb-id").read_text())
+    assert (tmp_path / "wandb-id.damaged").read_text() == damage
+
+
 def test_weights_and_biases_without_the_package_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"^logging.wandb is set: install the package wandb"):
@@ -153,3 +262,23 @@ def test_the_picture_shows_every_validation_set(tmp_path: Path) -> None:
         for sets in ((), ("math", "wiki"))
     ]
     assert sizes[1] > sizes[0] + 1000
+
+
+def test_a_picture_is_told_from_a_torn_one(tmp_path: Path) -> None:
+    path = draw_loss([{"step": 1, "tokens": 9, "train_loss": 2.0}], 5.2, "a run", tmp_path / "loss.png")
+    content = path.read_bytes()
+    assert is_whole(path) and [each.name for each in tmp_path.iterdir()] == ["loss.png"]
+    nuls = bytearray(content)
+    nuls[2000:2100] = bytes(100)
+    for damaged in (b"", content[:-1], content + b"x", content[:3000], bytes(3000), b"GIF89a", bytes(nuls)):
+        path.write_bytes(damaged)
+        assert not is_whole(path)
+
+
+def test_names_that_are_no_formulas_and_numbers_that_are_no_losses_are_drawn_all_the_same(tmp_path: Path) -> None:
+    sets = {r"$\\frac{": {"loss": 2.0}}
+    lines: list[dict] = [
+        {"step": 0}, {"step": 1, "tokens": 9, "train_loss": 1e300, "valid_loss": 2.0, "valid": sets},
+        {"step": 2, "tokens": 18, "train_loss": 2.0, "valid": {"another": {"loss": None}, "third": {}}},
+    ]  # fmt: skip
+    assert is_whole(draw_loss(lines, 5.2, r"$\\frac{", tmp_path / "loss.png"))

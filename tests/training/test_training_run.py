@@ -152,7 +152,7 @@ def test_a_mistake_is_said_once_by_rank_0(mistake: str, said: str, config: Path,
 
 
 def test_a_second_run_with_the_output_of_another_is_refused(config: Path, prepared: Path, tmp_path: Path) -> None:
-    with run_folder.begin(tmp_path, RunConfig()):
+    with run_folder.begin(RunConfig(output=str(tmp_path))):
         before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
         settings = (f"data.path={prepared}", f"output={tmp_path}", "parallel.expert=1")
         done = python("launch/pretrain_coe.py", config, *settings)

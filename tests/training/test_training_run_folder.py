@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from coe_megatron.config import RunConfig, parse
+from coe_megatron.config import RunConfig, dump, parse
 from coe_megatron.errors import ConfigError
 from coe_megatron.training import run_folder
 
@@ -16,21 +16,25 @@ def outcomes(folder: Path) -> list[str]:
     return [attempt["outcome"] for attempt in json.loads((folder / "run.json").read_text())["attempts"]]
 
 
+def begin(folder: Path, logs: Path | None = None) -> run_folder.RunFolder:
+    return run_folder.begin(RunConfig(output=str(folder)), logs)
+
+
 def test_an_attempt_that_said_nothing_has_died(tmp_path: Path) -> None:
-    run_folder.begin(tmp_path, RunConfig()).close()
-    run_folder.begin(tmp_path, RunConfig()).close()
-    run_folder.end(tmp_path, "finished")
+    begin(tmp_path).close()
+    with begin(tmp_path) as output:
+        output.end("finished")
     assert outcomes(tmp_path) == ["died", "finished"]
 
 
 def test_what_is_refused_leaves_no_trace(tmp_path: Path) -> None:
-    run_folder.begin(tmp_path / "new", RunConfig()).close()
-    run_folder.withdraw(tmp_path / "new")
+    with begin(tmp_path / "new") as output:
+        output.withdraw()
     assert not list(tmp_path.iterdir())
-    run_folder.begin(tmp_path, RunConfig()).close()
-    run_folder.end(tmp_path, "finished")
-    run_folder.begin(tmp_path, RunConfig()).close()
-    run_folder.withdraw(tmp_path)
+    with begin(tmp_path) as output:
+        output.end("finished")
+    with begin(tmp_path) as output:
+        output.withdraw()
     assert outcomes(tmp_path) == ["finished"]
 
 
@@ -39,7 +43,7 @@ def test_the_log_is_where_stderr_goes_through_a_pipe_too(tmp_path: Path, stderr_
     logs = tmp_path / "logs"
     logs.mkdir()
     for expected in (None, str(logs / "stderr.log")):
-        run_folder.begin(tmp_path / "run", RunConfig(), logs).close()
+        begin(tmp_path / "run", logs=logs).close()
         assert json.loads((tmp_path / "run" / "run.json").read_text())["attempts"][-1]["log"] == expected
         (logs / "stderr.log").touch()
 
@@ -57,14 +61,14 @@ def stderr_is_a_pipe() -> Iterator[None]:
 @pytest.mark.parametrize(("decay", "warns"), [("constant", False), ("linear", True)])
 def test_other_steps_change_a_schedule_that_falls(decay: str, warns: bool, tmp_path: Path) -> None:
     then, now = (parse({"optimizer": {"decay": decay}, "training": {"steps": steps}}) for steps in (60, 12))
-    run_folder.describe(tmp_path, {}, then)
+    (tmp_path / "config.yaml").write_text(dump(then))
     remark = run_folder.check_same_run(tmp_path, now)
     assert ("training.steps was 60 and is 12" in remark) == warns
     assert run_folder.check_same_run(tmp_path, then) == ""
 
 
 def test_other_settings_are_refused_and_where_things_lie_is_free(tmp_path: Path) -> None:
-    run_folder.describe(tmp_path, {}, RunConfig())
+    (tmp_path / "config.yaml").write_text(dump(RunConfig()))
     free = {"data": {"path": "moved", "validation": {"far": "away"}}, "logging": {"tensorboard": False}, "output": "x"}
     assert run_folder.check_same_run(tmp_path, parse(free)) == ""
     with pytest.raises(ConfigError, match=r"^moe.topk is 2: the checkpoints in .* were made with 4"):

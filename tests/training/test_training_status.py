@@ -16,7 +16,7 @@ from programs import Program, python
 
 from coe_megatron.config import dump, parse
 from coe_megatron.training import folder_lock
-from coe_megatron.training.status import find_runs, status, statuses, table
+from coe_megatron.training.status import Status, find_runs, status, statuses, table
 
 NOW = 1_800_000_000.0
 STEPS: list[dict[str, Any]] = [
@@ -112,13 +112,88 @@ def test_a_half_written_line_is_left_out_and_the_beginning_of_a_long_file_not_re
     with (tmp_path / "metrics.jsonl").open("wb") as file:
         file.truncate(1 << 40)  # a hole: no memory could hold it
         file.seek(0, os.SEEK_END)
-        lines = [STEPS[1] | {"routing": [0.5] * 100_000}, STEPS[2], STEPS[2] | {"step": 30, "train_loss": None}]
+        lines = [
+            STEPS[1] | {"routing": [{"load": [0.5] * 100_000}]},
+            STEPS[2],
+            STEPS[2] | {"step": 30, "train_loss": None},
+        ]
         file.write(b"\n" + "".join(json.dumps(line) + "\n" for line in lines).encode() + b'{"step": 40, "valid_loss"')
     found = status(tmp_path, NOW)
     assert (found.step, found.train_loss, found.valid_loss) == (30, None, 5.75)
 
 
-@pytest.mark.parametrize("content", ["", "\n", '{"step": 1', "\0\0\n", "{]\n"])
+VALUES = [
+    "null",
+    "true",
+    "-1",
+    "9" * 5000,
+    "1e999",
+    "1e300",
+    '"\\u001b[2J\\ud800"',
+    "[]",
+    "[1]",
+    "{}",
+    "[" * 50 + "]" * 50,
+]
+
+
+def of_any_value(written: str) -> list[str]:
+    """A file's JSON with each of its values replaced by each of VALUES, at every depth."""
+
+    def places(value: Any) -> list[Any]:
+        inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        return [[], *([key, *below] for key, part in inner for below in places(part))]
+
+    made = []
+    for place in places(json.loads(written)):
+        content = {"": json.loads(written)}
+        *above, last = ["", *place]
+        holder: Any = content
+        for key in above:
+            holder = holder[key]
+        holder[last] = "HERE"
+        made += [json.dumps(content[""]).replace('"HERE"', value) for value in VALUES]
+    return made
+
+
+@pytest.mark.parametrize("file", ["run.json", "metrics.jsonl", "config.yaml"])
+def test_any_value_anywhere_in_a_record_gives_a_row(file: str, tmp_path: Path) -> None:
+    make_run(tmp_path, "running", log="/logs/7.err")
+    path = tmp_path / file
+    record = json.dumps({**json.loads((tmp_path / "run.json").read_text()), "rolled_back": [{}], "model": "x"})
+    written = {"run.json": record, "metrics.jsonl": json.dumps(STEPS[2]), "config.yaml": '{"training": {"steps": 9}}'}
+    for content in of_any_value(written[file]):
+        path.write_text(f"{content}\n")
+        row = status(tmp_path, NOW)
+        as_table, as_json = table([row], NOW), json.dumps(row.as_dict(), allow_nan=False)
+        assert row.state in ("running", "waiting", "unreadable") and len(as_table.splitlines()) == 2, content
+        assert len(as_table) < 1000 and as_json.isascii() and as_table.replace("\n", "").isprintable(), content
+
+
+@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "config.yaml", folder_lock.NAME])
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link"])
+def test_what_is_no_file_is_not_waited_for(name: str, kind: str, tmp_path: Path) -> None:
+    path = make_run(tmp_path, "finished") / name
+    path.unlink(missing_ok=True)
+    {"folder": Path.mkdir, "pipe": os.mkfifo, "link": lambda path: path.symlink_to(path)}[kind](path)
+    assert status(tmp_path, NOW).state == ("unreadable" if name == "run.json" else "finished")
+
+
+def test_a_file_of_nuls_is_read_from_its_end_within_bounds(tmp_path: Path) -> None:
+    path = make_run(tmp_path, "finished") / "metrics.jsonl"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    began = time.process_time()
+    assert status(tmp_path, NOW).step is None
+    assert time.process_time() - began < 2
+
+
+def test_a_file_of_another_age_has_a_time_all_the_same() -> None:
+    row = Status("run", "finished", written=1e18)
+    assert row.as_dict()["written"] == "9999-12-31T23:59:59+00:00" and "0 s ago" in table([row], NOW)
+
+
+@pytest.mark.parametrize("content", ["", "\n", '{"step": 1', "\0\0\n", "{]\n", "[" * 100_000 + "\n"])
 def test_files_that_cannot_be_used_are_dashes(content: str, tmp_path: Path) -> None:
     make_run(tmp_path, "finished")
     (tmp_path / "metrics.jsonl").write_text(content)
@@ -155,7 +230,9 @@ def test_the_program_shows_a_table_or_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("nowhere",), "nowhere: there is no such folder"),
+        (("nowhere",), "DIR is nowhere: there is no such folder"),
+        (("Makefile",), "DIR is Makefile: it is a file, where a folder is needed"),
+        (("n" * 256,), f"DIR is {'n' * 200}...: it cannot be used: file name too long"),
         ((".", "--watch", "0"), "argument --watch: 0 must be a number above 0"),
         ((".", "--watch", "nan"), "argument --watch: nan must be a number above 0"),
     ],
