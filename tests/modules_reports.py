@@ -21,13 +21,13 @@ def expected_reports(oracle: ChainOfExperts, batches: list[Batch]) -> list[dict[
     return [_expected(oracle, t, passes, seen) for t in range(oracle.chain.iterations)]
 
 
-def assert_reported(reports: list[RoutingReport], expected: list[dict[str, Any]], losses: bool = True) -> None:
+def assert_reported(reports: list[RoutingReport], expected: list[dict[str, Any]]) -> None:
     """Every field of every report, to fp32's rounding."""
     assert len(reports) == len(expected)
     for report, truth in zip(reports, expected, strict=True):
         found = dict(vars(report))
         assert found.keys() == truth.keys()
-        for name in [name for name in truth if losses or name != "losses"]:
+        for name in truth:
             value, goal = torch.tensor(_numbers(found[name])), torch.tensor(_numbers(truth[name]))
             torch.testing.assert_close(value, goal, rtol=2e-5, atol=0, msg=f"{name}: {found[name]} is not {goal}")
 

@@ -118,8 +118,8 @@ class MoESettings:
         z_loss_coeff: coefficient of the router's z-loss; 0 for none.
         expert_bias: balance without a loss: a bias on the choice, moved after each step (sigmoid scores only).
         expert_bias_rate: by how much it moves.
-        input_jitter: the router's input is multiplied by noise from 1 - this to 1 + this.
-        capacity_factor: drop what exceeds this multiple of an expert's mean load; null drops nothing.
+        input_jitter: in training the router's input is multiplied by noise from 1 - this to 1 + this.
+        capacity_factor: drop what exceeds this multiple of an expert's mean load without padding; null drops nothing.
         drop_policy: drop the copies with the lowest gates, or the last ones.
         pad_to_capacity: fill every expert up to its capacity, for fixed sizes.
         dispatcher: how tokens travel to the experts' ranks.

@@ -8,15 +8,31 @@ size 1) the order is right already, but cutting and joining copies every row twi
 import torch
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
+from coe_megatron.dispatch.capacity import rows_per_expert
+
 
 class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
     """Same results and same state as Megatron's dispatcher; one object serves one iteration of a chain."""
 
     tokens_per_expert: torch.Tensor | None
+    capacity: int | None
+    num_out_tokens: int
 
     @property
     def _is_sorted(self) -> bool:
         return self.ep_size * self.tp_size == 1
+
+    def preprocess(self, routing_map: torch.Tensor) -> torch.Tensor:
+        """Routing map [T, N] -> the row count of each local expert, and what the all-to-all has to know.
+
+        Megatron's own fails where a capacity to pad to is larger than T.
+        """
+        if not self.drop_and_pad:
+            return super().preprocess(routing_map)
+        topk, factor = self.config.moe_router_topk, self.moe_expert_capacity_factor
+        self.capacity = rows_per_expert(len(routing_map), topk, self.num_experts, factor)
+        self.num_out_tokens = self.capacity * self.num_experts
+        return torch.full((self.num_local_experts,), self.capacity * self.tp_size * self.ep_size)
 
     def dispatch_postprocess(
         self, global_input_tokens: torch.Tensor, global_probs: torch.Tensor

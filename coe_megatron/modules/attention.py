@@ -98,6 +98,8 @@ def _refuse_unsupported(config: TransformerConfig) -> None:
         "window_size": config.window_size is not None,
         "apply_query_key_layer_scaling": config.apply_query_key_layer_scaling,
         "softmax_type": config.softmax_type != "vanilla",
+        "qk_clip": config.qk_clip,
+        "log_max_attention_logit": config.log_max_attention_logit,
     }
     for name, asked in unsupported.items():
         if asked:

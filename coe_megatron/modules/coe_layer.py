@@ -29,9 +29,11 @@ from torch.profiler import record_function
 from coe_megatron.chain.activations import Recompute
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.dispatch.alltoall import AllToAllDispatcher
+from coe_megatron.dispatch.capacity import filled_up, rows_per_expert
 from coe_megatron.modules.norm import Norm
 from coe_megatron.modules.recompute import Route, recompute_mode, replayed
 from coe_megatron.modules.router import CoERouter
+from coe_megatron.modules.unsupported import refuse_for_layer
 from coe_megatron.modules.watch import ChainWatch
 
 
@@ -154,7 +156,8 @@ class CoELayer(MoELayer):
 
         Args:
             hidden_states: [S, B, D]: u = norm(h), or h itself with `iteration_norm`.
-            padding_mask: [B, S] bool, True at padding: such tokens count in no loss, load or expert bias.
+            padding_mask: [B, S] bool, True at padding, which counts in no loss, load or expert bias; where experts have
+                a capacity, it is that of the real tokens, and no expert takes padding.
 
         Returns:
             [S, B, D], what the transformer layer adds to h (with `reference`: what takes h's place), and no bias.
@@ -177,18 +180,17 @@ class CoELayer(MoELayer):
         iterate = partial(self._replayed if self.recompute == "iteration" else _called, self._iterate)
         note = partial(self._note, self._watch(routes[0]), start, padding_mask)
         step, probs, choices, *scored = iterate(0, start, padding_mask, routes[0])
-        note(0, start, step, probs, choices)
+        note(0, start, step, choices)
         given = (probs, choices) if self.chain.gating == "fixed" else ()
         state, increment, visited = start, step, None
         for t in range(1, self.chain.iterations):
             state = self._next_state(start, state, step)
             if self.chain.no_return:
-                visits = self._visits(probs, choices)
-                visited = visits if visited is None else visited | visits
+                visited = choices if visited is None else visited | choices
             earlier = scored if t == len(self.routers) - 1 else ()
             route = None if given else routes[t]
             step, probs, choices, *of_this = iterate(t, state, padding_mask, route, visited, *given, *earlier)
-            note(t, state, step, probs, choices)
+            note(t, state, step, choices)
             scored += of_this
             increment = increment + step if self.chain.residual == "inner" else step
         if self.chain.topology != "reference":
@@ -216,20 +218,12 @@ class CoELayer(MoELayer):
         t: int,
         state: torch.Tensor,
         step: torch.Tensor,
-        probs: torch.Tensor,
-        visits: torch.Tensor,
+        choices: torch.Tensor,
     ) -> None:
         """Tell the watch of iteration t; here and not in _iterate, whose second passes go backwards."""
         if watch is None:
             return
-        visits = self._visits(probs, visits)
-        watch.note(t, visits, state, step, self._next_state(start, state, step), padding_mask)
-
-    def _visits(self, probs: torch.Tensor, routing_map: torch.Tensor) -> torch.Tensor:
-        """Bool [T, N]: the experts that a token reaches, its capacity permitting."""
-        if self.config.moe_pad_expert_input_to_capacity:  # the map then has who fills an expert up, with a gate of 0
-            return probs != 0
-        return routing_map
+        watch.note(t, choices, state, step, self._next_state(start, state, step), padding_mask)
 
     def _iterate(
         self,
@@ -264,6 +258,17 @@ class CoELayer(MoELayer):
             output, _ = self.routed_experts_compute(dispatched, probs)
             return self._scaled(t, self.postprocess(self.combine(output), shared)), *routing, *scored
 
+    def preprocess(
+        self, hidden_states: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As the stock method; where the config pads to the capacity, experts are filled up here and nowhere else."""
+        config = self.config
+        if config.moe_pad_expert_input_to_capacity:
+            topk, factor = config.moe_router_topk, config.moe_expert_capacity_factor
+            rows = rows_per_expert(len(routing_map), topk, config.num_moe_experts, factor)
+            routing_map = filled_up(routing_map, rows)
+        return super().preprocess(hidden_states, probs, routing_map)
+
     def _seen(self, t: int, state: torch.Tensor) -> torch.Tensor:
         """What router and experts of iteration t see of the state."""
         if self.norms:
@@ -289,17 +294,12 @@ def _scaled(initialise: Callable[[torch.Tensor], object], iterations: int, weigh
 
 
 def _refuse_unsupported(config: TransformerConfig, chain: ChainSettings) -> None:
+    refuse_for_layer(config)
     chain.require_experts(config.num_moe_experts, config.moe_router_topk, config.moe_router_num_groups)
     if chain.no_return and config.moe_router_fusion:
         raise ValueError("moe_router_fusion is True: with chain.no_return it must be False")
     if chain.no_return and config.moe_router_load_balancing_type == "sinkhorn":
         raise ValueError("moe_router_load_balancing_type is 'sinkhorn': with chain.no_return use an auxiliary loss")
-    if config.cuda_graph_impl != "none":
-        raise ValueError(
-            f"cuda_graph_impl is {config.cuda_graph_impl!r}: a chain runs without CUDA graphs, set it to none"
-        )
-    if config.fp8 and config.recompute_granularity:
-        raise ValueError(f"fp8 is {config.fp8!r}: a chain is not recomputed in fp8, leave recompute_granularity unset")
     if chain.iterations > 1 and config.moe_shared_expert_overlap:
         raise ValueError(
             "moe_shared_expert_overlap is True: the shared experts keep the state of one pass, so with more than one "

@@ -268,8 +268,9 @@ def _refuse_unsupported(config: TransformerConfig) -> None:
         "moe_latent_size": config.moe_latent_size is not None,
         "activation_func_clamp_value": config.activation_func_clamp_value is not None,
         "glu_linear_offset": config.glu_linear_offset != 0.0,
-        "fp8": bool(config.fp8),
-        "fp4": bool(config.fp4),
+        "use_te_activation_func": config.use_te_activation_func,
+        "fine_grained_activation_offloading": config.fine_grained_activation_offloading,
+        "init_model_with_meta_device": config.init_model_with_meta_device,
     }
     for name, asked in unsupported.items():
         if asked:

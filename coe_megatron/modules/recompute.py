@@ -41,8 +41,6 @@ def recompute_mode(config: TransformerConfig, recompute: Recompute) -> Recompute
 
 def _refuse_unknown_routes(config: TransformerConfig, recompute: Recompute) -> None:
     """What chooses experts where no Route can listen, and so might choose others when it is recomputed."""
-    if config.fp8:
-        raise ValueError(f"fp8 is {config.fp8!r}: a chain is not recomputed in fp8, use recompute none or experts")
     if config.moe_router_fusion:
         raise ValueError(f"moe_router_fusion is True: with recompute {recompute!r} it must be False")
     if config.moe_router_load_balancing_type == "sinkhorn":

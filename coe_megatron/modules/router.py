@@ -8,6 +8,8 @@ What differs from the stock router, and why:
 * with `balance="joint"` the last iteration's router has the auxiliary loss of all of them, of their scores and choices
   in a row, as if their sequences were one; it is noted there, and not divided in the tracker;
 * a padding mask reaches the load counts of the expert bias without an error (the stock code broadcasts it wrongly);
+* an expert's capacity is that of the real tokens, and padding takes none of it (`dispatch.capacity`);
+* noise on its input is for training: the stock code draws it in evaluation as well;
 * on watched steps it also notes the entropy of its distribution over the experts;
 * a pass that is recomputed takes the routes of the first one, whatever its logits have become, and counts nothing.
 """
@@ -24,7 +26,6 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import (
     MoEAuxLossAutoScaler,
-    apply_router_token_dropping,
     router_gating_linear,
     save_to_aux_losses_tracker,
     z_loss_func,
@@ -34,6 +35,7 @@ from megatron.core.transformer.moe.router_replay import RouterReplay
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from coe_megatron.chain.settings import ChainSettings
+from coe_megatron.dispatch.capacity import within_capacity
 from coe_megatron.modules.recompute import Route
 
 _DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
@@ -45,7 +47,7 @@ class RoutingStats:
 
     Attributes:
         losses: name -> sum of the loss without its coefficient (1.0 each for a perfectly balanced aux loss).
-        load: [N] float64, token copies each expert was chosen for (padding not counted).
+        load: [N] float64, token copies that reached each expert (padding not counted).
         calls: micro-batches seen.
         watched: whether to note what only the metrics need.
         entropy: where watched, sum over counted tokens of the entropy in nats of the distribution over experts.
@@ -154,6 +156,10 @@ class CoERouter(TopKRouter):
         scored, self._scored = self._scored, ()
         return scored
 
+    def apply_input_jitter(self, input: torch.Tensor) -> torch.Tensor:
+        """As the stock method in training; elsewhere the input, and no random number is drawn."""
+        return super().apply_input_jitter(input) if self.training else input
+
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         """Logits [S, B, N] = x W_t^T in the router's dtype (`moe_router_dtype`, else the input's)."""
         owner = self.leader or self
@@ -173,8 +179,8 @@ class CoERouter(TopKRouter):
             self.stats.entropy = self.stats.entropy + _summed_entropy(logits, self.score_function, padding_mask)
         probs, routing_map = super().routing(logits, padding_mask)
         if self.capacity_factor is not None:
-            kept = self._within_capacity(probs.detach(), routing_map)
-            probs, routing_map = probs * kept, kept
+            routing_map = self._within_capacity(probs.detach(), routing_map, padding_mask)
+            probs = probs * routing_map
         if self.is_counting:
             self._count(routing_map, padding_mask)
         return probs, routing_map
@@ -201,18 +207,31 @@ class CoERouter(TopKRouter):
         return MoEAuxLossAutoScaler.apply(activation, aux_loss)
 
     def apply_z_loss(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Attach the z-loss of arXiv 2202.08906 to logits [T, N]; padding (mask True) does not count."""
+        """Attach the z-loss of arXiv 2202.08906 to logits [T, N]; padding (mask [T] True) does not count."""
         coefficient = self.config.moe_z_loss_coeff
         if coefficient is None or not (self.training and torch.is_grad_enabled()):
             return logits
         coefficient = coefficient / self.tp_cp_group.size()
         loss = z_loss_func(logits, coefficient, padding_mask=padding_mask)
+        tokens: float | torch.Tensor = logits.shape[0]
+        if padding_mask is not None:
+            own = (~padding_mask).sum()
+            tokens = self._mean_over_parts(own)
+            loss = loss * (own / tokens)  # a token weighs the same in whichever part of the sequence it is
         if self.is_counting:
             self.stats.add_loss("z_loss", loss.detach() / coefficient)
             self._track("z_loss", loss.detach() / coefficient / self.num_routers)
         if self.calculate_per_token_loss:  # Megatron then divides every gradient by the number of tokens
-            loss = loss * (logits.shape[0] if padding_mask is None else (~padding_mask).sum())
+            loss = loss * tokens
         return MoEAuxLossAutoScaler.apply(logits, loss)
+
+    def _mean_over_parts(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Mean of a count over the ranks that have parts of the same sequences; above 0."""
+        ranks = self.tp_cp_group.size()
+        total = tokens.clone()
+        if ranks > 1:
+            torch.distributed.all_reduce(total, group=self.tp_cp_group)
+        return total.clamp(min=1) / ranks
 
     def _track(self, name: str, loss: torch.Tensor, *reduced: Any) -> None:
         layers = self.config.num_layers + (self.config.mtp_num_layers or 0)
@@ -271,17 +290,19 @@ class CoERouter(TopKRouter):
         finally:
             self.global_tokens_per_expert, self.ga_steps = now
 
-    def _within_capacity(self, probs: torch.Tensor, routing_map: torch.Tensor) -> torch.Tensor:
-        """The choices [T, N] that no expert turns away, filled up where the config pads to the capacity."""
+    def _within_capacity(
+        self, gates: torch.Tensor, chosen: torch.Tensor, padding_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The choices [T, N] that no expert turns away."""
         if self._route is not None and self._route.kept_TN is not None:
             return self._route.kept_TN
-        _, kept = apply_router_token_dropping(
-            probs,
-            routing_map,
-            router_topk=self.topk,
-            capacity_factor=self.capacity_factor,
-            drop_policy=self.config.moe_token_drop_policy,
-            pad_to_capacity=self.config.moe_pad_expert_input_to_capacity,
+        kept = within_capacity(
+            gates,
+            chosen,
+            None if padding_mask is None else padding_mask.flatten(),
+            topk=self.topk,
+            factor=self.capacity_factor,
+            policy=self.config.moe_token_drop_policy,
         )
         if self._route is not None:
             self._route.kept_TN = kept

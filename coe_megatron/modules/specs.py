@@ -28,6 +28,7 @@ from coe_megatron.modules.coe_layer import CoELayer
 from coe_megatron.modules.experts import GroupedExperts
 from coe_megatron.modules.norm import Norm
 from coe_megatron.modules.recompute import recompute_mode
+from coe_megatron.modules.unsupported import refuse_for_specs
 from coe_megatron.parallel.without_te import has_transformer_engine
 
 
@@ -44,7 +45,7 @@ def coe_layer_spec(
     Args:
         config: decides, as for Megatron's own specs, between MHA/GQA and MLA, norms, experts and shared experts.
         chain: the chain's settings; CoE-2 with the paper's defaults in the pre-norm topology when None. Chains in some
-            `layers` alone need `coe_block_spec`.
+            `layers` alone need `coe_block_spec`, and so do dense layers (`moe_layer_freq`).
         recompute: what the backward pass computes again instead of keeping it; see CoELayer.
         use_transformer_engine: build on Megatron's Transformer Engine spec (its experts with `moe_grouped_gemm`).
             Written against Megatron-Core 0.16.1, not yet run on a machine with Transformer Engine.
@@ -56,6 +57,8 @@ def coe_layer_spec(
         raise ValueError("num_moe_experts is None: a Chain-of-Experts layer needs at least one routed expert")
     if chain is not None and chain.layers is not None:
         raise ValueError(f"chain.layers is {list(chain.layers)}: for layers that differ take coe_block_spec")
+    _refuse_dense_layers(config)
+    refuse_for_specs(config)
     _refuse_missing_engine(config, use_transformer_engine)
     if use_transformer_engine:
         spec = get_gpt_layer_with_transformer_engine_spec(
@@ -63,6 +66,7 @@ def coe_layer_spec(
             moe_grouped_gemm=config.moe_grouped_gemm,
             qk_layernorm=config.qk_layernorm,
             multi_latent_attention=config.multi_latent_attention,
+            use_te_activation_func=config.use_te_activation_func,
         )
     else:
         spec = get_gpt_layer_local_spec(
@@ -90,6 +94,7 @@ def coe_block_spec(
     the other layers with experts choose C·K of them at once, and `hetereogenous_dist_checkpoint` has to be True.
     """
     chain = chain or ChainSettings()
+    refuse_for_specs(config)
     _refuse_missing_engine(config, use_transformer_engine)
     if chain.layers is not None:
         chain.require_experts(config.num_moe_experts or 0, config.moe_router_topk, config.moe_router_num_groups)
@@ -112,6 +117,16 @@ def coe_block_spec(
     ]
     layer_norm = block.layer_norm if use_transformer_engine else Norm
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=layer_norm)
+
+
+def _refuse_dense_layers(config: TransformerConfig) -> None:
+    frequency = config.moe_layer_freq
+    has_dense = 0 in frequency if isinstance(frequency, list) else frequency != 1
+    if has_dense:
+        raise ValueError(
+            f"moe_layer_freq is {frequency!r}: coe_layer_spec makes every layer a chain; take coe_block_spec, which "
+            "follows it"
+        )
 
 
 def _refuse_missing_engine(config: TransformerConfig, use_transformer_engine: bool) -> None:

@@ -204,7 +204,6 @@ def test_megatrons_names_of_modules(module: str, mode: Recompute) -> None:
         ("iteration", {"recompute_granularity": "selective", "recompute_modules": ["moe"]}, "asks for 'layer'"),
         ("layer", {"moe_router_fusion": True}, "moe_router_fusion is True: .* must be False"),
         ("iteration", {"moe_router_load_balancing_type": "sinkhorn"}, "type is 'sinkhorn': .* auxiliary loss"),
-        ("layer", {"fp8": "e4m3"}, "fp8 is 'e4m3': .* none or experts"),
     ],
 )
 def test_what_cannot_be_recomputed_is_refused(recompute: Any, changes: dict[str, Any], message: str) -> None:

@@ -10,7 +10,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from modules_build import make_coe, make_config
 
 from coe_megatron.chain.settings import ChainSettings
-from coe_megatron.modules import coe_layer_spec
+from coe_megatron.modules import coe_block_spec, coe_layer_spec
 from coe_megatron.modules.attention import SDPACoreAttention
 from coe_megatron.modules.coe_layer import CoELayer
 from coe_megatron.modules.experts import GroupedExperts
@@ -42,18 +42,40 @@ def build_layer(config: Any) -> CoELayer:
     return make_coe(config, iterations=2)
 
 
+def build_own_layer(config: Any) -> CoELayer:
+    """A layer in a spec of the user's own, which refuses nothing before."""
+    submodules = coe_layer_spec(make_config()).submodules.mlp.submodules
+    return CoELayer(config, submodules, chain=ChainSettings(2))
+
+
+SPECS = (coe_layer_spec, coe_block_spec)
+NARROW = {
+    "fp8": "hybrid",
+    "fp4": "e2m1",
+    "fp8_param": True,
+    "fp4_param": True,
+    "fp8_dot_product_attention": True,
+    "fp8_multi_head_attention": True,
+    "activation_func_fp8_input_store": True,
+    "moe_router_padding_for_quantization": True,
+    "quant_recipe": "recipe",
+}
+OTHER_SPECS = {"experimental_attention_variant": "dsa", "qk_l2_norm": True, "use_kitchen": True}
 REFUSED = [
     (build_core, {"context_parallel_size": 2}, "default"),
     (build_core, {"window_size": (4, 0)}, "default"),
     (build_core, {"apply_query_key_layer_scaling": True}, "default"),
     (build_core, {"softmax_type": "off-by-one"}, "default"),
+    (build_core, {"qk_clip": True}, "default"),
+    (build_core, {"log_max_attention_logit": True}, "default"),
     (build_experts, {"add_bias_linear": True}, "default"),
     (build_experts, {"moe_apply_probs_on_input": True}, "default"),
     (build_experts, {"moe_latent_size": 8}, "default"),
     (build_experts, {"activation_func_clamp_value": 7.0}, "default"),
     (build_experts, {"glu_linear_offset": 1.0}, "default"),
-    (build_experts, {"fp8": "e4m3"}, "default"),
-    (build_experts, {"fp4": "e2m1"}, "default"),
+    (build_experts, {"fine_grained_activation_offloading": True}, "default"),
+    (build_experts, {"init_model_with_meta_device": True}, "default"),
+    (build_experts, {"use_te_activation_func": True}, "default"),
     (build_experts, {"hidden_size": 18}, "multiple of 4"),
     (build_experts, {"moe_ffn_hidden_size": 22}, "multiple of 4"),
     (build_experts, {"moe_ffn_hidden_size": 12, "params_dtype": torch.bfloat16}, "multiple of 8"),
@@ -61,8 +83,16 @@ REFUSED = [
     (build_norm, {"layernorm_zero_centered_gamma": True}, "Transformer Engine"),
     (build_layer, {"cuda_graph_impl": "local"}, "none"),
     (build_layer, {"moe_shared_expert_overlap": True}, "False"),
-    (build_layer, {"fp8": "e4m3", "recompute_granularity": "selective"}, "unset"),
+    (build_own_layer, {"fp8": "e4m3"}, "no FP8 or FP4"),
+    (build_own_layer, {"moe_token_drop_policy": "first"}, "probs, position"),
+    (build_own_layer, {"overlap_moe_expert_parallel_comm": True}, "must be False"),
     (coe_layer_spec, {"num_moe_experts": None}, "at least one"),
+    (coe_layer_spec, {"moe_layer_freq": 2}, "take coe_block_spec"),
+    (coe_layer_spec, {"moe_layer_freq": [1, 0]}, "take coe_block_spec"),
+    *((spec, {name: value}, "no FP8 or FP4") for spec in SPECS for name, value in NARROW.items()),
+    *((spec, {name: value}, "the specs of a chain") for spec in SPECS for name, value in OTHER_SPECS.items()),
+    (coe_block_spec, {"delay_wgrad_compute": True}, "must be False"),
+    (coe_block_spec, {"cuda_graph_impl": "transformer_engine"}, "none"),
     (coe_layer_spec, {"tensor_model_parallel_size": 2, "multi_latent_attention": True}, "without Transformer Engine"),
 ]
 
@@ -73,7 +103,11 @@ def test_refusal_names_field_value_and_what_is_valid(build: Any, changes: dict, 
     with pytest.raises(ValueError) as refusal:
         build(changed(**changes))
     assert f"{name} is {value!r}" in str(refusal.value)
-    assert valid in str(refusal.value)
+    assert valid in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_a_list_without_dense_layers_is_no_reason_to_refuse() -> None:
+    assert coe_layer_spec(changed(moe_layer_freq=[1, 1])).submodules.mlp.module is CoELayer
 
 
 @pytest.mark.parametrize(

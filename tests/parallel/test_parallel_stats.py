@@ -74,7 +74,7 @@ def two_ranks() -> list[dict[tuple[str, str], list[RoutingReport]]]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", CHAINS)
 def test_all_ranks_report_all_tokens(two_ranks: list[dict], single_rank: None, layout: str, name: str) -> None:
-    """The z-loss is a mean over micro-batches of a rank, so it is compared where a rank has whole sequences."""
+    """Losses are means over the micro-batches of a replica, which with `expert` has half the sequences."""
     oracle, _ = build(CHAINS[name])
     whole = expected_reports(oracle, batches())
     if layout == "expert":
@@ -82,7 +82,4 @@ def test_all_ranks_report_all_tokens(two_ranks: list[dict], single_rank: None, l
         for report, by_rank in zip(whole, expected_reports(oracle, halves), strict=True):
             report["losses"] = by_rank["losses"]
     for found in two_ranks:
-        assert_reported(found[layout, name], whole, losses=layout == "expert")
-        for report, truth in zip(found[layout, name], whole, strict=True):
-            balance = {loss: value for loss, value in truth["losses"].items() if loss != "z_loss"}
-            assert {loss: report.losses[loss] for loss in balance} == pytest.approx(balance, rel=1e-5)
+        assert_reported(found[layout, name], whole)
