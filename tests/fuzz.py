@@ -1,11 +1,11 @@
 """Fuzzes what reads users' files: configs, overrides, studies, prepared data, text, Parquet, checkpoints, records.
 
     python tests/fuzz.py config --minutes 30 --seed 1     goes on through findings; a JSON summary at the end
-    python tests/fuzz.py --replay FILE                    one saved input again
+    python tests/fuzz.py --replay FILE ...                saved inputs again
 
 Inputs are valid ones changed by Hypothesis. A try may be accepted, or refused in one printable line that names
 something; another error, a hang, or memory beyond bounds is a finding. The first of a kind is made smaller and saved in
---findings. The same seed gives the same tries. Tries run in a process of their own, which may die. Ctrl-C ends it with
+--findings, with its traceback beside it. The same seed gives the same tries. Tries run in a process of their own, which may die. Ctrl-C ends it with
 the summary. Exit status: 0 nothing found, 1 something was, 2 a mistake. tests/test_fuzz.py does a few seconds of it.
 """
 
@@ -22,8 +22,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import redirect_stdout, suppress
+from collections.abc import Callable, Sequence
+from contextlib import chdir, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from multiprocessing.connection import Connection
@@ -85,7 +85,7 @@ class Fuzzed:
         self.target = getattr(import_module(module), cls)()
         self.folder, self.current = place / "folder", place / "current"
         self.folder.mkdir()
-        os.chdir(self.folder)
+        os.mkfifo(self.folder / "pipe")  # that links may lead to
         self.target.prepare(self.folder)
         if refused := self.target.act(self.folder, Case()):  # also loads what is loaded but once
             raise AssertionError(f"{name} refuses its own valid input: {refused}")
@@ -118,13 +118,16 @@ class Fuzzed:
             attempt()
 
 
-def work(reports: Connection, name: str, seed: int, first: int, seconds: float, place: Path, minimise: bool) -> None:
+def work(
+    reports: Connection, name: str, seed: int, first: int, seconds: float, place: Path, known: set[str], minimise: bool
+) -> None:
     """Try batch after batch, from the `first`; a process of its own does it, and may die.
 
     Args:
-        reports: takes ("ready",), after each batch ("tried", counts, seconds) with before it, of each new kind,
-            ("found", kind, text, case), and at last ("done",).
+        reports: takes ("ready",); after each batch ("tried", counts, seconds), then of each new kind
+            ("found", kind, text, case), and again when it is smaller; at last ("done",).
         place: a folder of its own.
+        known: kinds that are not new.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with (
@@ -135,7 +138,8 @@ def work(reports: Connection, name: str, seed: int, first: int, seconds: float, 
         os.dup2(error.fileno(), 2)
         faulthandler.enable(error)
         faulthandler.register(signal.SIGXCPU, error, chain=True)
-        fuzzed, known = Fuzzed(name, place), set[str]()
+        os.chdir(place)
+        fuzzed = Fuzzed(name, place)
         reports.send(("ready",))
         until = time.monotonic() + seconds
         with memory_limit(SPARE_MEMORY):
@@ -160,10 +164,12 @@ def _batch(fuzzed: Fuzzed, reports: Connection, seed: int, known: set[str], mini
 
     fuzzed.search(seed, tried)
     reports.send(("tried", ended, (tries_end := time.monotonic()) - began))
-    for kind, (case, verdict) in new.items():
-        if minimise and not kind.startswith("too"):
+    for case, verdict in new.values():
+        reports.send(("found", verdict.kind, verdict.text, case.as_dict()))
+    for case, verdict in new.values() if minimise else ():
+        if not verdict.kind.startswith("too"):
             case, verdict = _smaller(fuzzed, seed, case, verdict)
-        reports.send(("found", kind, verdict.text, case.as_dict()))
+            reports.send(("found", verdict.kind, verdict.text, case.as_dict()))
     return time.monotonic() - tries_end
 
 
@@ -189,37 +195,38 @@ class Soak:
     summary: Summary
     findings: Path
     minimise: bool = True
+    batches: int = 0
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)
 
     def run(self, seconds: float) -> Summary:
-        """For so many seconds, start-up and shrinking not counted; Ctrl-C ends it as well."""
-        batches = 0
+        """Until tries have taken so many seconds in all, start-up and shrinking not counted; Ctrl-C ends it as well."""
         with suppress(KeyboardInterrupt):
             while self.summary.seconds < seconds:
-                batches += self._one_process(batches, seconds - self.summary.seconds) + 1
+                self._one_process(seconds - self.summary.seconds)
+                self.batches += 1  # the one it has not come to the end of
         return self.summary
 
-    def _one_process(self, first: int, seconds: float) -> int:
-        """How many batches it came to the end of."""
+    def _one_process(self, seconds: float) -> None:
         spawn = multiprocessing.get_context("spawn")
         reports, its_end = spawn.Pipe(duplex=False)
         with tempfile.TemporaryDirectory(prefix="fuzz-") as place:
-            given = its_end, self.summary.target, self.summary.seed, first, seconds, Path(place), self.minimise
-            process = spawn.Process(target=work, args=given)
+            known = set(self.summary.findings)
+            what = self.summary.target, self.summary.seed, self.batches
+            process = spawn.Process(target=work, args=(its_end, *what, seconds, Path(place), known, self.minimise))
             process.start()
             its_end.close()
             try:
-                return self._listen(reports, process, Path(place))
+                self._listen(reports, process, Path(place))
             finally:
                 process.kill()
                 process.join()
 
-    def _listen(self, reports: Connection, process: Any, place: Path) -> int:
-        batches, heard, told = 0, time.monotonic(), time.monotonic()
+    def _listen(self, reports: Connection, process: Any, place: Path) -> None:
+        heard = told = time.monotonic()
         while (report := _next(reports)) != ("done",):
             match report:
                 case ("tried", ended, took):
-                    batches += 1
+                    self.batches += 1
                     self.summary.ended += ended
                     self.summary.tries += ended.total()
                     self.summary.seconds += took
@@ -234,7 +241,6 @@ class Soak:
             if heard - told > 10:
                 told = heard
                 self.say(self._progress())
-        return batches
 
     def _note_death(self, status: int, place: Path) -> None:
         error = (place / "stderr").read_text(errors="replace")[-20_000:]
@@ -245,18 +251,19 @@ class Soak:
         kind = f"the process was ended {died}" + (f", {where[1]}: {where[2]}" if where else "")
         self.summary.ended[kind] += 1
         self.summary.tries += 1
-        self._save(kind, error, json.loads((place / "current").read_text()))
+        if kind not in self.summary.findings:
+            self._save(kind, error, json.loads((place / "current").read_text()))
 
     def _save(self, kind: str, text: str, case: dict[str, Any]) -> None:
-        if kind in self.summary.findings:
-            return
-        saved = {"target": self.summary.target, "kind": kind, "seed": self.summary.seed, **case, "text": text}
+        saved = {"target": self.summary.target, "kind": kind, "seed": self.summary.seed, **case}
         name = hashlib.sha256(f"{self.summary.target} {kind}".encode()).hexdigest()[:12]
         path = self.findings / f"{self.summary.target.replace(':', '-')}-{name}.json"
         self.findings.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(saved, indent=1) + "\n")
+        path.with_suffix(".txt").write_text(text)
+        if kind not in self.summary.findings:
+            self.say(f"found: {kind}: {path}")
         self.summary.findings[kind] = str(path)
-        self.say(f"found: {kind}: {path}")
 
     def _progress(self) -> str:
         now = self.summary.as_dict()
@@ -265,11 +272,17 @@ class Soak:
         return f"{self.summary.seconds:.0f} s, {self.summary.tries} tries, {rates}; found: {found}"
 
 
-def replay(path: Path) -> Verdict:
-    """A saved input once more, in this process."""
-    saved = json.loads(path.read_text())
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as place:
-        return Fuzzed(saved["target"], Path(place)).judge(Case.of(saved))
+def replay(paths: Sequence[Path]) -> dict[Path, Verdict]:
+    """Saved inputs once more, in this process."""
+    saved = {path.absolute(): json.loads(path.read_text()) for path in paths}
+    verdicts = {}
+    for target in sorted({each["target"] for each in saved.values()}):
+        with tempfile.TemporaryDirectory(prefix="fuzz-") as place, chdir(place):
+            fuzzed = Fuzzed(target, Path(place))
+            with memory_limit(SPARE_MEMORY):
+                its = {path: each for path, each in saved.items() if each["target"] == target}
+                verdicts |= {path: fuzzed.judge(Case.of(each)) for path, each in its.items()}
+    return verdicts
 
 
 def _next(reports: Connection) -> Any:
@@ -284,15 +297,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("target", nargs="?", choices=TARGETS)
-    what.add_argument("--replay", type=Path, metavar="FILE")
+    what.add_argument("--replay", type=Path, nargs="+", metavar="FILE")
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--findings", type=Path, default=Path("runs/fuzz"), metavar="FOLDER")
     options = parser.parse_args()
     if options.replay:
-        verdict = replay(options.replay)
-        print(f"{verdict.kind}\n{verdict.text}")
-        return verdict.is_finding
+        verdicts = replay(options.replay)
+        for path, verdict in verdicts.items():
+            print(f"{path.name}: {verdict.kind}\n{verdict.text}")
+        return any(verdict.is_finding for verdict in verdicts.values())
     summary = Soak(Summary(options.target, options.seed), options.findings).run(60 * options.minutes)
     print(json.dumps(summary.as_dict(), indent=1))
     return bool(summary.findings)

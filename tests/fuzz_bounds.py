@@ -57,6 +57,12 @@ class Case:
         return len(json.dumps(self.as_dict()))
 
 
+class Refusal(str):
+    """A line that says what is wrong, and the function that says so."""
+
+    where = ""
+
+
 @dataclass(frozen=True)
 class Bounds:
     """What a try may take.
@@ -126,7 +132,7 @@ def attempt(action: Callable[[], object]) -> list[str]:
     except Exception as error:
         if not _is_declared(error) or _out_of_memory(error):
             raise
-        return [str(error)]
+        return [_refusal(error)]
     return []
 
 
@@ -158,19 +164,26 @@ def _verdict_on(error: BaseException, names: Collection[str]) -> Verdict:
     if _out_of_memory(error):
         return Verdict("too much memory", _told(error))
     if _is_declared(error):
-        return _unclear(str(error), names) or Verdict("refused", str(error))
+        return _unclear(_refusal(error), names) or Verdict("refused", str(error))
     return Verdict(f"{type(error).__name__}, {_where(error)}", _told(error))
 
 
 def _unclear(text: str, names: Collection[str]) -> Verdict | None:
     """What is wrong with a refusal."""
+    where = f", {text.where}" if isinstance(text, Refusal) else ""
     if not text.strip() or not text.isprintable():
-        return Verdict("a refusal that is not one printable line", repr(text))
+        return Verdict(f"a refusal that is not one printable line{where}", repr(text))
     if len(text) > LONGEST:
-        return Verdict(f"a refusal of more than {LONGEST} characters", text)
+        return Verdict(f"a refusal of more than {LONGEST} characters{where}", text)
     if not any(name in text for name in names):
-        return Verdict("a refusal that names nothing", text)
+        return Verdict(f"a refusal that names nothing{where}", text)
     return None
+
+
+def _refusal(error: BaseException) -> Refusal:
+    refusal = Refusal(error)
+    refusal.where = _where(error)
+    return refusal
 
 
 def _is_declared(error: BaseException) -> bool:
@@ -191,10 +204,10 @@ def _out_of_memory(error: BaseException | None) -> bool:
 
 
 def _where(error: BaseException) -> str:
-    """The innermost function of ours that an error went through."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    ours = [frame.f_code for frame in frames if frame.f_code.co_filename.startswith(PACKAGE)]
-    code = (ours or [frames[-1].f_code])[-1]
+    """The innermost function of ours that an error went through, else the innermost of all."""
+    codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    codes = [code for code in codes if code.co_filename != __file__]
+    code = ([code for code in codes if code.co_filename.startswith(PACKAGE)] or codes)[-1]
     return f"{Path(code.co_filename).name}: {code.co_qualname}"
 
 
@@ -208,12 +221,12 @@ def _limited(bounds: Bounds) -> Iterator[None]:
 
     Where no Python code runs any more, the kernel ends the process (SIGXCPU), or faulthandler does.
     """
-    spent = time.process_time()
+    spent, armed = time.process_time(), True
 
     def expire(number: int, _: object) -> None:
         nonlocal spent
         before, spent = spent, time.process_time()
-        if number == signal.SIGPROF or spent - before < bounds.idle_seconds / 100:
+        if armed and (number == signal.SIGPROF or spent - before < bounds.idle_seconds / 100):
             raise OutOfTime
 
     handlers = {number: signal.signal(number, expire) for number in (signal.SIGPROF, signal.SIGALRM)}
@@ -225,8 +238,12 @@ def _limited(bounds: Bounds) -> Iterator[None]:
         signal.ITIMER_REAL: signal.setitimer(signal.ITIMER_REAL, bounds.idle_seconds, bounds.idle_seconds),
     }
     try:
-        yield
-    finally:
+        try:
+            yield
+        finally:
+            armed = False
+    finally:  # also where time was out just before that
+        armed = False
         for timer, values in earlier.items():  # pytest-timeout has one
             signal.setitimer(timer, *values)
         faulthandler.cancel_dump_traceback_later()

@@ -1,8 +1,8 @@
 """Fuzz target: a run's folder with a checkpoint in it."""
 
 import json
-import os
 import pickle
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,13 @@ from coe_megatron.checkpoint.seal import SEAL, seal
 class Checkpoint(Target):
     """A run with a checkpoint: looked at, verified, written anew; its files sealed again or not."""
 
-    names = ("checkpoint", "complete.json", "state.json", ".metadata", ".distcp", "random/", "common.pt", "run")
+    names: Collection[str] = ("checkpoint", "run")
     folder = "run/checkpoints/step-00000001"
 
     def prepare(self, folder: Path) -> None:
         (folder / "secret").write_text("a secret outside the run")
         (folder / "run").mkdir()
         (folder / "run/secret").write_text("a secret outside the checkpoint")
-        os.mkfifo(folder / "pipe")
         checkpoint = folder / self.folder
         for name in ("tensors", "random"):
             (checkpoint / name).mkdir(parents=True)
@@ -39,6 +38,7 @@ class Checkpoint(Target):
         seal(checkpoint)
         paths = [path for path in checkpoint.rglob("*") if path.is_file()]
         self.contents = {str(path.relative_to(checkpoint)): path.read_bytes() for path in paths}
+        self.names = (*self.names, *self.contents)
 
     def cases(self) -> st.SearchStrategy[Case]:
         changes = {name: values.damaged(st.just(content)) for name, content in self.contents.items()}
