@@ -5,8 +5,9 @@
 
 Inputs are valid ones changed by Hypothesis. A try may be accepted, or refused in one printable line that names
 something; another error, a hang, or memory beyond bounds is a finding. The first of a kind is made smaller and saved in
---findings, with its traceback beside it. The same seed gives the same tries. Tries run in a process of their own, which may die. Ctrl-C ends it with
-the summary. Exit status: 0 nothing found, 1 something was, 2 a mistake. tests/test_fuzz.py does a few seconds of it.
+--findings, with its traceback beside it. The same seed gives the same tries. Tries run in a process of their own,
+which may die. Ctrl-C ends it with the summary. Exit status: 0 nothing found, 1 something was, 2 a mistake.
+tests/test_fuzz.py does a few seconds of it.
 """
 
 import argparse

@@ -56,7 +56,7 @@ class Records(Target):
         assert printable(table(rows, time.time()))
         assert finite([row.as_dict() for row in rows]), "status.py --json has numbers that are no JSON"
         refusals = attempt(lambda: read_metrics(run / "metrics.jsonl")) + attempt(lambda: calibrate(run, 100.0))
-        refusals += attempt(lambda: run_folder.check_same_run(run, self.config))
+        refusals += attempt(lambda: run_folder.check_same_run(run, self.config, 2000))
         try:
             refusals += attempt(lambda: self._go_on(run))
         finally:

@@ -90,11 +90,11 @@ def _check_references(values: Any) -> None:
                 size += len(os.environ.get(name.removeprefix("oc.env:"), ""))
                 continue
             if not _NAME.fullmatch(name):
-                raise ConfigError(f"{key} is {_shown(text)}: a reference is ${{key.sub}} or ${{oc.env:VARIABLE}}")
+                raise ConfigError(f"{key} is {shown(text)}: a reference is ${{key.sub}} or ${{oc.env:VARIABLE}}")
             if name not in leaves and any(other.startswith(f"{name}.") for other in leaves):
-                raise ConfigError(f"{key} is {_shown(text)}: {name} is a section, and a reference must name a value")
+                raise ConfigError(f"{key} is {shown(text)}: {name} is a section, and a reference must name a value")
             if "${" in leaves.get(name, ""):
-                raise ConfigError(f"{key} is {_shown(text)}: {name} is a reference itself, refer to what it names")
+                raise ConfigError(f"{key} is {shown(text)}: {name} is a reference itself, refer to what it names")
             size += len(leaves.get(name, ""))
         if "${" in text and size > _LONGEST_TEXT:
             raise ConfigError(f"{key} has references to more than {_LONGEST_TEXT:,} characters")
@@ -192,7 +192,7 @@ class _Files:
         bases = values.pop(self._key, [])
         names = [bases] if isinstance(bases, str) else bases
         if not isinstance(names, Sequence) or not all(isinstance(name, str) and name for name in names):
-            raise ConfigError(f"{path}: {self._key} is {_shown(bases)}: it must name a file or a list of files")
+            raise ConfigError(f"{path}: {self._key} is {shown(bases)}: it must name a file or a list of files")
         found = [self.read(path.parent / expand_user(name), above) for name in dict.fromkeys(names)]
         return merge(str(path), *found, values)
 
@@ -227,13 +227,13 @@ def _override(values: Any, text: str) -> None:
     """Put an override's value in its place, which may be in a list (`data.blend.0.path=...`)."""
     key, equals, given = text.partition("=")
     if len(text) > _LONGEST_OVERRIDE:
-        raise ConfigError(f"override {_shown(text)}: it has more than {_LONGEST_OVERRIDE:,} characters")
+        raise ConfigError(f"override {shown(text)}: it has more than {_LONGEST_OVERRIDE:,} characters")
     if not equals or not _KEY.fullmatch(key) or len(re.split(r"[.\[]", key)) > parsing.DEEPEST:
-        raise ConfigError(f"override {_shown(text)}: write it as key.sub=value")
+        raise ConfigError(f"override {shown(text)}: write it as key.sub=value")
     if key == "base":
-        raise ConfigError(f"override {_shown(text)}: base must stand in a config file")
+        raise ConfigError(f"override {shown(text)}: base must stand in a config file")
     if said := _beyond_a_list(values, re.findall(r"[^.\[\]]+", key)):
-        raise ConfigError(f"override {_shown(text)}: {said}")
+        raise ConfigError(f"override {shown(text)}: {said}")
     try:
         parsing.check_yaml(given)
         value: Any = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
@@ -242,9 +242,7 @@ def _override(values: Any, text: str) -> None:
         OmegaConf.update(values, key, value)
     except (YAMLError, OmegaConfBaseException, ValueError, TypeError, IndexError) as error:
         said = " ".join(str(error).split())
-        raise ConfigError(
-            f"override {_shown(text)}: write it as key.sub=value, the value as in YAML ({said})"
-        ) from None
+        raise ConfigError(f"override {shown(text)}: write it as key.sub=value, the value as in YAML ({said})") from None
 
 
 def _beyond_a_list(values: Any, path: Sequence[str]) -> str:
@@ -271,21 +269,21 @@ def _explain(cls: type, error: Any) -> str:
             return f"{name} is missing: a value is needed there"
         case "dataclass_type":
             names = ", ".join(_field_names(cls, name.split(".") if name else []))
-            return f"{name or 'the config'} is {_shown(error['input'])}: it must hold keys of its own: {names}"
+            return f"{name or 'the config'} is {shown(error['input'])}: it must hold keys of its own: {names}"
         case "value_error":
             said = str(error["ctx"]["error"])
             return f"{name} is {said}" if isinstance(error["input"], str) else said
         case kind if kind.endswith(("_parsing", "_type", "_from_float")):
-            return f"{name} is {_shown(error['input'])}: it should be {should_be(_hint(cls, name.split('.')))}"
+            return f"{name} is {shown(error['input'])}: it should be {should_be(_hint(cls, name.split('.')))}"
         case _:
             should = re.sub(r"^\w+ should ", "should ", error["msg"])
-            return f"{name} is {_shown(error['input'])}: it {should}"
+            return f"{name} is {shown(error['input'])}: it {should}"
 
 
 def _unknown(cls: type, path: Sequence[str], key: object) -> str:
     """One line on a key that is none of a section's; of YAML's dotted keys too, which are no sections."""
     names = _field_names(cls, path)
-    name = ".".join([*path, key if isinstance(key, str) and key.isidentifier() and len(key) < 100 else _shown(key)])
+    name = ".".join([*path, key if isinstance(key, str) and key.isidentifier() and len(key) < 100 else shown(key)])
     near = [".".join([*path, close]) for close in difflib.get_close_matches(str(key)[:100], names, n=1, cutoff=0.5)]
     if not path and key in _ELSEWHERE.get(cls.__name__, {}):
         return f"{key} is not a setting of this kind of file: {_ELSEWHERE[cls.__name__][key]}"
@@ -325,12 +323,12 @@ def _misread(given: Any, found: Any, name: str = "") -> Iterator[str]:
         for index, (value, other) in enumerate(zip(given, found, strict=True)):
             yield from _misread(value, other, f"{name}.{index}")
     elif isinstance(given, bool) and found is not given:
-        yield f"{name} is {_shown(given)}: it should be a number"
+        yield f"{name} is {shown(given)}: it should be a number"
     elif isinstance(found, str) and not (found.strip() and found.isprintable()):
-        yield f"{name} is {_shown(found)}: it should be text on one line"
+        yield f"{name} is {shown(found)}: it should be text on one line"
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """A value as YAML has it, cut where it is long."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]

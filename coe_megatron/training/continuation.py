@@ -74,6 +74,7 @@ class Checkpoints:
         self._mended = ""  # to be said when the one that is being written has come in its place
         self._began = self._not_before = 0.0  # the last try, and the next one
         self._damaged: set[int] = set()  # steps of checkpoints that were passed over
+        self._tokenizer_size = data.tokenizer_size
         self._identity: dict[str, Any] = {"tokenizer": data.tokenizer_sha256, "text": data.text_identity}
 
     def take_up(self) -> tuple[Position, str]:
@@ -152,7 +153,9 @@ class Checkpoints:
         return "\n".join(filter(None, said))
 
     def _same_run(self) -> str:
-        return run_folder.check_same_run(self._run, self._config) if self._folder.exists() else ""
+        if not self._folder.exists():
+            return ""
+        return run_folder.check_same_run(self._run, self._config, self._tokenizer_size)
 
     def _look_behind(self, wait: bool) -> str:
         """What became of the checkpoint that is being written in the background."""

@@ -18,6 +18,8 @@ from typing import Any, TextIO
 
 from coe_megatron.checkpoint.names import finished_steps, name_of
 from coe_megatron.config import RunConfig, dump, flat, load
+from coe_megatron.config.load import shown
+from coe_megatron.config.shape import padded_vocabulary
 from coe_megatron.errors import ConfigError
 from coe_megatron.files import set_aside, write_atomically
 from coe_megatron.training import folder_lock
@@ -293,8 +295,11 @@ class RunFolder:
             return None
 
 
-def check_same_run(folder: Path, config: RunConfig) -> str:
+def check_same_run(folder: Path, config: RunConfig, tokenizer_size: int) -> str:
     """Refuse to go on from checkpoints that another config made; returns what a user should know, if anything.
+
+    Args:
+        tokenizer_size: pieces; an embedding of as many rows as `model.vocab_size` null gives is no other one.
 
     Raises:
         ConfigError: names a setting that differs, its value then and now.
@@ -306,16 +311,22 @@ def check_same_run(folder: Path, config: RunConfig) -> str:
     if saved is None:
         return ""
     then, now = flat(saved), flat(config)
+    if _rows(saved, tokenizer_size) == _rows(config, tokenizer_size):
+        then["model.vocab_size"] = config.model.vocab_size
     for name, value in now.items():
         if then.get(name) != value and name not in _FREE and not name.startswith(_FREE_SECTIONS):
             raise ConfigError(
-                f"{name} is {value}: the checkpoints in {folder} were made with {then.get(name)}; "
+                f"{name} is {shown(value)}: the checkpoints in {folder} were made with {shown(then.get(name))}; "
                 "choose another output, or that value"
             )
     was, steps = then["training.steps"], config.training.steps
     if was == steps or config.optimizer.decay == "constant":
         return ""
     return f"; training.steps was {was} and is {steps}, so that the learning rate is another from here on"
+
+
+def _rows(config: RunConfig, tokenizer_size: int) -> int:
+    return config.model.vocab_size or padded_vocabulary(config, tokenizer_size)
 
 
 def _saved_config(folder: Path) -> RunConfig | None:

@@ -62,14 +62,25 @@ def stderr_is_a_pipe() -> Iterator[None]:
 def test_other_steps_change_a_schedule_that_falls(decay: str, warns: bool, tmp_path: Path) -> None:
     then, now = (parse({"optimizer": {"decay": decay}, "training": {"steps": steps}}) for steps in (60, 12))
     (tmp_path / "config.yaml").write_text(dump(then))
-    remark = run_folder.check_same_run(tmp_path, now)
+    remark = run_folder.check_same_run(tmp_path, now, 2000)
     assert ("training.steps was 60 and is 12" in remark) == warns
-    assert run_folder.check_same_run(tmp_path, then) == ""
+    assert run_folder.check_same_run(tmp_path, then, 2000) == ""
 
 
 def test_other_settings_are_refused_and_where_things_lie_is_free(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(dump(RunConfig()))
     free = {"data": {"path": "moved", "validation": {"far": "away"}}, "logging": {"tensorboard": False}, "output": "x"}
-    assert run_folder.check_same_run(tmp_path, parse(free)) == ""
+    assert run_folder.check_same_run(tmp_path, parse(free), 2000) == ""
     with pytest.raises(ConfigError, match=r"^moe.topk is 2: the checkpoints in .* were made with 4"):
-        run_folder.check_same_run(tmp_path, parse({"moe": {"topk": 2}}))
+        run_folder.check_same_run(tmp_path, parse({"moe": {"topk": 2}}), 2000)
+
+
+def test_a_vocabulary_is_another_only_if_the_embedding_has_other_rows(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(dump(RunConfig()))
+    assert run_folder.check_same_run(tmp_path, parse({"model": {"vocab_size": 2048}}), 2000) == ""
+    with pytest.raises(ConfigError, match=r"^model.vocab_size is 1024: the checkpoints in .* made with null; choose"):
+        run_folder.check_same_run(tmp_path, parse({"model": {"vocab_size": 1024}}), 2000)
+    (tmp_path / "config.yaml").write_text(dump(parse({"model": {"vocab_size": 2048}})))
+    assert run_folder.check_same_run(tmp_path, RunConfig(), 2048) == ""
+    with pytest.raises(ConfigError, match=r"^model.vocab_size is null: the checkpoints in .* made with 2048; choose"):
+        run_folder.check_same_run(tmp_path, RunConfig(), 2049)
