@@ -18,7 +18,6 @@ from coe_megatron.errors import ConfigError
 from coe_megatron.files import problem
 
 _RUN, _TORCHRUN = "run-", "torchrun-"
-_held: list[int] = []  # descriptors whose locks last as long as this process
 
 
 def enter(torchruns_logs: Path | None = None) -> Path:
@@ -76,9 +75,7 @@ def _require_own(home: Path) -> None:
 
 def _hold(folder: Path) -> None:
     with suppress(OSError):  # a file system without locks: then nobody else gets one either, and nothing is removed
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        _held.append(descriptor)
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        fcntl.flock(os.open(folder, os.O_RDONLY | os.O_DIRECTORY), fcntl.LOCK_SH)  # open until this process ends
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import psutil
 import pytest
 from programs import ROOT, Program, python, wait_for_step
 
+from coe_megatron import scratch
 from coe_megatron.cluster.network import free_port
 from coe_megatron.data.prepare import PrepareSettings, prepare
 from coe_megatron.training import loop
@@ -52,6 +53,7 @@ def test_ctrl_c_while_the_run_is_built(
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(loop, "train", interrupted)
     monkeypatch.setattr(os, "_exit", sys.exit)
+    monkeypatch.setattr(scratch, "enter", lambda *_: None)  # this process goes on with other tests
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(PROGRAM))["main"](arguments)
     assert ended.value.code == 130
