@@ -8,7 +8,8 @@ import pytest
 
 from coe_megatron.config import load
 from coe_megatron.errors import ConfigError
-from coe_megatron.study.arms import Study, make_study, override, slug
+from coe_megatron.study.arms import Study, make_study, override
+from coe_megatron.study.names import slug
 from coe_megatron.study.settings import read_study
 
 Write = Callable[..., Path]
