@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from coe_megatron.config import RunConfig
 from coe_megatron.config.load import read_all, resolve
 from coe_megatron.errors import ConfigError
-from coe_megatron.study.names import arm_name, joined, listed, looks_like, row_label, shortened, text_of
+from coe_megatron.study.names import arm_name, joined, listed, looks_like, row_label, shortened, text_of, title
 from coe_megatron.study.settings import StudySettings
 
 Labels: TypeAlias = Mapping[str, str]  # by axis
@@ -58,6 +58,11 @@ class Arm:
     labels: Labels
     config: RunConfig
     overrides: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        """For tables and figures: its labels, on one line."""
+        return title(self.labels)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -116,6 +121,7 @@ def make_study(settings: StudySettings, overrides: Sequence[str] = ()) -> Study:
     _check_keys(settings, axes, overrides)
     _check_skips(settings, axes)
     _check_number(settings, axes)
+    baseline = _baseline_labels(settings, axes)
     base = read_all("base", [Path(name) for name in settings.base])
     arms: list[Arm] = []
     skipped: list[tuple[Labels, str]] = []
@@ -127,7 +133,7 @@ def make_study(settings: StudySettings, overrides: Sequence[str] = ()) -> Study:
         own = (override(key, value) for key, value in settled.items())
         arms.append(_resolve(settings, base, name, labels, (*common, *own)))
     _check_different(arms)
-    return Study(settings, base, arms, _baseline(settings, axes, arms), skipped)
+    return Study(settings, base, arms, _baseline(baseline, arms), skipped)
 
 
 def override(key: str, value: Any) -> str:
@@ -265,12 +271,16 @@ def _check_skips(settings: StudySettings, axes: Mapping[str, Mapping[str, Any]])
                 _require_label(f"skip.{number}.where", axes, axis, label)
 
 
-def _baseline(settings: StudySettings, axes: Mapping[str, Mapping[str, Any]], arms: Sequence[Arm]) -> Arm:
+def _baseline_labels(settings: StudySettings, axes: Mapping[str, Mapping[str, Any]]) -> Labels:
     wanted = {axis: text_of(label) for axis, label in settings.baseline.items()}
     for axis, label in wanted.items():
         _require_label("baseline", axes, axis, label)
     if missing := [axis for axis in axes if axis not in wanted]:
         raise ConfigError(f"baseline.{missing[0]} is missing: it must be one of {listed(axes[missing[0]])}")
+    return wanted
+
+
+def _baseline(wanted: Labels, arms: Sequence[Arm]) -> Arm:
     found = next((arm for arm in arms if arm.labels == wanted), None)
     if found is None:
         raise ConfigError(f"baseline is {joined(wanted)}: skip leaves that arm out")

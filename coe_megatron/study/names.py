@@ -5,6 +5,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from coe_megatron.errors import one_line
@@ -76,9 +77,21 @@ def title(labels: Mapping[str, str]) -> str:
 
 
 def shortened(text: str, most: int) -> str:
-    """Text of at most so many characters: its beginning, … and its end."""
-    tail = most // 4
-    return text if len(text) <= most else f"{text[: most - tail - 1]}…{text[-tail:]}"
+    """Text as it is if it fits into so many columns, else its ends with … between; wide characters take two columns."""
+    if sum(map(_columns, text)) <= most:
+        return text
+    tail = _fitting(reversed(text), most // 4)[::-1]
+    return f"{_fitting(text, most - most // 4 - 1)}…{tail}"
+
+
+def _fitting(text: Iterable[str], most: int) -> str:
+    """What of a text's beginning has room."""
+    ends = accumulate(map(_columns, text := list(text)))
+    return "".join(character for character, end in zip(text, ends, strict=True) if end <= most)
+
+
+def _columns(character: str) -> int:
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
 def _reads_as_more(value: Any) -> bool:

@@ -13,6 +13,7 @@ from coe_megatron.errors import ConfigError
 from coe_megatron.files import expand_user
 from coe_megatron.study.names import shortened, text_of
 
+_MOST_BASES = 64
 Quantity = Literal["expert_compute", "flops", "parameters", "memory", "wall_clock"]
 
 
@@ -131,6 +132,10 @@ def _with_paths(path: Path, values: Any) -> Any:
         given = values["base"]
         names = [given] if isinstance(given, str) else given
         if not names or not isinstance(names, Sequence) or not all(isinstance(name, str) and name for name in names):
-            raise ConfigError(f"{path}: base is {given!r}: it must name a run config or a list of them")
+            raise ConfigError(
+                f"{path}: base is {shortened(repr(given), 100)}: it must name a run config or a list of them"
+            )
+        if len(set(names)) < len(names) or len(names) > _MOST_BASES:
+            raise ConfigError(f"{path}: base is {shortened(str(given), 100)}: at most {_MOST_BASES} files, none twice")
         values["base"] = [str(path.parent / expand_user(name)) for name in names]
     return values
