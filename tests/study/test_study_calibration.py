@@ -117,7 +117,7 @@ def test_what_is_no_calibration_is_one_line(run: Write, tmp_path: Path) -> None:
     [
         ({"ranks": "two"}, "its run.json is damaged, ranks: "),
         ({"attempts": [3]}, "its run.json is damaged, attempts.0: "),
-        ({"attempts": [{"outcome": "finished", "began": "2026", "ended": "x"}]}, "attempts.0.began: "),
+        ({"attempts": [{"outcome": "finished", "began": "x", "ended": "x"}]}, "attempts.0.began: "),
         ({"parameters": {"embedding": -1}}, "its run.json is damaged, parameters.embedding: "),
     ],
 )
