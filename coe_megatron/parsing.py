@@ -15,6 +15,7 @@ DEEPEST = 32  # levels; a config has five
 MOST_NODES = 5_000  # of YAML: keys, values, lists and mappings, each counted as often as aliases repeat it
 CONFIG_BYTES = 1 << 17
 JSON_BYTES = 1 << 23
+_TAGS = {None, "!", *(f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "seq", "map"))}
 _EVENTS = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, some twenty times as fast
 # What YAML 1.1 reads as something else than nearly everybody means.
 _OCTAL = re.compile(r"[-+]?0[0-7_]+")
@@ -53,8 +54,8 @@ def check_yaml(text: str) -> int:
     """Look through YAML before it is read; returns the number of its nodes.
 
     Raises:
-        ValueError: it is nested too deep, has too many nodes (with what aliases repeat), or what YAML 1.1
-            reads as a number in base 8 or 60, or as true or false.
+        ValueError: it is nested too deep, has too many nodes (with what aliases repeat), what YAML 1.1 reads
+            as a number in base 8 or 60, or as true or false, or a tag such as !!binary that JSON has no value for.
         yaml.YAMLError: it is no YAML.
     """
     open_nodes: list[tuple[str | None, int]] = []  # anchor, nodes before it
@@ -76,6 +77,8 @@ def check_yaml(text: str) -> int:
             sizes |= {event.anchor: 1} if event.anchor is not None else {}
             if event.implicit[0]:
                 _refuse_ambiguous(event.value)
+        if (tag := getattr(event, "tag", None)) not in _TAGS:
+            raise ValueError(f"it has the tag {str(tag).replace('tag:yaml.org,2002:', '!!')}: leave it out")
         if len(open_nodes) > DEEPEST:
             raise ValueError(f"it is nested more than {DEEPEST} levels deep")
         if nodes > MOST_NODES:

@@ -14,12 +14,15 @@ from pathlib import Path
 from coe_megatron.cluster.one_host import Requests
 from coe_megatron.config.arguments import Parser, write_out
 from coe_megatron.config.layout import layout
-from coe_megatron.errors import ConfigError
+from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.exit_status import ExitStatus
+from coe_megatron.files import problem, user_path
 from coe_megatron.forecast.devices import DEVICES
 from coe_megatron.study.arms import Run
+from coe_megatron.study.names import listed
+from coe_megatron.study.places import check_places, config_of, write_config
 from coe_megatron.study.plan import Plan, make_plan
-from coe_megatron.study.running import Ended, Runner, devices_here, is_finished, seed_by_seed, stands, write_config
+from coe_megatron.study.running import Ended, Runner, devices_here, is_finished, seed_by_seed, stands
 from coe_megatron.study.submitting import submissions
 from coe_megatron.training.status import table
 
@@ -53,13 +56,13 @@ def parser() -> Parser:
     of = {name: commands.add_parser(name, help=_first(text), description=text) for name, text in told.items()}
     for command in of.values():
         command.add_argument(
-            "study", type=Path, metavar="STUDY.yaml", help="such as configs/studies/cpu/main-pair.yaml"
+            "study", type=user_path, metavar="STUDY.yaml", help="such as configs/studies/cpu/main-pair.yaml"
         )
         command.add_argument("overrides", nargs="*", default=[], help="key.sub=value, for all arms")
         device = f"on which hours are foreseen: {', '.join(DEVICES)} (default: the study's `device`)"
         command.add_argument("--device", metavar="NAME", help=device)
         speed = "the folder of a finished run on such a device: hours follow from what it took"
-        command.add_argument("--calibration", type=Path, metavar="RUN", help=speed)
+        command.add_argument("--calibration", type=user_path, metavar="RUN", help=speed)
     memory = "that arms must fit, such as 80GiB (default: the device's)"
     of["plan"].add_argument("--device-memory", metavar="SIZE", help=memory)
     of["plan"].add_argument("--price", type=price, metavar="PRICE", help="of an hour of one device, for the total cost")
@@ -77,7 +80,7 @@ def parser() -> Parser:
     of["submit"].add_argument("--sbatch", type=shlex.split, default=[], metavar="OPTIONS", help=sbatch)
     of["submit"].add_argument("--dry-run", action="store_true", help="show the commands; nothing is submitted")
     where = "where it goes (default: the folder report in the study's output)"
-    of["report"].add_argument("--to", type=Path, metavar="FOLDER", help=where)
+    of["report"].add_argument("--to", type=user_path, metavar="FOLDER", help=where)
     of["report"].add_argument("--title", help="of the report (default: the study file's name)")
     return made
 
@@ -119,10 +122,17 @@ def submit(plan: Plan, options: argparse.Namespace) -> ExitStatus:
         if options.dry_run:
             write_out(str(array))
             continue
-        for each in array.runs:
-            write_config(each)
+        _write_configs(array.runs)
         say(f"job {array.submit(os.environ)}: {len(array.runs)} runs of {layout(array.runs[0].config).ranks} ranks")
     return ExitStatus.DONE
+
+
+def _write_configs(runs: list[Run]) -> None:
+    for each in runs:
+        try:
+            write_config(each)
+        except OSError as error:
+            raise problem(config_of(each), "the run's config", error) from None
 
 
 def _open_runs(plan: Plan, options: argparse.Namespace) -> list[Run]:
@@ -137,9 +147,9 @@ def _wanted(plan: Plan, options: argparse.Namespace) -> list[Run]:
     """The runs that the options name."""
     arms, seeds = [arm.name for arm in plan.study.arms], plan.study.settings.seeds
     if options.only is not None and options.only not in arms:
-        raise ConfigError(f"--only is {options.only}: it must be an arm, one of {', '.join(arms)}")
+        raise ConfigError(f"--only is {options.only}: it must be an arm, one of {listed(arms)}")
     if options.seed is not None and options.seed not in seeds:
-        raise ConfigError(f"--seed is {options.seed}: it must be one of {', '.join(map(str, seeds))}")
+        raise ConfigError(f"--seed is {options.seed}: it must be one of {listed(map(str, seeds))}")
     return [each for each in plan.study.runs if options.only in (None, each.arm) and options.seed in (None, each.seed)]
 
 
@@ -171,7 +181,7 @@ def report(plan: Plan, options: argparse.Namespace) -> ExitStatus:
         files = write_report(plan, title, folder)
     except OSError as error:
         raise ConfigError(f"the report cannot be written to {folder}: {error.strerror}") from error
-    write_out("\n".join(map(str, files)))
+    write_out("\n".join(one_line(str(file)) for file in files))
     return ExitStatus.DONE
 
 
@@ -188,6 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
     limits = (options.device_memory, options.price) if options.command == "plan" else (None, None)
     try:
         plan = make_plan(options.study, overrides, options.device, options.calibration, *limits)
+        check_places(plan.study, to_write=options.command in ("plan", "run", "submit"))
         if options.command != "plan":
             return {"run": run, "submit": submit, "status": show, "report": report}[options.command](plan, options)
     except ConfigError as error:

@@ -44,7 +44,7 @@ def _bounds(metadata: tuple[Any, ...]) -> str:
         for name, sign in (("ge", "≥"), ("gt", ">"), ("lt", "<"), ("le", "≤")):
             if (limit := getattr(part, name, None)) not in (None, LARGEST):  # that one goes without saying
                 limits.append(f"{sign} {limit}")
-    return f" {', '.join(limits)}"
+    return f" {', '.join(limits)}" if limits else ""
 
 
 _COUNTABLE = ("integer", "number", "list", "path")

@@ -163,6 +163,19 @@ def read(
     return _Files(key, prepare).read(path, ())
 
 
+def read_all(whose: str, paths: Sequence[Path]) -> Any:
+    """The settings of several files over each other, the later ones winning, together within the bounds of one config.
+
+    Args:
+        whose: key that names the files.
+
+    Raises:
+        ConfigError: as `read`, and if they do not fit together.
+    """
+    files = _Files("base", lambda _path, values: values)
+    return merge(whose, *(files.read(path, ()) for path in paths))
+
+
 class _Files:
     """The files of one config, together within bounds."""
 

@@ -17,6 +17,7 @@ from coe_megatron.config.shape import model_shape
 from coe_megatron.data.folders import validation_paths
 from coe_megatron.data.manifest import Manifest
 from coe_megatron.errors import ConfigError
+from coe_megatron.files import kind_of
 from coe_megatron.forecast.cost import Forecast, forecast, vocabulary
 from coe_megatron.forecast.devices import Device
 from coe_megatron.study.settings import Quantity
@@ -128,16 +129,16 @@ class Amounts:
 
     def _samples(self, config: RunConfig) -> Iterator[int]:
         limit = config.data.validation_samples
-        for path in validation_paths(config.data).values():
+        for name, path in validation_paths(config.data).items():
             if path not in self._validation:
-                self._validation[path] = Manifest.read(Path(path)) if Path(path).exists() else None
+                self._validation[path] = _manifest(Path(path), f"data.validation.{name}")
             manifest = self._validation[path]
             if manifest is None:
                 yield limit or 0
                 continue
             split = manifest.splits["valid"]
-            there = split.documents if config.data.samples == "row" else split.tokens // config.model.seq_length
-            yield min(limit or there, there)
+            samples = split.documents if config.data.samples == "row" else split.tokens // config.model.seq_length
+            yield min(limit or samples, samples)
 
     def _vocabulary(self, config: RunConfig) -> int:
         key = (repr(config.data), config.model.vocab_size, config.model.seq_length)
@@ -147,6 +148,14 @@ class Amounts:
             except ValueError as error:
                 raise ConfigError(str(error)) from error
         return self._vocabularies[key]
+
+
+def _manifest(folder: Path, name: str) -> Manifest | None:
+    """Of prepared data; None where there are none yet."""
+    try:
+        return None if kind_of(folder, name) is None else Manifest.read(folder)
+    except (OSError, ValueError) as error:
+        raise ConfigError(str(error)) from error
 
 
 def tokens(config: RunConfig) -> int:

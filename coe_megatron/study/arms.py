@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,13 +14,17 @@ from typing import Any, TypeAlias
 from omegaconf import OmegaConf
 
 from coe_megatron.config import RunConfig
-from coe_megatron.config.load import merge, read, resolve
+from coe_megatron.config.load import read_all, resolve
 from coe_megatron.errors import ConfigError
+from coe_megatron.study.names import arm_name, joined, listed, looks_like, row_label, shortened, text_of, title
 from coe_megatron.study.settings import StudySettings
 
 Labels: TypeAlias = Mapping[str, str]  # by axis
 
 _OWN = {"training.seed": "seeds", "output": "output"}  # settings that a study decides by a key of its own
+_MOST_ARMS, _MOST_RUNS = 1_000, 10_000  # an arm takes some 25 ms to resolve
+_NOT_FOR_ARMS = {"report"}  # folders of a study that are no arm's
+_SETTING = re.compile(r"[\w-]+(\.[\w-]+)*")
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,11 @@ class Arm:
     labels: Labels
     config: RunConfig
     overrides: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        """For tables and figures: its labels, on one line."""
+        return title(self.labels)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -94,7 +104,7 @@ class Study:
 
     def with_setting(self, arm: Arm, key: str, value: Any) -> Arm:
         """An arm with one setting more; raises as `make_study`."""
-        return _resolve(self.settings, self.base, arm.labels, (*arm.overrides, override(key, value)))
+        return _resolve(self.settings, self.base, arm.name, arm.labels, (*arm.overrides, override(key, value)))
 
 
 def make_study(settings: StudySettings, overrides: Sequence[str] = ()) -> Study:
@@ -108,20 +118,22 @@ def make_study(settings: StudySettings, overrides: Sequence[str] = ()) -> Study:
     """
     axes = {name: _points(name, given) for name, given in settings.axes.items()}
     common = (*(override(key, value) for key, value in settings.set.items()), *overrides)
-    _check_keys(settings, axes, common)
-    base = merge("base", *(read(Path(name)) for name in settings.base))
+    _check_keys(settings, axes, overrides)
+    _check_skips(settings, axes)
+    _check_number(settings, axes)
+    baseline = _baseline_labels(settings, axes)
+    base = read_all("base", [Path(name) for name in settings.base])
     arms: list[Arm] = []
     skipped: list[tuple[Labels, str]] = []
-    for labels in _crossed(axes):
-        if reason := _skipped(settings, labels):
+    for name, labels in _named(_crossed(axes)):
+        if (reason := _skipped(settings, labels)) is not None:
             skipped.append((labels, reason))
             continue
         settled = {key: value for axis, label in labels.items() for key, value in axes[axis][label].items()}
         own = (override(key, value) for key, value in settled.items())
-        arms.append(_resolve(settings, base, labels, (*common, *own)))
-    _check_skips(settings, axes)
+        arms.append(_resolve(settings, base, name, labels, (*common, *own)))
     _check_different(arms)
-    return Study(settings, base, arms, _baseline(settings, axes, arms), skipped)
+    return Study(settings, base, arms, _baseline(baseline, arms), skipped)
 
 
 def override(key: str, value: Any) -> str:
@@ -131,61 +143,110 @@ def override(key: str, value: Any) -> str:
     return f"{key}={json.dumps(value)}"
 
 
-def slug(label: str) -> str:
-    """A label as a part of a file's name: `MoE(8/64)` becomes `moe-8-64`."""
-    return re.sub(r"[^a-z0-9.+]+", "-", label.lower()).strip("-.")
-
-
 def _points(name: str, given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The labels of an axis, each with its settings."""
-    where = f"axes.{name}"
+    where = f"axes.{shortened(name, 100)}"
     if not given:
         raise ConfigError(f"{where} is empty: it needs labels, or settings with lists of values")
     values = list(given.values())
     if all(isinstance(value, dict) for value in values):
-        points = {str(label): dict(settings) for label, settings in given.items()}
+        points = {label: dict(settings) for label, settings in given.items()}
     elif all(isinstance(value, list) and value for value in values):
-        lengths = {key: len(value) for key, value in given.items()}
-        if len(set(lengths.values())) > 1:
-            listed = ", ".join(f"{key} has {length}" for key, length in lengths.items())
-            raise ConfigError(f"{where}: {listed} values: lists of one axis must be equally long")
-        rows = [dict(zip(given, row, strict=True)) for row in zip(*values, strict=True)]
-        points = {", ".join(map(_text, row.values())): row for row in rows}
-        if len(points) < len(rows):
-            raise ConfigError(f"{where} has the same values twice: {', '.join(map(_text, values[0]))}")
+        points = _in_step(where, given)
     else:
         raise ConfigError(f"{where} must map labels to settings, or settings to lists of values, and nothing else")
-    _check_names(where, points)
+    _check_labels(where, points)
     return points
 
 
-def _check_names(where: str, points: Mapping[str, Any]) -> None:
-    named: dict[str, str] = {}
+def _in_step(where: str, given: Mapping[str, list[Any]]) -> dict[str, dict[str, Any]]:
+    """The points of an axis of lists: the first values together, then the second ones."""
+    lengths = {key: len(value) for key, value in given.items()}
+    if len(set(lengths.values())) > 1:
+        said = ", ".join(f"{key} has {length}" for key, length in list(lengths.items())[:20])
+        raise ConfigError(f"{where}: {said} values: lists of one axis must be equally long")
+    points: dict[str, dict[str, Any]] = {}
+    for row in zip(*given.values(), strict=True):
+        if (label := row_label(row)) in points:
+            raise ConfigError(f"{where} has the same values twice: {shortened(label, 100)}")
+        points[label] = dict(zip(given, row, strict=True))
+    return points
+
+
+def _check_labels(where: str, points: Mapping[str, Any]) -> None:
+    """No label is empty, or could be taken for another."""
+    seen: dict[str, str] = {}
     for label in points:
-        if not slug(label):
-            raise ConfigError(f"{where} has the label {label!r}: it needs a letter or a digit, to name folders")
-        if (other := named.setdefault(slug(label), label)) != label:
-            raise ConfigError(f"{where} has the labels {other!r} and {label!r}: both would name a folder {slug(label)}")
+        if not label.strip():
+            raise ConfigError(f"{where} has the label {label!r}: it needs text that can be read")
+        if (other := seen.setdefault(looks_like(label), label)) != label:
+            said = " and ".join(ascii(shortened(each, 100)) for each in (other, label))
+            raise ConfigError(f"{where} has the labels {said}: nobody could tell them apart")
 
 
-def _check_keys(settings: StudySettings, axes: Mapping[str, Any], common: Sequence[str]) -> None:
-    """No setting is decided twice."""
+def _check_keys(settings: StudySettings, axes: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """Each is a setting's name, and no setting is decided twice."""
     decided: dict[str, str] = {}
     for axis, points in axes.items():
-        for key in dict.fromkeys(key for point in points.values() for key in point):
-            if key in decided:
-                raise ConfigError(f"axes.{axis} sets {key}: axes.{decided[key]} does so too; put both into one axis")
-            decided[key] = axis
-    everywhere = [text.partition("=")[0] for text in common]
-    for key in everywhere:
-        if key in decided:
-            raise ConfigError(f"{key} is set for all arms: axes.{decided[key]} decides it")
-    for key in (*everywhere, *decided):
-        if key in _OWN:
-            raise ConfigError(f"{key} is set for arms: the study's key {_OWN[key]} decides it")
-    if settings.budget and settings.budget.solve in {*decided, *_OWN}:
-        where = f"axes.{decided[key]}" if (key := settings.budget.solve) in decided else _OWN[key]
-        raise ConfigError(f"budget.solve is {key}: {where} decides it already; solve for another setting")
+        where = f"axes.{shortened(axis, 100)}"
+        for point in points.values():
+            _require_settings(where, point)
+        keys = dict.fromkeys(key for point in points.values() for key in _all_keys(point))
+        for key in keys:
+            if other := _overlapping(key, decided):
+                raise ConfigError(f"{where} sets {key}: {decided[other]} does so too; put both into one axis")
+        decided |= dict.fromkeys(keys, where)
+    _require_settings("set", settings.set)
+    everywhere = list(_all_keys(settings.set))
+    given = [re.sub(r"\[([^\[\]]*)\]", r".\1", text.partition("=")[0]) for text in overrides]
+    for key in (*everywhere, *given):
+        if other := _overlapping(key, decided):
+            raise ConfigError(f"{shortened(key, 100)} is set for all arms: {decided[other]} decides it")
+    for key in (*everywhere, *given, *decided):
+        if other := _overlapping(key, _OWN):
+            raise ConfigError(f"{shortened(key, 100)} is set for arms: the study's key {_OWN[other]} decides it")
+    if settings.budget and (other := _overlapping(key := settings.budget.solve, (taken := decided | _OWN))):
+        raise ConfigError(f"budget.solve is {key}: {taken[other]} decides it already; solve for another setting")
+
+
+def _all_keys(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The whole name of every setting, sections that are given as mappings opened."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from _all_keys(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _require_settings(where: str, given: Mapping[str, Any]) -> None:
+    """Text that is no name could be read as another setting's, or as a value."""
+    for key in map(str, given):
+        if not _SETTING.fullmatch(key):
+            raise ConfigError(f"{where} has {shortened(key, 100)!r}: it must be a setting's name, such as moe.topk")
+
+
+def _overlapping(key: str, others: Mapping[str, str]) -> str | None:
+    """Of other settings the one that is this, or a part of it, or has it as a part."""
+    found = (each for each in others if f"{each}.".startswith(f"{key}.") or f"{key}.".startswith(f"{each}."))
+    return next(found, None)
+
+
+def _check_number(settings: StudySettings, axes: Mapping[str, Any]) -> None:
+    """That a study is one that can be planned, before its axes are crossed."""
+    arms = math.prod(map(len, axes.values()))
+    if arms > _MOST_ARMS:
+        raise ConfigError(f"axes cross to more than {_MOST_ARMS:,} arms: divide them among several studies")
+    if arms * len(settings.seeds) > _MOST_RUNS:
+        raise ConfigError(f"seeds and axes come to more than {_MOST_RUNS:,} runs: divide them among several studies")
+
+
+def _named(crossed: Iterator[dict[str, str]]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Combinations with the name that their folder has; it stays whatever is left out, or added at the end."""
+    taken = set(_NOT_FOR_ARMS)
+    for labels in crossed:
+        name = arm_name(list(labels.values()), taken)
+        taken.add(name)
+        yield name, labels
 
 
 def _crossed(axes: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, str]]:
@@ -210,23 +271,27 @@ def _check_skips(settings: StudySettings, axes: Mapping[str, Mapping[str, Any]])
                 _require_label(f"skip.{number}.where", axes, axis, label)
 
 
-def _baseline(settings: StudySettings, axes: Mapping[str, Mapping[str, Any]], arms: Sequence[Arm]) -> Arm:
-    wanted = {axis: _text(label) for axis, label in settings.baseline.items()}
+def _baseline_labels(settings: StudySettings, axes: Mapping[str, Mapping[str, Any]]) -> Labels:
+    wanted = {axis: text_of(label) for axis, label in settings.baseline.items()}
     for axis, label in wanted.items():
         _require_label("baseline", axes, axis, label)
     if missing := [axis for axis in axes if axis not in wanted]:
-        raise ConfigError(f"baseline.{missing[0]} is missing: it must be one of {', '.join(axes[missing[0]])}")
+        raise ConfigError(f"baseline.{missing[0]} is missing: it must be one of {listed(axes[missing[0]])}")
+    return wanted
+
+
+def _baseline(wanted: Labels, arms: Sequence[Arm]) -> Arm:
     found = next((arm for arm in arms if arm.labels == wanted), None)
     if found is None:
-        raise ConfigError(f"baseline is {', '.join(wanted.values())}: skip leaves that arm out")
+        raise ConfigError(f"baseline is {joined(wanted)}: skip leaves that arm out")
     return found
 
 
 def _require_label(where: str, axes: Mapping[str, Mapping[str, Any]], axis: str, label: str) -> None:
     if axis not in axes:
-        raise ConfigError(f"{where}.{axis} is no axis; the axes are {', '.join(axes)}")
+        raise ConfigError(f"{where}.{shortened(axis, 100)} is no axis; the axes are {listed(axes)}")
     if label not in axes[axis]:
-        raise ConfigError(f"{where}.{axis} is {label!r}: it must be one of {', '.join(axes[axis])}")
+        raise ConfigError(f"{where}.{axis} is {shortened(label, 100)!r}: it must be one of {listed(axes[axis])}")
 
 
 def _check_different(arms: Sequence[Arm]) -> None:
@@ -238,8 +303,7 @@ def _check_different(arms: Sequence[Arm]) -> None:
             raise ConfigError(f"arms {other.name} and {arm.name} have the same settings: leave one out with skip")
 
 
-def _resolve(settings: StudySettings, base: Any, labels: Labels, overrides: tuple[str, ...]) -> Arm:
-    name = "_".join(map(slug, labels.values()))
+def _resolve(settings: StudySettings, base: Any, name: str, labels: Labels, overrides: tuple[str, ...]) -> Arm:
     folder = f"{settings.output}/{name}"
     own = (f"training.seed={settings.seeds[0]}", override("output", folder))
     try:
@@ -249,9 +313,4 @@ def _resolve(settings: StudySettings, base: Any, labels: Labels, overrides: tupl
 
 
 def _labels(wanted: Any) -> list[str]:
-    return list(map(_text, wanted if isinstance(wanted, list) else [wanted]))
-
-
-def _text(value: Any) -> str:
-    """A value as YAML has it."""
-    return value if isinstance(value, str) else json.dumps(value)
+    return list(map(text_of, wanted if isinstance(wanted, list) else [wanted]))

@@ -5,10 +5,12 @@ setting. So it is measured at many values in between first, and anything else is
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import Any
 
 from coe_megatron.config import RunConfig
+from coe_megatron.config.checks import check
+from coe_megatron.config.load import parse
 from coe_megatron.errors import ConfigError
 from coe_megatron.study.amounts import Amounts
 from coe_megatron.study.arms import Study
@@ -88,12 +90,19 @@ def _solve(budget: Budget, config: RunConfig, wanted: float, amounts: Amounts) -
     if not values:
         raise ConfigError(f"budget.range is {list(budget.range)}: no multiple of {budget.multiple_of} lies in it")
 
+    def changed(value: int) -> RunConfig:
+        return _changed(config, budget.solve.split("."), value)
+
     def amount(value: int) -> float:
         try:
-            return amounts.of(budget.equal, _changed(config, budget.solve.split("."), value))
+            return amounts.of(budget.equal, changed(value))
         except ValueError as error:
             raise ConfigError(f"budget.range leads to {budget.solve} {value}: {error}") from error
 
+    try:
+        check(parse(asdict(changed(values[-1]))))  # to measure what no run can have might take for ever
+    except ValueError as error:
+        raise ConfigError(f"budget.range leads to {budget.solve} {values[-1]}: {error}") from error
     try:
         value = nearest(amount, values, wanted)
     except ConfigError:

@@ -1,19 +1,41 @@
 """How fast a finished run was, out of its own files: what other runs will take follows by ratios of FLOPs."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AwareDatetime, BaseModel, Field, ValidationError
 
 from coe_megatron.config import RunConfig, load
+from coe_megatron.config.settings import Count
 from coe_megatron.errors import ConfigError
+from coe_megatron.files import problem, read_limited, require_file, require_folder
+from coe_megatron.parsing import JSON_BYTES, parse_json
 from coe_megatron.study.amounts import Amounts, Speed, evaluations, saves
+from coe_megatron.study.damage import damage
 from coe_megatron.training.logged import read_metrics
 
 _FEWEST = 3  # logged steps; the first is left out, for it has what a process does but once
+
+
+class _Attempt(BaseModel):
+    outcome: str
+    began: AwareDatetime | None = None
+    ended: AwareDatetime | None = None
+
+
+class _Parameters(BaseModel):
+    embedding: Annotated[int, Field(ge=1, lt=10**18)]
+
+
+class _Record(BaseModel):
+    """What is read of a run.json."""
+
+    attempts: Annotated[list[_Attempt], Field(min_length=1)]
+    ranks: Count
+    parameters: _Parameters
 
 
 def calibrate(folder: Path, half_rows: float) -> Speed:
@@ -38,30 +60,41 @@ def calibrate(folder: Path, half_rows: float) -> Speed:
     amounts = Amounts()
     a_step = median(line["step_seconds"] for line in logged[1:])
     flops = amounts.weighted_flops(config, half_rows)
-    rate = flops * config.training.global_batch * config.model.seq_length / a_step / record["ranks"]
-    attempts = record["attempts"]
-    if len(attempts) > 1 or attempts[0]["outcome"] != "finished" or "ended" not in attempts[0]:
+    rate = flops * config.training.global_batch * config.model.seq_length / a_step / record.ranks
+    only = record.attempts[0]
+    if len(record.attempts) > 1 or only.outcome != "finished" or only.began is None or only.ended is None:
         return Speed(rate, half_rows)
-    a_pass = flops / 3 * amounts.evaluated(config) / rate / record["ranks"]
+    a_pass = flops / 3 * amounts.evaluated(config) / rate / record.ranks
     a_save = _seconds_a_save(config, lines, a_pass)
     known = seconds_in_steps(logged) + evaluations(config) * a_pass + saves(config) * a_save
-    return Speed(rate, half_rows, max(0.0, _took(attempts[0]) - known), a_save)
+    return Speed(rate, half_rows, max(0.0, (only.ended - only.began).total_seconds() - known), a_save)
 
 
-def _read(folder: Path) -> tuple[Mapping[str, Any], list[dict[str, Any]]]:
+def _read(folder: Path) -> tuple[_Record, list[dict[str, Any]]]:
+    name = "--calibration"
+    require_folder(folder, name)
+    content = read_limited(folder / "run.json", name, JSON_BYTES)
+    require_file(folder / "metrics.jsonl", name)
     try:
-        record = json.loads((folder / "run.json").read_text())
+        record = parse_json(content)
         lines = read_metrics(folder / "metrics.jsonl")
-        if all(record.get(name) for name in ("attempts", "ranks", "parameters")):
-            return record, lines
-    except (OSError, ValueError, AttributeError):
-        raise ConfigError(f"--calibration is {folder}: it must be the folder of a run") from None
-    raise ConfigError(f"--calibration is {folder}: its run.json tells of no step")
+    except (OSError, ValueError) as error:
+        raise problem(folder, name, f"it must be the folder of a run ({error})") from None
+    if not isinstance(record, dict) or not all(record.get(each) for each in ("attempts", "ranks", "parameters")):
+        raise problem(folder, name, "its run.json tells of no step")
+    if said := damage(lines):
+        raise problem(folder, name, f"its metrics.jsonl is damaged, {said}")
+    try:
+        return _Record.model_validate(record), lines
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise problem(folder, name, f"its run.json is damaged, {where}: {first['msg'].lower()}") from None
 
 
-def _with_vocabulary(config: RunConfig, record: Mapping[str, Any]) -> RunConfig:
+def _with_vocabulary(config: RunConfig, record: _Record) -> RunConfig:
     """The config with the rows of the embedding that the run had, wherever its data may be now."""
-    rows = record["parameters"]["embedding"] // config.model.hidden_size
+    rows = max(1, record.parameters.embedding // config.model.hidden_size)
     return replace(config, model=replace(config.model, vocab_size=rows))
 
 
@@ -76,17 +109,13 @@ def _seconds_a_save(config: RunConfig, lines: Sequence[Mapping[str, Any]], a_pas
 
     `eta_seconds` is the time since before the first evaluation, over the steps done, times those left.
     """
-    steps, training = config.training.steps, config.training
-    last = max((line["step"] for line in lines if line.get("eta_seconds")), default=0)
-    done = [line for line in lines if 0 < line["step"] <= last]
-    saved = len({step for step in range(1, last) if step % training.save_every == 0 or step in training.milestones})
-    if not saved:
+    steps, every = config.training.steps, config.training.save_every
+    timed = [line for line in lines if line.get("step_seconds") and 0 < line["step"] < steps]
+    last = max((line["step"] for line in timed if line.get("eta_seconds")), default=0)
+    done = [line for line in timed if line["step"] <= last]
+    saved = (last - 1) // every + sum(step % every > 0 and step < last for step in set(config.training.milestones))
+    if last == 0 or saved == 0:
         return 0.0
     took = done[-1]["eta_seconds"] * last / (steps - last)
-    evaluated = 1 + sum("valid_loss" in line for line in done[:-1])
+    evaluated = 1 + sum("valid_loss" in line and 0 < line["step"] < last for line in lines)
     return max(0.0, took - seconds_in_steps(done) - evaluated * a_pass) / saved
-
-
-def _took(attempt: Mapping[str, str]) -> float:
-    began, ended = (datetime.fromisoformat(attempt[name]) for name in ("began", "ended"))
-    return (ended - began).total_seconds()

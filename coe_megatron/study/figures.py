@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
 
 from coe_megatron.study.comparison import Summary
+from coe_megatron.study.names import joined, shortened
 from coe_megatron.study.results import Result, done
 
 # Okabe and Ito's palette without yellow, which print loses.
@@ -22,6 +23,9 @@ _MARKS, _DASHES, _FILLS = "osD^vP*", ("-", "--", ":", "-."), ("full", "none", "l
 _GREY = "#666666"
 _MOST_PAIRS = 4  # of an arm, of experts that follow one another
 _MOST_TICKS = 12  # of rows, without overlap
+_MOST_ARMS = 32  # in the figures; of a thousand they would be larger than a PNG can be, and nobody could read it
+_LONGEST_LABEL = 36  # columns
+_LITERAL = {"parse_math": False}  # a label with $ is no formula of TeX
 _MIB = 2**20
 _Amount: TypeAlias = Callable[[Result, Mapping[str, Any]], float]  # of a run at one of its evaluations
 _LOSS = "validation loss (nats a token)"
@@ -29,8 +33,9 @@ _LOSS = "validation loss (nats a token)"
 
 @dataclass(frozen=True)
 class Look:
-    """How an arm is drawn wherever it is drawn."""
+    """How an arm is drawn wherever it is drawn; `label` is its title, shortened, and no other arm's."""
 
+    name: str
     label: str
     colour: str
     mark: str
@@ -45,7 +50,7 @@ class Look:
     @property
     def drawn(self) -> dict[str, Any]:
         """Arguments of matplotlib for its lines."""
-        return {**self.marked, "linestyle": self.dash, "linewidth": 1.4, "markersize": 4.5, "label": self.label}
+        return {**self.marked, "linestyle": self.dash, "linewidth": 1.4, "markersize": 4.5, "label": self.name}
 
 
 @dataclass(frozen=True)
@@ -63,11 +68,12 @@ class Drawing:
 
 
 def draw(results: Sequence[Result], summaries: Sequence[Summary], baseline: str) -> Iterator[Drawing]:
-    """All figures that the finished runs allow."""
-    finished = done(results)
+    """All figures that the finished runs allow, of the arms that `arms_shown` names."""
+    looks, names = _looks(summaries), arms_shown(summaries, baseline)
+    summaries = [summary for summary in summaries if summary.arm.arm.name in names]
+    finished = [result for result in done(results) if result.run.arm in names]
     if not finished:
         return
-    looks = _looks(summaries)
     yield _curves(finished, looks)
     if any(summary.gain is not None for summary in summaries):
         yield _gains(summaries, looks, baseline)
@@ -81,6 +87,12 @@ def draw(results: Sequence[Result], summaries: Sequence[Summary], baseline: str)
         yield _followers(chained, looks)
 
 
+def arms_shown(summaries: Sequence[Summary], baseline: str) -> set[str]:
+    """The arms in the figures: those with the lowest loss, where there are too many, and the baseline."""
+    best = sorted(summaries, key=lambda each: (each.arm.arm.name != baseline, each.mean is None, each.mean))
+    return {summary.arm.arm.name for summary in best[:_MOST_ARMS]}
+
+
 def _looks(summaries: Sequence[Summary]) -> Mapping[str, Look]:
     """Labels of the first axis have the colours and marks, the others' the dashes and fillings.
 
@@ -92,11 +104,23 @@ def _looks(summaries: Sequence[Summary]) -> Mapping[str, Look]:
     rest = list(dict.fromkeys(key[1:] for key in keys))
     apart = len(first) <= len(_COLOURS) and len(rest) <= len(_DASHES)
     looks = {}
+    labels = _labels([arm.title for arm in arms])
     for number, (arm, key) in enumerate(zip(arms, keys, strict=True)):
         at, other = (first.index(key[0]), rest.index(key[1:])) if apart else (number, number // len(_COLOURS))
         at, other = at % len(_COLOURS), other % len(_DASHES)
-        looks[arm.name] = Look(" ".join(key), _COLOURS[at], _MARKS[at], _DASHES[other], _FILLS[other])
+        looks[arm.name] = Look(arm.name, labels[number], _COLOURS[at], _MARKS[at], _DASHES[other], _FILLS[other])
     return looks
+
+
+def is_cut(title: str) -> bool:
+    """Whether figures have no room for all of it."""
+    return shortened(title, _LONGEST_LABEL) != title
+
+
+def _labels(titles: Sequence[str]) -> list[str]:
+    """Titles as figures have room for them; those that become alike have the arm's number behind them."""
+    short = [shortened(title, _LONGEST_LABEL) for title in titles]
+    return [f"{each} ({number})" if short.count(each) > 1 else each for number, each in enumerate(short, 1)]
 
 
 def _by_arm(results: Sequence[Result]) -> Iterator[tuple[str, list[Result]]]:
@@ -115,12 +139,16 @@ def _plain(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
+def _legend(figure: Figure, axes: Axes, looks: Mapping[str, Look]) -> None:
     """Below the figure, which grows by it."""
-    handles, labels = axes.get_legend_handles_labels()
+    handles, names = axes.get_legend_handles_labels()
+    labels = [looks[name].label for name in names]
     across = max(1, min(len(labels), int(figure.get_figwidth() * 12 / (max(map(len, labels)) + 5))))
     figure.set_figheight(figure.get_figheight() + 0.22 * math.ceil(len(labels) / across))
-    figure.legend(handles, labels, loc="outside lower center", ncols=across, frameon=False, handlelength=3)
+    # By name first: matplotlib leaves out labels that begin with _.
+    made = figure.legend(handles, names, loc="outside lower center", ncols=across, frameon=False, handlelength=3)
+    for text, label in zip(made.get_texts(), labels, strict=True):
+        text.set(text=label, **_LITERAL)
 
 
 def _curves(results: Sequence[Result], looks: Mapping[str, Look]) -> Drawing:
@@ -147,7 +175,7 @@ def _curves(results: Sequence[Result], looks: Mapping[str, Look]) -> Drawing:
         _from_the_first_quarter(axes, results, amount)
     for axes in grid[:, 0]:
         axes.set_ylabel(_LOSS)
-    _legend(figure, grid[0, 0])
+    _legend(figure, grid[0, 0], looks)
     return Drawing(
         "loss-curves",
         "Validation loss against steps, tokens, FLOPs and time: means over seeds, bands from the lowest to the "
@@ -190,13 +218,13 @@ def _gains(summaries: Sequence[Summary], looks: Mapping[str, Look], baseline: st
         if summary.interval is not None:
             axes.plot(summary.interval, [row, row], color=look.colour, linewidth=1.4)
     axes.axvline(0, color=_GREY, linewidth=1)
-    axes.set_yticks(range(len(shown)), [looks[summary.arm.arm.name].label for summary in shown])
+    axes.set_yticks(range(len(shown)), [looks[summary.arm.arm.name].label for summary in shown], **_LITERAL)
     axes.set_ylim(len(shown) - 0.5, -0.5)
     axes.set_xlabel("gain in validation loss (nats a token)")
     return Drawing(
         "gains",
-        f"Gain over the baseline, {looks[baseline].label}, seed by seed (strokes), their mean (marks) and its interval "
-        "of 95 % confidence (lines). Right of 0 is better.",
+        f"Gain over the baseline, {joined(base.arm.arm.labels)}, seed by seed (strokes), their mean (marks) and its "
+        "interval of 95 % confidence (lines). Right of 0 is better.",
         figure,
     )
 
@@ -218,7 +246,7 @@ def _against_memory(summaries: Sequence[Summary], results: Sequence[Result], loo
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.set_xlabel("memory of a rank at its peak, measured (MiB)")
     axes.set_ylabel(_LOSS)
-    _legend(figure, axes)
+    _legend(figure, axes, looks)
     return Drawing(
         "loss-against-memory",
         "Final validation loss against memory: means over seeds, bars from the lowest to the highest. The dotted line "
@@ -282,7 +310,7 @@ def _scaled(
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel(title)
     axes.set_ylabel(_LOSS)
-    _legend(figure, axes)
+    _legend(figure, axes, looks)
     return Drawing(
         name,
         f"Final validation loss against {title}: means over seeds, bars from the lowest to the highest. Lines join "
@@ -295,7 +323,7 @@ def _with_spread(axes: Axes, at: float, summary: Summary, look: Look) -> None:
     """A mark at the mean over seeds, and a bar from the lowest to the highest."""
     losses, middle = list(summary.losses.values()), summary.mean or 0.0
     spread = [[middle - min(losses)], [max(losses) - middle]]
-    axes.errorbar(at, middle, spread, **look.marked, linestyle="", label=look.label, capsize=3)
+    axes.errorbar(at, middle, spread, **look.marked, linestyle="", label=look.name, capsize=3)
 
 
 def _differing_in_one_axis(summaries: Sequence[Summary]) -> Iterator[list[Summary]]:
@@ -322,7 +350,7 @@ def _memory(results: Sequence[Result], looks: Mapping[str, Look]) -> Drawing:
     for name, runs in _by_arm(results):
         look, foreseen = looks[name], runs[0].arm.memory / _MIB
         measured = [result.memory / _MIB for result in runs]
-        axes.plot([foreseen] * len(runs), measured, **look.marked, linestyle="", label=look.label, alpha=0.8)
+        axes.plot([foreseen] * len(runs), measured, **look.marked, linestyle="", label=look.name, alpha=0.8)
     amounts = [amount / _MIB for result in results for amount in (result.arm.memory, result.memory)]
     ends = 0.95 * min(amounts), 1.05 * max(amounts)
     axes.plot(ends, ends, color=_GREY, linewidth=1)
@@ -331,7 +359,7 @@ def _memory(results: Sequence[Result], looks: Mapping[str, Look]) -> Drawing:
         axis.set_major_locator(MaxNLocator(5))
     axes.set_xlabel("memory of a rank at its peak, foreseen (MiB)")
     axes.set_ylabel("measured (MiB)")
-    _legend(figure, axes)
+    _legend(figure, axes, looks)
     return Drawing(
         "memory", "Memory foreseen by the plan against what runs measured; on the line the forecast is right.", figure
     )
@@ -358,7 +386,7 @@ def _routing_over_time(results: Sequence[Result], looks: Mapping[str, Look]) -> 
         axes.set_title(title, fontsize="medium", loc="left")
     for axes in grid[1]:
         axes.set_xlabel("steps")
-    _legend(figure, grid[0, 0])
+    _legend(figure, grid[0, 0], looks)
     return Drawing(
         "routing",
         "Routing over training, means over layers and iterations, of each arm's first finished seed. Retention counts "
@@ -379,7 +407,7 @@ def _loads(results: Sequence[Result], looks: Mapping[str, Look]) -> Drawing:
         image = axes.imshow(load, aspect="auto", cmap="viridis", vmin=0, vmax=top, interpolation="nearest")
         ticks = range(0, len(parts), math.ceil(len(parts) / _MOST_TICKS))
         axes.set_yticks(ticks, [f"{parts[row]['layer']}.{parts[row]['iteration']}" for row in ticks], fontsize=7)
-        axes.set_title(looks[name].label, fontsize="small", loc="left")
+        axes.set_title(looks[name].label, fontsize="small", loc="left", **_LITERAL)
         axes.set_xlabel("experts, busiest first")
     for axes in grid.flat[len(arms) :]:
         axes.set_visible(False)
@@ -411,7 +439,7 @@ def _norms(results: Sequence[Result], looks: Mapping[str, Look]) -> Drawing:
         axes.set_xlabel("layer, its iterations one after the other")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_yscale("log")  # a chain that runs away is not to hide the others
-    _legend(figure, grid[0, 0])
+    _legend(figure, grid[0, 0], looks)
     return Drawing(
         "norms",
         "Root mean square of the chain's state after each iteration, and of what its experts added against what they "
@@ -439,7 +467,7 @@ def _followers(results: Sequence[Result], looks: Mapping[str, Look]) -> Drawing:
         for axes in row:
             axes.set_xticks([])
             axes.set_yticks([])
-        row[0].set_ylabel(looks[name].label, fontsize="x-small")
+        row[0].set_ylabel(looks[name].label, fontsize="x-small", **_LITERAL)
     bar = figure.colorbar(image, ax=grid, shrink=0.8, aspect=20 * len(arms))
     bar.set_label("log2 of observed / by chance", fontsize="small")
     return Drawing(

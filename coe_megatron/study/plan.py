@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from coe_megatron.config.layout import layout
-from coe_megatron.errors import ConfigError
+from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.forecast.cost import size
 from coe_megatron.forecast.devices import Device
 from coe_megatron.forecast.devices import device as device_named
@@ -15,6 +15,7 @@ from coe_megatron.study.amounts import Amounts, Seconds, Speed
 from coe_megatron.study.arms import Arm, Study, make_study
 from coe_megatron.study.budget import Solved, solve
 from coe_megatron.study.calibration import calibrate
+from coe_megatron.study.names import joined
 from coe_megatron.study.settings import read_study
 
 
@@ -109,9 +110,9 @@ class Plan:
         notes += [f"{arm.arm.name} does not fit: {arm.too_large}" for arm in self.arms if arm.too_large]
         skipped: dict[str, list[str]] = {}
         for labels, reason in study.skipped:
-            skipped.setdefault(reason, []).append(" ".join(labels.values()))
+            skipped.setdefault(reason, []).append(joined(labels))
         notes += [f"left out, {reason}: {', '.join(names)}" for reason, names in skipped.items()]
-        return "\n".join([*lines, "", *notes])
+        return "\n".join([*lines, "", *map(one_line, notes)])
 
     def _cells(self, plan: ArmPlan) -> list[str]:
         steps = plan.arm.config.training.steps

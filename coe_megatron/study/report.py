@@ -2,17 +2,21 @@
 
 import base64
 import html
+import io
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import markdown
 import matplotlib
 
 from coe_megatron.errors import one_line
+from coe_megatron.files import kind_of, read_limited, require_writable, write_atomically
 from coe_megatron.study.comparison import Summary, compare
-from coe_megatron.study.figures import Drawing, draw
+from coe_megatron.study.figures import Drawing, arms_shown, draw, is_cut
 from coe_megatron.study.fit import Fit, fit
+from coe_megatron.study.names import joined
 from coe_megatron.study.plan import Plan, count, span
 from coe_megatron.study.results import Result, collect, done, results_csv, timings_csv
 
@@ -23,28 +27,48 @@ th:first-child, td:first-child { text-align: left }
 img { max-width: 100% }
 @media print { body { max-width: none; font-size: 11px } img { break-inside: avoid; max-height: 95vh } }"""
 
+_TEXTS = ("report.md", "report.html", "results.csv", "timings.csv")
+_LARGEST = 1 << 26  # bytes of a report.md
+
 
 def write_report(plan: Plan, title: str, folder: Path) -> list[Path]:
-    """Write everything into a folder, over what an earlier report left; returns the files."""
+    """Write everything into a folder, over what an earlier report left; returns the files.
+
+    Raises:
+        ConfigError: the folder, or a file in it, cannot be written, or is something else; one line that names it.
+        OSError: it could not be written after all, such as on a full disk.
+    """
+    check_folder(folder)
     results = collect(plan)
     summaries = compare(results, plan.arms, plan.study.baseline.name)
     folder.mkdir(parents=True, exist_ok=True)
     _forget_figures(folder)
     files = [_write(folder / "results.csv", results_csv(results)), _write(folder / "timings.csv", timings_csv(results))]
-    drawings = list(draw(results, summaries, plan.study.baseline.name))
+    drawings, images = list(draw(results, summaries, plan.study.baseline.name)), dict[str, bytes]()
     for drawing in drawings:
-        files += [_draw(drawing, folder / f"{drawing.name}.{kind}") for kind in ("svg", "png")]
+        images[drawing.name] = _drawn(drawing, "svg")
+        files.append(_write(folder / f"{drawing.name}.svg", images[drawing.name]))
+        files.append(_write(folder / f"{drawing.name}.png", _drawn(drawing, "png")))
     text = as_markdown(plan, title, results, summaries, drawings)
     files.append(_write(folder / "report.md", text))
-    files.append(_write(folder / "report.html", as_html(title, text, folder, drawings)))
+    files.append(_write(folder / "report.html", as_html(title, text, images)))
     return files
+
+
+def check_folder(folder: Path) -> None:
+    """That a report can be written there, and what of an earlier one must be read; raises ConfigError otherwise."""
+    require_writable(folder, "the report's folder", "folder")
+    for name in _TEXTS:
+        if kind_of(folder / name, "a file of the report") is not None:
+            require_writable(folder / name, "a file of the report", "file")
 
 
 def _forget_figures(folder: Path) -> None:
     """Those of an earlier report, which may not be drawn any more."""
     earlier = folder / "report.md"
     if earlier.exists():
-        for name in re.findall(r"\]\(([\w-]+)\.svg\)", earlier.read_text()):
+        text = read_limited(earlier, "the earlier report", _LARGEST).decode(errors="replace")
+        for name in re.findall(r"\]\(([\w-]+)\.svg\)", text):
             for kind in ("svg", "png"):
                 (folder / f"{name}.{kind}").unlink(missing_ok=True)
 
@@ -73,18 +97,30 @@ def as_markdown(
         ]
         parts += ["## What the arms cost", _costs(plan, finished)]
         parts += ["## Loss against parameters, FLOPs and recurrence", _fitted(fit(summaries))]
-        parts += ["## Figures", *(f"![{each.name}]({each.name}.svg)\n\n*{each.caption}*" for each in drawings)]
+        figures = (f"![{each.name}]({each.name}.svg)\n\n*{_escaped(each.caption)}*" for each in drawings)
+        parts += ["## Figures", _drawn_arms(summaries, study.baseline.name), *figures]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def as_html(title: str, text: str, folder: Path, drawings: Sequence[Drawing]) -> str:
-    """The same as one page that needs no other file."""
+def as_html(title: str, text: str, images: Mapping[str, bytes]) -> str:
+    """The same as one page that needs no other file; `images` are the figures as SVG, by name."""
     body = markdown.markdown(text, extensions=["tables"])
-    for drawing in drawings:
-        figure = base64.b64encode((folder / f"{drawing.name}.svg").read_bytes()).decode()
-        body = body.replace(f'src="{drawing.name}.svg"', f'src="data:image/svg+xml;base64,{figure}"')
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
+    for name, image in images.items():
+        figure = base64.b64encode(image).decode()
+        body = body.replace(f'src="{name}.svg"', f'src="data:image/svg+xml;base64,{figure}"')
+    head = f'<meta charset="utf-8"><title>{html.escape(one_line(title))}</title><style>{_STYLE}</style>'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
+
+
+def _drawn_arms(summaries: Sequence[Summary], baseline: str) -> str:
+    """Which arms the figures leave out, and what became of their labels; nothing in most studies."""
+    names = arms_shown(summaries, baseline)
+    said = []
+    if len(names) < len(summaries):
+        said.append(f"Of {len(summaries)} arms they show the baseline and the {len(names) - 1} with the lowest loss.")
+    if any(is_cut(summary.arm.arm.title) for summary in summaries):
+        said.append("Long labels are cut (…); where that leaves two alike, the arm's number stands behind it.")
+    return " ".join(said)
 
 
 def _budget(plan: Plan) -> str:
@@ -111,7 +147,10 @@ def _answer(summaries: Sequence[Summary], baseline: str) -> str:
         return "The baseline has no finished run, so that nothing can be held against it."
     told = {"better": "Better than the baseline", "worse": "Worse", "no difference seen": "No difference seen"}
     told[""] = "Too few seeds to tell"
-    found = {verdict: [_label(summary) for summary in others if summary.verdict == verdict] for verdict in told}
+    found = {
+        verdict: [_escaped(joined(each.arm.arm.labels)) for each in others if each.verdict == verdict]
+        for verdict in told
+    }
     return " ".join(f"**{told[verdict]}:** {', '.join(arms)}." for verdict, arms in found.items() if arms)
 
 
@@ -190,11 +229,11 @@ def _fitted(found: Fit | None) -> str:
 
 
 def _name(plan: Plan, arm: str) -> str:
-    return _escaped(next(" ".join(each.labels.values()) for each in plan.study.arms if each.name == arm))
+    return _escaped(next(each.title for each in plan.study.arms if each.name == arm))
 
 
 def _label(summary: Summary) -> str:
-    return _escaped(" ".join(summary.arm.arm.labels.values()))
+    return _escaped(summary.arm.arm.title)
 
 
 def _counted(things: Sequence[object], name: str) -> str:
@@ -206,9 +245,11 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Text that is none of ours, on one line, with nothing that Markdown or HTML takes for more than text."""
-    text = one_line(text).replace("&", "&amp;").replace("<", "&lt;")
-    return re.sub(r"[\\`*\[\]|]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
+    """Text that is none of ours, on one line, with nothing that Markdown or HTML takes for more than text.
+
+    Character references, which all dialects read alike: GitHub's knows formulas, strokes and more beside.
+    """
+    return re.sub(r"[&<>\\`*\[\]|~$#{}]|(?<!\w)_|_(?!\w)", lambda found: f"&#{ord(found[0])};", one_line(text))
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -216,13 +257,17 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _draw(drawing: Drawing, path: Path) -> Path:
-    """The same figure gives the same bytes."""
-    with matplotlib.rc_context({"svg.hashsalt": drawing.name}):
-        drawing.figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
-    return path
+def _drawn(drawing: Drawing, kind: str) -> bytes:
+    """A figure as an image; the same figure gives the same bytes."""
+    image = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": drawing.name}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # it is drawn as a box
+        warnings.filterwarnings("ignore", "constrained_layout not applied")  # long labels leave no room for the axes
+        metadata = {"Date": None} if kind == "svg" else None
+        drawing.figure.savefig(image, format=kind, dpi=150, metadata=metadata)
+    return image.getvalue()
 
 
-def _write(path: Path, text: str) -> Path:
-    path.write_text(text, encoding="utf-8")
+def _write(path: Path, content: str | bytes) -> Path:
+    write_atomically(path, content)
     return path

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,10 +12,13 @@ from typing import Any
 
 from coe_megatron.study.arms import Run
 from coe_megatron.study.calibration import seconds_in_steps
+from coe_megatron.study.damage import damage, damage_at_the_end
 from coe_megatron.study.plan import ArmPlan, Plan
 from coe_megatron.study.running import changed, stands
 from coe_megatron.training.logged import read_metrics
 
+_FORMULA = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n]")  # how a cell begins that spreadsheets compute
+_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?(e[-+]?\d+)?", re.IGNORECASE)
 _ROUTING = ("entropy", "load_max_over_mean", "dead_experts", "dropped", "overlap")
 
 
@@ -94,8 +98,10 @@ def _result(arm: ArmPlan, run: Run, now: float) -> Result:
     found = stands(run, now)
     try:
         lines = read_metrics(Path(run.config.output) / "metrics.jsonl")
-    except ValueError:
+    except (ValueError, OSError):
         return Result(arm, run, [], found.starts or 0, "its metrics.jsonl cannot be read")
+    if said := damage(lines):
+        return Result(arm, run, [], found.starts or 0, f"its metrics.jsonl is damaged, {said}")
     state = found.state if found.reason is None else f"{found.state}: {found.reason}"
     if found.state == "no run":
         state = "not begun"
@@ -103,6 +109,8 @@ def _result(arm: ArmPlan, run: Run, now: float) -> Result:
         state = said
     elif found.state == "finished" and not _evaluated_at(run.config.training.steps, lines):
         state = "finished, but without a validation loss after the last step"
+    elif found.state == "finished" and (said := damage_at_the_end(lines, run.config.moe.num_experts)):
+        state = f"its metrics.jsonl is damaged, {said}"
     return Result(arm, run, lines, found.starts or 0, state)
 
 
@@ -141,11 +149,18 @@ def _timing(result: Result) -> dict[str, Any]:
     }
 
 
+def _cell(value: Any) -> Any:
+    """Text that a spreadsheet would take for a formula has a ' before it, which makes it text; a number is one."""
+    if isinstance(value, str) and _FORMULA.match(value) and not _NUMBER.fullmatch(value):
+        return f"'{value}"
+    return value
+
+
 def _csv(rows: Iterable[Mapping[str, Any]]) -> str:
     rows = list(rows)
     columns = dict.fromkeys(name for row in rows for name in row)
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
     return text.getvalue()

@@ -13,12 +13,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from coe_megatron.cluster.one_host import Requests
-from coe_megatron.config import RunConfig, dump, flat, load
+from coe_megatron.config import RunConfig, flat, load
 from coe_megatron.config.layout import layout
 from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.exit_status import ExitStatus, known_status
-from coe_megatron.files import kind_of, require_file, require_writable, write_atomically
+from coe_megatron.files import kind_of, require_file, require_writable
 from coe_megatron.study.arms import Run
+from coe_megatron.study.places import as_argument, log_of, write_config
 from coe_megatron.study.plan import span
 from coe_megatron.training.folder_lock import is_held
 from coe_megatron.training.status import Status, status
@@ -26,6 +27,7 @@ from coe_megatron.training.status import Status, status
 _LOOKS_EVERY = 0.2  # seconds
 _BEGINS = "study.py begins: "  # the first line of every attempt in a run's log
 _LAST_WORDS = re.compile(r"\w+\.py: (?:error|ended with status \d+ \((?!STOPPED)\w+\), rank \d+): (.*)")
+_LOG_END = 1 << 20  # bytes of a log in which an error is looked for
 _ROOT = Path(__file__).parents[2]
 
 
@@ -100,28 +102,16 @@ def _settings(run: Run) -> RunConfig | None:
     return None if kind_of(path, "config.yaml") is None else load(path)
 
 
-def config_of(run: Run) -> Path:
-    """The file that `write_config` writes."""
-    return Path(f"{run.config.output}.yaml")
-
-
-def write_config(run: Run) -> Path:
-    """The run's whole config as a file beside its folder, which repeats it: `pretrain_coe.py FILE`.
-
-    Raises:
-        ConfigError: there is something else, or it cannot be written there.
-        OSError: it cannot be written.
-    """
-    path = require_writable(config_of(run), "the run's config", "file", spare=len(".tmp"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, dump(run.config))
-    return path
-
-
 def command(run: Run, config: Path) -> list[str]:
     """What starts a run on this host."""
     ranks = layout(run.config).ranks
-    torchrun = ["--standalone", "--nproc-per-node", str(ranks), str(_ROOT / "launch/pretrain_coe.py"), str(config)]
+    torchrun = [
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+        str(_ROOT / "launch/pretrain_coe.py"),
+        as_argument(config),
+    ]
     return [sys.executable, str(_ROOT / "launch/one_host.py"), "--watch-stdin", "--", *torchrun]
 
 
@@ -253,21 +243,21 @@ def devices_here(asked: str | None, environment: Mapping[str, str]) -> list[str]
     return sorted((number for number in found if number.isdecimal()), key=int)
 
 
-def log_of(run: Run) -> Path:
-    """What a run has said, in all its attempts."""
-    return Path(f"{run.config.output}.log")
-
-
 def why(run: Run) -> str:
     """Why a run did not come to its end, in one line, as the log of its last attempt or its run.json tells.
 
     Empty where there is nothing to tell: it goes on, was asked to stop, or was killed.
     """
     with suppress(OSError, ConfigError):
-        log = require_file(log_of(run), "log").read_text(errors="replace").rpartition(_BEGINS)[2]
-        if said := _LAST_WORDS.findall(log):
+        if said := _LAST_WORDS.findall(_end_of(require_file(log_of(run), "log")).rpartition(_BEGINS)[2]):
             return one_line(said[-1])
     return status(Path(run.config.output), time.time()).reason or ""
+
+
+def _end_of(log: Path) -> str:
+    with log.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _LOG_END))
+        return file.read(_LOG_END).decode(errors="replace")
 
 
 def stands(run: Run, now: float) -> Status:

@@ -1,6 +1,6 @@
 """The study file: what is compared, with which seeds, and what is held equal meanwhile."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,7 +11,9 @@ from coe_megatron.config.load import parse_as, plain, read
 from coe_megatron.config.settings import Count, Index, PathText
 from coe_megatron.errors import ConfigError
 from coe_megatron.files import expand_user
+from coe_megatron.study.names import shortened, text_of
 
+_MOST_BASES = 64
 Quantity = Literal["expert_compute", "flops", "parameters", "memory", "wall_clock"]
 
 
@@ -87,12 +89,41 @@ def read_study(path: Path) -> StudySettings:
         ConfigError: one line that names the key, its value and what would be valid.
     """
     values = plain(read(path, key="base_study", prepare=_with_paths), str(path))
-    settings = parse_as(StudySettings, values)
+    settings = parse_as(StudySettings, _with_labels(values))
     if len(set(settings.seeds)) < len(settings.seeds):
-        raise ConfigError(f"seeds is {settings.seeds}: each must be another")
+        raise ConfigError(f"seeds is {shortened(str(settings.seeds), 100)}: each must be another")
     if (budget := settings.budget) and budget.range[0] > budget.range[1]:
         raise ConfigError(f"budget.range is {list(budget.range)}: its first number must be the smaller one")
     return settings
+
+
+def _with_labels(values: dict[str, Any]) -> dict[str, Any]:
+    """Names of axes and labels as text, also where YAML reads a number; what else is wrong is told later."""
+    found = dict(values)
+    for key in ("axes", "baseline"):
+        found |= {key: _text_keys(key, values[key])} if key in values else {}
+    if isinstance(axes := found.get("axes"), Mapping):
+        found["axes"] = {axis: _text_keys(f"axes.{axis}", points) for axis, points in axes.items()}
+    if isinstance(skips := values.get("skip"), list):
+        found["skip"] = [
+            skip | {"where": _text_keys(f"skip.{number}.where", skip["where"])} if _has(skip, "where") else skip
+            for number, skip in enumerate(skips)
+        ]
+    return found
+
+
+def _has(value: Any, key: str) -> bool:
+    return isinstance(value, Mapping) and key in value
+
+
+def _text_keys(where: str, given: Any) -> Any:
+    if not isinstance(given, Mapping):
+        return given
+    found = {text_of(key): value for key, value in given.items()}
+    if len(found) < len(given):
+        twice = next(key for key in given if not isinstance(key, str))
+        raise ConfigError(f"{shortened(where, 100)} has {text_of(twice)} twice, as text and as something else")
+    return found
 
 
 def _with_paths(path: Path, values: Any) -> Any:
@@ -101,6 +132,10 @@ def _with_paths(path: Path, values: Any) -> Any:
         given = values["base"]
         names = [given] if isinstance(given, str) else given
         if not names or not isinstance(names, Sequence) or not all(isinstance(name, str) and name for name in names):
-            raise ConfigError(f"{path}: base is {given!r}: it must name a run config or a list of them")
+            raise ConfigError(
+                f"{path}: base is {shortened(repr(given), 100)}: it must name a run config or a list of them"
+            )
+        if len(set(names)) < len(names) or len(names) > _MOST_BASES:
+            raise ConfigError(f"{path}: base is {shortened(str(given), 100)}: at most {_MOST_BASES} files, none twice")
         values["base"] = [str(path.parent / expand_user(name)) for name in names]
     return values

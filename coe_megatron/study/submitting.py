@@ -9,7 +9,7 @@ from pathlib import Path
 from coe_megatron.config.layout import layout
 from coe_megatron.errors import ConfigError
 from coe_megatron.study.arms import Run
-from coe_megatron.study.running import config_of
+from coe_megatron.study.places import as_argument, config_of
 
 _ROOT = Path(__file__).parents[2]
 
@@ -40,12 +40,21 @@ class Submission:
         """
         try:
             done = subprocess.run(
-                self.command, env={**environment, **self.environment}, capture_output=True, text=True, check=False
+                self.command,
+                env={**environment, **self.environment},
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                check=False,
             )
         except FileNotFoundError:
             raise ConfigError(
                 "sbatch is not installed here: submit where SLURM's tools are, or see --dry-run"
             ) from None
+        except OSError as error:  # such as more configs than a command line holds
+            said = f"{(error.strerror or str(error)).lower()}, with {len(self.runs):,} runs"
+            raise ConfigError(f"sbatch cannot be started: {said}; --only and --seed take fewer") from None
         if done.returncode:
             words = done.stderr.strip().splitlines() or ["no word"]
             raise ConfigError(f"sbatch ended with status {done.returncode}: {words[-1]}")
@@ -65,6 +74,8 @@ def submissions(
     Raises:
         ConfigError: the ranks of a run do not fill nodes.
     """
+    if options and not options[0].startswith("-"):  # sbatch would take it for the script
+        raise ConfigError(f"--sbatch begins with {options[0]}: it must hold options, such as --time=1:00:00")
     by_ranks: dict[int, list[Run]] = {}
     for run in runs:
         by_ranks.setdefault(layout(run.config).ranks, []).append(run)
@@ -81,6 +92,6 @@ def _submission(
         )
     array = f"--array=0-{len(runs) - 1}{f'%{at_once}' if at_once else ''}"
     script = str(_ROOT / "launch/slurm/study.sbatch")
-    configs = [str(config_of(run)) for run in runs]
+    configs = [as_argument(config_of(run)) for run in runs]
     command = ["sbatch", "--parsable", array, f"--nodes={ranks // own}", *options, script, *configs]
     return Submission(runs, command, {"COE_HOME": str(_ROOT), "COE_RANKS_PER_NODE": str(own)})

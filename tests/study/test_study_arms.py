@@ -8,7 +8,8 @@ import pytest
 
 from coe_megatron.config import load
 from coe_megatron.errors import ConfigError
-from coe_megatron.study.arms import Study, make_study, override, slug
+from coe_megatron.study import arms
+from coe_megatron.study.arms import Study, make_study, override
 from coe_megatron.study.settings import read_study
 
 Write = Callable[..., Path]
@@ -87,13 +88,6 @@ def test_a_study_of_other_sizes_takes_its_axes_from_another_file(study_file: Wri
 
 
 @pytest.mark.parametrize(
-    ("label", "name"), [("MoE(8/64) L4", "moe-8-64-l4"), ("iteration_norm", "iteration-norm"), ("1e-3", "1e-3")]
-)
-def test_names_of_folders(label: str, name: str) -> None:
-    assert slug(label) == name
-
-
-@pytest.mark.parametrize(
     "value", ["plain/text", "a: b", "", "1", "null", "1e-3", "[a]", 3, 0.5, 1e-7, True, None, [1, 2], {"a": "b"}]
 )
 def test_an_override_is_read_as_the_value_it_was_made_of(value: Any, tmp_path: Path) -> None:
@@ -113,10 +107,10 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"base_study": "study.yaml"}, "base_study leads back to this file"),
     ({"seeds": []}, "seeds is []: it should have at least 1 item"),
     ({"seeds": [1, 1]}, "seeds is [1, 1]: each must be another"),
-    ({"seeds": ["one"]}, "seeds.0 is 'one': it should be a valid integer"),
-    ({"seeds": 3}, "seeds is 3: it should be a valid list"),
+    ({"seeds": ["one"]}, "seeds.0 is 'one': it should be an integer ≥ 0"),
+    ({"seeds": 3}, "seeds is 3: it should be a list of integers ≥ 0"),
     ({"axes": {}}, "axes is {}: it should have at least 1 item"),
-    ({"axes": {"design": 3}}, "axes.design is 3: it should be a valid dictionary"),
+    ({"axes": {"design": 3}}, "axes.design is 3: it should be names with section"),
     ({"axes": {"design": {}}}, "axes.design is empty"),
     ({"axes": {"design": {"moe.topk": 4}}}, "axes.design must map labels to settings, or settings to lists"),
     ({"axes": {"design": {"a": {"moe.topk": 4}, "moe.topk": [1]}}}, "axes.design must map labels to settings"),
@@ -125,9 +119,21 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         {"axes": {"design": {"moe.topk": [1, 2], "chain.iterations": [1]}}},
         "axes.design: moe.topk has 2, chain.iterations has 1 values: lists of one axis must be equally long",
     ),
-    ({"axes": {"design": {"moe.topk": [1, 1]}}}, "axes.design has the same values twice: 1, 1"),
-    ({"axes": {"design": {"a b": {"moe.topk": 1}, "a-b": {}}}}, "'a b' and 'a-b': both would name a folder a-b"),
-    ({"axes": {"design": {"()": {}}}}, "axes.design has the label '()': it needs a letter or a digit"),
+    ({"axes": {"design": {"moe.topk": [1, 1]}}}, "axes.design has the same values twice: 1"),
+    ({"axes": {"design": {"moe.topk": [1, "1"]}}}, "axes.design has the same values twice: 1"),
+    ({"axes": {"design": {" ": {}}}}, "axes.design has the label ' ': it needs text that can be read"),
+    (
+        {"axes": {"design": {"a\nb": {}, "a\\nb": {}}}},
+        r"axes.design has the labels 'a\nb' and 'a\\nb': nobody could tell them apart",
+    ),
+    ({"axes": {"design": {"a": {}, "a ": {}}}}, "axes.design has the labels 'a' and 'a ': nobody could tell them"),
+    ({"axes": {"design": {"é": {}, "e\u0301": {}}}}, r"the labels '\xe9' and 'e\u0301': nobody could tell them apart"),
+    ({"axes": {"design": {True: {}, "true": {}}}}, "axes.design has true twice, as text and as something else"),
+    ({"axes": {"design": {"a": {"moe.topk=2,x": 1}}}}, "axes.design has 'moe.topk=2,x': it must be a setting's name"),
+    ({"axes": {"design": {"a": {"moe[topk]": 1}}}}, "axes.design has 'moe[topk]': it must be a setting's name"),
+    ({"axes": {"x": DESIGN, "y": {"a": {"moe": {"topk": 1}}}}}, "axes.y sets moe.topk: axes.x does so too"),
+    ({"set": {"training": {"seed": 3}}}, "training.seed is set for arms: the study's key seeds decides it"),
+    ({"base": ["base.yaml", "base.yaml"]}, "at most 64 files, none twice"),
     ({"axes": {"x": DESIGN, "y": {"moe.topk": [1, 2]}}}, "axes.y sets moe.topk: axes.x does so too"),
     ({"axes": {"x": {"training.seed": [1, 2]}}}, "training.seed is set for arms: the study's key seeds decides it"),
     ({"set": {"output": "x"}}, "output is set for arms: the study's key output decides it"),
@@ -140,7 +146,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"baseline": {"design": "x"}}, "baseline.design is 'x': it must be one of MoE(4/8), CoE-2(2/8)"),
     (
         {"baseline": {"design": "MoE(4/8)", "topology": "iteration_norm"}},
-        "baseline is MoE(4/8), iteration_norm: skip leaves that arm out",
+        "baseline is MoE(4/8) iteration_norm: skip leaves that arm out",
     ),
     ({"skip": [{"where": {}, "reason": "x"}]}, "skip.0.where is {}: it would leave out every arm"),
     ({"skip": [{"where": {"design": "x"}, "reason": "x"}]}, "skip.0.where.design is 'x': it must be one of MoE(4/8)"),
@@ -172,3 +178,76 @@ def test_a_mistake_is_one_line_that_names_the_key(study_file: Write, changes: di
         make(study_file(**changes))
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("given", ["moe[topk]=2", "moe.topk=2", "moe={topk: 2}"])
+def test_what_an_axis_decides_no_override_does(study_file: Write, given: str) -> None:
+    with pytest.raises(ConfigError, match=r"is set for all arms: axes\.design decides it"):
+        make(study_file(), given)
+
+
+LABELS = [
+    r"$\frac{a$",
+    "a, b",
+    "n" * 300,
+    "n" * 299 + "m",
+    "=1+1",
+    "\x00\x1b[31m",
+    "a\nb",
+    "_",
+    "()",
+    "..",
+    "שלום",
+    "🙂",
+    "report",
+]
+
+
+def test_labels_are_any_text_and_name_folders(study_file: Write) -> None:
+    """No two arms have a folder in common, every one can be made, and more labels do not rename it."""
+    axes = {"la, bel": {label: {"moe.ffn_hidden_size": 8 * n} for n, label in enumerate(LABELS, 1)}}
+    study = make(study_file(axes=axes, skip=None, baseline={"la, bel": LABELS[0]}))
+    names = [arm.name for arm in study.arms]
+    assert [arm.labels["la, bel"] for arm in study.arms] == LABELS
+    assert len({name.lower() for name in names}) == len(LABELS) and "report" not in names
+    assert all(name.isascii() and name[0].isalnum() and "/" not in name and len(name) <= 120 for name in names)
+    fewer = {"la, bel": dict(list(axes["la, bel"].items())[:5])}
+    again = make(study_file(axes=fewer, skip=None, baseline={"la, bel": LABELS[0]}))
+    assert [arm.name for arm in again.arms] == names[:5]
+
+
+def test_labels_may_be_numbers_and_truth_values_too(study_file: Write) -> None:
+    axes = {1: {2: {"moe.topk": 2}, 2.5: {"moe.topk": 3}, True: {"moe.topk": 4}}}
+    skip = [{"where": {1: 2.5}, "reason": "x"}]
+    study = make(study_file(axes=axes, skip=skip, baseline={1: 2}))
+    assert [arm.labels for arm in study.arms] == [{"1": "2"}, {"1": "true"}]
+    assert study.skipped == [({"1": "2.5"}, "x")]
+
+
+def test_values_with_commas_are_labels_that_cannot_be_misread(study_file: Write) -> None:
+    paths = [["a", "b, c"], ["a, b", "c"]]
+    axes = {"data": {"data.path": [row[0] for row in paths], "zero.deepspeed": [row[1] for row in paths]}}
+    with pytest.raises(ConfigError, match=r'baseline.data is \'x\': it must be one of "a, ""b, c""", """a, b"", c"$'):
+        make(study_file(axes=axes, skip=None, baseline={"data": "x"}))
+
+
+def crossed(axes: int, labels: int) -> dict[str, Any]:
+    return {f"a{n}": {f"s{n}": list(range(labels))} for n in range(axes)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"axes": crossed(9, 10), "skip": None}, "axes cross to more than 1,000 arms: divide them"),
+        ({"seeds": list(range(4000))}, "seeds and axes come to more than 10,000 runs: divide them"),
+        ({"base": [f"{n}.yaml" for n in range(100)]}, "at most 64 files, none twice"),
+        ({"skip": [{"where": {"design": [[["x"]] * 9]}, "reason": "x"}]}, "skip.0.where.design is "),
+    ],
+)
+def test_a_study_too_large_is_refused_before_anything_costs_time(
+    study_file: Write, changes: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arms, "resolve", None)
+    with pytest.raises(ConfigError) as error:
+        make(study_file(**changes))
+    assert said in str(error.value) and len(str(error.value)) < 1000

@@ -176,3 +176,24 @@ def test_seconds_need_a_device(study_file: Write) -> None:
     study = make_study(read_study(study_file(budget=budget("wall_clock", "training.steps", [20, 400]))))
     with pytest.raises(ConfigError, match="hours need a device"):
         solve(study, Amounts())
+
+
+@pytest.mark.parametrize(
+    ("key", "most", "said"),
+    [
+        (
+            "model.num_layers",
+            2**31 - 1,
+            "budget.range leads to model.num_layers 2147483647: model.num_layers is 2147483647",
+        ),
+        ("chain.iterations", 2**31 - 1, "budget.range leads to chain.iterations 2147483647: chain.iterations is"),
+    ],
+)
+def test_a_range_that_no_run_can_have_is_refused_before_it_is_measured(
+    study_file: Write, key: str, most: int, said: str
+) -> None:
+    axes = {"design": {"a": {"moe.topk": 2}, "b": {"moe.topk": 1}}}
+    file = study_file(axes=axes, skip=None, baseline={"design": "a"}, budget=budget("flops", key, [1, most]))
+    with pytest.raises(ConfigError) as error:
+        found(file)
+    assert said in str(error.value)

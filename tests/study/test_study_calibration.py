@@ -105,8 +105,44 @@ def test_of_a_run_in_several_attempts_only_steps_are_told(run: Write, how: dict[
 def test_what_is_no_calibration_is_one_line(run: Write, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"metrics\.jsonl has 2 logged steps, 3 or more are needed"):
         calibrate(run(until=20), HALF_ROWS)
-    with pytest.raises(ConfigError, match=r"--calibration is .*: it must be the folder of a run"):
+    with pytest.raises(ConfigError, match=r"--calibration is .*none: there is no such folder"):
         calibrate(tmp_path / "none", HALF_ROWS)
     (tmp_path / "run.json").write_text('{"attempts": [{"outcome": "running"}]}')
     with pytest.raises(ConfigError, match=r"its run\.json tells of no step"):
         calibrate(tmp_path, HALF_ROWS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"ranks": "two"}, "its run.json is damaged, ranks: "),
+        ({"attempts": [3]}, "its run.json is damaged, attempts.0: "),
+        ({"attempts": [{"outcome": "finished", "began": "x", "ended": "x"}]}, "attempts.0.began: "),
+        ({"parameters": {"embedding": -1}}, "its run.json is damaged, parameters.embedding: "),
+    ],
+)
+def test_a_damaged_record_is_one_line(run: Write, changes: dict[str, Any], said: str) -> None:
+    record = run() / "run.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | changes))
+    with pytest.raises(ConfigError) as error:
+        calibrate(record.parent, HALF_ROWS)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("run.json", b"[" * 10**5, "it must be the folder of a run (it is nested too deep)"),
+        ("run.json", b"\xff", "it must be the folder of a run"),
+        ("metrics.jsonl", b'{"step": 1, "step_seconds": "x"}\n', "its metrics.jsonl is damaged, line 1: step_seconds"),
+        ("metrics.jsonl", b"{\n", "it must be the folder of a run"),
+        ("metrics.jsonl", None, "there is no such file"),
+        ("config.yaml", None, "there is no such file"),
+    ],
+)
+def test_a_damaged_file_is_one_line(run: Write, file: str, content: bytes | None, said: str) -> None:
+    path = run() / file
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(ConfigError) as error:
+        calibrate(path.parent, HALF_ROWS)
+    assert said in str(error.value)

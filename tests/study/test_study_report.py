@@ -1,5 +1,7 @@
 """The report of a study whose runs are made up: every figure, tables that hold whatever labels say, one HTML file."""
 
+import csv
+import io
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -9,12 +11,14 @@ import pytest
 from programs import python
 from study_made_up import leave, leave_all
 
+from coe_megatron.errors import one_line
+from coe_megatron.study import figures
 from coe_megatron.study.arms import Run
 from coe_megatron.study.comparison import compare
 from coe_megatron.study.figures import _looks, draw
 from coe_megatron.study.plan import Plan, make_plan
-from coe_megatron.study.report import as_markdown, write_report
-from coe_megatron.study.results import collect
+from coe_megatron.study.report import _drawn, as_markdown, write_report
+from coe_megatron.study.results import collect, results_csv
 
 Write = Callable[..., Path]
 DESIGNS = {
@@ -168,8 +172,7 @@ def test_no_line_joins_arms_that_differ_in_more(study_file: Write, tmp_path: Pat
         found = {each.name: each for each in draw(results, compare(results, plan.arms, "c1"), "c1")}
         drawn = found["scaling-iterations"].figure.axes[0].lines
         assert sum(line.get_linewidth() == 0.8 for line in drawn) == lines
-        labels = found["scaling-iterations"].figure.axes[0].get_legend_handles_labels()[1]
-        assert labels == list(axes["design"])
+        assert legend(found["scaling-iterations"]) == list(axes["design"])
 
 
 def test_learning_rates_are_drawn_where_they_are_an_axis(study_file: Write, tmp_path: Path) -> None:
@@ -210,4 +213,73 @@ def test_the_program_names_its_files_and_a_folder_that_cannot_be_written(plan: P
     ]  # fmt: skip
     done = python("launch/study.py", "report", file, "--to", file)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert f"study.py: error: the report cannot be written to {file}: " in done.stderr
+    assert f"study.py: error: the report's folder is {file}: it is a file, where a folder is needed" in done.stderr
+
+
+# Labels, and what a figure shows where that is something else.
+HOSTILE = {
+    r"$\frac{a$ b": None, "a, b": None, "=1+1": None, "@x": None, "_x": None, "%s{0}": None, "שלום": None,
+    "e\u0301": None, "🙂": None, "<b>x</b>": None, "[x](javascript:x)": None, "a|b`c`\\": None, "\t=2": r"\t=2",
+    "a\nb": r"a\nb", "\x00": r"\x00", "n" * 300: "n" * 26 + "…" + "n" * 9, "n" * 301: None,
+}  # fmt: skip
+
+
+@pytest.fixture
+def hostile(study_file: Write, tmp_path: Path) -> Plan:
+    axes = {"de, sign": {label: {"moe.ffn_hidden_size": 8 * number} for number, label in enumerate(HOSTILE, 1)}}
+    file = study_file(
+        output=str(tmp_path / "out"), axes=axes, skip=None, baseline={"de, sign": r"$\frac{a$ b"}, seeds=[1]
+    )
+    plan = make_plan(file)
+    leave_all(plan.study.runs, loss_of)
+    return plan
+
+
+def legend(drawing: figures.Drawing) -> list[str]:
+    (found,) = drawing.figure.legends
+    return [text.get_text() for text in found.get_texts()]
+
+
+@pytest.mark.filterwarnings("error")
+def test_figures_draw_labels_literally(hostile: Plan) -> None:
+    """Without warnings of glyphs that are missing; long labels are cut, and what is alike then has a number."""
+    results = collect(hostile)
+    baseline = hostile.study.baseline.name
+    found = {each.name: each for each in draw(results, compare(results, hostile.arms, baseline), baseline)}
+    wanted = [shown or label for label, shown in HOSTILE.items()]
+    wanted[-2:] = [f"{wanted[-2]} (16)", f"{wanted[-2]} (17)"]
+    for name in ("loss-curves", "loss-against-memory", "memory", "routing", "norms"):
+        assert legend(found[name]) == wanted
+    assert [text.get_text() for text in found["gains"].figure.axes[0].get_yticklabels()] == wanted[1:]
+    assert [axes.get_title(loc="left") for axes in found["load"].figure.axes[: len(wanted)]] == wanted
+    assert [axes.get_ylabel() for axes in found["followers"].figure.axes[: len(wanted)]] == wanted
+    for name in ("loss-against-memory", "gains"):
+        assert _drawn(found[name], "svg").startswith(b"<?xml")  # matplotlib reads formulas as it draws
+
+
+def test_a_report_holds_hostile_labels_whole_and_as_text(
+    hostile: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coe_megatron.study.report.draw", lambda *_: ())
+    text, page = report(hostile, tmp_path / "report", title="On $x$ <i>\n| \udcff #")
+    shown = [one_line(label) for label in HOSTILE]
+    assert set(shown) <= set(page.cells) and not {"b", "i", "a", "code", "em"} & set(page.tags)
+    assert "$" not in text and text.startswith("# On &#36;x&#36; &#60;i&#62;&#92;n")
+    assert '"a, b"' in text and "Long labels are cut" in text
+
+
+def test_csv_holds_labels_as_they_are_and_no_formulas(hostile: Plan) -> None:
+    found = list(csv.DictReader(io.StringIO(results_csv(collect(hostile)), newline="")))
+    labels = [row["axis_de, sign"] for row in found]
+    assert [label.removeprefix("'") for label in labels] == list(HOSTILE)
+    assert [label for label in labels if label.startswith("'")] == ["'=1+1", "'@x", "'\t=2"]
+
+
+def test_of_many_arms_figures_show_the_best_and_the_baseline(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "_MOST_ARMS", 3)
+    leave_all(plan.study.runs, loss_of)
+    results = collect(plan)
+    summaries = compare(results, plan.arms, "c1_prenorm")
+    assert legend(next(draw(results, summaries, "c1_prenorm"))) == ["C1 prenorm", "C4 prenorm", "C4 reference"]
+    text = as_markdown(plan, "A study", results, summaries, [])
+    assert "Of 6 arms they show the baseline and the 2 with the lowest loss." in text

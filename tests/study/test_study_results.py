@@ -16,7 +16,7 @@ from coe_megatron.study.comparison import Summary, compare
 from coe_megatron.study.figures import pareto
 from coe_megatron.study.fit import fit
 from coe_megatron.study.plan import Plan, make_plan
-from coe_megatron.study.results import collect, results_csv, timings_csv
+from coe_megatron.study.results import _cell, collect, results_csv, timings_csv
 
 Write = Callable[..., Path]
 MOE, COE, NORM = "moe-4-8_prenorm", "coe-2-2-8_prenorm", "coe-2-2-8_iteration-norm"
@@ -86,17 +86,25 @@ def test_an_axis_may_have_the_name_of_a_column(study_file: Write, tmp_path: Path
         ({"outcome": "interrupted"}, "interrupted"),
         ({"outcome": "failed: ValueError: no, not so"}, "failed: ValueError: no, not so"),
         ({"valid_loss": None}, "finished, but without a validation loss after the last step"),
-        ({"step": 50}, "finished, but without a validation loss after the last step"),
+        ({"step": 90}, "finished, but without a validation loss after the last step"),
+        ({"valid_loss": "low"}, "its metrics.jsonl is damaged, line 5: valid_loss: input should be a valid number"),
+        ({"step": 50}, "its metrics.jsonl is damaged, line 5: step is 50, after 75"),
+        ({"memory": None}, "its metrics.jsonl is damaged, step 100: memory: input should be a valid dictionary or"),
+        ({"memory": {}}, "its metrics.jsonl is damaged, line 5: memory.peak: field required"),
+        ({"routing": []}, "its metrics.jsonl is damaged, step 100: routing: list should have at least 1 item"),
+        ({"routing": [{"layer": 1}]}, "its metrics.jsonl is damaged, step 100: routing.0.iteration: field required"),
+        ({"train_loss": "x"}, "its metrics.jsonl is damaged, line 5: train_loss: input should be a valid number"),
+        ({"step_seconds": None}, "its metrics.jsonl is damaged, line 5: step_seconds: input should be a valid number"),
     ],
 )
 def test_what_is_not_finished_counts_in_nothing(plan: Plan, changes: Mapping[str, object], state: str) -> None:
     leave(plan.study.runs[2], **changes)
     leave(plan.study.runs[3], 3.9)
     results = collect(plan)
-    assert (results[2].state, results[2].finished) == (state, False)
+    assert results[2].state.startswith(state) and not results[2].finished
     assert compare(results, plan.arms, MOE)[1].losses == {2: 3.9}
     row = rows(results_csv(results))[2]
-    assert (row["state"], row["valid_loss"]) == (state, "")
+    assert (row["state"], row["valid_loss"]) == (results[2].state, "")
     assert len(rows(timings_csv(results))) == 1
 
 
@@ -113,6 +121,8 @@ def test_a_run_of_other_settings_counts_in_nothing(plan: Plan) -> None:
         ("config.yaml", "model: [", "has settings that cannot be read ("),
         ("run.json", "{", "unreadable"),
         ("metrics.jsonl", "{\n", "its metrics.jsonl cannot be read"),
+        ("metrics.jsonl", "[1]\n", "its metrics.jsonl is damaged, line 1: it is no object"),
+        ("metrics.jsonl", '{"step": 100, "valid_loss": 4.0}\n', "its metrics.jsonl is damaged, no line is of a step"),
     ],
 )
 def test_files_that_cannot_be_read_cost_their_run_alone(plan: Plan, file: str, text: str, state: str) -> None:
@@ -121,6 +131,25 @@ def test_files_that_cannot_be_read_cost_their_run_alone(plan: Plan, file: str, t
     results = collect(plan)
     assert results[0].state.startswith(state) and "\n" not in results[0].state
     assert [result.finished for result in results] == [False, True] + [False] * 4
+
+
+@pytest.mark.parametrize("part", [{"load": [1.0] * 7}, {"load": [1.0] * 8, "pairs": [[1] * 8] * 7}])
+def test_routing_of_another_number_of_experts_is_damage(plan: Plan, part: Mapping[str, object]) -> None:
+    place = {"layer": 1, "iteration": 1, "state_norm": 1.0, "increment_over_state": None, **part}
+    leave(plan.study.runs[0], routing=[place])
+    assert collect(plan)[0].state == "its metrics.jsonl is damaged, step 100: routing is not that of 8 experts"
+
+
+@pytest.mark.parametrize(
+    ("text", "cell"),
+    [
+        ("=1+1", "'=1+1"), ("+x", "'+x"), ("-x", "'-x"), ("@x", "'@x"), ("\tx", "'\tx"), ("\rx", "'\rx"),
+        (" =x", "' =x"), ("\uff1dx", "'\uff1dx"), ("-1.5e-3", "-1.5e-3"), ("+1", "+1"), ("a=1", "a=1"),
+        (-1.0, -1.0), (None, None), ("", ""),
+    ],
+)  # fmt: skip
+def test_text_in_a_cell_is_no_formula_and_a_number_is_one(text: object, cell: object) -> None:
+    assert _cell(text) == cell
 
 
 def test_nothing_has_begun(plan: Plan) -> None:
