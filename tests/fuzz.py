@@ -5,9 +5,9 @@
 
 Inputs are valid ones changed by Hypothesis. A try may be accepted, or refused in one printable line that names
 something; another error, a hang, or memory beyond bounds is a finding. The first of a kind is made smaller and saved in
---findings, with its traceback beside it. The same seed gives the same tries. Tries run in a process of their own,
-which may die. Ctrl-C ends it with the summary. Exit status: 0 nothing found, 1 something was, 2 a mistake.
-tests/test_fuzz.py does a few seconds of it.
+--findings, with its traceback beside it. The same seed gives the same tries. They run in a process of their own, which
+may die. Ctrl-C ends it with the summary. Exit status: 0 nothing found, 1 something was, 2 a mistake. A few seconds of
+it are in tests/test_fuzz.py.
 """
 
 import argparse
@@ -53,6 +53,10 @@ Tried = Callable[[Case, Verdict], None]
 
 class Enough(KeyboardInterrupt):
     """Ends a search: Hypothesis lets it through."""
+
+
+class Reproduced(Exception):
+    """Tells Hypothesis that a case is of the kind to be made smaller."""
 
 
 @dataclass
@@ -113,9 +117,9 @@ class Fuzzed:
             verdict = self.judge(case)
             tried(case, verdict)
             if verdict.kind == shrink:
-                raise ValueError(shrink)
+                raise Reproduced
 
-        with suppress(Enough, ValueError, hypothesis.errors.Flaky):
+        with suppress(Enough, Reproduced, hypothesis.errors.Flaky):
             attempt()
 
 
