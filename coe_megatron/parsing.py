@@ -3,6 +3,7 @@ line, in time and memory that the content cannot choose."""
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Never
 
@@ -25,7 +26,7 @@ _BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 
 
 def parse_json(content: bytes | str, deepest: int | None = DEEPEST) -> Any:
-    """Strict JSON in UTF-8: no NaN and no Infinity.
+    """Strict JSON in UTF-8: no NaN, no Infinity, and no key twice in one object.
 
     Args:
         deepest: levels of nesting that are allowed; None for as many as Python's parser takes (some hundreds).
@@ -34,7 +35,8 @@ def parse_json(content: bytes | str, deepest: int | None = DEEPEST) -> Any:
         ValueError: it is none, or nested too deep.
     """
     try:
-        value = json.loads(content, parse_constant=_refuse_constant)
+        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
+        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     except UnicodeDecodeError as error:
@@ -99,6 +101,14 @@ def _refuse_ambiguous(scalar: str) -> None:
 
 def _refuse_constant(name: str) -> Never:
     raise ValueError(f"{name} is no JSON")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
+        raise ValueError(f"it has {twice[:50]!r} twice")
+    return found
 
 
 def _deeper_than(value: Any, most: int) -> bool:

@@ -21,7 +21,7 @@ from coe_megatron.chain.closed_forms import ModelShape
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.config.arguments import Parser
 from coe_megatron.data.options import add_document_options, templates
-from coe_megatron.errors import ConfigError
+from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.files import problem, require_folder, require_writable, user_path, write_atomically
 from coe_megatron.launch_environment import whole_number
 
@@ -218,16 +218,17 @@ def _data(options: argparse.Namespace, parser: Parser) -> int:
     try:
         settings = PrepareSettings(Path(), **source, **vocabulary, template=templates(options))
         settings.check_inputs()
-    except ValueError as error:
+    except ConfigError as error:
         parser.error(str(error))
     from coe_megatron.data.benchmark import time_preparation
+    from coe_megatron.data.records import InputError
     from coe_megatron.training.console import quiet_libraries
 
     quiet_libraries()
     try:
         times = time_preparation(settings, clock=options.clock, progress=True)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (InputError, OSError) as error:
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 1
     print(f"one process, {options.clock} time")
     print(times.table())

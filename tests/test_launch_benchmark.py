@@ -76,7 +76,7 @@ def test_each_benchmark_explains_itself(kind: str, explained: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--input", "none.jsonl"), "input none.jsonl is not a file"),
+        (("--input", "none.jsonl"), "--input is none.jsonl: there is no such file"),
         (("--vocab-size", "12"), "--vocab-size is 12: it must be at least 261"),
     ],
 )

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from coe_megatron.data.encode import encode_splits, write_encoded
 from coe_megatron.data.prepare import Input, PrepareSettings, join, training_documents
-from coe_megatron.data.sources import MalformedRecord
+from coe_megatron.data.records import MalformedRecord
 from coe_megatron.data.tokenizer import Tokenizer, train_tokenizer
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -74,7 +74,8 @@ def time_preparation(settings: PrepareSettings, *, clock: str = "wall", progress
         clock: `wall`, or `cpu` for the CPU time of this process, which a busy machine disturbs less.
 
     Raises:
-        ValueError: the inputs or the tokenizer are at fault.
+        ConfigError: the tokenizer or its size does not suit.
+        InputError: an input is damaged or malformed.
     """
     bar = partial(tqdm, unit_scale=True, mininterval=0.5, disable=not progress)
     with TemporaryDirectory() as name:
@@ -91,7 +92,7 @@ def _time_phases(
 ) -> PhaseTimes:
     from megatron.core.datasets import indexed_dataset  # noqa: F401  (imported here, so that its import is not timed)
 
-    tokenizer, processor = Tokenizer(model), SentencePieceProcessor(model_file=str(model))
+    tokenizer, processor = Tokenizer(model, "--tokenizer"), SentencePieceProcessor(model_file=str(model))
     timer, pieces = _Timer(clock), Input(settings)
     chunks: list[Path] = []
     remaining = iter(pieces)

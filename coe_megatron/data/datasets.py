@@ -11,30 +11,26 @@ Where documents of a packed sample shall not see each other there is also, of sh
 A batch holds the same keys with tensors of shape [b, S] and [b, 1, S, S].
 """
 
-import json
-import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from secrets import token_hex
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
 from numpy.lib.stride_tricks import as_strided
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from coe_megatron.data.manifest import TOKENIZER, FileSummary, Manifest, Split
+from coe_megatron.data.manifest import MANIFEST, TOKENIZER, Manifest, Split
+from coe_megatron.data.packed_index import build_once, gpt_dataset
+from coe_megatron.data.token_file import TokenFile
 from coe_megatron.data.tokenizer import Tokenizer
-from coe_megatron.errors import one_line
-from coe_megatron.files import problem, read_limited, require_file, set_aside, write_atomically
-from coe_megatron.parallel.collective import from_first
-from coe_megatron.parsing import JSON_BYTES, first_of
+from coe_megatron.errors import ConfigError
+
+CHECKED_BYTES = 1 << 27  # of a file of tokens: what is read and hashed in half a second at every start
 
 Sample = dict[str, Tensor]
 Mode = Literal["row", "packed"]
-_LIST = "complete.json"  # of an index: every other file with its size and SHA-256
 
 
 class SampleSource(Protocol):
@@ -60,18 +56,28 @@ class PreparedData:
     tokenizer: Tokenizer
 
     @classmethod
-    def open(cls, folder: str | Path) -> "PreparedData":
-        """Open a folder after checking its manifest, its file sizes, and the checksums of tokenizer and indices.
+    def open(cls, folder: str | Path, name: str = "the data") -> "PreparedData":
+        """Open a folder after checking its manifest, its file sizes, and the checksums of tokenizer and indices; those
+        of tokens up to CHECKED_BYTES too. Of larger files each sample is looked at when it is drawn.
+
+        Args:
+            name: of the setting that names the folder, for messages.
 
         Raises:
-            ValueError: it is no prepared data, of another format, or not whole.
+            ConfigError: it is no prepared data, of another format, not whole, or damaged.
         """
         folder = Path(folder)
-        manifest = Manifest.read(folder)
-        for index in (f"{split}.idx" for split in get_args(Split)):  # Megatron fails on a damaged one in its own ways
-            if FileSummary.of(folder / index) != manifest.files[index]:
-                raise ValueError(f"{folder} is damaged: the content of {index} has changed; prepare it again")
-        return cls(folder, manifest, Tokenizer(folder / TOKENIZER))
+        manifest = Manifest.read(folder, name)
+        for file, summary in manifest.files.items():
+            if file.endswith(".idx") or summary.bytes <= CHECKED_BYTES:
+                manifest.check(folder, file, name)
+        tokenizer = Tokenizer(folder / TOKENIZER, name)
+        if tokenizer.vocab_size != manifest.vocab_size:
+            raise ConfigError(
+                f"{name}: {folder / MANIFEST} says vocab_size {manifest.vocab_size}, and the tokenizer has "
+                f"{tokenizer.vocab_size} pieces; prepare it again"
+            )
+        return cls(folder, manifest, tokenizer)
 
     def samples(
         self,
@@ -100,7 +106,7 @@ class PreparedData:
         Raises:
             ValueError: there is no such split, or seq_length is below 1.
         """
-        return RowDataset(self._indexed(split, seq_length), seq_length, self.tokenizer.pad_id)
+        return RowDataset(self._indexed(split, seq_length), seq_length, self.tokenizer.pad_id, self._tokens(split))
 
     def packed(
         self, split: Split, seq_length: int, *, seed: int, cache_dir: str | Path, reset_at_documents: bool = False
@@ -119,22 +125,28 @@ class PreparedData:
                 both run across documents.
 
         Raises:
-            ValueError: there is no such split, or it has too few tokens for one window.
+            ValueError: there is no such split.
+            ConfigError: it has too few tokens for one window.
         """
         indexed = self._indexed(split, seq_length)
         tokens = self.manifest.splits[split].tokens
         if split == "train" and tokens <= seq_length:
-            raise ValueError(f"seq_length is {seq_length}: the train split has {tokens} tokens, one more is needed")
+            raise ConfigError(f"seq_length is {seq_length}: the train split has {tokens} tokens, one more is needed")
         identity = self.manifest.files[f"{split}.bin"].sha256[:16]
         cache = Path(cache_dir) / f"{split}-{identity}-{seq_length}-{seed}"
         config = {"random_seed": seed, "sequence_length": seq_length, **_at_documents(reset_at_documents)}
-        dataset = _build_index_once(cache, lambda path: _gpt_dataset(self, indexed, split, path, config))
-        return PackedDataset(dataset, self.tokenizer.pad_id)
+        source = indexed, str(self.folder / split), split, self.tokenizer
+        dataset = build_once(cache, lambda path: gpt_dataset(*source, path, config))
+        return PackedDataset(dataset, self.tokenizer.pad_id, self._tokens(split))
 
     def share_cut(self, seq_length: int) -> float:
         """The share of the training documents that `rows` cuts: those with more than seq_length + 1 tokens."""
         indexed = self._indexed("train", seq_length)  # held on to: its lengths are a view of a file it maps
         return float((indexed.sequence_lengths > seq_length + 1).mean())
+
+    def _tokens(self, split: Split) -> TokenFile:
+        name = f"{split}.bin"
+        return TokenFile(self.folder / name, self.manifest.files[name].bytes, self.tokenizer.vocab_size)
 
     def _indexed(self, split: Split, seq_length: int) -> Any:
         from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -149,19 +161,22 @@ class PreparedData:
 class RowDataset:
     """One document a sample; `PreparedData.rows` makes it."""
 
-    def __init__(self, documents: Sequence[np.ndarray], seq_length: int, pad_id: int) -> None:
+    def __init__(self, documents: Sequence[np.ndarray], seq_length: int, pad_id: int, file: TokenFile) -> None:
         self._documents = documents
         self._seq_length = seq_length
         self._pad_id = pad_id
+        self._file = file
 
     def __len__(self) -> int:
         return len(self._documents)
 
     def __getitem__(self, index: int) -> Sample:
         size = self._seq_length
-        document = self._documents[index][: size + 1]
+        with self._file.reading():
+            document = self._documents[index][: size + 1]
         row = torch.full((size + 1,), self._pad_id, dtype=torch.int64)
         row[: len(document)] = torch.from_numpy(document.astype(np.int64))
+        self._file.check(row)
         positions = torch.arange(size)
         return {
             "tokens": row[:-1],
@@ -175,15 +190,18 @@ class RowDataset:
 class PackedDataset:
     """Megatron's GPTDataset with a padding mask and the tokenizer's own padding; `PreparedData.packed` makes it."""
 
-    def __init__(self, dataset: Any, pad_id: int) -> None:
+    def __init__(self, dataset: Any, pad_id: int, file: TokenFile) -> None:
         self._dataset = dataset
         self._pad_id = pad_id
+        self._file = file
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def __getitem__(self, index: int) -> Sample:
-        sample = self._dataset[index]
+        with self._file.reading():
+            sample = self._dataset[index]
+        self._file.check(sample["tokens"], sample["labels"])
         no_label = sample["loss_mask"] == 0
         # A token is padding where it was padding as a label, one place earlier.
         padding = torch.cat((torch.zeros(1, dtype=torch.bool), no_label[:-1]))
@@ -348,7 +366,7 @@ def _fixed_batches(dataset: SampleSource, size: int, rank: int, ranks: int, coun
 
 def _check_share(dataset: SampleSource, micro_batch: int, dp_rank: int, dp_size: int) -> None:
     if len(dataset) == 0:
-        raise ValueError("the dataset is empty: there is no sample to draw")
+        raise ConfigError("the dataset is empty: there is no sample to draw")
     if micro_batch < 1:
         raise ValueError(f"micro_batch is {micro_batch}: it must be at least 1")
     if not 0 <= dp_rank < dp_size:
@@ -369,77 +387,3 @@ def _stack(samples: Sequence[Sample]) -> Sample:
 
 def _at_documents(reset: bool) -> dict[str, bool]:
     return dict.fromkeys(("reset_position_ids", "reset_attention_mask", "create_attention_mask"), reset)
-
-
-def _gpt_dataset(data: PreparedData, indexed: Any, split: Split, cache: Path, options: dict[str, Any]) -> Any:
-    """Megatron's GPTDataset over one epoch of a split, its index kept in `cache`."""
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-    from megatron.core.datasets.utils import Split as MegatronSplit
-
-    prefix = str(data.folder / split)
-    config = GPTDatasetConfig(
-        blend_per_split=[([prefix], None) if name.name == split else None for name in MegatronSplit],
-        path_to_cache=str(cache),
-        tokenizer=_TokenizerFacts(data.tokenizer),
-        eod_mask_loss=False,
-        drop_last_partial_validation_sequence=False,
-        **options,
-    )
-    documents = np.arange(len(indexed), dtype=np.int32)
-    # The path is part of the index's name; the split alone lets the data move to another place.
-    return GPTDataset(indexed, split, documents, None, MegatronSplit[split], config)
-
-
-class _TokenizerFacts:
-    """What GPTDataset asks of a tokenizer. No token has its pad id, so padding is always told apart."""
-
-    pad = -1
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.vocab_size = tokenizer.vocab_size
-        self.eod = self.eos = tokenizer.eos_id
-        self.unique_identifiers = {"sha256": tokenizer.sha256}
-
-
-def _build_index_once(cache: Path, build: Callable[[Path], Any]) -> Any:
-    """Build a dataset whose index is kept in `cache`; a build cut short leaves no half index behind.
-
-    GPTDataset writes its index on rank 0 alone, expects the others to come later, and believes whatever it finds, which
-    is why an index that is not as it was made is set aside and made anew.
-    """
-    from_first(lambda: _make_index(cache, build))
-    return build(cache)
-
-
-def _make_index(cache: Path, build: Callable[[Path], Any]) -> None:
-    try:
-        if os.path.lexists(cache) and (wrong := _wrong_with(cache)):
-            set_aside(cache, f"is damaged ({wrong})")
-        if not cache.exists():
-            partial = cache.with_name(f"{cache.name}.{token_hex(4)}.partial")
-            build(partial)
-            listed = {path.name: asdict(FileSummary.of(path)) for path in sorted(partial.iterdir())}
-            write_atomically(partial / _LIST, json.dumps(listed, indent=1))
-            partial.rename(cache)
-    except OSError as error:
-        raise problem(cache, "the index of packed samples", error) from error
-
-
-def _wrong_with(cache: Path) -> str:
-    """Why an index is not as it was made; empty if it is. No file is unpickled for that, nor later by GPTDataset."""
-    try:
-        content = read_limited(cache / _LIST, "its list of files", JSON_BYTES)
-        listed = TypeAdapter(dict[str, FileSummary]).validate_json(content)
-        found = {path.name: path for path in cache.iterdir() if path.name != _LIST}
-        if differing := listed.keys() ^ found.keys():
-            return one_line(f"{min(differing)} is missing, or too much")
-        for name, path in found.items():
-            if FileSummary.of(require_file(path, name)) != listed[name]:
-                return f"the content of {name} has changed"
-            if path.suffix == ".npy":
-                np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValidationError as error:
-        return f"{_LIST}: {first_of(error)}"
-    except (OSError, ValueError, EOFError) as error:
-        return one_line(str(error))
-    return ""

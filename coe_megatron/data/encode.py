@@ -1,17 +1,20 @@
 """From chunks of records to files of token ids: the part of a preparation that many processes share."""
 
 import os
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, get_args
+from zipfile import BadZipFile
 
 import numpy as np
 
 from coe_megatron.data.manifest import Split
-from coe_megatron.data.sources import Chunk, MalformedRecord, Templates
+from coe_megatron.data.records import InputError, MalformedRecord, Templates
+from coe_megatron.data.sources import Chunk
 from coe_megatron.data.tokenizer import Tokenizer
 
 
@@ -38,7 +41,7 @@ class Recipe:
             split: of all its documents; None lets their hash decide.
 
         Raises:
-            ValueError: a record gives no document, and is not to be skipped; the message names file and line.
+            InputError: a record gives no document, and is not to be skipped; the message names file and line.
         """
         for place, record in chunk.records():
             try:
@@ -47,7 +50,7 @@ class Recipe:
                 document = self.templates.render(record)
             except MalformedRecord as error:
                 if not self.skip_malformed:
-                    raise ValueError(f"{chunk.source}, {place}: {error} (--skip-malformed would go on)") from error
+                    raise InputError(f"{chunk.source}, {place}: {error} (--skip-malformed would go on)") from error
                 yield MalformedRecord(f"{chunk.source}, {place}: {error}")
             else:
                 yield split or self._split_of(document), document
@@ -75,7 +78,7 @@ class Encoded:
     def of(cls, documents: list[str], tokenizer: Tokenizer) -> "Encoded":
         """Encode documents."""
         dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
-        rows = [np.append(tokenizer.encode(document), tokenizer.eos_id).astype(dtype) for document in documents]
+        rows = [_with_end(tokenizer.encode(document), tokenizer.eos_id, dtype) for document in documents]
         lengths = np.array([len(row) for row in rows], dtype=np.int64)
         size = sum(len(document.encode()) for document in documents)
         return cls(np.concatenate(rows) if rows else np.empty(0, dtype), lengths, size)
@@ -92,7 +95,7 @@ def encode_chunk(
         position: given back, to show how far all chunks are.
 
     Raises:
-        ValueError: as `Recipe.documents`.
+        InputError: as `Recipe.documents`.
     """
     found = list(recipe.documents(chunk, split))
     good = [item for item in found if not isinstance(item, MalformedRecord)]
@@ -122,13 +125,26 @@ def write_encoded(target: Path, splits: dict[str, Encoded], malformed: int) -> N
 
 
 def read_encoded(path: Path) -> tuple[dict[str, Encoded], int]:
-    """What `encode_chunk` wrote: what became of each split, and the number of malformed records."""
-    with np.load(path) as arrays:
-        splits = {
-            name: Encoded(arrays[f"{name}_tokens"], arrays[f"{name}_lengths"], int(arrays[f"{name}_bytes"]))
-            for name in get_args(Split)
-        }
-        return splits, int(arrays["malformed"])
+    """What `encode_chunk` wrote: what became of each split, and the number of malformed records.
+
+    Raises:
+        InputError: the file has been damaged since.
+    """
+    try:
+        with np.load(path) as arrays:
+            splits = {
+                name: Encoded(arrays[f"{name}_tokens"], arrays[f"{name}_lengths"], int(arrays[f"{name}_bytes"]))
+                for name in get_args(Split)
+            }
+            return splits, int(arrays["malformed"])
+    except (ValueError, KeyError, EOFError, BadZipFile, zlib.error) as error:
+        raise InputError(f"{path} is damaged ({error}): the same command begins anew") from error
+
+
+def _with_end(ids: np.ndarray, eos_id: int, dtype: np.dtype) -> np.ndarray:
+    row = np.empty(len(ids) + 1, dtype)
+    row[:-1], row[-1] = ids, eos_id
+    return row
 
 
 @lru_cache(maxsize=1)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from coe_megatron.config.settings import BlendPart, DataSettings, RunConfig
 from coe_megatron.data.manifest import TOKENIZER, Manifest
+from coe_megatron.errors import ConfigError
 from coe_megatron.files import kind_of
 
 
@@ -20,12 +21,9 @@ class Folder:
         """Its manifest.
 
         Raises:
-            ValueError: it is no prepared data, or not whole; the message names the setting, and the folder once.
+            ConfigError: it is no prepared data, or not whole; the message names the setting.
         """
-        try:
-            return Manifest.read(self.path)
-        except ValueError as error:
-            raise ValueError(f"{self.setting}: {error}") from error
+        return Manifest.read(self.path, self.setting)
 
 
 def training_parts(settings: DataSettings) -> list[BlendPart]:
@@ -65,7 +63,7 @@ def check_folders(settings: DataSettings, *, needed: bool) -> Manifest | None:
         needed: a folder that does not exist is an error too.
 
     Raises:
-        ValueError: a folder is missing, broken, or of another tokenizer than the others; one line that names the
+        ConfigError: a folder is missing, broken, or of another tokenizer than the others; one line that names the
             setting.
     """
     first: tuple[Folder, Manifest] | None = None
@@ -75,7 +73,7 @@ def check_folders(settings: DataSettings, *, needed: bool) -> Manifest | None:
         manifest = folder.read()
         first = first or (folder, manifest)
         if manifest.tokenizer_sha256 != first[1].tokenizer_sha256:
-            raise ValueError(
+            raise ConfigError(
                 f"{folder.setting} is {folder.path}: its tokenizer is another than that of {first[0].setting} "
                 f"({first[0].path}): prepare it with --tokenizer {first[0].path / TOKENIZER}"
             )
@@ -86,7 +84,7 @@ def check_data(config: RunConfig, *, needed: bool) -> Manifest | None:
     """`check_folders`, and that the text to train on fills a sample.
 
     Raises:
-        ValueError: as `check_folders`, or a packed sample is longer than a training split.
+        ConfigError: as `check_folders`, or a packed sample is longer than a training split.
     """
     manifest = check_folders(config.data, needed=needed)
     length = config.model.seq_length
@@ -95,7 +93,7 @@ def check_data(config: RunConfig, *, needed: bool) -> Manifest | None:
             continue
         tokens = Manifest.read(folder).splits["train"].tokens
         if tokens <= length:
-            raise ValueError(
+            raise ConfigError(
                 f"model.seq_length is {length}: packed samples need more tokens than {folder} has ({tokens})"
             )
     return manifest

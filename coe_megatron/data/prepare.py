@@ -21,23 +21,26 @@ from tqdm import tqdm
 from coe_megatron.data.corpus import generate
 from coe_megatron.data.encode import Encoded, Recipe, encode_chunk, read_encoded
 from coe_megatron.data.manifest import DATA_FILES, MANIFEST, TOKENIZER, FileSummary, Manifest, Split, SplitSummary
+from coe_megatron.data.records import InputError, MalformedRecord, Templates
 from coe_megatron.data.sources import (
     CHUNK_BYTES,
+    LARGEST_RECORD_BYTES,
+    RECORD_BYTES,
     Chunk,
-    MalformedRecord,
-    Templates,
     check_readable,
     chunks_of,
     read_chunks,
 )
-from coe_megatron.data.staging import Staging, staged
-from coe_megatron.data.tokenizer import Tokenizer, train_tokenizer
+from coe_megatron.data.staging import Staging, place_of, staged
+from coe_megatron.data.tokenizer import LARGEST_VOCABULARY, SMALLEST_VOCABULARY, Tokenizer, train_tokenizer
 from coe_megatron.data.workers import in_order
+from coe_megatron.errors import ConfigError
+from coe_megatron.files import kind_of, require_file, require_folder, require_writable
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 PROBLEM_TEMPLATE = "query : {query} response : {response}"
 TEXT_TEMPLATE = "{text}"
-SMALLEST_VOCABULARY = 261  # 256 bytes, 4 special pieces and a character
+MOST_PROBLEMS = 10**12  # of the built-in corpus; no disk holds as many
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,12 @@ class PrepareSettings:
             built-in corpus the number of held-out problems relative to `builtin`.
         seed: of that hash and of the built-in corpus.
         skip_malformed: count records that give no document instead of stopping at the first.
+        max_record_bytes: of a line, a block of text, or a cell of Parquet; more is a malformed record.
         overwrite: replace a folder that an earlier preparation wrote.
         workers: processes that parse and encode; they change nothing but the time.
 
     Raises:
-        ValueError: a field, or two of them together, make no sense; the message names it as the option that
+        ConfigError: a field, or two of them together, make no sense; the message names it as the option that
             launch/prepare_data.py, the one program made of these settings, has for it.
     """
 
@@ -75,21 +79,30 @@ class PrepareSettings:
     valid_fraction: float = 0.02
     seed: int = 0
     skip_malformed: bool = False
+    max_record_bytes: int = RECORD_BYTES
     overwrite: bool = False
     workers: int = 1
 
     def __post_init__(self) -> None:
         self._check_source()
         if self.vocab_size is None and self.tokenizer is None:
-            raise ValueError("--vocab-size is missing: give it, or a --tokenizer")
-        if self.vocab_size is not None and self.vocab_size < SMALLEST_VOCABULARY:
-            raise ValueError(f"--vocab-size is {self.vocab_size}: it must be at least {SMALLEST_VOCABULARY}")
+            raise ConfigError("--vocab-size is missing: give it, or a --tokenizer")
+        if self.vocab_size is not None and not SMALLEST_VOCABULARY <= self.vocab_size <= LARGEST_VOCABULARY:
+            raise ConfigError(
+                f"--vocab-size is {self.vocab_size}: it must be at least {SMALLEST_VOCABULARY}, and at most "
+                f"{LARGEST_VOCABULARY}"
+            )
         if not 0 < self.valid_fraction < 1:
-            raise ValueError(f"--valid-fraction is {self.valid_fraction}: it must be between 0 and 1")
+            raise ConfigError(f"--valid-fraction is {self.valid_fraction}: it must be between 0 and 1")
         if self.seed < 0:
-            raise ValueError(f"--seed is {self.seed}: it must be at least 0")
+            raise ConfigError(f"--seed is {self.seed}: it must be at least 0")
+        if not 1 <= self.max_record_bytes <= LARGEST_RECORD_BYTES:
+            raise ConfigError(
+                f"--max-record-bytes is {self.max_record_bytes}: it must be at least 1, and at most "
+                f"{LARGEST_RECORD_BYTES}"
+            )
         if self.workers < 1:
-            raise ValueError(f"--workers is {self.workers}: it must be at least 1")
+            raise ConfigError(f"--workers is {self.workers}: it must be at least 1")
 
     @property
     def templates(self) -> Templates:
@@ -105,35 +118,38 @@ class PrepareSettings:
         """Look for the inputs and the place of the output, without reading or writing anything.
 
         Raises:
-            ValueError: a file is missing or of an unknown kind, or the output must not be replaced.
+            ConfigError: a file is missing, cannot be read or is of an unknown kind; or the output cannot be written, or
+                must not be replaced.
         """
         self.check_inputs()
         _check_output(self.output, self.overwrite)
 
     def check_inputs(self) -> None:
         """Of `check_files` what concerns the inputs alone."""
-        for path in (*self.inputs, *self.valid_inputs):
-            check_readable(path)
+        for path in self.inputs:
+            check_readable(path, "--input")
+        for path in self.valid_inputs:
+            check_readable(path, "--valid")
         inputs = {path.resolve() for path in self.inputs}
         if twice := [path for path in self.valid_inputs if path.resolve() in inputs]:
-            raise ValueError(
+            raise ConfigError(
                 f"--valid names {twice[0]}, as --input does: validation text must be none of the training's"
             )
-        if self.tokenizer is not None and not self.tokenizer.is_file():
-            raise ValueError(f"--tokenizer {self.tokenizer} is not a file")
+        if self.tokenizer is not None:
+            require_file(self.tokenizer, "--tokenizer")
 
     def _check_source(self) -> None:
         if bool(self.inputs) == (self.builtin is not None):
-            raise ValueError("exactly one of --input and --builtin must be given")
+            raise ConfigError("exactly one of --input and --builtin must be given")
         names = [name for template in self.templates.choices for name in template.fields]
         if self.builtin is None:
             return
-        if self.builtin < 1:
-            raise ValueError(f"--builtin is {self.builtin}: it must be at least 1")
+        if not 1 <= self.builtin <= MOST_PROBLEMS:
+            raise ConfigError(f"--builtin is {self.builtin}: it must be at least 1, and at most {MOST_PROBLEMS}")
         if self.valid_inputs:
-            raise ValueError("--valid goes with --input: the built-in corpus has validation problems of its own")
+            raise ConfigError("--valid goes with --input: the built-in corpus has validation problems of its own")
         if unknown := [name for name in names if name not in ("query", "response")]:
-            raise ValueError(f"--template names field {unknown[0]!r}: built-in problems have query and response")
+            raise ConfigError(f"--template names field {unknown[0]!r}: built-in problems have query and response")
 
 
 def prepare(settings: PrepareSettings, *, progress: bool = False) -> Manifest:
@@ -143,9 +159,10 @@ def prepare(settings: PrepareSettings, *, progress: bool = False) -> Manifest:
         progress: show bars on stderr.
 
     Raises:
-        ValueError: an input is missing, damaged or malformed (the message names file and line), a split would be
-            empty, the tokenizer does not suit, the output must not be replaced, or another process prepares it.
-            `output` stays as it was then.
+        ConfigError: as `PrepareSettings.check_files`, the tokenizer or its size does not suit, or another process
+            prepares this output. `output` stays as it was then, and also after an
+        InputError: an input is damaged or malformed (the message names file and line), or a split would be empty.
+        OSError: the disk does not take what is written.
         ChildProcessError: a worker was killed; the next attempt goes on from there.
     """
     settings.check_files()
@@ -180,6 +197,7 @@ def _job(settings: PrepareSettings) -> dict[str, Any]:
         "valid_fraction": settings.valid_fraction,
         "seed": settings.seed,
         "skip_malformed": settings.skip_malformed,
+        "max_record_bytes": settings.max_record_bytes,
         "chunk_bytes": CHUNK_BYTES,
         "versions": {name: version(name) for name in ("coe-megatron", "sentencepiece")},
     }
@@ -227,7 +245,7 @@ class Input:
         before = 0
         for index, path in enumerate((*inputs, *valid_inputs)):
             split: Split = "train" if index < len(inputs) else "valid"
-            for chunk in read_chunks(path, self.settings.templates):
+            for chunk in read_chunks(path, self.settings.templates, self.settings.max_record_bytes):
                 yield Piece(chunk, split if valid_inputs else None, before + chunk.consumed)
             before += path.stat().st_size
 
@@ -253,9 +271,9 @@ def _provide_tokenizer(settings: PrepareSettings, staging: Staging, bar: Callabl
         assert settings.vocab_size is not None
         train_tokenizer(training_documents(settings, bar), settings.vocab_size, scratch)
     else:
-        tokenizer = Tokenizer(settings.tokenizer)
+        tokenizer = Tokenizer(settings.tokenizer, "--tokenizer")
         if settings.vocab_size not in (None, tokenizer.vocab_size):
-            raise ValueError(
+            raise ConfigError(
                 f"--vocab-size is {settings.vocab_size}: {settings.tokenizer} has {tokenizer.vocab_size} pieces"
             )
         shutil.copyfile(settings.tokenizer, scratch)
@@ -267,7 +285,7 @@ def training_documents(settings: PrepareSettings, bar: Callable[..., tqdm]) -> I
     """What a tokenizer learns from; a bar shows how far it is.
 
     Raises:
-        ValueError: there is none; or as `Recipe.documents`.
+        InputError: there is none; or as `Recipe.documents`.
     """
     pieces, recipe = Input(settings), settings.recipe
     training = held_out = malformed = 0
@@ -284,7 +302,7 @@ def training_documents(settings: PrepareSettings, bar: Callable[..., tqdm]) -> I
                     yield item[1]
             shown.update(piece.position - shown.n)
     if not training:
-        raise ValueError(_why_empty(settings, "train", held_out, malformed))
+        raise InputError(_why_empty(settings, "train", held_out, malformed))
     if visible:
         print(f"learning {settings.vocab_size:,} pieces ...", file=sys.stderr)
 
@@ -315,7 +333,7 @@ def join(
     """Write the indexed datasets of both splits; returns their summaries and the number of malformed records.
 
     Raises:
-        ValueError: a split is empty.
+        InputError: a split is empty.
     """
     writers = {split: _SplitWriter(folder / split, vocab_size) for split in SPLITS}
     malformed = 0
@@ -327,7 +345,7 @@ def join(
     documents = sum(writer.documents for writer in writers.values())
     for split, writer in writers.items():
         if not writer.documents:
-            raise ValueError(_why_empty(settings, split, documents, malformed))
+            raise InputError(_why_empty(settings, split, documents, malformed))
     return {split: writer.finish() for split, writer in writers.items()}, malformed
 
 
@@ -402,12 +420,16 @@ def _describe(
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
-    if not output.exists():
+    require_writable(output, "--output", "folder")
+    if not output.resolve().name:
+        raise ConfigError(f"--output is {output}: name a folder to make")
+    require_writable(place_of(output.resolve()), "the hidden folder beside --output", "folder")
+    if kind_of(output, "--output") is None:
         return
-    if not output.is_dir():
-        raise ValueError(f"output {output} is a file: name a folder")
-    present = {path.name for path in output.iterdir()}
+    present = {path.name for path in require_folder(output, "--output").iterdir()}
     if present and not overwrite:
-        raise ValueError(f"output {output} is not empty: choose another folder, or give --overwrite")
+        raise ConfigError(f"--output is {output}: it is not empty; choose another folder, or give --overwrite")
     if foreign := sorted(present - {*DATA_FILES, MANIFEST}):
-        raise ValueError(f"output {output} holds {foreign[0]}, which no preparation wrote: remove it or choose another")
+        raise ConfigError(
+            f"--output is {output}: it holds {foreign[0]}, which no preparation wrote; remove it or choose another"
+        )

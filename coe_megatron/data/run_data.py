@@ -5,7 +5,7 @@ from pathlib import Path
 
 from coe_megatron.config.settings import DataSettings
 from coe_megatron.data.datasets import PreparedData, SampleSource
-from coe_megatron.data.folders import check_folders, training_parts, validation_paths
+from coe_megatron.data.folders import check_folders, folders, training_parts, validation_paths
 from coe_megatron.data.manifest import Split
 
 
@@ -30,17 +30,17 @@ class RunData:
         """Open all folders that the settings name, after `check_folders`.
 
         Raises:
-            ValueError: a folder is missing, broken, or of another tokenizer than the others.
+            ConfigError: a folder is missing, broken, or of another tokenizer than the others.
         """
         check_folders(settings, needed=True)
         parts = training_parts(settings)
-        paths = {*(part.path for part in parts), *validation_paths(settings).values()}
-        opened = {path: PreparedData.open(path) for path in paths}
+        named = {folder.path: folder.setting for folder in folders(settings)}
+        opened = {path: PreparedData.open(path, setting) for path, setting in named.items()}
         return cls(
             settings,
-            [opened[part.path] for part in parts],
+            [opened[Path(part.path)] for part in parts],
             [part.weight for part in parts],
-            {name: opened[path] for name, path in validation_paths(settings).items()},
+            {name: opened[Path(path)] for name, path in validation_paths(settings).items()},
         )
 
     @property
@@ -63,7 +63,7 @@ class RunData:
         """The training split of each corpus.
 
         Raises:
-            ValueError: a corpus has too few tokens for one window.
+            ConfigError: a corpus has too few tokens for one window.
         """
         return [self._samples(corpus, "train", seq_length, seed, cache_dir) for corpus in self.corpora]
 

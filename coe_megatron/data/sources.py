@@ -3,123 +3,70 @@
 In plain text one or more blank lines separate documents; each is one record with the single field "text".
 
 A file is read in chunks of records that are not parsed yet: reading a compressed file is one process's work, parsing
-and what follows can be done by many.
+and what follows can be done by many. No more than one record too many is in memory, whatever the file decompresses to.
 """
 
+import codecs
 import gzip
 import io
 import json
 import lzma
-import string
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from coe_megatron.data.records import (
+    BYTE_ORDER_MARK,
+    InputError,
+    MalformedRecord,
+    Record,
+    Templates,
+    record_size,
+    shortened,
+    too_large,
+)
+from coe_megatron.errors import ConfigError
+from coe_megatron.files import require_file
+from coe_megatron.parsing import parse_json
 
 JSON_LINES = (".jsonl", ".ndjson")
 TEXT = (".txt", ".text", ".md")
 PARQUET = (".parquet",)
 COMPRESSED = (".gz", ".xz", ".zst")
 CHUNK_BYTES = 4 << 20  # of records not yet parsed: seconds of work, and little memory
+RECORD_BYTES = 16 << 20  # some ten novels: more is a file that was taken for a line
+LARGEST_RECORD_BYTES = 1 << 30  # what can be handed to another process
 READABLE = ", ".join((*JSON_LINES, *TEXT, *PARQUET))
-
-Record = Mapping[str, Any]
-
-
-class MalformedRecord(ValueError):
-    """A line, row or block that gives no document; the message says what is wrong with it."""
-
+_DEEPEST = 256  # levels of JSON in a record; Python itself would give up at a depth that differs between processes
+_MARK = BYTE_ORDER_MARK.encode()
+_OTHER_ENCODINGS = {  # in this order, for the first begins as the third does
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 
 Placed = tuple[str, Record | MalformedRecord]  # where it stands, such as "line 3", and what stands there
+Raw = tuple[int, Any, int]  # number; what stands there, not parsed, or the error that it is; its bytes
 
 
-@dataclass(frozen=True)
-class Template:
-    """How a record becomes a document: literal text and field names in braces, such as "{question} {answer}".
-
-    A name in braces is a field's plain name; {{ and }} are braces themselves.
-
-    Raises:
-        ValueError: the text has no fields, or its braces make no sense.
-    """
-
-    text: str
-
-    def __post_init__(self) -> None:
-        if not self.fields:
-            raise ValueError(f"template {self.text!r} names no field: write at least one in braces, such as {{text}}")
-
-    @cached_property
-    def fields(self) -> tuple[str, ...]:
-        """The names in braces, each once, in their order."""
-        return tuple(dict.fromkeys(name for _, name in self._parts if name is not None))
-
-    def render(self, record: Record) -> str:
-        """The document of a record.
-
-        Raises:
-            MalformedRecord: a field is missing, or is neither text nor a number, or the document is empty.
-        """
-        pieces = (literal + ("" if name is None else _text_of(record, name)) for literal, name in self._parts)
-        document = "".join(pieces)
-        if not document or document.isspace():
-            raise MalformedRecord(f"the document of {self.text!r} is empty")
-        try:
-            document.encode()
-        except UnicodeEncodeError:
-            raise MalformedRecord("half of a surrogate pair is no character") from None
-        return document
-
-    @cached_property
-    def _parts(self) -> list[tuple[str, str | None]]:
-        try:
-            parts = list(string.Formatter().parse(self.text))
-        except ValueError as error:
-            raise ValueError(f"template {self.text!r} is not valid: {error}") from error
-        for _, name, specification, conversion in parts:
-            if name is not None and (not name or specification or conversion):
-                raise ValueError(
-                    f"template {self.text!r} is not valid: braces hold a field's plain name, as in {{text}}"
-                )
-        return [(literal, name) for literal, name, _, _ in parts]
-
-
-@dataclass(frozen=True)
-class Templates:
-    """Templates for records of several kinds: each record takes the first whose fields it has."""
-
-    choices: tuple[Template, ...]
-
-    @classmethod
-    def of(cls, texts: Iterable[str]) -> "Templates":
-        """From their texts."""
-        return cls(tuple(map(Template, texts)))
-
-    def fitting(self, names: Iterable[str]) -> Template:
-        """The first template whose fields are all there; if none is, the first of all."""
-        present = set(names)
-        return next((choice for choice in self.choices if present.issuperset(choice.fields)), self.choices[0])
-
-    def render(self, record: Record) -> str:
-        """The document of a record.
-
-        Raises:
-            MalformedRecord: no template fits, or see `Template.render`.
-        """
-        return self.fitting(record).render(record)
-
-
-def check_readable(path: Path) -> None:
+def check_readable(path: Path, option: str) -> None:
     """Refuse a file that does not exist or whose kind is unknown, without reading it.
 
+    Args:
+        option: that names the file, for the message.
+
     Raises:
-        ValueError: the message names the file and what would be valid.
+        ConfigError: the message names the file and what would be valid.
     """
-    if not path.is_file():
-        raise ValueError(f"input {path} is not a file")
-    _kind(path)
+    require_file(path, option)
+    try:
+        _kind(path)
+    except InputError as error:
+        raise ConfigError(str(error)) from None
 
 
 @dataclass(frozen=True)
@@ -130,7 +77,7 @@ class Chunk:
         source: where they stand, for messages: the file.
         unit: what numbers count there, such as "line".
         parse: makes a payload a record, or the error that it is; a function of a module, so that it can be pickled.
-        payloads: numbers and what stands there.
+        payloads: numbers and what stands there, or the error that it is.
         consumed: bytes of the file that were read up to the end of this chunk.
     """
 
@@ -143,35 +90,41 @@ class Chunk:
     def records(self) -> Iterator[Placed]:
         """Every record with its place; a malformed one is given as the error it is."""
         for number, payload in self.payloads:
-            yield f"{self.unit} {number}", self.parse(payload)
+            record = payload if isinstance(payload, MalformedRecord) else self.parse(payload)
+            yield f"{self.unit} {number}", record
 
 
-def read_chunks(path: Path, templates: Templates) -> Iterator[Chunk]:
+def read_chunks(path: Path, templates: Templates, most: int = RECORD_BYTES) -> Iterator[Chunk]:
     """Yield a file's records in chunks of about CHUNK_BYTES, the same ones every time.
 
     Args:
         templates: of a Parquet file only the columns are read that the template for them needs.
+        most: bytes of a record; a larger one is malformed, and not kept in memory.
 
     Raises:
-        ValueError: the file as a whole cannot be read (unknown kind, damaged, truncated, a column missing).
+        InputError: the file as a whole cannot be read (unknown kind, other encoding, damaged, truncated, a column
+            missing or there twice).
     """
     kind = _kind(path)
     try:
         if kind in PARQUET:
-            yield from _in_chunks(_parquet_rows(path, templates), str(path), "row", as_record)
+            from coe_megatron.data.parquet import parquet_rows
+
+            yield from _in_chunks(parquet_rows(path, templates, most), str(path), "row", as_record)
             return
-        parse = _json_record if kind in JSON_LINES else _text_record
+        read, parse = (_json_lines, _json_record) if kind in JSON_LINES else (_text_blocks, _text_record)
         with path.open("rb") as file, _decompressed(file, path.suffix) as stream:
-            numbered = _json_lines(stream) if kind in JSON_LINES else _text_blocks(stream)
-            raw = ((number, payload, file.tell()) for number, payload in numbered)
+            raw = ((*found, file.tell()) for found in read(_checked_lines(stream, most, path), most))
             yield from _in_chunks(raw, str(path), "line", parse)
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise ValueError(f"input {path} cannot be read: {error}") from error
+    except (OSError, EOFError, MemoryError, lzma.LZMAError, zlib.error) as error:
+        reason = shortened(str(error)) or "there is not enough memory to decompress it"
+        raise InputError(f"input {path} cannot be read: {reason}") from error
 
 
 def chunks_of(records: Iterable[Record], source: str, unit: str) -> Iterator[Chunk]:
     """Chunks of records that stand in no file."""
-    return _in_chunks(((number, record, 0) for number, record in enumerate(records, 1)), source, unit, as_record)
+    raw = ((number, record, record_size(record), 0) for number, record in enumerate(records, 1))
+    return _in_chunks(raw, source, unit, as_record)
 
 
 def as_record(payload: Record) -> Record:
@@ -180,13 +133,13 @@ def as_record(payload: Record) -> Record:
 
 
 def _in_chunks(
-    raw: Iterable[tuple[int, Any, int]], source: str, unit: str, parse: Callable[[Any], Record | MalformedRecord]
+    raw: Iterable[tuple[int, Any, int, int]], source: str, unit: str, parse: Callable[[Any], Record | MalformedRecord]
 ) -> Iterator[Chunk]:
     payloads: list[tuple[int, Any]] = []
     size = consumed = 0
-    for number, payload, consumed in raw:
+    for number, payload, bytes_here, consumed in raw:
         payloads.append((number, payload))
-        size += len(payload) if isinstance(payload, bytes) else sum(len(str(value)) for value in payload.values())
+        size += bytes_here
         if size >= CHUNK_BYTES:
             yield Chunk(source, unit, parse, payloads, consumed)
             payloads, size = [], 0
@@ -199,7 +152,7 @@ def _kind(path: Path) -> str:
     compressed = bool(suffixes) and suffixes[-1] in COMPRESSED
     kind = "".join((suffixes[:-1] if compressed else suffixes)[-1:])
     if kind not in JSON_LINES + TEXT and (kind not in PARQUET or compressed):
-        raise ValueError(
+        raise InputError(
             f"input {path} is of an unknown kind: its name must end in {READABLE} (text also with .gz, .xz, .zst)"
         )
     return kind
@@ -219,34 +172,61 @@ def _decompressed(file: BinaryIO, suffix: str) -> Any:
     return file
 
 
-def _json_lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    for number, line in enumerate(stream, start=1):
-        if line.strip():
-            yield number, line
+def _checked_lines(stream: BinaryIO, most: int, path: Path) -> Iterator[tuple[int, bytes]]:
+    """`_lines`, if they are not of another encoding by the byte-order mark at the beginning."""
+    for number, line in _lines(stream, most):
+        if number == 1 and (mark := next((mark for mark in _OTHER_ENCODINGS if line.startswith(mark)), None)):
+            name = _OTHER_ENCODINGS[mark]
+            raise InputError(f"input {path} is {name}: it must be UTF-8 (iconv -f {name} -t UTF-8 makes it so)")
+        yield number, line.removeprefix(_MARK)
+
+
+def _lines(stream: BinaryIO, most: int) -> Iterator[tuple[int, bytes]]:
+    """Lines and their numbers; of one with more than `most` bytes the first of them, and no line break."""
+    for number in count(1):
+        line = stream.readline(most + len(_MARK) + 1)
+        if not line:
+            return
+        yield number, line
+        while line and not line.endswith(b"\n"):
+            line = stream.readline(CHUNK_BYTES)
+
+
+def _json_lines(lines: Iterable[tuple[int, bytes]], most: int) -> Iterator[Raw]:
+    for number, line in lines:
+        if len(line.rstrip(b"\r\n")) > most:
+            yield number, too_large(most), len(line)
+        elif line.strip():
+            yield number, line, len(line)
 
 
 def _json_record(line: bytes) -> Record | MalformedRecord:
     try:
-        record = json.loads(line.rstrip())
+        record = parse_json(line.rstrip().decode(), _DEEPEST)
     except json.JSONDecodeError as error:
         return MalformedRecord(f"not valid JSON ({error.msg}, column {error.colno})")
-    except ValueError as error:  # of UTF-8, or a number of thousands of digits
+    except ValueError as error:  # of UTF-8, a number of thousands of digits, NaN, nesting, a key that comes twice
         return MalformedRecord(f"not valid JSON ({error})")
     return record if isinstance(record, dict) else MalformedRecord("not a JSON object")
 
 
-def _text_blocks(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
+def _text_blocks(lines: Iterable[tuple[int, bytes]], most: int) -> Iterator[Raw]:
     block: list[bytes] = []
-    start = 1
-    for number, line in enumerate(stream, start=1):
-        if line.strip():
+    start, size = 1, 0
+    for number, line in lines:
+        if not line.strip():
+            if block:
+                yield start, b"".join(block), size
+            block, size = [], 0
+        elif size <= most:  # else the rest of a block that is too large
             start = start if block else number
             block.append(line)
-        elif block:
-            yield start, b"".join(block)
-            block = []
+            size += len(line)
+            if size > most + len(b"\r\n"):
+                yield start, too_large(most), size
+                block = []
     if block:
-        yield start, b"".join(block)
+        yield start, b"".join(block), size
 
 
 def _text_record(block: bytes) -> Record | MalformedRecord:
@@ -254,31 +234,3 @@ def _text_record(block: bytes) -> Record | MalformedRecord:
         return {"text": block.decode().rstrip("\r\n")}
     except UnicodeDecodeError as error:
         return MalformedRecord(f"not valid UTF-8 ({error})")
-
-
-def _parquet_rows(path: Path, templates: Templates) -> Iterator[tuple[int, Record, int]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            columns = file.schema_arrow.names
-            fields = templates.fitting(columns).fields
-            if missing := [name for name in fields if name not in columns]:
-                raise ValueError(f"input {path} has no column {missing[0]!r}; there is {', '.join(columns)}")
-            batches = file.iter_batches(batch_size=1024, columns=list(fields))
-            rows = (row for batch in batches for row in batch.to_pylist())
-            size, count = path.stat().st_size, file.metadata.num_rows
-            for number, row in enumerate(rows, start=1):
-                yield number, row, size * number // count
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"input {path} cannot be read: {error}") from error
-
-
-def _text_of(record: Record, name: str) -> str:
-    if name not in record:
-        raise MalformedRecord(f"field {name!r} is missing; there is {', '.join(record) or 'nothing'}")
-    value = record[name]
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise MalformedRecord(f"field {name!r} is {type(value).__name__}: it must be text or a number")
-    return str(value)

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from coe_megatron.data.manifest import TOKENIZER
-from coe_megatron.files import to_disk
+from coe_megatron.errors import ConfigError
+from coe_megatron.files import problem, to_disk
 
 
 class Staging:
@@ -31,7 +32,7 @@ class Staging:
     @classmethod
     def of(cls, output: Path) -> "Staging":
         """The folder that belongs to an output, whether it is there or not."""
-        return cls(_folder_of(output))
+        return cls(place_of(output))
 
     @property
     def tokenizer(self) -> Path:
@@ -79,7 +80,7 @@ class Staging:
         """Keep what an earlier preparation of the same job left; what another one left goes."""
         text = json.dumps(job, indent=1)
         record = self._folder / "job.json"
-        if not record.is_file() or record.read_text() != text:
+        if not record.is_file() or record.read_bytes() != text.encode():
             self._clear()
             scratch = self.scratch("job")
             scratch.write_text(text)
@@ -97,40 +98,51 @@ class Staging:
 
 @contextmanager
 def staged(output: Path) -> Iterator[Staging]:
-    """Hold the hidden folder of an output, alone. It goes at the end and when settings or inputs are at fault; an
-    interruption, or a want of disk or memory, leaves it for the next attempt.
+    """Hold the hidden folder of an output, alone. It goes at the end, and after every error that the next attempt would
+    meet again; an interruption, or a want of disk or memory, leaves what there is to go on with.
 
     Raises:
-        ValueError: another process prepares this output.
+        ConfigError: another process prepares this output, or the folder cannot be made.
     """
-    folder = _folder_of(output)
+    folder = place_of(output)
     with _lock(folder, output):
+        staging = Staging(folder)
         try:
-            yield Staging(folder)
-        except ValueError:
-            shutil.rmtree(folder)
+            yield staging
+        except BaseException as error:
+            passing = isinstance(error, OSError | MemoryError) or not isinstance(error, Exception)
+            if not (passing and staging.tokenizer.exists()):
+                shutil.rmtree(folder)
             raise
         shutil.rmtree(folder)
 
 
-def _folder_of(output: Path) -> Path:
+def place_of(output: Path) -> Path:
+    """The hidden folder of an output."""
     return output.with_name(f".{output.name}.partial")
 
 
 @contextmanager
 def _lock(folder: Path, output: Path) -> Iterator[None]:
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise problem(folder, "the hidden folder beside --output", error) from None
         path = folder / "lock"
         try:
             file = path.open("ab")
         except FileNotFoundError:  # the last holder has just removed the folder
             continue
+        except OSError as error:
+            raise problem(path, "the hidden folder beside --output", error) from None
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ValueError(f"output {output} is being prepared by another process: wait for it") from None
+                raise ConfigError(
+                    f"--output is {output}: it is being prepared by another process; wait for it"
+                ) from None
             if _is_at(file, path):
                 yield
                 return

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import re
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator
@@ -10,12 +11,21 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from coe_megatron.errors import ConfigError
+from coe_megatron.files import problem, read_limited
+
 ModelType = Literal["bpe", "unigram"]
 
 PAD_ID, UNK_ID, BOS_ID, EOS_ID = range(4)
 TRAINING_CHARACTERS = 64_000_000  # more text changes a vocabulary of usual size little, but costs gigabytes
 LONGEST_LINE = 1 << 14  # characters that are in the sample together
 REMEMBERED_WORDS = 1 << 19  # about 100 MB
+REMEMBERED_LENGTH = 64  # characters of such a word; text without spaces has "words" of any length
+PART_LENGTH = 1 << 18  # characters that are cut into words together
+LONGEST_WORD = 1 << 16  # characters; SentencePiece takes some hundred bytes for each
+SMALLEST_VOCABULARY = 261  # 256 bytes, 4 special pieces and a character
+LARGEST_VOCABULARY = (1 << 31) - 1  # SentencePiece counts in 32 bits
+_MODEL_BYTES = 1 << 28  # a piece has some ten bytes
 _SPACE = "\u2581"  # how pieces write a space
 
 
@@ -29,24 +39,28 @@ class Tokenizer:
         sha256: of the model file, in hexadecimal: its identity.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, name: str = "the tokenizer") -> None:
         """Read a model file.
 
+        Args:
+            name: of the option or setting that names it, for messages.
+
         Raises:
-            ValueError: the file cannot be read, is no SentencePiece model, or knows no end of sentence.
+            ConfigError: the file cannot be read, is no SentencePiece model, or knows no end of sentence.
         """
         from sentencepiece import SentencePieceProcessor
 
+        model = read_limited(Path(path), name, _MODEL_BYTES)
         try:
-            model = Path(path).read_bytes()
+            if not model:
+                raise RuntimeError("SentencePiece takes no bytes for no model, and fails later")
             self._processor = SentencePieceProcessor(model_proto=model)
-        except (OSError, RuntimeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is no SentencePiece model"
-            raise ValueError(f"tokenizer {path} cannot be read: {reason}") from error
+        except RuntimeError as error:
+            raise problem(path, name, "it is no SentencePiece model") from error
         self.vocab_size: int = self._processor.vocab_size()
         self.eos_id: int = self._processor.eos_id()
         if self.eos_id < 0:
-            raise ValueError(f"tokenizer {path} has no end-of-sentence piece: train it with an eos_id")
+            raise problem(path, name, "it has no end-of-sentence piece: train it with an eos_id")
         pad_id: int = self._processor.pad_id()
         self.pad_id = pad_id if pad_id >= 0 else self.eos_id
         self.sha256 = hashlib.sha256(model).hexdigest()
@@ -55,11 +69,15 @@ class Tokenizer:
     def encode(self, text: str) -> np.ndarray:
         """Token ids of a text [n] int32, without bos or eos: SentencePiece's own, found word by word where that is
         the same (`_splits_at_spaces`), for most words of a text have been seen before.
+
+        There, what has more than LONGEST_WORD characters without a space is cut; only at the cuts can ids differ.
         """
         if self._words is None:
             return np.array(self._processor.encode(text), dtype=np.int32)
-        first, *rest = text.split(" ")
-        found = b"".join([_bytes_of(self._processor.encode(first)), *map(self._words.__getitem__, rest)])
+        first_end = text.find(" ") % (len(text) + 1)  # -1, no space, becomes the end
+        found = bytearray(self._words.encode(text[:first_end]))
+        for part in _parts(text, first_end + 1):
+            found += b"".join(map(self._words.__getitem__, part.split(" ")))
         return np.frombuffer(found, dtype=np.int32)
 
     def decode(self, ids: list[int]) -> str:
@@ -74,14 +92,26 @@ class _Words(dict[str, bytes]):
         self._processor = processor
 
     def __missing__(self, word: str) -> bytes:
-        if len(self) >= REMEMBERED_WORDS:
-            self.clear()
-        ids = self[word] = _bytes_of(self._processor.encode(f" {word}"))
+        ids = self.encode(f" {word}")
+        if len(word) <= REMEMBERED_LENGTH:
+            if len(self) >= REMEMBERED_WORDS:
+                self.clear()
+            self[word] = ids
         return ids
 
+    def encode(self, word: str) -> bytes:
+        """The ids of one word as it is, in as many parts as its length needs."""
+        starts = range(0, len(word), LONGEST_WORD)
+        parts = (self._processor.encode(word[start : start + LONGEST_WORD]) for start in starts)
+        return b"".join(array("i", ids).tobytes() for ids in parts)
 
-def _bytes_of(ids: list[int]) -> bytes:
-    return array("i", ids).tobytes()
+
+def _parts(text: str, start: int) -> Iterator[str]:
+    """What stands between the spaces of a text from `start` on, in parts of about PART_LENGTH characters."""
+    while start <= len(text):
+        end = text.find(" ", start + PART_LENGTH) % (len(text) + 1)
+        yield text[start:end]
+        start = end + 1
 
 
 def _splits_at_spaces(model: bytes) -> bool:
@@ -123,12 +153,13 @@ def train_tokenizer(
         max_characters: of a longer text a sample is used, half as large as this at least, its lines chosen by hash.
 
     Raises:
-        ValueError: an option has no valid value, or the texts are too few or too varied for `vocab_size`.
+        ConfigError: an option has no valid value, or the texts are too few or too varied for `vocab_size`; the message
+            names `--vocab-size`, as the programs call it, and what would do.
     """
     from sentencepiece import SentencePieceTrainer
 
     if model_type not in get_args(ModelType):
-        raise ValueError(f"model_type is {model_type!r}: it must be one of {', '.join(get_args(ModelType))}")
+        raise ConfigError(f"model_type is {model_type!r}: it must be one of {', '.join(get_args(ModelType))}")
     lines = _sample(texts, max_characters)  # read here: SentencePiece would disguise an error of the texts
     model = io.BytesIO()
     try:
@@ -140,7 +171,7 @@ def train_tokenizer(
             **_fixed_options(),
         )
     except RuntimeError as error:
-        raise ValueError(f"{vocab_size} pieces do not suit the text: {_reason(error)}") from error
+        raise ConfigError(f"--vocab-size is {vocab_size}: {_remedy(str(error))}") from error
     Path(path).write_bytes(model.getvalue())
     return Tokenizer(path)
 
@@ -183,6 +214,12 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
             yield from (line[start : start + LONGEST_LINE] for start in range(0, len(line), LONGEST_LINE))
 
 
-def _reason(error: RuntimeError) -> str:
-    """SentencePiece's own sentence without the place in its source."""
-    return str(error).rpartition("] ")[2].strip() or "there is no text to learn from"
+def _remedy(said: str) -> str:
+    """What SentencePiece's trainer demands, in terms of our option."""
+    if needed := re.search(r"smaller than required_chars\. \d+ vs (\d+)", said):
+        return f"the characters of the text need at least {needed[1]}"
+    if (most := re.search(r"too high .* <= (\d+)", said)) and int(most[1]) >= SMALLEST_VOCABULARY:
+        return f"there is text for at most {most[1]}"
+    if most or "sentences_.empty()" in said:
+        return "there is too little text to learn any from"
+    return f"SentencePiece cannot learn as many from the text: {said.rpartition('] ')[2].strip()}"

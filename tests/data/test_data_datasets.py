@@ -14,6 +14,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from coe_megatron.data.datasets import PreparedData, StepBatches, validation_batches
 from coe_megatron.data.manifest import MANIFEST
 from coe_megatron.data.prepare import PrepareSettings, prepare
+from coe_megatron.errors import ConfigError
 
 S = 48
 KEYS = {
@@ -175,8 +176,75 @@ def test_a_damaged_folder_is_refused(broken, damage, message):
 
 def test_an_index_of_the_right_size_that_is_none_is_one_line(broken):
     (broken / "train.idx").write_bytes(bytes((broken / "train.idx").stat().st_size))
-    with pytest.raises(ValueError, match=r"data is damaged: the content of train\.idx has changed; prepare it again$"):
-        PreparedData.open(broken).rows("train", S)
+    with pytest.raises(ConfigError, match=r"data is damaged: train\.idx has changed since it was prepared; prepare it"):
+        PreparedData.open(broken)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda old: b"\xff" * len(old), lambda old: old[:10] + bytes([old[10] ^ 1]) + old[11:]]
+)
+def test_tokens_of_the_right_size_and_other_content_are_noticed_at_the_start(broken, change):
+    (broken / "train.bin").write_bytes(change((broken / "train.bin").read_bytes()))
+    with pytest.raises(
+        ConfigError, match=r"^data\.path: .*data is damaged: train\.bin has changed since it was prepared"
+    ):
+        PreparedData.open(broken, "data.path")
+
+
+def test_a_manifest_of_another_vocabulary_than_the_tokenizers_is_refused(broken):
+    replace(PreparedData.open(broken).manifest, vocab_size=300).write(broken)
+    with pytest.raises(ConfigError, match=r"says vocab_size 300, and the tokenizer has 285 pieces; prepare it again$"):
+        PreparedData.open(broken)
+
+
+def in_place(path, content):
+    """Write over a file that is mapped."""
+    with path.open("r+b") as file:
+        file.write(content)
+        file.truncate()
+
+
+@pytest.mark.parametrize("mode", ["row", "packed"])
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (
+            lambda folder, size: in_place(folder / "train.bin", b"\xff" * size),
+            "it holds token 65535, and the tokenizer",
+        ),
+        (lambda folder, size: in_place(folder / "train.bin", b"short"), "it has 5 bytes instead of"),
+        (
+            lambda folder, size: in_place(folder / "train.idx", b"\x7f" * (folder / "train.idx").stat().st_size),
+            "its index",
+        ),
+    ],
+)
+def test_damage_under_a_run_is_one_line_at_the_next_sample(broken, tmp_path, mode, damage, reason):
+    """And so it is in a file that is too large to be hashed at the start."""
+    samples = PreparedData.open(broken).samples(mode, "train", S, seed=0, cache_dir=tmp_path)
+    before = samples[1]
+    damage(broken, (broken / "train.bin").stat().st_size)
+    with pytest.raises(ConfigError, match=rf"^{broken / 'train.bin'} is damaged: {reason}.*; prepare the data again$"):
+        [samples[index] for index in range(len(samples))]
+    assert len(before["tokens"]) == S
+
+
+def test_a_large_file_is_not_read_at_the_start(broken, monkeypatch):
+    monkeypatch.setattr("coe_megatron.data.datasets.CHECKED_BYTES", 100)
+    in_place(broken / "train.bin", b"\xff" * (broken / "train.bin").stat().st_size)
+    with pytest.raises(ConfigError, match="it holds token 65535, and the tokenizer has 285"):
+        PreparedData.open(broken).rows("train", S)[0]
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"x" * 99)])
+def test_an_index_in_the_run_that_cannot_be_read_is_built_again(data, tmp_path, damage):
+    def tokens():
+        packed = data.packed("train", S, seed=1, cache_dir=tmp_path)
+        return [packed[i]["tokens"].tolist() for i in range(len(packed))]
+
+    first = tokens()
+    damage(next(tmp_path.rglob("*sample_index.npy")))
+    assert tokens() == first
 
 
 def test_another_tokenizer_and_changed_bytes_are_noticed(broken):
@@ -184,10 +252,10 @@ def test_another_tokenizer_and_changed_bytes_are_noticed(broken):
     changed = bytearray((broken / "train.bin").read_bytes())
     changed[10] ^= 1
     (broken / "train.bin").write_bytes(changed)
-    with pytest.raises(ValueError, match=r"train\.bin has changed"):
+    with pytest.raises(ConfigError, match=r"train\.bin has changed"):
         manifest.verify(broken)
     replace(manifest, tokenizer_sha256="0" * 64).write(broken)
-    with pytest.raises(ValueError, match="is not the tokenizer"):
+    with pytest.raises(ConfigError, match=r"tokenizer_sha256 is another than that of tokenizer\.model in files"):
         PreparedData.open(broken)
 
 

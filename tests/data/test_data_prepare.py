@@ -25,7 +25,7 @@ from coe_megatron.data.corpus import generate
 from coe_megatron.data.encode import encode_chunk
 from coe_megatron.data.manifest import DATA_FILES, MANIFEST, Manifest
 from coe_megatron.data.prepare import PrepareSettings, prepare, what_is_done
-from coe_megatron.data.sources import Template
+from coe_megatron.data.records import Template
 from coe_megatron.data.tokenizer import Tokenizer, train_tokenizer
 
 PROGRAM = Path(__file__).parents[2] / "launch" / "prepare_data.py"
@@ -490,7 +490,7 @@ def test_the_program_prepares_and_reports(settings):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--input", "none.jsonl", "--vocab-size", "300"], "input none.jsonl is not a file"),
+        (["--input", "none.jsonl", "--vocab-size", "300"], "--input is none.jsonl: there is no such file"),
         (["--builtin", "10", "--vocab-size", "12"], "--vocab-size is 12"),
         (["--builtin", "ten", "--vocab-size", "300"], "invalid int value: 'ten'"),
         (["--input", str(PROGRAM), "--vocab-size", "300"], "unknown kind: its name must end in .jsonl"),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from coe_megatron.data.corpus import generate
 from coe_megatron.data.tokenizer import BOS_ID, EOS_ID, PAD_ID, UNK_ID, Tokenizer, _sample, train_tokenizer
+from coe_megatron.errors import ConfigError
 
 TEXTS = [f"{problem['query']}\n{problem['response']}" for problem in generate("train", 400, 1)]
 
@@ -140,9 +141,11 @@ def test_an_error_of_the_texts_comes_through(tmp_path):
 @pytest.mark.parametrize(
     ("texts", "size", "message"),
     [
-        (TEXTS[:20], 30_000, "30000 pieces .*too high"),
-        (TEXTS[:20], 270, "270 pieces .*smaller"),
-        ([], 300, "300 pieces do not suit"),
+        (TEXTS[:20], 30_000, r"^--vocab-size is 30000: there is text for at most \d+$"),
+        (TEXTS[:20], 270, r"^--vocab-size is 270: the characters of the text need at least \d+$"),
+        ([], 300, "^--vocab-size is 300: there is too little text to learn any from$"),
+        (["\0", "\n\n"], 300, "^--vocab-size is 300: there is too little text to learn any from$"),
+        (["</s>"], 300, "^--vocab-size is 300: there is too little text to learn any from$"),
     ],
 )
 def test_a_size_that_does_not_suit_is_one_line(tmp_path, texts, size, message):
@@ -150,6 +153,17 @@ def test_a_size_that_does_not_suit_is_one_line(tmp_path, texts, size, message):
         train_tokenizer(texts, size, tmp_path / "model")
     assert "\n" not in str(caught.value) and ".cc" not in str(caught.value)
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("asked", [262, 30_000])
+def test_the_size_that_is_said_to_suit_does(tmp_path, asked):
+    """What SentencePiece says is read for it, so its words must stay as they are."""
+    with pytest.raises(ConfigError) as caught:
+        train_tokenizer(TEXTS[:20], asked, tmp_path / "model")
+    size = int(str(caught.value).split()[-1])
+    assert train_tokenizer(TEXTS[:20], size, tmp_path / "model").vocab_size == size
+    with pytest.raises(ConfigError):
+        train_tokenizer(TEXTS[:20], size + (1 if asked > size else -1), tmp_path / "model")
 
 
 def test_an_unknown_model_type_is_refused(tmp_path):
@@ -161,8 +175,30 @@ def test_what_is_no_model_is_refused(tmp_path):
     (tmp_path / "model").write_bytes(b"not a model")
     with pytest.raises(ValueError, match="is no SentencePiece model"):
         Tokenizer(tmp_path / "model")
-    with pytest.raises(ValueError, match="No such file"):
+    (tmp_path / "model").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"^--tokenizer is .*model: it is no SentencePiece model$"):
+        Tokenizer(tmp_path / "model", "--tokenizer")
+    with pytest.raises(ConfigError, match="there is no such file"):
         Tokenizer(tmp_path / "none")
+    with pytest.raises(ConfigError, match="it is a special file, where a file is needed"):
+        Tokenizer("/dev/zero")
+
+
+def test_a_long_text_is_encoded_in_parts_to_the_same_ids(model, tokenizer, monkeypatch):
+    text = " ".join(TEXTS[:40]) + "  "
+    monkeypatch.setattr("coe_megatron.data.tokenizer.PART_LENGTH", 10)
+    assert Tokenizer(model).encode(text).tolist() == plain(model, text)
+
+
+def test_what_has_no_spaces_is_cut_loses_nothing_and_is_not_remembered(model, tokenizer, monkeypatch):
+    monkeypatch.setattr("coe_megatron.data.tokenizer.LONGEST_WORD", 1000)
+    words = ["".join(text.split()) for text in TEXTS[:30]]
+    text = f"{''.join(words)} {''.join(words[::-1])}"
+    cut = Tokenizer(model)
+    ids = cut.encode(text).tolist()
+    assert cut.decode(ids) == text and ids != plain(model, text)
+    assert len(ids) - len(plain(model, text)) < len(text) / 1000 * 4
+    assert not cut._words
 
 
 def foreign_model(path, **options):

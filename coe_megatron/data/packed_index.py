@@ -1,0 +1,101 @@
+"""Megatron's GPTDataset, and its index of which window holds which tokens: built once, by one rank, for all."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from secrets import token_hex
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from coe_megatron.data.manifest import FileSummary, Split
+from coe_megatron.data.tokenizer import Tokenizer
+from coe_megatron.errors import one_line
+from coe_megatron.files import problem, read_limited, require_file, set_aside, write_atomically
+from coe_megatron.parallel.collective import from_first
+from coe_megatron.parsing import JSON_BYTES, first_of
+
+_LIST = "complete.json"  # of an index: every other file with its size and SHA-256
+
+
+def gpt_dataset(
+    indexed: Any, prefix: str, split: Split, tokenizer: Tokenizer, cache: Path, options: dict[str, Any]
+) -> Any:
+    """Megatron's GPTDataset over one epoch of a split, its index kept in `cache`.
+
+    Args:
+        prefix: path of the split's files without their endings.
+        options: of Megatron's config: the order's seed, the length, and what happens where documents meet.
+    """
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.utils import Split as MegatronSplit
+
+    config = GPTDatasetConfig(
+        blend_per_split=[([prefix], None) if name.name == split else None for name in MegatronSplit],
+        path_to_cache=str(cache),
+        tokenizer=_TokenizerFacts(tokenizer),
+        eod_mask_loss=False,
+        drop_last_partial_validation_sequence=False,
+        **options,
+    )
+    documents = np.arange(len(indexed), dtype=np.int32)
+    # The path is part of the index's name; the split alone lets the data move to another place.
+    return GPTDataset(indexed, split, documents, None, MegatronSplit[split], config)
+
+
+def build_once(cache: Path, build: Callable[[Path], Any]) -> Any:
+    """Build a dataset whose index is kept in `cache`; a build cut short leaves no half index behind.
+
+    GPTDataset writes its index on rank 0 alone, expects the others to come later, and believes whatever it finds, which
+    is why an index that is not as it was made is set aside and made anew.
+    """
+    from_first(lambda: _make_index(cache, build))
+    return build(cache)
+
+
+class _TokenizerFacts:
+    """What GPTDataset asks of a tokenizer. No token has its pad id, so padding is always told apart."""
+
+    pad = -1
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.vocab_size = tokenizer.vocab_size
+        self.eod = self.eos = tokenizer.eos_id
+        self.unique_identifiers = {"sha256": tokenizer.sha256}
+
+
+def _make_index(cache: Path, build: Callable[[Path], Any]) -> None:
+    try:
+        if os.path.lexists(cache) and (wrong := _wrong_with(cache)):
+            set_aside(cache, f"is damaged ({wrong})")
+        if not cache.exists():
+            partial = cache.with_name(f"{cache.name}.{token_hex(4)}.partial")
+            build(partial)
+            listed = {path.name: asdict(FileSummary.of(path)) for path in sorted(partial.iterdir())}
+            write_atomically(partial / _LIST, json.dumps(listed, indent=1))
+            partial.rename(cache)
+    except OSError as error:
+        raise problem(cache, "the index of packed samples", error) from error
+
+
+def _wrong_with(cache: Path) -> str:
+    """Why an index is not as it was made; empty if it is. No file is unpickled for that, nor later by GPTDataset."""
+    try:
+        content = read_limited(cache / _LIST, "its list of files", JSON_BYTES)
+        listed = TypeAdapter(dict[str, FileSummary]).validate_json(content)
+        found = {path.name: path for path in cache.iterdir() if path.name != _LIST}
+        if differing := listed.keys() ^ found.keys():
+            return one_line(f"{min(differing)} is missing, or too much")
+        for name, path in found.items():
+            if FileSummary.of(require_file(path, name)) != listed[name]:
+                return f"the content of {name} has changed"
+            if path.suffix == ".npy":
+                np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValidationError as error:
+        return f"{_LIST}: {first_of(error)}"
+    except (OSError, ValueError, EOFError) as error:
+        return one_line(str(error))
+    return ""
