@@ -6,6 +6,7 @@ All ranks share the reading; the folder has to be on storage that all of them se
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Container
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -108,9 +109,12 @@ def _sealed(files: dict[str, Entry]) -> str:
 
 def _read_seal(folder: Path) -> dict[str, Entry]:
     """The files a checkpoint should have, from a list that is as it was written."""
-    if not os.path.lexists(folder / SEAL):
-        raise ConfigError(f"{SEAL} is missing")
-    _own(SEAL, "file", not os.path.islink(folder / SEAL))
+    try:
+        _own(SEAL, "file", stat.S_ISREG(os.lstat(folder / SEAL).st_mode))
+    except FileNotFoundError:
+        raise ConfigError(f"{SEAL} is missing") from None
+    except OSError as error:
+        raise ConfigError(f"{SEAL} cannot be read: {(error.strerror or str(error)).lower()}") from None
     content = read_limited(folder / SEAL, SEAL, _LARGEST_SEAL)
     try:
         found = parse_json(content)
