@@ -118,6 +118,60 @@ def activations(shape: ModelShape, run: Pass) -> Activations:
     return Activations(kept, recomputed, logits_gradient, gradients, run.in_flight)
 
 
+@dataclass(frozen=True)
+class Segment:
+    """A part of a pass: the embedding, a layer's attention, its feed-forward, or the output layer with the loss.
+
+    Attributes:
+        kept: bytes that it keeps for its backward pass.
+        working: bytes that its backward pass takes beside that.
+        late: bytes of both that are left when the gradients of its weights are there; a chain's are added up over its
+            iterations, and come with the first of these.
+        last: of `late`, what is left at the last of these gradients.
+    """
+
+    kept: int
+    working: int
+    late: int
+    last: int
+
+
+def segments(shape: ModelShape, run: Pass) -> list[Segment]:
+    """What `activations` adds up, in the order of a forward pass: embedding, attention and feed-forward of each layer,
+    and output layer; empty where the rank has none.
+    """
+    tokens = _tokens(shape, run)
+    state = tokens * run.element * shape.hidden
+    dropout = state if run.dropout else 0
+    norm = tokens * _norm(shape, run, shape.hidden)
+    ffn = tokens * run.element * _feed_forward(shape, shape.dense_ffn)
+    attention = _whole(norm + _attention(shape, run) + dropout, 4 * state)
+    dense = _whole(norm + state + ffn + dropout, state + ffn)
+    kinds = [_moe_segment(kind, run, norm, dropout) for _, kind in shape.moe_kinds]
+    pattern = shape.moe_layers if isinstance(shape.moe_layers, tuple) else (1,) * shape.layers
+    found = [_whole(run.micro_batch * shape.seq_length * _INDEX + dropout, state) if run.first else _whole(0, 0)]
+    for is_moe, is_chain in zip(pattern, shape.chains or pattern, strict=True):
+        # Of two kinds chains are the first.
+        found += [attention, (kinds[0] if is_chain else kinds[-1]) if is_moe else dense]
+    logits = tokens * shape.vocab * run.element if run.element < _FP32 else 0
+    return [*found, _whole(_output(shape, run) + norm, logits + state) if run.last else _whole(0, 0)]
+
+
+def _whole(kept: int, working: int) -> Segment:
+    return Segment(kept, working, kept + working, kept + working)
+
+
+def _moe_segment(shape: ModelShape, run: Pass, norm: int, dropout: int) -> Segment:
+    own_norms, c = shape.chain.topology == "iteration_norm", shape.chain.iterations
+    kept = sum(_chain(shape, run).values()) + (0 if own_norms else norm) + dropout
+    recomputed = _recomputed(shape, run)
+    rows = _tokens(shape, run) * shape.topk * run.element
+    late = kept // c + recomputed // (c if run.recompute == "layer" else 1)
+    late += rows * (run.expert_tensor * shape.hidden + shape.expert_ffn)
+    # Experts come last; when the first product's weights get theirs, what lay behind that is gone.
+    return Segment(kept, recomputed + _gradients(shape, run), late, late - rows * _between(shape))
+
+
 def _tokens(shape: ModelShape, run: Pass) -> int:
     """Tokens of a micro-batch whose hidden states lie on this rank."""
     return run.micro_batch * shape.seq_length // run.tensor
@@ -199,11 +253,14 @@ def _recomputed(shape: ModelShape, run: Pass) -> int:
 
 def _gradients(shape: ModelShape, run: Pass) -> int:
     """See Activations.gradients."""
-    rows = _tokens(shape, run) * shape.topk
-    of_rows = rows * (run.expert_tensor * shape.hidden + shape.ffn_matrices * shape.expert_ffn)
     experts = shape.experts // run.expert_parallel * shape.ffn_matrices * shape.hidden * shape.expert_ffn
     experts //= run.expert_tensor
-    return run.element * (of_rows + (experts if shape.chain.iterations > 1 else 0))
+    return _row_gradients(shape, run) + run.element * (experts if shape.chain.iterations > 1 else 0)
+
+
+def _row_gradients(shape: ModelShape, run: Pass) -> int:
+    rows = _tokens(shape, run) * shape.topk
+    return run.element * rows * (run.expert_tensor * shape.hidden + shape.ffn_matrices * shape.expert_ffn)
 
 
 def _iteration(shape: ModelShape, run: Pass, kind: _Iteration) -> dict[str, int]:

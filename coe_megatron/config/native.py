@@ -24,7 +24,6 @@ _DECIDED = {
     "data_types": "training.precision",
     "communication_data_type": "training.precision",
     "zero_optimization.stage": "zero.stage",
-    "zero_optimization.reduce_bucket_size": "zero.reduce_bucket_size",
     "zero_optimization.overlap_comm": "zero.overlap_reduction",
     "zero_optimization.offload_optimizer.device": "zero.offload_optimizer",
     "zero_optimization.offload_param.device": "zero.offload_parameters",

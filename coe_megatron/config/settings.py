@@ -250,7 +250,6 @@ class ZeroSettings:
         stage: 0 nothing (fp32 only); 1 the optimizer's states; 2 gradients as well; 3 weights as well.
         offload_optimizer: keep the optimizer's states, and step, in host memory (stages 1 to 3).
         offload_parameters: keep the weights of stage 3 in host memory.
-        reduce_bucket_size: parameters whose gradients are reduced at once; with fp32 a buffer of that size is kept.
         overlap_reduction: reduce gradients while the backward pass goes on (stages 1 and 2, at the cost of a second
             buffer; stage 3 always does, stage 0 and pipelines never).
         deepspeed: a JSON file in DeepSpeed's own words, whose keys are merged over ours. What a setting here decides
@@ -260,7 +259,6 @@ class ZeroSettings:
     stage: Literal[0, 1, 2, 3] = 1
     offload_optimizer: bool = False
     offload_parameters: bool = False
-    reduce_bucket_size: Count = 50_000_000
     overlap_reduction: bool = True
     deepspeed: PathText | None = None
 

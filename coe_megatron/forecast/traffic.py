@@ -24,7 +24,8 @@ from coe_megatron.chain.closed_forms import ModelShape
 from coe_megatron.config.layout import Layout
 from coe_megatron.config.settings import RunConfig
 from coe_megatron.config.shape import stage_shape
-from coe_megatron.forecast.memory import Held, element, held, micro_batches_of
+from coe_megatron.forecast.held import Held, held
+from coe_megatron.forecast.memory import element, micro_batches_of
 
 _FP32 = 4
 

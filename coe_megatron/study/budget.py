@@ -2,6 +2,9 @@
 
 A whole number is sought by bisection, which is right only where the amount grows (or shrinks) all the way with the
 setting. So it is measured at many values in between first, and anything else is refused.
+
+An arm must come near the baseline by what the setting can do about it: where the amount is mostly made of what the
+setting does not change, every value would be near enough.
 """
 
 from collections.abc import Callable
@@ -110,13 +113,22 @@ def _solve(budget: Budget, config: RunConfig, wanted: float, amounts: Amounts) -
     except ValueError as error:
         raise ConfigError(f"{budget.equal} cannot be solved for {budget.solve}: {error}") from None
     found = amount(value)
-    off = found / wanted - 1
-    if abs(off) > budget.tolerance:
-        raise ConfigError(
-            f"{budget.solve} {values[0]} to {values[-1]} brings {budget.equal} no nearer to the baseline's than "
-            f"{off:+.1%}, with {value}: budget.tolerance is {budget.tolerance}, so widen that or budget.range"
-        )
-    return Solved(value, found, off)
+    _require_near(budget, values, value, found - wanted, wanted, abs(amount(values[-1]) - amount(values[0])))
+    return Solved(value, found, found / wanted - 1)
+
+
+def _require_near(
+    budget: Budget, values: range, value: int, off: float, wanted: float, change: float
+) -> None:
+    """Refuse an arm that is off by more than `tolerance` of the baseline's, or of what the whole range changes."""
+    if abs(off) <= budget.tolerance * min(wanted, change):
+        return
+    of_change = f" ({abs(off) / change:.1%} of what the range changes)" if change < wanted else ""
+    raise ConfigError(
+        f"{budget.solve} {values[0]} to {values[-1]} brings {budget.equal} no nearer to the baseline's than "
+        f"{off / wanted:+.1%}{of_change}, with {value}: budget.tolerance is {budget.tolerance}, so widen that or "
+        "budget.range"
+    )
 
 
 def _whole_number(study: Study, budget: Budget, config: RunConfig) -> int:

@@ -11,6 +11,7 @@ from coe_megatron.forecast.cost import size
 from coe_megatron.forecast.devices import Device
 from coe_megatron.forecast.devices import device as device_named
 from coe_megatron.forecast.fit import parse_size, refusal
+from coe_megatron.forecast.memory import components
 from coe_megatron.study.amounts import Amounts, Seconds, Speed
 from coe_megatron.study.arms import Arm, Study, make_study
 from coe_megatron.study.budget import Solved, solve
@@ -29,7 +30,7 @@ class ArmPlan:
         flops_per_token: to train, forward and backward.
         flops: of all steps.
         expert_flops: the part of routed and shared experts.
-        memory: bytes of the rank that holds most.
+        components: bytes of the rank that holds most, by `forecast.memory.components`, when it holds most.
         ranks: of a run.
         seconds: foreseen; None where nothing is known of the device.
         solved: what it has of the budget; None without one.
@@ -42,11 +43,16 @@ class ArmPlan:
     flops_per_token: int
     flops: float
     expert_flops: float
-    memory: int
+    components: dict[str, int]
     ranks: int
     seconds: Seconds | None
     solved: Solved | None
     too_large: str | None
+
+    @property
+    def memory(self) -> int:
+        """Bytes of that rank."""
+        return sum(self.components.values())
 
 
 @dataclass(frozen=True)
@@ -102,17 +108,21 @@ class Plan:
     def table(self) -> str:
         """The same for a person."""
         study = self.study
-        columns = _columns(study)
-        cells = [columns, *(self._cells(arm) for arm in self.arms)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = [_aligned(line, widths) for line in cells]
+        lines = _table([_columns(study), *(self._cells(arm) for arm in self.arms)])
         notes = [f"* {study.baseline.name} is the baseline", *self._totals()]
         notes += [f"{arm.arm.name} does not fit: {arm.too_large}" for arm in self.arms if arm.too_large]
         skipped: dict[str, list[str]] = {}
         for labels, reason in study.skipped:
             skipped.setdefault(reason, []).append(joined(labels))
         notes += [f"left out, {reason}: {', '.join(names)}" for reason, names in skipped.items()]
-        return "\n".join([*lines, "", *map(one_line, notes)])
+        return "\n".join([*lines, "", *self._memory(), "", *map(one_line, notes)])
+
+    def _memory(self) -> list[str]:
+        """Of a rank at its peak, by component."""
+        names = list(self.arms[0].components)
+        header = ["MiB a rank at its peak", *(name.replace("_", " ") for name in names), "together"]
+        rows = [[arm.arm.name, *map(_mib, arm.components.values()), _mib(arm.memory)] for arm in self.arms]
+        return _table([header, *rows])
 
     def _cells(self, plan: ArmPlan) -> list[str]:
         steps = plan.arm.config.training.steps
@@ -204,7 +214,7 @@ def _plan(arm: Arm, amounts: Amounts, solved: Solved | None, memory: int | None)
         flops_per_token=cost.flops_per_token.total,
         flops=amounts.of("flops", config),
         expert_flops=amounts.of("expert_compute", config),
-        memory=cost.needed,
+        components=components(cost.memory),
         ranks=layout(config).ranks,
         seconds=amounts.seconds(config) if amounts.speed else None,
         solved=solved,
@@ -235,7 +245,7 @@ def _as_dict(plan: ArmPlan, seeds: Sequence[int]) -> dict[str, Any]:
         "flops_per_token": plan.flops_per_token,
         "training_flops": plan.flops,
         "expert_flops": plan.expert_flops,
-        "memory_bytes_per_rank": plan.memory,
+        "memory_bytes_per_rank": {"total": plan.memory} | plan.components,
         "too_large": plan.too_large,
         "seconds": {"total": seconds.total, **asdict(seconds)} if seconds else None,
         "solved": asdict(plan.solved) if plan.solved else None,
@@ -261,6 +271,15 @@ def _columns(study: Study) -> list[str]:
 def _solves_apart(study: Study) -> bool:
     """Whether what is solved for has no column yet."""
     return study.settings.budget is not None and study.settings.budget.solve != "training.steps"
+
+
+def _table(cells: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [_aligned(line, widths) for line in cells]
+
+
+def _mib(amount: int) -> str:
+    return f"{amount / 2**20:,.1f}"
 
 
 def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:

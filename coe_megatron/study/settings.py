@@ -40,7 +40,8 @@ class Budget:
         solve: a setting that is a whole number, such as `training.steps`.
         range: its smallest and its largest value.
         multiple_of: it shall be a multiple of this.
-        tolerance: an arm that comes no nearer than this share of the baseline's amount is refused.
+        tolerance: an arm that comes no nearer than this share of the baseline's amount is refused, or where that is
+            less, this share of what the amount changes by from one end of `range` to the other.
     """
 
     equal: Quantity
