@@ -12,9 +12,8 @@ from coe_megatron.config import RunConfig, load
 from coe_megatron.config.settings import Count
 from coe_megatron.errors import ConfigError
 from coe_megatron.files import problem, read_limited, require_file, require_folder
-from coe_megatron.parsing import JSON_BYTES, parse_json
+from coe_megatron.parsing import JSON_BYTES, first_of, parse_json
 from coe_megatron.study.amounts import Amounts, Speed, evaluations, saves
-from coe_megatron.study.damage import damage
 from coe_megatron.training.logged import read_metrics
 
 _FEWEST = 3  # logged steps; the first is left out, for it has what a process does but once
@@ -52,7 +51,7 @@ def calibrate(folder: Path, half_rows: float) -> Speed:
     """
     record, lines = _read(folder)
     config = _with_vocabulary(load(folder / "config.yaml"), record)
-    logged = [line for line in lines if line.get("step_seconds")]
+    logged = [line for line in lines if (line.get("step_seconds") or 0) > 0]
     if len(logged) < _FEWEST:
         raise ConfigError(
             f"--calibration is {folder}: its metrics.jsonl has {len(logged)} logged steps, {_FEWEST} or more are needed"
@@ -82,14 +81,10 @@ def _read(folder: Path) -> tuple[_Record, list[dict[str, Any]]]:
         raise problem(folder, name, f"it must be the folder of a run ({error})") from None
     if not isinstance(record, dict) or not all(record.get(each) for each in ("attempts", "ranks", "parameters")):
         raise problem(folder, name, "its run.json tells of no step")
-    if said := damage(lines):
-        raise problem(folder, name, f"its metrics.jsonl is damaged, {said}")
     try:
         return _Record.model_validate(record), lines
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise problem(folder, name, f"its run.json is damaged, {where}: {first['msg'].lower()}") from None
+        raise problem(folder, name, f"its run.json is damaged ({first_of(error)})") from None
 
 
 def _with_vocabulary(config: RunConfig, record: _Record) -> RunConfig:
@@ -110,7 +105,7 @@ def _seconds_a_save(config: RunConfig, lines: Sequence[Mapping[str, Any]], a_pas
     `eta_seconds` is the time since before the first evaluation, over the steps done, times those left.
     """
     steps, every = config.training.steps, config.training.save_every
-    timed = [line for line in lines if line.get("step_seconds") and 0 < line["step"] < steps]
+    timed = [line for line in lines if (line.get("step_seconds") or 0) > 0 and 0 < line["step"] < steps]
     last = max((line["step"] for line in timed if line.get("eta_seconds")), default=0)
     done = [line for line in timed if line["step"] <= last]
     saved = (last - 1) // every + sum(step % every > 0 and step < last for step in set(config.training.milestones))

@@ -10,9 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from coe_megatron.errors import one_line
 from coe_megatron.study.arms import Run
 from coe_megatron.study.calibration import seconds_in_steps
-from coe_megatron.study.damage import damage, damage_at_the_end
+from coe_megatron.study.damage import damage
 from coe_megatron.study.plan import ArmPlan, Plan
 from coe_megatron.study.running import changed, stands
 from coe_megatron.training.logged import read_metrics
@@ -95,13 +96,12 @@ def timings_csv(results: Sequence[Result]) -> str:
 
 
 def _result(arm: ArmPlan, run: Run, now: float) -> Result:
-    found = stands(run, now)
+    found, path = stands(run, now), Path(run.config.output) / "metrics.jsonl"
     try:
-        lines = read_metrics(Path(run.config.output) / "metrics.jsonl")
-    except (ValueError, OSError):
-        return Result(arm, run, [], found.starts or 0, "its metrics.jsonl cannot be read")
-    if said := damage(lines):
-        return Result(arm, run, [], found.starts or 0, f"its metrics.jsonl is damaged, {said}")
+        lines = read_metrics(path)
+    except (ValueError, OSError) as error:
+        said = one_line(str(error)).removeprefix(f"{path}, ")
+        return Result(arm, run, [], found.starts or 0, f"its metrics.jsonl cannot be read ({said})")
     state = found.state if found.reason is None else f"{found.state}: {found.reason}"
     if found.state == "no run":
         state = "not begun"
@@ -109,8 +109,8 @@ def _result(arm: ArmPlan, run: Run, now: float) -> Result:
         state = said
     elif found.state == "finished" and not _evaluated_at(run.config.training.steps, lines):
         state = "finished, but without a validation loss after the last step"
-    elif found.state == "finished" and (said := damage_at_the_end(lines, run.config.moe.num_experts)):
-        state = f"its metrics.jsonl is damaged, {said}"
+    elif found.state == "finished" and (said := damage(lines, run.config.moe.num_experts)):
+        state = f"its metrics.jsonl is damaged ({said})"
     return Result(arm, run, lines, found.starts or 0, state)
 
 

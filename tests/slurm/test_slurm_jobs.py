@@ -188,21 +188,22 @@ def test_past_its_limit_a_job_goes_on_from_its_last_checkpoint(place: Place, pas
     assert [line[0] for line in place.losses("past its limit")] == list(range(13))
 
 
-STUDY = """
+STUDY_OUTPUT = """-o %j, the study's "runs" $(touch executed); `touch executed`"""
+STUDY = f"""
 base: a config.yaml
-output: the study's runs
-set: {parallel.expert: 1, training.steps: 3}
+output: {json.dumps(STUDY_OUTPUT)}
+set: {{parallel.expert: 1, training.steps: 3}}
 axes:
   design:
-    MoE(4/8): {chain.iterations: 1, moe.topk: 4}
-    CoE-2(2/8): {chain.iterations: 2, moe.topk: 2}
-baseline: {design: MoE(4/8)}
+    MoE(4/8): {{chain.iterations: 1, moe.topk: 4}}
+    CoE-2(2/8): {{chain.iterations: 2, moe.topk: 2}}
+baseline: {{design: MoE(4/8)}}
 seeds: [1]
 """
 
 
 def test_a_study_is_an_array_of_jobs(place: Place) -> None:
-    """Through the project as it stands; a second submission has nothing left to do."""
+    """Through the project as it stands, with a hostile name; a second submission has nothing left to do."""
     (place.folder / "the study.yaml").write_text(STUDY)
     submit = (sys.executable, ROOT / "launch" / "study.py", "submit", "the study.yaml", f"--sbatch={OTHERS}")
     environment = {"COE_PYTHON": sys.executable, "COE_CHECK_NODES": "0"}
@@ -213,7 +214,8 @@ def test_a_study_is_an_array_of_jobs(place: Place) -> None:
     logs = [(place.folder / f"slurm-{array}_{task}.log").read_text() for task in (0, 1)]
     assert all("does not go on: the run is done" in log for log in logs), logs
     for arm in ("moe-4-8", "coe-2-2-8"):
-        assert [line[0] for line in place.losses(f"the study's runs/{arm}/seed-1")] == [0, 1, 2, 3]
+        assert [line[0] for line in place.losses(f"{STUDY_OUTPUT}/{arm}/seed-1")] == [0, 1, 2, 3]
+    assert not list(place.folder.rglob("executed"))
     again = place.cluster.run(*submit, env=environment, cwd=place.folder)
     assert again.stdout.endswith("all 2 runs are done\n")
 

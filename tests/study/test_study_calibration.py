@@ -115,10 +115,10 @@ def test_what_is_no_calibration_is_one_line(run: Write, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"ranks": "two"}, "its run.json is damaged, ranks: "),
-        ({"attempts": [3]}, "its run.json is damaged, attempts.0: "),
+        ({"ranks": "two"}, "its run.json is damaged (ranks: "),
+        ({"attempts": [3]}, "its run.json is damaged (attempts.0: "),
         ({"attempts": [{"outcome": "finished", "began": "x", "ended": "x"}]}, "attempts.0.began: "),
-        ({"parameters": {"embedding": -1}}, "its run.json is damaged, parameters.embedding: "),
+        ({"parameters": {"embedding": -1}}, "its run.json is damaged (parameters.embedding: "),
     ],
 )
 def test_a_damaged_record_is_one_line(run: Write, changes: dict[str, Any], said: str) -> None:
@@ -134,7 +134,7 @@ def test_a_damaged_record_is_one_line(run: Write, changes: dict[str, Any], said:
     [
         ("run.json", b"[" * 10**5, "it must be the folder of a run (it is nested too deep)"),
         ("run.json", b"\xff", "it must be the folder of a run"),
-        ("metrics.jsonl", b'{"step": 1, "step_seconds": "x"}\n', "its metrics.jsonl is damaged, line 1: step_seconds"),
+        ("metrics.jsonl", b'{"step": 1, "step_seconds": "x"}\n', "metrics.jsonl, line 1: step_seconds: "),
         ("metrics.jsonl", b"{\n", "it must be the folder of a run"),
         ("metrics.jsonl", None, "there is no such file"),
         ("config.yaml", None, "there is no such file"),

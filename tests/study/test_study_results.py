@@ -87,14 +87,25 @@ def test_an_axis_may_have_the_name_of_a_column(study_file: Write, tmp_path: Path
         ({"outcome": "failed: ValueError: no, not so"}, "failed: ValueError: no, not so"),
         ({"valid_loss": None}, "finished, but without a validation loss after the last step"),
         ({"step": 90}, "finished, but without a validation loss after the last step"),
-        ({"valid_loss": "low"}, "its metrics.jsonl is damaged, line 5: valid_loss: input should be a valid number"),
-        ({"step": 50}, "its metrics.jsonl is damaged, line 5: step is 50, after 75"),
-        ({"memory": None}, "its metrics.jsonl is damaged, step 100: memory: input should be a valid dictionary or"),
-        ({"memory": {}}, "its metrics.jsonl is damaged, line 5: memory.peak: field required"),
-        ({"routing": []}, "its metrics.jsonl is damaged, step 100: routing: list should have at least 1 item"),
-        ({"routing": [{"layer": 1}]}, "its metrics.jsonl is damaged, step 100: routing.0.iteration: field required"),
-        ({"train_loss": "x"}, "its metrics.jsonl is damaged, line 5: train_loss: input should be a valid number"),
-        ({"step_seconds": None}, "its metrics.jsonl is damaged, line 5: step_seconds: input should be a valid number"),
+        (
+            {"valid_loss": "low"},
+            "its metrics.jsonl cannot be read (line 5: valid_loss: Input should be a valid number)",
+        ),
+        ({"tokens": 10**19}, "its metrics.jsonl cannot be read (line 5: tokens: "),
+        ({"memory": None}, "its metrics.jsonl cannot be read (line 5: memory: "),
+        ({"memory": {}}, "its metrics.jsonl is damaged (step 100: memory.peak: Field required)"),
+        ({"routing": []}, "its metrics.jsonl is damaged (step 100: routing: List should have at least 1 item"),
+        ({"routing": [{"layer": 1}]}, "its metrics.jsonl is damaged (step 100: routing.0.iteration: Field required)"),
+        ({"train_loss": "x"}, "its metrics.jsonl cannot be read (line 5: train_loss: Input should be a valid number)"),
+        (
+            {"routing_entropy": "x"},
+            "its metrics.jsonl is damaged (step 100: routing_entropy: Input should be a valid number)",
+        ),
+        ({"valid_loss": 1e300}, "its metrics.jsonl is damaged (step 100: valid_loss: Input should be less than"),
+        (
+            {"step_seconds": None},
+            "its metrics.jsonl is damaged (step 100: step_seconds: Input should be a valid number)",
+        ),
     ],
 )
 def test_what_is_not_finished_counts_in_nothing(plan: Plan, changes: Mapping[str, object], state: str) -> None:
@@ -121,8 +132,8 @@ def test_a_run_of_other_settings_counts_in_nothing(plan: Plan) -> None:
         ("config.yaml", "model: [", "has settings that cannot be read ("),
         ("run.json", "{", "unreadable"),
         ("metrics.jsonl", "{\n", "its metrics.jsonl cannot be read"),
-        ("metrics.jsonl", "[1]\n", "its metrics.jsonl is damaged, line 1: it is no object"),
-        ("metrics.jsonl", '{"step": 100, "valid_loss": 4.0}\n', "its metrics.jsonl is damaged, no line is of a step"),
+        ("metrics.jsonl", "[1]\n", "its metrics.jsonl cannot be read (line 1: "),
+        ("metrics.jsonl", '{"step": 100, "valid_loss": 4.0}\n', "its metrics.jsonl is damaged (no line is of a step)"),
     ],
 )
 def test_files_that_cannot_be_read_cost_their_run_alone(plan: Plan, file: str, text: str, state: str) -> None:
@@ -133,11 +144,17 @@ def test_files_that_cannot_be_read_cost_their_run_alone(plan: Plan, file: str, t
     assert [result.finished for result in results] == [False, True] + [False] * 4
 
 
+def test_steps_that_do_not_rise_are_damage(plan: Plan) -> None:
+    path = leave(plan.study.runs[0]) / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"step": 75', '"step": 50'))
+    assert collect(plan)[0].state == "its metrics.jsonl is damaged (step 50 follows step 50)"
+
+
 @pytest.mark.parametrize("part", [{"load": [1.0] * 7}, {"load": [1.0] * 8, "pairs": [[1] * 8] * 7}])
 def test_routing_of_another_number_of_experts_is_damage(plan: Plan, part: Mapping[str, object]) -> None:
     place = {"layer": 1, "iteration": 1, "state_norm": 1.0, "increment_over_state": None, **part}
     leave(plan.study.runs[0], routing=[place])
-    assert collect(plan)[0].state == "its metrics.jsonl is damaged, step 100: routing is not that of 8 experts"
+    assert collect(plan)[0].state == "its metrics.jsonl is damaged (step 100: routing is not that of 8 experts)"
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from coe_megatron.errors import ConfigError
 from coe_megatron.exit_status import ExitStatus
 from coe_megatron.study import running
 from coe_megatron.study.arms import Run, make_study
+from coe_megatron.study.places import config_of, log_of, write_config
 from coe_megatron.study.running import Ended, Runner, devices_here, is_finished, seed_by_seed, stands, why
 from coe_megatron.study.settings import read_study
 
@@ -138,7 +139,7 @@ def test_a_run_that_cannot_be_started_stops_no_other(place: Place) -> None:
     (place.folder / MOE).write_text("a file where its folder would be")
     ended = place.go(place.runs())
     assert [each.status.name for each in ended.values()] == ["MISTAKE", "DONE", "DONE"] * 2
-    assert ended[f"{MOE}/seed-1"].reason == "it cannot be started: File exists"
+    assert ended[f"{MOE}/seed-1"].reason.endswith(f"{place.folder}/{MOE} is a file, and no folder")
 
 
 def test_an_old_error_is_not_taken_for_the_new_one(place: Place) -> None:
@@ -152,7 +153,7 @@ def test_an_old_error_is_not_taken_for_the_new_one(place: Place) -> None:
 
 def test_what_another_process_writes_is_waited_for(place: Place) -> None:
     runs = place.runs()[:2]
-    config = running.write_config(runs[0])
+    config = write_config(runs[0])
     with Program([sys.executable, str(STAND_IN), str(config), "slow"]):
         place.wait_for("works")
         ended = place.go(runs)
@@ -251,7 +252,7 @@ def test_a_run_with_damaged_records_is_started_again_and_mends_them(place: Place
 @pytest.mark.parametrize("kind", ["folder", "pipe", "link"])
 def test_what_cannot_be_written_beside_a_run_is_said_and_stops_no_other(place: Place, what: str, kind: str) -> None:
     run, other = place.runs()[:2]
-    path = running.config_of(run) if what == "config" else running.log_of(run)
+    path = config_of(run) if what == "config" else log_of(run)
     path.parent.mkdir(parents=True)
     {"folder": Path.mkdir, "pipe": os.mkfifo, "link": lambda path: path.symlink_to("nowhere")}[kind](path)
     ended = place.go([run, other])
@@ -330,7 +331,7 @@ def test_status_has_a_row_for_every_run(place: Place) -> None:
 
 def test_the_command_is_one_that_the_launcher_takes(tmp_path: Path, study_file: Write) -> None:
     run = make_study(read_study(study_file(output=str(tmp_path / "out"), set={"parallel.expert": 2}))).runs[0]
-    words = running.command(run, running.write_config(run))
+    words = running.command(run, write_config(run))
     assert words[2:5] == ["--watch-stdin", "--", "--standalone"] and words[5:7] == ["--nproc-per-node", "2"]
     planned = [sys.executable, *words[7:], "--dry-run"]
     done = subprocess.run(planned, capture_output=True, text=True, check=False)
