@@ -1,13 +1,14 @@
 """Which checkpoints a folder holds, and which of them are whole. Without process groups this process is alone."""
 
 import os
-import re
 import shutil
 import sys
 from itertools import chain, islice
 from pathlib import Path
 
+from coe_megatron.checkpoint import names
 from coe_megatron.checkpoint.facts import FACTS, Facts
+from coe_megatron.checkpoint.names import name_of as name_of
 from coe_megatron.checkpoint.saved import generators_problem, saved_problem
 from coe_megatron.checkpoint.seal import SEAL, problem
 from coe_megatron.checkpoint.storage import Reader
@@ -16,25 +17,19 @@ from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.files import kind_of, require_folder, to_disk
 from coe_megatron.parallel.collective import am_first, from_first, gathered, share
 
-_NAME = re.compile(r"step-([0-9]+)(\.tmp)?")
 UNFINISHED = "saving it was not finished"
-
-
-def name_of(step: int) -> str:
-    """The name of a checkpoint's folder."""
-    return f"step-{step:08d}"
 
 
 def step_of(checkpoint: Path) -> int:
     """The step in a checkpoint's name."""
-    match = _NAME.fullmatch(checkpoint.name)
-    assert match is not None, checkpoint
-    return int(match[1])
+    step = names.step_of(checkpoint.name)
+    assert step is not None, checkpoint
+    return step
 
 
 def is_checkpoint(folder: Path) -> bool:
     """A checkpoint by its name or by its seal, whole or not."""
-    return _NAME.fullmatch(folder.name) is not None or os.path.lexists(folder / SEAL)
+    return names.step_of(folder.name) is not None or os.path.lexists(folder / SEAL)
 
 
 def checkpoints_of(folder: Path) -> Path:
@@ -51,8 +46,8 @@ def newest_first(folder: Path) -> list[Path]:
     """
     if kind_of(folder, "the folder of checkpoints") is None:
         return []
-    names = os.listdir(require_folder(folder, "the folder of checkpoints"))
-    found = [folder / name for name in names if _NAME.fullmatch(name)]
+    listed = os.listdir(require_folder(folder, "the folder of checkpoints"))
+    found = [folder / name for name in listed if names.step_of(name) is not None]
     return sorted(found, key=lambda path: (step_of(path), path.name), reverse=True)
 
 
@@ -72,8 +67,7 @@ def unfinished(folder: Path) -> list[Path]:
 
 def finished(checkpoint: Path) -> bool:
     """It got its name, so that all of it was there once."""
-    match = _NAME.fullmatch(checkpoint.name)
-    return match is None or match[2] is None
+    return names.is_finished(checkpoint.name) or names.step_of(checkpoint.name) is None
 
 
 def random_file(checkpoint: Path, rank: int) -> Path:
