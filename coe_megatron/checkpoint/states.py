@@ -89,7 +89,7 @@ def load_tensors(engine: Engine, folder: Path, kinds: Sequence[str] = zero_state
     """
     model, reader = engine.module, Reader(folder, from_first(lambda: Listed.read(folder)))
     with zero_states.gathered(engine):
-        _refuse_other_model(_weights(model), reader)
+        _refuse_other_model(model, reader, kinds)
         weights = _load(_weights(model), reader)
     for name, parameter in model.named_parameters():
         zero_states.write_weight(engine, parameter, weights.pop(name))
@@ -177,11 +177,18 @@ def _copied(data: torch.Tensor) -> torch.Tensor:
     return torch.empty(data.shape, dtype=data.dtype).copy_(data)
 
 
-def _refuse_other_model(shards: Shards, reader: Reader) -> None:
+def _refuse_other_model(model: torch.nn.Module, reader: Reader, kinds: Sequence[str]) -> None:
     """Compare names and sizes: Megatron's own message is a page long, and it is silent on what is left over."""
-    held = {key: list(entry.size) for key, entry in reader.entries.items() if not key.startswith(OPTIMIZER)}
-    parts = [part for shard in shards.values() for part in _parts(shard)]
-    wanted = dict(gathered([(part.key, list(part.global_shape)) for part in parts]))
+    read = tuple(_state_name(kind, "") for kind in kinds)
+    held = {
+        key: list(entry.size)
+        for key, entry in reader.entries.items()
+        if key.startswith(read) or not key.startswith(OPTIMIZER)
+    }
+    shards = list(_weights(model).values())
+    for kind in kinds:
+        shards += [shard for _, shard in _optimizer_states(model, kind, _no_data)]
+    wanted = dict(gathered([(part.key, list(part.global_shape)) for shard in shards for part in _parts(shard)]))
     for key in sorted(held.keys() | wanted.keys()):
         if held.get(key) != wanted.get(key):
             sizes = f"{held.get(key, 'missing')} in the checkpoint and {wanted.get(key, 'missing')} in the model"

@@ -8,6 +8,8 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch.distributed as dist
 
+from coe_megatron.errors import ConfigError
+
 Group: TypeAlias = dist.ProcessGroup | None
 Result = TypeVar("Result")
 
@@ -73,7 +75,7 @@ def together(work: Callable[[], None], group: Group, first_alone: bool = False) 
     if am_first() or not first_alone:
         try:
             work()
-        except (OSError, RuntimeError) as error:  # torch.save makes the latter of the former
+        except (OSError, RuntimeError, ConfigError) as error:  # torch.save makes the second of the first
             failure = str(said_by_the_disk(error))
     if failures := [found for found in gathered([failure], group) if found]:
         raise OSError(failures[0])

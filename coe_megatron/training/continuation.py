@@ -217,7 +217,10 @@ class Checkpoints:
     def _trouble(self, what: object) -> str:
         if not am_first():
             return ""
-        newest = next((entry.name for entry in listing.newest_first(self._folder) if listing.finished(entry)), "none")
+        listed: list[Path] = []
+        with suppress(ConfigError):  # the folder cannot be read
+            listed = listing.newest_first(self._folder)
+        newest = next((entry.name for entry in listed if listing.finished(entry)), "none")
         return f"{what}; training goes on and saves as soon as it can, the newest checkpoint is {newest}"
 
     def _resumed(self, step: int, remark: str) -> str:

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from coe_megatron.checkpoint import listing, store
 from coe_megatron.checkpoint.seal import SEAL, seal
 from coe_megatron.checkpoint.storage import Reader
+from coe_megatron.errors import ConfigError
 
 
 @pytest.fixture
@@ -177,6 +178,21 @@ def test_states_of_generators_that_run_code_are_refused(
     assert store.load_latest(run, engine) == {"step": 1}
     assert "random/00000.pt is damaged: it asks for __builtin__.exec" in capsys.readouterr().err
     assert not proof.exists()
+
+
+def test_a_checkpoint_without_the_moments_it_tells_of_is_of_another_model(engine: DeepSpeedEngine, run: Path) -> None:
+    """Its weights alone are taken all the same."""
+    newest = run / listing.name_of(2)
+    found = Reader(newest / "tensors").read_metadata()
+    key = "optimizer.exp_avg.output_layer.weight"
+    del found.state_dict_metadata[key]
+    found.storage_data = {index: place for index, place in found.storage_data.items() if index.fqn != key}
+    forge(newest, "tensors/.metadata", pickle.dumps(found))
+    with pytest.raises(
+        ConfigError, match=rf"is of another model: {key} is missing in the checkpoint and"
+    ):
+        store.load_latest(run, engine)
+    assert store.load_weights(run, engine)[1] == {"step": 2}
 
 
 def forge(checkpoint: Path, name: str, content: bytes) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import signal
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ranks import run_ranks
 from coe_megatron.config import RunConfig
 from coe_megatron.config.settings import RecoverySettings
 from coe_megatron.data.datasets import StepBatches
+from coe_megatron.errors import ConfigError
 from coe_megatron.modules import stats
 from coe_megatron.training import recovery
 from coe_megatron.training.continuation import Position
@@ -217,6 +219,14 @@ def test_an_exploding_loss_is_left_out_where_a_factor_is_given(
     assert left_out[6]["train_loss"] == learned[6]["train_loss"] > 50 and left_out[6]["grad_norm"] is None
     assert losses(folders[3.0])[5] == losses(folders[None])[5], "the watch changes no bit of what is learned"
     assert sum("(recovery.loss_factor); 1 in a row" in line for line in said) == 1
+
+
+def test_a_state_without_a_position_is_one_line() -> None:
+    state = asdict(Position(step=3, tokens=9))
+    assert Position.of({**state, "tokenizer": "T"}) == Position(step=3, tokens=9)
+    del state["passed_over"]
+    with pytest.raises(ConfigError, match=r"does not say where the run stood: passed_over is missing"):
+        Position.of(state)
 
 
 def test_the_median_is_of_the_newest_steps_that_were_taken() -> None:
