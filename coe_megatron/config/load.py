@@ -20,7 +20,7 @@ from coe_megatron.config.checks import check
 from coe_megatron.config.describe import should_be
 from coe_megatron.config.settings import RunConfig
 from coe_megatron.errors import ConfigError
-from coe_megatron.files import expand_user, read_limited
+from coe_megatron.files import expand_user, read_limited, require_file
 
 Settings = TypeVar("Settings")
 
@@ -160,7 +160,7 @@ def read(
     Raises:
         ConfigError: one line that names the file and what is wrong with it.
     """
-    return _Files(key, prepare).read(path, ())
+    return _Files(key, prepare).read(path, "the config file", ())
 
 
 def read_all(whose: str, paths: Sequence[Path]) -> Any:
@@ -184,8 +184,14 @@ class _Files:
         self._read: dict[Path, Any] = {}
         self._nodes = 0
 
-    def read(self, path: Path, including: tuple[Path, ...]) -> Any:
-        """Settings of a file over those of its bases; `including` is the chain of files that led here."""
+    def read(self, path: Path, name: str, including: tuple[Path, ...]) -> Any:
+        """Settings of a file over those of its bases.
+
+        Args:
+            name: what names the file, for messages.
+            including: the chain of files that led here.
+        """
+        require_file(path, name)
         where = Path(os.path.realpath(path))
         if where in including:
             names = " -> ".join(each.name for each in (*including, where))
@@ -206,7 +212,8 @@ class _Files:
         names = [bases] if isinstance(bases, str) else bases
         if not isinstance(names, Sequence) or not all(isinstance(name, str) and name for name in names):
             raise ConfigError(f"{path}: {self._key} is {shown(bases)}: it must name a file or a list of files")
-        found = [self.read(path.parent / expand_user(name), above) for name in dict.fromkeys(names)]
+        whose = f"{self._key} in {path}"
+        found = [self.read(path.parent / expand_user(name), whose, above) for name in dict.fromkeys(names)]
         return merge(str(path), *found, values)
 
 

@@ -204,7 +204,9 @@ def _update(has: Held, how: Reduction) -> Iterator[Moment]:
     elif how.stage == 2 and how.bf16:
         yield Moment(gradients=_FP32 * has.part, update=2 * _FP32 * has.stepped)
     elif how.stage == 3:
-        yield Moment(gradients=_FP32 * has.part, buckets=_FP32 * has.sizes.reduce_bucket, update=3 * _FP32 * has.stepped)
+        yield Moment(
+            gradients=_FP32 * has.part, buckets=_FP32 * has.sizes.reduce_bucket, update=3 * _FP32 * has.stepped
+        )
     else:
         yield Moment(gradients=_FP32 * has.touched, update=_FP32 * has.stepped)
         yield Moment(gradients=_FP32 * (has.touched if has.apart else 0), update=3 * _FP32 * has.stepped)

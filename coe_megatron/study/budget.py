@@ -117,9 +117,7 @@ def _solve(budget: Budget, config: RunConfig, wanted: float, amounts: Amounts) -
     return Solved(value, found, found / wanted - 1)
 
 
-def _require_near(
-    budget: Budget, values: range, value: int, off: float, wanted: float, change: float
-) -> None:
+def _require_near(budget: Budget, values: range, value: int, off: float, wanted: float, change: float) -> None:
     """Refuse an arm that is off by more than `tolerance` of the baseline's, or of what the whole range changes."""
     if abs(off) <= budget.tolerance * min(wanted, change):
         return

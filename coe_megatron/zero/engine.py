@@ -209,7 +209,9 @@ def _parameter_groups(
             "name": expert_groups.group_name() if expert else "dense",
             "moe": expert,
         }
-        for (expert, decays), parameters in sorted(found.items(), key=lambda item: (item[0][0], item[0][1] != matrices_first))
+        for (expert, decays), parameters in sorted(
+            found.items(), key=lambda item: (item[0][0], item[0][1] != matrices_first)
+        )
     ]
 
 

@@ -188,9 +188,7 @@ def test_a_checkpoint_without_the_moments_it_tells_of_is_of_another_model(engine
     del found.state_dict_metadata[key]
     found.storage_data = {index: place for index, place in found.storage_data.items() if index.fqn != key}
     forge(newest, "tensors/.metadata", pickle.dumps(found))
-    with pytest.raises(
-        ConfigError, match=rf"is of another model: {key} is missing in the checkpoint and"
-    ):
+    with pytest.raises(ConfigError, match=rf"is of another model: {key} is missing in the checkpoint and"):
         store.load_latest(run, engine)
     assert store.load_weights(run, engine)[1] == {"step": 2}
 

@@ -56,6 +56,12 @@ def test_chains_of_bases(write) -> None:
     assert "base leads to more than 64 files" in refused(write("base: c0.yaml\n"))
 
 
+@pytest.mark.parametrize("name", ["nowhere.yaml", "a\\0b", "n" * 256, "/dev/zero", "."])
+def test_a_base_that_cannot_be_read_is_named_with_its_key(name: str, write) -> None:
+    path = write(f'base: "{name}"\n')
+    assert refused(path).startswith(f"base in {path} is ")
+
+
 def test_many_bases_count_together(write) -> None:
     for number in range(3):
         write("\n".join(f"k{number}_{key}: 1" for key in range(900)) + "\n", f"b{number}.yaml")
