@@ -46,7 +46,7 @@ PLACES = {
     "dangling.jsonl": "it is a link to nowhere, where nothing is",
     "loop.jsonl": "too many levels of symbolic links",
     "in.jsonl/below.jsonl": "not a directory",
-    "~nobody.at.all/in.jsonl": "there is no user '~nobody.at.all'",
+    "~nobody.at.all/in.jsonl": "there is no such user",
     "in.what": "its name must end in .jsonl",
 }
 
