@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.zero import GatheredParameters
 from engine_build import use_groups
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
@@ -32,7 +33,7 @@ from coe_megatron.training.model import build_model
 from coe_megatron.zero import engine as zero
 from coe_megatron.zero import passes
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.timeout(900)]
 LENGTH, VOCAB, STEPS = 12, 64, 2
 NOISY = RunConfig(
     model=ModelSettings(
@@ -118,8 +119,9 @@ def train(config: RunConfig, evaluate: bool, packed: bool) -> dict[str, Any]:
         found["loss"].append(float(loss))
         found["norm"].append(zero.gradient_norm(engine))
     found["valid"].append(validate(engine, validation)["valid_loss"])
-    named = [*engine.module.named_parameters(), *engine.module.named_buffers()]
-    return found | {"weights": {name: value.detach().clone() for name, value in named}}
+    with GatheredParameters(list(engine.module.parameters())):  # of stage 3 a rank may hold parts
+        named = [*engine.module.named_parameters(), *engine.module.named_buffers()]
+        return found | {"weights": {name: value.detach().clone() for name, value in named}}
 
 
 def _evaluated(engine: zero.Engine, validation: dict[str, ValidationSet]) -> list[float]:
@@ -153,7 +155,7 @@ def work_of_a_rank() -> dict[str, list[dict[str, Any]]]:
 
 @pytest.fixture(scope="module")
 def two_ranks() -> list[dict[str, list[dict[str, Any]]]]:
-    return run_ranks(work_of_a_rank, 2)
+    return run_ranks(work_of_a_rank, 2, seconds=600)
 
 
 @pytest.mark.parametrize("name", CASES)
