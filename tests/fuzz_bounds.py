@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from coe_megatron.errors import ConfigError
-
 PACKAGE = str(Path(__file__).parents[1] / "coe_megatron")
 LONGEST = 2_000  # characters of a refusal
 Result = Callable[[], list[str]]
@@ -187,8 +185,8 @@ def _refusal(error: BaseException) -> Refusal:
 
 
 def _is_declared(error: BaseException) -> bool:
-    """A ConfigError, or a ValueError that our code raises; one of a library or of a built-in is at best an accident."""
-    if isinstance(error, ConfigError):
+    """A ValueError that our code raises; one of a library or of a built-in is at best an accident."""
+    if isinstance(error, ValueError) and type(error).__module__.startswith("coe_megatron."):
         return True
     frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
     name = frame.f_code.co_filename

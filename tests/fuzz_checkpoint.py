@@ -34,7 +34,7 @@ class Checkpoint(Target):
         torch.save({}, checkpoint / "tensors/common.pt")
         (checkpoint / "tensors/metadata.json").write_text('{"sharded_backend": "torch_dist"}')
         torch.save({"cpu": torch.get_rng_state()}, checkpoint / "random/00000.pt")
-        (checkpoint / "state.json").write_text(json.dumps(_FACTS, indent=1))
+        (checkpoint / "state.json").write_text(json.dumps(_SAVED, indent=1))
         seal(checkpoint)
         paths = [path for path in checkpoint.rglob("*") if path.is_file()]
         self.contents = {str(path.relative_to(checkpoint)): path.read_bytes() for path in paths}
@@ -73,7 +73,7 @@ class Checkpoint(Target):
         refusals += [trouble] if trouble else []
         refusals += attempt(lambda: self._anew(checkpoint, folder / "anew"))
         if (checkpoint / "random/00000.pt").is_file() and not trouble:
-            refusals += attempt(lambda: store._read_random(checkpoint / "random/00000.pt"))
+            refusals += attempt(lambda: store._set_random_states(checkpoint / "random/00000.pt"))
         assert not EXECUTED, "what was read has run code"
         return refusals
 
@@ -107,7 +107,7 @@ PICKLES = st.one_of(
         st.sampled_from(_SIZED), _COUNTS, st.booleans(),
     ),
 )  # fmt: skip
-_FACTS = {
+_SAVED = {
     "layout": {"ranks": 1, "tensor": 1, "pipeline": 1, "expert": 1, "expert_tensor": 1, "zero_stage": 1},
     "optimizer_steps": 1,
     "state": {"step": 1, "tokens": 96, "tokenizer": "0" * 64},

@@ -15,6 +15,7 @@ from coe_megatron.study.calibration import calibrate
 from coe_megatron.training import run_folder
 from coe_megatron.training.logged import read_metrics
 from coe_megatron.training.metrics import JsonLines
+from coe_megatron.training.run_record import read_record
 from coe_megatron.training.status import statuses, table
 
 
@@ -51,24 +52,32 @@ class Records(Target):
 
     def act(self, folder: Path, case: Case) -> list[str]:
         run = folder / "run"
-        before = {path: path.read_bytes() for path in run.iterdir() if path.is_file() and not path.is_symlink()}
         rows = statuses([folder])
         assert printable(table(rows, time.time()))
         assert finite([row.as_dict() for row in rows]), "status.py --json has numbers that are no JSON"
         refusals = attempt(lambda: read_metrics(run / "metrics.jsonl")) + attempt(lambda: calibrate(run, 100.0))
-        refusals += attempt(lambda: run_folder.check_same_run(run, self.config, 2000))
+        refusals += attempt(lambda: self._compare(run))
+        before = {path: path.read_bytes() for path in run.iterdir() if path.is_file() and not path.is_symlink()}
         try:
-            refusals += attempt(lambda: self._go_on(run))
+            return refusals + attempt(lambda: self._go_on(run))
         finally:
+            for path in run.iterdir():
+                if path.is_file() and not path.is_symlink() and path not in before:
+                    path.unlink()
             for path, content in before.items():
-                if not path.is_symlink():
-                    path.write_bytes(content)
-        return refusals
+                path.unlink(missing_ok=True)
+                path.write_bytes(content)
+
+    def _compare(self, run: Path) -> None:
+        assert printable(said := run_folder.check_same_run(run, self.config, 512)) and "\n" not in said
 
     def _go_on(self, run: Path) -> None:
-        run_folder.begin(run, self.config).close()
-        JsonLines(run / "metrics.jsonl", 20)
-        run_folder.end(run, "interrupted")
+        with run_folder.begin(self.config) as record:
+            lines = JsonLines(run / "metrics.jsonl", 20)
+            lines.write(_line(30))
+            assert read_metrics(run / "metrics.jsonl")[-1]["step"] == 30, "what a run goes on from cannot be read"
+            record.end("interrupted")
+        assert read_record(run)["attempts"][-1]["outcome"] == "interrupted"
 
 
 def _record() -> dict[str, Any]:
