@@ -54,7 +54,7 @@ def test_a_run_is_inspected_verified_and_averaged(run: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("inspect", "nowhere"), "checkpoint.py: error: nowhere: there is no such folder"),
+        (("inspect", "nowhere"), "checkpoint.py: error: DIR is nowhere: there is no such folder"),
         (("verify", "configs"), "checkpoint.py: error: configs holds no checkpoint: name one, or the folder of a run"),
         (("reshard", "configs", "x", "--files", 0), "checkpoint.py: error: --files is 0: it must be at least 1"),
         (("average", "configs", "x", "--last", 1), "checkpoint.py: error: --last is 1: it must be at least 2"),
