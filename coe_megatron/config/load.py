@@ -69,14 +69,14 @@ def resolve(
 
 def plain(values: Any, whose: str) -> Any:
     """OmegaConf's containers as dicts and lists, references to other keys resolved."""
-    _check_references(OmegaConf.to_container(values))
+    _check_references(OmegaConf.to_container(values), whose)
     try:
         return OmegaConf.to_container(values, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key or whose} has no value: {_first_line(error)}") from None
+        raise ConfigError(f"{whose}: {error.full_key} has no value: {_first_line(error)}") from None
 
 
-def _check_references(values: Any) -> None:
+def _check_references(values: Any, whose: str) -> None:
     """That no text grows beyond bounds by its references: each must name a value that has none, or the environment.
 
     Raises:
@@ -84,20 +84,22 @@ def _check_references(values: Any) -> None:
     """
     leaves = {key: str(value) for key, value in _leaves(values, "")}
     for key, text in leaves.items():
-        size = len(text)
+        if "${" not in text:
+            continue
+        size, said = len(text), f"{whose}: {key} is {shown(text)}"
         for name in _REFERENCE.findall(text):
             if name.startswith("oc.env:"):
                 size += len(os.environ.get(name.removeprefix("oc.env:"), ""))
                 continue
             if not _NAME.fullmatch(name):
-                raise ConfigError(f"{key} is {shown(text)}: a reference is ${{key.sub}} or ${{oc.env:VARIABLE}}")
+                raise ConfigError(f"{said}: a reference is ${{key.sub}} or ${{oc.env:VARIABLE}}")
             if name not in leaves and any(other.startswith(f"{name}.") for other in leaves):
-                raise ConfigError(f"{key} is {shown(text)}: {name} is a section, and a reference must name a value")
+                raise ConfigError(f"{said}: {name} is a section, and a reference must name a value")
             if "${" in leaves.get(name, ""):
-                raise ConfigError(f"{key} is {shown(text)}: {name} is a reference itself, refer to what it names")
+                raise ConfigError(f"{said}: {name} is a reference itself, refer to what it names")
             size += len(leaves.get(name, ""))
-        if "${" in text and size > _LONGEST_TEXT:
-            raise ConfigError(f"{key} has references to more than {_LONGEST_TEXT:,} characters")
+        if size > _LONGEST_TEXT:
+            raise ConfigError(f"{whose}: {key} has references to more than {_LONGEST_TEXT:,} characters")
 
 
 def _leaves(values: Any, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -173,7 +175,7 @@ def read_all(whose: str, paths: Sequence[Path]) -> Any:
         ConfigError: as `read`, and if they do not fit together.
     """
     files = _Files("base", lambda _path, values: values)
-    return merge(whose, *(files.read(path, ()) for path in paths))
+    return merge(whose, *(files.read(path, whose, ()) for path in paths))
 
 
 class _Files:
@@ -207,14 +209,24 @@ class _Files:
         self._nodes += nodes
         if self._nodes > parsing.MOST_NODES:
             raise ConfigError(f"{path}: with what its {self._key} names it has more than {parsing.MOST_NODES:,} keys")
-        values = self._prepare(path, values)
-        bases = values.pop(self._key, [])
+        try:
+            values = self._prepare(path, values)
+            bases = plain(OmegaConf.create({self._key: values.pop(self._key, [])}), str(path))[self._key]
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{path}: {error.full_key or self._key} has no value: {_first_line(error)}") from None
         names = [bases] if isinstance(bases, str) else bases
         if not isinstance(names, Sequence) or not all(isinstance(name, str) and name for name in names):
             raise ConfigError(f"{path}: {self._key} is {shown(bases)}: it must name a file or a list of files")
         whose = f"{self._key} in {path}"
-        found = [self.read(path.parent / expand_user(name), whose, above) for name in dict.fromkeys(names)]
+        found = [self.read(path.parent / _expanded(name, whose), whose, above) for name in dict.fromkeys(names)]
         return merge(str(path), *found, values)
+
+
+def _expanded(text: str, whose: str) -> str:
+    try:
+        return expand_user(text)
+    except ConfigError as error:
+        raise ConfigError(f"{whose} is {error}") from None
 
 
 def merge(whose: str, *given: Any) -> Any:

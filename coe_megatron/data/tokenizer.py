@@ -55,6 +55,7 @@ class Tokenizer:
             if not model:
                 raise RuntimeError("SentencePiece takes no bytes for no model, and fails later")
             self._processor = SentencePieceProcessor(model_proto=model)
+            proto = _parsed(model)
         except RuntimeError as error:
             raise problem(path, name, "it is no SentencePiece model") from error
         self.vocab_size: int = self._processor.vocab_size()
@@ -64,7 +65,7 @@ class Tokenizer:
         pad_id: int = self._processor.pad_id()
         self.pad_id = pad_id if pad_id >= 0 else self.eos_id
         self.sha256 = hashlib.sha256(model).hexdigest()
-        self._words = _Words(self._processor) if _splits_at_spaces(model) else None
+        self._words = _Words(self._processor) if _splits_at_spaces(proto) else None
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of a text [n] int32, without bos or eos: SentencePiece's own, found word by word where that is
@@ -114,15 +115,26 @@ def _parts(text: str, start: int) -> Iterator[str]:
         start = end + 1
 
 
-def _splits_at_spaces(model: bytes) -> bool:
+def _parsed(model: bytes) -> Any:
+    """The model as SentencePiece's own message; a RuntimeError, as of its processor, if it holds no text."""
+    from google.protobuf.message import DecodeError
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    try:
+        proto = ModelProto.FromString(model)
+    except DecodeError as error:
+        raise RuntimeError(str(error)) from error
+    if not all(isinstance(piece.piece, str) for piece in proto.pieces):  # bytes where it is not UTF-8
+        raise RuntimeError("a piece is not UTF-8")
+    return proto
+
+
+def _splits_at_spaces(proto: Any) -> bool:
     """Whether the ids of a text are those of its words, each with the space before it, one after the other.
 
     So it is with BPE when no piece holds a space but at its start, and nothing else looks across a space: no
     normalisation, and bytes for unknown characters (which otherwise melt into one unknown piece).
     """
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto
-
-    proto = ModelProto.FromString(model)
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     lossless = not (
         normalizer.precompiled_charsmap or normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces

@@ -22,7 +22,7 @@ from coe_megatron.study.settings import StudySettings
 Labels: TypeAlias = Mapping[str, str]  # by axis
 
 _OWN = {"training.seed": "seeds", "output": "output"}  # settings that a study decides by a key of its own
-_MOST_ARMS, _MOST_RUNS = 1_000, 10_000  # an arm takes some 25 ms to resolve
+_MOST_ARMS, _MOST_RUNS = 1_000, 2_000  # an arm takes some 25 ms to resolve
 _NOT_FOR_ARMS = {"report"}  # folders of a study that are no arm's
 _SETTING = re.compile(r"[\w-]+(\.[\w-]+)*")
 
@@ -97,7 +97,7 @@ class Study:
     baseline: Arm
     skipped: list[tuple[Labels, str]]
 
-    @property
+    @cached_property
     def runs(self) -> list[Run]:
         """Arm by arm."""
         return [run for arm in self.arms for run in arm.runs(self.settings.seeds)]

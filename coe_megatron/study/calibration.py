@@ -50,7 +50,10 @@ def calibrate(folder: Path, half_rows: float) -> Speed:
         ConfigError: there is no run in the folder, or too little of one.
     """
     record, lines = _read(folder)
-    config = _with_vocabulary(load(folder / "config.yaml"), record)
+    try:
+        config = _with_vocabulary(load(folder / "config.yaml"), record)
+    except ConfigError as error:
+        raise ConfigError(f"--calibration is {folder}: its config.yaml cannot be used: {error}") from None
     logged = [line for line in lines if (line.get("step_seconds") or 0) > 0]
     if len(logged) < _FEWEST:
         raise ConfigError(

@@ -239,7 +239,7 @@ def crossed(axes: int, labels: int) -> dict[str, Any]:
     ("changes", "said"),
     [
         ({"axes": crossed(9, 10), "skip": None}, "axes cross to more than 1,000 arms: divide them"),
-        ({"seeds": list(range(4000))}, "seeds and axes come to more than 10,000 runs: divide them"),
+        ({"seeds": list(range(4000))}, "seeds and axes come to more than 2,000 runs: divide them"),
         ({"base": [f"{n}.yaml" for n in range(100)]}, "at most 64 files, none twice"),
         ({"skip": [{"where": {"design": [[["x"]] * 9]}, "reason": "x"}]}, "skip.0.where.design is "),
     ],
