@@ -102,8 +102,12 @@ def _require_files(checkpoint: Path) -> list[Path]:
     """Look at what there is besides tensors; returns the files of generators' states. On one rank."""
     facts, common = Facts.read(checkpoint), checkpoint / "tensors" / "common.pt"
     states = sorted((checkpoint / "random").glob("*"))
-    if facts.optimizer_steps is not None and len(states) != facts.layout.ranks:
-        raise ConfigError(f"random has {len(states):,} files, and {FACTS} tells of {facts.layout.ranks:,} ranks")
+    if facts.optimizer_steps is not None:
+        ranks = facts.layout.ranks
+        if len(states) != ranks:
+            raise ConfigError(f"random has {len(states):,} files, and {FACTS} tells of {ranks:,} ranks")
+        if missing := {random_file(checkpoint, rank) for rank in range(ranks)} - {*states}:
+            raise ConfigError(f"random/{min(missing).name} is missing")
     if os.path.lexists(common) and (found := saved_problem(common, lambda saved: saved == {})):
         raise ConfigError(found)
     return states

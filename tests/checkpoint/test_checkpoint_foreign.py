@@ -176,6 +176,10 @@ VOUCHED: dict[str, tuple[Change, str]] = {
         "too long, or no terminal shows it",
     ),
     "no generators' states": (lambda checkpoint: (checkpoint / "random" / "00000.pt").unlink(), "it holds random"),
+    "another rank's states": (
+        lambda checkpoint: (checkpoint / "random" / "00000.pt").rename(checkpoint / "random" / "00001.pt"),
+        "random/00000.pt is missing",
+    ),
     "too many generators' states": (text("random/00001.pt", ""), "random has 2 files, and state.json tells of 1 ranks"),
     "generators' states that are none": (text("random/00000.pt", "x"), "random/00000.pt is damaged: it is no file of"),
     "large generators' states": (sparse("random/00000.pt", LARGE), f"random/00000.pt has {LARGE} bytes"),
@@ -250,7 +254,7 @@ CHANGED: dict[str, tuple[Change, str]] = {
     "a listed name of 300 bytes": (listed("x" * 300), "x" * 300 + " is missing"),
     "a list with a file twice": (
         lambda c: (c / SEAL).write_text((c / SEAL).read_text().replace('"files": {', '"files": {"state.json": {},')),
-        f"the content of {SEAL} has changed",
+        f"{SEAL} cannot be read: it has",
     ),
 }
 
