@@ -69,14 +69,14 @@ def resolve(
 
 def plain(values: Any, whose: str) -> Any:
     """OmegaConf's containers as dicts and lists, references to other keys resolved."""
-    _check_references(OmegaConf.to_container(values), whose)
+    check_references(OmegaConf.to_container(values), whose)
     try:
         return OmegaConf.to_container(values, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{whose}: {error.full_key} has no value: {_first_line(error)}") from None
 
 
-def _check_references(values: Any, whose: str) -> None:
+def check_references(values: Any, whose: str) -> None:
     """That no text grows beyond bounds by its references: each must name a value that has none, or the environment.
 
     Raises:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from coe_megatron.config import RunConfig
 from coe_megatron.config.load import read_all, resolve
@@ -137,10 +139,15 @@ def make_study(settings: StudySettings, overrides: Sequence[str] = ()) -> Study:
 
 
 def override(key: str, value: Any) -> str:
-    """`key=value` as a command line takes it; text is quoted only where YAML would read something else."""
-    if isinstance(value, str) and OmegaConf.to_container(OmegaConf.from_dotlist([f"x={value}"])) == {"x": value}:
-        return f"{key}={value}"
-    return f"{key}={json.dumps(value)}"
+    """`key=value` as a command line takes it; text is quoted only where YAML would read something else, or nothing."""
+    return f"{key}={value if isinstance(value, str) and _reads_as_itself(value) else json.dumps(value)}"
+
+
+def _reads_as_itself(text: str) -> bool:
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([f"x={text}"])) == {"x": text}
+    except (YAMLError, OmegaConfBaseException, ValueError):
+        return False
 
 
 def _points(name: str, given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -1,13 +1,14 @@
 """The study file: what is compared, with which seeds, and what is held equal meanwhile."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from omegaconf import OmegaConf
 from pydantic import Field
 
-from coe_megatron.config.load import parse_as, plain, read
+from coe_megatron.config.load import check_references, parse_as, plain, read
 from coe_megatron.config.settings import Count, Index, PathText
 from coe_megatron.errors import ConfigError
 from coe_megatron.files import expand_user
@@ -130,12 +131,12 @@ def _text_keys(where: str, given: Any) -> Any:
 def _with_paths(path: Path, values: Any) -> Any:
     """The `base` of a file, as paths from here."""
     if "base" in values:
+        check_references(OmegaConf.to_container(values), str(path))
         given = values["base"]
-        names = [given] if isinstance(given, str) else given
-        if not names or not isinstance(names, Sequence) or not all(isinstance(name, str) and name for name in names):
-            raise ConfigError(
-                f"{path}: base is {shortened(repr(given), 100)}: it must name a run config or a list of them"
-            )
+        names = [given] if isinstance(given, str) else list(given) if OmegaConf.is_list(given) else None
+        if not names or not all(isinstance(name, str) and name for name in names):
+            said = shortened(repr(given), 100)
+            raise ConfigError(f"{path}: base is {said}: it must name a run config or a list of them")
         if len(set(names)) < len(names) or len(names) > _MOST_BASES:
             raise ConfigError(f"{path}: base is {shortened(str(given), 100)}: at most {_MOST_BASES} files, none twice")
         values["base"] = [str(path.parent / expand_user(name)) for name in names]

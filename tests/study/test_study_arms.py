@@ -88,7 +88,27 @@ def test_a_study_of_other_sizes_takes_its_axes_from_another_file(study_file: Wri
 
 
 @pytest.mark.parametrize(
-    "value", ["plain/text", "a: b", "", "1", "null", "1e-3", "[a]", 3, 0.5, 1e-7, True, None, [1, 2], {"a": "b"}]
+    "value",
+    [
+        "plain/text",
+        "a: b",
+        "",
+        "1",
+        "null",
+        "1e-3",
+        "[a]",
+        "[",
+        "{",
+        "'",
+        "@x",
+        3,
+        0.5,
+        1e-7,
+        True,
+        None,
+        [1, 2],
+        {"a": "b"},
+    ],
 )
 def test_an_override_is_read_as_the_value_it_was_made_of(value: Any, tmp_path: Path) -> None:
     from omegaconf import OmegaConf
@@ -104,6 +124,9 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"base": None}, "base is missing"),
     ({"base": 7}, "base is 7: it must name a run config or a list of them"),
     ({"base": "none.yaml"}, "there is no such file"),
+    ({"base": "${nothing}"}, "base has no value: Interpolation key 'nothing' not found"),
+    ({"base": ["${a}"], "a": "${b}${b}", "b": "${c}${c}"}, "a is a reference itself, refer to what it names"),
+    ({"set": {"moe.ffn_hidden_size": "["}}, "moe.ffn_hidden_size is '[': it should be an integer"),
     ({"base_study": "study.yaml"}, "base_study leads back to this file"),
     ({"seeds": []}, "seeds is []: it should have at least 1 item"),
     ({"seeds": [1, 1]}, "seeds is [1, 1]: each must be another"),

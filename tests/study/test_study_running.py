@@ -93,8 +93,9 @@ def test_runs_go_seed_by_seed_one_after_another(place: Place) -> None:
 
 
 def test_no_more_than_so_many_at_once(place: Place) -> None:
+    place.how = dict.fromkeys(map(name, place.runs()), "slow")
     place.go(place.runs(), at_once=2)
-    assert most_at_once(place.events) == 2 and len(place.events) == 12
+    assert most_at_once(place.events) == 2 and len(place.events) == 18
 
 
 def test_devices_are_given_out_and_given_back(place: Place) -> None:
@@ -139,7 +140,7 @@ def test_a_run_that_cannot_be_started_stops_no_other(place: Place) -> None:
     (place.folder / MOE).write_text("a file where its folder would be")
     ended = place.go(place.runs())
     assert [each.status.name for each in ended.values()] == ["MISTAKE", "DONE", "DONE"] * 2
-    assert ended[f"{MOE}/seed-1"].reason.endswith(f"{place.folder}/{MOE} is a file, and no folder")
+    assert ended[f"{MOE}/seed-1"].reason.endswith("not a directory")
 
 
 def test_an_old_error_is_not_taken_for_the_new_one(place: Place) -> None:
