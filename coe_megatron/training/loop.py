@@ -102,15 +102,19 @@ def _attempt(
     output: run_folder.RunFolder | None,
 ) -> run_folder.Outcome | None:  # fmt: skip
     """One attempt in a folder that is begun (on rank 0 `output`); however it ends, run.json says so."""
+    run = None
     try:
         if warning := _at_rank_0(lambda: room.require(config, ranks.world_size)):
             print(warning, file=sys.stderr)
         run = Pretraining(config, device, interruption, watch, ranks.node, output)
+        first = run.position.step
         run.run()
         return _at_rank_0(lambda: None if output is None else output.finish())
-    except ConfigError:
-        if output is not None:
+    except ConfigError as error:
+        if output is not None and (run is None or run.position.step == first):
             output.withdraw()
+        elif output is not None:  # of data that was damaged meanwhile: what the run has done stays
+            output.end(f"failed: {error}")
         raise
     except BaseException as error:
         if output is not None:

@@ -516,6 +516,28 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_data_damaged_under_a_run_is_one_line_and_costs_nothing(config: Path, prepared: Path, tmp_path: Path) -> None:
+    data, output = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(prepared, data)
+    common = ("launch/pretrain_coe.py", config, f"data.path={data}", f"output={output}", "parallel.expert=1")
+    process = start_python(*common, "training.save_every=1", "training.steps=2000")
+    try:
+        wait_for_step(output, 3, process)
+        with (data / "train.bin").open("r+b") as file:
+            file.write(b"\xff" * (data / "train.bin").stat().st_size)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 2 and "Traceback" not in said
+    line = f"pretrain_coe.py: error: {data / 'train.bin'} is damaged: it holds token 65535, and the tokenizer has 512"
+    assert said.splitlines()[-1].startswith(line)
+    assert '"outcome": "failed: ' in (output / "run.json").read_text()
+    shutil.copyfile(prepared / "train.bin", data / "train.bin")
+    reached = max(int(path.name[5:]) for path in (output / "checkpoints").glob("step-*") if not path.suffix)
+    done = python(*common, f"training.steps={reached + 1}")
+    assert done.returncode == 0 and f"resumed at step {reached}" in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize("iterations", [1, 3])
 def test_one_process_without_torchrun(config: Path, prepared: Path, tmp_path: Path, iterations: int) -> None:
     done = python(
