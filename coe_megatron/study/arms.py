@@ -24,6 +24,7 @@ from coe_megatron.study.settings import StudySettings
 Labels: TypeAlias = Mapping[str, str]  # by axis
 
 _OWN = {"training.seed": "seeds", "output": "output"}  # settings that a study decides by a key of its own
+_LONGEST_LABEL = 255  # bytes
 _MOST_ARMS, _MOST_RUNS = 1_000, 2_000  # an arm takes some 25 ms to resolve
 _NOT_FOR_ARMS = {"report"}  # folders of a study that are no arm's
 _SETTING = re.compile(r"[\w-]+(\.[\w-]+)*")
@@ -181,11 +182,14 @@ def _in_step(where: str, given: Mapping[str, list[Any]]) -> dict[str, dict[str, 
 
 
 def _check_labels(where: str, points: Mapping[str, Any]) -> None:
-    """No label is empty, or could be taken for another."""
+    """No label is empty, longer than a file's name, or could be taken for another."""
     seen: dict[str, str] = {}
     for label in points:
         if not label.strip():
             raise ConfigError(f"{where} has the label {label!r}: it needs text that can be read")
+        if (size := len(label.encode(errors="replace"))) > _LONGEST_LABEL:
+            said = f"a label of {size} bytes ({ascii(shortened(label, 30))}), the longest name has {_LONGEST_LABEL}"
+            raise ConfigError(f"{where} has {said}")
         if (other := seen.setdefault(looks_like(label), label)) != label:
             said = " and ".join(ascii(shortened(each, 100)) for each in (other, label))
             raise ConfigError(f"{where} has the labels {said}: nobody could tell them apart")

@@ -120,6 +120,7 @@ def test_an_override_is_read_as_the_value_it_was_made_of(value: Any, tmp_path: P
 DESIGN = {"a": {"moe.topk": 4}, "b": {"moe.topk": 2}}
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"axis": {}}, "axis is not a setting; did you mean axes?"),
+    ({"axes": {"a": {"n" * 256: {}}}}, "axes.a has a label of 256 bytes"),
     ({"output": None}, "output is missing: a value is needed there"),
     ({"base": None}, "base is missing"),
     ({"base": 7}, "base is 7: it must name a run config or a list of them"),
@@ -212,8 +213,8 @@ def test_what_an_axis_decides_no_override_does(study_file: Write, given: str) ->
 LABELS = [
     r"$\frac{a$",
     "a, b",
-    "n" * 300,
-    "n" * 299 + "m",
+    "n" * 255,
+    "n" * 254 + "m",
     "=1+1",
     "\x00\x1b[31m",
     "a\nb",
