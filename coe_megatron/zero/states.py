@@ -59,6 +59,8 @@ def gathered(engine: Engine) -> Iterator[None]:
     if engine.zero_optimization_stage() < 3:
         yield
         return
+    # A forward pass without a backward pass, an evaluation, leaves weights behind that it has begun to gather ahead.
+    engine.empty_partition_cache()
     parameters = list(engine.module.parameters())
     with ExitStack() as stack:
         for experts in (True, False):  # each family has ranks of its own to gather from

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from deepspeed.zero import GatheredParameters
 from engine_build import use_groups
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
@@ -31,7 +30,7 @@ from coe_megatron.parallel.groups import seed_dropout
 from coe_megatron.training.evaluation import Batch, ValidationSet, counted_loss, forward, validate
 from coe_megatron.training.model import build_model
 from coe_megatron.zero import engine as zero
-from coe_megatron.zero import passes
+from coe_megatron.zero import passes, states
 
 pytestmark = [pytest.mark.ranks, pytest.mark.timeout(900)]
 LENGTH, VOCAB, STEPS = 12, 64, 2
@@ -119,7 +118,7 @@ def train(config: RunConfig, evaluate: bool, packed: bool) -> dict[str, Any]:
         found["loss"].append(float(loss))
         found["norm"].append(zero.gradient_norm(engine))
     found["valid"].append(validate(engine, validation)["valid_loss"])
-    with GatheredParameters(list(engine.module.parameters())):  # of stage 3 a rank may hold parts
+    with states.gathered(engine):
         named = [*engine.module.named_parameters(), *engine.module.named_buffers()]
         return found | {"weights": {name: value.detach().clone() for name, value in named}}
 
