@@ -125,9 +125,9 @@ class Segment:
     Attributes:
         kept: bytes that it keeps for its backward pass.
         working: bytes that its backward pass takes beside that.
-        late: bytes of both that are left when the gradients of its weights are there; a chain's are added up over its
-            iterations, and come with the first of these.
-        last: of `late`, what is left at the last of these gradients.
+        late: bytes of both that are left when the first gradient of its weights is there; a chain's are added up over
+            its iterations, and come with the first of these.
+        last: the same at the other gradients.
     """
 
     kept: int
@@ -165,11 +165,15 @@ def _moe_segment(shape: ModelShape, run: Pass, norm: int, dropout: int) -> Segme
     own_norms, c = shape.chain.topology == "iteration_norm", shape.chain.iterations
     kept = sum(_chain(shape, run).values()) + (0 if own_norms else norm) + dropout
     recomputed = _recomputed(shape, run)
-    rows = _tokens(shape, run) * shape.topk * run.element
-    late = kept // c + recomputed // (c if run.recompute == "layer" else 1)
-    late += rows * (run.expert_tensor * shape.hidden + shape.expert_ffn)
-    # Experts come last; when the first product's weights get theirs, what lay behind that is gone.
-    return Segment(kept, recomputed + _gradients(shape, run), late, late - rows * _between(shape))
+    there = kept // c + recomputed // (c if run.recompute == "layer" else 1)
+    rows, state = _tokens(shape, run) * shape.topk * run.element, run.expert_tensor * shape.hidden
+    # The experts' second product comes first; after the first one, nothing but the gradient of their input is left.
+    return Segment(
+        kept,
+        recomputed + _gradients(shape, run),
+        late=there + rows * (state + shape.expert_ffn),
+        last=there - rows * ((shape.ffn_matrices - 1) * shape.expert_ffn + _between(shape)),
+    )
 
 
 def _tokens(shape: ModelShape, run: Pass) -> int:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from coe_megatron.config.zero_sizes import sizes_trouble
 from coe_megatron.files import read_limited
 from coe_megatron.parsing import CONFIG_BYTES, parse_json
 
@@ -52,6 +53,8 @@ def read_native(path: str) -> dict[str, Any]:
     for key, setting in _DECIDED.items():
         if _holds(native, key.split(".")):
             raise ValueError(f"zero.deepspeed is {path}: it says {key}, which {setting} decides; leave it out")
+    if said := sizes_trouble(native):
+        raise ValueError(f"zero.deepspeed is {path}: {said}")
     return native
 
 

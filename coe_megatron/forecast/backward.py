@@ -1,4 +1,4 @@
-"""What a rank holds at the moments of a step: from the last micro-batch's loss back to the embedding, and in the update.
+"""What a rank holds at each moment of a step: from the last loss back to the embedding, and in the update.
 
 Activations go as gradients come, so their sum says nothing: a step's peak is the largest of the moments. They follow
 DeepSpeed 0.19.8 tensor by tensor (`runtime/zero/stage_1_and_2.py`, `stage3.py`, `bf16_optimizer.py`, `engine.py`);
@@ -7,6 +7,7 @@ tests hold them against running engines.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from coe_megatron.chain.activations import Segment
 from coe_megatron.config.zero_sizes import ZeroSizes
@@ -15,28 +16,40 @@ from coe_megatron.forecast.held import Held
 _FP32 = 4
 
 
+class Gradients(NamedTuple):
+    """Bytes.
+
+    Attributes:
+        summed: what stays when the pass has ended: sums of micro-batches, or gradients in their places.
+        fresh: what does not: gradients to be added, or waiting to be reduced.
+        buckets: in which they are reduced, with the copies that DeepSpeed makes of a bucket.
+    """
+
+    summed: int
+    fresh: int
+    buckets: int
+
+
 @dataclass(frozen=True)
 class Moment:
     """Bytes of what comes and goes in a step.
 
     Attributes:
+        gradients: and their buckets.
         activations: with what the backward pass takes beside them.
-        gradients: summed, waiting to be reduced, and reduced.
-        buckets: in which they are reduced, with the copies that DeepSpeed makes of a bucket.
         gathered: weights of stage 3 that are whole meanwhile.
         update: what the optimizer takes for its step.
     """
 
+    gradients: Gradients
     activations: int = 0
     gathered: int = 0
-    gradients: int = 0
-    buckets: int = 0
     update: int = 0
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.activations + self.gathered + self.gradients + self.buckets + self.update
+        return sum(self.gradients) + self.activations + self.gathered + self.update
 
 
 @dataclass(frozen=True)
@@ -87,13 +100,13 @@ def moments(
     gradients = _Sums(has, how) if how.in_place or how.whole else _Buckets(has, how)
     left = earlier + sum(segment.kept for segment in segments)
     for segment, tensors in zip(reversed(segments), reversed(has.segments), strict=True):
-        yield Moment(left + segment.working, gathered, gradients.held, gradients.buckets)
-        for number, size in reversed(list(enumerate(tensors))):
-            there = left - segment.kept + (segment.late if number else segment.last)
+        yield Moment(gradients.now, left + segment.working, gathered)
+        for number, size in enumerate(tensors):
+            there = left - segment.kept + (segment.last if number else segment.late)
             for most in gradients.arrive(size):
-                yield Moment(there, gathered, *most)
+                yield Moment(most, there, gathered)
         left -= segment.kept
-    yield Moment(left, gathered, *gradients.end())
+    yield Moment(gradients.end(), left, gathered)
     yield from _update(has, how)
 
 
@@ -102,26 +115,25 @@ class _Sums:
 
     def __init__(self, has: Held, how: Reduction) -> None:
         self._has, self._how = has, how
-        self.held = _FP32 * has.whole if how.summed or how.bf16 else 0
-        self.buckets = how.buffer(has.sizes)
+        self.now = Gradients(_FP32 * has.whole if how.summed or how.bf16 else 0, 0, how.buffer(has.sizes))
 
-    def arrive(self, size: int) -> Iterator[tuple[int, int]]:
-        """A tensor of so many; yields bytes of gradients and of buckets."""
+    def arrive(self, size: int) -> Iterator[Gradients]:
+        """A tensor of so many parameters has its gradient; what there is meanwhile."""
         if self._how.bf16:
-            yield self.held + (self._how.element + _FP32) * size, self.buckets
+            yield self.now._replace(fresh=(self._how.element + _FP32) * size)
         elif self._how.summed:
-            yield self.held + _FP32 * size, self.buckets
+            yield self.now._replace(fresh=_FP32 * size)
         else:
-            self.held += _FP32 * size
-            yield self.held, self.buckets
+            self.now = self.now._replace(summed=self.now.summed + _FP32 * size)
+            yield self.now
 
-    def end(self) -> tuple[int, int]:
+    def end(self) -> Gradients:
         """DeepSpeed copies them end to end until there are more than a bucket holds; in bf16 they lie so anyway."""
         has = self._has
         if self._how.whole and not self._how.in_place:
-            return _FP32 * (has.whole + has.touched), self.buckets
+            return Gradients(_FP32 * has.whole, _FP32 * has.touched, self.now.buckets)
         copied = 0 if self._how.bf16 else min(has.whole, has.sizes.reduce_bucket + has.largest_tensor)
-        return _FP32 * has.whole, _FP32 * copied
+        return Gradients(_FP32 * has.whole, 0, _FP32 * copied)
 
 
 class _Buckets:
@@ -135,33 +147,25 @@ class _Buckets:
     def __init__(self, has: Held, how: Reduction) -> None:
         self._has, self._how = has, how
         self._in_bucket = self._waiting = self._arrived = 0
-        self._element = how.element
-        own = has.part if how.bf16 or how.stage == 3 else has.touched
-        kept_sum = how.stage > 1 and (how.summed or how.stage == 3)
-        self._sum = _FP32 * (has.whole if how.stage == 1 and how.summed else own * kept_sum)
-        self._own = 0 if how.stage == 3 or (kept_sum and how.bf16) else _FP32 * own  # the buffer that is still to come
-        self._fresh = 0
-        self.buckets = how.buffer(has.sizes)
-
-    def _copied(self) -> int:
-        """Bytes that are copied to reduce what is in the bucket; none where all of it is one rank's."""
-        if self._how.stage == 3:
-            return _FP32 * self._in_bucket
-        if self._how.bf16:
-            return (self._how.element + _FP32) * self._in_bucket
-        return _FP32 * self._in_bucket if self._in_bucket > self._has.part else 0
+        own = _FP32 * (has.part if how.bf16 or how.stage == 3 else has.touched)
+        there = how.stage == 3 or (how.stage == 2 and how.summed)
+        self._own = 0 if how.stage == 3 or (there and how.bf16) else own  # the buffer that is still to come
+        self._own_stays = not there
+        self._adds = how.stage == 1 and how.summed  # to whole sums, out of which it reduces
+        self._summed, self._fresh = _FP32 * has.whole if self._adds else own * there, 0
 
     @property
-    def held(self) -> int:
-        """Bytes of gradients."""
-        return self._sum + self._fresh
+    def now(self) -> Gradients:
+        """What there is."""
+        return Gradients(self._summed, self._fresh, self._how.buffer(self._has.sizes))
 
-    def arrive(self, size: int) -> Iterator[tuple[int, int]]:
+    def arrive(self, size: int) -> Iterator[Gradients]:
         """As `_Sums.arrive`."""
         room = self._has.sizes.reduce_bucket
-        adds = self._how.stage == 1 and self._how.summed
-        self._fresh += 0 if adds else self._element * size
-        yield self.held + (_FP32 * size if adds else 0), self.buckets
+        self._fresh += self._how.element * size
+        yield self.now
+        if self._adds:
+            self._fresh -= self._how.element * size
         if self._in_bucket and self._in_bucket + size > room:
             yield self._reduce()
         if size <= room:
@@ -171,42 +175,43 @@ class _Buckets:
         self._in_bucket += size
         self._arrived += size
 
-    def end(self) -> tuple[int, int]:
-        """As `_Sums.end`."""
+    def end(self) -> Gradients:
+        """What is left in the bucket is reduced."""
         return self._reduce()
 
-    def _reduce(self) -> tuple[int, int]:
-        copies = self._copied()
-        self._sum += self._own
-        self._own = 0
-        most = self.held, self.buckets + copies
+    def _reduce(self) -> Gradients:
+        if self._own_stays:
+            self._summed += self._own
+        else:
+            self._fresh += self._own
+        self._own, now = 0, self.now
+        most = now._replace(buckets=now.buckets + self._copied())
         if self._how.stage > 1 or self._arrived <= self._has.part:
             self._forget(self._waiting)
         self._waiting = self._in_bucket = 0
         return most
 
+    def _copied(self) -> int:
+        """Bytes that are copied to reduce what is in the bucket; in fp32 none where all of it is one rank's."""
+        if self._how.stage == 3:
+            return _FP32 * self._in_bucket
+        if self._how.bf16:
+            return (self._how.element + _FP32) * self._in_bucket
+        return _FP32 * self._in_bucket if self._in_bucket > self._has.part else 0
+
     def _forget(self, size: int) -> None:
-        if self._how.stage == 1 and self._how.summed:
-            self._sum -= _FP32 * size
+        if self._adds:
+            self._summed -= _FP32 * size
         else:
-            self._fresh -= self._element * size
+            self._fresh -= self._how.element * size
 
 
 def _update(has: Held, how: Reduction) -> Iterator[Moment]:
-    """AdamW makes two tensors as large as what it steps at once, in stage 0 of one parameter after another.
-
-    Stages 1 (in fp32) to 3 lay the gradients of what they step end to end before.
-    """
-    if how.stage == 0:
-        yield Moment(gradients=_FP32 * has.whole, update=2 * _FP32 * has.largest_tensor)
-    elif how.stage == 1 and (how.bf16 or how.whole):
-        yield Moment(gradients=_FP32 * has.whole, update=2 * _FP32 * has.stepped)
+    """Fused AdamW takes nothing for itself; but stages 1 and 2 in fp32, and 3, lay its gradients end to end before."""
+    if how.stage == 0 or (how.stage == 1 and (how.bf16 or how.whole)):
+        yield Moment(Gradients(_FP32 * has.whole, 0, 0))
     elif how.stage == 2 and how.bf16:
-        yield Moment(gradients=_FP32 * has.part, update=2 * _FP32 * has.stepped)
-    elif how.stage == 3:
-        yield Moment(
-            gradients=_FP32 * has.part, buckets=_FP32 * has.sizes.reduce_bucket, update=3 * _FP32 * has.stepped
-        )
+        yield Moment(Gradients(_FP32 * has.part, 0, 0))
     else:
-        yield Moment(gradients=_FP32 * has.touched, update=_FP32 * has.stepped)
-        yield Moment(gradients=_FP32 * (has.touched if has.apart else 0), update=3 * _FP32 * has.stepped)
+        reduced, buckets = (has.part, how.buffer(has.sizes)) if how.stage == 3 else (has.touched, 0)
+        yield Moment(Gradients(_FP32 * reduced, 0, buckets), update=_FP32 * has.stepped)

@@ -28,7 +28,7 @@ class Held:
         largest: those of the layer or table that is largest, of what has replicas.
         touched: those in tensors of which ZeRO gives a rank a part or more, where a cut does not care for tensors.
         segments: sizes of its matrices by the parts of a forward pass: embedding, attention and feed-forward of each
-            layer, and output layer, as `chain.activations.segments` has them.
+            layer, and output layer, as `chain.activations.segments` has them; in each as their gradients come.
         sizes: of DeepSpeed's buckets.
     """
 
@@ -101,7 +101,7 @@ def held(config: RunConfig, shape: ModelShape, ranks: Layout, stage: int) -> Hel
             table,
         ),
         touched=_touched(in_order, ranks),
-        segments=tuple(tuple(size for _, size in segment) for segment in segments),
+        segments=tuple(tuple(_as_gradients_come(segment)) for segment in segments),
         sizes=sizes,
     )
 
@@ -146,6 +146,13 @@ def _segments(shape: ModelShape, ranks: Layout) -> list[list[tuple[str, int]]]:
         beside = chain if is_chain else plain if is_moe else dense
         segments += [attention, (experts if is_moe else []) + [("dense", size) for size in beside]]
     return segments
+
+
+def _as_gradients_come(segment: list[tuple[str, int]]) -> list[int]:
+    """Experts before router and shared experts; of attention Megatron registers the output first."""
+    experts = [size for kind, size in segment if kind == "expert"]
+    first, *rest = [size for kind, size in segment if kind == "dense"] or [0]
+    return [*reversed(experts), first, *reversed(rest)]
 
 
 def _attention_matrices(shape: ModelShape) -> list[int]:

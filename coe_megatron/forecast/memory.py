@@ -8,6 +8,7 @@ from coe_megatron.config.shape import stage_pass, stage_shape
 from coe_megatron.forecast.backward import Moment, Reduction, moments
 from coe_megatron.forecast.held import Held, held
 
+MEASURED = ("weights", "gradients", "optimizer", "communication_buckets", "activations")  # components of a rank
 _MASTER_AND_MOMENTS = 12  # bytes a parameter: fp32 master weight and AdamW's two moments
 _FP32 = 4  # bytes; gradients are summed and sent in fp32
 
@@ -25,8 +26,8 @@ def memory(config: RunConfig, shape: ModelShape, ranks: Layout, stage: int, run:
     return {
         "weights": _weights(config, has),
         "gathered": peak.gathered,
-        "gradients": peak.gradients,
-        "communication_buckets": peak.buckets,
+        "gradients": peak.gradients.summed + peak.gradients.fresh,
+        "communication_buckets": peak.gradients.buckets,
         "optimizer": 0 if config.zero.offload_optimizer else _optimizer(config, has),
         "activations": peak.activations,
         "whole_sequence": _whole_sequence(config, shape) if ranks.tensor > 1 else 0,
@@ -35,23 +36,24 @@ def memory(config: RunConfig, shape: ModelShape, ranks: Layout, stage: int, run:
 
 
 def components(kinds: dict[str, int]) -> dict[str, int]:
-    """`memory` by what a study compares; `other` is what ZeRO and tensor parallelism make whole, and AdamW's step."""
-    named = ("weights", "gradients", "optimizer", "communication_buckets", "activations")
-    return {name: kinds[name] for name in named} | {"other": sum(kinds.values()) - sum(kinds[name] for name in named)}
+    """`memory` by MEASURED, and what is left: that which stage 3 and tensor parallelism gather, and AdamW's step."""
+    found = {name: kinds[name] for name in MEASURED}
+    return found | {"other": sum(kinds.values()) - sum(found.values())}
 
 
 def as_measured(config: RunConfig, shape: ModelShape, ranks: Layout, stage: int, run: Pass) -> dict[str, int]:
     """Bytes by the kinds that can be told apart in a running engine, each at its own most; `peak` of all together."""
     kinds, has = memory(config, shape, ranks, stage, run), held(config, shape, ranks, stage)
     course, how = _course(config, shape, ranks, stage, run)
-    between = _gradients(config, has, micro_batches_of(config, ranks))
-    passing = (each.activations + each.gathered + max(0, each.gradients - between) for each in course)
+    buffer = how.buffer(has.sizes)
+    in_pass = max((each for each in course if each.activations), key=lambda moment: moment.total)
+    copies = max(0, in_pass.gradients.buckets - buffer)
     return {
         "weights": kinds["weights"],
         "optimizer": kinds["optimizer"],
-        "gradients": between + kinds["whole_sequence"],
-        "communication_buckets": how.buffer(has.sizes),
-        "activations": max(passing),
+        "gradients": _gradients(config, has, micro_batches_of(config, ranks)) + kinds["whole_sequence"],
+        "communication_buckets": buffer,
+        "activations": in_pass.activations + in_pass.gathered + in_pass.gradients.fresh + copies,
         "peak": sum(kinds.values()),
     }
 

@@ -1,7 +1,7 @@
 """The budget: one setting, solved arm by arm so that one amount of the run comes nearest to the baseline's.
 
-A whole number is sought by bisection, which is right only where the amount grows (or shrinks) all the way with the
-setting. So it is measured at many values in between first, and anything else is refused.
+Of few values all are tried. Of many the best is sought by bisection, which is right only where the amount grows (or
+shrinks) all the way with the setting: it is measured at several values in between first, and anything else is refused.
 
 An arm must come near the baseline by what the setting can do about it: where the amount is mostly made of what the
 setting does not change, every value would be near enough.
@@ -19,7 +19,7 @@ from coe_megatron.study.amounts import Amounts
 from coe_megatron.study.arms import Study
 from coe_megatron.study.settings import Budget
 
-_LOOKED_AT = 32  # values, evenly over the range
+_FEW, _LOOKED_AT = 128, 32  # values of which all are tried; of more, so many evenly over the range
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,16 @@ def solve(study: Study, amounts: Amounts) -> tuple[Study, dict[str, Solved]]:
 
 
 def nearest(amount: Callable[[int], float], values: range, wanted: float) -> int:
-    """The value at which a monotone amount comes nearest to what is wanted; of two as near the smaller one.
+    """The value at which an amount comes nearest to what is wanted; of two as near the smaller one.
 
     Raises:
-        ValueError: it is the same everywhere, or not monotone; one line.
+        ValueError: it is the same everywhere, or, of more values than are tried one by one, not monotone; one line.
     """
+    if len(values) <= _FEW:
+        amounts = {value: amount(value) for value in values}
+        if len(set(amounts.values())) == 1:
+            raise ValueError("it is the same with every value")
+        return min(values, key=lambda value: abs(amounts[value] - wanted))
     looked_at = sorted({values[len(values) * number // _LOOKED_AT] for number in range(_LOOKED_AT)} | {values[-1]})
     seen = [amount(value) for value in looked_at]
     grows = seen[0] <= seen[-1]

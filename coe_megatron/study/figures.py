@@ -20,6 +20,7 @@ from coe_megatron.study.results import Result, done
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 # In print without colour, marks stand for these, and the filling of marks for dashes.
 _MARKS, _DASHES, _FILLS = "osD^vP*", ("-", "--", ":", "-."), ("full", "none", "left", "bottom")
+_HATCHES = ("", "//", "..", "\\\\", "xx", "--")  # and these for colours of bars
 _GREY = "#666666"
 _MOST_PAIRS = 4  # of an arm, of experts that follow one another
 _MOST_TICKS = 12  # of rows, without overlap
@@ -80,6 +81,7 @@ def draw(results: Sequence[Result], summaries: Sequence[Summary], baseline: str)
     yield _against_memory(summaries, finished, looks)
     yield from _scaling(summaries, looks)
     yield _memory(finished, looks)
+    yield _memory_by_component(finished, looks)
     yield _routing_over_time(finished, looks)
     yield _loads(finished, looks)
     yield _norms(finished, looks)
@@ -362,6 +364,33 @@ def _memory(results: Sequence[Result], looks: Mapping[str, Look]) -> Drawing:
     _legend(figure, axes, looks)
     return Drawing(
         "memory", "Memory foreseen by the plan against what runs measured; on the line the forecast is right.", figure
+    )
+
+
+def _memory_by_component(results: Sequence[Result], looks: Mapping[str, Look]) -> Drawing:
+    """What is the memory made of?"""
+    arms = [(looks[name].label, runs[0].arm.components, runs) for name, runs in _by_arm(results)]
+    figure, grid = _figure(height=1.4 + 0.38 * len(arms))
+    axes: Axes = grid[0, 0]
+    _plain(axes)
+    begins = np.zeros(len(arms))
+    for name, colour, hatch in zip(arms[0][1], _COLOURS, _HATCHES, strict=False):
+        amounts = np.array([parts[name] / _MIB for _, parts, _ in arms])
+        bars = axes.barh(range(len(arms)), amounts, 0.6, begins, color=colour, hatch=hatch, edgecolor="white")
+        bars.set_label(name.replace("_", " "))
+        begins += amounts
+    measured = [max(result.memory for result in runs) / _MIB for _, _, runs in arms]
+    axes.plot(measured, range(len(arms)), "|", color="black", markersize=16, markeredgewidth=2, label="measured peak")
+    axes.set_yticks(range(len(arms)), [label for label, _, _ in arms], **_LITERAL)
+    axes.set_ylim(len(arms) - 0.5, -0.5)
+    axes.set_xlabel("memory of a rank at its peak (MiB)")
+    handles, labels = axes.get_legend_handles_labels()
+    figure.set_figheight(figure.get_figheight() + 0.5)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    return Drawing(
+        "memory-by-component",
+        "What a rank holds when it holds most, by component, as the plan foresees it; strokes are the measured peaks.",
+        figure,
     )
 
 

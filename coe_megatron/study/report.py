@@ -95,7 +95,7 @@ def as_markdown(
             _losses(summaries, study.baseline.name),
             _reading(summaries),
         ]
-        parts += ["## What the arms cost", _costs(plan, finished)]
+        parts += ["## What the arms cost", _costs(plan, finished), "### Memory by component", _memory(plan, finished)]
         parts += ["## Loss against parameters, FLOPs and recurrence", _fitted(fit(summaries))]
         figures = (f"![{each.name}]({each.name}.svg)\n\n*{_escaped(each.caption)}*" for each in drawings)
         parts += ["## Figures", _drawn_arms(summaries, study.baseline.name), *figures]
@@ -206,6 +206,23 @@ def _costs(plan: Plan, finished: Sequence[Result]) -> str:
             )
     columns = ["arm", "parameters", "FLOPs a token", "FLOPs", "of experts", "steps"]
     return _table([*columns, "MiB a rank, foreseen / measured", "time foreseen / in steps"], rows)
+
+
+def _memory(plan: Plan, finished: Sequence[Result]) -> str:
+    """What a rank holds at its peak, as the plan has it, and the measured peak beside it."""
+    rows = []
+    for arm in plan.arms:
+        if measured := [result.memory for result in finished if result.run.arm == arm.arm.name]:
+            amounts = [*arm.components.values(), arm.memory, max(measured)]
+            cells = [f"{amount / 2**20:,.1f}" for amount in amounts]
+            rows.append([_name(plan, arm.arm.name), *cells, f"{arm.memory / max(measured) - 1:+.1%}"])
+    names = [name.replace("_", " ") for name in plan.arms[0].components]
+    text = (
+        "MiB of a rank at the moment of a step when it holds most, as foreseen from the config, and the measured peak. "
+        "Gradients come as activations go, so that neither need be there in full at that moment; other is what "
+        "the optimizer takes for its step, and what ZeRO 3 and tensor parallelism gather."
+    )
+    return f"{text}\n\n{_table(['arm', *names, 'together', 'measured', 'foreseen off by'], rows)}"
 
 
 def _fitted(found: Fit | None) -> str:

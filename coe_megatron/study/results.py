@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from coe_megatron.errors import one_line
+from coe_megatron.forecast.memory import MEASURED
 from coe_megatron.study.arms import Run
 from coe_megatron.study.calibration import seconds_in_steps
 from coe_megatron.study.damage import damage
@@ -126,6 +127,7 @@ def _row(result: Result) -> dict[str, Any]:
     row |= {"parameters": arm.parameters, "active_parameters": arm.active_parameters, "steps": steps}
     row |= {"flops_per_token": arm.flops_per_token, "flops": arm.flops, "expert_flops": arm.expert_flops}
     row["memory_foreseen"] = arm.memory
+    row |= {f"memory_foreseen_{name}": amount for name, amount in arm.components.items()}
     if not result.finished:
         return row
     last = result.steps[-1]
@@ -145,6 +147,7 @@ def _timing(result: Result) -> dict[str, Any]:
         "mfu": last.get("mfu"),
         "attempts": result.attempts,
         "memory_measured": result.memory,
+        **{f"memory_measured_{name}": last["memory"].get(name) for name in MEASURED},
         "seconds_foreseen": result.arm.seconds.total if result.arm.seconds else None,
     }
 

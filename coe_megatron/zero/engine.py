@@ -75,7 +75,8 @@ def build_engine(
     # stdout is for what programs print; DeepSpeed reports its memory there.
     with expert_groups.announced(model), redirect_stdout(io.StringIO()):
         groups = _parameter_groups(model, optimizer, zero.stage == 1 and training.precision == "bf16")
-        adam = torch.optim.AdamW(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps)
+        # Fused it makes no tensors as large as what it steps, which would be the peak of a step on few ranks.
+        adam = torch.optim.AdamW(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True)
         try:
             engine, *_ = deepspeed.initialize(
                 model=model,
@@ -196,6 +197,10 @@ def _parameter_groups(
         matrices_first: before vectors of their kind. So stage 1 in bf16 reduces them where they lie: behind a small
             group they would be copied to be reduced with it. Elsewhere the last group is stepped with least beside it.
     """
+
+    def in_order(expert: bool, decays: bool) -> tuple[bool, bool]:
+        return expert, decays != matrices_first
+
     spared = set() if optimizer.decay_routers else {p for _, _, router in routers(model) for p in router.parameters()}
     found: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
     for parameter in model.parameters():

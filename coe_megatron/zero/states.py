@@ -102,7 +102,7 @@ def create(engine: Engine) -> None:
     """Make AdamW's states, which torch would make in the first step, and link them to the parameters."""
     for partition in partitions(engine):
         adam(engine).state[partition] = {
-            "step": torch.tensor(0.0),
+            "step": torch.zeros((), device=partition.device),  # where fused AdamW wants it
             **{moment: torch.zeros_like(partition, requires_grad=False) for moment in MOMENTS},
         }
     if engine.zero_optimization_stage() in (1, 2):
