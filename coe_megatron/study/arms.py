@@ -188,7 +188,7 @@ def _check_labels(where: str, points: Mapping[str, Any]) -> None:
         if not label.strip():
             raise ConfigError(f"{where} has the label {label!r}: it needs text that can be read")
         if (size := len(label.encode(errors="replace"))) > _LONGEST_LABEL:
-            said = f"a label of {size} bytes ({ascii(shortened(label, 30))}), the longest name has {_LONGEST_LABEL}"
+            said = f"a label of {size} bytes ({shortened(label, 30)!a}), the longest name has {_LONGEST_LABEL}"
             raise ConfigError(f"{where} has {said}")
         if (other := seen.setdefault(looks_like(label), label)) != label:
             said = " and ".join(ascii(shortened(each, 100)) for each in (other, label))
