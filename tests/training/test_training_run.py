@@ -141,7 +141,10 @@ def start_python(*arguments: object) -> subprocess.Popen[str]:
     ("mistake", "said"),
     [
         ("moe.topk=9", "moe.topk is 9: it must be at most moe.num_experts (8)"),
-        ("output=Makefile/run", "output is Makefile/run: cannot be written"),  # which rank 0 alone finds out
+        (
+            "output=Makefile/run",
+            "output is Makefile/run: it cannot be used: not a directory",
+        ),  # which rank 0 alone finds out
     ],
 )
 def test_a_mistake_is_said_once_by_rank_0(mistake: str, said: str, config: Path, prepared: Path) -> None:
@@ -164,7 +167,7 @@ def test_a_second_run_with_the_output_of_another_is_refused(config: Path, prepar
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("missing.yaml",), "missing.yaml: there is no such config file"),
+        (("missing.yaml",), "the config file is missing.yaml: there is no such file"),
         (("configs/quickstart.yaml", "parallel.expert=1", "data.path=nowhere"), "nowhere"),
         (("configs/quickstart.yaml", "parallel.expert=1", "model.seq_lenth=9"), "did you mean model.seq_length?"),
         (("configs/quickstart.yaml", "parallel.expert=1", "--jsn"), "unrecognized arguments: --jsn"),
@@ -193,7 +196,9 @@ def test_an_output_that_cannot_be_written_is_one_line_and_exit_2(config: Path, p
         "launch/pretrain_coe.py", config, f"data.path={prepared}", "parallel.expert=1", "output=Makefile/run"
     )  # fmt: skip
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("pretrain_coe.py: error: output is Makefile/run: cannot be"), done.stderr
+    assert done.stderr.startswith("pretrain_coe.py: error: output is Makefile/run: it cannot be used: not a"), (
+        done.stderr
+    )
 
 
 def _into(folder: Path, arguments: tuple[str, ...]) -> list[str]:
