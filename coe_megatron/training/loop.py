@@ -148,7 +148,7 @@ class Pretraining:
         self.flops = closed_forms.training_flops(self.shape)
         self.peak_flops = devices.peak_flops(config.training.precision)
         self.memory = memory.MemoryMeter(self.engine)
-        self.memory_foreseen = memory.foreseen(config, self.vocab_size)
+        self.memory_foreseen = memory.foreseen(config, self.vocab_size) if self.main_rank else {}  # reads files
 
     def run(self) -> None:
         """All steps that are left, with evaluations and checkpoints on the way."""

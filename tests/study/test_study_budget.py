@@ -120,6 +120,18 @@ def test_nearest_of_a_monotone_amount(wanted: float, sign: int) -> None:
     assert abs(best**1.5 - wanted) == min(abs(value**1.5 - wanted) for value in values)
 
 
+@pytest.mark.parametrize("wanted", [-3, 0.2, 5, 17.4, 1e6])
+def test_nearest_of_few_values_of_an_amount_with_jumps(wanted: float) -> None:
+    """Memory may fall where DeepSpeed's buckets fill in another order: all values are tried."""
+    values = range(1, 100, 7)
+
+    def amount(value: int) -> float:
+        return value**1.5 - 200 * (value > 50)
+
+    best = nearest(amount, values, wanted)
+    assert abs(amount(best) - wanted) == min(abs(amount(value) - wanted) for value in values)
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 50])
 def test_nearest_of_few_values(count: int) -> None:
     if count == 1:
@@ -157,6 +169,10 @@ MISTAKES = [
         "arm coe-2-2-8_prenorm: training.steps 200 to 400 brings flops no nearer to the baseline's than +1",
     ),
     (budget("parameters", "moe.num_experts", [1, 9]), "budget.range leads to moe.num_experts 1: shape.topk is 2"),
+    (  # within 2 % of the baseline whatever it is, for it changes next to nothing
+        budget("memory", "model.vocab_size", [64, 66], 1, 0.02),
+        "% of what the range changes), with 66: budget.tolerance is 0.02, so widen that or budget.range",
+    ),
     (
         budget("flops", "moe.ffn_hidden_size", [2, 63], 1, 0.3),
         "it must be a multiple of 4",

@@ -57,7 +57,13 @@ def test_every_study_of_the_project_plans(path: Path) -> None:
 
 
 def test_the_papers_studies_are_there_in_both_sizes() -> None:
-    assert {study for study, _ in SINGLE} | {"main-pair-equal-flops", "learning-rate", "long", "search"} == NAMES
+    assert {study for study, _ in SINGLE} | {
+        "main-pair-equal-flops",
+        "equal-memory",
+        "learning-rate",
+        "long",
+        "search",
+    } == NAMES
     assert {(path.parent.name, path.stem) for path in FILES} == {
         (size, name) for size in ("paper", "cpu") for name in NAMES
     }
@@ -88,10 +94,22 @@ def test_a_row_says_what_the_dry_run_says(study_file: Write) -> None:
     for arm in plan.arms:
         said = forecast(arm.arm.config, 64)
         assert (arm.parameters, arm.memory) == (said.parameters.total, said.needed)
+        assert arm.components["communication_buckets"] == said.memory["communication_buckets"] > 0
         assert arm.flops_per_token == said.flops_per_token.total
         assert arm.flops == 100 * said.tokens_per_step * said.flops_per_token.total
         assert arm.expert_flops < arm.flops
     assert plan.device_seconds == pytest.approx(2 * sum(arm.seconds.total for arm in plan.arms if arm.seconds))
+
+
+@pytest.mark.parametrize("size", ["paper", "cpu"])
+def test_the_study_at_equal_memory_has_it_equal_and_moves_what_it_is_made_of(size: str) -> None:
+    plan = make_plan(STUDIES / size / "equal-memory.yaml", ["data.path=nowhere"])
+    baseline = next(arm for arm in plan.arms if arm.arm is plan.study.baseline)
+    for arm in plan.arms:
+        assert arm.memory == pytest.approx(baseline.memory, rel=0.01)
+        if "L6" in arm.arm.name.upper():  # fewer experts pay for the activations of two layers more
+            assert arm.components["optimizer"] < 0.95 * baseline.components["optimizer"]
+            assert arm.components["activations"] > 1.05 * baseline.components["activations"]
 
 
 def test_seconds_are_flops_over_the_speed_of_all_ranks(study_file: Write) -> None:
@@ -110,6 +128,15 @@ def test_the_table_and_what_stands_below(study_file: Write) -> None:
     header, *rows = text.splitlines()
     assert "moe.ffn_hidden_size  off budget" in header
     assert rows[0].startswith("moe-4-8_prenorm*") and rows[0].endswith("16      +0.00%")
+    memory = text.partition("\n\n")[2].splitlines()
+    assert " ".join(memory[0].split()) == (
+        "MiB a rank at its peak weights gradients optimizer communication buckets activations other together"
+    )
+    for line, arm in zip(memory[1:4], plan.arms, strict=True):
+        assert line.split() == [
+            arm.arm.name,
+            *(f"{size / 2**20:.1f}" for size in (*arm.components.values(), arm.memory)),
+        ]
     assert "6 runs: 3 arms, 2 seeds each; " in text and f", {plan.cost:,.2f} at 2 an hour" in text
     assert "coe-2-2-8_prenorm does not fit: a rank needs" in text
     assert "left out, at C = 1 it is prenorm: MoE(4/8) iteration_norm" in text
@@ -129,6 +156,8 @@ def test_json_holds_every_arm_and_run(study_file: Write) -> None:
     assert [arm["name"] for arm in said["arms"]] == ["moe-4-8_prenorm", "coe-2-2-8_prenorm", "coe-2-2-8_iteration-norm"]
     assert said["arms"][1]["runs"] == [f"runs/small/coe-2-2-8_prenorm/seed-{seed}" for seed in (1, 2)]
     assert said["baseline"] == "moe-4-8_prenorm" and said["total"]["runs"] == 6
+    memory = said["arms"][0]["memory_bytes_per_rank"]
+    assert memory.pop("total") == sum(memory.values()) and memory["communication_buckets"] > 0
     assert said["skipped"] == [
         {"labels": {"design": "MoE(4/8)", "topology": "iteration_norm"}, "reason": "at C = 1 it is prenorm"}
     ]

@@ -26,8 +26,8 @@ DESIGNS = {
     for iterations in (1, 2, 4)
 }
 FIGURES = {
-    "loss-curves", "gains", "loss-against-memory", "scaling-iterations", "scaling-choices", "memory", "routing", "load",
-    "norms", "followers",
+    "loss-curves", "gains", "loss-against-memory", "scaling-iterations", "scaling-choices", "memory",
+    "memory-by-component", "routing", "load", "norms", "followers",
 }  # fmt: skip
 
 

@@ -46,7 +46,8 @@ def test_a_row_for_every_run(plan: Plan) -> None:
     header, first, *_ = results_csv(collect(plan)).splitlines()
     assert header == (
         "arm,axis_design,axis_topology,seed,state,parameters,active_parameters,steps,flops_per_token,flops,expert_flops,"
-        "memory_foreseen,tokens,valid_loss,train_loss,best_valid_loss,routing_entropy,routing_load_max_over_mean,"
+        "memory_foreseen,memory_foreseen_weights,memory_foreseen_gradients,memory_foreseen_optimizer,"
+        "memory_foreseen_communication_buckets,memory_foreseen_activations,memory_foreseen_other,tokens,valid_loss,train_loss,best_valid_loss,routing_entropy,routing_load_max_over_mean,"
         "routing_dead_experts,routing_dropped,routing_overlap"
     )
     assert first.startswith("moe-4-8_prenorm,MoE(4/8),prenorm,1,finished,")

@@ -179,7 +179,7 @@ def test_a_second_run_with_the_output_of_another_is_refused(config: Path, prepar
         ),
         (
             ("configs/1024-gpus.yaml", "data.path=nowhere", "--dry-run", "--device-memory", "30GiB"),
-            "--device-memory 30GiB: a rank needs 40.1 GiB, most of it activations (22.6 GiB); zero.stage=2 would fit",
+            "--device-memory 30GiB: a rank needs 41.3 GiB, most of it activations (22.6 GiB); zero.stage=2 would fit",
         ),
     ],
 )
@@ -219,7 +219,7 @@ def test_a_run_goes_on_at_another_zero_stage(stage: int, config: Path, prepared:
     folder = shutil.copytree(finished, prepared.parent / f"stage{stage}")
     shutil.rmtree(folder / "checkpoints" / "step-00000012")
     common = ("launch/pretrain_coe.py", config, f"data.path={prepared}", f"output={folder}")
-    done = torchrun(*common, f"zero.stage={stage}", "zero.reduce_bucket_size=100000")
+    done = torchrun(*common, f"zero.stage={stage}")
     assert done.returncode == 0, done.stderr
     expected, found = (read_metrics(path / "metrics.jsonl") for path in (finished, folder))
     assert [line["step"] for line in found] == list(range(13)) and "resumed at step 8" in done.stderr
