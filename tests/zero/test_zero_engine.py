@@ -169,7 +169,7 @@ def test_weight_decay_spares_vectors_and_by_option_routers(decay_routers: bool) 
     for expert in experts:
         expert.allreduce = False  # type: ignore[attr-defined]
     settings = OptimizerSettings(weight_decay=0.1, decay_routers=decay_routers)
-    groups = {(g["moe"], g["weight_decay"]): set(g["params"]) for g in zero._parameter_groups(model, settings)}
+    groups = {(g["moe"], g["weight_decay"]): set(g["params"]) for g in zero._parameter_groups(model, settings, False)}
     assert groups.keys() == {(False, 0.0), (False, 0.1), (True, 0.1)}
     assert groups[True, 0.1] == set(experts) and all(map(expert_groups.is_expert, experts))
     spared = {name for name, parameter in model.named_parameters() if parameter in groups[False, 0.0]}
