@@ -320,7 +320,7 @@ def test_a_warm_start_takes_weights_alone(config: Path, prepared: Path, finished
     [
         (("model.num_layers=1",), "is of another model: decoder.layers.mlp"),
         (("training.warm_start=configs",), "training.warm_start is configs: configs holds no checkpoint"),
-        (("training.warm_start=nowhere",), "training.warm_start is nowhere: it must be a checkpoint or the folder of"),
+        (("training.warm_start=nowhere",), "training.warm_start is nowhere: there is no such folder"),
         (("training.warm_start={here}/step-00000001",), "is not whole: complete.json is missing"),
         (("data.path={other}",), "data.path has another tokenizer than training.warm_start"),
     ],
