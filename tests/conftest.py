@@ -33,6 +33,16 @@ def fixed_seed() -> None:
     torch.manual_seed(1234)
 
 
+@pytest.fixture(autouse=True)
+def own_environment() -> Iterator[None]:
+    """What a test, or DeepSpeed within it, puts into the environment no later test and no program of its sees."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def real_text() -> Path:
     """The folder with real text that COE_DATA_DIR names; a test that needs it is skipped without."""

@@ -113,7 +113,7 @@ def test_a_mistake_on_one_host_is_one_line(arguments: tuple[str, ...], says: str
         (("--output", "o", "--nodes", "a", "--name", "a", "--meet", "a:65536"), "with a port from 1 to 65535"),
         (("--output", "o", "--timeout", "nan"), "argument --timeout: 'nan' must be a number from 0"),
         (("--output", "o", "--slow", "0"), "argument --slow: '0' must be above 0"),
-        (("--output", "~no-such-user/o"), "there is no user '~no-such-user' here"),
+        (("--output", "~no-such-user/o"), "~no-such-user/o: there is no such user here"),
     ],
 )
 def test_a_mistake_in_a_node_check_is_one_line(arguments: tuple[str, ...], says: str) -> None:

@@ -328,7 +328,8 @@ class Pretraining:
         nodes = gathered([f"node {self.node} {platform.node()}"])
         if ranks.ranks > 1:
             self.progress.say(layout_map(ranks, nodes, self.config.moe.num_experts))
-            self._warn_of_crossing(nodes)
+            if self.main_rank:
+                self._warn_of_crossing(nodes)  # reads files
         if self.data.cut > 0.05:
             self.progress.say(
                 f"{self.data.cut:.0%} of the training documents are longer than model.seq_length "
