@@ -141,7 +141,7 @@ def _lists(draw: st.DrawFn, seed: bytes) -> bytes:
     for what, place, value, number in draw(st.lists(_LIST_CHANGES, max_size=2)):
         try:
             _change_list(found, what, place, value, number)
-        except (TypeError, ValueError, OverflowError):  # no tensor can be so
+        except (TypeError, ValueError, OverflowError, AttributeError):  # no tensor can be so, or an earlier change
             continue
     return pickle.dumps(found)
 

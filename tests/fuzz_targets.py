@@ -87,7 +87,7 @@ class Config(Target):
 class Overrides(Target):
     """`key.sub=value` on the command line."""
 
-    names = (*{part for name in SETTINGS for part in name.split(".")}, "override")
+    names = (*{part for name in SETTINGS for part in name.split(".")}, "override", "has no value", "a reference is")
 
     def prepare(self, folder: Path) -> None:
         self.base = read(CONFIGS / "quickstart.yaml")

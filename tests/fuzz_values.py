@@ -191,7 +191,7 @@ def _nudged(value: Any, other: Place) -> Any:
     if isinstance(value, bool) or value is None:
         return int(bool(value))
     if isinstance(value, int | float):
-        few = math.isfinite(value) and abs(value) < 1e300  # else there is no float of it
+        few = abs(value) < 1e300  # else there is no float of it; NaN is none either
         return [value + 1, value - 1, -value, value * 2, *([value / 3, float(value)] if few else [])][
             other % (6 if few else 4)
         ]

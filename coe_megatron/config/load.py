@@ -73,7 +73,7 @@ def plain(values: Any, whose: str) -> Any:
     try:
         return OmegaConf.to_container(values, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{whose}: {error.full_key} has no value: {_first_line(error)}") from None
+        raise ConfigError(f"{whose}: {_of_omegaconf(error, 'it', 'has no value')}") from None
 
 
 def check_references(values: Any, whose: str) -> None:
@@ -84,9 +84,11 @@ def check_references(values: Any, whose: str) -> None:
     """
     leaves = {key: str(value) for key, value in _leaves(values, "")}
     for key, text in leaves.items():
+        if "${" in key:
+            raise ConfigError(f"{whose}: {shown(key)} is not a setting: only values may have references")
         if "${" not in text:
             continue
-        size, said = len(text), f"{whose}: {key} is {shown(text)}"
+        size, said = len(text), f"{whose}: {_short(key)} is {shown(text)}"
         for name in _REFERENCE.findall(text):
             if name.startswith("oc.env:"):
                 size += len(os.environ.get(name.removeprefix("oc.env:"), ""))
@@ -94,12 +96,12 @@ def check_references(values: Any, whose: str) -> None:
             if not _NAME.fullmatch(name):
                 raise ConfigError(f"{said}: a reference is ${{key.sub}} or ${{oc.env:VARIABLE}}")
             if name not in leaves and any(other.startswith(f"{name}.") for other in leaves):
-                raise ConfigError(f"{said}: {name} is a section, and a reference must name a value")
+                raise ConfigError(f"{said}: {_short(name)} is a section, and a reference must name a value")
             if "${" in leaves.get(name, ""):
-                raise ConfigError(f"{said}: {name} is a reference itself, refer to what it names")
+                raise ConfigError(f"{said}: {_short(name)} is a reference itself, refer to what it names")
             size += len(leaves.get(name, ""))
         if size > _LONGEST_TEXT:
-            raise ConfigError(f"{whose}: {key} has references to more than {_LONGEST_TEXT:,} characters")
+            raise ConfigError(f"{whose}: {_short(key)} has references to more than {_LONGEST_TEXT:,} characters")
 
 
 def _leaves(values: Any, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -213,7 +215,7 @@ class _Files:
             values = self._prepare(path, values)
             bases = plain(OmegaConf.create({self._key: values.pop(self._key, [])}), str(path))[self._key]
         except OmegaConfBaseException as error:
-            raise ConfigError(f"{path}: {error.full_key or self._key} has no value: {_first_line(error)}") from None
+            raise ConfigError(f"{path}: {_of_omegaconf(error, self._key, 'has no value')}") from None
         names = [bases] if isinstance(bases, str) else bases
         if not isinstance(names, Sequence) or not all(isinstance(name, str) and name for name in names):
             raise ConfigError(f"{path}: {self._key} is {shown(bases)}: it must name a file or a list of files")
@@ -247,7 +249,7 @@ def _read_yaml(path: Path) -> tuple[Any, int]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: cannot be read: it must be text in UTF-8 ({error.reason})") from None
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {error.full_key or 'its YAML'} is not valid: {_first_line(error)}") from None
+        raise ConfigError(f"{path}: {_of_omegaconf(error, 'its YAML', 'is not valid')}") from None
     except (YAMLError, ValueError, RecursionError) as error:  # a ValueError: a number of thousands of digits, say
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not OmegaConf.is_dict(values) or not values:
@@ -368,8 +370,16 @@ def shown(value: object) -> str:
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _of_omegaconf(error: OmegaConfBaseException, otherwise: str, said: str) -> str:
+    return f"{_short(error.full_key or otherwise)} {said}: {_first_line(error)}"
+
+
 def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+    return _short(str(error).partition("\n")[0])
 
 
 def _is_union_tag(part: object) -> bool:
@@ -425,4 +435,4 @@ _ELSEWHERE: dict[str, dict[object, str]] = {
     "RunConfig": dict.fromkeys(("axes", "base_study", "baseline", "budget", "seeds", "skip"), _STUDY),
     "StudySettings": dict.fromkeys((each.name for each in fields(RunConfig) if each.name != "output"), _RUN),
 }
-_KEY = re.compile(r"[^.\[\]]+(\.[^.\[\]]+|\[[^.\[\]]+\])*")  # key.sub, and key[sub], which OmegaConf reads alike
+_KEY = re.compile(r"[^.\[\]$]+(\.[^.\[\]$]+|\[[^.\[\]$]+\])*")  # key.sub, and key[sub], which OmegaConf reads alike
