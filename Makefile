@@ -5,7 +5,10 @@
 #   make check        format, lint, types (make lint) and the fast tests
 #   make format       format and fix what can be fixed; make docs: write docs/settings.md anew
 PYTHON ?= python3
+# Files of tests that run side by side, each with up to a few processes: one for a core is about right.
+WORKERS ?= 2
 BIN := .venv/bin
+PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 INSTALLED := .venv/installed
 export PYTHONUNBUFFERED := 1
 
@@ -19,10 +22,10 @@ data/builtin/manifest.json: $(INSTALLED) $(CORPUS)
 	$(BIN)/python launch/prepare_data.py --builtin 20000 --vocab-size 2048 --output data/builtin --overwrite
 
 test: $(INSTALLED)
-	$(BIN)/pytest -m "not gpu and not full"
+	$(PYTEST) -m "not gpu and not full"
 
 test-full: $(INSTALLED)
-	$(BIN)/pytest -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
@@ -30,7 +33,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 check: lint
-	$(BIN)/pytest -q -m "not gpu and not ranks and not run and not slurm and not full"
+	$(PYTEST) -q -m "not gpu and not ranks and not run and not slurm and not full"
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

@@ -9,6 +9,17 @@ import torch
 from ranks import start_groups
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: of several workers, which take a file each, none is left with a long one alone."""
+    slow = {
+        item.path
+        for item in items
+        for marker in ("ranks", "run", "network", "slurm")
+        if item.get_closest_marker(marker)
+    }
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def megatron_groups(tmp_path_factory: pytest.TempPathFactory) -> None:
     """This very process as the only rank of Megatron's groups (made once, on one thread)."""
