@@ -217,7 +217,6 @@ def _data(options: argparse.Namespace, parser: Parser) -> int:
     vocabulary = {"tokenizer": options.tokenizer} if options.tokenizer else {"vocab_size": options.vocab_size}
     try:
         settings = PrepareSettings(Path(), **source, **vocabulary, template=templates(options))
-        settings.check_inputs()
     except ConfigError as error:
         parser.error(str(error))
     from coe_megatron.data.benchmark import time_preparation
@@ -226,7 +225,10 @@ def _data(options: argparse.Namespace, parser: Parser) -> int:
 
     quiet_libraries()
     try:
+        settings.check_inputs()
         times = time_preparation(settings, clock=options.clock, progress=True)
+    except ConfigError as error:
+        parser.error(str(error))
     except (InputError, OSError) as error:
         print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 1

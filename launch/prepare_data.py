@@ -73,14 +73,12 @@ def parser() -> Parser:
 
 
 def settings_from(arguments: argparse.Namespace) -> PrepareSettings:
-    """The settings the arguments ask for, checked as far as can be without reading a file."""
+    """The settings the arguments ask for, checked as far as can be without looking at a file."""
     values = vars(arguments)
     values["template"] = templates(arguments)
     del values["field"]
     values["inputs"], values["valid_inputs"] = tuple(values["inputs"]), tuple(values["valid_inputs"])
-    settings = PrepareSettings(**values)
-    settings.check_files()
-    return settings
+    return PrepareSettings(**values)
 
 
 def report(manifest: Manifest) -> None:

@@ -12,6 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
@@ -40,6 +41,7 @@ from coe_megatron.files import kind_of, require_file, require_folder, require_wr
 SPLITS: tuple[Split, ...] = get_args(Split)
 PROBLEM_TEMPLATE = "query : {query} response : {response}"
 TEXT_TEMPLATE = "{text}"
+_FIRST_RECORDS = 1000  # of each input
 MOST_PROBLEMS = 10**12  # of the built-in corpus; no disk holds as many
 
 
@@ -115,11 +117,13 @@ class PrepareSettings:
         return Recipe(self.templates, self.seed, self.valid_fraction, self.skip_malformed)
 
     def check_files(self) -> None:
-        """Look for the inputs and the place of the output, without reading or writing anything.
+        """Look at the inputs and the place of the output, without writing anything.
 
         Raises:
             ConfigError: a file is missing, cannot be read or is of an unknown kind; or the output cannot be written, or
                 must not be replaced.
+            InputError: one of the first records of an input is malformed and not to be skipped: what is wrong with all
+                is said before anything is made.
         """
         self.check_inputs()
         _check_output(self.output, self.overwrite)
@@ -135,8 +139,16 @@ class PrepareSettings:
             raise ConfigError(
                 f"--valid names {twice[0]}, as --input does: validation text must be none of the training's"
             )
+        if not self.skip_malformed:
+            self._look_at_first_records()
         if self.tokenizer is not None:
             require_file(self.tokenizer, "--tokenizer")
+
+    def _look_at_first_records(self) -> None:
+        for path in (*self.inputs, *self.valid_inputs):
+            for chunk in islice(read_chunks(path, self.templates, self.max_record_bytes), 1):
+                for _ in islice(self.recipe.documents(chunk, None), _FIRST_RECORDS):
+                    pass
 
     def _check_source(self) -> None:
         if bool(self.inputs) == (self.builtin is not None):
