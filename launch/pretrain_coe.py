@@ -152,6 +152,7 @@ def _pretrain(parser: Parser, ranks: Ranks, checked: RunConfig | None, stop_file
 
     quiet_libraries()
     from coe_megatron.checkpoint.store import NotSaved
+    from coe_megatron.data.token_file import DamagedTokens
     from coe_megatron.parallel.meeting import NotMet, meet
     from coe_megatron.training.loop import Interrupted, train
     from coe_megatron.training.run_folder import OutputLost
@@ -170,6 +171,9 @@ def _pretrain(parser: Parser, ranks: Ranks, checked: RunConfig | None, stop_file
         outcome = train(config, ranks, store, interruption, last_word)
     except KeyboardInterrupt:
         leave()
+    except DamagedTokens as error:
+        whose = f"rank {ranks.rank}: " if ranks.world_size > 1 else ""
+        parser.refuse(ExitStatus.MISTAKE, f"{whose}{error}", aloud=True)
     except ConfigError:
         raise
     except Interrupted as error:

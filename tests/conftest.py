@@ -1,12 +1,19 @@
 """Fixtures of all tests: one process with Megatron's groups, and where the real text lies."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from ranks import start_groups
+
+
+def pytest_configure() -> None:
+    """Ctrl-C has its meaning for tests and their programs also where a shell has started them with `&` or nohup."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

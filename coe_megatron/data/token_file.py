@@ -10,6 +10,10 @@ from torch import Tensor
 from coe_megatron.errors import ConfigError
 
 
+class DamagedTokens(ConfigError):
+    """What one rank may find alone, in the samples that it draws; one line that names the file."""
+
+
 class TokenFile:
     """Looks at what is read of a split: files too large to be hashed at the start, or changed under a running run.
 
@@ -28,7 +32,7 @@ class TokenFile:
         """Around what follows the index into the file.
 
         Raises:
-            ConfigError: it leads nowhere, or the file is shorter than it was.
+            DamagedTokens: it leads nowhere, or the file is shorter than it was.
         """
         if (size := os.fstat(self._file.fileno()).st_size) < self.bytes:
             raise self._damaged(f"it has {size} bytes instead of {self.bytes}")
@@ -41,7 +45,7 @@ class TokenFile:
         """Refuse what is no token.
 
         Raises:
-            ConfigError: names it.
+            DamagedTokens: names it.
         """
         for some in tokens:
             least, largest = (int(value) for value in some.aminmax())
@@ -49,5 +53,5 @@ class TokenFile:
                 found = least if least < 0 else largest
                 raise self._damaged(f"it holds token {found}, and the tokenizer has {self.vocab_size}")
 
-    def _damaged(self, reason: str) -> ConfigError:
-        return ConfigError(f"{self.path} is damaged: {reason}; prepare the data again")
+    def _damaged(self, reason: str) -> DamagedTokens:
+        return DamagedTokens(f"{self.path} is damaged: {reason}; prepare the data again")
