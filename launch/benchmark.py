@@ -24,6 +24,7 @@ from coe_megatron.data.options import add_document_options, templates
 from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.files import problem, require_folder, require_writable, user_path, write_atomically
 from coe_megatron.launch_environment import whole_number
+from coe_megatron.lean_imports import import_megatron
 
 LAYER = """Times forward and backward of one MoE sub-layer: Megatron's own (local spec), ours with the same weights, and
 ours as CoE-2 with half the experts a token. Without sizes, the default table of shapes.
@@ -168,6 +169,7 @@ def _layer(options: argparse.Namespace, parser: Parser) -> int:
     from coe_megatron.training.console import quiet_libraries
 
     quiet_libraries()
+    import_megatron()
     import torch
 
     from coe_megatron.training import benchmark
@@ -224,6 +226,7 @@ def _data(options: argparse.Namespace, parser: Parser) -> int:
     from coe_megatron.training.console import quiet_libraries
 
     quiet_libraries()
+    import_megatron()
     try:
         settings.check_inputs()
         times = time_preparation(settings, clock=options.clock, progress=True)

@@ -55,6 +55,7 @@ from coe_megatron.forecast.cost import forecast, vocabulary  # noqa: E402
 from coe_megatron.forecast.crossing import needless_crossing  # noqa: E402
 from coe_megatron.forecast.fit import parse_size, refusal  # noqa: E402
 from coe_megatron.launch_environment import Ranks  # noqa: E402
+from coe_megatron.lean_imports import import_megatron  # noqa: E402
 from coe_megatron.training.folder_lock import FolderInUse  # noqa: E402
 from coe_megatron.training.interruption import Interruption, stop_with_parent  # noqa: E402
 from coe_megatron.training.output_check import require_output  # noqa: E402
@@ -151,6 +152,7 @@ def _pretrain(parser: Parser, ranks: Ranks, checked: RunConfig | None, stop_file
     from coe_megatron.training.console import quiet_libraries
 
     quiet_libraries()
+    import_megatron()
     from coe_megatron.checkpoint.store import NotSaved
     from coe_megatron.data.token_file import DamagedTokens
     from coe_megatron.parallel.meeting import NotMet, meet

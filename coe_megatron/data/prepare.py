@@ -37,6 +37,7 @@ from coe_megatron.data.tokenizer import LARGEST_VOCABULARY, SMALLEST_VOCABULARY,
 from coe_megatron.data.workers import in_order
 from coe_megatron.errors import ConfigError
 from coe_megatron.files import kind_of, require_file, require_folder, require_writable
+from coe_megatron.lean_imports import import_megatron
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 PROBLEM_TEMPLATE = "query : {query} response : {response}"
@@ -375,6 +376,7 @@ class _SplitWriter:
     """Writes encoded documents as a Megatron indexed dataset, and counts."""
 
     def __init__(self, prefix: Path, vocab_size: int) -> None:
+        import_megatron()
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
         self._prefix = prefix

@@ -5,13 +5,12 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from typing import TYPE_CHECKING, Any
 
 from coe_megatron.files import read_limited, write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#666666"  # apart for colour-blind readers and in print
 _SIGNATURE, _LAST = b"\x89PNG\r\n\x1a\n", b"IEND"  # a PNG's beginning, and its last chunk
@@ -32,6 +31,9 @@ def draw_loss(lines: Sequence[Mapping[str, Any]], entropy: float, title: str, pa
     Raises:
         OSError: it cannot be written; the one before is there still.
     """
+    from matplotlib.figure import Figure  # only rank 0 draws, and at the end
+    from matplotlib.ticker import EngFormatter
+
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     curves: tuple[tuple[str, str, dict[str, Any]], ...] = (
@@ -81,7 +83,7 @@ def _points(values: Iterable[tuple[Mapping[str, Any], float | None]]) -> list[tu
     ]
 
 
-def _curve(axes: Axes, points: Sequence[tuple[float, float]], label: str, **style: Any) -> None:
+def _curve(axes: "Axes", points: Sequence[tuple[float, float]], label: str, **style: Any) -> None:
     """A curve through (tokens, loss), with its last loss in the legend."""
     if points:
         axes.plot(*zip(*points, strict=True), label=f"{label}, {points[-1][1]:.3f} at the end", **style)

@@ -27,9 +27,11 @@ def note() -> None:
 
 
 def disturb() -> None:
+    from coe_megatron.lean_imports import import_megatron
     from coe_megatron.training.console import quiet_libraries
 
     quiet_libraries()
+    import_megatron()
     from coe_megatron.training import interruption, loop
 
     waits_before, _, let_go = os.environ.get("COE_TEST_WAIT", "0:.").partition(":")
