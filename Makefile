@@ -5,10 +5,11 @@
 #   make check        format, lint, types (make lint) and the fast tests
 #   make format       format and fix what can be fixed; make docs: write docs/settings.md anew
 PYTHON ?= python3
-# Files of tests that run side by side, each with up to a few processes: one for a core is about right.
+# Files of tests that run side by side, each with up to a few processes: one for a core is about right. Jobs with time
+# limits and slow networks have the machine to themselves.
 WORKERS ?= 2
 BIN := .venv/bin
-PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+SIDE_BY_SIDE := $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 INSTALLED := .venv/installed
 export PYTHONUNBUFFERED := 1
 
@@ -22,10 +23,12 @@ data/builtin/manifest.json: $(INSTALLED) $(CORPUS)
 	$(BIN)/python launch/prepare_data.py --builtin 20000 --vocab-size 2048 --output data/builtin --overwrite
 
 test: $(INSTALLED)
-	$(PYTEST) -m "not gpu and not full"
+	$(SIDE_BY_SIDE) -m "not gpu and not full and not slurm and not network"
+	$(BIN)/pytest -m "(slurm or network) and not full"
 
 test-full: $(INSTALLED)
-	$(PYTEST) -m "not gpu"
+	$(SIDE_BY_SIDE) -m "not gpu and not slurm and not network"
+	$(BIN)/pytest -m "slurm or network"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
@@ -33,7 +36,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 check: lint
-	$(PYTEST) -q -m "not gpu and not ranks and not run and not slurm and not full"
+	$(SIDE_BY_SIDE) -q -m "not gpu and not ranks and not run and not slurm and not full"
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .
