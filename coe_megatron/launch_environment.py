@@ -86,14 +86,13 @@ class Ranks:
         world_size = counts["WORLD_SIZE"]
         address, port = _meeting_place(environment, counts) if world_size > 1 else ("", 0)
         restarts = counts.get("TORCHELASTIC_RESTART_COUNT", 0)
-        error_file = environment.get("TORCHELASTIC_ERROR_FILE")
         return cls(
             rank=counts["RANK"],
             world_size=world_size,
             local_rank=counts.get("LOCAL_RANK", 0),
             meeting=f"start {restarts}" if served and counts.get("GROUP_WORLD_SIZE") == 1 else "",
             node=counts.get("GROUP_RANK", 0),
-            logs=Path(error_file).resolve().parent if error_file else None,
+            logs=_logs(environment),
             address=address,
             port=port,
             served=served,
@@ -170,6 +169,14 @@ def _meeting_place(environment: Mapping[str, str], counts: Mapping[str, int]) ->
     if not re.fullmatch(r"[^\s\x00-\x1f\x7f]{1,253}", address):
         raise ConfigError(f"MASTER_ADDR is {_shown(address)}: it must be the name or the address of rank 0's host")
     return address, counts["MASTER_PORT"]
+
+
+def _logs(environment: Mapping[str, str]) -> Path | None:
+    name = "TORCHELASTIC_ERROR_FILE"
+    try:
+        return Path(environment[name]).resolve().parent if environment.get(name) else None
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links; what no file can be named
+        raise ConfigError(f"{name} is {_shown(environment[name])}: it must be the path of a file ({error})") from None
 
 
 def _served(environment: Mapping[str, str]) -> bool:

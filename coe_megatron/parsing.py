@@ -22,6 +22,9 @@ _EVENTS = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, some twent
 _OCTAL = re.compile(r"[-+]?0[0-7_]+")
 _LONG_NUMBER = re.compile(r"[-+]?(0[bx][0-9a-f_]{64,}|[0-9_]{64,})", re.IGNORECASE)  # slow, and too long to be shown
 _BOOLEANS = re.compile(r"(yes|no|on|off)", re.IGNORECASE)
+_NESTED_REFERENCE = re.compile(r"\$\{[^}]*\$\{")  # OmegaConf's parser takes quadratic time for them
+_PLAIN = re.compile(r"([A-Za-z]|\.{0,2}/)[\w./-]*", re.ASCII)  # text that no reader of YAML takes for anything else
+_WORDS = {"yes", "no", "on", "off", "y", "n", "true", "false", "null"}
 _BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 
 
@@ -56,8 +59,9 @@ def check_yaml(text: str) -> int:
     """Look through YAML before it is read; returns the number of its nodes.
 
     Raises:
-        ValueError: it is nested too deep, has too many nodes (with what aliases repeat), what YAML 1.1 reads
-            as a number in base 8 or 60, or as true or false, or a tag such as !!binary that JSON has no value for.
+        ValueError: it is nested too deep, has too many nodes (with what aliases repeat), references within references,
+            what YAML 1.1 reads as a number in base 8 or 60, or as true or false, or a tag such as !!binary that JSON
+            has no value for.
         yaml.YAMLError: it is no YAML.
     """
     open_nodes: list[tuple[str | None, int]] = []  # anchor, nodes before it
@@ -77,6 +81,8 @@ def check_yaml(text: str) -> int:
         elif isinstance(event, yaml.ScalarEvent):
             nodes += 1
             sizes |= {event.anchor: 1} if event.anchor is not None else {}
+            if _NESTED_REFERENCE.search(event.value):
+                raise ValueError(f"{event.value[:50]} has a reference within a reference")
             if event.implicit[0]:
                 _refuse_ambiguous(event.value)
         if (tag := getattr(event, "tag", None)) not in _TAGS:
@@ -86,6 +92,22 @@ def check_yaml(text: str) -> int:
         if nodes > MOST_NODES:
             raise ValueError(f"it has more than {MOST_NODES:,} keys and values")
     return nodes
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes all text but what reads as text with or without quotes."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        plain = _PLAIN.fullmatch(text) and text.lower() not in _WORDS
+        return self.represent_scalar("tag:yaml.org,2002:str", text, None if plain else "'")
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
+
+
+def to_yaml(values: Any) -> str:
+    """Plain values, mappings and lists as YAML that reads back as these very values, here and with OmegaConf."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1 << 30)
 
 
 def _refuse_ambiguous(scalar: str) -> None:

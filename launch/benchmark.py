@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from coe_megatron import scratch
 from coe_megatron.chain.closed_forms import ModelShape
 from coe_megatron.chain.settings import ChainSettings
-from coe_megatron.config.arguments import Parser
+from coe_megatron.config.arguments import Parser, write_out
 from coe_megatron.data.options import add_document_options, templates
 from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.files import problem, require_folder, require_writable, user_path, write_atomically
@@ -185,10 +185,10 @@ def _layer(options: argparse.Namespace, parser: Parser) -> int:
         return 1
     asked = {name: getattr(options, name) for name in ("dtype", "clock", "repeats")}
     measured = {**benchmark.machine(), "THP_MEM_ALLOC_ENABLE": os.environ["THP_MEM_ALLOC_ENABLE"], **asked}
-    print("forward and backward of one MoE sub-layer; ", end="")
-    print(", ".join(f"{name} {value}" for name, value in measured.items()))
-    print("ratios from minima/medians; speed-up: stock over ours; CoE/MoE: CoE-2(K/2) over MoE(K), both ours")
-    print(benchmark.table(results))
+    said = ", ".join(f"{name} {value}" for name, value in measured.items())
+    write_out(f"forward and backward of one MoE sub-layer; {said}")
+    write_out("ratios from minima/medians; speed-up: stock over ours; CoE/MoE: CoE-2(K/2) over MoE(K), both ours")
+    write_out(benchmark.table(results))
     _write(options.json, {"machine": measured, "results": [result.as_dict() for result in results]})
     return 0
 
@@ -235,8 +235,7 @@ def _data(options: argparse.Namespace, parser: Parser) -> int:
     except (InputError, OSError) as error:
         print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 1
-    print(f"one process, {options.clock} time")
-    print(times.table())
+    write_out(f"one process, {options.clock} time\n{times.table()}")
     _write(options.json, {"clock": options.clock, **times.as_dict()})
     return 0
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import Never
 
 from coe_megatron.cluster import network
-from coe_megatron.config.arguments import Parser
+from coe_megatron.config.arguments import Parser, write_out
 from coe_megatron.errors import ConfigError
 from coe_megatron.files import problem, require_folder, require_writable, user_path, write_atomically
 from coe_megatron.launch_environment import LARGEST_PORT, MOST_RANKS, Ranks, whole_number
@@ -194,9 +194,12 @@ def main() -> int:
             write_atomically(options.report, json.dumps(report.as_dict(), indent=2))
         except OSError as error:
             leave(1, f"{program.prog}: error: {problem(options.report, '--report', error)}")
-    print(report.table(), flush=True)
-    if options.json:
-        print(json.dumps(report.as_dict()), flush=True)
+    try:
+        write_out(report.table())
+        if options.json:
+            write_out(json.dumps(report.as_dict()))
+    except SystemExit:
+        leave(1)
     leave(1 if report.bad else 0)
 
 

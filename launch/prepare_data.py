@@ -5,7 +5,7 @@ import os
 import sys
 import warnings
 
-from coe_megatron.config.arguments import Parser
+from coe_megatron.config.arguments import Parser, write_out
 from coe_megatron.data.manifest import Manifest
 from coe_megatron.data.options import add_document_options, templates
 from coe_megatron.data.prepare import PrepareSettings, prepare, what_is_done
@@ -83,12 +83,12 @@ def settings_from(arguments: argparse.Namespace) -> PrepareSettings:
 
 def report(manifest: Manifest) -> None:
     for name, split in manifest.splits.items():
-        print(
+        write_out(
             f"{name}: {split.documents:,} documents, {split.tokens:,} tokens, {split.bytes_per_token:.2f} bytes a "
             f"token, unigram entropy {split.unigram_entropy_nats:.3f} nats"
         )
     if manifest.malformed:
-        print(f"skipped {manifest.malformed:,} malformed records")
+        write_out(f"skipped {manifest.malformed:,} malformed records")
 
 
 def main() -> int:

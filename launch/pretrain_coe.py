@@ -18,6 +18,7 @@ import os
 import signal
 import sys
 import traceback
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -147,7 +148,8 @@ def _pretrain(parser: Parser, ranks: Ranks, checked: RunConfig | None, stop_file
     """Args: what rank 0 has, which alone reads files at the start: a thousand ranks would read them all at once."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         stop_with_parent()
-    scratch.enter(ranks.logs.parents[2] if ranks.logs and ranks.local_rank == 0 else None)
+    torchruns = ranks.logs.parents[2:3] if ranks.logs and ranks.local_rank == 0 else ()
+    scratch.enter(next(iter(torchruns), None))
     # Imported here: the stack takes seconds, and a mistake in config or data should not.
     from coe_megatron.training.console import quiet_libraries
 
@@ -191,7 +193,8 @@ def _pretrain(parser: Parser, ranks: Ranks, checked: RunConfig | None, stop_file
         raise
     else:
         if outcome is not None:
-            print(outcome.summary())
+            with suppress(SystemExit):  # the run is done, told or not
+                write_out(outcome.summary())
         return ExitStatus.DONE
     last_word(status, one_line(reason))
     if ranks.rank == 0:

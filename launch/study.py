@@ -9,6 +9,7 @@ import shlex
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from coe_megatron.cluster.one_host import Requests
@@ -186,7 +187,8 @@ def report(plan: Plan, options: argparse.Namespace) -> ExitStatus:
 
 
 def say(text: str) -> None:
-    write_out(f"{time.strftime('%H:%M:%S')}  {text}")
+    with suppress(SystemExit):  # the runs go on, told or not
+        write_out(f"{time.strftime('%H:%M:%S')}  {text}")
 
 
 def main(arguments: list[str] | None = None) -> int:

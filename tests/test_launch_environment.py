@@ -125,3 +125,12 @@ def test_the_rank_that_may_speak() -> None:
 def test_torch_is_not_imported() -> None:
     code = "import sys, coe_megatron.launch_environment, coe_megatron.scratch; sys.exit('torch' in sys.modules)"
     assert python("-c", code).returncode == 0
+
+
+def test_a_file_for_errors_that_cannot_be_is_named(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    alone = {"RANK": "0", "WORLD_SIZE": "1"}
+    with pytest.raises(ConfigError, match=r"^TORCHELASTIC_ERROR_FILE is '.*: it must be the path of a file"):
+        Ranks.from_environment({**alone, "TORCHELASTIC_ERROR_FILE": str(tmp_path / "loop" / "error.json")})
+    found = Ranks.from_environment({**alone, "TORCHELASTIC_ERROR_FILE": "/error.json"})
+    assert found.logs == Path("/")

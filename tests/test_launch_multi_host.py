@@ -158,6 +158,13 @@ def test_what_torchrun_does_not_take_is_one_line(arguments: tuple[str, ...], say
     done = launch("one_host.py", "--", *arguments)
     said = [line for line in done.stderr.splitlines() if line.startswith("torchrun: error: ")]
     assert len(said) == 1 and says in said[0] and "Traceback" not in done.stderr
+    assert done.returncode == ExitStatus.MISTAKE
+
+
+def test_a_variable_that_torchrun_cannot_read_is_named() -> None:
+    done = launch("one_host.py", "--", "--nproc-per-node", "1", "launch/status.py", PET_NNODES="abc")
+    assert done.returncode == ExitStatus.MISTAKE
+    assert "(PET_NNODES is 'abc')" in done.stderr and "Traceback" not in done.stderr
 
 
 # A rank that fails at its first start and diverges at its second.

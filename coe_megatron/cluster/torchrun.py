@@ -43,7 +43,8 @@ def main(arguments: list[str]) -> None:
         options.master_port = options.master_port or 29500  # as torchrun has it; for --rdzv-backend static alone
         config, entry, words = run.config_from_args(options)
     except (ValueError, RuntimeError, AssertionError) as error:  # torchrun's own, of numbers such as 1:2:3 and 2:1
-        sys.stderr.write(f"torchrun: error: {one_line(str(error))}\n")
+        own = ", ".join(f"{name} is {value!r:.100}" for name, value in os.environ.items() if name.startswith("PET_"))
+        sys.stderr.write(f"torchrun: error: {one_line(str(error))}{f' ({own})' if own else ''}\n")
         sys.exit(ExitStatus.MISTAKE)
     record(lambda: run.elastic_launch(config=config, entrypoint=entry)(*words))()
 

@@ -68,10 +68,20 @@ def _checked(kind: Callable[[str], Path | str], text: str) -> Path | str:
 
 
 def write_out(text: str) -> bool:
-    """Print what was asked for; False if the reader has gone away, as `head` does, which is no error."""
+    """Print what was asked for; False if the reader has gone away, as `head` does, which is no error.
+
+    Raises:
+        SystemExit: it cannot be written, as on a full disk: status 1, said in a line on stderr.
+    """
     try:
         print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that closing it is none either
-        return False
+    except UnicodeEncodeError:  # a terminal or a locale without these characters
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        return write_out(text)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that closing it is no error
+        if isinstance(error, BrokenPipeError):
+            return False
+        print(f"error: standard output cannot be written: {error.strerror}", file=sys.stderr)
+        raise SystemExit(1) from None
     return True

@@ -26,9 +26,11 @@ Settings = TypeVar("Settings")
 
 
 _MOST_FILES = 64  # that one config is made of
+_FEW_FOLDERS = 16  # whose paths, each within bounds, make no config too long
 _LONGEST_OVERRIDE = 1 << 14
 _LONGEST_TEXT = 1 << 12  # of one setting, references replaced
 _REFERENCE = re.compile(r"\$\{(.*?)\}")
+_VARIABLE = re.compile(r"oc\.env:(\w+)(,[^,]*)?")  # and what holds where it is not set
 _NAME = re.compile(r"[\w-]+(\.[\w-]+)*")
 
 
@@ -64,6 +66,13 @@ def resolve(
         check(config, world_size)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if len(config.data.blend or ()) + len(config.data.validation or ()) > _FEW_FOLDERS:
+        size = len(dump(config).encode())
+        if size > parsing.CONFIG_BYTES:
+            raise ConfigError(
+                f"{whose}: data.blend and data.validation have too many folders, or paths too long: written out the "
+                f"config has {size:,} bytes, and {parsing.CONFIG_BYTES:,} are allowed"
+            )
     return config
 
 
@@ -71,9 +80,13 @@ def plain(values: Any, whose: str) -> Any:
     """OmegaConf's containers as dicts and lists, references to other keys resolved."""
     check_references(OmegaConf.to_container(values), whose)
     try:
-        return OmegaConf.to_container(values, resolve=True, throw_on_missing=True)
+        resolved = OmegaConf.to_container(values, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{whose}: {_of_omegaconf(error, 'it', 'has no value')}") from None
+    for key, value in _leaves(resolved, ""):
+        if "${" in str(value):  # written into config.yaml, it would be a reference
+            raise ConfigError(f"{whose}: {_short(key)} is {shown(value)}: no text may hold ${{ but as a reference")
+    return resolved
 
 
 def check_references(values: Any, whose: str) -> None:
@@ -90,8 +103,8 @@ def check_references(values: Any, whose: str) -> None:
             continue
         size, said = len(text), f"{whose}: {_short(key)} is {shown(text)}"
         for name in _REFERENCE.findall(text):
-            if name.startswith("oc.env:"):
-                size += len(os.environ.get(name.removeprefix("oc.env:"), ""))
+            if variable := _VARIABLE.fullmatch(name):
+                size += len(os.environ.get(variable[1], ""))
                 continue
             if not _NAME.fullmatch(name):
                 raise ConfigError(f"{said}: a reference is ${{key.sub}} or ${{oc.env:VARIABLE}}")
@@ -147,7 +160,7 @@ def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 def dump(config: RunConfig) -> str:
     """The whole config as YAML; `load` reads it back to an equal config."""
-    return OmegaConf.to_yaml(OmegaConf.create(_without_tuples(asdict(config))))
+    return parsing.to_yaml(_without_tuples(asdict(config)))
 
 
 def read(
@@ -274,7 +287,7 @@ def _override(values: Any, text: str) -> None:
         for _ in re.split(r"[.\[]", key):
             (value,) = value.values()
         OmegaConf.update(values, key, value)
-    except (YAMLError, OmegaConfBaseException, ValueError, TypeError, IndexError) as error:
+    except (YAMLError, OmegaConfBaseException, ValueError, TypeError, IndexError, RecursionError) as error:
         said = " ".join(str(error).split())
         raise ConfigError(f"override {shown(text)}: write it as key.sub=value, the value as in YAML ({said})") from None
 
@@ -282,7 +295,7 @@ def _override(values: Any, text: str) -> None:
 def _beyond_a_list(values: Any, path: Sequence[str]) -> str:
     """What is there where a path leads to a place that its list does not have; "" for any other path."""
     for depth, part in enumerate(path):
-        if OmegaConf.is_list(values) and part.isdecimal() and int(part) >= len(values):
+        if OmegaConf.is_list(values) and part.isdecimal() and (len(part) > 9 or int(part) >= len(values)):
             places = {0: "no entries", 1: "one entry (0)"}
             return f"{'.'.join(path[:depth])} has {places.get(n := len(values), f'{n} entries (0 to {n - 1})')}"
         try:

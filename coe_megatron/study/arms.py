@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from coe_megatron import parsing
 from coe_megatron.config import RunConfig
 from coe_megatron.config.load import read_all, resolve
 from coe_megatron.errors import ConfigError
@@ -141,11 +142,13 @@ def make_study(settings: StudySettings, overrides: Sequence[str] = ()) -> Study:
 
 def override(key: str, value: Any) -> str:
     """`key=value` as a command line takes it; text is quoted only where YAML would read something else, or nothing."""
-    return f"{key}={value if isinstance(value, str) and _reads_as_itself(value) else json.dumps(value)}"
+    plain = isinstance(value, str) and _reads_as_itself(value)
+    return f"{key}={value if plain else json.dumps(value, ensure_ascii=False)}"
 
 
 def _reads_as_itself(text: str) -> bool:
     try:
+        parsing.check_yaml(text)
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"x={text}"])) == {"x": text}
     except (YAMLError, OmegaConfBaseException, ValueError):
         return False

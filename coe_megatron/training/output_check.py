@@ -37,6 +37,7 @@ def require_output(config: RunConfig) -> None:
         require_folder(folder, "output")
         _require_parts(folder, config)
         _require_known_checkpoints(folder / CHECKPOINTS)
+        _require_own_config(folder)
     except OSError as error:  # it changes while it is looked at
         raise problem(folder, "output", error) from error
 
@@ -94,6 +95,20 @@ def _require_known_checkpoints(folder: Path) -> None:
         f"{_way_back(folder / others[0])} to go on from it, or choose another output (training.warm_start begins with "
         "its weights)"
     )
+
+
+def _require_own_config(folder: Path) -> None:
+    """Refuse to write over a config.yaml that no run has written: a run writes its record first."""
+    if kind_of(folder / CONFIG, CONFIG) and not kind_of(folder / RECORD, RECORD) and not any(_checkpoints(folder)):
+        raise ConfigError(
+            f"output is {folder}: {folder / CONFIG} is no run's ({RECORD} and checkpoints are missing), and the run "
+            "would write its own there; move it, or choose another output"
+        )
+
+
+def _checkpoints(folder: Path) -> list[str]:
+    place = folder / CHECKPOINTS
+    return [] if kind_of(place, _part(place)) is None else os.listdir(place)
 
 
 def _is_no_checkpoint(path: Path) -> bool:

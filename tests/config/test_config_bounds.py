@@ -83,6 +83,11 @@ def test_the_last_of_two_bases_wins_also_if_both_have_one_in_common(write) -> No
         ("data: {path: a, validation: '${data}'}\n", "data is a section, and a reference must name a value"),
         ("output: ${oc.create:x}\n", "a reference is ${key.sub} or ${oc.env:VARIABLE}"),
         ("output: ${.data.path}\n", "a reference is ${key.sub} or ${oc.env:VARIABLE}"),
+        ("output: '${oc.env:NOPE,${data.path}}'\n", "has a reference within a reference"),
+        ("output: '" + "${" * 20_000 + "'\n", "has a reference within a reference"),
+        ("output: '" + "${" * 20_000 + "}" * 20_000 + "'\n", "has a reference within a reference"),
+        ("output: ${oc.env:A,b,c}\n", "a reference is ${key.sub} or ${oc.env:VARIABLE}"),
+        ("output: '\\${model}'\n", "output is '${model}': no text may hold ${ but as a reference"),
         ("output: '" + "${data.path}" * 300 + "'\ndata: {path: " + "p" * 100 + "}\n", "more than 4,096 characters"),
         ("output: '" + "${oc.env:LONG}" * 300 + "'\n", "more than 4,096 characters"),
     ],
@@ -96,13 +101,30 @@ def test_references_are_to_values_and_do_not_multiply(
 
 def test_references_that_are_well(write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SCRATCH", "/scratch/me")
-    config = load(write("output: ${oc.env:SCRATCH}/runs/${data.path}\ndata: {path: corpus}\n"))
+    config = load(write("output: ${oc.env:SCRATCH}/${oc.env:NONE,runs}/${data.path}\ndata: {path: corpus}\n"))
     assert config.output == "/scratch/me/runs/corpus"
+
+
+def test_a_variable_with_a_reference_in_it(write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCRATCH", "${model.num_layers}")
+    assert "output is '${model.num_layers}/x': no text may hold ${" in refused(write("output: ${oc.env:SCRATCH}/x\n"))
+
+
+def test_a_blend_that_its_own_config_yaml_could_not_hold(write) -> None:
+    blend = ", ".join("{path: p" + f"{number:0>140}" + "}" for number in range(800))
+    assert "data.blend and data.validation have too many folders" in refused(write(f"data: {{blend: [{blend}]}}\n"))
 
 
 @pytest.mark.parametrize(
     "override",
-    ["a." * 5000 + "b=1", "moe.topk=" + "[" * 1000, "output=" + "x" * 20_000, "moe.topk=0x" + "f" * 9999],
+    [
+        "a." * 5000 + "b=1",
+        "output=" + "${oc.env:A," * 1000 + "x" + "}" * 1000,
+        "output=" + "${" * 7000,
+        "moe.topk=" + "[" * 1000,
+        "output=" + "x" * 20_000,
+        "moe.topk=0x" + "f" * 9999,
+    ],
 )
 def test_overrides_that_are_bombs(override: str) -> None:
     assert refused(QUICKSTART, override).startswith("override '")

@@ -48,6 +48,7 @@ OVERRIDES: list[tuple[str, str]] = [
         "data.blend=[{path: a, weight: 1}, {path: b, weight: 1}] & data.blend.2.weight=5",
         "override 'data.blend.2.weight=5': data.blend has 2 entries (0 to 1)",
     ),
+    ("data.blend=[{path: a, weight: 1}] & data.blend." + "9" * 5000 + ".path=x", "data.blend has one entry (0)"),
     ("training.milestones=[] & training.milestones.0=5", "training.milestones has no entries"),
     ("zero.stage=4", "zero.stage is 4: it should be 0, 1, 2 or 3"),
     ("zero.stage=0 & training.precision=bf16", "zero.stage is 0: without fp32 master weights"),

@@ -14,14 +14,16 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from coe_megatron.config import RunConfig, dump, load
 from coe_megatron.config.layout import layout
+from coe_megatron.config.load import resolve
 from coe_megatron.errors import ConfigError
 from coe_megatron.forecast.cost import forecast, vocabulary
+from coe_megatron.study.arms import override
 
 CONFIGS = sorted(
     path for path in (Path(__file__).parents[2] / "configs").rglob("*.yaml") if "studies" not in path.parts
@@ -155,6 +157,28 @@ def test_a_changed_config_is_costed_or_refused_in_one_line(
     assert json.loads(json.dumps(cost.as_dict())) and "nan" not in cost.table()
     path.write_text(dump(config))
     assert load(path) == config
+
+
+ODD = ["0:30", "09:15", "-0:3", "oN", "yEs", "010", "_" * 70, "9" * 70, "1e-3", ".5", ".inf", "null", "~x", "# no"]
+ODD += ["a: b", "- a", "[a]", "'", '"', "\\", "x\\n", "é", "\U0001f600", "!!binary", "&a", "*a", "%a", "@a", "`a", "="]
+PRINTED = st.characters(exclude_categories=["Cs", "Cc", "Co", "Cn"], exclude_characters="\u2028\u2029\x85")
+PATHS = st.one_of(st.sampled_from(ODD), st.text(PRINTED, min_size=1)).filter(
+    lambda text: "${" not in text and not text.startswith("~") and text != "???"
+)
+
+
+@given(text=PATHS, name=PATHS)
+@settings(FIXED, max_examples=60, phases=[Phase.explicit, Phase.generate])
+def test_any_text_is_the_same_in_the_runs_own_config_and_in_a_studys(text: str, name: str, tmp_path: Path) -> None:
+    values = {"output": text, "data": {"path": text, "validation": {name: text}}}
+    try:
+        config = resolve(OmegaConf.create(values))
+    except ConfigError:
+        return  # of names of validation sets not all are allowed
+    path = tmp_path / "config.yaml"
+    path.write_text(dump(config))
+    assert load(path) == config
+    assert load(path, [override("data.path", text)]) == config
 
 
 def numbers(value: Any) -> Iterator[float]:

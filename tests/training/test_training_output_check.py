@@ -157,3 +157,13 @@ def test_the_program_says_it_before_torch_is_loaded(
     line = f"run.json in output is {tmp_path / 'run.json'}: it is a folder, where a file is needed"
     assert (ended.value.code, capsys.readouterr()) == (2, ("", f"pretrain_coe.py: error: {line}\n"))
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_a_config_of_the_users_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(f"base: ../common.yaml\noutput: {tmp_path}\n")
+    assert f"{tmp_path / 'config.yaml'} is no run's (run.json and checkpoints are missing)" in refusal(tmp_path)
+    (tmp_path / "run.json").write_text("{}")
+    require_output(config(tmp_path))
+    (tmp_path / "run.json").unlink()
+    (tmp_path / "checkpoints" / "step-00000002").mkdir(parents=True)
+    require_output(config(tmp_path))  # a run's own whose record is lost
