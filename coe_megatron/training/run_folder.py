@@ -65,6 +65,9 @@ class OutputLost(Exception):
     """The output folder was removed or moved while the run went on; its text is one line."""
 
 
+_GIT_SECONDS = 5
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a finished run came to; `summary()` says it to a person.
@@ -371,7 +374,9 @@ def _git_commit() -> str | None:
     if not (root / ".git").exists():
         return None
     try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
-    except FileNotFoundError:  # git is not installed
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False, timeout=_GIT_SECONDS
+        )
+    except (OSError, subprocess.TimeoutExpired):  # git is not installed, or its file system hangs
         return None
     return found.stdout.strip() or None

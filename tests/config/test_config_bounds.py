@@ -111,7 +111,7 @@ def test_a_variable_with_a_reference_in_it(write, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_blend_that_its_own_config_yaml_could_not_hold(write) -> None:
-    blend = ", ".join("{path: p" + f"{number:0>140}" + "}" for number in range(800))
+    blend = ", ".join("{weight: 1, path: p" + f"{number:0>135}" + "}" for number in range(800))
     assert "data.blend and data.validation have too many folders" in refused(write(f"data: {{blend: [{blend}]}}\n"))
 
 
