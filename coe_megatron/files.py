@@ -40,6 +40,11 @@ def user_path(text: str) -> Path:
     return Path(expand_user(text))
 
 
+def as_argument(path: Path) -> str:
+    """A path as an argument that no program takes for an option, or for somebody's home: what `user_path` undoes."""
+    return f".{os.sep}{path}" if str(path).startswith(("-", "~")) else str(path)
+
+
 def kind_of(path: Path, name: str) -> Kind | None:
     """What is at a path, links followed; None if nothing is.
 

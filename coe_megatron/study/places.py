@@ -1,6 +1,5 @@
 """Where a study's runs leave what: OUTPUT/ARM/seed-S, with its whole config and its log beside it."""
 
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -37,11 +36,6 @@ def write_config(run: Run) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, dump(run.config))
     return path
-
-
-def as_argument(path: Path) -> str:
-    """A path as an argument that no program takes for an option, or for somebody's home."""
-    return f".{os.sep}{path}" if str(path).startswith(("-", "~")) else str(path)
 
 
 def check_places(study: Study, *, to_write: bool) -> None:

@@ -17,9 +17,9 @@ from coe_megatron.config import RunConfig, flat, load
 from coe_megatron.config.layout import layout
 from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.exit_status import ExitStatus, known_status
-from coe_megatron.files import kind_of, require_file, require_writable
+from coe_megatron.files import as_argument, kind_of, require_file, require_writable
 from coe_megatron.study.arms import Run
-from coe_megatron.study.places import as_argument, log_of, write_config
+from coe_megatron.study.places import log_of, write_config
 from coe_megatron.study.plan import span
 from coe_megatron.training.folder_lock import is_held
 from coe_megatron.training.status import Status, status

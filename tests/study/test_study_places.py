@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from study_made_up import leave
 
+from coe_megatron.files import as_argument
 from coe_megatron.study.arms import Run, Study, make_study
-from coe_megatron.study.places import as_argument, config_of, log_of, write_config
+from coe_megatron.study.places import config_of, log_of, write_config
 from coe_megatron.study.settings import read_study
 
 Write = Callable[..., Path]
