@@ -15,7 +15,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-from coe_megatron.files import read_limited
+from coe_megatron.files import new_file, read_limited
 from coe_megatron.launch_environment import rank_of
 from coe_megatron.parsing import JSON_BYTES, parse_json
 
@@ -78,7 +78,8 @@ def leave_error_file(status: int, message: str, stack: str = "", *, environment:
     record = {"message": {"message": message, "errorCode": int(status), "extraInfo": details}}
     with suppress(OSError):  # the run's own error is the one to tell
         temporary = Path(f"{name}.tmp")
-        temporary.write_text(json.dumps(record))
+        with new_file(temporary) as file:
+            file.write(json.dumps(record).encode())
         os.replace(temporary, name)
 
 

@@ -6,16 +6,19 @@ be, a pipe or a device. Standard library only.
 """
 
 import os
+import shutil
 import stat
 import sys
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 from coe_megatron.errors import ConfigError, one_line
 
 Kind = Literal["file", "folder", "special file"]
 _SHOWN = 200  # characters of a path in a message
+_TEMPORARY = ".tmp"  # ending of what `write_atomically` writes beside
 
 
 def expand_user(text: str) -> str:
@@ -35,6 +38,11 @@ def user_path(text: str) -> Path:
     if not text:
         raise ConfigError("a path is needed, not an empty text")
     return Path(expand_user(text))
+
+
+def as_argument(path: Path) -> str:
+    """A path as an argument that no program takes for an option, or for somebody's home: what `user_path` undoes."""
+    return f".{os.sep}{path}" if str(path).startswith(("-", "~")) else str(path)
 
 
 def kind_of(path: Path, name: str) -> Kind | None:
@@ -102,6 +110,27 @@ def require_writable(path: Path, name: str, kind: Literal["file", "folder"], spa
     return path
 
 
+def require_replaceable(path: Path, name: str) -> Path:
+    """A file that `write_atomically` can write, the temporary name beside it included; returns it.
+
+    Raises:
+        ConfigError: as `require_writable`, and if a folder has the temporary name.
+    """
+    require_writable(path, name, "file", spare=len(_TEMPORARY))
+    beside = _beside(path)
+    if beside.is_dir() and not beside.is_symlink():
+        raise problem(path, name, f"it cannot be used: {_in_the_way(beside)}")
+    return path
+
+
+def is_plain_file(path: Path) -> bool:
+    """Whether a plain file is at a path itself: no link to one, nothing that reading would wait for."""
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except OSError:
+        return False
+
+
 def read_limited(path: Path, name: str, most: int) -> bytes:
     """The content of a plain file of at most `most` bytes.
 
@@ -125,9 +154,10 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     Raises:
         OSError: it cannot be written; the older one is there still.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = _beside(path)
+    made = new_file(temporary)
     try:
-        with temporary.open("wb") as file:
+        with made as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
@@ -136,6 +166,38 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     to_disk(path.parent)
+
+
+def new_file(path: Path) -> BinaryIO:
+    """A new plain file to write, open, in the place of what an attempt that was cut short may have left.
+
+    What is there is removed, and neither opened nor followed: a pipe would wait for its reader, and a link may lead to
+    a file that is none of ours.
+
+    Raises:
+        OSError: it cannot be made; of a folder in its place it says so.
+    """
+    try:
+        with suppress(FileNotFoundError):
+            path.unlink()
+    except OSError as error:
+        if path.is_dir() and not path.is_symlink():
+            raise IsADirectoryError(error.errno, _in_the_way(path), str(path)) from None
+        raise
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.fdopen(os.open(path, flags, 0o666), "wb")
+
+
+def remove(path: Path) -> None:
+    """Remove whatever is at a path: a folder with all that is in it, but of a link the link alone; nothing is no error.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def set_aside(path: Path, why: str) -> Path:
@@ -170,10 +232,19 @@ def to_disk(path: Path) -> None:
 def problem(path: Path | str, name: str, reason: str | OSError | ValueError) -> ConfigError:
     """The error that says in one line what is wrong with a path; `name` is the setting or option that gave it."""
     if isinstance(reason, OSError):
-        reason = f"it cannot be used: {(reason.strerror or str(reason)).lower()}"
+        said = reason.strerror or str(reason)
+        reason = f"it cannot be used: {said[:1].lower()}{said[1:]}"
     elif isinstance(reason, ValueError):
         reason = f"it is no path ({reason})"
     return ConfigError(f"{name} is {_shown(path)}: {reason}")
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}{_TEMPORARY}")
+
+
+def _in_the_way(folder: Path) -> str:
+    return f"the folder {_shown(folder.name)} is in the way, remove it"
 
 
 def _require(found: Kind | None, wanted: Kind, path: Path, name: str) -> None:

@@ -22,7 +22,7 @@ from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.config.arguments import Parser, write_out
 from coe_megatron.data.options import add_document_options, templates
 from coe_megatron.errors import ConfigError, one_line
-from coe_megatron.files import problem, require_folder, require_writable, user_path, write_atomically
+from coe_megatron.files import problem, require_folder, require_replaceable, user_path, write_atomically
 from coe_megatron.launch_environment import whole_number
 from coe_megatron.lean_imports import import_megatron
 
@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.json is not None:
             require_folder(options.json.parent, "the folder of --json")
-            require_writable(options.json, "--json", "file", spare=len(".tmp"))
+            require_replaceable(options.json, "--json")
         scratch.enter()
     except ConfigError as error:
         parser.error(str(error))

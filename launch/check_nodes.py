@@ -16,7 +16,7 @@ from typing import Never
 from coe_megatron.cluster import network
 from coe_megatron.config.arguments import Parser, write_out
 from coe_megatron.errors import ConfigError
-from coe_megatron.files import problem, require_folder, require_writable, user_path, write_atomically
+from coe_megatron.files import problem, require_folder, require_replaceable, user_path, write_atomically
 from coe_megatron.launch_environment import LARGEST_PORT, MOST_RANKS, Ranks, whole_number
 
 EPILOG = """One process a node takes part; of several on a node all but the first end at once. Who is who comes from
@@ -173,7 +173,7 @@ def main() -> int:
         address, port, served = meeting(options.meet, names[0], os.environ)
         if options.report and index == 0:
             require_folder(options.report.parent, "the folder of --report")
-            require_writable(options.report, "--report", "file", spare=len(".tmp"))
+            require_replaceable(options.report, "--report")
     except ConfigError as error:
         program.error(str(error))
     use_interface(names, index, address)

@@ -21,11 +21,12 @@ from coe_megatron.config import load
 from coe_megatron.config.arguments import Parser, write_out
 from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.exit_status import ExitStatus
-from coe_megatron.files import expand_user, user_path
+from coe_megatron.files import as_argument, user_path
 from coe_megatron.launch_environment import LARGEST_PORT, MOST_RANKS, whole_number
 
-EPILOG = f"""The hosts need the same working folder, Python, data and output folder under the same paths, and a remote
-shell that asks for no password. A host file has a line `NAME slots=N` for each host; # begins a comment.
+EPILOG = f"""The hosts need the same working folder, Python, config, data and output folder under the same paths, and a
+remote shell that asks for no password. ~ is the home on this host, and is handed on as the path that it stands for. A
+host file has a line `NAME slots=N` for each host; # begins a comment.
 
 Started from the working folder, a command runs on each host as `REMOTE-SHELL HOST COMMAND`. Of the environment go along
 what begins with {", ".join(several_hosts.EXPORTED)}, and what --export names (visible to others on these hosts).
@@ -84,16 +85,14 @@ class Plan:
             *("--max-restarts", str(options.max_restarts), "--"),
             *("--nnodes", str(hosts), "--nproc-per-node", str(self.ranks)),
             *("--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", run, "--rdzv-conf", conf),
-            *("launch/pretrain_coe.py", options.config, *options.overrides),
-            *(("--stop-file", options.stop_file) if options.stop_file else ()),
+            *("launch/pretrain_coe.py", as_argument(options.config), *options.overrides),
+            *(("--stop-file", as_argument(options.stop_file)) if options.stop_file else ()),
         )
 
     def check(self, address: str, port: int) -> dict[str, str]:
         """The command of each host that takes part in the node check."""
-        names, output = (
-            ",".join(host.address for host in self.hosts),
-            load(self.options.config, self.options.overrides).output,
-        )
+        names = ",".join(host.address for host in self.hosts)
+        output = as_argument(Path(load(self.options.config, self.options.overrides).output))
         return {
             host.name: self.command(
                 *("launch/check_nodes.py", "--output", output, "--nodes", names, "--name", host.address),
@@ -118,12 +117,12 @@ def parser() -> Parser:
     made.add_argument("--export", action="append", default=[], metavar="NAME", help="one more variable for all hosts")
     made.add_argument(
         "--stop-file",
-        type=expand_user,
+        type=user_path,
         metavar="FILE",
         help="for pretrain_coe.py: stop and save when this file appears",
     )
     made.add_argument("--dry-run", action="store_true", help="print each host's command; nothing is started")
-    made.add_argument("config", help="YAML file, such as configs/quickstart.yaml")
+    made.add_argument("config", type=user_path, help="YAML file, such as configs/quickstart.yaml")
     made.add_argument("overrides", nargs="*", default=[], help="key.sub=value, which wins over the file")
     return made
 

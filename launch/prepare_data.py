@@ -8,7 +8,7 @@ import warnings
 from coe_megatron.config.arguments import Parser, write_out
 from coe_megatron.data.manifest import Manifest
 from coe_megatron.data.options import add_document_options, templates
-from coe_megatron.data.prepare import PrepareSettings, prepare, what_is_done
+from coe_megatron.data.prepare import MOST_WORKERS, PrepareSettings, prepare, what_is_done
 from coe_megatron.data.records import InputError
 from coe_megatron.data.sources import RECORD_BYTES
 from coe_megatron.errors import ConfigError, one_line
@@ -64,7 +64,7 @@ def parser() -> Parser:
     made.add_argument(
         "--workers",
         type=int,
-        default=len(os.sched_getaffinity(0)),
+        default=min(len(os.sched_getaffinity(0)), MOST_WORKERS),
         metavar="N",
         help="processes that parse and encode (default: the CPUs this one may use, %(default)s)",
     )

@@ -1,6 +1,7 @@
 """What a rank leaves behind for torchrun and for a scheduler."""
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -26,6 +27,12 @@ def test_without_torchrun_or_a_folder_nothing_is_written_and_nothing_is_raised(t
     leave_error_file(1, "x", environment={})
     leave_error_file(1, "x", environment={"TORCHELASTIC_ERROR_FILE": str(tmp_path / "none" / "error.json")})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pipe_beside_the_file_holds_nothing_up(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "error.json.tmp")
+    leave_error_file(1, "x", environment={"TORCHELASTIC_ERROR_FILE": str(tmp_path / "error.json")})
+    assert [path.name for path in tmp_path.iterdir()] == ["error.json"]
 
 
 def test_what_may_be_started_again() -> None:

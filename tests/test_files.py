@@ -11,10 +11,14 @@ from rights import as_nobody, private_folder
 from coe_megatron.errors import ConfigError
 from coe_megatron.files import (
     expand_user,
+    is_plain_file,
     kind_of,
+    new_file,
     read_limited,
+    remove,
     require_file,
     require_folder,
+    require_replaceable,
     require_writable,
     user_path,
     write_atomically,
@@ -137,3 +141,51 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(OSError, match="No space"):
         write_atomically(path, "newer")
     assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["run.json"]
+
+
+def test_what_is_left_beside_is_neither_opened_nor_followed(tmp_path: Path) -> None:
+    path, left, other = tmp_path / "run.json", tmp_path / "run.json.tmp", tmp_path / "other"
+    other.write_text("somebody's")
+    makers: list[Callable[[], object]] = [
+        lambda: os.mkfifo(left),
+        lambda: left.symlink_to(other),
+        lambda: left.symlink_to("/nowhere/at/all"),
+        lambda: left.symlink_to(left.name),
+        lambda: left.write_text("a longer text that an attempt has left"),
+    ]
+    for number, leave in enumerate(makers):
+        leave()
+        write_atomically(path, str(number))
+        assert path.read_text() == str(number) and is_plain_file(path)
+    assert other.read_text() == "somebody's" and sorted(os.listdir(tmp_path)) == ["other", "run.json"]
+
+
+def test_a_folder_beside_is_named_and_stays(tmp_path: Path) -> None:
+    path, left = tmp_path / "Run.json", tmp_path / "Run.json.tmp"
+    left.mkdir()
+    with pytest.raises(IsADirectoryError) as error:
+        write_atomically(path, "new")
+    assert error.value.strerror == "the folder Run.json.tmp is in the way, remove it"
+    line = said(require_replaceable, path, "--json")
+    assert line == f"--json is {path}: it cannot be used: the folder Run.json.tmp is in the way, remove it"
+    assert os.listdir(tmp_path) == ["Run.json.tmp"]
+    left.rmdir()
+    assert require_replaceable(path, "--json") == path
+    assert "too long for a name" in said(require_replaceable, tmp_path / ("n" * 255), "--json")
+
+
+def test_a_new_file_has_the_usual_rights(tmp_path: Path) -> None:
+    (tmp_path / "usual").touch()
+    with new_file(tmp_path / "new") as file:
+        file.write(b"new")
+    assert (tmp_path / "new").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_whatever_is_at_a_path_is_removed_and_no_more(place: Path) -> None:
+    (place / "folder" / "inside").mkdir()
+    assert [is_plain_file(place / name) for name in ("file", "link", "fifo", "folder", "new")] == [True] + [False] * 4
+    remove(place / "link")
+    assert (place / "folder" / "inside").is_dir()
+    for name in ("folder", "file", "fifo", "dangling", "loop", "new"):
+        remove(place / name)
+    assert os.listdir(place) == []

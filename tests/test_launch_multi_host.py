@@ -50,6 +50,9 @@ def launch(program: str, *arguments: str, **variables: str) -> subprocess.Comple
             ("--hosts", "a,b", "--min-hosts", "3", CONFIG),
             "--min-hosts (there are so many hosts) is '3': it must be a whole number from 1 to 2",
         ),
+        (("--hosts", "a,b", ""), "argument config: a path is needed, not an empty text"),
+        (("--hosts", "a,b", "--stop-file", "", CONFIG), "argument --stop-file: a path is needed, not an empty text"),
+        (("--hosts", "a,b", "~no-such-user/o.yaml"), "~no-such-user/o.yaml: there is no such user here"),
         (("--hosts", "a,b", "--export", "NONE_SUCH", CONFIG), "--export is NONE_SUCH: there is no such variable"),
         (("--hosts", "a,b", "--remote-shell", "nowhere/ssh", CONFIG), "--remote-shell is 'nowhere/ssh': No such file"),
         (("--hosts", "a,b", "--remote-shell", "false", CONFIG), "host a: false ended with status 1: no word"),
@@ -80,6 +83,25 @@ def test_a_dry_run_shows_each_hosts_command() -> None:
     said = shlex.split(first[-1])
     assert said[said.index("--towards") + 1] == "b"
     assert "is_host=1,read_timeout=3600" in said
+
+
+def test_a_home_is_this_hosts_and_handed_on_as_a_path(tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_bytes((ROOT / CONFIG).read_bytes())
+    options = ("--hosts", "a", "--ranks-per-node", "2", "--stop-file", "~/stop", "--dry-run", "~/tiny.yaml")
+    done = launch("multi_host.py", *options, HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    said = shlex.split(shlex.split(done.stdout)[-1])
+    assert said[-3:] == [f"{tmp_path}/tiny.yaml", "--stop-file", f"{tmp_path}/stop"]
+
+
+def test_a_name_that_looks_like_a_home_or_an_option_stays_one(tmp_path: Path) -> None:
+    for name in ("~tiny.yaml", "-tiny.yaml"):
+        (tmp_path / name).write_bytes((ROOT / CONFIG).read_bytes())
+        options = ("--hosts", "a", "--ranks-per-node", "2", "--stop-file", "./~stop", "--dry-run", f"./{name}")
+        command = [sys.executable, ROOT / "launch/multi_host.py", *options]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert shlex.split(shlex.split(done.stdout)[-1])[-3:] == [f"./{name}", "--stop-file", "./~stop"]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from coe_megatron.checkpoint.names import finished_steps
 from coe_megatron.errors import ConfigError
 from coe_megatron.exit_status import ExitStatus, known_status
-from coe_megatron.files import read_limited, require_writable, set_aside, write_atomically
+from coe_megatron.files import read_limited, require_replaceable, set_aside, write_atomically
 from coe_megatron.parsing import JSON_BYTES, first_of
 
 NO_CHECKPOINT = 0  # the step of a run that has not saved yet
@@ -164,7 +164,7 @@ def newest_step(output: Path) -> int:
 
 
 def _read(path: Path) -> list[Attempt]:
-    require_writable(path, "attempts.json", "file")
+    require_replaceable(path, "attempts.json")
     if not path.exists():
         return []
     content = read_limited(path, "attempts.json", JSON_BYTES)

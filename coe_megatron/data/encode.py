@@ -1,14 +1,12 @@
 """From chunks of records to files of token ids: the part of a preparation that many processes share."""
 
 import os
-import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, get_args
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -16,6 +14,13 @@ from coe_megatron.data.manifest import Split
 from coe_megatron.data.records import InputError, MalformedRecord, Templates
 from coe_megatron.data.sources import Chunk
 from coe_megatron.data.tokenizer import Tokenizer
+from coe_megatron.files import is_plain_file, new_file
+
+_SPLITS: tuple[Split, ...] = get_args(Split)
+
+
+class DamagedChunk(InputError):
+    """A file of encoded documents that `write_encoded` did not write so; one line that names it."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +82,16 @@ class Encoded:
     @classmethod
     def of(cls, documents: list[str], tokenizer: Tokenizer) -> "Encoded":
         """Encode documents."""
-        dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
+        dtype = token_type(tokenizer.vocab_size)
         rows = [_with_end(tokenizer.encode(document), tokenizer.eos_id, dtype) for document in documents]
         lengths = np.array([len(row) for row in rows], dtype=np.int64)
         size = sum(len(document.encode()) for document in documents)
         return cls(np.concatenate(rows) if rows else np.empty(0, dtype), lengths, size)
+
+
+def token_type(vocab_size: int) -> np.dtype:
+    """The smallest type that holds all tokens."""
+    return np.min_scalar_type(vocab_size - 1)
 
 
 def encode_chunk(
@@ -106,8 +116,7 @@ def encode_chunk(
 def encode_splits(documents: list[tuple[Split, str]], tokenizer: Tokenizer) -> dict[str, Encoded]:
     """Encode documents, each split by itself."""
     return {
-        name: Encoded.of([document for split, document in documents if split == name], tokenizer)
-        for name in get_args(Split)
+        name: Encoded.of([document for split, document in documents if split == name], tokenizer) for name in _SPLITS
     }
 
 
@@ -117,28 +126,68 @@ def write_encoded(target: Path, splits: dict[str, Encoded], malformed: int) -> N
     for name, encoded in splits.items():
         arrays |= {f"{name}_{part}": value for part, value in vars(encoded).items()}
     partial = target.with_suffix(f".{os.getpid()}.partial")
-    with partial.open("wb") as file:
+    with new_file(partial) as file:
         np.savez(file, **arrays)
         file.flush()
         os.fsync(file.fileno())
     partial.rename(target)
 
 
-def read_encoded(path: Path) -> tuple[dict[str, Encoded], int]:
-    """What `encode_chunk` wrote: what became of each split, and the number of malformed records.
+def read_encoded(path: Path, vocab_size: int) -> tuple[dict[str, Encoded], int]:
+    """What `write_encoded` wrote: what became of each split, and the number of malformed records.
+
+    Args:
+        vocab_size: of the tokenizer that the documents were encoded with.
 
     Raises:
-        InputError: the file has been damaged since.
+        DamagedChunk: it is no plain file, or not one that could have been written with such a tokenizer.
     """
     try:
-        with np.load(path) as arrays:
-            splits = {
-                name: Encoded(arrays[f"{name}_tokens"], arrays[f"{name}_lengths"], int(arrays[f"{name}_bytes"]))
-                for name in get_args(Split)
-            }
-            return splits, int(arrays["malformed"])
-    except (ValueError, KeyError, EOFError, BadZipFile, zlib.error) as error:
-        raise InputError(f"{path} is damaged ({error}): the same command begins anew") from error
+        arrays = _arrays(path)
+        splits: dict[str, Encoded] = {name: _encoded(arrays, name, vocab_size) for name in _SPLITS}
+        return splits, _count(arrays, "malformed")
+    except Exception as error:  # of numpy's and zipfile's readers nobody lists what foreign bytes make them raise
+        raise DamagedChunk(f"{path} is damaged ({str(error) or type(error).__name__})") from error
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of a chunk by name; ValueError if they are not those of one."""
+    if not is_plain_file(path):
+        raise ValueError("it is no plain file")
+    loaded = np.load(path, allow_pickle=False)
+    if not isinstance(loaded, np.lib.npyio.NpzFile):
+        raise ValueError("it holds a single array")
+    with loaded:
+        expected = {"malformed", *(f"{name}_{part.name}" for name in _SPLITS for part in fields(Encoded))}
+        if wrong := expected.symmetric_difference(loaded.files):
+            raise ValueError(f"{min(wrong)} is missing, or too much")
+        assert loaded.zip is not None
+        if sum(part.file_size for part in loaded.zip.infolist()) > path.stat().st_size:
+            raise ValueError("it is compressed")  # to any size
+        return {name: loaded[name] for name in expected}
+
+
+def _encoded(arrays: dict[str, np.ndarray], split: Split, vocab_size: int) -> Encoded:
+    tokens = _row(arrays, f"{split}_tokens", token_type(vocab_size))
+    lengths = _row(arrays, f"{split}_lengths", np.dtype(np.int64))
+    # Each by itself first: a sum may overflow.
+    if (lengths.size and not 1 <= lengths.min() <= lengths.max() <= tokens.size) or lengths.sum() != tokens.size:
+        raise ValueError(f"{split}_lengths are not the lengths of documents with {tokens.size} tokens")
+    if tokens.size and tokens.max() >= vocab_size:
+        raise ValueError(f"{split}_tokens holds {tokens.max()}, and the tokenizer has {vocab_size} pieces")
+    return Encoded(tokens, lengths, _count(arrays, f"{split}_bytes"))
+
+
+def _row(arrays: dict[str, np.ndarray], name: str, dtype: np.dtype) -> np.ndarray:
+    if (found := arrays[name]).ndim != 1 or found.dtype != dtype:
+        raise ValueError(f"{name} is {found.ndim}-dimensional of type {found.dtype}, not one row of {dtype}")
+    return found
+
+
+def _count(arrays: dict[str, np.ndarray], name: str) -> int:
+    if (found := arrays[name]).ndim or found.dtype.kind not in "iu" or found < 0:
+        raise ValueError(f"{name} is no count")
+    return int(found)
 
 
 def _with_end(ids: np.ndarray, eos_id: int, dtype: np.dtype) -> np.ndarray:

@@ -5,6 +5,7 @@ the output takes its place when it is whole. So an interrupted preparation never
 stopped. Equal settings and inputs give equal files, byte for byte, whatever the number of workers and interruptions.
 """
 
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from coe_megatron.data.corpus import generate
-from coe_megatron.data.encode import Encoded, Recipe, encode_chunk, read_encoded
+from coe_megatron.data.encode import DamagedChunk, Encoded, Recipe, encode_chunk, read_encoded
 from coe_megatron.data.manifest import DATA_FILES, MANIFEST, TOKENIZER, FileSummary, Manifest, Split, SplitSummary
 from coe_megatron.data.records import InputError, MalformedRecord, Templates
 from coe_megatron.data.sources import (
@@ -32,11 +33,11 @@ from coe_megatron.data.sources import (
     chunks_of,
     read_chunks,
 )
-from coe_megatron.data.staging import Staging, place_of, staged
+from coe_megatron.data.staging import Staging, check_place, staged
 from coe_megatron.data.tokenizer import LARGEST_VOCABULARY, SMALLEST_VOCABULARY, Tokenizer, train_tokenizer
 from coe_megatron.data.workers import in_order
-from coe_megatron.errors import ConfigError
-from coe_megatron.files import kind_of, require_file, require_folder, require_writable
+from coe_megatron.errors import ConfigError, one_line
+from coe_megatron.files import is_plain_file, kind_of, remove, require_file, require_folder, require_writable
 from coe_megatron.lean_imports import import_megatron
 
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -44,6 +45,7 @@ PROBLEM_TEMPLATE = "query : {query} response : {response}"
 TEXT_TEMPLATE = "{text}"
 _FIRST_RECORDS = 1000  # of each input
 MOST_PROBLEMS = 10**12  # of the built-in corpus; no disk holds as many
+MOST_WORKERS = 1024  # one host has no more processors for them
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,8 @@ class PrepareSettings:
                 f"--max-record-bytes is {self.max_record_bytes}: it must be at least 1, and at most "
                 f"{LARGEST_RECORD_BYTES}"
             )
-        if self.workers < 1:
-            raise ConfigError(f"--workers is {self.workers}: it must be at least 1")
+        if not 1 <= self.workers <= MOST_WORKERS:
+            raise ConfigError(f"--workers is {self.workers}: it must be at least 1, and at most {MOST_WORKERS}")
 
     @property
     def templates(self) -> Templates:
@@ -182,7 +184,8 @@ def prepare(settings: PrepareSettings, *, progress: bool = False) -> Manifest:
     output = settings.output.resolve()
     with staged(output) as staging:
         _check_output(output, settings.overwrite)  # again: another process may just have finished
-        staging.begin(_job(settings))
+        if (changed := staging.begin(_job(settings))) and progress:
+            print(one_line(f"begins anew: {changed}"), file=sys.stderr)
         if progress and (done := _what_is_done(staging)):
             print(f"goes on: {done}", file=sys.stderr)
         bar = partial(tqdm, unit_scale=True, mininterval=0.5, disable=not progress)
@@ -222,7 +225,7 @@ def what_is_done(output: Path) -> str:
 
 
 def _what_is_done(staging: Staging) -> str:
-    if not staging.tokenizer.exists():
+    if not is_plain_file(staging.tokenizer):
         return ""
     return f"the tokenizer and {staging.chunks_done} chunks of {CHUNK_BYTES >> 20} MiB of text are there"
 
@@ -324,20 +327,41 @@ def _encode(settings: PrepareSettings, staging: Staging, tokenizer: Tokenizer, b
     """Encode all chunks that are not there yet; returns the files of all, in their order."""
     pieces, recipe, chunks = Input(settings), settings.recipe, []
 
-    def tasks() -> Iterator[tuple[Any, ...]]:
+    def tasks(told: bool) -> Iterator[tuple[Any, ...]]:
         for index, piece in enumerate(pieces):
             chunks.append(staging.chunk(index))
-            if not chunks[-1].exists():
+            if not _is_there(chunks[-1], tokenizer.vocab_size, told):
                 model = staging.tokenizer, tokenizer.sha256
                 yield recipe, *model, piece.chunk, piece.split, chunks[-1], piece.position
 
     with (
         bar(desc="encoding", **pieces.size) as shown,
-        closing(in_order(encode_chunk, tasks(), settings.workers)) as done,
+        closing(in_order(encode_chunk, tasks(not shown.disable), settings.workers)) as done,
     ):
         for position in done:
             shown.update(position - shown.n)
     return chunks
+
+
+def _is_there(chunk: Path, vocab_size: int, told: bool) -> bool:
+    """Whether a chunk is there, as it was written; anything else in its place is removed.
+
+    Args:
+        told: a line on stderr says that.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    if not os.path.lexists(chunk):
+        return False
+    try:
+        read_encoded(chunk, vocab_size)
+    except DamagedChunk as error:
+        if told:
+            print(f"{error}: it is made anew", file=sys.stderr)
+        remove(chunk)
+        return False
+    return True
 
 
 def join(
@@ -346,12 +370,15 @@ def join(
     """Write the indexed datasets of both splits; returns their summaries and the number of malformed records.
 
     Raises:
-        InputError: a split is empty.
+        InputError: a split is empty, or a chunk has been damaged since it was written.
     """
     writers = {split: _SplitWriter(folder / split, vocab_size) for split in SPLITS}
     malformed = 0
     for chunk in chunks:
-        splits, malformed_here = read_encoded(chunk)
+        try:
+            splits, malformed_here = read_encoded(chunk, vocab_size)
+        except DamagedChunk as error:
+            raise InputError(f"{error}: the same command begins anew") from error
         malformed += malformed_here
         for split in SPLITS:
             writers[split].add(splits[split])
@@ -437,7 +464,7 @@ def _check_output(output: Path, overwrite: bool) -> None:
     require_writable(output, "--output", "folder")
     if not output.resolve().name:
         raise ConfigError(f"--output is {output}: name a folder to make")
-    require_writable(place_of(output.resolve()), "the hidden folder beside --output", "folder")
+    check_place(output.resolve())
     if kind_of(output, "--output") is None:
         return
     present = {path.name for path in require_folder(output, "--output").iterdir()}

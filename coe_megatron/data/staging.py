@@ -4,6 +4,7 @@
     lock              held by the process at work; a dead process holds none
     job.json          what is being prepared; another job starts anew
     tokenizer.model
+    tokenizer.sha256  of the model that the chunks were made with; with another one all starts anew
     chunks/N.npz      each whole
     whole/            the output itself, renamed to its place when every byte is on the disk
 """
@@ -12,14 +13,17 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from coe_megatron.data.manifest import TOKENIZER
+from coe_megatron.data.manifest import TOKENIZER, FileSummary
 from coe_megatron.errors import ConfigError
-from coe_megatron.files import problem, to_disk
+from coe_megatron.files import is_plain_file, problem, remove, require_writable, to_disk, write_atomically
+
+_NAME = "the hidden folder beside --output"
 
 
 class Staging:
@@ -28,6 +32,7 @@ class Staging:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._chunks = folder / "chunks"
+        self._checksum = folder / "tokenizer.sha256"
 
     @classmethod
     def of(cls, output: Path) -> "Staging":
@@ -49,18 +54,21 @@ class Staging:
         return self._chunks / f"{index:06}.npz"
 
     def keep_tokenizer(self, model: Path) -> None:
-        """Move a finished model, a file in this folder, to its place."""
+        """Move a finished model, a file in this folder, to its place, its checksum first."""
         to_disk(model)
+        write_atomically(self._checksum, FileSummary.of(model).sha256)
         model.rename(self.tokenizer)
 
     def scratch(self, name: str) -> Path:
-        """A path for a file that is not whole yet."""
-        return self._folder / f"{name}.partial"
+        """A path for a file that is not whole yet, with nothing there."""
+        path = self._folder / f"{name}.partial"
+        remove(path)
+        return path
 
     def new_whole(self) -> Path:
         """An empty folder for the output."""
         whole = self._folder / "whole"
-        shutil.rmtree(whole, ignore_errors=True)
+        remove(whole)
         whole.mkdir()
         return whole
 
@@ -70,30 +78,39 @@ class Staging:
         for path in whole.iterdir():
             to_disk(path)
         to_disk(whole)
-        shutil.rmtree(replaced, ignore_errors=True)
+        remove(replaced)
         if output.exists():
             output.rename(replaced)
         whole.rename(output)
         to_disk(output.parent)
 
-    def begin(self, job: dict[str, Any]) -> None:
-        """Keep what an earlier preparation of the same job left; what another one left goes."""
-        text = json.dumps(job, indent=1)
-        record = self._folder / "job.json"
-        if not record.is_file() or record.read_bytes() != text.encode():
-            self._clear()
-            scratch = self.scratch("job")
-            scratch.write_text(text)
-            to_disk(scratch)
-            scratch.rename(record)
-        self._chunks.mkdir(exist_ok=True)
+    def begin(self, job: dict[str, Any]) -> str:
+        """Keep what an earlier preparation of the same job left; what another one left goes.
 
-    def _clear(self) -> None:
+        Returns:
+            Why also what was left of the same job is gone; empty if it is not.
+        """
+        text = json.dumps(job, indent=1).encode()
+        record, changed = self._folder / "job.json", ""
+        if not _holds(record, text):
+            self._clear()
+            write_atomically(record, text)
+        elif not self._has_its_tokenizer():
+            changed = f"{self.tokenizer} is not as it was made" if os.path.lexists(self.tokenizer) else ""
+            self._clear(but=record.name)
+        if self._chunks.is_symlink() or not self._chunks.is_dir():
+            remove(self._chunks)
+            self._chunks.mkdir()
+        return changed
+
+    def _has_its_tokenizer(self) -> bool:
+        """Whether the tokenizer is the one that was put there, and chunks were made with."""
+        return is_plain_file(self.tokenizer) and _holds(self._checksum, FileSummary.of(self.tokenizer).sha256.encode())
+
+    def _clear(self, but: str = "") -> None:
         for path in self._folder.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != "lock":
-                path.unlink()
+            if path.name not in ("lock", but):
+                remove(path)
 
 
 @contextmanager
@@ -122,20 +139,32 @@ def place_of(output: Path) -> Path:
     return output.with_name(f".{output.name}.partial")
 
 
+def check_place(output: Path) -> None:
+    """That the hidden folder of an output can be made, or is a folder that can be written to; ConfigError if not."""
+    folder = require_writable(place_of(output), _NAME, "folder")
+    if folder.is_symlink():
+        raise problem(folder, _NAME, "it is a link, and nothing can be renamed from elsewhere: remove it")
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    """Whether a plain file holds just this."""
+    return is_plain_file(path) and path.stat().st_size == len(content) and path.read_bytes() == content
+
+
 @contextmanager
 def _lock(folder: Path, output: Path) -> Iterator[None]:
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise problem(folder, "the hidden folder beside --output", error) from None
+            raise problem(folder, _NAME, error) from None
         path = folder / "lock"
         try:
-            file = path.open("ab")
+            file = _open_lock(path)
         except FileNotFoundError:  # the last holder has just removed the folder
             continue
         except OSError as error:
-            raise problem(path, "the hidden folder beside --output", error) from None
+            raise problem(path, _NAME, error) from None
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -146,6 +175,18 @@ def _lock(folder: Path, output: Path) -> Iterator[None]:
             if _is_at(file, path):
                 yield
                 return
+
+
+def _open_lock(path: Path) -> BinaryIO:
+    """Open a lock's file, which is made if it is not there; no link is followed, and no pipe waited for.
+
+    Raises:
+        ConfigError: something else is in its place. It is not removed: another process may just have put a lock there.
+        OSError: it cannot be opened; FileNotFoundError where there is no folder.
+    """
+    if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+        raise problem(path, _NAME, "it is no plain file, and a lock must be one: remove it")
+    return open(path, "ab", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666))
 
 
 def _is_at(file: BinaryIO, path: Path) -> bool:

@@ -1,11 +1,17 @@
 """Where a study's runs leave what: OUTPUT/ARM/seed-S, with its whole config and its log beside it."""
 
-import os
 from pathlib import Path
 from typing import Literal
 
 from coe_megatron.config import dump
-from coe_megatron.files import kind_of, require_file, require_folder, require_writable, write_atomically
+from coe_megatron.files import (
+    kind_of,
+    require_file,
+    require_folder,
+    require_replaceable,
+    require_writable,
+    write_atomically,
+)
 from coe_megatron.study.arms import Run, Study
 
 
@@ -26,15 +32,10 @@ def write_config(run: Run) -> Path:
         ConfigError: there is something else, or it cannot be written there.
         OSError: it cannot be written.
     """
-    path = require_writable(config_of(run), "the run's config", "file", spare=len(".tmp"))
+    path = require_replaceable(config_of(run), "the run's config")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, dump(run.config))
     return path
-
-
-def as_argument(path: Path) -> str:
-    """A path as an argument that no program takes for an option, or for somebody's home."""
-    return f".{os.sep}{path}" if str(path).startswith(("-", "~")) else str(path)
 
 
 def check_places(study: Study, *, to_write: bool) -> None:
@@ -50,6 +51,8 @@ def check_places(study: Study, *, to_write: bool) -> None:
             whose = f"arm {arm.name}, seed {run.seed}"
             _check(Path(run.config.output), f"the folder of {whose}", "folder", to_write)
             _check(config_of(run), f"the config of {whose}", "file", to_write)
+            if to_write:
+                require_replaceable(config_of(run), f"the config of {whose}")
             _check(log_of(run), f"the log of {whose}", "file", to_write)
 
 

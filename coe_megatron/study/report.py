@@ -12,7 +12,7 @@ import markdown
 import matplotlib
 
 from coe_megatron.errors import one_line
-from coe_megatron.files import kind_of, read_limited, require_writable, write_atomically
+from coe_megatron.files import read_limited, require_replaceable, require_writable, write_atomically
 from coe_megatron.study.comparison import Summary, compare
 from coe_megatron.study.figures import Drawing, arms_shown, draw, is_cut
 from coe_megatron.study.fit import Fit, fit
@@ -59,8 +59,7 @@ def check_folder(folder: Path) -> None:
     """That a report can be written there, and what of an earlier one must be read; raises ConfigError otherwise."""
     require_writable(folder, "the report's folder", "folder")
     for name in _TEXTS:
-        if kind_of(folder / name, "a file of the report") is not None:
-            require_writable(folder / name, "a file of the report", "file")
+        require_replaceable(folder / name, "a file of the report")
 
 
 def _forget_figures(folder: Path) -> None:

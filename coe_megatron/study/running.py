@@ -17,9 +17,9 @@ from coe_megatron.config import RunConfig, flat, load
 from coe_megatron.config.layout import layout
 from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.exit_status import ExitStatus, known_status
-from coe_megatron.files import kind_of, require_file, require_writable
+from coe_megatron.files import as_argument, kind_of, require_file, require_writable
 from coe_megatron.study.arms import Run
-from coe_megatron.study.places import as_argument, log_of, write_config
+from coe_megatron.study.places import log_of, write_config
 from coe_megatron.study.plan import span
 from coe_megatron.training.folder_lock import is_held
 from coe_megatron.training.status import Status, status
@@ -29,6 +29,9 @@ _BEGINS = "study.py begins: "  # the first line of every attempt in a run's log
 _LAST_WORDS = re.compile(r"\w+\.py: (?:error|ended with status \d+ \((?!STOPPED)\w+\), rank \d+): (.*)")
 _LOG_END = 1 << 20  # bytes of a log in which an error is looked for
 _ROOT = Path(__file__).parents[2]
+_DEVICE = re.compile(r"0|[1-9][0-9]{0,3}|(GPU|MIG)-[0-9A-Za-z/-]+", re.ASCII)  # as CUDA_VISIBLE_DEVICES has them
+_NO_DEVICES = (["-1"], ["NoDevFiles"])  # as CUDA, and SLURM for a job without GPUs, have it
+_SHOWN = 100  # characters of such a text in a message
 
 
 _NO_FAILURE = {
@@ -231,14 +234,23 @@ def devices_here(asked: str | None, environment: Mapping[str, str]) -> list[str]
         asked: names with commas between; when None those of CUDA_VISIBLE_DEVICES, and without that all.
 
     Raises:
-        ConfigError: one of those that were asked for is there twice.
+        ConfigError: one of those that were asked for is there twice, or one is no name of a device.
     """
-    given = environment.get("CUDA_VISIBLE_DEVICES") if asked is None else asked
+    whose, given = (
+        ("CUDA_VISIBLE_DEVICES", environment.get("CUDA_VISIBLE_DEVICES")) if asked is None else ("--devices", asked)
+    )
     if given is not None:
         names = [name.strip() for name in given.split(",") if name.strip()]
+        if names in _NO_DEVICES:
+            return []
+        if wrong := next((name for name in names if not _DEVICE.fullmatch(name)), None):
+            raise ConfigError(
+                f"{whose} is {given[:_SHOWN]}: {wrong[:_SHOWN]} is no GPU, which is a number as of nvidia-smi, such as "
+                "0, or a name that begins with GPU- or MIG-"
+            )
         if asked is not None and len(set(names)) < len(names):
             raise ConfigError(f"--devices is {asked}: each must be another")
-        return [] if names == ["-1"] else names  # as CUDA has it: no device
+        return names
     found = (path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia*"))
     return sorted((number for number in found if number.isdecimal()), key=int)
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from coe_megatron.config.layout import layout
 from coe_megatron.errors import ConfigError
+from coe_megatron.files import as_argument
 from coe_megatron.study.arms import Run
-from coe_megatron.study.places import as_argument, config_of
+from coe_megatron.study.places import config_of
 
 _ROOT = Path(__file__).parents[2]
 

@@ -39,7 +39,7 @@ def parser() -> Parser:
         )
     begin.add_argument("--job", required=True, help="SLURM's number of the job")
     begin.add_argument("--ranks", required=True, help="how many there will be")
-    begin.add_argument("config")
+    begin.add_argument("config", type=user_path)
     begin.add_argument("overrides", nargs="*", default=[])
     nodes.add_argument("--report", type=user_path, required=True, help="written by launch/check_nodes.py, if at all")
     nodes.add_argument("--count", required=True, help="how many are needed")

@@ -1,6 +1,7 @@
 """Preparation: every kind of input comes back as written, a broken one is named, and half a folder never shows."""
 
 import gzip
+import io
 import json
 import lzma
 import math
@@ -14,6 +15,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -27,6 +29,7 @@ from coe_megatron.data.manifest import DATA_FILES, MANIFEST, Manifest
 from coe_megatron.data.prepare import PrepareSettings, prepare, what_is_done
 from coe_megatron.data.records import Template
 from coe_megatron.data.tokenizer import Tokenizer, train_tokenizer
+from coe_megatron.errors import ConfigError
 
 PROGRAM = Path(__file__).parents[2] / "launch" / "prepare_data.py"
 RECORDS = list(generate("train", 60, 2))
@@ -296,6 +299,140 @@ def test_another_job_starts_anew(settings, monkeypatch, small_chunks, change):
     assert contents(settings.output) == contents(settings.output.with_name("undisturbed"))
 
 
+@pytest.fixture
+def stopped(settings, monkeypatch, small_chunks):
+    """The hidden folder of a preparation that was interrupted after three chunks."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare_module, "encode_chunk", StopsAfter(3))
+        prepare(settings)
+    return settings.output.with_name(".out.partial")
+
+
+def with_arrays(**changes):
+    """Of a chunk's content the same with other arrays; None for no such array."""
+
+    def change(content):
+        arrays = dict(np.load(io.BytesIO(content))) | changes
+        changed = io.BytesIO()
+        np.savez(changed, **{name: array for name, array in arrays.items() if array is not None})
+        return changed.getvalue()
+
+    return change
+
+
+def an_array(_):
+    file = io.BytesIO()
+    np.save(file, np.arange(3))
+    return file.getvalue()
+
+
+def compressed(content):
+    file = io.BytesIO()
+    np.savez_compressed(file, **{name: np.zeros_like(array) for name, array in np.load(io.BytesIO(content)).items()})
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda content: b"", "No data left in file"),
+        (lambda content: content[:-30], "is not a zip file"),
+        (an_array, "it holds a single array"),
+        (compressed, "it is compressed"),
+        (with_arrays(malformed=None), "malformed is missing, or too much"),
+        (with_arrays(more=np.int64(1)), "more is missing, or too much"),
+        (with_arrays(malformed=np.arange(3)), "malformed is no count"),
+        (with_arrays(malformed=np.float64(1)), "malformed is no count"),
+        (with_arrays(train_bytes=np.int64(-1)), "train_bytes is no count"),
+        (with_arrays(train_tokens=np.array([499, 500], np.uint16)), "train_lengths are not the lengths"),
+        (
+            with_arrays(train_tokens=np.array([500], np.uint16), train_lengths=np.array([1])),
+            "train_tokens holds 500, and the tokenizer has 500 pieces",
+        ),
+        (with_arrays(train_tokens=np.array([1.5])), "train_tokens is 1-dimensional of type float64"),
+        (with_arrays(train_tokens=np.zeros((2, 2), np.uint16)), "train_tokens is 2-dimensional of type uint16"),
+        (with_arrays(train_tokens=np.array([None])), "Object arrays cannot be loaded"),
+        (with_arrays(train_lengths=np.array([10**9])), "train_lengths are not the lengths"),
+        (
+            with_arrays(train_tokens=np.zeros(8, np.uint16), train_lengths=np.array([-5, 13])),
+            "train_lengths are not the lengths",
+        ),
+        (
+            with_arrays(train_tokens=np.zeros(8, np.uint16), train_lengths=np.array([0, 8])),
+            "train_lengths are not the lengths",
+        ),
+        (with_arrays(train_lengths=np.array([1.0])), "train_lengths is 1-dimensional of type float64"),
+    ],
+)
+def test_a_chunk_that_no_preparation_wrote_is_made_anew(settings, stopped, capsys, change, reason):
+    chunk = stopped / "chunks" / "000000.npz"
+    chunk.write_bytes(change(chunk.read_bytes()))
+    prepare(settings, progress=True)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "made anew" in line]
+    assert f"{chunk} is damaged (" in line and reason in line, line
+    assert decoded(settings.output, "train") == TEXTS and decoded(settings.output, "valid") == TEXTS[:10]
+
+
+def a_link(path):
+    path.symlink_to("/nowhere/at/all")
+
+
+def a_folder(path):
+    (path / "with").mkdir(parents=True)
+
+
+@pytest.mark.parametrize("made", [os.mkfifo, a_link, a_folder])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("chunks/000000.npz", f"chunks/000003.{os.getpid()}.partial", "chunks", "job.json", "job.json.tmp"),
+        *("tokenizer.model", "tokenizer.model.partial", "tokenizer.sha256", "whole", "replaced"),
+    ],
+)
+def test_what_is_no_file_of_ours_in_the_hidden_folder_holds_nothing_up(settings, stopped, name, made):
+    path = stopped / name
+    if path.is_dir():
+        path.rename(settings.output.with_name("old"))
+    path.unlink(missing_ok=True)
+    made(path)
+    if name.endswith(".partial") and name.startswith("chunks") and made is a_folder:
+        with pytest.raises(IsADirectoryError, match="is in the way, remove it"):
+            prepare(settings)
+        path.joinpath("with").rmdir()
+        path.rmdir()
+    prepare(settings)
+    assert decoded(settings.output, "train") == TEXTS and decoded(settings.output, "valid") == TEXTS[:10]
+    assert not list(settings.output.parent.glob(".*"))
+
+
+def test_another_tokenizer_in_the_hidden_folder_begins_anew(settings, stopped, capsys):
+    train_tokenizer(TEXTS, 400, stopped / "tokenizer.model")
+    prepare(settings, progress=True)
+    said = capsys.readouterr().err
+    assert f"begins anew: {stopped}/tokenizer.model is not as it was made\n" in said and "goes on" not in said
+    assert (settings.output / "tokenizer.model").read_bytes() == settings.tokenizer.read_bytes()
+    assert decoded(settings.output, "train") == TEXTS
+
+
+@pytest.mark.parametrize("made", [os.mkfifo, a_link, a_folder])
+def test_a_lock_that_is_none_is_named_and_stays(settings, stopped, made):
+    (stopped / "lock").unlink()
+    made(stopped / "lock")
+    with pytest.raises(
+        ConfigError, match=r"\.out\.partial/lock: it is no plain file, and a lock must be one: remove it"
+    ):
+        prepare(settings)
+    assert os.path.lexists(stopped / "lock") and len(list(stopped.glob("chunks/*.npz"))) == 3
+
+
+def test_a_hidden_folder_elsewhere_is_refused(settings, stopped):
+    stopped.rename(stopped.with_name("elsewhere"))
+    stopped.symlink_to("elsewhere")
+    with pytest.raises(ConfigError, match=r"the hidden folder beside --output is .*: it is a link"):
+        prepare(settings)
+    assert len(list(stopped.glob("chunks/*.npz"))) == 3
+
+
 def test_a_mistake_leaves_nothing_behind(settings, tmp_path):
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ValueError, match=r"field .answer. is missing"):
@@ -433,6 +570,7 @@ def test_an_empty_folder_may_be_the_output(settings):
         ({"valid_fraction": 1.5}, "--valid-fraction is 1.5"),
         ({"seed": -1}, "--seed is -1"),
         ({"workers": 0}, "--workers is 0"),
+        ({"workers": 99999999999}, "--workers is 99999999999: it must be at least 1, and at most 1024"),
         ({"template": ("no field",)}, "names no field"),
         ({"template": ("{a!r}",)}, "plain name"),
         ({"template": ("{a",)}, "not valid"),

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from study_made_up import leave
 
+from coe_megatron.files import as_argument
 from coe_megatron.study.arms import Run, Study, make_study
-from coe_megatron.study.places import as_argument, config_of, log_of, write_config
+from coe_megatron.study.places import config_of, log_of, write_config
 from coe_megatron.study.settings import read_study
 
 Write = Callable[..., Path]
@@ -136,6 +137,30 @@ def test_a_file_of_the_report_that_is_none(
     made(tmp_path / "there" / name)
     status, out, err = study_program("report", study_file(output=str(tmp_path / "out")), "--to", tmp_path / "there")
     assert (status, out, err.count("\n")) == (2, "", 1) and f"a file of the report is {tmp_path}/there/{name}: " in err
+
+
+@pytest.mark.parametrize("made", [a_link, a_pipe, a_file])
+def test_what_an_earlier_attempt_left_beside_a_file_holds_nothing_up(
+    study_file: Write, tmp_path: Path, study_program: Program, made: Callable[[Path], None]
+) -> None:
+    file = study_file(output=str(tmp_path / "out"))
+    made(tmp_path / "there" / "results.csv.tmp")
+    assert study_program("report", file, "--to", tmp_path / "there")[0] == 0
+    assert "report.md" in os.listdir(tmp_path / "there") and not list((tmp_path / "there").glob("*.tmp"))
+    made(Path(f"{config_of(run_of(file))}.tmp"))
+    assert write_config(run_of(file)).is_file()
+
+
+def test_a_folder_beside_what_is_to_be_written_is_named_first(
+    study_file: Write, tmp_path: Path, study_program: Program
+) -> None:
+    file = study_file(output=str(tmp_path / "out"))
+    a_folder(tmp_path / "there" / "report.md.tmp")
+    status, out, err = study_program("report", file, "--to", tmp_path / "there")
+    assert (status, out, err.count("\n")) == (2, "", 1) and "the folder report.md.tmp is in the way" in err
+    a_folder(Path(f"{config_of(run_of(file))}.tmp"))
+    status, out, err = study_program("plan", file)
+    assert (status, out, err.count("\n")) == (2, "", 1) and "the folder seed-1.yaml.tmp is in the way" in err
 
 
 def test_an_earlier_report_may_hold_any_bytes(study_file: Write, tmp_path: Path, study_program: Program) -> None:

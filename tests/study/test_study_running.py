@@ -287,7 +287,10 @@ def test_a_refused_run_has_a_row_of_its_own(place: Place) -> None:
         (None, {"CUDA_VISIBLE_DEVICES": ""}, []),
         (None, {"CUDA_VISIBLE_DEVICES": "-1"}, []),
         ("0, 1", {"CUDA_VISIBLE_DEVICES": "7"}, ["0", "1"]),
+        (None, {"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, []),
         ("", {}, []),
+        ("GPU-8932f937-d72c-4106-c12f-20bd9faed9f6,3", {}, ["GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", "3"]),
+        ("MIG-GPU-8932f937/1/0", {}, ["MIG-GPU-8932f937/1/0"]),
     ],
 )
 def test_devices_here(asked: str | None, environment: Mapping[str, str], found: list[str]) -> None:
@@ -297,6 +300,19 @@ def test_devices_here(asked: str | None, environment: Mapping[str, str], found: 
 def test_no_device_is_named_twice() -> None:
     with pytest.raises(ConfigError, match=r"^--devices is 0,0: each must be another$"):
         devices_here("0,0", {})
+
+
+@pytest.mark.parametrize("names", ["a,b", "0,-1", "00", "0;1", "cuda:0", "0 1", "²", "GPU-", "1" * 5, "x" * 10**5])
+def test_what_is_no_device_is_named(names: str) -> None:
+    for whose, asked, environment in (
+        ("--devices", names, {}),
+        ("CUDA_VISIBLE_DEVICES", None, {"CUDA_VISIBLE_DEVICES": names}),
+    ):
+        with pytest.raises(
+            ConfigError, match=rf"^{whose} is .* is no GPU, which is a number .* GPU- or MIG-$"
+        ) as error:
+            devices_here(asked, environment)
+        assert len(str(error.value)) < 400
 
 
 def test_the_program_runs_nothing_twice_and_names_what_changed(place: Place) -> None:
@@ -315,6 +331,7 @@ def test_the_program_runs_nothing_twice_and_names_what_changed(place: Place) -> 
         (("--only", "moe"), f"--only is moe: it must be an arm, one of {MOE}, {COE}, {NORM}"),
         (("--seed", "9"), "--seed is 9: it must be one of 1, 2"),
         (("--devices", "1,1"), "--devices is 1,1: each must be another"),
+        (("--devices", "a,b"), "--devices is a,b: a is no GPU, which is a number"),
         (("--at-once", "0"), "argument --at-once: 0 must be a whole number of at least 1"),
     ],
 )

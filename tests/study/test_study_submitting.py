@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from programs import ROOT
 
+from coe_megatron.files import as_argument
 from coe_megatron.study.arms import make_study
-from coe_megatron.study.places import as_argument, config_of
+from coe_megatron.study.places import config_of
 from coe_megatron.study.settings import read_study
 from coe_megatron.study.submitting import submissions
 
