@@ -250,7 +250,7 @@ class RunFolder:
             return {}
 
     def _as_json(self) -> str:
-        return json.dumps(self._record, indent=2) + "\n"
+        return json.dumps(self._record, indent=2, allow_nan=False) + "\n"  # `read_record` takes nothing else
 
     def _replace(self, name: str, content: str) -> None:
         if not (self.path / name).exists():

@@ -38,6 +38,12 @@ def test_what_is_refused_leaves_no_trace(tmp_path: Path) -> None:
     assert outcomes(tmp_path) == ["finished"]
 
 
+def test_a_record_that_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
+    with begin(tmp_path) as output, pytest.raises(ValueError, match="not JSON compliant"):
+        output.note({"unigram_entropy": float("nan")})
+    assert outcomes(tmp_path) == ["running"]
+
+
 def test_the_log_is_where_stderr_goes_through_a_pipe_too(tmp_path: Path, stderr_is_a_pipe: None) -> None:
     """As SLURM's job has it for rank 0: `tee` writes the log that lies beside the rank's error file."""
     logs = tmp_path / "logs"
