@@ -101,7 +101,7 @@ def read_error_file(path: Path) -> LastWords | None:
         moment = float(extra["time"] if "time" in extra else extra["timestamp"])
         rank, host = int(extra.get("rank", rank)), str(extra.get("host", "unknown host"))
         return LastWords(rank, host, moment, known_status(said.get("errorCode")), str(said.get("message", "")))
-    except (AttributeError, KeyError, TypeError, ValueError):  # no word of ours
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):  # no word of ours
         said = content.get("message") if isinstance(content, dict) else None
         return LastWords(rank, "unknown host", written, ExitStatus.FAILED, said if isinstance(said, str) else "")
 

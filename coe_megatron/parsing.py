@@ -2,6 +2,7 @@
 line, in time and memory that the content cannot choose."""
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ _BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 
 
 def parse_json(content: bytes | str, deepest: int | None = DEEPEST) -> Any:
-    """Strict JSON in UTF-8: no NaN, no Infinity, and no key twice in one object.
+    """Strict JSON in UTF-8: no NaN, no Infinity, nothing that is read as one, and no key twice in one object.
 
     Args:
         deepest: levels of nesting that are allowed; None for as many as Python's parser takes (some hundreds).
@@ -39,7 +40,7 @@ def parse_json(content: bytes | str, deepest: int | None = DEEPEST) -> Any:
     """
     try:
         text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
-        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
+        value = json.loads(text, parse_float=_finite, parse_constant=_refuse_constant, object_pairs_hook=_unique)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     except UnicodeDecodeError as error:
@@ -123,6 +124,14 @@ def _refuse_ambiguous(scalar: str) -> None:
 
 def _refuse_constant(name: str) -> Never:
     raise ValueError(f"{name} is no JSON")
+
+
+def _finite(numeral: str) -> float:
+    """What JSON's grammar allows and no file of ours could be written with again: 1e400 is infinite as a float."""
+    value = float(numeral)
+    if not math.isfinite(value):
+        raise ValueError(f"{numeral[:20]}{'...' * (len(numeral) > 20)} is too large for a number")
+    return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

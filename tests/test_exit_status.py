@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from coe_megatron.exit_status import ExitStatus, leave_error_file
+from coe_megatron.exit_status import ExitStatus, LastWords, leave_error_file, read_error_file
 
 
 def test_torchrun_reads_the_file_as_its_own(tmp_path: Path) -> None:
@@ -33,6 +33,16 @@ def test_a_pipe_beside_the_file_holds_nothing_up(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "error.json.tmp")
     leave_error_file(1, "x", environment={"TORCHELASTIC_ERROR_FILE": str(tmp_path / "error.json")})
     assert [path.name for path in tmp_path.iterdir()] == ["error.json"]
+
+
+def test_a_time_that_no_clock_shows_is_no_word_of_ours(tmp_path: Path) -> None:
+    file = tmp_path / "3" / "error.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps({"message": {"message": "it hangs", "extraInfo": {"time": 10**400}}}))
+    os.utime(file, (7, 7))
+    assert read_error_file(file) == LastWords(3, "unknown host", 7, ExitStatus.FAILED, "")
+    file.write_text(file.read_text().replace("1" + "0" * 400, "1e400"))
+    assert read_error_file(file) is None
 
 
 def test_what_may_be_started_again() -> None:

@@ -1,6 +1,7 @@
 """JSON and YAML of any content: a value, or a ValueError of one line, in bounded time and memory."""
 
 import json
+import re
 
 import pytest
 import yaml
@@ -28,6 +29,18 @@ def test_json_nested_as_deep_as_it_may_be() -> None:
 def test_what_is_no_json(text: str | bytes) -> None:
     with pytest.raises(ValueError, match=r"^[^\n]+$"):
         parse_json(text)
+
+
+@pytest.mark.parametrize("numeral", ["1e400", "-1e400", "9" * 400 + ".5", "1" + "0" * 30 + "e300"])
+def test_a_numeral_that_overflows_is_no_number(numeral: str) -> None:
+    shown = numeral if len(numeral) <= 20 else numeral[:20] + "..."
+    with pytest.raises(ValueError, match=rf"^{re.escape(shown)} is too large for a number$"):
+        parse_json(f'{{"a": [{numeral}]}}')
+
+
+def test_numerals_that_do_not_overflow_are_read_as_ever() -> None:
+    text = "[1e308, -1.7976931348623157e308, 1e-400, 0.1, -0.0, 1E5, " + "9" * 400 + "]"
+    assert repr(parse_json(text)) == repr(json.loads(text))
 
 
 TENFOLD = "a0: &a0 [1,1,1,1,1,1,1,1,1,1]\n" + "\n".join(

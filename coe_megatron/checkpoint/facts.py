@@ -92,8 +92,12 @@ class Facts:
         return {name: value for name, value in asdict(self).items() if name != "made_of" or value is not None}
 
     def as_json(self) -> str:
-        """The file's content."""
-        return json.dumps(self.as_dict(), indent=1)
+        """The file's content.
+
+        Raises:
+            ValueError: a number is not finite, so that `read` would refuse it.
+        """
+        return json.dumps(self.as_dict(), indent=1, allow_nan=False)
 
 
 _FACTS, _STATE = TypeAdapter(Facts), TypeAdapter(_State)

@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import stat
 import sys
+from contextlib import nullcontext, suppress
 from itertools import chain, islice
 from pathlib import Path
 
@@ -160,8 +162,9 @@ def find(source: Path) -> Path:
 def publish(partial: Path, final: Path) -> None:
     """Give a sealed checkpoint its name; one that had it (damaged, or saved by an earlier attempt) goes after that."""
     for path in (partial, *partial.rglob("*")):  # names as well, and what others wrote
-        to_disk(path)
-    aside = final.with_name(f".{final.name}.replaced")
+        if _kind(path) in (stat.S_IFREG, stat.S_IFDIR):  # a pipe would be waited for
+            to_disk(path)
+    aside = final.with_name(names.replaced_name(final.name))
     if os.path.lexists(final):
         remove(aside, ignore_errors=True)
         os.rename(final, aside)
@@ -183,15 +186,29 @@ def delete_between(folder: Path, first: int, last: int) -> None:
 
 
 def delete(checkpoint: Path) -> None:
-    """Delete a checkpoint so that at no moment a part of it passes for one."""
-    if not checkpoint.is_symlink():
-        (checkpoint / SEAL).unlink(missing_ok=True)
+    """Delete a checkpoint so that at no moment a part of it passes for one; what is none is removed as well."""
+    if _kind(checkpoint) == stat.S_IFDIR:
+        remove(checkpoint / SEAL)
     remove(checkpoint)
 
 
 def remove(path: Path, ignore_errors: bool = False) -> None:
-    """Remove a folder with all that is in it, but of a link the link alone."""
-    if path.is_symlink():
-        path.unlink()
-    else:
-        shutil.rmtree(path, ignore_errors)
+    """Remove a folder with all that is in it; of a link, a pipe or a file the entry alone, which is not opened.
+
+    Raises:
+        OSError: it cannot be removed, unless that is ignored. That nothing is there is no error.
+    """
+    with suppress(OSError) if ignore_errors else nullcontext():
+        found = _kind(path)
+        if found == stat.S_IFDIR:
+            shutil.rmtree(path, ignore_errors)  # of a pipe it would wait for a writer
+        elif found is not None:
+            path.unlink(missing_ok=True)
+
+
+def _kind(path: Path) -> int | None:
+    """The kind in the mode of what is at a path, links not followed; None if nothing is."""
+    try:
+        return stat.S_IFMT(os.lstat(path).st_mode)
+    except FileNotFoundError:
+        return None

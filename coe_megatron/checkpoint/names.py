@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 _NAME = re.compile(r"step-([0-9]+)(\.tmp)?")
+_BESIDE = re.compile(r"\.step-[0-9]+\.(partial|replaced)")
 
 
 def name_of(step: int) -> str:
@@ -15,6 +16,21 @@ def step_of(name: str) -> int | None:
     """The step in the name of a checkpoint, finished or not; None of any other name."""
     match = _NAME.fullmatch(name)
     return None if match is None else int(match[1])
+
+
+def is_ours(name: str) -> bool:
+    """Whether a checkpoint may have the name, or what is written and renamed on the way to one."""
+    return step_of(name) is not None or _BESIDE.fullmatch(name) is not None
+
+
+def partial_name(name: str) -> str:
+    """What a checkpoint of any name is called while a tool makes it."""
+    return f".{name}.partial"
+
+
+def replaced_name(name: str) -> str:
+    """What one of any name is called when another takes its place, until it is deleted."""
+    return f".{name}.replaced"
 
 
 def is_finished(name: str) -> bool:

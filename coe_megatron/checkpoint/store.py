@@ -14,6 +14,7 @@ as if it had never stopped, on the same layout; on another one only the random n
 """
 
 import io
+import os
 import pickle
 import sys
 from collections.abc import Callable, Collection
@@ -209,9 +210,15 @@ def _make_empty(partial: Path) -> None:
 
 
 def _prune(folder: Path, step: int, keep: int, milestones: Collection[int]) -> None:
-    """Of what is not newer than `step`, leave the newest `keep` checkpoints with a seal, and what is among them."""
+    """Of what is not newer than `step`, leave the newest `keep` checkpoints with a seal, and what is among them.
+
+    What cannot be deleted is said and stays: the checkpoint that was just saved is whole all the same.
+    """
     listed = [(entry, listing.step_of(entry)) for entry in listing.newest_first(folder)]
     entries = [entry for entry, its_step in listed if its_step <= step and its_step not in milestones]
-    sealed = [entry for entry in entries if listing.finished(entry) and (entry / SEAL).exists()]
+    sealed = [entry for entry in entries if listing.finished(entry) and os.path.exists(entry / SEAL)]
     for entry in entries[entries.index(sealed[keep - 1]) + 1 :] if len(sealed) >= keep else []:
-        listing.delete(entry)
+        try:
+            listing.delete(entry)
+        except OSError as error:
+            print(one_line(f"checkpoint {entry} could not be deleted: {error}"), file=sys.stderr)

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from coe_megatron.checkpoint import listing, storage
 from coe_megatron.checkpoint.facts import FACTS, Facts
+from coe_megatron.checkpoint.names import partial_name
 from coe_megatron.checkpoint.seal import SEAL, listed, seal, write_text
 from coe_megatron.checkpoint.storage import MASTER, OPTIMIZER, Entries, Reader
 from coe_megatron.errors import ConfigError, one_line
@@ -217,7 +218,7 @@ def _copy_random(checkpoint: Path, folder: Path) -> None:
 def _making(out: Path, overwrite: bool, sources: Sequence[Path]) -> Iterator[Path]:
     """A folder to fill, which is then sealed and takes the name `out`; of an attempt that fails nothing is left."""
     _require_out(out, overwrite, sources)
-    folder = out.absolute().with_name(f".{out.absolute().name}.partial")
+    folder = out.absolute().with_name(partial_name(out.absolute().name))
     try:
         try:
             listing.remove(folder, ignore_errors=True)

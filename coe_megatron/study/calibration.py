@@ -14,8 +14,10 @@ from coe_megatron.errors import ConfigError
 from coe_megatron.files import problem, read_limited, require_file, require_folder
 from coe_megatron.parsing import JSON_BYTES, first_of, parse_json
 from coe_megatron.study.amounts import Amounts, Speed, evaluations, saves
+from coe_megatron.study.damage import damaged_times
 from coe_megatron.training.logged import read_metrics
 
+_FASTEST = 1e21  # FLOP/s that no rank comes near
 _FEWEST = 3  # logged steps; the first is left out, for it has what a process does but once
 
 
@@ -47,7 +49,7 @@ def calibrate(folder: Path, half_rows: float) -> Speed:
         half_rows: of its kind of device (see `forecast.devices.Device`).
 
     Raises:
-        ConfigError: there is no run in the folder, or too little of one.
+        ConfigError: there is no run in the folder, or too little of one, or one of times that none takes.
     """
     record, lines = _read(folder)
     try:
@@ -63,6 +65,11 @@ def calibrate(folder: Path, half_rows: float) -> Speed:
     a_step = median(line["step_seconds"] for line in logged[1:])
     flops = amounts.weighted_flops(config, half_rows)
     rate = flops * config.training.global_batch * config.model.seq_length / a_step / record.ranks
+    if not 1 <= rate < _FASTEST:
+        raise ConfigError(
+            f"--calibration is {folder}: its metrics.jsonl is damaged ({a_step:.3g} seconds a step on {record.ranks:,} "
+            f"ranks would be {rate:.3g} FLOP/s each)"
+        )
     only = record.attempts[0]
     if len(record.attempts) > 1 or only.outcome != "finished" or only.began is None or only.ended is None:
         return Speed(rate, half_rows)
@@ -84,6 +91,8 @@ def _read(folder: Path) -> tuple[_Record, list[dict[str, Any]]]:
         raise problem(folder, name, f"it must be the folder of a run ({error})") from None
     if not isinstance(record, dict) or not all(record.get(each) for each in ("attempts", "ranks", "parameters")):
         raise problem(folder, name, "its run.json tells of no step")
+    if said := damaged_times(lines):
+        raise problem(folder, name, f"its metrics.jsonl is damaged ({said})")
     try:
         return _Record.model_validate(record), lines
     except ValidationError as error:

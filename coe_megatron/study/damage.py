@@ -1,4 +1,4 @@
-"""Whether a finished run's metrics hold what a report reads of them beyond what every line of a run holds."""
+"""Whether a run's metrics hold what is reckoned with beyond what every line of a run holds."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -10,6 +10,16 @@ from coe_megatron.parsing import first_of
 
 _Number = Annotated[float, Field(gt=-1e18, lt=1e18)]  # what arithmetic and figures take; neither NaN nor infinite
 _Amount = Annotated[float, Field(ge=0, lt=1e18)]
+_Seconds = Annotated[float, Field(ge=0, lt=1e12)]  # beside more of them a step's would be lost in a sum
+
+
+class _Timed(BaseModel):
+    """How long the steps of a line took; null stands for a number that was not finite."""
+
+    model_config = ConfigDict(strict=True)
+
+    step_seconds: _Seconds | None = None
+    eta_seconds: _Seconds | None = None
 
 
 class _Memory(BaseModel):
@@ -28,7 +38,7 @@ class _Evaluation(BaseModel):
 
 
 class _Step(_Evaluation):
-    step_seconds: _Amount
+    step_seconds: _Seconds
     memory: _Memory
     train_loss: _Number | None = None
     routing_entropy: _Number | None = None
@@ -59,25 +69,42 @@ class _LastStep(_Step):
 
 
 def damage(lines: Sequence[Mapping[str, Any]], experts: int) -> str:
-    """What is wrong with the lines of a finished run, as `read_metrics` gives them; empty if nothing is.
+    """What of a report is wrong with the lines of a finished run, as `read_metrics` gives them; empty if nothing is.
 
     Args:
         experts: that a layer has.
     """
-    for before, after in pairwise(lines):
-        if after["step"] <= before["step"]:
-            return f"step {after['step']} follows step {before['step']}"
+    if said := _out_of_order(lines):
+        return said
     last = max((number for number, line in enumerate(lines) if "step_seconds" in line), default=None)
     if last is None:
         return "no line is of a step"
     for number, line in enumerate(lines):
         kind = _LastStep if number == last else _Step if "step_seconds" in line else _Evaluation
-        try:
-            kind.model_validate(line)
-        except ValidationError as error:
-            return f"step {line['step']}: {first_of(error)}"
+        if said := _misfit(kind, line):
+            return said
     for place in lines[last]["routing"]:
         rows = [place["load"], *(place.get("pairs") or [])]
         if {len(row) for row in rows} != {experts} or len(rows) not in (1, experts + 1):
             return f"step {lines[last]['step']}: routing is not that of {experts} experts"
+    return ""
+
+
+def damaged_times(lines: Sequence[Mapping[str, Any]]) -> str:
+    """What is wrong with how long the steps of a run took, finished or not; empty if nothing is."""
+    return _out_of_order(lines) or next(filter(None, (_misfit(_Timed, line) for line in lines)), "")
+
+
+def _out_of_order(lines: Sequence[Mapping[str, Any]]) -> str:
+    for before, after in pairwise(lines):
+        if after["step"] <= before["step"]:
+            return f"step {after['step']} follows step {before['step']}"
+    return ""
+
+
+def _misfit(kind: type[BaseModel], line: Mapping[str, Any]) -> str:
+    try:
+        kind.model_validate(line)
+    except ValidationError as error:
+        return f"step {line['step']}: {first_of(error)}"
     return ""

@@ -5,12 +5,12 @@ can be written, not what it holds.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pydantic import NonNegativeInt, TypeAdapter
 
-from coe_megatron.checkpoint.names import is_finished, name_of, step_of
+from coe_megatron.checkpoint.names import is_finished, is_ours, name_of, step_of
 from coe_megatron.config import RunConfig
 from coe_megatron.errors import ConfigError
 from coe_megatron.files import kind_of, problem, read_limited, require_file, require_folder, require_writable
@@ -36,7 +36,7 @@ def require_output(config: RunConfig) -> None:
     try:
         require_folder(folder, "output")
         _require_parts(folder, config)
-        _require_known_checkpoints(folder / CHECKPOINTS)
+        _require_checkpoints(folder / CHECKPOINTS)
         _require_own_config(folder)
     except OSError as error:  # it changes while it is looked at
         raise problem(folder, "output", error) from error
@@ -81,11 +81,27 @@ def _part(path: Path) -> str:
     return f"{path.name} in output"
 
 
-def _require_known_checkpoints(folder: Path) -> None:
-    """Refuse checkpoints under other names alone: to begin over them would lose what was trained."""
+def _require_checkpoints(folder: Path) -> None:
     if kind_of(folder, _part(folder)) is None:
         return
-    names = sorted(path.name for path in folder.iterdir())
+    names = sorted(os.listdir(folder))
+    for name in filter(is_ours, names):
+        _require_checkpoint_folder(folder / name)
+    _require_known_checkpoints(folder, names)
+
+
+def _require_checkpoint_folder(path: Path) -> None:
+    """Refuse what is no folder where a checkpoint will be saved, or deleted: it would be in the way of that."""
+    try:
+        found = kind_of(path, _part(path))
+    except ConfigError as error:
+        raise ConfigError(f"{error}; move it away") from None
+    if found not in ("folder", None):
+        raise problem(path, _part(path), f"it is a {found}, where a folder is needed; move it away")
+
+
+def _require_known_checkpoints(folder: Path, names: Sequence[str]) -> None:
+    """Refuse checkpoints under other names alone: to begin over them would lose what was trained."""
     others = [name for name in names if step_of(name) is None and not _is_no_checkpoint(folder / name)]
     if not others or any(map(is_finished, names)):
         return

@@ -1,12 +1,16 @@
 """The picture of a run: training and validation loss against tokens seen."""
 
 import io
+import logging
+import warnings
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from coe_megatron.errors import one_line
 from coe_megatron.files import read_limited, write_atomically
 
 if TYPE_CHECKING:
@@ -16,6 +20,7 @@ _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#666666"  # apart for colour-blin
 _SIGNATURE, _LAST = b"\x89PNG\r\n\x1a\n", b"IEND"  # a PNG's beginning, and its last chunk
 _MOST_BYTES = 1 << 26
 _HIGHEST = 1e9  # nats that are drawn; more is no loss, and makes no axis
+_LONGEST_NAME = 200  # characters
 _DASHES = ("--", ":", "-.")  # of single validation sets, in the colour of all
 
 
@@ -31,6 +36,13 @@ def draw_loss(lines: Sequence[Mapping[str, Any]], entropy: float, title: str, pa
     Raises:
         OSError: it cannot be written; the one before is there still.
     """
+    with _silent():
+        content = _drawn(lines, entropy, title)
+    write_atomically(path, content)
+    return path
+
+
+def _drawn(lines: Sequence[Mapping[str, Any]], entropy: float, title: str) -> bytes:
     from matplotlib.figure import Figure  # only rank 0 draws, and at the end
     from matplotlib.ticker import EngFormatter
 
@@ -45,18 +57,36 @@ def draw_loss(lines: Sequence[Mapping[str, Any]], entropy: float, title: str, pa
     sets = next((line["valid"] for line in reversed(lines) if line.get("valid")), ())
     for name, dashes in zip(sets, cycle(_DASHES), strict=False):
         points = _points((line, line.get("valid", {}).get(name, {}).get("loss")) for line in lines)
-        _curve(axes, points, f"validation: {name}", color=_ORANGE, linestyle=dashes)
+        _curve(axes, points, f"validation: {_name(name)}", color=_ORANGE, linestyle=dashes)
     axes.axhline(entropy, color=_GREY, linestyle="--", linewidth=1, label="entropy of token frequencies")
     axes.set(xlabel="tokens seen (padding not counted)", ylabel="loss [nats per token]")
-    axes.set_title(title, parse_math=False)
+    axes.set_title(_name(title), parse_math=False)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     for text in axes.legend(frameon=False).get_texts():
         text.set_parse_math(False)  # names of validation sets are the user's
     axes.spines[["top", "right"]].set_visible(False)
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=150)
-    write_atomically(path, content.getvalue())
-    return path
+    return content.getvalue()
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Nothing is said of fonts that lack a sign, or of text that leaves no room: it is drawn all the same."""
+    logger = logging.getLogger("matplotlib")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _name(text: str) -> str:
+    """A name that somebody has given, as it is drawn."""
+    return one_line(text[:_LONGEST_NAME])
 
 
 def is_whole(path: Path) -> bool:

@@ -94,7 +94,7 @@ def _free(folder: Path) -> int:
 
 
 def _held(folder: Path) -> int:
-    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*"))
+    return sum(path.lstat().st_blocks * 512 for path in folder.rglob("*"))
 
 
 def _too_little(needed: int, available: int) -> str:

@@ -20,7 +20,7 @@ from coe_megatron.checkpoint.names import finished_steps, name_of
 from coe_megatron.config import RunConfig, dump, flat, load
 from coe_megatron.config.load import shown
 from coe_megatron.config.shape import padded_vocabulary
-from coe_megatron.errors import ConfigError
+from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.files import set_aside, write_atomically
 from coe_megatron.training import folder_lock
 from coe_megatron.training.logged import mend_metrics, parse_line
@@ -35,6 +35,7 @@ from coe_megatron.training.output_check import (
 )
 from coe_megatron.training.picture import draw_loss, is_whole
 from coe_megatron.training.run_record import read_record
+from coe_megatron.training.status import as_text
 
 _PACKAGES = ("coe-megatron", "torch", "megatron-core", "deepspeed")
 # What may differ between the attempts of one run: it changes what is shown and kept, how far the run goes, or how the
@@ -98,7 +99,7 @@ class Outcome:
             "checkpoint": self.checkpoint or "none",
         }
         width = max(map(len, rows))
-        return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
+        return "\n".join(one_line(f"{name:<{width}}  {text}") for name, text in rows.items())
 
     def _learned(self) -> dict[str, str]:
         if not self.evaluations:
@@ -106,11 +107,12 @@ class Outcome:
         first, last = self.evaluations[0], self.evaluations[-1]
         best = min(self.evaluations, key=lambda line: line["valid_loss"])
         speed = last.get("tokens_per_second")
+        losses = [line["valid_loss"] for line in (first, last, best)] + [self.facts["unigram_entropy"]]
+        at_first, at_last, lowest, entropy = (as_text(loss, "{:.3f}") for loss in losses)
         return {
-            "validation loss": f"{first['valid_loss']:.3f} at first, {last['valid_loss']:.3f} at step {last['step']}, "
-            f"best {best['valid_loss']:.3f} at step {best['step']} (token frequencies alone: "
-            f"{self.facts['unigram_entropy']:.3f})",
-            "speed": "not known" if speed is None else f"{speed:,.0f} tokens a second",
+            "validation loss": f"{at_first} at first, {at_last} at step {last['step']}, best {lowest} at step "
+            f"{best['step']} (token frequencies alone: {entropy})",
+            "speed": "not known" if speed is None else f"{as_text(speed, '{:,.0f}')} tokens a second",
         }
 
 
@@ -253,7 +255,7 @@ class RunFolder:
             return {}
 
     def _as_json(self) -> str:
-        return json.dumps(self._record, indent=2) + "\n"
+        return json.dumps(self._record, indent=2, allow_nan=False) + "\n"  # `read_record` takes nothing else
 
     def _replace(self, name: str, content: str) -> None:
         if not (self.path / name).exists():

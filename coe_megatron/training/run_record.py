@@ -1,14 +1,18 @@
 """What run.json holds of a run, read back: its shape is checked before anybody relies on it. Without torch."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from coe_megatron.files import kind_of, read_limited
 from coe_megatron.parsing import JSON_BYTES, first_of, parse_json
 
 NAME = "run.json"
+# What is no such number is not written out with all its digits, nor drawn.
+_Count: TypeAlias = Annotated[int, Field(ge=0, lt=10**18)]
+_Nats: TypeAlias = Annotated[float, Field(ge=0, lt=1e9)]
+_Name: TypeAlias = Annotated[str, Field(max_length=1000)]
 
 
 class _Strict(BaseModel):
@@ -26,16 +30,16 @@ class _Attempt(_Strict):
 
 
 class _Parameters(_Strict):
-    total: NonNegativeInt
-    active: NonNegativeInt
+    total: _Count
+    active: _Count
 
 
 class _Record(_Strict):
     attempts: list[_Attempt] = []
-    model: str = ""
+    model: _Name = ""
     parameters: _Parameters | None = None
-    unigram_entropy: FiniteFloat | None = None
-    ranks: NonNegativeInt = 0
+    unigram_entropy: _Nats | None = None
+    ranks: _Count = 0
     rolled_back: list[dict[str, Any]] = []
 
 

@@ -146,15 +146,15 @@ def _cells(row: Status, now: float) -> list[str]:
     return [
         one_line(row.folder),
         row.state,
-        _text(row.step, "{:,}") + ("" if row.steps is None else f" of {row.steps:,}"),
-        _text(row.train_loss, "{:.3f}"),
-        _text(row.valid_loss, "{:.3f}"),
-        _text(row.tokens_per_second, "{:,.0f}"),
+        as_text(row.step, "{:,}") + ("" if row.steps is None else f" of {row.steps:,}"),
+        as_text(row.train_loss, "{:.3f}"),
+        as_text(row.valid_loss, "{:.3f}"),
+        as_text(row.tokens_per_second, "{:,.0f}"),
         _span(row.seconds_left),
-        _text(row.starts, "{}"),
+        as_text(row.starts, "{}"),
         "-" if row.written is None else f"{_span(max(0.0, now - row.written))} ago",
-        _text(row.rolled_back, "{}"),
-        one_line(_text(row.log, "{}")),
+        as_text(row.rolled_back, "{}"),
+        one_line(as_text(row.log, "{}")),
     ]
 
 
@@ -227,7 +227,8 @@ def _moment(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
-def _text(value: Any, form: str) -> str:
+def as_text(value: Any, form: str) -> str:
+    """A number in a form for a person, with its exponent where the form would make it long; - for None."""
     if isinstance(value, float) and abs(value) >= _LONG:
         form = "{:.3g}"
     return "-" if value is None else form.format(value)
@@ -236,5 +237,5 @@ def _text(value: Any, form: str) -> str:
 def _span(seconds: float | None) -> str:
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds is not None and seconds >= size:
-            return f"{_text(seconds / size, '{:.1f}')} {unit}"
-    return _text(seconds, "{:.0f} s")
+            return f"{as_text(seconds / size, '{:.1f}')} {unit}"
+    return as_text(seconds, "{:.0f} s")

@@ -7,7 +7,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +220,63 @@ def test_a_checkpoint_that_is_replaced_is_there_whenever_it_is_interrupted(
     with pytest.raises(KeyboardInterrupt):
         listing.publish(new, old)
     assert (old / SEAL).read_text() == (old.name if interrupted == "rename" else new.name)
+
+
+def outside(path: Path) -> None:
+    """A link to a folder that is not the run's."""
+    run = next(place.parent for place in path.parents if place.name == "checkpoints")
+    (run / "outside" / SEAL).mkdir(parents=True, exist_ok=True)
+    path.symlink_to(run / "outside")
+
+
+NO_FOLDERS: dict[str, Callable[[Path], Any]] = {
+    "a file": Path.touch,
+    "a pipe": os.mkfifo,  # that is never opened: nobody writes into it
+    "a dangling link": lambda path: path.symlink_to("nowhere"),
+    "a link to a folder": outside,
+}
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("kind", NO_FOLDERS)
+def test_what_is_no_folder_is_not_in_the_way_of_checkpoints(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever put it there while the run went on: a checkpoint gets its name, older ones go, and it goes with them."""
+    checkpoints = tmp_path / "checkpoints"
+    for step in (1, 3):
+        (checkpoints / listing.name_of(step)).mkdir(parents=True)
+        (checkpoints / listing.name_of(step) / SEAL).touch()
+    for name in (listing.name_of(2), listing.name_of(5), f"{listing.name_of(4)}.tmp", f"{listing.name_of(9)}.tmp"):
+        NO_FOLDERS[kind](checkpoints / name)
+    partial, final = checkpoints / f"{listing.name_of(4)}.tmp", checkpoints / listing.name_of(4)
+    store._make_empty(partial)
+    for path in (final, checkpoints / f".{final.name}.replaced", partial / "other"):
+        NO_FOLDERS[kind](path)
+    (partial / SEAL).touch()
+    listing.publish(partial, final)
+    store._prune(checkpoints, 4, keep=1, milestones=())
+    listing.delete_between(checkpoints, 5, 5)
+    assert os.listdir(checkpoints) == [final.name] and (final / SEAL).is_file()
+    assert kind != "a link to a folder" or os.listdir(tmp_path / "outside") == [SEAL]
+    assert capsys.readouterr().err == ""
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_said_and_no_save_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (1, 2, 3):
+        (tmp_path / listing.name_of(step)).mkdir()
+        (tmp_path / listing.name_of(step) / SEAL).touch()
+
+    def refuse(path: Path, *_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(listing.shutil, "rmtree", refuse)
+    store._prune(tmp_path, 3, keep=1, milestones=())
+    said = [f"checkpoint {tmp_path / listing.name_of(step)} could not be deleted: [Errno 13]" for step in (2, 1)]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all(line.startswith(start) for line, start in zip(lines, said, strict=True))
 
 
 def test_checkpoints_that_were_passed_over_are_not_counted(tmp_path: Path) -> None:

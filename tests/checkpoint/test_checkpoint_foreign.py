@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,12 @@ def facts(**changes: Any) -> Change:
     return change
 
 
+def overflow(checkpoint: Path, old: str, new: str) -> None:
+    """As no writer of JSON writes it."""
+    path = checkpoint / "state.json"
+    path.write_text(path.read_text().replace(old, new))
+
+
 STATE = ("step", "tokens", "losses", "in_a_row", "rolled_back", "tokenizer", "left_out")
 
 
@@ -126,6 +133,14 @@ VOUCHED: dict[str, tuple[Change, str]] = {
     "a huge step": (facts(step=10**400), "state.json is of another shape: step"),
     "a step that is true": (facts(step=True), "state.json is of another shape: step"),
     "a step that is NaN": (facts(step=float("nan")), "state.json cannot be read: NaN is no JSON"),
+    "an extra number that overflows": (
+        lambda checkpoint: overflow(checkpoint, '"tokens"', '"extra": 1e400, "tokens"'),
+        "state.json cannot be read: 1e400 is too large for a number",
+    ),
+    "a roll-back with a number that overflows": (
+        lambda checkpoint: overflow(checkpoint, '"tokens"', '"rolled_back": [{"losses": [-1e400]}], "tokens"'),
+        "state.json cannot be read: -1e400 is too large for a number",
+    ),
     "losses that are none": (facts(losses=["x"]), "state.json is of another shape: losses.0"),
     "roll-backs that are none": (facts(rolled_back=[3]), "state.json is of another shape: rolled_back.0"),
     "a key of control characters": (facts(**{"\x1b[31m\n": 1}), "another shape: \\x1b[31m\\n"),
@@ -290,6 +305,12 @@ def require_refused(checkpoint: Path, said: str, capsys: pytest.CaptureFixture[s
         assert all(line.isprintable() for line in shown.splitlines())
     except ConfigError as error:
         assert said in str(error)
+
+
+def test_facts_that_could_not_be_read_again_are_not_written(run: Path) -> None:
+    saved = Facts.read(run / listing.name_of(2))
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        replace(saved, state={**saved.state, "extra": float("inf")}).as_json()
 
 
 def test_what_is_shown_of_a_checkpoint_can_be_shown(run: Path) -> None:

@@ -28,7 +28,7 @@ PACKERS = {
     [
         ('{"text": NaN}', "NaN is no JSON"),
         ('{"text": "a", "other": [{"deep": -Infinity}]}', "-Infinity is no JSON"),
-        ('{"text": 1e999}', "field 'text' is inf: it must be text or a finite number"),
+        ('{"text": 1e999}', "not valid JSON (1e999 is too large for a number)"),
         ('{"text": ' + "7" * 5000 + "}", "not valid JSON (Exceeds the limit"),
         ('{"text": "a", "meta": ' + "[" * 257 + "]" * 257 + "}", "nested more than 256 levels deep"),
         ('{"text": "a", "meta": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deep"),

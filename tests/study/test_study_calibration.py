@@ -130,6 +130,47 @@ def test_a_damaged_record_is_one_line(run: Write, changes: dict[str, Any], said:
 
 
 @pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"step_seconds": 1e308}, "step 30: step_seconds: Input should be less than 1000000000000"),
+        ({"step_seconds": -1.0}, "step 30: step_seconds: Input should be greater than or equal to 0"),
+        ({"eta_seconds": 1e308}, "step 30: eta_seconds: Input should be less than 1000000000000"),
+        ({"eta_seconds": 1e17}, "step 30: eta_seconds: Input should be less than 1000000000000"),
+        ({"step": 7}, "step 7 follows step 20"),
+    ],
+)
+def test_times_that_no_run_takes_are_one_line(run: Write, changes: dict[str, Any], said: str) -> None:
+    """Of one line of several: a median alone would not show it."""
+    folder = change_metrics(run(), 30, changes)
+    with pytest.raises(ConfigError) as error:
+        calibrate(folder, HALF_ROWS)
+    assert str(error.value) == f"--calibration is {folder}: its metrics.jsonl is damaged ({said})"
+
+
+@pytest.mark.parametrize("seconds", [1e-300, 1e-30, 9e11])
+def test_steps_that_no_device_takes_are_one_line(run: Write, seconds: float) -> None:
+    folder = run()
+    for step in (10, 20, 30, 40, 50):
+        change_metrics(folder, step, {"step_seconds": seconds})
+    with pytest.raises(ConfigError) as error:
+        calibrate(folder, HALF_ROWS)
+    said = f"its metrics.jsonl is damaged ({seconds:.3g} seconds a step on {RANKS} ranks would be "
+    assert said in str(error.value) and str(error.value).endswith(" FLOP/s each)")
+
+
+def test_times_that_were_not_finite_are_left_out(run: Write) -> None:
+    folder = change_metrics(run(), 30, {"step_seconds": None, "eta_seconds": None})
+    assert calibrate(folder, HALF_ROWS).rate == calibrate(run(), HALF_ROWS).rate
+
+
+def change_metrics(folder: Path, step: int, changes: dict[str, Any]) -> Path:
+    path = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line | (changes if line["step"] == step else {})) + "\n" for line in lines))
+    return folder
+
+
+@pytest.mark.parametrize(
     ("file", "content", "said"),
     [
         ("run.json", b"[" * 10**5, "it must be the folder of a run (it is nested too deep)"),

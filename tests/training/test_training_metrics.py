@@ -282,3 +282,12 @@ def test_names_that_are_no_formulas_and_numbers_that_are_no_losses_are_drawn_all
         {"step": 2, "tokens": 18, "train_loss": 2.0, "valid": {"another": {"loss": None}, "third": {}}},
     ]  # fmt: skip
     assert is_whole(draw_loss(lines, 5.2, r"$\\frac{", tmp_path / "loss.png"))
+
+
+@pytest.mark.parametrize("name", ["\x1b[31m\n\ud800", "\N{SNOWMAN WITHOUT SNOW}\U000f0000", "long " * 100_000])
+def test_nothing_is_said_of_names_that_cannot_be_drawn(
+    name: str, tmp_path: Path, recwarn: pytest.WarningsRecorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    line = {"step": 1, "tokens": 9, "train_loss": 2.0, "valid_loss": 2.0, "valid": {name: {"loss": 2.0}}}
+    assert is_whole(draw_loss([line], 5.2, name, tmp_path / "loss.png"))
+    assert not [each for each in recwarn if each.category is UserWarning] and not caplog.records

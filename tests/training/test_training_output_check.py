@@ -145,6 +145,29 @@ def test_what_is_no_checkpoint_is_no_obstacle(names: tuple[str, ...], tmp_path: 
     require_output(config(tmp_path))
 
 
+OURS = ("step-00000006", "step-6", "step-00000006.tmp", ".step-00000006.replaced", ".step-00000006.partial")
+
+
+@pytest.mark.parametrize("kind", [*MAKE, "a file"])
+@pytest.mark.parametrize("name", OURS)
+def test_what_has_a_checkpoint_s_name_and_is_no_folder(name: str, kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoints" / name
+    path.parent.mkdir()
+    (path.parent / "step-00000004").mkdir()
+    MAKE.get(kind, Path.touch)(path)
+    said = refusal(tmp_path)
+    assert said.startswith(f"{name} in output is {path}: it ") and said.endswith("; move it away")
+    assert os.path.lexists(path)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_checkpoint_may_be_a_link_to_a_folder(name: str, tmp_path: Path) -> None:
+    for folder in ("checkpoints/step-00000004", "elsewhere"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "checkpoints" / name).symlink_to(tmp_path / "elsewhere")
+    require_output(config(tmp_path))
+
+
 @pytest.mark.parametrize("options", [["--dry-run"], []])
 def test_the_program_says_it_before_torch_is_loaded(
     options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -38,6 +38,58 @@ def test_what_is_refused_leaves_no_trace(tmp_path: Path) -> None:
     assert outcomes(tmp_path) == ["finished"]
 
 
+def test_a_record_that_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
+    with begin(tmp_path) as output, pytest.raises(ValueError, match="not JSON compliant"):
+        output.note({"unigram_entropy": float("nan")})
+    assert outcomes(tmp_path) == ["running"]
+
+
+def finished(folder: Path, **facts: object) -> RunConfig:
+    """A run of ten steps whose records are of this text; returns its config."""
+    config = parse({"output": str(folder), "training": {"steps": 10}})
+    (folder / "checkpoints" / "step-00000010").mkdir(parents=True)
+    (folder / "config.yaml").write_text(dump(config))
+    record = {"attempts": [{"outcome": "finished"}], "parameters": {"total": 2000, "active": 1000}, "ranks": 1}
+    record |= {"model": "CoE-2", "unigram_entropy": 5.0, **facts}
+    (folder / "run.json").write_text(json.dumps(record))
+    lines = [{"step": 0, "valid_loss": 1e308}, {"step": 10, "tokens": 9, "valid_loss": 4.0, "tokens_per_second": 1e308}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return config
+
+
+def test_what_a_finished_run_says_can_be_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    config = finished(tmp_path, model="\x1b[31mred\n\u202e")
+    with run_folder.begin(config) as output:
+        said = output.finish().summary().splitlines()
+    assert all(line.isprintable() and len(line) < 400 for line in said), said
+    assert said[0] == r"model            \x1b[31mred\n\u202e"
+    assert said[2] == (
+        "validation loss  1e+308 at first, 4.000 at step 10, best 4.000 at step 10 (token frequencies alone: 5.000)"
+    )
+    assert (tmp_path / "loss.png").exists() and not recwarn and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({"unigram_entropy": 1e308}, "unigram_entropy: "),
+        ({"unigram_entropy": -1.0}, "unigram_entropy: "),
+        ({"parameters": {"total": 10**400, "active": 1}}, "parameters.total: "),
+        ({"ranks": 10**400}, "ranks: "),
+        ({"model": "m" * 10_000}, "model: "),
+    ],
+)
+def test_what_no_run_has_written_is_set_aside(
+    facts: dict[str, object], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_folder.begin(finished(tmp_path, **facts)).close()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{tmp_path / 'run.json'} cannot be used ({said}") and line.isprintable()
+    assert outcomes(tmp_path) == ["running"]
+
+
 def test_the_log_is_where_stderr_goes_through_a_pipe_too(tmp_path: Path, stderr_is_a_pipe: None) -> None:
     """As SLURM's job has it for rank 0: `tee` writes the log that lies beside the rank's error file."""
     logs = tmp_path / "logs"
