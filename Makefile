@@ -5,9 +5,10 @@
 #   make check        format, lint, types (make lint) and the fast tests
 #   make format       format and fix what can be fixed; make docs: write docs/settings.md anew
 PYTHON ?= python3
-# Files of tests that run side by side, each with up to a few processes: one for a core is about right. Jobs with time
-# limits and slow networks have the machine to themselves.
+# Files of tests that run side by side, each with up to a few processes: one for a core is about right. Jobs with
+# time limits, slow networks and what takes minutes of all cores have the machine to themselves.
 WORKERS ?= 2
+ALONE := slurm or network or alone
 BIN := .venv/bin
 SIDE_BY_SIDE := $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 INSTALLED := .venv/installed
@@ -23,12 +24,12 @@ data/builtin/manifest.json: $(INSTALLED) $(CORPUS)
 	$(BIN)/python launch/prepare_data.py --builtin 20000 --vocab-size 2048 --output data/builtin --overwrite
 
 test: $(INSTALLED)
-	$(SIDE_BY_SIDE) -m "not gpu and not full and not slurm and not network"
-	$(BIN)/pytest -m "(slurm or network) and not full"
+	$(SIDE_BY_SIDE) -m "not gpu and not full and not ($(ALONE))"
+	$(BIN)/pytest -m "($(ALONE)) and not full"
 
 test-full: $(INSTALLED)
-	$(SIDE_BY_SIDE) -m "not gpu and not slurm and not network"
-	$(BIN)/pytest -m "slurm or network"
+	$(SIDE_BY_SIDE) -m "not gpu and not ($(ALONE))"
+	$(BIN)/pytest -m "$(ALONE)"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -2,12 +2,15 @@
 
 import os
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from ranks import start_groups
+
+SLOW = ("ranks", "run", "network", "slurm")
 
 
 def pytest_configure() -> None:
@@ -17,14 +20,9 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first: of several workers, which take a file each, none is left with a long one alone."""
-    slow = {
-        item.path
-        for item in items
-        for marker in ("ranks", "run", "network", "slurm")
-        if item.get_closest_marker(marker)
-    }
-    items.sort(key=lambda item: item.path not in slow)
+    """Files with most slow tests first: of several workers, which take a file each, none is left with a long one."""
+    slow = Counter(item.path for item in items for marker in SLOW if item.get_closest_marker(marker))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session")

@@ -57,6 +57,7 @@ def wait_for_step(step: int, folder: Path, process: Program, but: tuple[str, ...
         time.sleep(0.02)
 
 
+@pytest.mark.alone
 def test_killed_twice_a_study_gives_the_same_results(program: Callable[[str], list[str]], tmp_path: Path) -> None:
     undisturbed, disturbed = program("undisturbed"), program("disturbed")
     with run(undisturbed) as process:

@@ -558,6 +558,7 @@ def test_one_process_without_torchrun(config: Path, prepared: Path, tmp_path: Pa
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.alone
 def test_gsm8k_is_learned_far_below_its_token_frequencies(real_text: Path, tmp_path: Path) -> None:
     data, run = tmp_path / "gsm8k", tmp_path / "run"
     done = python(
@@ -566,7 +567,8 @@ def test_gsm8k_is_learned_far_below_its_token_frequencies(real_text: Path, tmp_p
         "--vocab-size", 2048, "--output", data,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    done = torchrun("launch/pretrain_coe.py", "configs/gsm8k.yaml", f"data.path={data}", f"output={run}")
+    command = ("launch/pretrain_coe.py", "configs/gsm8k.yaml", f"data.path={data}", f"output={run}")
+    done = torchrun(*command, seconds=1100)
     assert done.returncode == 0, done.stderr
     lines = read_metrics(run / "metrics.jsonl")
     entropy = json.loads((run / "run.json").read_text())["unigram_entropy"]
