@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 from attempts import attempt, small
 from programs import Program, wait_for_step
 
+from coe_megatron.checkpoint import listing
 from coe_megatron.config import RunConfig
 from coe_megatron.exit_status import ExitStatus
 from coe_megatron.files import set_aside
@@ -134,6 +136,23 @@ def test_a_finished_run_whose_last_checkpoint_is_damaged_goes_on(single_rank: No
     attempt(run_config(prepared, run))
     attempts = json.loads((run / "run.json").read_text())["attempts"]
     assert [each["outcome"] for each in attempts] == ["finished", "finished"]
+
+
+@pytest.mark.timeout(120)
+def test_what_is_put_among_checkpoints_while_a_run_goes_on_costs_none(
+    single_rank: None, prepared: Path, tmp_path: Path
+) -> None:
+    """Pipes and a file with the names of an old checkpoint and of the next one: nobody writes into the pipes."""
+    checkpoints = tmp_path / "checkpoints"
+
+    def act(_: object, step: int) -> None:
+        if step == 3:
+            (checkpoints / "step-00000001").touch()
+            for name in ("step-00000004", "step-00000004.tmp", ".step-00000004.replaced"):
+                os.mkfifo(checkpoints / name)
+
+    attempt(run_config(prepared, tmp_path, keep_checkpoints=1), act)
+    assert os.listdir(checkpoints) == ["step-00000004"] and listing.trouble(checkpoints / "step-00000004") is None
 
 
 @pytest.mark.parametrize(
