@@ -112,7 +112,7 @@ class Study(Target):
     """Study files with their bases, planned."""
 
     names = (*Config.names, "axes", "axis", "arm", "seeds", "baseline", "budget", "skip", "set", "solve", "base")
-    bounds = Bounds(cpu_seconds=10.0)  # a study of the project takes up to 0.6 s, and one may be larger
+    bounds = Bounds(cpu_seconds=20.0)  # a study of the project takes up to 3 s, and one may be larger
     study = "configs/studies/cpu/study.yaml"
 
     def prepare(self, folder: Path) -> None:

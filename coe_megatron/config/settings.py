@@ -162,7 +162,7 @@ class BlendPart:
     """
 
     path: PathText
-    weight: Positive
+    weight: Annotated[float, Field(gt=0, le=1e18)]  # many of them have a sum
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class Tokenizer:
                 raise RuntimeError("SentencePiece takes no bytes for no model, and fails later")
             self._processor = SentencePieceProcessor(model_proto=model)
             proto = _parsed(model)
-        except RuntimeError as error:
+        except (RuntimeError, UnicodeDecodeError) as error:  # the latter of its own message on what it cannot read
             raise problem(path, name, "it is no SentencePiece model") from error
         self.vocab_size: int = self._processor.vocab_size()
         self.eos_id: int = self._processor.eos_id()
