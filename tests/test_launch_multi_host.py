@@ -19,7 +19,8 @@ CONFIG = "configs/quickstart.yaml"
 
 def launch(program: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, f"launch/{program}", *arguments]
-    environment = {**os.environ, **variables}
+    own = {name: text for name, text in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    environment = {**own, **variables}  # without what DeepSpeed, in an earlier test, has set
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
 
 

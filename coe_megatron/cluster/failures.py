@@ -74,8 +74,6 @@ def outcome(failures: list[Failure], launched: int) -> ExitStatus:
         failures: the first one first.
         launched: the exit status of that command, which is 0 only if all ranks are done.
     """
-    if launched == ExitStatus.MISTAKE and not failures:
-        return ExitStatus.MISTAKE
     return ExitStatus.DONE if launched == 0 else verdict(failure.status for failure in failures)
 
 

@@ -91,6 +91,8 @@ class _Watch:
         if self.torchrun.returncode == 0:
             return ExitStatus.DONE, None
         cause = most_telling(reports(self.logs))
+        if cause is None and self.torchrun.returncode == ExitStatus.MISTAKE:  # in torchrun's own arguments
+            return ExitStatus.MISTAKE, None
         return (cause.status if cause else ExitStatus.FAILED), cause
 
     def _pass_on(self, ranks: list[psutil.Process]) -> bool:
