@@ -9,7 +9,7 @@ import os
 import shutil
 import stat
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from itertools import count
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -188,16 +188,21 @@ def new_file(path: Path) -> BinaryIO:
     return os.fdopen(os.open(path, flags, 0o666), "wb")
 
 
-def remove(path: Path) -> None:
-    """Remove whatever is at a path: a folder with all that is in it, but of a link the link alone; nothing is no error.
+def remove(path: Path, ignore_errors: bool = False) -> None:
+    """Remove a folder with all that is in it; of a link, a pipe or a file the entry alone, which is not opened.
 
     Raises:
-        OSError: it cannot be removed.
+        OSError: it cannot be removed, unless that is ignored. That nothing is there is no error.
     """
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    with suppress(OSError) if ignore_errors else nullcontext():
+        try:
+            mode = os.lstat(path).st_mode
+        except FileNotFoundError:
+            return
+        if stat.S_ISDIR(mode):
+            shutil.rmtree(path, ignore_errors)  # of a pipe it would wait for a writer
+        else:
+            path.unlink(missing_ok=True)
 
 
 def set_aside(path: Path, why: str) -> Path:

@@ -1,10 +1,8 @@
 """Which checkpoints a folder holds, and which of them are whole. Without process groups this process is alone."""
 
 import os
-import shutil
 import stat
 import sys
-from contextlib import nullcontext, suppress
 from itertools import chain, islice
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from coe_megatron.checkpoint.seal import SEAL, problem
 from coe_megatron.checkpoint.storage import Reader
 from coe_megatron.checkpoint.tensor_list import Listed
 from coe_megatron.errors import ConfigError, one_line
-from coe_megatron.files import kind_of, require_folder, to_disk
+from coe_megatron.files import kind_of, remove, require_folder, to_disk
 from coe_megatron.parallel.collective import am_first, from_first, gathered, share
 
 UNFINISHED = "saving it was not finished"
@@ -190,20 +188,6 @@ def delete(checkpoint: Path) -> None:
     if _kind(checkpoint) == stat.S_IFDIR:
         remove(checkpoint / SEAL)
     remove(checkpoint)
-
-
-def remove(path: Path, ignore_errors: bool = False) -> None:
-    """Remove a folder with all that is in it; of a link, a pipe or a file the entry alone, which is not opened.
-
-    Raises:
-        OSError: it cannot be removed, unless that is ignored. That nothing is there is no error.
-    """
-    with suppress(OSError) if ignore_errors else nullcontext():
-        found = _kind(path)
-        if found == stat.S_IFDIR:
-            shutil.rmtree(path, ignore_errors)  # of a pipe it would wait for a writer
-        elif found is not None:
-            path.unlink(missing_ok=True)
 
 
 def _kind(path: Path) -> int | None:

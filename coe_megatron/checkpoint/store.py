@@ -33,6 +33,7 @@ from coe_megatron.checkpoint.facts import FACTS, Facts, SavedLayout
 from coe_megatron.checkpoint.seal import SEAL, seal, write_bytes, write_text
 from coe_megatron.checkpoint.storage import cause_of
 from coe_megatron.errors import ConfigError, one_line
+from coe_megatron.files import remove
 from coe_megatron.parallel.collective import Group, am_first, from_first, together
 from coe_megatron.zero import states as zero_states
 from coe_megatron.zero.engine import Engine
@@ -177,7 +178,7 @@ def _unless_not_saved(final: Path, write: Callable[..., None], *group: Group) ->
     except (CheckpointException, OSError) as error:
         cause = cause_of(error) if isinstance(error, CheckpointException) else error
         if am_first():
-            listing.remove(_partial(final), ignore_errors=True)
+            remove(_partial(final), ignore_errors=True)
         raise NotSaved(one_line(f"checkpoint {final} could not be saved: {cause}")) from error
 
 
@@ -204,7 +205,7 @@ def _partial(final: Path) -> Path:
 
 def _make_empty(partial: Path) -> None:
     for unfinished in listing.unfinished(partial.parent):  # they only take room: no two runs write into one folder
-        listing.remove(unfinished, ignore_errors=True)
+        remove(unfinished, ignore_errors=True)
     for part in ("tensors", "random"):
         (partial / part).mkdir(parents=True)
 

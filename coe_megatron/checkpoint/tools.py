@@ -23,7 +23,7 @@ from coe_megatron.checkpoint.names import partial_name
 from coe_megatron.checkpoint.seal import SEAL, listed, seal, write_text
 from coe_megatron.checkpoint.storage import MASTER, OPTIMIZER, Entries, Reader
 from coe_megatron.errors import ConfigError, one_line
-from coe_megatron.files import require_writable
+from coe_megatron.files import remove, require_writable
 
 _LONGEST_SUFFIX = len("..replaced")  # that the name of a checkpoint gets while it is made
 
@@ -221,13 +221,13 @@ def _making(out: Path, overwrite: bool, sources: Sequence[Path]) -> Iterator[Pat
     folder = out.absolute().with_name(partial_name(out.absolute().name))
     try:
         try:
-            listing.remove(folder, ignore_errors=True)
+            remove(folder, ignore_errors=True)
             (folder / "tensors").mkdir(parents=True)
             yield folder
             seal(folder)
             listing.publish(folder, out)
         except BaseException:
-            listing.remove(folder, ignore_errors=True)
+            remove(folder, ignore_errors=True)
             raise
     except OSError as error:
         raise ConfigError(f"{out} could not be written: {error}") from error

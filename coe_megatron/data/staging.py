@@ -13,7 +13,6 @@ import fcntl
 import json
 import os
 import shutil
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -184,7 +183,7 @@ def _open_lock(path: Path) -> BinaryIO:
         ConfigError: something else is in its place. It is not removed: another process may just have put a lock there.
         OSError: it cannot be opened; FileNotFoundError where there is no folder.
     """
-    if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+    if os.path.lexists(path) and not is_plain_file(path):
         raise problem(path, _NAME, "it is no plain file, and a lock must be one: remove it")
     return open(path, "ab", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666))
 

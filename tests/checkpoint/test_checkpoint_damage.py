@@ -216,7 +216,7 @@ def test_a_checkpoint_that_is_replaced_is_there_whenever_it_is_interrupted(
         if interrupted == "rename":
             os.replace(*paths)
 
-    monkeypatch.setattr(listing.os if interrupted == "rename" else listing.shutil, interrupted, interrupt)
+    monkeypatch.setattr(listing.os if interrupted == "rename" else shutil, interrupted, interrupt)
     with pytest.raises(KeyboardInterrupt):
         listing.publish(new, old)
     assert (old / SEAL).read_text() == (old.name if interrupted == "rename" else new.name)
@@ -272,7 +272,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_said_and_no_save_fails(
     def refuse(path: Path, *_: object) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(listing.shutil, "rmtree", refuse)
+    monkeypatch.setattr(shutil, "rmtree", refuse)
     store._prune(tmp_path, 3, keep=1, milestones=())
     said = [f"checkpoint {tmp_path / listing.name_of(step)} could not be deleted: [Errno 13]" for step in (2, 1)]
     lines = capsys.readouterr().err.splitlines()
