@@ -19,7 +19,7 @@ export PYTHONUNBUFFERED := 1
 quickstart: $(INSTALLED) data/builtin/manifest.json
 	OMP_NUM_THREADS=1 $(BIN)/python launch/one_host.py -- --nproc-per-node 2 launch/pretrain_coe.py configs/quickstart.yaml
 
-CORPUS := $(wildcard coe_megatron/data/*.py coe_megatron/data/templates/*.py coe_megatron/data/templates/*/*.py)
+CORPUS := $(wildcard coe_megatron/data/*.py coe_megatron/corpus/*.py coe_megatron/corpus/*/*.py coe_megatron/corpus/*/*/*.py)
 data/builtin/manifest.json: $(INSTALLED) $(CORPUS)
 	$(BIN)/python launch/prepare_data.py --builtin 20000 --vocab-size 2048 --output data/builtin --overwrite
 

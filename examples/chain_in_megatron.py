@@ -26,15 +26,15 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from coe_megatron.chain.settings import ChainSettings
-from coe_megatron.modules import coe_layer_spec
-from coe_megatron.parallel import without_cuda, without_te
+from coe_megatron.local_backend import megatron_compat, without_cuda
+from coe_megatron.model import coe_layer_spec
 
 VOCABULARY, LENGTH, ROWS, MICRO_BATCH = 512, 32, 8, 2
 
 
 def start(expert: int, pipeline: int, seed: int) -> torch.device:
     """Join the ranks that torchrun started, or be the only one; Megatron's groups and seeds; this rank's device."""
-    without_te.install()  # these two do nothing where there is nothing to replace
+    megatron_compat.install()  # these two do nothing where there is nothing to replace
     without_cuda.install()
     device = torch.device("cpu")
     if torch.cuda.is_available():

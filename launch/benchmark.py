@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from coe_megatron import scratch
-from coe_megatron.chain.closed_forms import ModelShape
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.config.arguments import Parser, write_out
 from coe_megatron.data.options import add_document_options, templates
+from coe_megatron.distributed.environment import whole_number
 from coe_megatron.errors import ConfigError, one_line
+from coe_megatron.estimate.closed_forms import ModelShape
 from coe_megatron.files import problem, require_folder, require_replaceable, user_path, write_atomically
-from coe_megatron.launch_environment import whole_number
 from coe_megatron.lean_imports import import_megatron
 
 LAYER = """Times forward and backward of one MoE sub-layer: Megatron's own (local spec), ours with the same weights, and

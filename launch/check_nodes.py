@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Never
 
-from coe_megatron.cluster import network
 from coe_megatron.config.arguments import Parser, write_out
+from coe_megatron.distributed.environment import LARGEST_PORT, MOST_RANKS, Ranks, whole_number
 from coe_megatron.errors import ConfigError
 from coe_megatron.files import problem, require_folder, require_replaceable, user_path, write_atomically
-from coe_megatron.launch_environment import LARGEST_PORT, MOST_RANKS, Ranks, whole_number
+from coe_megatron.launcher import network
 
 EPILOG = """One process a node takes part; of several on a node all but the first end at once. Who is who comes from
 srun's or torchrun's variables, or, when they are started in another way, from --nodes and --name. They meet at the
@@ -178,7 +178,7 @@ def main() -> int:
         program.error(str(error))
     use_interface(names, index, address)
     os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"  # so that a collective that does not end raises
-    from coe_megatron.cluster.node_check import Limits, Place, check  # torch takes seconds
+    from coe_megatron.launcher.node_check import Limits, Place, check  # torch takes seconds
 
     limits = Limits(**{name.replace("-", "_"): value for name, value in chosen.items() if value is not None})
     last = f"{program.prog}: {names[index]}: no end after {AT_MOST * limits.timeout:g} s"

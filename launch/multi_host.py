@@ -12,24 +12,23 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from coe_megatron.cluster import several_hosts
-from coe_megatron.cluster.hosts import MOST_SLOTS, Host, from_file, from_list, ranks_per_node
-from coe_megatron.cluster.one_host import Requests
-from coe_megatron.cluster.several_hosts import RemoteCommands, ask, command_string, exported
-from coe_megatron.cluster.spare_nodes import bad_in
 from coe_megatron.config import load
 from coe_megatron.config.arguments import Parser, write_out
+from coe_megatron.distributed.environment import LARGEST_PORT, MOST_RANKS, whole_number
 from coe_megatron.errors import ConfigError, one_line
-from coe_megatron.exit_status import ExitStatus
 from coe_megatron.files import as_argument, user_path
-from coe_megatron.launch_environment import LARGEST_PORT, MOST_RANKS, whole_number
+from coe_megatron.launcher.hosts import MOST_SLOTS, Host, from_file, from_list, ranks_per_node
+from coe_megatron.launcher.ssh_launcher import EXPORTED, RemoteCommands, ask, command_string, exported
+from coe_megatron.launcher.torchrun_supervisor import Requests
+from coe_megatron.run.exit_status import ExitStatus
+from coe_megatron.slurm.spare_nodes import bad_in
 
 EPILOG = f"""The hosts need the same working folder, Python, config, data and output folder under the same paths, and a
 remote shell that asks for no password. ~ is the home on this host, and is handed on as the path that it stands for. A
 host file has a line `NAME slots=N` for each host; # begins a comment.
 
 Started from the working folder, a command runs on each host as `REMOTE-SHELL HOST COMMAND`. Of the environment go along
-what begins with {", ".join(several_hosts.EXPORTED)}, and what --export names (visible to others on these hosts).
+what begins with {", ".join(EXPORTED)}, and what --export names (visible to others on these hosts).
 The ranks meet at the first host, at a port that is free there; gloo and NCCL use the interface that leads to it.
 
 Each line of output begins with the host's name. Ctrl-C stops the ranks after the step at hand, with a checkpoint; a
@@ -42,7 +41,7 @@ run begins without those.
 
 exit status: that of the ranks, by the first host to fail that says more than "failed": 0 done, 1 failed, 2 a mistake,
 3 stopped and saved, 4 diverged, 5 not saved, 6 busy, 7 hung, 130 interrupted from the keyboard."""
-_MEETING = "import sys; from coe_megatron.cluster.network import *; print(address_towards(sys.argv[1]), free_port())"
+_MEETING = "import sys; from coe_megatron.launcher.network import *; print(address_towards(sys.argv[1]), free_port())"
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from coe_megatron import scratch
-from coe_megatron.cluster import network
-from coe_megatron.cluster.one_host import Requests, supervise
 from coe_megatron.config.arguments import Parser
+from coe_megatron.distributed.environment import MOST_RANKS, whole_number
 from coe_megatron.errors import ConfigError, one_line
-from coe_megatron.exit_status import ExitStatus
-from coe_megatron.launch_environment import MOST_RANKS, whole_number
+from coe_megatron.launcher import network
+from coe_megatron.launcher.torchrun_supervisor import Requests, supervise
+from coe_megatron.run.exit_status import ExitStatus
 
 EPILOG = """Everything after -- goes to torchrun as it is; what torchrun reads from PET_ variables holds too.
 On one host (--standalone, or without --nnodes) the ranks meet by a file and at the loopback address: no port is open to
@@ -79,7 +79,7 @@ def main() -> int:
         threading.Thread(target=watch, args=(requests,), daemon=True).start()
     logs = tempfile.mkdtemp(prefix="ranks-")
     own = [f"--log-dir={logs}", f"--max-restarts={max_restarts}", *local]
-    command = [sys.executable, "-m", "coe_megatron.cluster.torchrun", *own, *options.torchrun]
+    command = [sys.executable, "-m", "coe_megatron.launcher.torchrun", *own, *options.torchrun]
     status, cause = supervise(command, environment, Path(logs), max_restarts, requests)
     if cause:
         told = f"rank {cause.rank}: {one_line(cause.message)}"

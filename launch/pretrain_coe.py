@@ -49,17 +49,17 @@ from coe_megatron.config import RunConfig, load  # noqa: E402
 from coe_megatron.config.arguments import Parser, write_out  # noqa: E402
 from coe_megatron.config.load import parse  # noqa: E402
 from coe_megatron.data.folders import missing  # noqa: E402
+from coe_megatron.distributed.environment import Ranks  # noqa: E402
 from coe_megatron.errors import ConfigError, one_line  # noqa: E402
-from coe_megatron.exit_status import ExitStatus, leave_error_file  # noqa: E402
+from coe_megatron.estimate.advice import parse_size, refusal  # noqa: E402
+from coe_megatron.estimate.node_crossing import needless_crossing  # noqa: E402
+from coe_megatron.estimate.run_estimate import forecast, vocabulary  # noqa: E402
 from coe_megatron.files import kind_of, problem, require_folder, user_path  # noqa: E402
-from coe_megatron.forecast.cost import forecast, vocabulary  # noqa: E402
-from coe_megatron.forecast.crossing import needless_crossing  # noqa: E402
-from coe_megatron.forecast.fit import parse_size, refusal  # noqa: E402
-from coe_megatron.launch_environment import Ranks  # noqa: E402
 from coe_megatron.lean_imports import import_megatron  # noqa: E402
-from coe_megatron.training.folder_lock import FolderInUse  # noqa: E402
-from coe_megatron.training.interruption import Interruption, stop_with_parent  # noqa: E402
-from coe_megatron.training.output_check import require_output  # noqa: E402
+from coe_megatron.run.exit_status import ExitStatus, leave_error_file  # noqa: E402
+from coe_megatron.run.lock import FolderInUse  # noqa: E402
+from coe_megatron.run.output_check import require_output  # noqa: E402
+from coe_megatron.training.signals import Interruption, stop_with_parent  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -155,11 +155,11 @@ def _pretrain(parser: Parser, ranks: Ranks, checked: RunConfig | None, stop_file
 
     quiet_libraries()
     import_megatron()
-    from coe_megatron.checkpoint.store import NotSaved
+    from coe_megatron.checkpoint.save_load import NotSaved
     from coe_megatron.data.token_file import DamagedTokens
-    from coe_megatron.parallel.meeting import NotMet, meet
+    from coe_megatron.distributed.rendezvous import NotMet, meet
+    from coe_megatron.run.folder import OutputLost
     from coe_megatron.training.loop import Interrupted, train
-    from coe_megatron.training.run_folder import OutputLost
 
     try:
         store = meet(ranks)

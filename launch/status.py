@@ -9,7 +9,7 @@ import time
 from coe_megatron.config.arguments import Parser, write_out
 from coe_megatron.errors import ConfigError
 from coe_megatron.files import require_folder, user_path
-from coe_megatron.training.status import statuses, table
+from coe_megatron.run.status import statuses, table
 
 EPILOG = """examples:
   status.py runs                  all runs below runs

@@ -12,20 +12,20 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from coe_megatron.cluster.one_host import Requests
 from coe_megatron.config.arguments import Parser, write_out
 from coe_megatron.config.layout import layout
 from coe_megatron.errors import ConfigError, one_line
-from coe_megatron.exit_status import ExitStatus
+from coe_megatron.estimate.devices import DEVICES
 from coe_megatron.files import problem, user_path
-from coe_megatron.forecast.devices import DEVICES
-from coe_megatron.study.arms import Run
-from coe_megatron.study.names import listed
-from coe_megatron.study.places import check_places, config_of, write_config
-from coe_megatron.study.plan import Plan, make_plan
-from coe_megatron.study.running import Ended, Runner, devices_here, is_finished, seed_by_seed, stands
-from coe_megatron.study.submitting import submissions
-from coe_megatron.training.status import table
+from coe_megatron.launcher.torchrun_supervisor import Requests
+from coe_megatron.run.exit_status import ExitStatus
+from coe_megatron.run.status import table
+from coe_megatron.study.plan.arms import Run
+from coe_megatron.study.plan.cost_table import Plan, make_plan
+from coe_megatron.study.plan.names import listed
+from coe_megatron.study.run.paths import check_places, config_of, write_config
+from coe_megatron.study.run.runner import Ended, Runner, devices_here, is_finished, seed_by_seed, stands
+from coe_megatron.study.run.slurm_arrays import submissions
 
 EPILOG = """examples:
   study.py plan configs/studies/paper/main-pair.yaml
@@ -174,7 +174,7 @@ def show(plan: Plan, options: argparse.Namespace) -> ExitStatus:
 
 
 def report(plan: Plan, options: argparse.Namespace) -> ExitStatus:
-    from coe_megatron.study.report import write_report  # matplotlib takes a second
+    from coe_megatron.study.report.report import write_report  # matplotlib takes a second
 
     folder = options.to or Path(plan.study.settings.output) / "report"
     title = options.title or f"Study {options.study.stem}"

@@ -11,10 +11,11 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from coe_megatron.config import RunConfig, parse
 from coe_megatron.data.datasets import Sample, StepBatches
-from coe_megatron.training import evaluation, run_folder
-from coe_megatron.training.hang_watch import HangWatch
-from coe_megatron.training.interruption import Interruption
+from coe_megatron.run import folder as run_folder
+from coe_megatron.training import evaluation
 from coe_megatron.training.loop import Pretraining
+from coe_megatron.training.signals import Interruption
+from coe_megatron.training.watchdog import HangWatch
 
 
 class Killed(BaseException):

@@ -6,8 +6,8 @@ import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
 
 from coe_megatron.checkpoint import listing, storage
-from coe_megatron.checkpoint.facts import FACTS, Facts, SavedLayout
-from coe_megatron.checkpoint.seal import SEAL, seal
+from coe_megatron.checkpoint.integrity import SEAL, seal
+from coe_megatron.checkpoint.metadata import FACTS, Facts, SavedLayout
 
 ROWS, COLUMNS = 4, 2_000
 WEIGHT = "decoder.weight"

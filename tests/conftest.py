@@ -10,6 +10,8 @@ import pytest
 import torch
 from ranks import start_groups
 
+pytest_plugins = ["small_run"]
+
 SLOW = ("ranks", "run", "network", "slurm")
 
 
@@ -36,7 +38,7 @@ def megatron_groups(tmp_path_factory: pytest.TempPathFactory) -> None:
 def single_rank(megatron_groups: None) -> Iterator[None]:
     """The only rank, with Megatron's seeds and module-level state as if no test had run before."""
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-    from modules_build import reset_megatron
+    from model_build import reset_megatron
 
     reset_megatron()
     model_parallel_cuda_manual_seed(1234)

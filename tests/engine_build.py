@@ -15,13 +15,14 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.utils import safe_get_full_grad
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from modules_build import TOPK, make_config, make_gpt
+from model_build import TOPK, make_config, make_gpt
 
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.config.settings import OptimizerSettings, TrainingSettings, ZeroSettings
-from coe_megatron.modules import coe_block_spec, stats
+from coe_megatron.model import coe_block_spec
+from coe_megatron.model import routing_stats as stats
 from coe_megatron.zero import engine as zero
-from coe_megatron.zero import passes
+from coe_megatron.zero import train_step as passes
 
 ROWS, SEQUENCE, VOCAB = 8, 12, 64
 Named = dict[str, torch.Tensor]

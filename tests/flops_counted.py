@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from coe_megatron.chain.closed_forms import ModelShape
+from coe_megatron.estimate.closed_forms import ModelShape
 
 
 def counting(shape: ModelShape) -> FlopCounterMode:

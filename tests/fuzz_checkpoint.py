@@ -13,8 +13,8 @@ from fuzz_targets import Target, printable
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
 
-from coe_megatron.checkpoint import listing, storage, store, tools
-from coe_megatron.checkpoint.seal import SEAL, seal
+from coe_megatron.checkpoint import listing, save_load, storage, tools
+from coe_megatron.checkpoint.integrity import SEAL, seal
 
 
 class Checkpoint(Target):
@@ -73,7 +73,7 @@ class Checkpoint(Target):
         refusals += [trouble] if trouble else []
         refusals += attempt(lambda: self._anew(checkpoint, folder / "anew"))
         if (checkpoint / "random/00000.pt").is_file() and not trouble:
-            refusals += attempt(lambda: store._set_random_states(checkpoint / "random/00000.pt"))
+            refusals += attempt(lambda: save_load._set_random_states(checkpoint / "random/00000.pt"))
         assert not EXECUTED, "what was read has run code"
         return refusals
 

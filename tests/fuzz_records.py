@@ -11,12 +11,12 @@ from fuzz_targets import Target, finite, printable
 from hypothesis import strategies as st
 
 from coe_megatron.config import dump, parse
-from coe_megatron.study.calibration import calibrate
-from coe_megatron.training import run_folder
-from coe_megatron.training.logged import read_metrics
+from coe_megatron.run import folder as run_folder
+from coe_megatron.run.metrics_log import read_metrics
+from coe_megatron.run.record import read_record
+from coe_megatron.run.status import statuses, table
+from coe_megatron.study.plan.calibration import calibrate
 from coe_megatron.training.metrics import JsonLines
-from coe_megatron.training.run_record import read_record
-from coe_megatron.training.status import statuses, table
 
 
 class Records(Target):

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from coe_megatron.config import RunConfig, dump, load
 from coe_megatron.config.layout import layout
 from coe_megatron.config.load import flat, read, resolve
-from coe_megatron.forecast.cost import forecast, vocabulary
-from coe_megatron.study.plan import make_plan
+from coe_megatron.estimate.run_estimate import forecast, vocabulary
+from coe_megatron.study.plan.cost_table import make_plan
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"

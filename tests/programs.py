@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from coe_megatron.training.logged import read_metrics
+from coe_megatron.run.metrics_log import read_metrics
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]

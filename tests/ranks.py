@@ -105,9 +105,9 @@ def _rank(
 
 def start_groups(rank: int, world_size: int, meeting: str, seed: int = 1234, **layout: int) -> None:
     """One gloo rank with Megatron's groups, seeds and the compatibility parts, on one thread."""
-    from coe_megatron.parallel import without_cuda, without_te
+    from coe_megatron.local_backend import megatron_compat, without_cuda
 
-    without_te.install()
+    megatron_compat.install()
     without_cuda.install()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from coe_megatron.modules.recompute import Route
-from coe_megatron.training.memory import LiveBytes
+from coe_megatron.model.recompute import Route
+from coe_megatron.training.memory_meter import LiveBytes
 
 
 class _Kept:

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from coe_megatron.checkpoint import listing
 from coe_megatron.checkpoint.storage import Reader
-from coe_megatron.training.logged import read_metrics
+from coe_megatron.run.metrics_log import read_metrics
 
 KINDS = ("a rank", "torchrun", "SIGTERM of all", "inside a save")
 SAVE_EVERY = 10

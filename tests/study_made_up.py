@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from coe_megatron.config import RunConfig
-from coe_megatron.study.arms import Run
+from coe_megatron.study.plan.arms import Run
 
 
 def leave(run: Run, loss: float = 5.0, outcome: str = "finished", attempts: int = 1, **changes: Any) -> Path:

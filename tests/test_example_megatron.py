@@ -15,7 +15,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from modules_build import Named, errors, reset_megatron
+from model_build import Named, errors, reset_megatron
 from ranks import run_ranks
 
 from coe_megatron.chain.settings import ChainSettings

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from coe_megatron.exit_status import ExitStatus, LastWords, leave_error_file, read_error_file
+from coe_megatron.run.exit_status import ExitStatus, LastWords, leave_error_file, read_error_file
 
 
 def test_torchrun_reads_the_file_as_its_own(tmp_path: Path) -> None:

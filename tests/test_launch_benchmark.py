@@ -7,9 +7,9 @@ import pytest
 import torch
 from programs import python
 
-from coe_megatron.chain.closed_forms import ModelShape
 from coe_megatron.chain.settings import ChainSettings
-from coe_megatron.modules import experts
+from coe_megatron.estimate.closed_forms import ModelShape
+from coe_megatron.local_backend import experts
 from coe_megatron.training import benchmark
 
 SHAPE = ModelShape(

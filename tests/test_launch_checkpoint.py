@@ -7,7 +7,7 @@ import pytest
 from engine_build import make_engine
 from programs import python
 
-from coe_megatron.checkpoint import listing, store
+from coe_megatron.checkpoint import listing, save_load
 
 PROGRAM = "launch/checkpoint.py"
 pytestmark = pytest.mark.run
@@ -18,7 +18,7 @@ def run(single_rank: None, tmp_path: Path) -> Path:
     folder, engine = tmp_path / "run", make_engine(8, layers=1)
     for step in (1, 2):
         state = {"step": step, "tokens": 1000 * step, "tokenizer": "T"}
-        store.save(folder / "checkpoints", step, engine, state, keep=2)
+        save_load.save(folder / "checkpoints", step, engine, state, keep=2)
     return folder
 
 
@@ -35,7 +35,7 @@ def test_a_run_is_inspected_verified_and_averaged(run: Path) -> None:
     made = run.parent / "mean"
     done = python(PROGRAM, "average", run, made, "--last", 2)
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert store.load_weights(made, make_engine(8, layers=1))[1]["step"] == 2
+    assert save_load.load_weights(made, make_engine(8, layers=1))[1]["step"] == 2
 
     path = first / "tensors" / "__0_0.distcp"
     path.write_bytes(path.read_bytes()[:-1])

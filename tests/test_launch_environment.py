@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from programs import python
 
+from coe_megatron.distributed.environment import Ranks, rank_of, whole_number
 from coe_megatron.errors import ConfigError
-from coe_megatron.launch_environment import Ranks, rank_of, whole_number
 
 PAIR = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 TORCHRUN = {
@@ -123,7 +123,7 @@ def test_the_rank_that_may_speak() -> None:
 
 
 def test_torch_is_not_imported() -> None:
-    code = "import sys, coe_megatron.launch_environment, coe_megatron.scratch; sys.exit('torch' in sys.modules)"
+    code = "import sys, coe_megatron.distributed.environment, coe_megatron.scratch; sys.exit('torch' in sys.modules)"
     assert python("-c", code).returncode == 0
 
 

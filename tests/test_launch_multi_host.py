@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from programs import ROOT, Program
 
-from coe_megatron.exit_status import ExitStatus
+from coe_megatron.run.exit_status import ExitStatus
 
 CONFIG = "configs/quickstart.yaml"
 
@@ -194,7 +194,7 @@ def test_a_variable_that_torchrun_cannot_read_is_named() -> None:
 RANK = """
 import os, sys
 sys.path.insert(0, os.getcwd())
-from coe_megatron.exit_status import leave_error_file
+from coe_megatron.run.exit_status import leave_error_file
 status = {0: 1, 1: 4}[int(os.environ["TORCHELASTIC_RESTART_COUNT"])]
 leave_error_file(status, "so it is", environment=os.environ)
 sys.exit(status)

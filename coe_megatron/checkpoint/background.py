@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-from coe_megatron.parallel.collective import Group, am_first
+from coe_megatron.distributed.collectives import Group, am_first
 
 
 class Background:

@@ -7,15 +7,15 @@ from itertools import chain, islice
 from pathlib import Path
 
 from coe_megatron.checkpoint import names
-from coe_megatron.checkpoint.facts import FACTS, Facts
+from coe_megatron.checkpoint.integrity import SEAL, problem
+from coe_megatron.checkpoint.metadata import FACTS, Facts
 from coe_megatron.checkpoint.names import name_of as name_of
-from coe_megatron.checkpoint.saved import generators_problem, saved_problem
-from coe_megatron.checkpoint.seal import SEAL, problem
 from coe_megatron.checkpoint.storage import Reader
-from coe_megatron.checkpoint.tensor_list import Listed
+from coe_megatron.checkpoint.tensor_index import Listed
+from coe_megatron.checkpoint.torch_file_check import generators_problem, saved_problem
+from coe_megatron.distributed.collectives import am_first, from_first, gathered, share
 from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.files import kind_of, remove, require_folder, to_disk
-from coe_megatron.parallel.collective import am_first, from_first, gathered, share
 
 UNFINISHED = "saving it was not finished"
 

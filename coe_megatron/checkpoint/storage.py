@@ -28,10 +28,10 @@ from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWrite
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.futures import Future
 
-from coe_megatron.checkpoint.saved import SavedTensor, look_into
-from coe_megatron.checkpoint.tensor_list import Listed
+from coe_megatron.checkpoint.tensor_index import Listed
+from coe_megatron.checkpoint.torch_file_check import SavedTensor, look_into
+from coe_megatron.distributed.collectives import said_by_the_disk
 from coe_megatron.errors import ConfigError
-from coe_megatron.parallel.collective import said_by_the_disk
 
 OPTIMIZER = "optimizer."  # AdamW's states are named `optimizer.<kind>.<key of the weight>`
 MASTER = f"{OPTIMIZER}fp32_param."

@@ -18,9 +18,9 @@ import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from coe_megatron.checkpoint import listing, storage
-from coe_megatron.checkpoint.facts import FACTS, Facts
+from coe_megatron.checkpoint.integrity import SEAL, listed, seal, write_text
+from coe_megatron.checkpoint.metadata import FACTS, Facts
 from coe_megatron.checkpoint.names import partial_name
-from coe_megatron.checkpoint.seal import SEAL, listed, seal, write_text
 from coe_megatron.checkpoint.storage import MASTER, OPTIMIZER, Entries, Reader
 from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.files import remove, require_writable

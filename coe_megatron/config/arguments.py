@@ -10,10 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Never
 
+from coe_megatron.distributed.environment import rank_of
 from coe_megatron.errors import ConfigError, one_line
-from coe_megatron.exit_status import ExitStatus, leave_error_file
 from coe_megatron.files import expand_user, user_path
-from coe_megatron.launch_environment import rank_of
+from coe_megatron.run.exit_status import ExitStatus, leave_error_file
 
 _SECONDS_FOR_RANK_0 = 10
 _DASHED = re.compile(r"(?<=unrecognized arguments: )--(output|[a-z_]+(?:\.\w+)+)(?:[= ](\S+))?")

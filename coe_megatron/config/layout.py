@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import lcm
 
 from coe_megatron.config.settings import RunConfig
-from coe_megatron.config.shape import moe_pattern
+from coe_megatron.estimate.run_shape import moe_pattern
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from coe_megatron.chain.activations import Recompute
 from coe_megatron.chain.settings import ChainSettings
+from coe_megatron.estimate.activations import Recompute
 from coe_megatron.files import expand_user
 
 LARGEST = 2**31 - 1  # what torch's and numpy's 32-bit sizes and seeds hold

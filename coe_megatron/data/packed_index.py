@@ -13,9 +13,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from coe_megatron.data.manifest import FileSummary, Split
 from coe_megatron.data.tokenizer import Tokenizer
+from coe_megatron.distributed.collectives import from_first
 from coe_megatron.errors import one_line
 from coe_megatron.files import problem, read_limited, require_file, set_aside, write_atomically
-from coe_megatron.parallel.collective import from_first
 from coe_megatron.parsing import JSON_BYTES, first_of
 
 _LIST = "complete.json"  # of an index: every other file with its size and SHA-256

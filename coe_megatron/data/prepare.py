@@ -20,7 +20,7 @@ from typing import Any, get_args
 import numpy as np
 from tqdm import tqdm
 
-from coe_megatron.data.corpus import generate
+from coe_megatron.corpus.word_problems import generate
 from coe_megatron.data.encode import DamagedChunk, Encoded, Recipe, encode_chunk, read_encoded
 from coe_megatron.data.manifest import DATA_FILES, MANIFEST, TOKENIZER, FileSummary, Manifest, Split, SplitSummary
 from coe_megatron.data.records import InputError, MalformedRecord, Templates

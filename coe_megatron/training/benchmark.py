@@ -18,11 +18,11 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from coe_megatron.chain.closed_forms import ModelShape, forward_flops
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.config.settings import ParallelSettings
-from coe_megatron.modules import CoELayer, coe_layer_spec
-from coe_megatron.parallel import groups
+from coe_megatron.distributed import process_groups
+from coe_megatron.estimate.closed_forms import ModelShape, forward_flops
+from coe_megatron.model import CoELayer, coe_layer_spec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -127,7 +127,7 @@ def benchmark_layers(
     Raises:
         LayersDifferError: our layer's output is not that of Megatron's.
     """
-    device = groups.start(ParallelSettings(), seed=1234, ranks=groups.Ranks())
+    device = process_groups.start(ParallelSettings(), seed=1234, ranks=process_groups.Ranks())
     try:
         results = []
         for index, shape in enumerate(shapes):
@@ -138,7 +138,7 @@ def benchmark_layers(
             results.append(time_layers(shape, repeats, dtype, device, clock, after))
         return results
     finally:
-        groups.stop()
+        process_groups.stop()
 
 
 def time_layers(

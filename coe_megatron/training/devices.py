@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from coe_megatron.forecast.devices import peak_of
+from coe_megatron.estimate.devices import peak_of
 
 
 def peak_flops(precision: str, device_name: str | None = None) -> float | None:

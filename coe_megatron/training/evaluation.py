@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from coe_megatron.zero import passes
+from coe_megatron.zero import train_step
 from coe_megatron.zero.engine import Engine
-from coe_megatron.zero.passes import Batch
+from coe_megatron.zero.train_step import Batch
 
 
 def forward(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
@@ -87,7 +87,7 @@ def _sums(engine: Engine, batches: Sequence[Batch]) -> tuple[float, float]:
     def sums_of(token_losses: torch.Tensor, batch: Batch) -> torch.Tensor:
         return torch.stack([counted_loss(token_losses, batch), batch["loss_mask"].sum()]).double()
 
-    nats, tokens = all_reduce_sum(passes.evaluate(engine, batches, forward, sums_of, size=2)).tolist()
+    nats, tokens = all_reduce_sum(train_step.evaluate(engine, batches, forward, sums_of, size=2)).tolist()
     return nats, tokens
 
 

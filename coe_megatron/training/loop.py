@@ -18,33 +18,36 @@ from typing import Any, TypeVar
 import torch
 from megatron.core import parallel_state
 
-from coe_megatron.chain import closed_forms
-from coe_megatron.checkpoint.store import NotSaved
+from coe_megatron.checkpoint.manager import Checkpoints, Position
+from coe_megatron.checkpoint.save_load import NotSaved
 from coe_megatron.config import RunConfig
 from coe_megatron.config.layout import layout
-from coe_megatron.config.shape import model_shape, padded_vocabulary
 from coe_megatron.data.run_data import RunData
+from coe_megatron.distributed import process_groups as groups
+from coe_megatron.distributed.collectives import from_first, gathered
 from coe_megatron.errors import ConfigError
-from coe_megatron.exit_status import ExitStatus
-from coe_megatron.forecast.checkpoint import checkpoint_bytes
-from coe_megatron.forecast.cost import forecast
-from coe_megatron.forecast.crossing import needless_crossing
-from coe_megatron.modules import stats
-from coe_megatron.parallel import groups
-from coe_megatron.parallel.collective import from_first, gathered
-from coe_megatron.training import devices, evaluation, memory, recovery, room, run_folder
-from coe_megatron.training.continuation import Checkpoints, Position
-from coe_megatron.training.hang_watch import HangWatch, collective_timeout
-from coe_megatron.training.interruption import Interruption
+from coe_megatron.estimate import closed_forms
+from coe_megatron.estimate.checkpoint_size import checkpoint_bytes
+from coe_megatron.estimate.node_crossing import needless_crossing
+from coe_megatron.estimate.run_estimate import forecast
+from coe_megatron.estimate.run_shape import model_shape, padded_vocabulary
+from coe_megatron.model import routing_stats as stats
+from coe_megatron.model.build import build_model
+from coe_megatron.run import disk_space as room
+from coe_megatron.run import folder as run_folder
+from coe_megatron.run.exit_status import ExitStatus
+from coe_megatron.training import devices, evaluation, recovery
+from coe_megatron.training import memory_meter as memory
+from coe_megatron.training.data_shard import open_splits
 from coe_megatron.training.layout_map import layout_map
+from coe_megatron.training.lr_schedule import learning_rate
 from coe_megatron.training.metrics import Several, open_metrics
-from coe_megatron.training.model import build_model
 from coe_megatron.training.profiling import ProfileWindow
 from coe_megatron.training.progress import Progress
-from coe_megatron.training.schedule import learning_rate
-from coe_megatron.training.splits import open_splits
+from coe_megatron.training.signals import Interruption
+from coe_megatron.training.watchdog import HangWatch, collective_timeout
 from coe_megatron.zero import engine as zero
-from coe_megatron.zero import passes
+from coe_megatron.zero import train_step as passes
 
 Result = TypeVar("Result")
 

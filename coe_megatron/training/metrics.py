@@ -28,8 +28,8 @@ from coe_megatron.config import RunConfig
 from coe_megatron.config.settings import WandbSettings
 from coe_megatron.errors import ConfigError
 from coe_megatron.files import set_aside, write_atomically
-from coe_megatron.training.logged import mend_metrics
-from coe_megatron.training.output_check import METRICS, PREVIOUS_METRICS, TENSORBOARD, WANDB_ID
+from coe_megatron.run.metrics_log import mend_metrics
+from coe_megatron.run.output_check import METRICS, PREVIOUS_METRICS, TENSORBOARD, WANDB_ID
 
 Values: TypeAlias = Mapping[str, Any]
 

@@ -11,9 +11,9 @@ import math
 from dataclasses import replace
 from statistics import median
 
+from coe_megatron.checkpoint.manager import Checkpoints, Position
 from coe_megatron.config import RunConfig
 from coe_megatron.config.settings import RecoverySettings
-from coe_megatron.training.continuation import Checkpoints, Position
 
 _ADVICE = "a lower optimizer.lr may help, in another output (training.warm_start begins with the weights of this one)"
 _RECENT = 50  # steps whose median loss is what `recovery.loss_factor` multiplies

@@ -36,11 +36,11 @@ from pydantic import ValidationError
 from coe_megatron.config.native import merged, read_native
 from coe_megatron.config.settings import OptimizerSettings, TrainingSettings, ZeroSettings
 from coe_megatron.config.zero_sizes import ZeroSizes
-from coe_megatron.modules.coe_layer import CoELayer
-from coe_megatron.modules.stats import routers
-from coe_megatron.parallel.collective import from_first
-from coe_megatron.parallel.groups import MegatronGroups
-from coe_megatron.zero import expert_groups, states, whole
+from coe_megatron.distributed.collectives import from_first
+from coe_megatron.distributed.process_groups import MegatronGroups
+from coe_megatron.model.layer import CoELayer
+from coe_megatron.model.routing_stats import routers
+from coe_megatron.zero import expert_groups, grad_clip, optimizer_states
 
 Engine: TypeAlias = deepspeed.DeepSpeedEngine
 
@@ -94,7 +94,7 @@ def build_engine(
     engine.allreduce_gradients = partial(engine.allreduce_gradients, bucket_size=sizes.reduce_bucket)
     if zero.stage == 0:
         engine.clip_fp32_gradients = partial(_clip_whole, engine)  # in place of DeepSpeed's, see `whole`
-    states.create(engine)
+    optimizer_states.create(engine)
     return engine
 
 
@@ -150,7 +150,7 @@ def _all_reduced(group: torch.distributed.ProcessGroup, gradient: torch.Tensor) 
 
 
 def _clip_whole(engine: Engine) -> None:
-    engine._global_grad_norm = whole.clip(engine.module, engine.gradient_clipping())
+    engine._global_grad_norm = grad_clip.clip(engine.module, engine.gradient_clipping())
 
 
 def _config(

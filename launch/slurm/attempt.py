@@ -16,15 +16,15 @@ import os
 import sys
 from pathlib import Path
 
-from coe_megatron.cluster.attempts import Attempts, Refused
-from coe_megatron.cluster.failures import find_failures, outcome
-from coe_megatron.cluster.spare_nodes import bad_nodes, choose
 from coe_megatron.config import load
 from coe_megatron.config.arguments import Parser
+from coe_megatron.distributed.environment import MOST_RANKS, whole_number
 from coe_megatron.errors import ConfigError, one_line
-from coe_megatron.exit_status import ExitStatus
 from coe_megatron.files import problem, require_folder, require_writable, user_path
-from coe_megatron.launch_environment import MOST_RANKS, whole_number
+from coe_megatron.run.exit_status import ExitStatus
+from coe_megatron.slurm.failures import find_failures, outcome
+from coe_megatron.slurm.requeue import Attempts, Refused
+from coe_megatron.slurm.spare_nodes import bad_nodes, choose
 
 _MOST_REQUEUES = 1_000_000
 

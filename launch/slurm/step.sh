@@ -17,7 +17,7 @@ trap 'awoken=1; : >"$COE_ATTEMPT/stop"' TERM USR1
 if ((COE_NODES > 1)); then
     neighbour=$MASTER_ADDR
     if ((SLURM_NODEID == 0)); then neighbour=$COE_NEIGHBOUR; fi
-    if interface=$("$COE_PYTHON" -m coe_megatron.cluster.network towards "$neighbour"); then
+    if interface=$("$COE_PYTHON" -m coe_megatron.launcher.network towards "$neighbour"); then
         export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface}
         export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-=$interface} # with =, no other name that begins so
     fi
@@ -36,11 +36,11 @@ with_torchrun() {
     # Torchrun would kill its ranks 30 seconds after a TERM; they go on to the end of their step and save.
     trap '' TERM USR1
     if ((SLURM_NODEID == 0)); then # the job's log shows rank 0, without torchrun's words
-        "$COE_PYTHON" -m coe_megatron.cluster.torchrun "${options[@]}" --tee=0:3 "${program[@]}" 2>&1 |
+        "$COE_PYTHON" -m coe_megatron.launcher.torchrun "${options[@]}" --tee=0:3 "${program[@]}" 2>&1 |
             tee "$COE_ATTEMPT/$node.log" | sed -un 's/^\[default0\]: \?//p'
         return "${PIPESTATUS[0]}"
     fi
-    "$COE_PYTHON" -m coe_megatron.cluster.torchrun "${options[@]}" "${program[@]}" >"$COE_ATTEMPT/$node.log" 2>&1
+    "$COE_PYTHON" -m coe_megatron.launcher.torchrun "${options[@]}" "${program[@]}" >"$COE_ATTEMPT/$node.log" 2>&1
 }
 
 as_rank() {

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from coe_megatron.chain.closed_forms import (
+from coe_megatron.chain.language_model import ChainLanguageModel, ModelSettings
+from coe_megatron.chain.method import ChainOfExperts, RouterSettings
+from coe_megatron.chain.settings import ChainSettings
+from coe_megatron.estimate.closed_forms import (
     ModelShape,
     expert_combinations,
     forward_flops,
     parameters,
     training_flops,
 )
-from coe_megatron.chain.method import ChainOfExperts, RouterSettings
-from coe_megatron.chain.model import ChainLanguageModel, ModelSettings
-from coe_megatron.chain.settings import ChainSettings
 
 PAPER = ModelShape(
     layers=4,
@@ -240,5 +240,5 @@ def test_bad_shapes_are_one_clear_line(fields, named):
 
 
 def test_closed_forms_need_no_torch():
-    code = "import sys, coe_megatron.chain.activations; sys.exit('torch' in sys.modules)"
+    code = "import sys, coe_megatron.estimate.activations; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -17,8 +17,8 @@ from deepspeed import DeepSpeedEngine
 from engine_build import make_engine, take_steps
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from coe_megatron.checkpoint import listing, store
-from coe_megatron.checkpoint.seal import SEAL, seal
+from coe_megatron.checkpoint import listing, save_load
+from coe_megatron.checkpoint.integrity import SEAL, seal
 from coe_megatron.checkpoint.storage import Reader
 from coe_megatron.errors import ConfigError
 
@@ -34,7 +34,7 @@ def engine(single_rank: None) -> DeepSpeedEngine:
 def run(engine: DeepSpeedEngine, tmp_path: Path) -> Path:
     """Two checkpoints."""
     for step in (1, 2):
-        store.save(tmp_path, step, engine, {"step": step}, keep=9)
+        save_load.save(tmp_path, step, engine, {"step": step}, keep=9)
     return tmp_path
 
 
@@ -49,15 +49,15 @@ def test_a_byte_changed_or_a_file_cut_is_always_found(
         whole = path.read_bytes()
         for number, damaged in enumerate(damages(whole)):
             path.write_bytes(damaged)
-            assert store.load_latest(run, engine) == {"step": 1}, (path, number)
+            assert save_load.load_latest(run, engine) == {"step": 1}, (path, number)
             said = capsys.readouterr().err
             assert said.startswith(f"checkpoint {newest} is skipped: ") and path.name in said, said
             assert said.count("\n") == 1 and path.read_bytes() == damaged
         path.unlink()
-        assert store.load_latest(run, engine) == {"step": 1}
+        assert save_load.load_latest(run, engine) == {"step": 1}
         assert f"{path.relative_to(newest)} is missing" in capsys.readouterr().err
         path.write_bytes(whole)
-    assert store.load_latest(run, engine) == {"step": 2} and not capsys.readouterr().err
+    assert save_load.load_latest(run, engine) == {"step": 2} and not capsys.readouterr().err
 
 
 def damages(whole: bytes) -> Iterator[bytes]:
@@ -84,11 +84,11 @@ def test_a_run_without_a_whole_checkpoint_does_not_begin_anew(
     (run / listing.name_of(1) / SEAL).unlink()
     (run / listing.name_of(2) / "state.json").write_text("{}")
     with pytest.raises(ValueError, match=r"is whole, the newest is step-00000002: state.json has 2 bytes") as raised:
-        store.load_latest(run, engine)
+        save_load.load_latest(run, engine)
     assert "choose another output, or delete that folder to begin anew" in str(raised.value)
     assert "\n" not in str(raised.value) and len(listing.newest_first(run)) == 2
     with pytest.raises(ValueError, match=r"no checkpoint in .* is whole, the newest is step-00000002"):
-        store.load_weights(run, engine)
+        save_load.load_weights(run, engine)
 
 
 def test_a_run_that_never_finished_a_save_begins_anew(
@@ -96,7 +96,7 @@ def test_a_run_that_never_finished_a_save_begins_anew(
 ) -> None:
     shutil.rmtree(run / listing.name_of(1))
     (run / listing.name_of(2)).rename(run / "step-00000002.tmp")
-    assert store.load_latest(run, engine) is None
+    assert save_load.load_latest(run, engine) is None
     skipped, said = capsys.readouterr().err.splitlines()
     assert "step-00000002.tmp is skipped: saving it was not finished" in skipped
     assert said == f"no save in {run} was ever finished: the run begins anew"
@@ -117,11 +117,11 @@ def test_a_list_of_tensors_that_runs_code_is_refused_unread(
 ) -> None:
     newest, proof = run / listing.name_of(2), tmp_path / "proof"
     forge(newest, "tensors/.metadata", pickle.dumps(Malicious(builtins.exec, f"open({str(proof)!r}, 'w')")))
-    assert store.load_latest(run, engine) == {"step": 1}
+    assert save_load.load_latest(run, engine) == {"step": 1}
     reason = "tensors/.metadata asks for builtins.exec, of which no list of tensors is made"
     assert capsys.readouterr().err == f"checkpoint {newest} is skipped: {reason}\n"
     with pytest.raises(ValueError, match=r"is not whole: tensors/.metadata asks for builtins.exec"):
-        store.load_weights(newest, engine)
+        save_load.load_weights(newest, engine)
     assert not proof.exists()
 
 
@@ -142,7 +142,7 @@ def test_a_list_with_more_than_tensors_is_refused(
     found = Reader(newest / "tensors").read_metadata()
     spoil(found)
     forge(newest, "tensors/.metadata", pickle.dumps(found))
-    assert store.load_latest(run, engine) == {"step": 1}
+    assert save_load.load_latest(run, engine) == {"step": 1}
     assert capsys.readouterr().err.startswith(f"checkpoint {newest} is skipped: tensors/.metadata {said}")
 
 
@@ -163,7 +163,7 @@ def test_a_tensor_that_runs_code_is_refused(
         place.offset, place.length = 0, len(payload.getvalue())
     (newest / "tensors" / "__0_0.distcp").write_bytes(payload.getvalue())
     forge(newest, "tensors/.metadata", pickle.dumps(found))
-    assert store.load_latest(run, engine) == {"step": 1}
+    assert save_load.load_latest(run, engine) == {"step": 1}
     assert re.search(r"__0_0\.distcp: a part of \S+ is damaged: it asks for __builtin__\.exec", capsys.readouterr().err)
     assert not proof.exists()
 
@@ -175,7 +175,7 @@ def test_states_of_generators_that_run_code_are_refused(
     content = io.BytesIO()
     torch.save(Malicious(builtins.exec, f"open({str(proof)!r}, 'w')"), content)
     forge(newest, "random/00000.pt", content.getvalue())
-    assert store.load_latest(run, engine) == {"step": 1}
+    assert save_load.load_latest(run, engine) == {"step": 1}
     assert "random/00000.pt is damaged: it asks for __builtin__.exec" in capsys.readouterr().err
     assert not proof.exists()
 
@@ -189,8 +189,8 @@ def test_a_checkpoint_without_the_moments_it_tells_of_is_of_another_model(engine
     found.storage_data = {index: place for index, place in found.storage_data.items() if index.fqn != key}
     forge(newest, "tensors/.metadata", pickle.dumps(found))
     with pytest.raises(ConfigError, match=rf"is of another model: {key} is missing in the checkpoint and"):
-        store.load_latest(run, engine)
-    assert store.load_weights(run, engine)[1] == {"step": 2}
+        save_load.load_latest(run, engine)
+    assert save_load.load_weights(run, engine)[1] == {"step": 2}
 
 
 def forge(checkpoint: Path, name: str, content: bytes) -> None:
@@ -250,12 +250,12 @@ def test_what_is_no_folder_is_not_in_the_way_of_checkpoints(
     for name in (listing.name_of(2), listing.name_of(5), f"{listing.name_of(4)}.tmp", f"{listing.name_of(9)}.tmp"):
         NO_FOLDERS[kind](checkpoints / name)
     partial, final = checkpoints / f"{listing.name_of(4)}.tmp", checkpoints / listing.name_of(4)
-    store._make_empty(partial)
+    save_load._make_empty(partial)
     for path in (final, checkpoints / f".{final.name}.replaced", partial / "other"):
         NO_FOLDERS[kind](path)
     (partial / SEAL).touch()
     listing.publish(partial, final)
-    store._prune(checkpoints, 4, keep=1, milestones=())
+    save_load._prune(checkpoints, 4, keep=1, milestones=())
     listing.delete_between(checkpoints, 5, 5)
     assert os.listdir(checkpoints) == [final.name] and (final / SEAL).is_file()
     assert kind != "a link to a folder" or os.listdir(tmp_path / "outside") == [SEAL]
@@ -273,7 +273,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_said_and_no_save_fails(
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(shutil, "rmtree", refuse)
-    store._prune(tmp_path, 3, keep=1, milestones=())
+    save_load._prune(tmp_path, 3, keep=1, milestones=())
     said = [f"checkpoint {tmp_path / listing.name_of(step)} could not be deleted: [Errno 13]" for step in (2, 1)]
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and all(line.startswith(start) for line, start in zip(lines, said, strict=True))
@@ -285,5 +285,5 @@ def test_checkpoints_that_were_passed_over_are_not_counted(tmp_path: Path) -> No
         (tmp_path / listing.name_of(step)).mkdir()
         (tmp_path / listing.name_of(step) / SEAL).touch()
     assert listing.steps_beyond(tmp_path, 6) == {8, 9}
-    store._prune(tmp_path, 9, keep=2, milestones={8})
+    save_load._prune(tmp_path, 9, keep=2, milestones={8})
     assert [listing.step_of(path) for path in listing.newest_first(tmp_path)] == [9, 8, 6]

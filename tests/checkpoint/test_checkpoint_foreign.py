@@ -20,10 +20,10 @@ from rights import as_nobody
 from torch.distributed.checkpoint.metadata import Metadata, TensorProperties
 
 from coe_megatron.checkpoint import listing, tools
-from coe_megatron.checkpoint.facts import Facts
-from coe_megatron.checkpoint.seal import SEAL, _sealed
+from coe_megatron.checkpoint.integrity import SEAL, _sealed
+from coe_megatron.checkpoint.metadata import Facts
 from coe_megatron.checkpoint.storage import Reader
-from coe_megatron.checkpoint.tensor_list import Listed
+from coe_megatron.checkpoint.tensor_index import Listed
 from coe_megatron.errors import ConfigError
 
 Change = Callable[[Path], Any]

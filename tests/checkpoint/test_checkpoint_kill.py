@@ -16,9 +16,9 @@ import torch
 from engine_build import make_engine
 from ranks import start_groups
 
-from coe_megatron.checkpoint import listing, store
+from coe_megatron.checkpoint import listing, save_load
 from coe_megatron.checkpoint.background import Background
-from coe_megatron.zero import states
+from coe_megatron.zero import optimizer_states
 from coe_megatron.zero.engine import Engine
 
 KILLS = 20
@@ -83,13 +83,13 @@ def saved_steps(folder: Path, background: bool) -> Iterator[int]:
     start_groups(0, 1, f"file://{tempfile.mkdtemp(dir=folder.parent)}/rendezvous")
     engine = make_engine(8, layers=1)
     thread = Background() if background else None
-    step = (store.load_latest(folder, engine) or {"step": 0})["step"]
+    step = (save_load.load_latest(folder, engine) or {"step": 0})["step"]
     if step:
         assert {float(value) for tensor in held(engine) for value in tensor.unique()} == {float(step)}
     while True:
         yield step
         fill(engine, step + 1)
-        store.save(folder, step + 1, engine, {"step": step + 1}, keep=2, background=thread)
+        save_load.save(folder, step + 1, engine, {"step": step + 1}, keep=2, background=thread)
         if thread is not None:
             fill(engine, -1)
             thread.wait()
@@ -99,13 +99,13 @@ def saved_steps(folder: Path, background: bool) -> Iterator[int]:
 def held(engine: Engine) -> Iterator[torch.Tensor]:
     for parameter in engine.module.parameters():
         yield parameter
-        for kind in states.KINDS:
-            yield states.read(engine, parameter, kind)
+        for kind in optimizer_states.KINDS:
+            yield optimizer_states.read(engine, parameter, kind)
 
 
 def fill(engine: Engine, value: float) -> None:
     for parameter in engine.module.parameters():
         whole = torch.full(parameter.shape, float(value))
-        states.write_weight(engine, parameter, whole)
-        for kind in states.KINDS:
-            states.write(engine, parameter, kind, whole)
+        optimizer_states.write_weight(engine, parameter, whole)
+        for kind in optimizer_states.KINDS:
+            optimizer_states.write(engine, parameter, kind, whole)

@@ -7,7 +7,7 @@ import torch
 from engine_build import Trace, make_engine, take_steps, use_groups
 from ranks import run_ranks
 
-from coe_megatron.checkpoint import store
+from coe_megatron.checkpoint import save_load
 from coe_megatron.config.settings import OptimizerSettings
 
 SAVED, MORE = 3, 5
@@ -36,7 +36,7 @@ def save(folder: Path, layouts: list[str]) -> dict[str, Trace]:
 def save_and_go_on(folder: Path, layout: str) -> Trace:
     engine = engine_of(layout, seed=1)
     take_steps(engine, 0, SAVED)
-    store.save(folder, SAVED, engine, {"layout": layout}, keep=1)
+    save_load.save(folder, SAVED, engine, {"layout": layout}, keep=1)
     return take_steps(engine, SAVED, MORE)
 
 
@@ -46,7 +46,7 @@ def load(folder: Path, layouts: list[str]) -> dict[tuple[str, str], Trace]:
 
 def load_and_go_on(folder: Path, layout: str) -> Trace:
     engine = engine_of(layout, seed=7)
-    assert store.load_latest(folder, engine) == {"layout": folder.name}
+    assert save_load.load_latest(folder, engine) == {"layout": folder.name}
     return take_steps(engine, SAVED, MORE)
 
 

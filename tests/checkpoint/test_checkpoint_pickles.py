@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from coe_megatron.checkpoint.pickles import Refused, Unpickler
+from coe_megatron.checkpoint.safe_unpickler import Refused, Unpickler
 
 
 class Thing:

@@ -9,9 +9,9 @@ import torch.distributed as dist
 from engine_build import make_engine, take_steps
 from ranks import run_ranks
 
-from coe_megatron.checkpoint import listing, store
+from coe_megatron.checkpoint import listing, save_load
 from coe_megatron.checkpoint.background import Background
-from coe_megatron.checkpoint.seal import SEAL
+from coe_megatron.checkpoint.integrity import SEAL
 
 pytestmark = pytest.mark.ranks
 STEP = listing.name_of(1)
@@ -50,8 +50,8 @@ def save_both_ways(folder: Path) -> None:
     """In the foreground, and in the background while training goes on."""
     engine, background = make_engine(), Background()
     take_steps(engine, 0, 1)
-    store.save(folder / "foreground", 1, engine, {"step": 1}, keep=1)
-    store.save(folder / "background", 1, engine, {"step": 1}, keep=1, background=background)
+    save_load.save(folder / "foreground", 1, engine, {"step": 1}, keep=1)
+    save_load.save(folder / "background", 1, engine, {"step": 1}, keep=1, background=background)
     take_steps(engine, 1, 2)
     background.wait()
 
@@ -67,18 +67,18 @@ def contents(folder: Path) -> dict[str, bytes]:
 def fill_a_disk(folder: Path) -> dict:
     """Rank 1 cannot write more than 100 kB a file, as if its disk were full; then it has room again."""
     engine, background, said = make_engine(), Background(), []
-    store.save(folder, 1, engine, {"step": 1}, keep=2)
+    save_load.save(folder, 1, engine, {"step": 1}, keep=2)
     if dist.get_rank() == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
     for way in (None, background):
         try:
-            store.save(folder, 2, engine, {"step": 2}, keep=2, background=way)
+            save_load.save(folder, 2, engine, {"step": 2}, keep=2, background=way)
             background.wait()
-        except store.NotSaved as error:
+        except save_load.NotSaved as error:
             said.append(str(error))
-    left = store.load_latest(folder, engine)
+    left = save_load.load_latest(folder, engine)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    store.save(folder, 3, engine, {"step": 3}, keep=2, background=background)
+    save_load.save(folder, 3, engine, {"step": 3}, keep=2, background=background)
     background.wait()
     torch.distributed.barrier()
-    return {"said": said, "left": left, "after all": store.load_latest(folder, engine)}
+    return {"said": said, "left": left, "after all": save_load.load_latest(folder, engine)}

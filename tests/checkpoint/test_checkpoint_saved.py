@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from coe_megatron.checkpoint.saved import STORED_DTYPES, SavedTensor, generators_problem, look_into
+from coe_megatron.checkpoint.torch_file_check import STORED_DTYPES, SavedTensor, generators_problem, look_into
 
 
 def saved(value: Any) -> bytes:

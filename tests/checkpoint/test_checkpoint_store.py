@@ -9,15 +9,16 @@ import pytest
 import torch
 from engine_build import Named, Trace, joined, make_engine, take_steps
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
-from modules_build import errors
+from model_build import errors
 from ranks import run_ranks
 
 from coe_megatron.chain.settings import ChainSettings
-from coe_megatron.checkpoint import states as saved_states
-from coe_megatron.checkpoint import store
-from coe_megatron.checkpoint.seal import SEAL
-from coe_megatron.parallel import collective, groups
-from coe_megatron.zero import states
+from coe_megatron.checkpoint import save_load as store
+from coe_megatron.checkpoint import sharding as saved_states
+from coe_megatron.checkpoint.integrity import SEAL
+from coe_megatron.distributed import collectives as collective
+from coe_megatron.distributed import process_groups as groups
+from coe_megatron.zero import optimizer_states as states
 
 STATE = {"step": 2, "tokens": 77}
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from deepspeed import DeepSpeedEngine
 from engine_build import Named, make_engine, take_steps
-from modules_build import reset_megatron
+from model_build import reset_megatron
 from ranks import run_ranks
 
-from coe_megatron.checkpoint import listing, store, tools
+from coe_megatron.checkpoint import listing, save_load, tools
 from coe_megatron.checkpoint.storage import OPTIMIZER, Reader
-from coe_megatron.zero import states
+from coe_megatron.zero import optimizer_states
 
 TENSOR = {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
 PIPELINE = {"pipeline_model_parallel_size": 2}
@@ -37,7 +37,7 @@ def save_three_steps(folder: Path, precision: str, layers: int = 1) -> None:
     for step in range(3):
         take_steps(engine, step, 1)
         state = {"step": step + 1, "tokens": 10 * (step + 1), "tokenizer": "T"}
-        store.save(folder, step + 1, engine, state, keep=9)
+        save_load.save(folder, step + 1, engine, state, keep=9)
 
 
 def checkpoint(run: Path, step: int) -> Path:
@@ -47,13 +47,15 @@ def checkpoint(run: Path, step: int) -> Path:
 def held(engine: DeepSpeedEngine) -> Named:
     found = {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
     for name, parameter in engine.module.named_parameters():
-        found |= {f"{kind}.{name}": states.read(engine, parameter, kind).clone() for kind in states.KINDS}
+        found |= {
+            f"{kind}.{name}": optimizer_states.read(engine, parameter, kind).clone() for kind in optimizer_states.KINDS
+        }
     return found
 
 
 def loaded(folder: Path, layers: int = 1) -> tuple[dict[str, Any] | None, Named]:
     engine = make_engine(4, precision="bf16", layers=layers, seed=2)
-    return store.load_latest(folder, engine), held(engine)
+    return save_load.load_latest(folder, engine), held(engine)
 
 
 def test_a_checkpoint_written_anew_is_the_same(run: Path, single_rank: None, tmp_path: Path) -> None:
@@ -72,20 +74,20 @@ def test_a_checkpoint_written_anew_is_the_same(run: Path, single_rank: None, tmp
 def test_without_moments_it_begins_a_run_and_continues_none(run: Path, single_rank: None, tmp_path: Path) -> None:
     out = tools.reshard(checkpoint(run, 2), tmp_path / listing.name_of(2), weights_only=True)
     kinds = {key.split(".")[1] for key in Reader(out / "tensors").entries if key.startswith(OPTIMIZER)}
-    assert kinds == {states.MASTER} and not (out / "random").exists()
+    assert kinds == {optimizer_states.MASTER} and not (out / "random").exists()
     assert size(out) < 0.5 * size(checkpoint(run, 2))
     engine = make_engine(4, precision="bf16", layers=1, seed=2)
-    store.load_weights(out, engine)
+    save_load.load_weights(out, engine)
     found, expected = held(engine), loaded_weights(checkpoint(run, 2))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     with pytest.raises(ValueError, match=r"holds weights alone: begin a run with it as training\.warm_start"):
-        store.load_latest(tmp_path, engine)
+        save_load.load_latest(tmp_path, engine)
 
 
 def loaded_weights(source: Path, layers: int = 1) -> Named:
     engine = make_engine(4, precision="bf16", layers=layers, seed=3)
-    store.load_weights(source, engine)
-    return {name: value for name, value in held(engine).items() if not name.startswith(states.MOMENTS)}
+    save_load.load_weights(source, engine)
+    return {name: value for name, value in held(engine).items() if not name.startswith(optimizer_states.MOMENTS)}
 
 
 def size(checkpoint: Path) -> int:
@@ -96,13 +98,13 @@ def test_the_mean_is_that_of_the_masters(run: Path, single_rank: None, tmp_path:
     out = tools.average(tools.newest(run, 3), tmp_path / "mean")
     each = [loaded_weights(checkpoint(run, step)) for step in (1, 2, 3)]
     found = loaded_weights(out)
-    assert {name.split(".")[0] for name in found} >= {states.MASTER, "decoder"}
+    assert {name.split(".")[0] for name in found} >= {optimizer_states.MASTER, "decoder"}
     for name, parameter in found.items():
-        if name.startswith(states.MASTER):
+        if name.startswith(optimizer_states.MASTER):
             mean = torch.stack([weights[name] for weights in each]).double().mean(0).float()
             torch.testing.assert_close(parameter, mean, rtol=0, atol=1e-7)
             assert not torch.equal(parameter, each[-1][name]) or parameter.unique().numel() == 1
-            weight = name.removeprefix(f"{states.MASTER}.")
+            weight = name.removeprefix(f"{optimizer_states.MASTER}.")
             assert torch.equal(found[weight], parameter.bfloat16())
     facts = json.loads((out / "state.json").read_text())
     assert facts["state"]["step"] == 3 and facts["made_of"] == [listing.name_of(step) for step in (1, 2, 3)]
@@ -185,5 +187,5 @@ def test_parts_of_parallel_ranks_go_through(layout: dict[str, int], single_rank:
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     each = [loaded_weights(checkpoint(tmp_path, step), 2) for step in (2, 3)]
     mean = loaded_weights(tools.average(tools.newest(tmp_path, 2), tmp_path / "mean"), 2)
-    for name in (name for name in mean if name.startswith(states.MASTER)):
+    for name in (name for name in mean if name.startswith(optimizer_states.MASTER)):
         torch.testing.assert_close(mean[name], (each[0][name] + each[1][name]) / 2, rtol=0, atol=1e-7)

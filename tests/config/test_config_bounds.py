@@ -13,7 +13,7 @@ from rights import as_nobody, private_folder
 from coe_megatron.config import load
 from coe_megatron.config.load import read
 from coe_megatron.errors import ConfigError
-from coe_megatron.study.settings import read_study
+from coe_megatron.study.plan.study_file import read_study
 
 QUICKSTART = ROOT / "configs/quickstart.yaml"
 

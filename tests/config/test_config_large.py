@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from coe_megatron.config import RunConfig, load
-from coe_megatron.forecast.cost import Forecast, forecast, vocabulary
+from coe_megatron.estimate.run_estimate import Forecast, forecast, vocabulary
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MOE = "chain.iterations=1"

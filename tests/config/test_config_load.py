@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.config import RunConfig, dump, load, parse
-from coe_megatron.config.shape import moe_pattern, padded_vocabulary
 from coe_megatron.errors import ConfigError
+from coe_megatron.estimate.run_shape import moe_pattern, padded_vocabulary
 
 CONFIGS = sorted(
     path for path in (Path(__file__).parents[2] / "configs").rglob("*.yaml") if "studies" not in path.parts
@@ -143,7 +143,7 @@ def test_vocabulary_is_rounded_up_or_as_asked() -> None:
 
 
 def test_checking_a_config_needs_no_torch() -> None:
-    code = "import sys, coe_megatron.config, coe_megatron.config.shape; sys.exit('torch' in sys.modules)"
+    code = "import sys, coe_megatron.config, coe_megatron.estimate.run_shape; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

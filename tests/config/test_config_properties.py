@@ -22,8 +22,8 @@ from coe_megatron.config import RunConfig, dump, load
 from coe_megatron.config.layout import layout
 from coe_megatron.config.load import resolve
 from coe_megatron.errors import ConfigError
-from coe_megatron.forecast.cost import forecast, vocabulary
-from coe_megatron.study.arms import override
+from coe_megatron.estimate.run_estimate import forecast, vocabulary
+from coe_megatron.study.plan.arms import override
 
 CONFIGS = sorted(
     path for path in (Path(__file__).parents[2] / "configs").rglob("*.yaml") if "studies" not in path.parts
@@ -202,7 +202,7 @@ BUILT = ("model", "moe", "chain")
 def test_what_is_accepted_can_be_built_and_has_the_parameters_it_was_said_to_have(
     data: st.DataObject, tmp_path: Path
 ) -> None:
-    from coe_megatron.training.model import build_model
+    from coe_megatron.model.build import build_model
 
     small = st.one_of(mutations(BUILT), mutations(BUILT).filter(lambda change: change[0][:2] == ("model", "mla")))
     changes = data.draw(st.one_of(st.lists(small, min_size=1, max_size=4), TOGETHER))

@@ -9,13 +9,13 @@ from typing import get_args
 
 import pytest
 
-from coe_megatron.data.corpus import FAMILIES, HELD_OUT, STORY_PERCENT, generate, templates
+from coe_megatron.corpus.templates.arithmetic import Problem, calc
+from coe_megatron.corpus.templates.stories import telling
+from coe_megatron.corpus.templates.stories.kinds import EVENTS
+from coe_megatron.corpus.templates.stories.telling import SETTINGS, draw_story, held_out, plots, tell
+from coe_megatron.corpus.templates.words import Draw
+from coe_megatron.corpus.word_problems import FAMILIES, HELD_OUT, STORY_PERCENT, generate, templates
 from coe_megatron.data.manifest import Split
-from coe_megatron.data.templates.arithmetic import Problem, calc
-from coe_megatron.data.templates.stories import telling
-from coe_megatron.data.templates.stories.kinds import EVENTS
-from coe_megatron.data.templates.stories.telling import SETTINGS, draw_story, held_out, plots, tell
-from coe_megatron.data.templates.words import Draw
 
 NUMBER = r"\d+(?:\.\d+)?"
 EQUATION = re.compile(rf"([\d(][\d.\s()*/+-]*?) = ({NUMBER})")
@@ -159,7 +159,7 @@ def test_every_plot_belongs_to_one_split_and_an_eighth_of_them_is_held_out():
 
 
 def test_the_share_of_stories_is_as_announced(monkeypatch):
-    monkeypatch.setattr("coe_megatron.data.corpus.draw_story", lambda draw, split: STORY)
+    monkeypatch.setattr("coe_megatron.corpus.word_problems.draw_story", lambda draw, split: STORY)
     for split in SPLITS:
         stories = sum(problem["query"] == STORY.question for problem in generate(split, 2000, 0))
         assert stories / 20 == pytest.approx(STORY_PERCENT, abs=3)

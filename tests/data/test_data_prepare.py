@@ -21,9 +21,9 @@ import pyarrow.parquet
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from coe_megatron.corpus.word_problems import generate
 from coe_megatron.data import prepare as prepare_module
 from coe_megatron.data import sources
-from coe_megatron.data.corpus import generate
 from coe_megatron.data.encode import encode_chunk
 from coe_megatron.data.manifest import DATA_FILES, MANIFEST, Manifest
 from coe_megatron.data.prepare import PrepareSettings, prepare, what_is_done

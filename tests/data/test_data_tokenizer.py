@@ -8,7 +8,7 @@ import sentencepiece
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coe_megatron.data.corpus import generate
+from coe_megatron.corpus.word_problems import generate
 from coe_megatron.data.tokenizer import BOS_ID, EOS_ID, PAD_ID, UNK_ID, Tokenizer, _sample, train_tokenizer
 from coe_megatron.errors import ConfigError
 

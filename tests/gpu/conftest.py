@@ -12,7 +12,7 @@ def device() -> Iterator[torch.device]:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device: nothing to run the GPU tier on")
     from coe_megatron.config.settings import ParallelSettings
-    from coe_megatron.parallel import groups
+    from coe_megatron.distributed import process_groups
 
-    yield groups.start(ParallelSettings(), 1234, groups.Ranks())
-    groups.stop()
+    yield process_groups.start(ParallelSettings(), 1234, process_groups.Ranks())
+    process_groups.stop()

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from modules_build import EXPERTS, copy_from_oracle, errors, make_config, make_layer, make_oracle, reset_megatron
-from modules_oracle import CHAINS, chain_of, layer_step, make_batch, oracle_step
+from model_build import EXPERTS, copy_from_oracle, errors, make_config, make_layer, make_oracle, reset_megatron
+from model_oracle import CHAINS, chain_of, layer_step, make_batch, oracle_step
 from programs import python
 
 from coe_megatron.chain.settings import ChainSettings

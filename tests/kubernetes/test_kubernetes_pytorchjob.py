@@ -12,7 +12,7 @@ from jsonschema import Draft202012Validator
 from programs import ROOT
 
 from coe_megatron.config import load
-from coe_megatron.exit_status import ExitStatus
+from coe_megatron.run.exit_status import ExitStatus
 
 ONE_HOST = runpy.run_path(str(ROOT / "launch" / "one_host.py"))
 

@@ -10,7 +10,7 @@ import pytest
 from cables import Network
 from programs import Program, losses, wait_for_step
 
-from coe_megatron.exit_status import ExitStatus
+from coe_megatron.run.exit_status import ExitStatus
 
 pytestmark = [pytest.mark.network, pytest.mark.timeout(600)]
 Arguments = Callable[[Path], list[str]]

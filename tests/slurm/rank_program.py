@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import coe_megatron
-from coe_megatron.exit_status import ExitStatus
+from coe_megatron.run.exit_status import ExitStatus
 
 ROOT = Path(coe_megatron.__file__).resolve().parents[1]
 NOTED = ("SLURM", "COE_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GLOO_", "NCCL_", "TORCHELASTIC_", "SITE_")
@@ -32,7 +32,7 @@ def disturb() -> None:
 
     quiet_libraries()
     import_megatron()
-    from coe_megatron.training import interruption, loop
+    from coe_megatron.training import loop, signals
 
     waits_before, _, let_go = os.environ.get("COE_TEST_WAIT", "0:.").partition(":")
     deaf_before, _, mended = os.environ.get("COE_TEST_DEAF", "0:.").partition(":")
@@ -40,7 +40,7 @@ def disturb() -> None:
     if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
         mended = "."
     stop, train_step = Path(os.environ["COE_ATTEMPT"]) / "stop", loop.Pretraining._train_step
-    asked = interruption.Interruption.asked
+    asked = signals.Interruption.asked
 
     def step(self: loop.Pretraining, number: int):
         while number + 1 >= int(waits_before) and not stop.exists() and not Path(let_go).exists():
@@ -51,11 +51,11 @@ def disturb() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return train_step(self, number)
 
-    def heard(self: interruption.Interruption) -> ExitStatus:
+    def heard(self: signals.Interruption) -> ExitStatus:
         return asked(self) if Path(mended).exists() else ExitStatus.DONE
 
     loop.Pretraining._train_step = step
-    interruption.Interruption.asked = heard
+    signals.Interruption.asked = heard
 
 
 if __name__ == "__main__":

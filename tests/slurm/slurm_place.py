@@ -9,7 +9,7 @@ from typing import Any
 from programs import ROOT
 from slurm_cluster import Cluster, wait_for
 
-from coe_megatron.training.logged import read_metrics
+from coe_megatron.run.metrics_log import read_metrics
 
 UGLY = """it's a "folder" $(touch executed); touch `touch executed` & co"""
 CONFIG = f"""

@@ -8,9 +8,9 @@ import pytest
 
 from coe_megatron.config import load
 from coe_megatron.errors import ConfigError
-from coe_megatron.study import arms
-from coe_megatron.study.arms import Study, make_study, override
-from coe_megatron.study.settings import read_study
+from coe_megatron.study.plan import arms
+from coe_megatron.study.plan.arms import Study, make_study, override
+from coe_megatron.study.plan.study_file import read_study
 
 Write = Callable[..., Path]
 TOPOLOGIES = {"chain.topology": ["prenorm", "iteration_norm"]}

@@ -7,15 +7,15 @@ from typing import Any, get_args
 import pytest
 import torch
 from flops_counted import counting
-from modules_build import reset_megatron
+from model_build import reset_megatron
 
-from coe_megatron.config.shape import model_shape
 from coe_megatron.errors import ConfigError
-from coe_megatron.study.amounts import Amounts, Speed, tokens
-from coe_megatron.study.arms import make_study
-from coe_megatron.study.budget import Solved, nearest, solve
-from coe_megatron.study.settings import Quantity, read_study
-from coe_megatron.training.model import build_model
+from coe_megatron.estimate.run_shape import model_shape
+from coe_megatron.model.build import build_model
+from coe_megatron.study.plan.amounts import Amounts, Speed, tokens
+from coe_megatron.study.plan.arms import make_study
+from coe_megatron.study.plan.budget import Solved, nearest, solve
+from coe_megatron.study.plan.study_file import Quantity, read_study
 
 Write = Callable[..., Path]
 AMOUNTS = Amounts(Speed(rate=1e9, half_rows=4.0, startup=0.01, saving=0.001))

@@ -12,8 +12,8 @@ import pytest
 from coe_megatron.config import RunConfig, dump
 from coe_megatron.config.settings import DataSettings, ModelSettings, TrainingSettings
 from coe_megatron.errors import ConfigError
-from coe_megatron.study.amounts import Amounts, Speed, evaluations, saves
-from coe_megatron.study.calibration import calibrate
+from coe_megatron.study.plan.amounts import Amounts, Speed, evaluations, saves
+from coe_megatron.study.plan.calibration import calibrate
 
 HALF_ROWS = 24.0
 CONFIG = RunConfig(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from programs import Program, kill, python
 
-from coe_megatron.training.logged import read_metrics
+from coe_megatron.run.metrics_log import read_metrics
 
 Write = Callable[..., Path]
 pytestmark = [pytest.mark.run, pytest.mark.timeout(1200)]

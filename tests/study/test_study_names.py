@@ -2,7 +2,17 @@
 
 import pytest
 
-from coe_megatron.study.names import arm_name, joined, listed, looks_like, quoted, row_label, shortened, slug, title
+from coe_megatron.study.plan.names import (
+    arm_name,
+    joined,
+    listed,
+    looks_like,
+    quoted,
+    row_label,
+    shortened,
+    slug,
+    title,
+)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import pytest
 from study_made_up import leave
 
 from coe_megatron.files import as_argument
-from coe_megatron.study.arms import Run, Study, make_study
-from coe_megatron.study.places import config_of, log_of, write_config
-from coe_megatron.study.settings import read_study
+from coe_megatron.study.plan.arms import Run, Study, make_study
+from coe_megatron.study.plan.study_file import read_study
+from coe_megatron.study.run.paths import config_of, log_of, write_config
 
 Write = Callable[..., Path]
 Program = Callable[..., tuple[int, str, str]]

@@ -13,10 +13,10 @@ from programs import ROOT, python
 
 from coe_megatron.config import load
 from coe_megatron.errors import ConfigError
-from coe_megatron.forecast.cost import forecast
-from coe_megatron.study.arms import make_study
-from coe_megatron.study.plan import make_plan, span
-from coe_megatron.study.settings import read_study
+from coe_megatron.estimate.run_estimate import forecast
+from coe_megatron.study.plan.arms import make_study
+from coe_megatron.study.plan.cost_table import make_plan, span
+from coe_megatron.study.plan.study_file import read_study
 
 Write = Callable[..., Path]
 STUDIES = ROOT / "configs" / "studies"

@@ -12,13 +12,13 @@ from programs import python
 from study_made_up import leave, leave_all
 
 from coe_megatron.errors import one_line
-from coe_megatron.study import figures
-from coe_megatron.study.arms import Run
-from coe_megatron.study.comparison import compare
-from coe_megatron.study.figures import _looks, draw
-from coe_megatron.study.plan import Plan, make_plan
-from coe_megatron.study.report import _drawn, as_markdown, write_report
-from coe_megatron.study.results import collect, results_csv
+from coe_megatron.study.plan.arms import Run
+from coe_megatron.study.plan.cost_table import Plan, make_plan
+from coe_megatron.study.report import figures
+from coe_megatron.study.report.comparison import compare
+from coe_megatron.study.report.figures import _looks, draw
+from coe_megatron.study.report.report import _drawn, as_markdown, write_report
+from coe_megatron.study.report.results import collect, results_csv
 
 Write = Callable[..., Path]
 DESIGNS = {
@@ -261,7 +261,7 @@ def test_figures_draw_labels_literally(hostile: Plan) -> None:
 def test_a_report_holds_hostile_labels_whole_and_as_text(
     hostile: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coe_megatron.study.report.draw", lambda *_: ())
+    monkeypatch.setattr("coe_megatron.study.report.report.draw", lambda *_: ())
     text, page = report(hostile, tmp_path / "report", title="On $x$ <i>\n| \udcff #")
     shown = [one_line(label) for label in HOSTILE]
     assert set(shown) <= set(page.cells) and not {"b", "i", "a", "code", "em"} & set(page.tags)

@@ -11,12 +11,12 @@ import pytest
 from scipy import stats
 from study_made_up import leave, leave_all
 
-from coe_megatron.study.arms import Run
-from coe_megatron.study.comparison import Summary, compare
-from coe_megatron.study.figures import pareto
-from coe_megatron.study.fit import fit
-from coe_megatron.study.plan import Plan, make_plan
-from coe_megatron.study.results import _cell, collect, results_csv, timings_csv
+from coe_megatron.study.plan.arms import Run
+from coe_megatron.study.plan.cost_table import Plan, make_plan
+from coe_megatron.study.report.comparison import Summary, compare
+from coe_megatron.study.report.figures import pareto
+from coe_megatron.study.report.results import _cell, collect, results_csv, timings_csv
+from coe_megatron.study.report.scaling_fit import fit
 
 Write = Callable[..., Path]
 MOE, COE, NORM = "moe-4-8_prenorm", "coe-2-2-8_prenorm", "coe-2-2-8_iteration-norm"

@@ -13,14 +13,14 @@ import pytest
 from programs import Program, python
 from study_made_up import leave
 
-from coe_megatron.cluster.one_host import Requests
 from coe_megatron.errors import ConfigError
-from coe_megatron.exit_status import ExitStatus
-from coe_megatron.study import running
-from coe_megatron.study.arms import Run, make_study
-from coe_megatron.study.places import config_of, log_of, write_config
-from coe_megatron.study.running import Ended, Runner, devices_here, is_finished, seed_by_seed, stands, why
-from coe_megatron.study.settings import read_study
+from coe_megatron.launcher.torchrun_supervisor import Requests
+from coe_megatron.run.exit_status import ExitStatus
+from coe_megatron.study.plan.arms import Run, make_study
+from coe_megatron.study.plan.study_file import read_study
+from coe_megatron.study.run import runner
+from coe_megatron.study.run.paths import config_of, log_of, write_config
+from coe_megatron.study.run.runner import Ended, Runner, devices_here, is_finished, seed_by_seed, stands, why
 
 STAND_IN = Path(__file__).with_name("study_stand_in.py")
 Write = Callable[..., Path]
@@ -33,8 +33,8 @@ class Place:
     def __init__(self, folder: Path, file: Path, patch: pytest.MonkeyPatch) -> None:
         self.folder, self.file, self.said, self.how = folder, file, list[str](), dict[str, str]()
         self.requests = Requests()
-        patch.setattr(running, "_LOOKS_EVERY", 0.01)
-        patch.setattr(running, "command", self._command)
+        patch.setattr(runner, "_LOOKS_EVERY", 0.01)
+        patch.setattr(runner, "command", self._command)
 
     def runs(self, *overrides: str) -> list[Run]:
         return seed_by_seed(make_study(read_study(self.file), overrides).runs)
@@ -210,10 +210,10 @@ def test_killed_the_study_leaves_no_run_behind(place: Place) -> None:
     driver = f"""
 import sys
 from pathlib import Path
-from coe_megatron.cluster.one_host import Requests
-from coe_megatron.study import running
-from coe_megatron.study.arms import make_study
-from coe_megatron.study.settings import read_study
+from coe_megatron.launcher.torchrun_supervisor import Requests
+from coe_megatron.study.run import runner as running
+from coe_megatron.study.plan.arms import make_study
+from coe_megatron.study.plan.study_file import read_study
 running.command = lambda run, config: [sys.executable, {str(STAND_IN)!r}, str(config), "obeys"]
 runs = make_study(read_study(Path({str(place.file)!r}))).runs
 running.Runner((), 2, lambda text: None).run(runs, Requests())
@@ -349,7 +349,7 @@ def test_status_has_a_row_for_every_run(place: Place) -> None:
 
 def test_the_command_is_one_that_the_launcher_takes(tmp_path: Path, study_file: Write) -> None:
     run = make_study(read_study(study_file(output=str(tmp_path / "out"), set={"parallel.expert": 2}))).runs[0]
-    words = running.command(run, write_config(run))
+    words = runner.command(run, write_config(run))
     assert words[2:5] == ["--watch-stdin", "--", "--standalone"] and words[5:7] == ["--nproc-per-node", "2"]
     planned = [sys.executable, *words[7:], "--dry-run"]
     done = subprocess.run(planned, capture_output=True, text=True, check=False)

@@ -13,10 +13,10 @@ import pytest
 from programs import ROOT
 
 from coe_megatron.files import as_argument
-from coe_megatron.study.arms import make_study
-from coe_megatron.study.places import config_of
-from coe_megatron.study.settings import read_study
-from coe_megatron.study.submitting import submissions
+from coe_megatron.study.plan.arms import make_study
+from coe_megatron.study.plan.study_file import read_study
+from coe_megatron.study.run.paths import config_of
+from coe_megatron.study.run.slurm_arrays import submissions
 
 Write = Callable[..., Path]
 Program = Callable[..., tuple[int, str, str]]

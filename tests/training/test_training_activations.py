@@ -7,17 +7,17 @@ from typing import get_args
 
 import pytest
 import torch
-from modules_build import reset_megatron
+from model_build import reset_megatron
 from ranks import run_ranks
 from saved_bytes import kept_bytes, peak_bytes
 
-from coe_megatron.chain.activations import Recompute, activations
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.config import RunConfig
 from coe_megatron.config.settings import MLASettings, ModelSettings, MoESettings, ParallelSettings, TrainingSettings
-from coe_megatron.config.shape import model_shape, training_pass
+from coe_megatron.estimate.activations import Recompute, activations
+from coe_megatron.estimate.run_shape import model_shape, training_pass
+from coe_megatron.model.build import build_model
 from coe_megatron.training.evaluation import forward
-from coe_megatron.training.model import build_model
 
 MODES = get_args(Recompute)
 VOCABULARY = 160

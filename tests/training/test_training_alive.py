@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from programs import ROOT, TORCHRUN, Program, children, python, torchrun, wait_for_step
 
-from coe_megatron.training.logged import read_metrics
+from coe_megatron.run.metrics_log import read_metrics
 
 pytestmark = [pytest.mark.run, pytest.mark.timeout(600)]
 

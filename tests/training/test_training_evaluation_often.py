@@ -12,7 +12,7 @@ import torch
 from engine_build import use_groups
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from modules_build import reset_megatron, tracked_losses
+from model_build import reset_megatron, tracked_losses
 from ranks import run_ranks
 
 from coe_megatron.chain.settings import ChainSettings
@@ -25,12 +25,13 @@ from coe_megatron.config.settings import (
     TrainingSettings,
     ZeroSettings,
 )
-from coe_megatron.modules import stats
-from coe_megatron.parallel.groups import seed_dropout
+from coe_megatron.distributed.process_groups import seed_dropout
+from coe_megatron.model import routing_stats as stats
+from coe_megatron.model.build import build_model
 from coe_megatron.training.evaluation import Batch, ValidationSet, counted_loss, forward, validate
-from coe_megatron.training.model import build_model
 from coe_megatron.zero import engine as zero
-from coe_megatron.zero import passes, states
+from coe_megatron.zero import optimizer_states as states
+from coe_megatron.zero import train_step as passes
 
 pytestmark = [pytest.mark.ranks, pytest.mark.timeout(900)]
 LENGTH, VOCAB, STEPS = 12, 64, 2

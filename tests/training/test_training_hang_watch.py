@@ -9,7 +9,7 @@ from programs import ROOT
 PROGRAM = """
 import ctypes, os, signal, subprocess, sys, time
 from pathlib import Path
-from coe_megatron.training import hang_watch
+from coe_megatron.training import watchdog as hang_watch
 
 hang_watch._SECONDS_FOR_OTHERS = 0.2
 hang_watch._TIMES_WITHOUT_ANY_THREAD = 4

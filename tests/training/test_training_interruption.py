@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from coe_megatron.exit_status import ExitStatus
-from coe_megatron.training.interruption import Interruption
+from coe_megatron.run.exit_status import ExitStatus
+from coe_megatron.training.signals import Interruption
 
 
 @pytest.fixture

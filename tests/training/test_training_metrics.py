@@ -14,9 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from coe_megatron.config import RunConfig, parse
 from coe_megatron.errors import ConfigError
-from coe_megatron.training.logged import read_metrics
+from coe_megatron.run.loss_plot import draw_loss, is_whole
+from coe_megatron.run.metrics_log import read_metrics
 from coe_megatron.training.metrics import Several, open_metrics
-from coe_megatron.training.picture import draw_loss, is_whole
 
 
 def test_what_is_written_is_read_and_shown_in_tensorboard(tmp_path: Path) -> None:

@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from coe_megatron.chain import closed_forms
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.config import RunConfig
 from coe_megatron.config.settings import MLASettings, ModelSettings, MoESettings
-from coe_megatron.config.shape import model_shape
-from coe_megatron.training.model import build_model
+from coe_megatron.estimate import closed_forms
+from coe_megatron.estimate.run_shape import model_shape
+from coe_megatron.model.build import build_model
 
 pytestmark = pytest.mark.usefixtures("single_rank")
 MODEL = ModelSettings(num_layers=2, hidden_size=32, num_attention_heads=2, seq_length=16)

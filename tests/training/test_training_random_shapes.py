@@ -7,20 +7,20 @@ from typing import Any, get_args
 import pytest
 import torch
 from flops_counted import counting
-from modules_build import reset_megatron
+from model_build import reset_megatron
 from torch.utils.flop_counter import FlopCounterMode
 
-from coe_megatron.chain.activations import Recompute, extra_flops
-from coe_megatron.chain.closed_forms import ModelShape, forward_flops, parameters, training_flops
+from coe_megatron.chain.language_model import ChainLanguageModel
+from coe_megatron.chain.language_model import ModelSettings as OracleSettings
 from coe_megatron.chain.method import RouterSettings
-from coe_megatron.chain.model import ChainLanguageModel
-from coe_megatron.chain.model import ModelSettings as OracleSettings
 from coe_megatron.chain.settings import ChainSettings, Gating, Residual, Topology
 from coe_megatron.config import RunConfig
 from coe_megatron.config.checks import check
 from coe_megatron.config.settings import MLASettings, ModelSettings, MoESettings
-from coe_megatron.config.shape import model_shape, moe_pattern
-from coe_megatron.training.model import build_model
+from coe_megatron.estimate.activations import Recompute, extra_flops
+from coe_megatron.estimate.closed_forms import ModelShape, forward_flops, parameters, training_flops
+from coe_megatron.estimate.run_shape import model_shape, moe_pattern
+from coe_megatron.model.build import build_model
 
 pytestmark = pytest.mark.usefixtures("single_rank")
 BATCH = 2

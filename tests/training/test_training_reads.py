@@ -10,7 +10,7 @@ import pytest
 from attempts import attempt, small
 from ranks import run_ranks
 
-from coe_megatron.checkpoint.seal import SEAL
+from coe_megatron.checkpoint.integrity import SEAL
 from coe_megatron.config import RunConfig
 from coe_megatron.config.settings import ZeroSettings
 

@@ -13,14 +13,14 @@ import torch
 from attempts import Killed, attempt, planted, small
 from ranks import run_ranks
 
+from coe_megatron.checkpoint.manager import Position
 from coe_megatron.config import RunConfig
 from coe_megatron.config.settings import RecoverySettings
 from coe_megatron.data.datasets import StepBatches
 from coe_megatron.errors import ConfigError
-from coe_megatron.modules import stats
+from coe_megatron.model import routing_stats
+from coe_megatron.run.metrics_log import read_metrics
 from coe_megatron.training import recovery
-from coe_megatron.training.continuation import Position
-from coe_megatron.training.logged import read_metrics
 from coe_megatron.training.loop import Interrupted, Pretraining
 from coe_megatron.training.progress import Progress
 
@@ -76,14 +76,14 @@ def test_a_step_that_is_left_out_moves_no_expert_bias(
     moved: list[tuple[bool, float]] = []
 
     def finish(model: torch.nn.Module, taken: bool) -> None:
-        before = [router.expert_bias.clone() for _, _, router in stats.routers(model)]
+        before = [router.expert_bias.clone() for _, _, router in routing_stats.routers(model)]
         plain(model, taken)
-        after = [router.expert_bias for _, _, router in stats.routers(model)]
-        assert all(router.local_tokens_per_expert.sum() == 0 for _, _, router in stats.routers(model))
+        after = [router.expert_bias for _, _, router in routing_stats.routers(model)]
+        assert all(router.local_tokens_per_expert.sum() == 0 for _, _, router in routing_stats.routers(model))
         moved.append((taken, float((torch.stack(after) - torch.stack(before)).abs().max())))
 
-    plain = stats.finish_step
-    monkeypatch.setattr(stats, "finish_step", finish)
+    plain = routing_stats.finish_step
+    monkeypatch.setattr(routing_stats, "finish_step", finish)
     config = small(prepared, tmp_path, steps=3)
     object.__setattr__(config.moe, "score_function", "sigmoid")
     object.__setattr__(config.moe, "expert_bias", True)

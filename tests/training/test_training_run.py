@@ -19,10 +19,10 @@ from programs import ROOT, children, kill, python, start_torchrun, torchrun, wai
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from coe_megatron.config import RunConfig, load
-from coe_megatron.study.amounts import Amounts
-from coe_megatron.study.calibration import calibrate
-from coe_megatron.training import run_folder
-from coe_megatron.training.logged import read_metrics
+from coe_megatron.run import folder as run_folder
+from coe_megatron.run.metrics_log import read_metrics
+from coe_megatron.study.plan.amounts import Amounts
+from coe_megatron.study.plan.calibration import calibrate
 
 BYTES = 2.0  # a token, about, of 512 pieces
 NO_DROPOUT = ("model.hidden_dropout=0", "model.attention_dropout=0")

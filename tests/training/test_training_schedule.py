@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 
 from coe_megatron.config.settings import OptimizerSettings
-from coe_megatron.training.schedule import learning_rate
+from coe_megatron.training.lr_schedule import learning_rate
 
 
 def test_warm_up_rises_evenly_and_the_first_step_learns() -> None:

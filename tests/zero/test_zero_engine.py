@@ -12,15 +12,16 @@ import pytest
 import torch
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from engine_build import Trace, joined, make_engine, micro_batches, take_steps
-from modules_build import errors, make_config, make_gpt
+from model_build import errors, make_config, make_gpt
 from ranks import run_ranks
 
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.config.settings import OptimizerSettings
-from coe_megatron.modules import coe_layer_spec
-from coe_megatron.modules.stats import layers
+from coe_megatron.model import coe_layer_spec
+from coe_megatron.model.routing_stats import layers
 from coe_megatron.zero import engine as zero
-from coe_megatron.zero import expert_groups, states
+from coe_megatron.zero import expert_groups
+from coe_megatron.zero import optimizer_states as states
 
 STEPS = 3
 

@@ -18,17 +18,18 @@ import pytest
 import torch
 from engine_build import ROWS, Named, Trace, make_engine, take_steps, use_groups
 from megatron.core import parallel_state
-from modules_build import EXPERTS, errors
+from model_build import EXPERTS, errors
 from ranks import run_ranks
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 
 from coe_megatron.chain.settings import ChainSettings
-from coe_megatron.checkpoint import store
+from coe_megatron.checkpoint import save_load as store
 from coe_megatron.config.settings import OptimizerSettings
-from coe_megatron.parallel.groups import MegatronGroups
+from coe_megatron.distributed.process_groups import MegatronGroups
 from coe_megatron.zero import engine as zero_engine
-from coe_megatron.zero import expert_groups, states
+from coe_megatron.zero import expert_groups
+from coe_megatron.zero import optimizer_states as states
 
 STEPS = 5
 LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {

@@ -10,9 +10,10 @@ from engine_build import Named, make_engine, micro_batches, use_groups
 from megatron.core import parallel_state
 from ranks import run_ranks
 
-from coe_megatron.modules import stats
+from coe_megatron.model import routing_stats as stats
 from coe_megatron.zero import engine as zero
-from coe_megatron.zero import passes, states
+from coe_megatron.zero import optimizer_states as states
+from coe_megatron.zero import train_step as passes
 
 KINDS = {
     "stage 0": {"stage": 0},

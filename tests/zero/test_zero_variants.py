@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 from engine_build import Trace, joined, make_engine, take_steps, use_groups
-from modules_build import errors
+from model_build import errors
 from ranks import run_ranks
 
 from coe_megatron.chain.settings import ChainSettings
-from coe_megatron.checkpoint import store
+from coe_megatron.checkpoint import save_load
 from coe_megatron.config.settings import OptimizerSettings
 
 pytestmark = pytest.mark.ranks
@@ -27,14 +27,14 @@ def trained(name: str, stage: int = 1, seed: int = 1, folder: Path | None = None
     engine = make_engine(2, chain=CHAINS[name], stage=stage, seed=seed, optimizer=optimizer)
     if folder is None:
         return take_steps(engine, 0, 2)
-    assert store.load_latest(folder / name, engine) == {"step": 2}
+    assert save_load.load_latest(folder / name, engine) == {"step": 2}
     return take_steps(engine, 2, 1)
 
 
 def saved(folder: Path, name: str) -> Trace:
     engine = make_engine(2, chain=CHAINS[name], optimizer=OptimizerSettings(lr=1e-2, clip=0.1, eps=1e-4))
     trace = take_steps(engine, 0, 2)
-    store.save(folder / name, 2, engine, {"step": 2}, keep=1)
+    save_load.save(folder / name, 2, engine, {"step": 2}, keep=1)
     return trace
 
 

@@ -1,0 +1,1 @@
+"""The built-in corpus: worked math word problems from templates."""

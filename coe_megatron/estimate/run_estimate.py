@@ -1,0 +1,185 @@
+"""The cost of a run as a whole: parameters, FLOPs, the memory of the rank that holds most, and what ranks send.
+
+Bytes are of one rank. Where pipeline stages differ, those of the stage that holds, or sends, most.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any, get_args
+
+from coe_megatron.config.layout import Layout, layout
+from coe_megatron.config.settings import RunConfig
+from coe_megatron.data.folders import check_data, folders
+from coe_megatron.estimate import closed_forms
+from coe_megatron.estimate import memory as forms
+from coe_megatron.estimate.activations import Activations, Recompute, activations, extra_flops
+from coe_megatron.estimate.closed_forms import Flops, ParameterCount
+from coe_megatron.estimate.run_shape import model_shape, padded_vocabulary, stage_pass, stage_shape, training_pass
+from coe_megatron.estimate.traffic import Sent, bubble, traffic
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The cost of a run.
+
+    Attributes:
+        parameters: of the whole model, by kind.
+        flops_per_token: forward and backward, by kind.
+        tokens_per_step: positions of a global batch, padding among them.
+        layout: how the ranks divide the work.
+        micro_batch: sequences that a rank passes at once.
+        micro_batches: of a step, on each replica.
+        bubble: share of a step in which a pipeline stage waits.
+        stage: the pipeline stage (from 0) that holds most; the four below are its.
+        memory: bytes a rank holds at the peak of a step, by kind (see `forecast.memory`).
+        host: bytes a rank keeps in host memory by `zero.offload_...`.
+        activations: bytes of a micro-batch's activations in each mode of `moe.recompute`, uniform routing assumed.
+        recompute: the run's `moe.recompute`.
+        extra_flops: FLOPs a token that each mode adds to `flops_per_token`.
+        communication: bytes a rank of the stage that sends most sends in one step, by what for and by link.
+    """
+
+    layout: Layout
+    micro_batch: int
+    micro_batches: int
+    bubble: float
+    parameters: ParameterCount
+    flops_per_token: Flops
+    tokens_per_step: int
+    stage: int
+    memory: dict[str, int]
+    host: dict[str, int]
+    recompute: Recompute
+    activations: dict[str, Activations]
+    extra_flops: dict[str, int]
+    communication: dict[str, Sent]
+
+    @property
+    def needed(self) -> int:
+        """Bytes of device memory at the peak."""
+        return sum(self.memory.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values with totals, for JSON."""
+        counted, flops, sent = self.parameters, self.flops_per_token, sum(self.communication.values(), Sent(0, 0))
+        totals = {name: getattr(counted, name) for name in ("total", "active", "without_embeddings")}
+        return {
+            "layout": asdict(self.layout)
+            | {
+                "data": self.layout.data,
+                "expert_data": self.layout.expert_data,
+                "micro_batch": self.micro_batch,
+                "micro_batches_a_step": self.micro_batches,
+                "pipeline_bubble": self.bubble,
+            },
+            "parameters": totals | asdict(counted),
+            "flops_per_token": {"total": flops.total} | asdict(flops),
+            "tokens_per_step": self.tokens_per_step,
+            "pipeline_stage_with_most_memory": self.stage,
+            "memory_bytes_per_rank": {"total": self.needed} | self.memory,
+            "host_memory_bytes_per_rank": {"total": sum(self.host.values())} | self.host,
+            "recompute": {
+                mode: {"extra_flops_per_token": self.extra_flops[mode], "peak": each.peak} | asdict(each)
+                for mode, each in self.activations.items()
+            },
+            "communication_bytes_per_rank_and_step": {
+                name: {"total": each.total} | asdict(each)
+                for name, each in {"total": sent, **self.communication}.items()
+            },
+        }
+
+    def table(self) -> str:
+        """The same for a person."""
+        counted, flops = self.parameters, self.flops_per_token
+        of_stage = f" (pipeline stage {self.stage + 1} of {self.layout.pipeline})" if self.layout.pipeline > 1 else ""
+        rows = {
+            "layout": f"{self.layout.ranks:,} ranks: {self.layout}; each expert on {self.layout.expert_data:,}",
+            "batches": f"{self.micro_batches:,} micro-batches of {self.micro_batch} a step"
+            + (f", pipeline bubble {self.bubble:.1%}" if self.bubble else ""),
+            "parameters": f"{counted.total:,} in all, {counted.active:,} active for a token, "
+            f"{counted.without_embeddings:,} without embeddings",
+            "": ", ".join(f"{name} {value:,}" for name, value in asdict(counted).items() if value),
+            "FLOPs a token": f"{flops.total:,} to train (forward and backward)",
+            " ": ", ".join(f"{name} {value / flops.total:.1%}" for name, value in asdict(flops).items() if value),
+            "tokens a step": f"{self.tokens_per_step:,}, {self.tokens_per_step * flops.total / 1e12:.3g} TFLOP",
+            "memory a rank": f"{_sizes(self.memory)}{of_stage}",
+            **({"in host memory": _sizes(self.host)} if self.host else {}),
+            "recompute": f"{self.recompute}; activations by mode: {', '.join(map(self._mode, self.activations))}",
+            **{f"sent {link.replace('_', ' ')}": _sizes(self._sent(link)) for link in ("inside_node", "across_nodes")},
+        }
+        width = max(map(len, rows))
+        return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
+
+    def _mode(self, mode: str) -> str:
+        extra = self.extra_flops[mode] / self.flops_per_token.total
+        return f"{mode} {size(self.activations[mode].peak)}" + (f" (+{extra:.0%} FLOPs)" if extra else "")
+
+    def _sent(self, link: str) -> dict[str, int]:
+        return {name: getattr(each, link) for name, each in self.communication.items()}
+
+
+def forecast(config: RunConfig, vocab_size: int, world_size: int | None = None, stage: int | None = None) -> Forecast:
+    """The cost of a run.
+
+    Args:
+        vocab_size: rows of the embedding, padding included.
+        world_size: number of ranks; when None as `config.layout.layout` has it.
+        stage: the pipeline stage (from 0) whose memory it shall be; the one that holds most when None.
+    """
+    shape, ranks = model_shape(config, vocab_size), layout(config, world_size)
+    micro_batches = forms.micro_batches_of(config, ranks)
+    stages = range(ranks.pipeline) if stage is None else [stage]
+    held = {each: forms.memory(config, shape, ranks, each, training_pass(config)) for each in stages}
+    most = max(held, key=lambda each: sum(held[each].values()))
+    sent = [traffic(config, shape, ranks, each) for each in range(ranks.pipeline)]
+
+    def passes(mode: Recompute) -> Activations:
+        run = stage_pass(training_pass(config, mode), most, ranks.pipeline, micro_batches)
+        return activations(stage_shape(config, shape, most), run)
+
+    return Forecast(
+        layout=ranks,
+        micro_batch=config.training.micro_batch,
+        micro_batches=micro_batches,
+        bubble=bubble(config, ranks),
+        parameters=closed_forms.parameters(shape),
+        flops_per_token=closed_forms.training_flops(shape),
+        tokens_per_step=config.training.global_batch * shape.seq_length,
+        stage=most,
+        memory=held[most],
+        host=forms.host(config, shape, ranks, most),
+        recompute=config.moe.recompute,
+        activations={mode: passes(mode) for mode in get_args(Recompute)},
+        extra_flops={mode: extra_flops(shape, mode) for mode in get_args(Recompute)},
+        communication=max(sent, key=lambda kinds: sum(kinds.values(), Sent(0, 0)).total),
+    )
+
+
+def vocabulary(config: RunConfig, *, data_needed: bool = False) -> int:
+    """Rows of the embedding: `model.vocab_size`, or what the prepared data's tokenizer asks for.
+
+    Args:
+        data_needed: that there is no data is an error, also where `model.vocab_size` is given.
+
+    Raises:
+        ValueError: neither is there to tell, or there is data and it does not suit (see `check_data`).
+    """
+    manifest = check_data(config, needed=data_needed)
+    if manifest is not None:
+        return padded_vocabulary(config, manifest.vocab_size)
+    if config.model.vocab_size is None:
+        missing = next(folders(config.data))
+        raise ValueError(
+            "model.vocab_size is null: without prepared data it must be given "
+            f"(there is no folder {missing.path}, which {missing.setting} names)"
+        )
+    return config.model.vocab_size
+
+
+def size(count: int) -> str:
+    """Bytes for a person."""
+    return f"{count / 2**30:,.1f} GiB" if count >= 10 * 2**30 else f"{count / 2**20:,.1f} MiB"
+
+
+def _sizes(parts: dict[str, int]) -> str:
+    listed = ", ".join(f"{name.replace('_', '-')} {size(value)}" for name, value in parts.items() if value)
+    return size(sum(parts.values())) + (f" ({listed})" if listed else "")

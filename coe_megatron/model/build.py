@@ -1,0 +1,148 @@
+"""From a run's settings to a Megatron-Core GPTModel with Chain-of-Experts layers."""
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+from coe_megatron.config.settings import MLASettings, ModelSettings, MoESettings, RunConfig
+from coe_megatron.model import coe_block_spec
+from coe_megatron.model.routing_stats import layers, routers
+
+
+def build_model(config: RunConfig, vocab_size: int) -> GPTModel:
+    """The model of this rank, initialised; Megatron's process groups and seeds have to stand.
+
+    Args:
+        vocab_size: rows of the embedding, padding included.
+    """
+    megatron = transformer_config(config)
+    model = GPTModel(
+        config=megatron,
+        transformer_layer_spec=coe_block_spec(megatron, config.chain, recompute=config.moe.recompute),
+        vocab_size=vocab_size,
+        max_sequence_length=config.model.seq_length,
+        position_embedding_type="rope",
+        rotary_base=config.model.rotary_base,
+        share_embeddings_and_output_weights=not config.model.untied_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+    )
+    if config.moe.router_init == "kaiming_uniform":
+        for _, _, router in routers(model):
+            if router.leader is None:
+                torch.nn.init.kaiming_uniform_(router.weight, a=math.sqrt(5))
+        for layer in layers(model):
+            layer.set_routers_apart()
+    return model
+
+
+def transformer_config(config: RunConfig) -> TransformerConfig:
+    """Megatron's own config, with everything that is not named here at Megatron's default."""
+    bf16 = config.training.precision == "bf16"
+    fields: dict[str, Any] = {
+        **_model_fields(config.model),
+        **_moe_fields(config.moe),
+        **_layout_fields(config),
+        "hetereogenous_dist_checkpoint": config.chain.layers is not None,
+        "bf16": bf16,
+        "params_dtype": torch.bfloat16 if bf16 else torch.float32,
+    }
+    mla = config.model.mla
+    if mla is None:
+        return TransformerConfig(**fields)
+    return MLATransformerConfig(**fields, **_mla_fields(mla, config.model.rotary_base))
+
+
+def _layout_fields(config: RunConfig) -> dict[str, Any]:
+    parallel = config.parallel
+    return {
+        "tensor_model_parallel_size": parallel.tensor,
+        "sequence_parallel": parallel.tensor > 1,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "pipeline_dtype": torch.bfloat16 if config.training.precision == "bf16" else torch.float32,
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": parallel.expert_tensor,
+    }
+
+
+def _model_fields(model: ModelSettings) -> dict[str, Any]:
+    initialise = partial(torch.nn.init.normal_, std=model.init_method_std)
+    return {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.num_query_groups,
+        "kv_channels": model.kv_channels,
+        "ffn_hidden_size": model.ffn_hidden_size or 4 * model.hidden_size,
+        "gated_linear_unit": model.activation == "swiglu",
+        "activation_func": F.silu if model.activation == "swiglu" else F.gelu,
+        "add_bias_linear": False,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "normalization": model.normalization,
+        "layernorm_epsilon": model.layernorm_epsilon,
+        "qk_layernorm": model.qk_layernorm or model.mla is not None,  # DeepSeek-V2 has norms on its latents
+        "hidden_dropout": model.hidden_dropout,
+        "attention_dropout": model.attention_dropout,
+        "init_method_std": model.init_method_std,
+        "output_layer_init_method": None if model.scaled_init else initialise,
+    }
+
+
+def _moe_fields(moe: MoESettings) -> dict[str, Any]:
+    return {
+        "num_moe_experts": moe.num_experts,
+        "moe_router_topk": moe.topk,
+        "moe_ffn_hidden_size": moe.ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": moe.num_shared_experts * moe.ffn_hidden_size or None,
+        "moe_layer_freq": moe.layer_freq,
+        "moe_router_score_function": moe.score_function,
+        "moe_router_pre_softmax": moe.score_function == "softmax" and not moe.renormalise,
+        "moe_router_topk_scaling_factor": None if moe.scaling == 1.0 else moe.scaling,
+        "moe_router_num_groups": moe.num_groups,
+        "moe_router_group_topk": moe.group_topk,
+        "moe_router_dtype": moe.router_dtype,
+        "moe_router_load_balancing_type": moe.load_balancing,
+        "moe_aux_loss_coeff": _balancing_coefficient(moe),
+        "moe_z_loss_coeff": moe.z_loss_coeff or None,
+        "moe_router_enable_expert_bias": moe.expert_bias,
+        "moe_router_bias_update_rate": moe.expert_bias_rate,
+        "moe_input_jitter_eps": moe.input_jitter or None,
+        "moe_expert_capacity_factor": moe.capacity_factor,
+        "moe_token_drop_policy": moe.drop_policy,
+        "moe_pad_expert_input_to_capacity": moe.pad_to_capacity,
+        "moe_token_dispatcher_type": moe.dispatcher,
+    }
+
+
+def _balancing_coefficient(moe: MoESettings) -> float:
+    if moe.load_balancing == "none":
+        return 0.0
+    # On each replica Megatron's global loss is what its tokens add to the loss of all, and the gradients of auxiliary
+    # losses are means over replicas: without the factor it would fade as replicas are added.
+    replicas = parallel_state.get_data_parallel_world_size() if moe.load_balancing == "global_aux_loss" else 1
+    return moe.aux_loss_coeff * replicas
+
+
+def _mla_fields(mla: MLASettings, rotary_base: int) -> dict[str, Any]:
+    yarn = mla.rotary_scaling_factor > 1
+    return {
+        "multi_latent_attention": True,
+        "kv_lora_rank": mla.kv_lora_rank,
+        "q_lora_rank": mla.q_lora_rank,
+        "qk_head_dim": mla.qk_head_dim,
+        "qk_pos_emb_head_dim": mla.qk_pos_emb_head_dim,
+        "v_head_dim": mla.v_head_dim,
+        "rope_type": "yarn" if yarn else "rope",
+        "rotary_base": float(rotary_base),
+        "rotary_scaling_factor": mla.rotary_scaling_factor,
+        "original_max_position_embeddings": mla.original_max_position_embeddings,
+        "mscale": mla.mscale,
+        "mscale_all_dim": mla.mscale_all_dim,
+    }

@@ -1,0 +1,60 @@
+"""Megatron's all-to-all dispatcher, without the work that has no effect where one rank holds every expert.
+
+After the all-to-all, rows lie by source rank and within it by expert, and Megatron sorts them by expert: it cuts them
+into (ranks x experts) chunks and joins these in another order. With one rank (expert parallel x expert tensor parallel
+size 1) the order is right already, but cutting and joining copies every row twice each way.
+"""
+
+import torch
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+from coe_megatron.model.capacity import rows_per_expert
+
+
+class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
+    """Same results and same state as Megatron's dispatcher; one object serves one iteration of a chain."""
+
+    tokens_per_expert: torch.Tensor | None
+    capacity: int | None
+    num_out_tokens: int
+
+    @property
+    def _is_sorted(self) -> bool:
+        return self.ep_size * self.tp_size == 1
+
+    def preprocess(self, routing_map: torch.Tensor) -> torch.Tensor:
+        """Routing map [T, N] -> the row count of each local expert, and what the all-to-all has to know.
+
+        Megatron's own fails where a capacity to pad to is larger than T.
+        """
+        if not self.drop_and_pad:
+            return super().preprocess(routing_map)
+        topk, factor = self.config.moe_router_topk, self.moe_expert_capacity_factor
+        self.capacity = rows_per_expert(len(routing_map), topk, self.num_experts, factor)
+        self.num_out_tokens = self.capacity * self.num_experts
+        return torch.full((self.num_local_experts,), self.capacity * self.tp_size * self.ep_size)
+
+    def dispatch_postprocess(
+        self, global_input_tokens: torch.Tensor, global_probs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows [T', D] and gates [T'] as they came -> sorted by local expert, with the row count of each expert."""
+        if not self._is_sorted or self.shared_experts is not None:
+            return super().dispatch_postprocess(global_input_tokens, global_probs)
+        counts = self._maybe_dtoh_and_synchronize("before_permutation_2", self.tokens_per_expert)
+        counts = self._maybe_dtoh_and_synchronize("before_finish", counts)
+        self.tokens_per_expert = None
+        return global_input_tokens, counts, global_probs
+
+    def combine_preprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Expert outputs [T', D] back into the order in which they came."""
+        return hidden_states if self._is_sorted else super().combine_preprocess(hidden_states)
+
+    def combine_postprocess(self, permutated_local_input_tokens: torch.Tensor) -> torch.Tensor:
+        """Expert outputs in the order in which they were sent -> [S, B, D], each token's copies added up.
+
+        Nothing of the pass stays on the dispatcher: until its next one it would keep alive what is to be recomputed.
+        """
+        try:
+            return super().combine_postprocess(permutated_local_input_tokens)
+        finally:  # checkpointing leaves a pass that it recomputes by an exception
+            self.probs = self.routing_map = self.reversed_local_input_permutation_mapping = None

@@ -1,0 +1,191 @@
+"""Reads what routers and chains noted during a step: by (layer, iteration), over all ranks."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.moe.moe_utils import get_updated_expert_bias
+
+from coe_megatron.model.chain_probe import ChainWatch
+from coe_megatron.model.layer import CoELayer
+from coe_megatron.model.router import CoERouter, RoutingStats
+
+
+@dataclass(frozen=True)
+class RoutingReport:
+    """One iteration of one layer in a step, over the micro-batches of all ranks; padding counts in nothing.
+
+    With `fixed` gating every iteration has a report, since its experts serve the tokens again: with the numbers of the
+    one routing there is, and losses in iteration 1 only.
+
+    Attributes:
+        layer, iteration: both counted from 1.
+        losses: name -> mean over micro-batches of the loss without its coefficient (1.0 for a perfectly balanced
+            auxiliary loss).
+        load: the N experts' shares of all token copies; they add up to 1.
+        load_max_over_mean: load of the busiest expert over the mean load; 1.0 is perfect balance.
+        dead_experts: how many experts got no copy.
+        entropy: mean over tokens of the entropy in nats of the router's distribution; log(N) where it is uniform.
+        dropped: share of all K copies of the tokens that an expert's capacity turned away.
+        overlap: share of the copies that went to an expert where their token had been in an earlier iteration; None in
+            iteration 1. A token sees K (1 - overlap) new experts.
+        state_norm: root mean square over tokens and hidden dimensions of x(t), the state that the iteration leaves.
+        increment_norm: the same of F_t, what the experts made, times its gain where `chain` has one.
+        increment_over_state: increment_norm over the same of x(t-1), the state that the iteration received.
+        pairs: N lists of N: how many tokens reached expert i in the iteration before and expert j in this one; None in
+            iteration 1, and where they were not asked for.
+    """
+
+    layer: int
+    iteration: int
+    losses: dict[str, float]
+    load: list[float]
+    load_max_over_mean: float
+    dead_experts: int
+    entropy: float
+    dropped: float
+    overlap: float | None
+    state_norm: float
+    increment_norm: float
+    increment_over_state: float
+    pairs: list[list[int]] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For metrics.jsonl; without pairs where there are none."""
+        values = asdict(self)
+        return values if self.pairs is not None else {name: values[name] for name in values if name != "pairs"}
+
+
+def layers(model: torch.nn.Module) -> Iterator[CoELayer]:
+    """Every layer with a chain, in the model's order."""
+    return (layer for layer in model.modules() if isinstance(layer, CoELayer))
+
+
+def routers(model: torch.nn.Module) -> Iterator[tuple[int, int, CoERouter]]:
+    """(layer, iteration, router) of every router in the model, both counted from 1."""
+    for layer in layers(model):
+        for t, router in enumerate(layer.routers):
+            yield layer.layer_number, t + 1, router
+
+
+def reset_routing(model: torch.nn.Module, watch: bool = False, pairs: bool = False) -> None:
+    """Forget what was noted; call it before each step.
+
+    Args:
+        watch: a report of it is wanted, which takes time.
+        pairs: with pairs of experts in it, which are N x N numbers for each iteration after the first.
+    """
+    for layer in layers(model):
+        experts = layer.config.num_moe_experts if pairs else None
+        layer.watch = ChainWatch(layer.chain.iterations, experts) if watch else None
+        for router in layer.routers:
+            router.stats = RoutingStats(watched=watch)
+
+
+def report_routing(model: torch.nn.Module) -> list[RoutingReport]:
+    """What was noted in a watched step, by layer and iteration, of all layers on all ranks; collective."""
+    stages = parallel_state.get_pipeline_model_parallel_group()
+    reports: list[list[RoutingReport]] = [[]] * stages.size()
+    torch.distributed.all_gather_object(reports, _report_stage(model), group=stages)
+    return [report for stage in reports for report in stage]
+
+
+def _report_stage(model: torch.nn.Module) -> list[RoutingReport]:
+    """The reports of this stage's layers; one collective over the ranks that saw other tokens."""
+    found = [(layer, t) for layer in layers(model) for t in range(layer.chain.iterations)]
+    if not found:
+        return []
+    noted = [_as_vector(layer, t) for layer, t in found]
+    together = torch.cat(noted)
+    group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    torch.distributed.all_reduce(together, group=group)
+    summed = together.cpu().split([len(vector) for vector in noted])
+    return [_report(*place, vector.tolist()) for place, vector in zip(found, summed, strict=True)]
+
+
+def summary(reports: list[RoutingReport]) -> dict[str, float]:
+    """Means over layers and iterations: `aux_loss` (balancing losses of any kind), `z_loss` and `routing_...`.
+
+    A loss that is off is 0; `routing_overlap` is left out where there is one iteration.
+    """
+    found: dict[str, list[float]] = {"aux_loss": [], "z_loss": []}
+    for report in reports:
+        for name, value in report.losses.items():
+            found["z_loss" if name == "z_loss" else "aux_loss"].append(value)
+    for name in ("entropy", "load_max_over_mean", "dead_experts", "dropped", "overlap"):
+        values = [getattr(report, name) for report in reports]
+        found[f"routing_{name}"] = [value for value in values if value is not None]
+    return {name: _ratio(sum(values), len(values)) for name, values in found.items() if values or "loss" in name}
+
+
+def finish_step(model: torch.nn.Module, taken: bool = True) -> None:
+    """What routers need after an optimizer step; a collective where the expert bias is on and the step was `taken`.
+
+    Each expert bias moves against its expert's load (arXiv 2408.15664), per iteration, and the loads that the global
+    auxiliary loss averages over the micro-batches of a step begin anew. A step that was left out moves no bias.
+    """
+    found = [router for _, _, router in routers(model)]
+    for router in found:
+        router.reset_global_aux_loss_tracker()
+    biased = [router for router in found if router.enable_expert_bias]
+    if not taken:
+        for router in biased:
+            router.local_tokens_per_expert.zero_()
+        return
+    if not biased:
+        return
+    loads = torch.stack([router.local_tokens_per_expert for router in biased])
+    biases = torch.stack([router.expert_bias for router in biased])
+    updated = get_updated_expert_bias(loads, biases, biased[0].config.moe_router_bias_update_rate)
+    for router, bias in zip(biased, updated, strict=True):
+        router.local_tokens_per_expert.zero_()
+        router.expert_bias.copy_(bias)
+
+
+def _router(layer: CoELayer, t: int) -> CoERouter:
+    """The router of iteration t (from 0), whose choice `fixed` gating uses again."""
+    return layer.routers[min(t, len(layer.routers) - 1)]
+
+
+def _as_vector(layer: CoELayer, t: int) -> torch.Tensor:
+    """The losses by name, the number of calls, the entropy, the watch's sums, the N loads, and the pairs; float64."""
+    stats = _router(layer, t).stats
+    assert layer.watch is not None and stats.load is not None, "no watched training step since reset_routing"
+    noted = [*(stats.losses[name] for name in sorted(stats.losses)), stats.calls, stats.entropy]
+    scalars = [torch.as_tensor(value).to(stats.load).view(1) for value in noted]
+    pairs = () if layer.watch.pairs is None or t == 0 else (layer.watch.pairs[t].flatten(),)
+    return torch.cat([*scalars, layer.watch.sums[t], stats.load, *pairs])
+
+
+def _report(layer: CoELayer, t: int, summed: list[float]) -> RoutingReport:
+    router = _router(layer, t)
+    names = sorted(router.stats.losses)
+    losses, (calls, entropy, *rest) = summed[: len(names)], summed[len(names) :]
+    (tokens, copies, repeated, before, increment, after), rest = rest[:6], rest[6:]
+    experts = layer.config.num_moe_experts
+    load, pairs = rest[:experts], [int(count) for count in rest[experts:]]
+    charged = t < len(layer.routers)
+    values = tokens * layer.config.hidden_size
+    return RoutingReport(
+        layer.layer_number,
+        t + 1,
+        losses={name: loss / calls for name, loss in zip(names, losses, strict=True)} if charged else {},
+        load=[_ratio(part, sum(load)) for part in load],
+        load_max_over_mean=_ratio(max(load) * len(load), sum(load)),
+        dead_experts=load.count(0.0),
+        entropy=_ratio(entropy, tokens),
+        dropped=_ratio(router.topk * tokens - copies, router.topk * tokens),
+        overlap=_ratio(repeated, copies) if t else None,
+        state_norm=math.sqrt(_ratio(after, values)),
+        increment_norm=math.sqrt(_ratio(increment, values)),
+        increment_over_state=math.sqrt(_ratio(increment, before)),
+        pairs=[pairs[row : row + experts] for row in range(0, len(pairs), experts)] or None,
+    )
+
+
+def _ratio(part: float, whole: float) -> float:
+    """0 where there is nothing to take a share of."""
+    return part / whole if whole else 0.0

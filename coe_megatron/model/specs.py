@@ -1,0 +1,212 @@
+"""Spec functions that put Chain-of-Experts layers into anybody's Megatron-Core `GPTModel`.
+
+Both start from Megatron's own specs and exchange parts of a copy: the MoE layer for CoELayer, and without Transformer
+Engine also the experts (grouped), the norm (sequence parallelism) and the core attention (torch's).
+"""
+
+from copy import deepcopy
+from functools import partial
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules, get_transformer_layer_offset
+
+from coe_megatron.chain.settings import ChainSettings
+from coe_megatron.estimate.activations import Recompute
+from coe_megatron.local_backend.attention import SDPACoreAttention
+from coe_megatron.local_backend.experts import GroupedExperts
+from coe_megatron.local_backend.megatron_compat import has_transformer_engine
+from coe_megatron.local_backend.norm import Norm
+from coe_megatron.model.layer import CoELayer
+from coe_megatron.model.recompute import recompute_mode
+from coe_megatron.model.unsupported import refuse_for_specs
+
+
+def coe_layer_spec(
+    config: TransformerConfig,
+    chain: ChainSettings | None = None,
+    *,
+    recompute: Recompute = "none",
+    use_transformer_engine: bool = False,
+    pg_collection: ProcessGroupCollection | None = None,
+) -> ModuleSpec:
+    """The spec of one transformer layer whose MLP is a Chain-of-Experts, for `GPTModel(transformer_layer_spec=)`.
+
+    Args:
+        config: decides, as for Megatron's own specs, between MHA/GQA and MLA, norms, experts and shared experts.
+        chain: the chain's settings; CoE-2 with the paper's defaults in the pre-norm topology when None. Chains in some
+            `layers` alone need `coe_block_spec`, and so do dense layers (`moe_layer_freq`).
+        recompute: what the backward pass computes again instead of keeping it; see CoELayer.
+        use_transformer_engine: build on Megatron's Transformer Engine spec (its experts with `moe_grouped_gemm`).
+            Written against Megatron-Core 0.16.1, not yet run on a machine with Transformer Engine.
+        pg_collection: process groups of the layer; Megatron's global ones when None. Megatron hands the model's own to
+            layer classes that it knows by name, and for CoELayer logs "Unknown MLP type" instead: only who gives
+            GPTModel a `pg_collection` needs to act on that, by giving it here too.
+    """
+    if config.num_moe_experts is None:
+        raise ValueError("num_moe_experts is None: a Chain-of-Experts layer needs at least one routed expert")
+    if chain is not None and chain.layers is not None:
+        raise ValueError(f"chain.layers is {list(chain.layers)}: for layers that differ take coe_block_spec")
+    _refuse_dense_layers(config)
+    refuse_for_specs(config)
+    _refuse_missing_engine(config, use_transformer_engine)
+    if use_transformer_engine:
+        spec = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
+            multi_latent_attention=config.multi_latent_attention,
+            use_te_activation_func=config.use_te_activation_func,
+        )
+    else:
+        spec = get_gpt_layer_local_spec(
+            num_experts=config.num_moe_experts,
+            qk_layernorm=config.qk_layernorm,
+            multi_latent_attention=config.multi_latent_attention,
+            normalization=config.normalization,
+        )
+    mode = _recompute(config, recompute, use_transformer_engine)
+    return _convert(spec, chain or ChainSettings(), mode, use_transformer_engine, pg_collection)
+
+
+def coe_block_spec(
+    config: TransformerConfig,
+    chain: ChainSettings | None = None,
+    *,
+    recompute: Recompute = "none",
+    use_transformer_engine: bool = False,
+    pg_collection: ProcessGroupCollection | None = None,
+    vp_stage: int | None = None,
+) -> TransformerBlockSubmodules:
+    """The specs of this pipeline stage's layers, dense or Chain-of-Experts as `config.moe_layer_freq` says.
+
+    Arguments as for `coe_layer_spec`; `vp_stage` is the virtual pipeline stage, if there is one. With `chain.layers`
+    the other layers with experts choose C·K of them at once, and `hetereogenous_dist_checkpoint` has to be True.
+    """
+    chain = chain or ChainSettings()
+    refuse_for_specs(config)
+    _refuse_missing_engine(config, use_transformer_engine)
+    if chain.layers is not None:
+        chain.require_experts(config.num_moe_experts or 0, config.moe_router_topk, config.moe_router_num_groups)
+        if not config.hetereogenous_dist_checkpoint:
+            raise ValueError(
+                "hetereogenous_dist_checkpoint is False: with chain.layers it must be True, or checkpoints would want "
+                "the same tensors of all layers"
+            )
+    block = get_gpt_decoder_block_spec(
+        config, use_transformer_engine, normalization=config.normalization, vp_stage=vp_stage
+    )
+    mode = _recompute(config, recompute, use_transformer_engine)
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage) + 1
+    convert = partial(_convert, recompute=mode, use_transformer_engine=use_transformer_engine)
+    layers = [
+        convert(spec, chain, pg_collection=pg_collection)
+        if chain.is_chain(number)
+        else convert(spec, chain.plain, pg_collection=pg_collection, topk=chain.iterations * config.moe_router_topk)
+        for number, spec in enumerate(block.layer_specs, start=first)
+    ]
+    layer_norm = block.layer_norm if use_transformer_engine else Norm
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=layer_norm)
+
+
+def _refuse_dense_layers(config: TransformerConfig) -> None:
+    frequency = config.moe_layer_freq
+    has_dense = 0 in frequency if isinstance(frequency, list) else frequency != 1
+    if has_dense:
+        raise ValueError(
+            f"moe_layer_freq is {frequency!r}: coe_layer_spec makes every layer a chain; take coe_block_spec, which "
+            "follows it"
+        )
+
+
+def _refuse_missing_engine(config: TransformerConfig, use_transformer_engine: bool) -> None:
+    if use_transformer_engine and not has_transformer_engine():
+        raise ValueError("use_transformer_engine is True: Transformer Engine is not installed, set it to False")
+    tensor = config.tensor_model_parallel_size
+    if config.multi_latent_attention and tensor > 1 and not use_transformer_engine:
+        # The rotary part of the keys goes into every head; its gradients from the ranks' heads are not added up.
+        raise ValueError(
+            f"tensor_model_parallel_size is {tensor}: with multi_latent_attention it must be 1 without Transformer "
+            "Engine, because Megatron-Core 0.16.1 then leaves out a part of the gradients"
+        )
+
+
+def _recompute(config: TransformerConfig, recompute: Recompute, use_transformer_engine: bool) -> Recompute:
+    if use_transformer_engine and recompute == "experts":
+        raise ValueError("recompute is 'experts': with Transformer Engine's experts use recompute_modules ['moe_act']")
+    return recompute_mode(config, recompute)
+
+
+def _convert(
+    spec: ModuleSpec,
+    chain: ChainSettings,
+    recompute: Recompute,
+    use_transformer_engine: bool,
+    pg_collection: ProcessGroupCollection | None,
+    topk: int | None = None,
+) -> ModuleSpec:
+    """A copy of Megatron's layer spec with our parts in it (Megatron shares one spec object among its layers)."""
+    spec = deepcopy(spec)
+    parts: TransformerLayerSubmodules = spec.submodules
+    norm = parts.pre_mlp_layernorm
+    if not use_transformer_engine:
+        norm = Norm
+        _use_torch_parts(parts)
+    if parts.mlp.module is MoELayer:
+        parts.mlp.module = CoELayer
+        parts.mlp.params = {
+            **(parts.mlp.params or {}),
+            "chain": chain,
+            "norm": norm,
+            "recompute": recompute,
+            "topk": topk,
+        }
+        if pg_collection is not None:
+            parts.mlp.params["pg_collection"] = pg_collection
+        if not use_transformer_engine:
+            parts.mlp.submodules.experts = ModuleSpec(
+                module=GroupedExperts, params={"recompute": recompute == "experts"}
+            )
+        _use_topology(parts, chain)
+    return spec
+
+
+def _use_torch_parts(parts: TransformerLayerSubmodules) -> None:
+    attention = parts.self_attention.submodules
+    attention.core_attention = SDPACoreAttention
+    parts.input_layernorm = parts.pre_mlp_layernorm = Norm
+    for name in ("q_layernorm", "k_layernorm", "kv_layernorm"):
+        if getattr(attention, name, IdentityOp) not in (IdentityOp, None):
+            setattr(attention, name, Norm)
+
+
+def _use_topology(parts: TransformerLayerSubmodules, chain: ChainSettings) -> None:
+    """Lead h to the layer and the layer's output onwards as the topology says; `prenorm` is Megatron's own way."""
+    if chain.topology == "iteration_norm":
+        # The layer has a norm per iteration; the first is stored where the stock layer stores its pre-MLP norm.
+        parts.pre_mlp_layernorm = IdentityOp
+        stored = parts.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", "pre_mlp_layernorm.")
+        parts.sharded_state_dict_keys_map["mlp.norms.0."] = stored
+    elif chain.topology == "reference":
+        parts.mlp_bda = get_replace_stream
+
+
+def get_replace_stream(_training: bool, _fused: bool):
+    """Takes the place of Megatron's bias-dropout-add in the `reference` topology: the layer's output is the stream."""
+
+    def replace_stream(
+        output_with_bias: tuple[torch.Tensor, None], _residual: torch.Tensor, _dropout: float
+    ) -> torch.Tensor:
+        return output_with_bias[0]
+
+    return replace_stream

@@ -1,0 +1,128 @@
+"""How fast a finished run was, out of its own files: what other runs will take follows by ratios of FLOPs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+from pydantic import AwareDatetime, BaseModel, Field, ValidationError
+
+from coe_megatron.config import RunConfig, load
+from coe_megatron.config.settings import Count
+from coe_megatron.errors import ConfigError
+from coe_megatron.files import problem, read_limited, require_file, require_folder
+from coe_megatron.parsing import JSON_BYTES, first_of, parse_json
+from coe_megatron.run.metrics_log import read_metrics
+from coe_megatron.study.plan.amounts import Amounts, Speed, evaluations, saves
+from coe_megatron.study.run.metrics_check import damaged_times
+
+_FASTEST = 1e21  # FLOP/s that no rank comes near
+_FEWEST = 3  # logged steps; the first is left out, for it has what a process does but once
+
+
+class _Attempt(BaseModel):
+    outcome: str
+    began: AwareDatetime | None = None
+    ended: AwareDatetime | None = None
+
+
+class _Parameters(BaseModel):
+    embedding: Annotated[int, Field(ge=1, lt=10**18)]
+
+
+class _Record(BaseModel):
+    """What is read of a run.json."""
+
+    attempts: Annotated[list[_Attempt], Field(min_length=1)]
+    ranks: Count
+    parameters: _Parameters
+
+
+def calibrate(folder: Path, half_rows: float) -> Speed:
+    """The speed of the run in a folder.
+
+    A step's time is the median over the logged steps but the first. Start-up and checkpoints are told apart only where
+    one attempt made the whole run; they count as nothing otherwise.
+
+    Args:
+        half_rows: of its kind of device (see `forecast.devices.Device`).
+
+    Raises:
+        ConfigError: there is no run in the folder, or too little of one, or one of times that none takes.
+    """
+    record, lines = _read(folder)
+    try:
+        config = _with_vocabulary(load(folder / "config.yaml"), record)
+    except ConfigError as error:
+        raise ConfigError(f"--calibration is {folder}: its config.yaml cannot be used: {error}") from None
+    logged = [line for line in lines if (line.get("step_seconds") or 0) > 0]
+    if len(logged) < _FEWEST:
+        raise ConfigError(
+            f"--calibration is {folder}: its metrics.jsonl has {len(logged)} logged steps, {_FEWEST} or more are needed"
+        )
+    amounts = Amounts()
+    a_step = median(line["step_seconds"] for line in logged[1:])
+    flops = amounts.weighted_flops(config, half_rows)
+    rate = flops * config.training.global_batch * config.model.seq_length / a_step / record.ranks
+    if not 1 <= rate < _FASTEST:
+        raise ConfigError(
+            f"--calibration is {folder}: its metrics.jsonl is damaged ({a_step:.3g} seconds a step on {record.ranks:,} "
+            f"ranks would be {rate:.3g} FLOP/s each)"
+        )
+    only = record.attempts[0]
+    if len(record.attempts) > 1 or only.outcome != "finished" or only.began is None or only.ended is None:
+        return Speed(rate, half_rows)
+    a_pass = flops / 3 * amounts.evaluated(config) / rate / record.ranks
+    a_save = _seconds_a_save(config, lines, a_pass)
+    known = seconds_in_steps(logged) + evaluations(config) * a_pass + saves(config) * a_save
+    return Speed(rate, half_rows, max(0.0, (only.ended - only.began).total_seconds() - known), a_save)
+
+
+def _read(folder: Path) -> tuple[_Record, list[dict[str, Any]]]:
+    name = "--calibration"
+    require_folder(folder, name)
+    content = read_limited(folder / "run.json", name, JSON_BYTES)
+    require_file(folder / "metrics.jsonl", name)
+    try:
+        record = parse_json(content)
+        lines = read_metrics(folder / "metrics.jsonl")
+    except (OSError, ValueError) as error:
+        raise problem(folder, name, f"it must be the folder of a run ({error})") from None
+    if not isinstance(record, dict) or not all(record.get(each) for each in ("attempts", "ranks", "parameters")):
+        raise problem(folder, name, "its run.json tells of no step")
+    if said := damaged_times(lines):
+        raise problem(folder, name, f"its metrics.jsonl is damaged ({said})")
+    try:
+        return _Record.model_validate(record), lines
+    except ValidationError as error:
+        raise problem(folder, name, f"its run.json is damaged ({first_of(error)})") from None
+
+
+def _with_vocabulary(config: RunConfig, record: _Record) -> RunConfig:
+    """The config with the rows of the embedding that the run had, wherever its data may be now."""
+    rows = max(1, record.parameters.embedding // config.model.hidden_size)
+    return replace(config, model=replace(config.model, vocab_size=rows))
+
+
+def seconds_in_steps(logged: Sequence[Mapping[str, Any]]) -> float:
+    """Seconds that the lines of logged steps tell of, without evaluations and checkpoints."""
+    before = [0, *(line["step"] for line in logged)]
+    return sum((line["step"] - earlier) * line["step_seconds"] for line, earlier in zip(logged, before, strict=False))
+
+
+def _seconds_a_save(config: RunConfig, lines: Sequence[Mapping[str, Any]], a_pass: float) -> float:
+    """What steps and evaluations leave of the time until a late step, over the checkpoints of that time.
+
+    `eta_seconds` is the time since before the first evaluation, over the steps done, times those left.
+    """
+    steps, every = config.training.steps, config.training.save_every
+    timed = [line for line in lines if (line.get("step_seconds") or 0) > 0 and 0 < line["step"] < steps]
+    last = max((line["step"] for line in timed if line.get("eta_seconds")), default=0)
+    done = [line for line in timed if line["step"] <= last]
+    saved = (last - 1) // every + sum(step % every > 0 and step < last for step in set(config.training.milestones))
+    if last == 0 or saved == 0:
+        return 0.0
+    took = done[-1]["eta_seconds"] * last / (steps - last)
+    evaluated = 1 + sum("valid_loss" in line and 0 < line["step"] < last for line in lines)
+    return max(0.0, took - seconds_in_steps(done) - evaluated * a_pass) / saved

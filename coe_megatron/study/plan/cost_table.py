@@ -1,0 +1,298 @@
+"""What a study will cost before anything runs: a row for each arm, and totals."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from coe_megatron.config.layout import layout
+from coe_megatron.errors import ConfigError, one_line
+from coe_megatron.estimate.advice import parse_size, refusal
+from coe_megatron.estimate.devices import Device
+from coe_megatron.estimate.devices import device as device_named
+from coe_megatron.estimate.memory import components
+from coe_megatron.estimate.run_estimate import size
+from coe_megatron.study.plan.amounts import Amounts, Seconds, Speed
+from coe_megatron.study.plan.arms import Arm, Study, make_study
+from coe_megatron.study.plan.budget import Solved, solve
+from coe_megatron.study.plan.calibration import calibrate
+from coe_megatron.study.plan.names import joined
+from coe_megatron.study.plan.study_file import read_study
+
+
+@dataclass(frozen=True)
+class ArmPlan:
+    """What an arm comes to; amounts are of one run.
+
+    Attributes:
+        parameters: of the model.
+        active_parameters: that a token can use.
+        flops_per_token: to train, forward and backward.
+        flops: of all steps.
+        expert_flops: the part of routed and shared experts.
+        components: bytes of the rank that holds most, by `forecast.memory.components`, when it holds most.
+        ranks: of a run.
+        seconds: foreseen; None where nothing is known of the device.
+        solved: what it has of the budget; None without one.
+        too_large: why it does not fit the device, and what would; None if it fits or no memory is known.
+    """
+
+    arm: Arm
+    parameters: int
+    active_parameters: int
+    flops_per_token: int
+    flops: float
+    expert_flops: float
+    components: dict[str, int]
+    ranks: int
+    seconds: Seconds | None
+    solved: Solved | None
+    too_large: str | None
+
+    @property
+    def memory(self) -> int:
+        """Bytes of that rank."""
+        return sum(self.components.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study and what it costs.
+
+    Attributes:
+        study: with what its budget has solved.
+        arms: in its order.
+        speed: from which seconds were foreseen, and what that speed is of; None where nothing was known.
+        price: of an hour of one device, in any currency.
+    """
+
+    study: Study
+    arms: list[ArmPlan]
+    speed: tuple[Speed, str] | None
+    price: float | None
+
+    @property
+    def device_seconds(self) -> float | None:
+        """Of all runs on all their ranks."""
+        seeds, foreseen = len(self.study.settings.seeds), [arm.seconds for arm in self.arms]
+        if None in foreseen:
+            return None
+        return sum(seeds * arm.ranks * arm.seconds.total for arm in self.arms if arm.seconds)
+
+    @property
+    def cost(self) -> float | None:
+        """Of all runs, in the currency of the price."""
+        if self.price is None or self.device_seconds is None:
+            return None
+        return self.price * self.device_seconds / 3600
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, unrounded, for JSON."""
+        study, settings = self.study, self.study.settings
+        return {
+            "output": settings.output,
+            "seeds": settings.seeds,
+            "baseline": study.baseline.name,
+            "budget": asdict(settings.budget) if settings.budget else None,
+            "speed": {"of": self.speed[1], **asdict(self.speed[0])} if self.speed else None,
+            "arms": [_as_dict(arm, settings.seeds) for arm in self.arms],
+            "skipped": [{"labels": dict(labels), "reason": reason} for labels, reason in study.skipped],
+            "total": {
+                "runs": len(study.runs),
+                "device_seconds": self.device_seconds,
+                "price_an_hour": self.price,
+                "cost": self.cost,
+            },
+        }
+
+    def table(self) -> str:
+        """The same for a person."""
+        study = self.study
+        lines = _table([_columns(study), *(self._cells(arm) for arm in self.arms)])
+        notes = [f"* {study.baseline.name} is the baseline", *self._totals()]
+        notes += [f"{arm.arm.name} does not fit: {arm.too_large}" for arm in self.arms if arm.too_large]
+        skipped: dict[str, list[str]] = {}
+        for labels, reason in study.skipped:
+            skipped.setdefault(reason, []).append(joined(labels))
+        notes += [f"left out, {reason}: {', '.join(names)}" for reason, names in skipped.items()]
+        return "\n".join([*lines, "", *self._memory(), "", *map(one_line, notes)])
+
+    def _memory(self) -> list[str]:
+        """Of a rank at its peak, by component."""
+        names = list(self.arms[0].components)
+        header = ["MiB a rank at its peak", *(name.replace("_", " ") for name in names), "together"]
+        rows = [[arm.arm.name, *map(_mib, arm.components.values()), _mib(arm.memory)] for arm in self.arms]
+        return _table([header, *rows])
+
+    def _cells(self, plan: ArmPlan) -> list[str]:
+        steps = plan.arm.config.training.steps
+        cells = [
+            plan.arm.name + "*" * (plan.arm is self.study.baseline),
+            count(plan.parameters),
+            count(plan.flops_per_token),
+            count(plan.flops),
+            count(plan.expert_flops),
+            f"{steps:,}",
+            size(plan.memory) + "!" * (plan.too_large is not None),
+            span(plan.seconds.total) if plan.seconds else "-",
+        ]
+        if plan.solved is None:
+            return cells
+        solved = [f"{plan.solved.value:,}"] if _solves_apart(self.study) else []
+        return [*cells, *solved, f"{plan.solved.off:+.2%}"]
+
+    def _totals(self) -> list[str]:
+        arms, seeds, runs = len(self.arms), len(self.study.settings.seeds), len(self.study.runs)
+        lines = [f"{runs} runs: {arms} arms, {seeds} seed{'s' * (seeds > 1)} each"]
+        if self.speed is not None and self.device_seconds is not None:
+            speed, whose = self.speed
+            lines[0] += f"; {span(self.device_seconds)} on one device"
+            lines[0] += f", {self.cost:,.2f} at {self.price:g} an hour" if self.cost is not None else ""
+            lines.append(f"at the speed of {whose}: {speed.rate / 1e12:.3g} TFLOP/s in products of many rows")
+        if budget := self.study.settings.budget:
+            lines.append(f"{budget.equal.replace('_', ' ')} as the baseline's, by {budget.solve}")
+        return lines
+
+
+def make_plan(
+    path: Path,
+    overrides: Sequence[str] = (),
+    device: str | None = None,
+    calibration: Path | None = None,
+    device_memory: str | None = None,
+    price: float | None = None,
+) -> Plan:
+    """Read a study file, resolve its arms and say what they cost.
+
+    Args:
+        overrides: `key=value` for all arms.
+        device: a name of `forecast.devices`; the study's own when None.
+        calibration: the folder of a finished run on such a device, whose speed counts then.
+        device_memory: such as `80GiB`; the device's when None.
+        price: of an hour of one device.
+
+    Raises:
+        ConfigError: one line that names the key of the study, the setting or the option, and what would be valid.
+    """
+    study = make_study(read_study(path), overrides)
+    found = _device(device, study.settings.device)
+    memory = _memory(device_memory) if device_memory is not None else found.memory if found else None
+    speed = None
+    if calibration is not None:
+        if found is None:
+            raise ConfigError("--calibration needs a device: name it in the study file (device) or with --device")
+        speed = calibrate(calibration, found.half_rows), str(calibration)
+    elif found is not None:
+        speed = Speed.of(found), f"{device or study.settings.device}, not calibrated"
+    amounts = Amounts(speed[0] if speed else None)
+    study, solved = solve(study, amounts)
+    arms = [_plan(arm, amounts, solved.get(arm.name), memory) for arm in study.arms]
+    return Plan(study, arms, speed, price)
+
+
+def _device(asked: str | None, own: str | None) -> Device | None:
+    """The one asked for, or the study's own."""
+    try:
+        return device_named(name) if (name := asked or own) is not None else None
+    except ValueError as error:
+        raise ConfigError(f"{'--device' if asked else 'device'} is {error}") from None
+
+
+def _memory(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise ConfigError(f"--device-memory {error}") from None
+
+
+def _plan(arm: Arm, amounts: Amounts, solved: Solved | None, memory: int | None) -> ArmPlan:
+    config, cost = arm.config, amounts.forecast(arm.config)
+    return ArmPlan(
+        arm,
+        parameters=cost.parameters.total,
+        active_parameters=cost.parameters.active,
+        flops_per_token=cost.flops_per_token.total,
+        flops=amounts.of("flops", config),
+        expert_flops=amounts.of("expert_compute", config),
+        components=components(cost.memory),
+        ranks=layout(config).ranks,
+        seconds=amounts.seconds(config) if amounts.speed else None,
+        solved=solved,
+        too_large=refusal(config, cost, amounts.shape(config).vocab, memory) if memory is not None else None,
+    )
+
+
+def span(seconds: float) -> str:
+    """A time for a person."""
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _as_dict(plan: ArmPlan, seeds: Sequence[int]) -> dict[str, Any]:
+    arm, seconds = plan.arm, plan.seconds
+    return {
+        "name": arm.name,
+        "labels": dict(arm.labels),
+        "overrides": list(arm.overrides),
+        "fingerprint": arm.fingerprint,
+        "runs": [run.config.output for run in arm.runs(seeds)],
+        "steps": arm.config.training.steps,
+        "ranks": plan.ranks,
+        "parameters": plan.parameters,
+        "active_parameters": plan.active_parameters,
+        "flops_per_token": plan.flops_per_token,
+        "training_flops": plan.flops,
+        "expert_flops": plan.expert_flops,
+        "memory_bytes_per_rank": {"total": plan.memory} | plan.components,
+        "too_large": plan.too_large,
+        "seconds": {"total": seconds.total, **asdict(seconds)} if seconds else None,
+        "solved": asdict(plan.solved) if plan.solved else None,
+    }
+
+
+def _columns(study: Study) -> list[str]:
+    columns = [
+        "arm",
+        "parameters",
+        "FLOPs a token",
+        "FLOPs a run",
+        "of experts",
+        "steps",
+        "memory a rank",
+        "a run takes",
+    ]
+    if (budget := study.settings.budget) is None:
+        return columns
+    return [*columns, *([budget.solve] if _solves_apart(study) else []), "off budget"]
+
+
+def _solves_apart(study: Study) -> bool:
+    """Whether what is solved for has no column yet."""
+    return study.settings.budget is not None and study.settings.budget.solve != "training.steps"
+
+
+def _table(cells: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [_aligned(line, widths) for line in cells]
+
+
+def _mib(amount: int) -> str:
+    return f"{amount / 2**20:,.1f}"
+
+
+def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
+    first, *rest = (
+        cell.rjust(width) if number else cell.ljust(width)
+        for number, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    )
+    return "  ".join([first, *rest])
+
+
+def count(number: float) -> str:
+    """Four digits of a large number."""
+    for unit, length in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("K", 1e3)):
+        if number >= length:
+            return f"{number / length:.4g} {unit}"
+    return f"{number:.0f}"

@@ -1,0 +1,169 @@
+"""What the runs of a study came to, read from their folders: a row for each run, which figures and statistics share."""
+
+import csv
+import io
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from coe_megatron.errors import one_line
+from coe_megatron.estimate.memory import MEASURED
+from coe_megatron.run.metrics_log import read_metrics
+from coe_megatron.study.plan.arms import Run
+from coe_megatron.study.plan.calibration import seconds_in_steps
+from coe_megatron.study.plan.cost_table import ArmPlan, Plan
+from coe_megatron.study.run.metrics_check import damage
+from coe_megatron.study.run.runner import changed, stands
+
+_FORMULA = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n]")  # how a cell begins that spreadsheets compute
+_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?(e[-+]?\d+)?", re.IGNORECASE)
+_ROUTING = ("entropy", "load_max_over_mean", "dead_experts", "dropped", "overlap")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one run left behind.
+
+    Attributes:
+        arm: its plan.
+        lines: the objects of its metrics.jsonl, none of a run that has not begun.
+        attempts: how often it was started.
+        state: `finished`: it came to its last step with the settings that the study has, and has a validation loss
+            there; otherwise what is the matter, in one line.
+    """
+
+    arm: ArmPlan
+    run: Run
+    lines: Sequence[Mapping[str, Any]]
+    attempts: int
+    state: str
+
+    @property
+    def finished(self) -> bool:
+        """Whether figures and statistics count it."""
+        return self.state == "finished"
+
+    @cached_property
+    def evaluations(self) -> list[Mapping[str, Any]]:
+        """The lines with a validation loss."""
+        return [line for line in self.lines if line.get("valid_loss") is not None]
+
+    @cached_property
+    def steps(self) -> list[Mapping[str, Any]]:
+        """The lines of steps, without that before the first one."""
+        return [line for line in self.lines if "step_seconds" in line]
+
+    @property
+    def loss(self) -> float:
+        """The validation loss after the last step, in nats per counted token."""
+        return float(self.lines[-1]["valid_loss"])
+
+    @property
+    def seconds(self) -> float:
+        """Spent in steps alone, evaluations and checkpoints not counted."""
+        return seconds_in_steps(self.steps)
+
+    @property
+    def memory(self) -> int:
+        """Bytes at the peak of the rank that reports, as measured."""
+        return max(line["memory"]["peak"] for line in self.steps)
+
+
+def collect(plan: Plan) -> list[Result]:
+    """Every run of the study, in its order, done or not."""
+    by_name, now = {arm.arm.name: arm for arm in plan.arms}, time.time()
+    return [_result(by_name[run.arm], run, now) for run in plan.study.runs]
+
+
+def done(results: Iterable[Result]) -> list[Result]:
+    """Those that are finished."""
+    return [result for result in results if result.finished]
+
+
+def results_csv(results: Sequence[Result]) -> str:
+    """A row a run. The same runs give the same bytes, in how many attempts ever: what depends on those, or on the
+    machine, is in `timings_csv`.
+    """
+    return _csv(_row(result) for result in results)
+
+
+def timings_csv(results: Sequence[Result]) -> str:
+    """How fast the finished runs were, and what memory they took; a row a run."""
+    return _csv(_timing(result) for result in done(results))
+
+
+def _result(arm: ArmPlan, run: Run, now: float) -> Result:
+    found, path = stands(run, now), Path(run.config.output) / "metrics.jsonl"
+    try:
+        lines = read_metrics(path)
+    except (ValueError, OSError) as error:
+        said = one_line(str(error)).removeprefix(f"{path}, ")
+        return Result(arm, run, [], found.starts or 0, f"its metrics.jsonl cannot be read ({said})")
+    state = found.state if found.reason is None else f"{found.state}: {found.reason}"
+    if found.state == "no run":
+        state = "not begun"
+    elif said := changed(run):
+        state = said
+    elif found.state == "finished" and not _evaluated_at(run.config.training.steps, lines):
+        state = "finished, but without a validation loss after the last step"
+    elif found.state == "finished" and (said := damage(lines, run.config.moe.num_experts)):
+        state = f"its metrics.jsonl is damaged ({said})"
+    return Result(arm, run, lines, found.starts or 0, state)
+
+
+def _evaluated_at(step: int, lines: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the last line is of this step and has a loss; null stands for one that is not finite."""
+    return bool(lines) and lines[-1]["step"] == step and lines[-1].get("valid_loss") is not None
+
+
+def _row(result: Result) -> dict[str, Any]:
+    arm, steps = result.arm, result.run.config.training.steps
+    labels = {f"axis_{name}": label for name, label in arm.arm.labels.items()}  # an axis may be called `steps`
+    row = {"arm": result.run.arm, **labels, "seed": result.run.seed, "state": result.state}
+    row |= {"parameters": arm.parameters, "active_parameters": arm.active_parameters, "steps": steps}
+    row |= {"flops_per_token": arm.flops_per_token, "flops": arm.flops, "expert_flops": arm.expert_flops}
+    row["memory_foreseen"] = arm.memory
+    row |= {f"memory_foreseen_{name}": amount for name, amount in arm.components.items()}
+    if not result.finished:
+        return row
+    last = result.steps[-1]
+    row |= {"tokens": last["tokens"], "valid_loss": result.loss, "train_loss": last["train_loss"]}
+    row["best_valid_loss"] = min(line["valid_loss"] for line in result.evaluations)
+    return row | {f"routing_{name}": last.get(f"routing_{name}") for name in _ROUTING}
+
+
+def _timing(result: Result) -> dict[str, Any]:
+    last = result.steps[-1]
+    return {
+        "arm": result.run.arm,
+        "seed": result.run.seed,
+        "seconds_in_steps": result.seconds,
+        "tokens_per_second": last["tokens_per_second"],
+        "tflops": last["tflops"],
+        "mfu": last.get("mfu"),
+        "attempts": result.attempts,
+        "memory_measured": result.memory,
+        **{f"memory_measured_{name}": last["memory"].get(name) for name in MEASURED},
+        "seconds_foreseen": result.arm.seconds.total if result.arm.seconds else None,
+    }
+
+
+def _cell(value: Any) -> Any:
+    """Text that a spreadsheet would take for a formula has a ' before it, which makes it text; a number is one."""
+    if isinstance(value, str) and _FORMULA.match(value) and not _NUMBER.fullmatch(value):
+        return f"'{value}"
+    return value
+
+
+def _csv(rows: Iterable[Mapping[str, Any]]) -> str:
+    rows = list(rows)
+    columns = dict.fromkeys(name for row in rows for name in row)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
+    return text.getvalue()

@@ -1,0 +1,1 @@
+"""The runs of a study: started here or as SLURM arrays. Without torch."""

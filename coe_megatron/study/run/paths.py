@@ -1,0 +1,63 @@
+"""Where a study's runs leave what: OUTPUT/ARM/seed-S, with its whole config and its log beside it."""
+
+from pathlib import Path
+from typing import Literal
+
+from coe_megatron.config import dump
+from coe_megatron.files import (
+    kind_of,
+    require_file,
+    require_folder,
+    require_replaceable,
+    require_writable,
+    write_atomically,
+)
+from coe_megatron.study.plan.arms import Run, Study
+
+
+def config_of(run: Run) -> Path:
+    """The file that `write_config` writes."""
+    return Path(f"{run.config.output}.yaml")
+
+
+def log_of(run: Run) -> Path:
+    """What a run has said, in all its attempts."""
+    return Path(f"{run.config.output}.log")
+
+
+def write_config(run: Run) -> Path:
+    """The run's whole config as a file beside its folder, which repeats it: `pretrain_coe.py FILE`.
+
+    Raises:
+        ConfigError: there is something else, or it cannot be written there.
+        OSError: it cannot be written.
+    """
+    path = require_replaceable(config_of(run), "the run's config")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, dump(run.config))
+    return path
+
+
+def check_places(study: Study, *, to_write: bool) -> None:
+    """That what a study's runs have left can be read, and with `to_write` that they can write there.
+
+    Raises:
+        ConfigError: one line that names the path and what is wrong with it.
+    """
+    _check(Path(study.settings.output), "output", "folder", to_write)
+    for arm in study.arms:
+        _check(Path(arm.config.output), f"the folder of arm {arm.name}", "folder", to_write)
+        for run in arm.runs(study.settings.seeds):
+            whose = f"arm {arm.name}, seed {run.seed}"
+            _check(Path(run.config.output), f"the folder of {whose}", "folder", to_write)
+            _check(config_of(run), f"the config of {whose}", "file", to_write)
+            if to_write:
+                require_replaceable(config_of(run), f"the config of {whose}")
+            _check(log_of(run), f"the log of {whose}", "file", to_write)
+
+
+def _check(path: Path, name: str, kind: Literal["file", "folder"], to_write: bool) -> None:
+    if kind_of(path, name) is not None:
+        (require_folder if kind == "folder" else require_file)(path, name)
+    if to_write:
+        require_writable(path, name, kind)

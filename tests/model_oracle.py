@@ -1,0 +1,68 @@
+"""One training step of the MLP sub-layer, by our layer and by the oracle, and how far they are apart."""
+
+from itertools import product
+from typing import Any, get_args
+
+import torch
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from model_build import BATCH, SEQUENCE, Named, gradient, parts_of
+
+from coe_megatron.chain.method import ChainOfExperts
+from coe_megatron.chain.settings import ChainSettings, Gating, Residual, Topology
+
+ITERATIONS = (1, 2, 3, 4)
+CHAINS = list(product(get_args(Gating), get_args(Residual), get_args(Topology)))
+VARIANTS: dict[str, dict[str, Any]] = {
+    "scaled": {"increment_scale": 0.5, "residual": "init"},
+    "learned scale": {"learned_scale": True, "increment_scale": 0.1},
+    "learned scale, outer, norms": {"learned_scale": True, "residual": "outer", "topology": "iteration_norm"},
+    "conditioned": {"conditioned": True},
+    "conditioned, shared router, outer": {"conditioned": True, "gating": "shared_router", "residual": "outer"},
+    "conditioned, learned scale": {"conditioned": True, "learned_scale": True, "gating": "fixed", "residual": "init"},
+    "shared once": {"shared_once": True},
+    "shared once, fixed, init, scaled": {
+        "shared_once": True,
+        "gating": "fixed",
+        "residual": "init",
+        "increment_scale": 0.7,
+    },
+    "no return": {"no_return": True, "residual": "init"},
+    "no return, one router": {"no_return": True, "gating": "shared_router", "shared_once": True},
+    "joint": {"balance": "joint"},
+    "joint, one router, no return": {"balance": "joint", "gating": "shared_router", "no_return": True},
+    "learned scale, reference, fixed": {"learned_scale": True, "topology": "reference", "gating": "fixed"},
+}
+
+
+def chain_of(combination: tuple[str, str, str], iterations: int, balance: str = "sum") -> ChainSettings:
+    gating, residual, topology = combination
+    return ChainSettings(iterations, gating, residual, topology, balance)
+
+
+def make_batch(hidden: int, batch: int = BATCH, seed: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    """The residual stream h and the gradient that reaches h', both [B, S, D]."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, SEQUENCE, hidden)
+    return torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+
+
+def layer_step(
+    layer: TransformerLayer, h_BSD: torch.Tensor, grad_BSD: torch.Tensor, padding_BS: torch.Tensor | None = None
+) -> Named:
+    """h', the gradient of h, and every parameter's gradient under the oracle's name."""
+    h_SBD = h_BSD.transpose(0, 1).contiguous().requires_grad_()
+    out_SBD = layer._forward_mlp(h_SBD, padding_mask=padding_BS)
+    out_SBD.backward(grad_BSD.transpose(0, 1))
+    gradients = {name: gradient(parameter) for name, parameter in parts_of(layer).items()}
+    return {"h'": out_SBD.detach().transpose(0, 1), "h": h_SBD.grad.transpose(0, 1), **gradients}
+
+
+def oracle_step(
+    oracle: ChainOfExperts, h_BSD: torch.Tensor, grad_BSD: torch.Tensor, padding_BS: torch.Tensor | None = None
+) -> Named:
+    """The same of the oracle; the load of each routing is there as well."""
+    h_BSD = h_BSD.clone().requires_grad_()
+    result = oracle(h_BSD, padding_BS)
+    ((result.stream * grad_BSD).sum() + result.total_loss).backward()
+    gradients = {name: gradient(parameter) for name, parameter in oracle.named_parameters()}
+    return {"h'": result.stream.detach(), "h": h_BSD.grad, **gradients}
