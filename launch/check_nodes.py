@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import Never
 
 from coe_megatron.config.arguments import Parser, write_out
-from coe_megatron.distributed.environment import LARGEST_PORT, MOST_RANKS, Ranks, whole_number
+from coe_megatron.distributed.environment import LARGEST_PORT, MOST_RANKS, DistributedEnv, whole_number
 from coe_megatron.errors import ConfigError
 from coe_megatron.files import problem, require_folder, require_replaceable, user_path, write_atomically
 from coe_megatron.launcher import network
@@ -133,7 +133,7 @@ def _expanded(environment: Mapping[str, str]) -> tuple[str, ...]:
 def meeting(said: str | None, first: str, environment: Mapping[str, str]) -> tuple[str, int, bool]:
     """Address and port, and whether torchrun serves a store there; ConfigError if they are none."""
     if said is None:
-        ranks = Ranks.from_environment(environment)
+        ranks = DistributedEnv.from_environment(environment)
         return (ranks.address, ranks.port, ranks.served) if ranks.address else (first, _PORT, False)
     address, _, port = said.rpartition(":")
     try:

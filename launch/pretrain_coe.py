@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 launch/pretrain_coe.py CONFIG.yaml [key.sub=value ...]
 
 Run again with the same config, it goes on from its newest checkpoint. Exit status: 0 done; 1 an error nobody has
-foreseen; 2 a mistake in the config or the data (one line on stderr says which); 3 stopped as asked (SIGTERM, SIGUSR1,
+estimated; 2 a mistake in the config or the data (one line on stderr says which); 3 stopped as asked (SIGTERM, SIGUSR1,
 the stop file), and saved; 4 the loss has diverged; 5 a checkpoint could not be written; 6 another run writes the output
 folder; 7 the run hung; 8 the output folder was removed or moved while the run went on; 130 interrupted from the
 keyboard. After 1, 3, 6 and 7 the same command may be tried again.
@@ -49,11 +49,11 @@ from coe_megatron.config import RunConfig, load  # noqa: E402
 from coe_megatron.config.arguments import Parser, write_out  # noqa: E402
 from coe_megatron.config.load import parse  # noqa: E402
 from coe_megatron.data.folders import missing  # noqa: E402
-from coe_megatron.distributed.environment import Ranks  # noqa: E402
+from coe_megatron.distributed.environment import DistributedEnv  # noqa: E402
 from coe_megatron.errors import ConfigError, one_line  # noqa: E402
 from coe_megatron.estimate.advice import parse_size, refusal  # noqa: E402
 from coe_megatron.estimate.node_crossing import needless_crossing  # noqa: E402
-from coe_megatron.estimate.run_estimate import forecast, vocabulary  # noqa: E402
+from coe_megatron.estimate.run_estimate import estimate, vocabulary  # noqa: E402
 from coe_megatron.files import kind_of, problem, require_folder, user_path  # noqa: E402
 from coe_megatron.lean_imports import import_megatron  # noqa: E402
 from coe_megatron.run.exit_status import ExitStatus, leave_error_file  # noqa: E402
@@ -99,18 +99,18 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(str(error))
 
 
-def _ranks(parser: Parser) -> Ranks:
+def _ranks(parser: Parser) -> DistributedEnv:
     """This process's place, or the end: before anything else is read, for a dry run too."""
     try:
-        return Ranks.from_environment(os.environ)
+        return DistributedEnv.from_environment(os.environ)
     except ConfigError as error:
         # Of torchrun's ranks the first speaks for all; started by hand, each does for itself.
         parser.refuse(ExitStatus.MISTAKE, str(error), aloud="TORCHELASTIC_RUN_ID" not in os.environ)
 
 
-def _forecast(ranks: Ranks, config: RunConfig, as_json: bool, device_memory: str | None) -> int:
+def _forecast(ranks: DistributedEnv, config: RunConfig, as_json: bool, device_memory: str | None) -> int:
     vocab_size = _vocabulary(config)
-    cost = forecast(config, vocab_size)
+    cost = estimate(config, vocab_size)
     if device_memory is not None:
         try:
             available = parse_size(device_memory)
@@ -144,7 +144,7 @@ def _require_stop_file(path: Path | None) -> None:
         raise problem(path, "--stop-file", f"{path.parent} is no folder")
 
 
-def _pretrain(parser: Parser, ranks: Ranks, checked: RunConfig | None, stop_file: Path | None) -> ExitStatus:
+def _pretrain(parser: Parser, ranks: DistributedEnv, checked: RunConfig | None, stop_file: Path | None) -> ExitStatus:
     """Args: what rank 0 has, which alone reads files at the start: a thousand ranks would read them all at once."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         stop_with_parent()
@@ -155,7 +155,7 @@ def _pretrain(parser: Parser, ranks: Ranks, checked: RunConfig | None, stop_file
 
     quiet_libraries()
     import_megatron()
-    from coe_megatron.checkpoint.save_load import NotSaved
+    from coe_megatron.checkpoint.save_load import CheckpointNotSaved
     from coe_megatron.data.token_file import DamagedTokens
     from coe_megatron.distributed.rendezvous import NotMet, meet
     from coe_megatron.run.folder import OutputLost
@@ -184,7 +184,7 @@ def _pretrain(parser: Parser, ranks: Ranks, checked: RunConfig | None, stop_file
         status, reason = error.status, f"{error}; {GOES_ON}"
     except FloatingPointError as error:
         status, reason = ExitStatus.DIVERGED, str(error)
-    except NotSaved as error:
+    except CheckpointNotSaved as error:
         status, reason = ExitStatus.NOT_SAVED, f"{error}; {GOES_ON}"
     except OutputLost as error:
         status, reason = ExitStatus.OUTPUT_LOST, str(error)

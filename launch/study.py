@@ -60,7 +60,7 @@ def parser() -> Parser:
             "study", type=user_path, metavar="STUDY.yaml", help="such as configs/studies/cpu/main-pair.yaml"
         )
         command.add_argument("overrides", nargs="*", default=[], help="key.sub=value, for all arms")
-        device = f"on which hours are foreseen: {', '.join(DEVICES)} (default: the study's `device`)"
+        device = f"on which hours are estimated: {', '.join(DEVICES)} (default: the study's `device`)"
         command.add_argument("--device", metavar="NAME", help=device)
         speed = "the folder of a finished run on such a device: hours follow from what it took"
         command.add_argument("--calibration", type=user_path, metavar="RUN", help=speed)

@@ -15,7 +15,7 @@ from coe_megatron.run import folder as run_folder
 from coe_megatron.training import evaluation
 from coe_megatron.training.loop import Pretraining
 from coe_megatron.training.signals import Interruption
-from coe_megatron.training.watchdog import HangWatch
+from coe_megatron.training.watchdog import HangDetector
 
 
 class Killed(BaseException):
@@ -51,7 +51,7 @@ def attempt(config: RunConfig, before_step: Callable[[Pretraining, int], None] =
     output = run_folder.begin(config) if main else None
     interruption = Interruption()
     try:
-        run = Pretraining(config, torch.device("cpu"), interruption, HangWatch(folder, 0, None, _nothing), 0, output)
+        run = Pretraining(config, torch.device("cpu"), interruption, HangDetector(folder, 0, None, _nothing), 0, output)
         trained = run._train_step
         run._train_step = lambda step: (before_step(run, step + 1), trained(step))[1]  # type: ignore[method-assign]
         run.run()

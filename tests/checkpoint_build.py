@@ -7,7 +7,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorPr
 
 from coe_megatron.checkpoint import listing, storage
 from coe_megatron.checkpoint.integrity import SEAL, seal
-from coe_megatron.checkpoint.metadata import FACTS, Facts, SavedLayout
+from coe_megatron.checkpoint.metadata import METADATA, CheckpointMetadata, SavedLayout
 
 ROWS, COLUMNS = 4, 2_000
 WEIGHT = "decoder.weight"
@@ -29,8 +29,8 @@ def make_checkpoint(folder: Path, step: int) -> Path:
         lambda key, chunk: torch.full(chunk.sizes, float(step), dtype=entries[key].properties.dtype),
     )
     torch.save({"cpu": torch.get_rng_state()}, checkpoint / "random" / "00000.pt")
-    facts = Facts(SavedLayout(1, 1, 1, 1, 1, 1), 1, {"step": step, "tokens": 10 * step, "tokenizer": "T"})
-    (checkpoint / FACTS).write_text(facts.as_json())
+    facts = CheckpointMetadata(SavedLayout(1, 1, 1, 1, 1, 1), 1, {"step": step, "tokens": 10 * step, "tokenizer": "T"})
+    (checkpoint / METADATA).write_text(facts.as_json())
     seal(checkpoint)
     return checkpoint
 

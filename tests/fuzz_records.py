@@ -84,7 +84,7 @@ def _record() -> dict[str, Any]:
     began, ended = "2026-01-02T03:04:05+00:00", "2026-01-02T03:14:05+00:00"
     attempt = {"outcome": "finished", "began": began, "ended": ended, "host": "a", "command": ["x"], "log": "/a.log"}
     parameters = {"embedding": 512 * 128, "total": 10**6, "active": 10**5}
-    facts = {"ranks": 1, "model": "CoE-2", "unigram_entropy": 5.0, "rolled_back": [{"from_step": 7, "to_step": 4}]}
+    facts = {"ranks": 1, "model": "CoE-2", "unigram_entropy": 5.0, "rollbacks": [{"from_step": 7, "to_step": 4}]}
     return {"attempts": [{**attempt, "outcome": "died"}, attempt], "parameters": parameters, **facts}
 
 

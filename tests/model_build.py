@@ -82,7 +82,7 @@ def make_coe(config: TransformerConfig, **chain: Any) -> CoELayer:
 
 
 def make_layer(config: TransformerConfig, chain: ChainSettings, **spec: Any) -> TransformerLayer:
-    """A whole transformer layer, so that norm, topology and residual are there; `_forward_mlp` is the sub-layer."""
+    """A whole transformer layer, with its norm and its residual; `_forward_mlp` is the sub-layer."""
     return build_module(coe_layer_spec(config, chain, **spec), config=config, layer_number=1)
 
 

@@ -8,14 +8,14 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from model_build import BATCH, SEQUENCE, Named, gradient, parts_of
 
 from coe_megatron.chain.method import ChainOfExperts
-from coe_megatron.chain.settings import ChainSettings, Gating, Residual, Topology
+from coe_megatron.chain.settings import ChainSettings, Gating, NormPlacement, Residual
 
 ITERATIONS = (1, 2, 3, 4)
-CHAINS = list(product(get_args(Gating), get_args(Residual), get_args(Topology)))
+CHAINS = list(product(get_args(Gating), get_args(Residual), get_args(NormPlacement)))
 VARIANTS: dict[str, dict[str, Any]] = {
     "scaled": {"increment_scale": 0.5, "residual": "init"},
     "learned scale": {"learned_scale": True, "increment_scale": 0.1},
-    "learned scale, outer, norms": {"learned_scale": True, "residual": "outer", "topology": "iteration_norm"},
+    "learned scale, outer, norms": {"learned_scale": True, "residual": "outer", "norm_placement": "iteration_norm"},
     "conditioned": {"conditioned": True},
     "conditioned, shared router, outer": {"conditioned": True, "gating": "shared_router", "residual": "outer"},
     "conditioned, learned scale": {"conditioned": True, "learned_scale": True, "gating": "fixed", "residual": "init"},
@@ -28,15 +28,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "no return": {"no_return": True, "residual": "init"},
     "no return, one router": {"no_return": True, "gating": "shared_router", "shared_once": True},
-    "joint": {"balance": "joint"},
-    "joint, one router, no return": {"balance": "joint", "gating": "shared_router", "no_return": True},
-    "learned scale, reference, fixed": {"learned_scale": True, "topology": "reference", "gating": "fixed"},
+    "joint": {"aux_loss_reduction": "joint"},
+    "joint, one router, no return": {"aux_loss_reduction": "joint", "gating": "shared_router", "no_return": True},
+    "learned scale, reference, fixed": {"learned_scale": True, "norm_placement": "reference", "gating": "fixed"},
 }
 
 
 def chain_of(combination: tuple[str, str, str], iterations: int, balance: str = "sum") -> ChainSettings:
-    gating, residual, topology = combination
-    return ChainSettings(iterations, gating, residual, topology, balance)
+    gating, residual, norm_placement = combination
+    return ChainSettings(iterations, gating, residual, norm_placement, balance)
 
 
 def make_batch(hidden: int, batch: int = BATCH, seed: int = 3) -> tuple[torch.Tensor, torch.Tensor]:

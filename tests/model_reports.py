@@ -51,7 +51,7 @@ def _followed(
     finally:
         del oracle._experts
     h_TD = h_BSD.flatten(0, 1)
-    states = [h_TD if oracle.chain.topology == "iteration_norm" else oracle._norm(h_TD, 0)]
+    states = [h_TD if oracle.chain.norm_placement == "iteration_norm" else oracle._norm(h_TD, 0)]
     for increment in increments:
         states.append(increment + {"inner": states[-1], "init": states[0], "outer": 0.0}[oracle.chain.residual])
     return result, ~padding_BS.flatten(), increments, states

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from coe_megatron.model.recompute import Route
+from coe_megatron.model.recompute import RoutingRecord
 from coe_megatron.training.memory_meter import LiveBytes
 
 
@@ -30,7 +30,7 @@ def kept_bytes(model: torch.nn.Module, forward: Callable[[], torch.Tensor]) -> i
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
         out = forward()
     tensors = [kept.tensor for ref in alive if (kept := ref()) is not None]
-    for route in (found for found in gc.get_objects() if type(found) is Route):
+    for route in (found for found in gc.get_objects() if type(found) is RoutingRecord):
         tensors += [tensor for tensor in (route.experts_TK, route.kept_TN) if tensor is not None]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     for parameter in model.parameters():

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from programs import python
 
-from coe_megatron.distributed.environment import Ranks, rank_of, whole_number
+from coe_megatron.distributed.environment import DistributedEnv, rank_of, whole_number
 from coe_megatron.errors import ConfigError
 
 PAIR = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
@@ -19,27 +19,27 @@ TORCHRUN = {
 
 def test_nothing_set_is_one_process() -> None:
     for environment in ({}, {"LOCAL_RANK": "0", "MASTER_ADDR": "n1"}, {"CUDA_VISIBLE_DEVICES": ""}):
-        assert Ranks.from_environment(environment) == Ranks()
-    assert Ranks.from_environment({"RANK": "0", "WORLD_SIZE": "1"}) == Ranks()
+        assert DistributedEnv.from_environment(environment) == DistributedEnv()
+    assert DistributedEnv.from_environment({"RANK": "0", "WORLD_SIZE": "1"}) == DistributedEnv()
 
 
 def test_what_torchrun_sets_is_read() -> None:
     logs = "/logs/ranks/node-0/1"
-    found = Ranks.from_environment({**TORCHRUN, "TORCHELASTIC_ERROR_FILE": f"{logs}/error.json"})
+    found = DistributedEnv.from_environment({**TORCHRUN, "TORCHELASTIC_ERROR_FILE": f"{logs}/error.json"})
     assert (found.rank, found.world_size, found.local_rank, found.node) == (5, 8, 1, 1)
     assert (found.address, found.port, found.served, found.one_host, found.launched) == ("n1", 1, True, False, True)
     assert (found.logs, found.meeting, found.patience) == (Path(logs), "", 600)
     one_node = {"GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "8", "LOCAL_RANK": "5"}
-    found = Ranks.from_environment({**TORCHRUN, **one_node, "TORCHELASTIC_RESTART_COUNT": "3"})
+    found = DistributedEnv.from_environment({**TORCHRUN, **one_node, "TORCHELASTIC_RESTART_COUNT": "3"})
     assert (found.meeting, found.one_host) == ("start 3", True)
 
 
 def test_what_is_set_by_hand_has_less_patience_unless_it_says_more() -> None:
-    found = Ranks.from_environment(PAIR)
+    found = DistributedEnv.from_environment(PAIR)
     assert (found.address, found.port, found.patience, found.launched) == ("localhost", 29500, 60, False)
     assert found.one_host  # whoever can connect there is on this host
-    assert Ranks.from_environment({**PAIR, "COE_MEET_SECONDS": "7"}).patience == 7
-    assert not Ranks.from_environment({**PAIR, "MASTER_ADDR": "localhost.example.org"}).one_host
+    assert DistributedEnv.from_environment({**PAIR, "COE_MEET_SECONDS": "7"}).patience == 7
+    assert not DistributedEnv.from_environment({**PAIR, "MASTER_ADDR": "localhost.example.org"}).one_host
 
 
 NUMBERS = [
@@ -67,7 +67,7 @@ COUNTED = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK",
 def test_what_is_no_number_is_named(name: str, value: str) -> None:
     for environment in (TORCHRUN, {}):
         with pytest.raises(ConfigError, match=rf"^{name} is .*: it must be a (whole )?number ") as raised:
-            Ranks.from_environment({**environment, name: value})
+            DistributedEnv.from_environment({**environment, name: value})
         assert str(raised.value).isprintable() and len(str(raised.value)) < 200
 
 
@@ -105,14 +105,14 @@ def test_what_is_no_number_is_named(name: str, value: str) -> None:
 def test_a_contradiction_names_the_variable(changed: dict[str, str | None], says: str) -> None:
     environment = {name: value for name, value in {**TORCHRUN, **changed}.items() if value is not None}
     with pytest.raises(ConfigError, match=re.escape(says)):
-        Ranks.from_environment(environment)
+        DistributedEnv.from_environment(environment)
 
 
 @pytest.mark.parametrize(
     "devices", ["0", "0,1", "0, 1", "-1", "GPU-8932f937-d72c-4106", "MIG-GPU-89/1/2", "NoDevFiles"]
 )
 def test_devices_as_cuda_and_schedulers_name_them(devices: str) -> None:
-    assert Ranks.from_environment({"CUDA_VISIBLE_DEVICES": devices}) == Ranks()
+    assert DistributedEnv.from_environment({"CUDA_VISIBLE_DEVICES": devices}) == DistributedEnv()
 
 
 def test_the_rank_that_may_speak() -> None:
@@ -131,6 +131,6 @@ def test_a_file_for_errors_that_cannot_be_is_named(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     alone = {"RANK": "0", "WORLD_SIZE": "1"}
     with pytest.raises(ConfigError, match=r"^TORCHELASTIC_ERROR_FILE is '.*: it must be the path of a file"):
-        Ranks.from_environment({**alone, "TORCHELASTIC_ERROR_FILE": str(tmp_path / "loop" / "error.json")})
-    found = Ranks.from_environment({**alone, "TORCHELASTIC_ERROR_FILE": "/error.json"})
+        DistributedEnv.from_environment({**alone, "TORCHELASTIC_ERROR_FILE": str(tmp_path / "loop" / "error.json")})
+    found = DistributedEnv.from_environment({**alone, "TORCHELASTIC_ERROR_FILE": "/error.json"})
     assert found.logs == Path("/")

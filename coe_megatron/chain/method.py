@@ -8,7 +8,7 @@ This is what the fast implementations are tested against, and the place to read 
     Δ = Σ_t F_t (inner) or F_C(x(C-1)) (init, outer)  what the chain adds to its input
     h' = h + Δ (prenorm) or u + Δ (reference)         what leaves the sub-layer
 
-In the topology `iteration_norm` x(0) = h, F_t acts on norm_t(x(t-1)), and h' = h + Δ.
+With the norm placement `iteration_norm` x(0) = h, F_t acts on norm_t(x(t-1)), and h' = h + Δ.
 
 Variants (all off by default, see ChainSettings):
 
@@ -162,7 +162,7 @@ def route(
     weight_ND: Tensor,
     settings: RouterSettings,
     bias_N: Tensor | None = None,
-    barred_TN: Tensor | None = None,
+    masked_TN: Tensor | None = None,
 ) -> Routing:
     """Eq. 7: score the experts for each token, choose K, and weigh them.
 
@@ -171,12 +171,12 @@ def route(
         weight_ND: W_t.
         settings: how to score, choose and weigh.
         bias_N: added to the scores for the choice alone.
-        barred_TN: bool, where a token must not go: as if the expert were not there; None for nowhere.
+        masked_TN: bool, where a token must not go: as if the expert were not there; None for nowhere.
     """
     wide = torch.promote_types(x_TD.dtype, torch.float32)
     logits_TN = functional.linear(x_TD.to(wide), weight_ND.to(wide))
-    if barred_TN is not None:
-        logits_TN = logits_TN.masked_fill(barred_TN, -math.inf)
+    if masked_TN is not None:
+        logits_TN = logits_TN.masked_fill(masked_TN, -math.inf)
     scores_TN = scores(logits_TN, settings.score_function)
     # To renormalise, Megatron-Core takes the softmax after the choice; a group is then worth its logits.
     after_choice = settings.score_function == "softmax" and settings.renormalise
@@ -185,8 +185,8 @@ def route(
         ranking_TN = ranking_TN + bias_N
     if settings.group_topk is not None:
         ranking_TN = within_best_groups(ranking_TN, settings)
-    if barred_TN is not None:  # a bias lifts scores of 0
-        ranking_TN = ranking_TN.masked_fill(barred_TN, -math.inf)
+    if masked_TN is not None:  # a bias lifts scores of 0
+        ranking_TN = ranking_TN.masked_fill(masked_TN, -math.inf)
     chosen_TN = top_experts(ranking_TN, settings.topk)
     return Routing(gate_weights(scores_TN, chosen_TN, settings), chosen_TN, logits_TN, scores_TN)
 
@@ -320,7 +320,7 @@ class ChainOfExperts(nn.Module):
             is shared, since each iteration has a load of its own.
         w1, w2: the N routed experts, [N, 2F or F, D] and [N, D, F].
         shared_w1, shared_w2: the shared experts as one of width M·F, oriented alike without N, or None.
-        norm_gains: [D] each; C of them in the topology `iteration_norm`, else 1.
+        norm_gains: [D] each; C of them with `iteration_norm`, else 1.
         increment_gains: a_t, [D] each; C of them with `learned_scale`, else none.
         state_gains: c_t, [D] each; C of them with `conditioned`, else none.
 
@@ -353,7 +353,7 @@ class ChainOfExperts(nn.Module):
         self.router, self.chain, self.activation, self.norm_eps = router, chain, activation, norm_eps
         self.num_routings = 1 if chain.gating == "fixed" else chain.iterations
         routers = chain.iterations if chain.gating == "independent" else 1
-        norms = chain.iterations if chain.topology == "iteration_norm" else 1
+        norms = chain.iterations if chain.norm_placement == "iteration_norm" else 1
         n, halves = router.num_experts, 2 if activation == "swiglu" else 1
         self.router_weights = nn.ParameterList(torch.empty(n, hidden) for _ in range(routers))
         self.norm_gains = nn.ParameterList(torch.empty(hidden) for _ in range(norms))
@@ -400,7 +400,7 @@ class ChainOfExperts(nn.Module):
         if padding_mask_BS is not None:
             valid_BS = ~padding_mask_BS.bool()
         h_TD = h_BSD.flatten(0, 1)
-        x_TD = start_TD = h_TD if self.chain.topology == "iteration_norm" else self._norm(h_TD, 0)
+        x_TD = start_TD = h_TD if self.chain.norm_placement == "iteration_norm" else self._norm(h_TD, 0)
         delta_TD, routings = torch.zeros_like(h_TD), list[Routing]()
         for t in range(self.chain.iterations):
             n_TD = self._seen(x_TD, t)
@@ -410,7 +410,7 @@ class ChainOfExperts(nn.Module):
             delta_TD = delta_TD + f_TD if self.chain.residual == "inner" else f_TD
             residual_TD = {"inner": x_TD, "init": start_TD, "outer": torch.zeros_like(x_TD)}[self.chain.residual]
             x_TD = f_TD + residual_TD
-        base_TD = start_TD if self.chain.topology == "reference" else h_TD
+        base_TD = start_TD if self.chain.norm_placement == "reference" else h_TD
         stream_BSD = (base_TD + delta_TD).view_as(h_BSD)
         return ChainOutput(stream_BSD, self._losses(routings, valid_BS), routings, valid_BS)
 
@@ -439,7 +439,7 @@ class ChainOfExperts(nn.Module):
 
     def _seen(self, x_TD: Tensor, t: int) -> Tensor:
         """What router and experts of iteration t see of the state: x, norm_t(x), or c_t ⊙ x."""
-        if self.chain.topology == "iteration_norm":
+        if self.chain.norm_placement == "iteration_norm":
             return self._norm(x_TD, t)
         return self.state_gains[t] * x_TD if self.chain.conditioned else x_TD
 
@@ -456,9 +456,9 @@ class ChainOfExperts(nn.Module):
 
         With `joint` balance the last one has the auxiliary losses of all, taken over their summed load.
         """
-        scale = 1.0 if self.chain.balance == "sum" else 1.0 / self.num_routings
+        scale = 1.0 if self.chain.aux_loss_reduction == "sum" else 1.0 / self.num_routings
         fresh, reused = routings[: self.num_routings], routings[self.num_routings :]
-        if self.chain.balance == "joint":
+        if self.chain.aux_loss_reduction == "joint":
             alone, together = replace(self.router, seq_aux_coeff=0.0, aux_coeff=0.0), replace(self.router, z_coeff=0.0)
             charged = [router_losses(routing, alone, valid_BS, scale) for routing in fresh]
             whole, whole_valid_BS = in_a_row(fresh, valid_BS)

@@ -6,28 +6,29 @@ from typing import Literal, get_args, get_origin
 
 Gating = Literal["independent", "shared_router", "fixed"]
 Residual = Literal["inner", "outer", "init"]
-Topology = Literal["prenorm", "reference", "iteration_norm"]
-Balance = Literal["sum", "mean", "joint"]
+NormPlacement = Literal["prenorm", "reference", "iteration_norm"]
+Recompute = Literal["none", "experts", "iteration", "layer"]
+AuxLossReduction = Literal["sum", "mean", "joint"]
 
 
 @dataclass(frozen=True)
 class ChainSettings:
     """Settings of the chain; everything else about the layer (N, K, sizes) belongs to the layer itself.
 
-    Everything after `balance` is a variant that the paper does not have; the defaults leave the chain as it is.
+    What comes after `aux_loss_reduction` are variants that the paper does not have; by default they are off.
 
     Attributes:
         iterations: C, how often tokens pass through the layer's experts; C = 1 is a mixture of experts.
         gating: which router drives iteration t: `independent` W_t each, `shared_router` one W applied afresh, `fixed`
             the experts and weights of iteration 1 (paper eq. 8).
         residual: r(t): `inner` x(t-1), `init` x(0) (eq. 10), `outer` none inside and the input once at the end (eq. 9).
-        topology: what leaves the sub-layer: `prenorm` h + Δ, `reference` u + Δ as in the authors' code,
+        norm_placement: what leaves the sub-layer: `prenorm` h + Δ, `reference` u + Δ as in the authors' code,
             `iteration_norm` every iteration a pre-norm sub-layer with a norm gain of its own.
-        balance: how the coefficients of auxiliary and z-losses scale with C: `sum` gives each iteration the full
-            coefficient (the authors' code), `mean` gives each 1/C of it. `joint` has one auxiliary loss N Σ_i f_i P_i
-            with the full coefficient, of the summed load: f_i is the share of expert i in all C·S·K choices of a
-            sequence, P_i its mean score over all C·S, so that an expert used twice counts twice; it is noted at the
-            last iteration, and the z-losses get 1/C each. The three are one at C = 1.
+        aux_loss_reduction: how the coefficients of auxiliary and z-losses scale with C: `sum` gives each iteration
+            the full coefficient (the authors' code), `mean` gives each 1/C of it. `joint` has one auxiliary loss
+            N Σ_i f_i P_i with the full coefficient, of the summed load: f_i is the share of expert i in all C·S·K
+            choices of a sequence, P_i its mean score over all C·S, so that an expert used twice counts twice; it is
+            noted at the last iteration, and the z-losses get 1/C each. The three are one at C = 1.
         increment_scale: s in x(t) = s F_t(x(t-1)) + r(t), a constant of every increment, such as 0.707 for C = 2.
         learned_scale: x(t) = a_t ⊙ F_t(x(t-1)) + r(t) with a learned gain a_t [D] for each iteration, which starts at
             `increment_scale`, here also at 0 (as in ReZero, arXiv 2003.04887, and LayerScale, arXiv 2103.17239).
@@ -53,8 +54,8 @@ class ChainSettings:
     iterations: int = 2
     gating: Gating = "independent"
     residual: Residual = "inner"
-    topology: Topology = "prenorm"
-    balance: Balance = "sum"
+    norm_placement: NormPlacement = "prenorm"
+    aux_loss_reduction: AuxLossReduction = "sum"
     increment_scale: float = 1.0
     learned_scale: bool = False
     conditioned: bool = False
@@ -84,9 +85,10 @@ class ChainSettings:
             )
         if self.routers_apart and self.gating != "independent":
             raise ValueError(f"chain.routers_apart is true: chain.gating must be independent, not {self.gating}")
-        if self.conditioned and self.topology == "iteration_norm":
+        if self.conditioned and self.norm_placement == "iteration_norm":
             raise ValueError(
-                "chain.conditioned is true: with chain.topology iteration_norm, whose norms have gains, leave it false"
+                "chain.conditioned is true: with chain.norm_placement iteration_norm, whose norms have gains, "
+                "leave it false"
             )
 
         if self.layers is not None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-from coe_megatron.distributed.collectives import Group, am_first
+from coe_megatron.distributed.collectives import Group, is_rank0
 
 
 class Background:
@@ -45,5 +45,5 @@ class Background:
             work(self._group)
         except BaseException as error:  # torch's CheckpointException is no Exception
             self._error = error
-            if am_first():  # whoever waits learns it too, but that may be much later
+            if is_rank0():  # whoever waits learns it too, but that may be much later
                 print(error, file=sys.stderr, flush=True)

@@ -11,7 +11,7 @@ from collections.abc import Container
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from coe_megatron.distributed.collectives import Group, from_first, gathered, share, together
+from coe_megatron.distributed.collectives import Group, all_gather, run_on_all, run_on_rank0, shard
 from coe_megatron.errors import ConfigError
 from coe_megatron.files import read_limited
 from coe_megatron.parsing import parse_json
@@ -25,21 +25,21 @@ Entry: TypeAlias = dict[str, Any]  # "bytes" and "sha256" of a file
 
 def seal(folder: Path, group: Group = None) -> None:
     """Write the list of a folder's files into it; collective, after all ranks have written theirs."""
-    files = from_first(lambda: _files(folder), group)
+    files = run_on_rank0(lambda: _files(folder), group)
     own: list[tuple[str, Entry]] = []
-    together(lambda: own.extend((name, _describe(folder / name)) for name in share(files)), group)
-    entries = dict(sorted(gathered(own, group)))
-    together(lambda: write_text(folder / SEAL, _sealed(entries)), group, first_alone=True)
+    run_on_all(lambda: own.extend((name, _describe(folder / name)) for name in shard(files)), group)
+    entries = dict(sorted(all_gather(own, group)))
+    run_on_all(lambda: write_text(folder / SEAL, _sealed(entries)), group, first_alone=True)
 
 
 def problem(folder: Path) -> str | None:
     """What is wrong with a checkpoint, None if it is whole; collective, the same answer on all ranks."""
     try:
-        files = from_first(lambda: listed(folder))
+        files = run_on_rank0(lambda: listed(folder))
     except ConfigError as error:
         return str(error)
-    found = [_difference(folder / name, name, files[name]) for name in share(sorted(files))]
-    return next((difference for difference in gathered(found) if difference), None)
+    found = [_difference(folder / name, name, files[name]) for name in shard(sorted(files))]
+    return next((difference for difference in all_gather(found) if difference), None)
 
 
 def listed(folder: Path) -> dict[str, Entry]:

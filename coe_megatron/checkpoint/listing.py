@@ -8,12 +8,12 @@ from pathlib import Path
 
 from coe_megatron.checkpoint import names
 from coe_megatron.checkpoint.integrity import SEAL, problem
-from coe_megatron.checkpoint.metadata import FACTS, Facts
+from coe_megatron.checkpoint.metadata import METADATA, CheckpointMetadata
 from coe_megatron.checkpoint.names import name_of as name_of
 from coe_megatron.checkpoint.storage import Reader
 from coe_megatron.checkpoint.tensor_index import Listed
 from coe_megatron.checkpoint.torch_file_check import generators_problem, saved_problem
-from coe_megatron.distributed.collectives import am_first, from_first, gathered, share
+from coe_megatron.distributed.collectives import all_gather, is_rank0, run_on_rank0, shard
 from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.files import kind_of, remove, require_folder, to_disk
 
@@ -56,7 +56,7 @@ def steps_beyond(folder: Path, step: int) -> set[int]:
 
     Collective, as all here that asks the disk for all ranks.
     """
-    listed = from_first(lambda: newest_first(folder))
+    listed = run_on_rank0(lambda: newest_first(folder))
     return {step_of(found) for found in listed if finished(found) and step_of(found) > step}
 
 
@@ -89,23 +89,23 @@ def trouble(checkpoint: Path) -> str | None:
 def _foreign(checkpoint: Path) -> str | None:
     """What in the files is not as we write it."""
     try:
-        states = from_first(lambda: _require_files(checkpoint))
-        reader = Reader(checkpoint / "tensors", from_first(lambda: Listed.read(checkpoint / "tensors")))
+        states = run_on_rank0(lambda: _require_files(checkpoint))
+        reader = Reader(checkpoint / "tensors", run_on_rank0(lambda: Listed.read(checkpoint / "tensors")))
     except ConfigError as error:
         return str(error)
-    found = (reader.problem(*part) for part in share(reader.parts()))
-    also = (generators_problem(path) for path in share(states))
-    return next(iter(gathered(list(islice(filter(None, chain(found, also)), 1)))), None)
+    found = (reader.problem(*part) for part in shard(reader.parts()))
+    also = (generators_problem(path) for path in shard(states))
+    return next(iter(all_gather(list(islice(filter(None, chain(found, also)), 1)))), None)
 
 
 def _require_files(checkpoint: Path) -> list[Path]:
     """Look at what there is besides tensors; returns the files of generators' states. On one rank."""
-    facts, common = Facts.read(checkpoint), checkpoint / "tensors" / "common.pt"
+    facts, common = CheckpointMetadata.read(checkpoint), checkpoint / "tensors" / "common.pt"
     states = sorted((checkpoint / "random").glob("*"))
     if facts.optimizer_steps is not None:
         ranks = facts.layout.ranks
         if len(states) != ranks:
-            raise ConfigError(f"random has {len(states):,} files, and {FACTS} tells of {ranks:,} ranks")
+            raise ConfigError(f"random has {len(states):,} files, and {METADATA} tells of {ranks:,} ranks")
         if missing := {random_file(checkpoint, rank) for rank in range(ranks)} - {*states}:
             raise ConfigError(f"random/{min(missing).name} is missing")
     if os.path.lexists(common) and (found := saved_problem(common, lambda saved: saved == {})):
@@ -126,7 +126,7 @@ def newest_whole(folder: Path, up_to: int | None = None) -> Path | None:
         ConfigError: there are finished checkpoints, and none is whole.
     """
     damaged = []
-    for checkpoint in from_first(lambda: newest_first(folder)):
+    for checkpoint in run_on_rank0(lambda: newest_first(folder)):
         if up_to is not None and step_of(checkpoint) > up_to:
             continue
         found = trouble(checkpoint)
@@ -134,7 +134,7 @@ def newest_whole(folder: Path, up_to: int | None = None) -> Path | None:
             return checkpoint
         if finished(checkpoint):
             damaged.append(f"{checkpoint.name}: {found}")
-        if am_first():
+        if is_rank0():
             print(one_line(f"checkpoint {checkpoint} is skipped: {found}"), file=sys.stderr)
     if damaged:
         raise ConfigError(f"no checkpoint in {folder} is whole, the newest is {damaged[0]}")
@@ -147,11 +147,11 @@ def find(source: Path) -> Path:
     Raises:
         ConfigError: it is not whole, or there is none.
     """
-    if from_first(lambda: is_checkpoint(source)):
+    if run_on_rank0(lambda: is_checkpoint(source)):
         if found := trouble(source):
             raise ConfigError(f"checkpoint {source} is not whole: {found}")
         return source
-    newest = newest_whole(from_first(lambda: checkpoints_of(source)))
+    newest = newest_whole(run_on_rank0(lambda: checkpoints_of(source)))
     if newest is None:
         raise ConfigError(f"{source} holds no checkpoint: name one, or the folder of a run that saved one")
     return newest

@@ -12,7 +12,7 @@ from coe_megatron.checkpoint import save_load as store
 from coe_megatron.checkpoint.background import Background
 from coe_megatron.config import RunConfig
 from coe_megatron.data.run_data import RunData
-from coe_megatron.distributed.collectives import am_first, from_first, shared, together
+from coe_megatron.distributed.collectives import broadcast, is_rank0, run_on_all, run_on_rank0
 from coe_megatron.errors import ConfigError
 from coe_megatron.run import disk_space as room
 from coe_megatron.run import folder as run_folder
@@ -23,29 +23,29 @@ _ANOTHER = {"tokenizer": "another tokenizer", "text": "another text (or order or
 
 
 @dataclass
-class Position:
+class TrainState:
     """Where a run stands: what a checkpoint has to hold beside weights, optimizer states and random states.
 
     Attributes:
         step: steps done, with those that were left out.
         tokens: counted in these steps.
-        left_out: how many of these steps changed nothing.
-        in_a_row: the losses of those among them that no other step has followed yet; None where it was not finite.
+        skipped_steps: how many of these steps changed nothing.
+        consecutive_skips: the losses of the most recent steps if they were skipped; None where not finite.
         losses: of the newest steps that were taken.
-        passed_over: by how many steps the data are ahead, for rolling back went past them.
-        rolled_back: what the policy (`recovery`) did so far, an object each time.
+        data_offset: by how many steps the data are ahead, for rolling back went past them.
+        rollbacks: what the policy (`recovery`) did so far, an object each time.
     """
 
     step: int = 0
     tokens: int = 0
-    left_out: int = 0
-    in_a_row: list[float | None] = field(default_factory=list)
+    skipped_steps: int = 0
+    consecutive_skips: list[float | None] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
-    passed_over: int = 0
-    rolled_back: list[dict[str, Any]] = field(default_factory=list)
+    data_offset: int = 0
+    rollbacks: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, state: dict[str, Any]) -> "Position":
+    def of(cls, state: dict[str, Any]) -> "TrainState":
         """What a checkpoint holds of it (`checkpoint.facts` has looked at the types).
 
         Raises:
@@ -56,7 +56,7 @@ class Position:
         return cls(**{each.name: state[each.name] for each in fields(cls)})
 
 
-class Checkpoints:
+class CheckpointManager:
     """The checkpoints of one run. Each remembers the tokenizer and the training text, wherever these lie.
 
     As a context it ends, by an error too, when no checkpoint is being written any more; an interruption is not kept
@@ -79,7 +79,7 @@ class Checkpoints:
         self._tokenizer_size = data.tokenizer_size
         self._identity: dict[str, Any] = {"tokenizer": data.tokenizer_sha256, "text": data.text_identity}
 
-    def take_up(self) -> tuple[Position, str]:
+    def resume(self) -> tuple[TrainState, str]:
         """Go on from the newest whole checkpoint; where there is none begin, with another run's weights if asked.
 
         Returns:
@@ -88,19 +88,19 @@ class Checkpoints:
         Raises:
             ValueError: a checkpoint is of another config, model, tokenizer or text, or beyond `training.steps`.
         """
-        remark = from_first(self._same_run)
+        remark = run_on_rank0(self._same_run)
         state = store.load_latest(self._folder, self._engine)
         if state is not None:
-            position = Position.of(state)
+            position = TrainState.of(state)
             self._require_same(state, ("tokenizer", "text"), f"the checkpoints in {self._run}")
             self._require_steps(position.step)
             self._damaged = listing.steps_beyond(self._folder, position.step)
             return position, self._resumed(position.step, remark)
         if self._config.training.warm_start is not None:
-            return Position(), self._warm_start(Path(self._config.training.warm_start))
-        return Position(), ""
+            return TrainState(), self._warm_start(Path(self._config.training.warm_start))
+        return TrainState(), ""
 
-    def take_up_before(self, step: int, now: int) -> Position | None:
+    def resume_before(self, step: int, now: int) -> TrainState | None:
         """Go back to the newest whole checkpoint of `step` or an earlier one; those from there to `now` are deleted.
 
         Raises:
@@ -108,17 +108,17 @@ class Checkpoints:
         """
         self._owed, self._mended = False, ""
         if self._background is not None:
-            with suppress(store.NotSaved):  # it was said, and no other step will have to be repeated for it
+            with suppress(store.CheckpointNotSaved):  # it was said, and no other step will have to be repeated for it
                 self._background.wait()
         checkpoint = listing.newest_whole(self._folder, up_to=step)
         if checkpoint is None:
             return None
-        together(lambda: listing.delete_between(self._folder, step + 1, now), None, first_alone=True)
-        position = Position.of(store.load(checkpoint, self._engine))
+        run_on_all(lambda: listing.delete_between(self._folder, step + 1, now), None, first_alone=True)
+        position = TrainState.of(store.load(checkpoint, self._engine))
         self._damaged = listing.steps_beyond(self._folder, position.step)
         return position
 
-    def __enter__(self) -> "Checkpoints":
+    def __enter__(self) -> "CheckpointManager":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _error: object, _trace: TracebackType | None) -> None:
@@ -126,11 +126,11 @@ class Checkpoints:
             return
         try:
             self._background.wait()
-        except store.NotSaved:
+        except store.CheckpointNotSaved:
             if kind is None:  # otherwise the error that is under way is the one to tell
                 raise
 
-    def after_step(self, position: Position, due: bool, logged: bool, last: bool) -> str:
+    def after_step(self, position: TrainState, due: bool, logged: bool, last: bool) -> str:
         """Save the run as it stands where that is due, or still owed; all ranks together.
 
         A save that fails is not the end: it is owed, and tried again after every logged step until one is written.
@@ -145,7 +145,7 @@ class Checkpoints:
             On rank 0 a line for the user, or several, or nothing.
 
         Raises:
-            NotSaved: the last one could not be written.
+            CheckpointNotSaved: the last one could not be written.
         """
         said = [self._look_behind(wait=due or last)] if due or logged else []
         if due or (logged and self._owed):
@@ -161,23 +161,23 @@ class Checkpoints:
 
     def _look_behind(self, wait: bool) -> str:
         """What became of the checkpoint that is being written in the background."""
-        if self._background is None or not (wait or shared(self._background.is_done())):
+        if self._background is None or not (wait or broadcast(self._background.is_done())):
             return ""
         try:
             self._background.wait()
-        except store.NotSaved as error:
+        except store.CheckpointNotSaved as error:
             return self._failed(error)
         said, self._mended = self._mended, ""
         return said
 
-    def _try(self, position: Position, due: bool, last: bool) -> str:
-        if not last and (reason := shared(self._why_not() if am_first() else "")):
+    def _try(self, position: TrainState, due: bool, last: bool) -> str:
+        if not last and (reason := broadcast(self._why_not() if is_rank0() else "")):
             self._owed = True
             return self._trouble(f"the checkpoint of step {position.step} is not saved: {reason}") if due else ""
         self._began = time.monotonic()
         try:
             self._save(position, last)
-        except store.NotSaved as error:
+        except store.CheckpointNotSaved as error:
             if last:
                 raise
             return self._failed(error)
@@ -187,12 +187,12 @@ class Checkpoints:
             self._mended, said = said, ""
         return said
 
-    def _failed(self, error: store.NotSaved) -> str:
+    def _failed(self, error: store.CheckpointNotSaved) -> str:
         now = time.monotonic()
         self._owed, self._mended, self._not_before = True, "", now + _PATIENCE * (now - self._began)
         return self._trouble(error)
 
-    def _save(self, position: Position, last: bool) -> None:
+    def _save(self, position: TrainState, last: bool) -> None:
         training, state = self._config.training, {**asdict(position), **self._identity}
         self._damaged.discard(position.step)  # it makes room for this one
         spared = {*training.milestones, *self._damaged}
@@ -209,7 +209,7 @@ class Checkpoints:
 
     def _look_ahead(self) -> str:
         """On rank 0: a warning, once, when there will not be room for the next checkpoint."""
-        if not am_first() or (self._background is not None and not self._background.is_done()):
+        if not is_rank0() or (self._background is not None and not self._background.is_done()):
             return ""
         trouble = room.trouble(self._run, self._size)
         said = f"the next checkpoint will not be saved unless this is mended: {trouble}"
@@ -217,7 +217,7 @@ class Checkpoints:
         return said if trouble else ""
 
     def _trouble(self, what: object) -> str:
-        if not am_first():
+        if not is_rank0():
             return ""
         listed: list[Path] = []
         with suppress(ConfigError):  # the folder cannot be read

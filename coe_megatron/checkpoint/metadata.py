@@ -11,7 +11,7 @@ from coe_megatron.errors import ConfigError
 from coe_megatron.files import read_limited
 from coe_megatron.parsing import parse_json
 
-FACTS = "state.json"
+METADATA = "state.json"
 _MOST_BYTES = 1 << 20
 Count: TypeAlias = Annotated[int, Field(strict=True, ge=0, le=2**53)]
 _Size: TypeAlias = Annotated[int, Field(strict=True, ge=1, le=2**31)]
@@ -21,15 +21,15 @@ _Loss: TypeAlias = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 @dataclass(frozen=True)
 class _State:
-    """Types of what is known of the training loop's words: `training.continuation.Position`, and the tokenizer."""
+    """Types of what is known of the training loop's words: `training.continuation.TrainState`, and the tokenizer."""
 
     step: Count = 0
     tokens: Count = 0
-    left_out: Count = 0
-    in_a_row: list[_Loss | None] = field(default_factory=list)
+    skipped_steps: Count = 0
+    consecutive_skips: list[_Loss | None] = field(default_factory=list)
     losses: list[_Loss] = field(default_factory=list)
-    passed_over: Count = 0
-    rolled_back: list[dict[_Text, Any]] = field(default_factory=list)
+    data_offset: Count = 0
+    rollbacks: list[dict[_Text, Any]] = field(default_factory=list)
     tokenizer: _Text = ""
 
 
@@ -52,7 +52,7 @@ class SavedLayout:
 
 
 @dataclass(frozen=True)
-class Facts:
+class CheckpointMetadata:
     """All of it.
 
     Attributes:
@@ -69,13 +69,13 @@ class Facts:
     made_of: list[_Text] | None = None
 
     @classmethod
-    def read(cls, checkpoint: Path) -> "Facts":
+    def read(cls, checkpoint: Path) -> "CheckpointMetadata":
         """Of a checkpoint.
 
         Raises:
             ConfigError: they cannot be read, or are of another shape.
         """
-        content = read_limited(checkpoint / FACTS, FACTS, _MOST_BYTES)
+        content = read_limited(checkpoint / METADATA, METADATA, _MOST_BYTES)
         try:
             found = _FACTS.validate_python(parse_json(content))
             _STATE.validate_python(found.state)
@@ -83,9 +83,9 @@ class Facts:
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False, include_context=False)[0]
             place, wanted = ".".join(map(str, first["loc"]))[:100], first["msg"].lower().partition(" or an instance")[0]
-            raise ConfigError(f"{FACTS} is of another shape: {place or 'all of it'}: {wanted}") from None
+            raise ConfigError(f"{METADATA} is of another shape: {place or 'all of it'}: {wanted}") from None
         except ValueError as error:
-            raise ConfigError(f"{FACTS} cannot be read: {error}") from None
+            raise ConfigError(f"{METADATA} cannot be read: {error}") from None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -100,4 +100,4 @@ class Facts:
         return json.dumps(self.as_dict(), indent=1, allow_nan=False)
 
 
-_FACTS, _STATE = TypeAdapter(Facts), TypeAdapter(_State)
+_FACTS, _STATE = TypeAdapter(CheckpointMetadata), TypeAdapter(_State)

@@ -30,16 +30,16 @@ from torch.distributed.checkpoint.api import CheckpointException
 from coe_megatron.checkpoint import listing, sharding
 from coe_megatron.checkpoint.background import Background
 from coe_megatron.checkpoint.integrity import SEAL, seal, write_bytes, write_text
-from coe_megatron.checkpoint.metadata import FACTS, Facts, SavedLayout
+from coe_megatron.checkpoint.metadata import METADATA, CheckpointMetadata, SavedLayout
 from coe_megatron.checkpoint.storage import cause_of
-from coe_megatron.distributed.collectives import Group, am_first, from_first, together
+from coe_megatron.distributed.collectives import Group, is_rank0, run_on_all, run_on_rank0
 from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.files import remove
 from coe_megatron.zero import optimizer_states
 from coe_megatron.zero.engine import Engine
 
 
-class NotSaved(Exception):
+class CheckpointNotSaved(Exception):
     """A checkpoint could not be written, on one rank at least; those before it are as they were."""
 
 
@@ -68,7 +68,7 @@ def save(
         The checkpoint's folder. One of the same step is replaced.
 
     Raises:
-        NotSaved: on all ranks; by `background` the next time it is waited for.
+        CheckpointNotSaved: on all ranks; by `background` the next time it is waited for.
     """
     final = folder / listing.name_of(step)
     if background is not None:
@@ -77,7 +77,7 @@ def save(
 
     def write(group: Group = None) -> None:
         _write(snapshot, final, group)
-        together(lambda: _prune(folder, step, keep, milestones), group, first_alone=True)
+        run_on_all(lambda: _prune(folder, step, keep, milestones), group, first_alone=True)
 
     if background is None:
         _unless_not_saved(final, write)
@@ -103,7 +103,7 @@ def load_latest(folder: Path, engine: Engine) -> dict[str, Any] | None:
         raise ConfigError(f"{error}: choose another output, or delete that folder to begin anew") from error
     if checkpoint is not None:
         return load(checkpoint, engine)
-    if am_first() and listing.newest_first(folder):
+    if is_rank0() and listing.newest_first(folder):
         print(f"no save in {folder} was ever finished: the run begins anew", file=sys.stderr)
     return None
 
@@ -114,7 +114,7 @@ def load(checkpoint: Path, engine: Engine) -> dict[str, Any]:
     Raises:
         ConfigError: it is of another model, or holds weights alone.
     """
-    facts = from_first(lambda: Facts.read(checkpoint))
+    facts = run_on_rank0(lambda: CheckpointMetadata.read(checkpoint))
     if facts.optimizer_steps is None:
         raise ConfigError(f"checkpoint {checkpoint} holds weights alone: begin a run with it as training.warm_start")
     sharding.load_tensors(engine, checkpoint / "tensors")
@@ -138,7 +138,7 @@ def load_weights(source: Path, engine: Engine) -> tuple[Path, dict[str, Any]]:
     """
     checkpoint = listing.find(source)
     sharding.load_tensors(engine, checkpoint / "tensors", kinds=(optimizer_states.MASTER,))
-    return checkpoint, from_first(lambda: Facts.read(checkpoint)).state
+    return checkpoint, run_on_rank0(lambda: CheckpointMetadata.read(checkpoint)).state
 
 
 @dataclass(frozen=True)
@@ -147,13 +147,13 @@ class _Snapshot:
 
     tensors: sharding.Tensors
     random: bytes
-    facts: Facts
+    facts: CheckpointMetadata
 
     @classmethod
     def take(cls, engine: Engine, state: dict[str, Any]) -> "_Snapshot":
         random = io.BytesIO()
         torch.save(sharding.random_states(), random)
-        facts = Facts(_layout(engine), optimizer_states.steps(engine), state)
+        facts = CheckpointMetadata(_layout(engine), optimizer_states.steps(engine), state)
         return cls(sharding.take_tensors(engine), random.getvalue(), facts)
 
 
@@ -177,19 +177,19 @@ def _unless_not_saved(final: Path, write: Callable[..., None], *group: Group) ->
         write(*group)
     except (CheckpointException, OSError) as error:
         cause = cause_of(error) if isinstance(error, CheckpointException) else error
-        if am_first():
+        if is_rank0():
             remove(_partial(final), ignore_errors=True)
-        raise NotSaved(one_line(f"checkpoint {final} could not be saved: {cause}")) from error
+        raise CheckpointNotSaved(one_line(f"checkpoint {final} could not be saved: {cause}")) from error
 
 
 def _write(snapshot: _Snapshot, final: Path, group: Group) -> None:
     partial = _partial(final)
-    together(lambda: _make_empty(partial), group, first_alone=True)
+    run_on_all(lambda: _make_empty(partial), group, first_alone=True)
     sharding.write_tensors(snapshot.tensors, partial / "tensors", group)
-    together(lambda: write_bytes(listing.random_file(partial, dist.get_rank()), snapshot.random), group)
-    together(lambda: write_text(partial / FACTS, snapshot.facts.as_json()), group, first_alone=True)
+    run_on_all(lambda: write_bytes(listing.random_file(partial, dist.get_rank()), snapshot.random), group)
+    run_on_all(lambda: write_text(partial / METADATA, snapshot.facts.as_json()), group, first_alone=True)
     seal(partial, group)
-    together(lambda: listing.publish(partial, final), group, first_alone=True)
+    run_on_all(lambda: listing.publish(partial, final), group, first_alone=True)
 
 
 def _set_random_states(path: Path) -> None:

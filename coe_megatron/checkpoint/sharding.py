@@ -37,7 +37,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from coe_megatron.checkpoint.storage import OPTIMIZER, Reader, Writer, cause_of, write_for_megatron
 from coe_megatron.checkpoint.tensor_index import Listed
-from coe_megatron.distributed.collectives import Group, from_first, gathered, together
+from coe_megatron.distributed.collectives import Group, all_gather, run_on_all, run_on_rank0
 from coe_megatron.errors import ConfigError
 from coe_megatron.zero import optimizer_states
 from coe_megatron.zero.engine import Engine
@@ -75,7 +75,7 @@ def write_tensors(tensors: Tensors, folder: Path, group: Group = None) -> None:
     """
     planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
     dcp.save(tensors, storage_writer=Writer(folder), planner=planner, process_group=group)
-    together(lambda: write_for_megatron(folder), group, first_alone=True)
+    run_on_all(lambda: write_for_megatron(folder), group, first_alone=True)
 
 
 def load_tensors(engine: Engine, folder: Path, kinds: Sequence[str] = optimizer_states.KINDS) -> None:
@@ -87,7 +87,7 @@ def load_tensors(engine: Engine, folder: Path, kinds: Sequence[str] = optimizer_
     Raises:
         ConfigError: the checkpoint holds other tensors than the model, or something that is no tensor.
     """
-    model, reader = engine.module, Reader(folder, from_first(lambda: Listed.read(folder)))
+    model, reader = engine.module, Reader(folder, run_on_rank0(lambda: Listed.read(folder)))
     with optimizer_states.gathered(engine):
         _refuse_other_model(model, reader, kinds)
         weights = _load(_weights(model), reader)
@@ -188,7 +188,7 @@ def _refuse_other_model(model: torch.nn.Module, reader: Reader, kinds: Sequence[
     shards = list(_weights(model).values())
     for kind in kinds:
         shards += [shard for _, shard in _optimizer_states(model, kind, _no_data)]
-    wanted = dict(gathered([(part.key, list(part.global_shape)) for shard in shards for part in _parts(shard)]))
+    wanted = dict(all_gather([(part.key, list(part.global_shape)) for shard in shards for part in _parts(shard)]))
     for key in sorted(held.keys() | wanted.keys()):
         if held.get(key) != wanted.get(key):
             sizes = f"{held.get(key, 'missing')} in the checkpoint and {wanted.get(key, 'missing')} in the model"

@@ -30,7 +30,7 @@ from torch.futures import Future
 
 from coe_megatron.checkpoint.tensor_index import Listed
 from coe_megatron.checkpoint.torch_file_check import SavedTensor, look_into
-from coe_megatron.distributed.collectives import said_by_the_disk
+from coe_megatron.distributed.collectives import os_error_of
 from coe_megatron.errors import ConfigError
 
 OPTIMIZER = "optimizer."  # AdamW's states are named `optimizer.<kind>.<key of the weight>`
@@ -122,7 +122,7 @@ class Writer(dcp.FileSystemWriter):
         try:
             return super()._write_data(planner, file_queue)
         except RuntimeError as error:
-            raise said_by_the_disk(error) from error
+            raise os_error_of(error) from error
 
 
 def write_for_megatron(folder: Path) -> None:

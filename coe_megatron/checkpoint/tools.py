@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from coe_megatron.checkpoint import listing, storage
 from coe_megatron.checkpoint.integrity import SEAL, listed, seal, write_text
-from coe_megatron.checkpoint.metadata import FACTS, Facts
+from coe_megatron.checkpoint.metadata import METADATA, CheckpointMetadata
 from coe_megatron.checkpoint.names import partial_name
 from coe_megatron.checkpoint.storage import MASTER, OPTIMIZER, Entries, Reader
 from coe_megatron.errors import ConfigError, one_line
@@ -42,7 +42,7 @@ class Contents:
     """What a checkpoint holds; `facts` is what the run that saved it noted."""
 
     checkpoint: Path
-    facts: Facts
+    facts: CheckpointMetadata
     age_seconds: float
     files: int
     bytes: int
@@ -92,7 +92,7 @@ def inspect(source: Path) -> Contents:
 
 def _contents(checkpoint: Path) -> Contents:
     files = [checkpoint / name for name in (*listed(checkpoint), SEAL)]
-    facts, entries = Facts.read(checkpoint), Reader(checkpoint / "tensors").entries
+    facts, entries = CheckpointMetadata.read(checkpoint), Reader(checkpoint / "tensors").entries
     return Contents(
         checkpoint,
         facts,
@@ -125,13 +125,13 @@ def reshard(source: Path, out: Path, files: int = 1, weights_only: bool = False,
             it cannot be written.
     """
     checkpoint = listing.find(source)
-    reader, facts = Reader(checkpoint / "tensors"), Facts.read(checkpoint)
+    reader, facts = Reader(checkpoint / "tensors"), CheckpointMetadata.read(checkpoint)
     with _making(out, overwrite, [checkpoint]) as folder:
         if weights_only:
             facts = replace(facts, optimizer_steps=None, made_of=[checkpoint.name])
         else:
             _copy_random(checkpoint, folder)
-        write_text(folder / FACTS, facts.as_json())
+        write_text(folder / METADATA, facts.as_json())
         entries = _without_moments(reader.entries) if weights_only else reader.entries
         storage.write(folder / "tensors", entries, reader.part, files)
     return out
@@ -148,14 +148,14 @@ def average(sources: Sequence[Path], out: Path, overwrite: bool = False) -> Path
     """
     if len(sources) < 2:
         raise ConfigError(f"{len(sources)} checkpoint given: a mean needs two")
-    found = [(checkpoint, Facts.read(checkpoint)) for checkpoint in map(listing.find, sources)]
+    found = [(checkpoint, CheckpointMetadata.read(checkpoint)) for checkpoint in map(listing.find, sources)]
     found.sort(key=lambda each: each[1].state.get("step", 0))
     checkpoints, (*_, facts) = zip(*found, strict=True)
     readers = [Reader(checkpoint / "tensors") for checkpoint in checkpoints]
     _require_alike(found, readers)
     with _making(out, overwrite, checkpoints) as folder:
         facts = replace(facts, optimizer_steps=None, made_of=[checkpoint.name for checkpoint in checkpoints])
-        write_text(folder / FACTS, facts.as_json())
+        write_text(folder / METADATA, facts.as_json())
         storage.write(folder / "tensors", _without_moments(readers[-1].entries), partial(_mean, readers))
     return out
 
@@ -182,7 +182,7 @@ def _without_moments(entries: Entries) -> Entries:
     return {key: entry for key, entry in entries.items() if key.startswith(MASTER) or not key.startswith(OPTIMIZER)}
 
 
-def _require_alike(found: Sequence[tuple[Path, Facts]], readers: Sequence[Reader]) -> None:
+def _require_alike(found: Sequence[tuple[Path, CheckpointMetadata]], readers: Sequence[Reader]) -> None:
     model, tokenizer = (
         [{key: entry.size for key, entry in _without_moments(reader.entries).items()} for reader in readers],
         [facts.state.get("tokenizer") for _, facts in found],

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from coe_megatron.config import layout
+from coe_megatron.config.layout import moe_pattern
 from coe_megatron.config.native import read_native
 from coe_megatron.config.settings import DataSettings, ModelSettings, MoESettings, RunConfig
-from coe_megatron.estimate.run_shape import moe_pattern
 
 _MOST_ITERATIONS = 20_000  # of all layers together: what is listed for each would take minutes
 

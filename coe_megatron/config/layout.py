@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from math import lcm
 
 from coe_megatron.config.settings import RunConfig
-from coe_megatron.estimate.run_shape import moe_pattern
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,20 @@ def layout(config: RunConfig, world_size: int | None = None) -> Layout:
     parallel = config.parallel
     ranks = world_size or parallel.world_size or _unit(config)
     return Layout(ranks, parallel.tensor, parallel.pipeline, parallel.expert, parallel.expert_tensor)
+
+
+def moe_pattern(config: RunConfig) -> tuple[int, ...]:
+    """1 for each layer with experts, 0 for each dense one, as Megatron reads `layer_freq`."""
+    frequency = config.moe.layer_freq
+    if isinstance(frequency, int):
+        return tuple(int(layer % frequency == 0) for layer in range(config.model.num_layers))
+    return tuple(frequency)
+
+
+def chain_pattern(config: RunConfig) -> tuple[int, ...]:
+    """1 for each layer that is a chain, 0 for each that has experts but is none, or has none."""
+    pattern = enumerate(moe_pattern(config), start=1)
+    return tuple(int(has_experts and config.chain.is_chain(number)) for number, has_experts in pattern)
 
 
 def problems(config: RunConfig, world_size: int | None = None) -> Iterator[str]:

@@ -8,8 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from coe_megatron.chain.settings import ChainSettings
-from coe_megatron.estimate.activations import Recompute
+from coe_megatron.chain.settings import ChainSettings, Recompute
 from coe_megatron.files import expand_user
 
 LARGEST = 2**31 - 1  # what torch's and numpy's 32-bit sizes and seeds hold
@@ -114,7 +113,7 @@ class MoESettings:
         router_init: `normal` as all other weights (Megatron), or `kaiming_uniform` with a = sqrt(5) (the paper's code).
         load_balancing: auxiliary loss: `seq_aux_loss` balances each sequence, `aux_loss` each micro-batch of a rank,
             `global_aux_loss` the micro-batches of all ranks, those before it in the step included; `none` for no loss.
-        aux_loss_coeff: its coefficient (how it scales with the iterations: `chain.balance`).
+        aux_loss_coeff: its coefficient (how it scales with the iterations: `chain.aux_loss_reduction`).
         z_loss_coeff: coefficient of the router's z-loss; 0 for none.
         expert_bias: balance without a loss: a bias on the choice, moved after each step (sigmoid scores only).
         expert_bias_rate: by how much it moves.

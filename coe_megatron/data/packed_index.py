@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from coe_megatron.data.manifest import FileSummary, Split
 from coe_megatron.data.tokenizer import Tokenizer
-from coe_megatron.distributed.collectives import from_first
+from coe_megatron.distributed.collectives import run_on_rank0
 from coe_megatron.errors import one_line
 from coe_megatron.files import problem, read_limited, require_file, set_aside, write_atomically
 from coe_megatron.parsing import JSON_BYTES, first_of
@@ -52,7 +52,7 @@ def build_once(cache: Path, build: Callable[[Path], Any]) -> Any:
     GPTDataset writes its index on rank 0 alone, expects the others to come later, and believes whatever it finds, which
     is why an index that is not as it was made is set aside and made anew.
     """
-    from_first(lambda: _make_index(cache, build))
+    run_on_rank0(lambda: _make_index(cache, build))
     return build(cache)
 
 

@@ -14,7 +14,7 @@ Group: TypeAlias = dist.ProcessGroup | None
 Result = TypeVar("Result")
 
 
-def shared(value: Any, group: Group = None) -> Any:
+def broadcast(value: Any, group: Group = None) -> Any:
     """The first rank's value on all ranks."""
     box = [value]
     if dist.is_initialized():
@@ -22,7 +22,7 @@ def shared(value: Any, group: Group = None) -> Any:
     return box[0]
 
 
-def from_first(action: Callable[[], Result], group: Group = None) -> Result:
+def run_on_rank0(action: Callable[[], Result], group: Group = None) -> Result:
     """What `action` returns on the first rank, which alone calls it: a thousand ranks would read one file all at once.
 
     Args:
@@ -32,18 +32,18 @@ def from_first(action: Callable[[], Result], group: Group = None) -> Result:
         Exception: on all ranks what `action` raised; the others would wait for the first and end in an error of theirs.
     """
     result, error = None, None
-    if am_first():
+    if is_rank0():
         try:
             result = action()
         except Exception as raised:
             error = raised
-    result, others = shared((result, error), group)
+    result, others = broadcast((result, error), group)
     if raised_there := error or others:  # on the first rank with its traceback
         raise raised_there
     return result
 
 
-def gathered(items: list, group: Group = None) -> list:
+def all_gather(items: list, group: Group = None) -> list:
     """What all ranks have, in one list."""
     lists: list[Any] = [items]
     if dist.is_initialized():
@@ -52,17 +52,17 @@ def gathered(items: list, group: Group = None) -> list:
     return [item for part in lists for item in part]
 
 
-def am_first() -> bool:
+def is_rank0() -> bool:
     """Whether this rank does what one rank has to do for all."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def share(items: Sequence) -> Sequence:
+def shard(items: Sequence) -> Sequence:
     """This rank's part of a list that all ranks have."""
     return items[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else items
 
 
-def together(work: Callable[[], None], group: Group, first_alone: bool = False) -> None:
+def run_on_all(work: Callable[[], None], group: Group, first_alone: bool = False) -> None:
     """Do something on every rank (or on the first alone) and wait for all; what fails on one is raised on all.
 
     Args:
@@ -72,16 +72,16 @@ def together(work: Callable[[], None], group: Group, first_alone: bool = False) 
         OSError: what the disk said first.
     """
     failure = None
-    if am_first() or not first_alone:
+    if is_rank0() or not first_alone:
         try:
             work()
         except (OSError, RuntimeError, ConfigError) as error:  # torch.save makes the second of the first
-            failure = str(said_by_the_disk(error))
-    if failures := [found for found in gathered([failure], group) if found]:
+            failure = str(os_error_of(error))
+    if failures := [found for found in all_gather([failure], group) if found]:
         raise OSError(failures[0])
 
 
-def said_by_the_disk(error: BaseException) -> BaseException:
+def os_error_of(error: BaseException) -> BaseException:
     """Of an error of torch's writers the OSError before it, whose text says more (`No space left on device`)."""
     before: BaseException | None = error
     while before is not None and not isinstance(before, OSError):

@@ -36,7 +36,7 @@ _SHOWN = 50  # characters of a value in a message
 
 
 @dataclass(frozen=True)
-class Ranks:
+class DistributedEnv:
     """Which process of how many this is; the default is a process on its own.
 
     Attributes:
@@ -65,7 +65,7 @@ class Ranks:
     patience: int = PATIENCE
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str]) -> "Ranks":
+    def from_environment(cls, environment: Mapping[str, str]) -> "DistributedEnv":
         """What torchrun wrote into the environment (RANK, WORLD_SIZE, ...); without RANK a single process.
 
         When torchrun 2.13 starts ranks anew (`--max-restarts`), they find in its store where those before them

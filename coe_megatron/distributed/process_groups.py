@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from coe_megatron.config.settings import ParallelSettings
 from coe_megatron.distributed import affinity
-from coe_megatron.distributed.environment import Ranks
+from coe_megatron.distributed.environment import DistributedEnv
 from coe_megatron.distributed.rendezvous import LOOPBACK, meet
 from coe_megatron.errors import ConfigError
 from coe_megatron.launcher import network
@@ -25,7 +25,7 @@ _SEEDS_OF_A_RANK = 10_000
 def start(
     parallel: ParallelSettings,
     seed: int,
-    ranks: Ranks | None = None,
+    ranks: DistributedEnv | None = None,
     timeout: timedelta | None = None,
     store: dist.Store | None = None,
 ) -> torch.device:
@@ -44,7 +44,7 @@ def start(
     Returns:
         The rank's device: its CUDA device (with NCCL), or the CPU (with gloo) where there is no CUDA.
     """
-    ranks = Ranks.from_environment(os.environ) if ranks is None else ranks
+    ranks = DistributedEnv.from_environment(os.environ) if ranks is None else ranks
     megatron_compat.install()
     without_cuda.install()
     device = _device(ranks)
@@ -95,7 +95,7 @@ def _seed(seed: int, which: int) -> None:
     model_parallel_cuda_manual_seed(own)
 
 
-def _device(ranks: Ranks) -> torch.device:
+def _device(ranks: DistributedEnv) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", ranks.local_rank)

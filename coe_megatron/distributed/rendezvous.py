@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 
-from coe_megatron.distributed.environment import Ranks
+from coe_megatron.distributed.environment import DistributedEnv
 
 LOOPBACK = "127.0.0.1"
 _BACKLOG = 4096
@@ -26,7 +26,7 @@ class NotMet(Exception):
     """Ranks have not come together in time; its text is one line that names the place."""
 
 
-def meet(ranks: Ranks) -> dist.Store:
+def meet(ranks: DistributedEnv) -> dist.Store:
     """What the ranks of one attempt have in common before they are groups; a rank on its own needs no place for it.
 
     Several ranks meet where their launcher tells them to (MASTER_ADDR, MASTER_PORT), and wait for each other there.
@@ -116,7 +116,7 @@ def _told(place: str) -> Iterator[None]:
         raise NotMet(f"{place}: {error.strerror or error}") from None
 
 
-def _gather(ranks: Ranks, store: dist.Store, deadline: float) -> None:
+def _gather(ranks: DistributedEnv, store: dist.Store, deadline: float) -> None:
     """Wait until all are here. Rank 0 counts them; the others wait for its word.
 
     Asking again and again is what torch's own waiting does not replace: that one writes warnings when time runs out.

@@ -15,9 +15,9 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from coe_megatron.chain.settings import Recompute
 from coe_megatron.estimate.closed_forms import ModelShape, forward_flops
 
-Recompute = Literal["none", "experts", "iteration", "layer"]
 Scores = Literal["softmax", "renormalised", "sigmoid"]
 
 _FP32 = 4
@@ -101,7 +101,7 @@ def activations(shape: ModelShape, run: Pass) -> Activations:
     whole, tokens = run.micro_batch * shape.seq_length, _tokens(shape, run)
     dense = shape.layers - shape.num_moe_layers
     kinds = [(count, _chain(kind, run)) for count, kind in shape.moe_kinds]
-    own_norms = sum(count for count, kind in shape.moe_kinds if kind.chain.topology == "iteration_norm")
+    own_norms = sum(count for count, kind in shape.moe_kinds if kind.chain.norm_placement == "iteration_norm")
     norms = run.last + 2 * shape.layers - own_norms
     kept = {
         "embedding": whole * _INDEX * run.first,
@@ -162,7 +162,7 @@ def _whole(kept: int, working: int) -> Segment:
 
 
 def _moe_segment(shape: ModelShape, run: Pass, norm: int, dropout: int) -> Segment:
-    own_norms, c = shape.chain.topology == "iteration_norm", shape.chain.iterations
+    own_norms, c = shape.chain.norm_placement == "iteration_norm", shape.chain.iterations
     kept = sum(_chain(shape, run).values()) + (0 if own_norms else norm) + dropout
     recomputed = _recomputed(shape, run)
     there = kept // c + recomputed // (c if run.recompute == "layer" else 1)
@@ -208,7 +208,9 @@ def _chain(shape: ModelShape, run: Pass) -> dict[str, int]:
     if run.recompute == "iteration":
         given = tokens * shape.experts * (_FP32 + 1) if c > shape.routings else 0
         visited = tokens * shape.experts * (c - 1) if shape.chain.no_return else 0
-        if shape.chain.balance == "joint" and run.balanced:  # scores and choices, for the last iteration's loss
+        if (
+            shape.chain.aux_loss_reduction == "joint" and run.balanced
+        ):  # scores and choices, for the last iteration's loss
             given += (shape.routings - 1) * tokens * shape.experts * (_FP32 + 1)
         return kept | {"state": c * state, "routers": routes + given + visited}
     for kind_of_iteration, times in _iterations(shape).items():
@@ -275,7 +277,7 @@ def _iteration(shape: ModelShape, run: Pass, kind: _Iteration) -> dict[str, int]
     tokens, b = _tokens(shape, run), run.element
     reads_input = kind.shared or (kind.routes and not run.jitter)
     jittered = 2 * b * shape.hidden if kind.routes and run.jitter else 0
-    own_norm = shape.chain.topology == "iteration_norm"
+    own_norm = shape.chain.norm_placement == "iteration_norm"
     states = reads_input + shape.chain.learned_scale + shape.chain.conditioned  # F_t and x, for their gains' gradients
     return {
         "norms": tokens * _norm(shape, run, shape.hidden) if own_norm else 0,

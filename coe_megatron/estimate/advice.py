@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from coe_megatron.config.checks import problems
 from coe_megatron.config.layout import layout
 from coe_megatron.config.settings import RunConfig
-from coe_megatron.estimate.run_estimate import Forecast, forecast, size
+from coe_megatron.estimate.run_estimate import RunEstimate, estimate, size
 
 Changes: TypeAlias = dict[str, Any]  # settings by their dotted names
 
@@ -29,11 +29,11 @@ def parse_size(text: str) -> int:
     return count
 
 
-def refusal(config: RunConfig, cost: Forecast, vocab_size: int, device_memory: int) -> str | None:
+def refusal(config: RunConfig, cost: RunEstimate, vocab_size: int, device_memory: int) -> str | None:
     """Why a run does not fit, and what would; None if it fits.
 
     Args:
-        cost: the run's forecast.
+        cost: the run's estimate.
         device_memory: bytes.
     """
     if cost.needed <= device_memory:
@@ -54,7 +54,7 @@ def cheapest_change(config: RunConfig, vocab_size: int, device_memory: int) -> t
     for changes in _in_order_of_cost(list(_candidates(config))):
         changed = _apply(config, changes)
         if next(problems(changed, ranks), None) is None:
-            needed = forecast(changed, vocab_size, ranks).needed
+            needed = estimate(changed, vocab_size, ranks).needed
             if needed <= device_memory:
                 return changes, needed
     return None

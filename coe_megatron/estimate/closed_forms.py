@@ -47,7 +47,7 @@ class ModelShape:
         layer_norm: every norm is a LayerNorm, with a bias, and not an RMSNorm.
         swiglu: two halves in the first matrix of every feed-forward, else one.
         untied_embeddings: the output layer has weights of its own.
-        chain: iterations, gating, topology.
+        chain: iterations, gating, norm placement.
 
     Raises:
         ValueError: a field has no valid value; the message names the field, the value and the valid ones.
@@ -248,7 +248,7 @@ def _attention_matrices(shape: ModelShape) -> int:
 def _norm_gains(shape: ModelShape) -> int:
     """Of norms before and inside attention, before the feed-forward (C in `iteration_norm`), and the final one."""
     in_moe = sum(
-        count * (kind.chain.iterations if kind.chain.topology == "iteration_norm" else 1)
+        count * (kind.chain.iterations if kind.chain.norm_placement == "iteration_norm" else 1)
         for count, kind in shape.moe_kinds
     )
     in_dense = shape.layers - shape.num_moe_layers

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from coe_megatron.config.zero_sizes import ZeroSizes
 from coe_megatron.estimate.activations import Segment
-from coe_megatron.estimate.parameter_shards import Held
+from coe_megatron.estimate.parameter_shards import ParameterShards
 
 _FP32 = 4
 
@@ -88,7 +88,7 @@ class Reduction:
 
 
 def moments(
-    has: Held, segments: list[Segment], how: Reduction, earlier: int = 0, gathered: int = 0
+    has: ParameterShards, segments: list[Segment], how: Reduction, earlier: int = 0, gathered: int = 0
 ) -> Iterator[Moment]:
     """Those of the last micro-batch's backward pass and of the update.
 
@@ -113,7 +113,7 @@ def moments(
 class _Sums:
     """Gradients are added to whole sums in fp32 as they come, and reduced when all are there."""
 
-    def __init__(self, has: Held, how: Reduction) -> None:
+    def __init__(self, has: ParameterShards, how: Reduction) -> None:
         self._has, self._how = has, how
         self.now = Gradients(_FP32 * has.whole if how.summed or how.bf16 else 0, 0, how.buffer(has.sizes))
 
@@ -144,7 +144,7 @@ class _Buckets:
     The rank is the one that holds the end of the model: it needs that buffer first, when most activations are there.
     """
 
-    def __init__(self, has: Held, how: Reduction) -> None:
+    def __init__(self, has: ParameterShards, how: Reduction) -> None:
         self._has, self._how = has, how
         self._in_bucket = self._waiting = self._arrived = 0
         own = _FP32 * (has.part if how.bf16 or how.stage == 3 else has.touched)
@@ -206,7 +206,7 @@ class _Buckets:
             self._fresh -= self._how.element * size
 
 
-def _update(has: Held, how: Reduction) -> Iterator[Moment]:
+def _update(has: ParameterShards, how: Reduction) -> Iterator[Moment]:
     """Fused AdamW takes nothing for itself; but stages 1 and 2 in fp32, and 3, lay its gradients end to end before."""
     if how.stage == 0 or (how.stage == 1 and (how.bf16 or how.whole)):
         yield Moment(Gradients(_FP32 * has.whole, 0, 0))

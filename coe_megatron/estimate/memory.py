@@ -5,7 +5,7 @@ from coe_megatron.config.settings import RunConfig
 from coe_megatron.estimate.activations import Pass, segments
 from coe_megatron.estimate.closed_forms import ModelShape
 from coe_megatron.estimate.gradients import Moment, Reduction, moments
-from coe_megatron.estimate.parameter_shards import Held, held
+from coe_megatron.estimate.parameter_shards import ParameterShards, parameter_shards
 from coe_megatron.estimate.run_shape import stage_pass, stage_shape
 
 MEASURED = ("weights", "gradients", "optimizer", "communication_buckets", "activations")  # components of a rank
@@ -20,7 +20,7 @@ def memory(config: RunConfig, shape: ModelShape, ranks: Layout, stage: int, run:
     `gathered` are weights of stage 3 that are whole for a moment, `whole_sequence` the hidden states that tensor
     parallelism gathers, in a buffer of Megatron's for all layers. `step` is what AdamW's step takes.
     """
-    has = held(config, shape, ranks, stage)
+    has = parameter_shards(config, shape, ranks, stage)
     course, _ = _course(config, shape, ranks, stage, run)
     peak = max(course, key=lambda moment: moment.total)
     return {
@@ -43,7 +43,7 @@ def components(kinds: dict[str, int]) -> dict[str, int]:
 
 def as_measured(config: RunConfig, shape: ModelShape, ranks: Layout, stage: int, run: Pass) -> dict[str, int]:
     """Bytes by the kinds that can be told apart in a running engine, each at its own most; `peak` of all together."""
-    kinds, has = memory(config, shape, ranks, stage, run), held(config, shape, ranks, stage)
+    kinds, has = memory(config, shape, ranks, stage, run), parameter_shards(config, shape, ranks, stage)
     course, how = _course(config, shape, ranks, stage, run)
     buffer = how.buffer(has.sizes)
     in_pass = max((each for each in course if each.activations), key=lambda moment: moment.total)
@@ -62,7 +62,11 @@ def _course(
     config: RunConfig, shape: ModelShape, ranks: Layout, stage: int, run: Pass
 ) -> tuple[list[Moment], Reduction]:
     """The moments of a step, and how it reduces gradients."""
-    has, micro_batches, zero = held(config, shape, ranks, stage), micro_batches_of(config, ranks), config.zero
+    has, micro_batches, zero = (
+        parameter_shards(config, shape, ranks, stage),
+        micro_batches_of(config, ranks),
+        config.zero,
+    )
     passes = stage_pass(run, stage, ranks.pipeline, micro_batches)
     parts = segments(stage_shape(config, shape, stage), passes)
     how = Reduction(
@@ -78,7 +82,7 @@ def _course(
 
 def host(config: RunConfig, shape: ModelShape, ranks: Layout, stage: int) -> dict[str, int]:
     """What such a rank keeps in its host's memory by choice."""
-    has = held(config, shape, ranks, stage)
+    has = parameter_shards(config, shape, ranks, stage)
     kept = {
         "optimizer": _optimizer(config, has) if config.zero.offload_optimizer else 0,
         "weights": element(config) * has.part if config.zero.offload_parameters else 0,
@@ -96,14 +100,14 @@ def element(config: RunConfig) -> int:
     return 2 if config.training.precision == "bf16" else 4
 
 
-def _weights(config: RunConfig, has: Held) -> int:
+def _weights(config: RunConfig, has: ParameterShards) -> int:
     if config.zero.stage < 3:
         return element(config) * has.whole
     cut = 0 if config.zero.offload_parameters else has.part
     return element(config) * (cut + has.small * (has.dense_replicas > 1))
 
 
-def _gathered(config: RunConfig, has: Held) -> int:
+def _gathered(config: RunConfig, has: ParameterShards) -> int:
     """The largest layer or table, and what is gathered ahead.
 
     Nothing where nothing is cut, on one rank.
@@ -113,7 +117,7 @@ def _gathered(config: RunConfig, has: Held) -> int:
     return element(config) * min(has.gathered, max(has.largest, has.sizes.live) + has.sizes.prefetch_bucket)
 
 
-def _gradients(config: RunConfig, has: Held, micro_batches: int) -> int:
+def _gradients(config: RunConfig, has: ParameterShards, micro_batches: int) -> int:
     """Stage 1 sums whole gradients over micro-batches, in bf16 always.
 
     Stages 1 and 2 in fp32 keep whole tensors of which a part is the rank's.
@@ -128,5 +132,5 @@ def _whole_sequence(config: RunConfig, shape: ModelShape) -> int:
     return element(config) * config.training.micro_batch * shape.seq_length * shape.hidden
 
 
-def _optimizer(config: RunConfig, has: Held) -> int:
+def _optimizer(config: RunConfig, has: ParameterShards) -> int:
     return (_MASTER_AND_MOMENTS - _FP32) * has.whole if config.zero.stage == 0 else _MASTER_AND_MOMENTS * has.part

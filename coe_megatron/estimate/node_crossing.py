@@ -4,17 +4,17 @@ from dataclasses import replace
 
 from coe_megatron.config.checks import problems
 from coe_megatron.config.settings import RunConfig
-from coe_megatron.estimate.run_estimate import Forecast, forecast, size
+from coe_megatron.estimate.run_estimate import RunEstimate, estimate, size
 
 
-def needless_crossing(config: RunConfig, cost: Forecast, vocab_size: int) -> str | None:
+def needless_crossing(config: RunConfig, cost: RunEstimate, vocab_size: int) -> str | None:
     """A line with the bytes, and with the largest `parallel.expert` that would keep them inside nodes.
 
     None where nothing crosses. What crosses because an expert alone is spread over nodes (`parallel.expert_tensor`) has
     no remedy here.
 
     Args:
-        cost: the run's forecast; `parallel.ranks_per_node` says what a node is.
+        cost: the run's estimate; `parallel.ranks_per_node` says what a node is.
     """
     crossing = cost.communication["all_to_all"].across_nodes
     if not crossing:
@@ -22,7 +22,7 @@ def needless_crossing(config: RunConfig, cost: Forecast, vocab_size: int) -> str
     for count in range(config.parallel.expert - 1, 0, -1):
         changed = replace(config, parallel=replace(config.parallel, expert=count))
         if next(problems(changed, cost.layout.ranks), None) is None:
-            other = forecast(changed, vocab_size, cost.layout.ranks)
+            other = estimate(changed, vocab_size, cost.layout.ranks)
             if not other.communication["all_to_all"].across_nodes:
                 return (
                     f"the all-to-all sends {size(crossing)} a rank and step across nodes of "

@@ -17,7 +17,7 @@ from coe_megatron.estimate.run_shape import stage_shape
 
 
 @dataclass(frozen=True)
-class Held:
+class ParameterShards:
     """Parameters of a rank before ZeRO cuts them.
 
     Attributes:
@@ -73,7 +73,7 @@ class Held:
         return -(-self.dense // self.dense_replicas), -(-self.experts // self.expert_replicas)
 
 
-def held(config: RunConfig, shape: ModelShape, ranks: Layout, stage: int) -> Held:
+def parameter_shards(config: RunConfig, shape: ModelShape, ranks: Layout, stage: int) -> ParameterShards:
     """What each rank of a pipeline stage (from 0) holds of the model `shape`."""
     own = stage_shape(config, shape, stage)
     counted = closed_forms.parameters(own)
@@ -89,7 +89,7 @@ def held(config: RunConfig, shape: ModelShape, ranks: Layout, stage: int) -> Hel
     segments = [[("dense", table)] * first, *_segments(own, ranks), output]
     in_order = [each for segment in segments for each in segment]
     sizes = ZeroSizes.of(dense + experts, read_native(config.zero.deepspeed) if config.zero.deepspeed else {})
-    return Held(
+    return ParameterShards(
         dense=dense,
         experts=experts,
         dense_replicas=ranks.data,

@@ -6,19 +6,20 @@ Bytes are of one rank. Where pipeline stages differ, those of the stage that hol
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
+from coe_megatron.chain.settings import Recompute
 from coe_megatron.config.layout import Layout, layout
 from coe_megatron.config.settings import RunConfig
 from coe_megatron.data.folders import check_data, folders
 from coe_megatron.estimate import closed_forms
 from coe_megatron.estimate import memory as forms
-from coe_megatron.estimate.activations import Activations, Recompute, activations, extra_flops
+from coe_megatron.estimate.activations import Activations, activations, extra_flops
 from coe_megatron.estimate.closed_forms import Flops, ParameterCount
 from coe_megatron.estimate.run_shape import model_shape, padded_vocabulary, stage_pass, stage_shape, training_pass
 from coe_megatron.estimate.traffic import Sent, bubble, traffic
 
 
 @dataclass(frozen=True)
-class Forecast:
+class RunEstimate:
     """The cost of a run.
 
     Attributes:
@@ -30,7 +31,7 @@ class Forecast:
         micro_batches: of a step, on each replica.
         bubble: share of a step in which a pipeline stage waits.
         stage: the pipeline stage (from 0) that holds most; the four below are its.
-        memory: bytes a rank holds at the peak of a step, by kind (see `forecast.memory`).
+        memory: bytes a rank holds at the peak of a step, by kind (see `estimate.memory`).
         host: bytes a rank keeps in host memory by `zero.offload_...`.
         activations: bytes of a micro-batch's activations in each mode of `moe.recompute`, uniform routing assumed.
         recompute: the run's `moe.recompute`.
@@ -117,7 +118,9 @@ class Forecast:
         return {name: getattr(each, link) for name, each in self.communication.items()}
 
 
-def forecast(config: RunConfig, vocab_size: int, world_size: int | None = None, stage: int | None = None) -> Forecast:
+def estimate(
+    config: RunConfig, vocab_size: int, world_size: int | None = None, stage: int | None = None
+) -> RunEstimate:
     """The cost of a run.
 
     Args:
@@ -136,7 +139,7 @@ def forecast(config: RunConfig, vocab_size: int, world_size: int | None = None, 
         run = stage_pass(training_pass(config, mode), most, ranks.pipeline, micro_batches)
         return activations(stage_shape(config, shape, most), run)
 
-    return Forecast(
+    return RunEstimate(
         layout=ranks,
         micro_batch=config.training.micro_batch,
         micro_batches=micro_batches,

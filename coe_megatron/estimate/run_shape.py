@@ -2,8 +2,10 @@
 
 from dataclasses import replace
 
+from coe_megatron.chain.settings import Recompute
+from coe_megatron.config.layout import chain_pattern, moe_pattern
 from coe_megatron.config.settings import RunConfig
-from coe_megatron.estimate.activations import Pass, Recompute, Scores
+from coe_megatron.estimate.activations import Pass, Scores
 from coe_megatron.estimate.closed_forms import ModelShape
 
 
@@ -70,20 +72,6 @@ def stage_pass(run: Pass, stage: int, stages: int, micro_batches: int) -> Pass:
     """The passes of a pipeline stage: under 1F1B stage p of P keeps P - p micro-batches, if there are so many."""
     in_flight = min(stages - stage, micro_batches)
     return replace(run, first=stage == 0, last=stage == stages - 1, in_flight=in_flight)
-
-
-def moe_pattern(config: RunConfig) -> tuple[int, ...]:
-    """1 for each layer with experts, 0 for each dense one, as Megatron reads `layer_freq`."""
-    frequency = config.moe.layer_freq
-    if isinstance(frequency, int):
-        return tuple(int(layer % frequency == 0) for layer in range(config.model.num_layers))
-    return tuple(frequency)
-
-
-def chain_pattern(config: RunConfig) -> tuple[int, ...]:
-    """1 for each layer that is a chain, 0 for each that has experts but is none, or has none."""
-    pattern = enumerate(moe_pattern(config), start=1)
-    return tuple(int(has_experts and config.chain.is_chain(number)) for number, has_experts in pattern)
 
 
 def padded_vocabulary(config: RunConfig, tokenizer_size: int) -> int:

@@ -24,7 +24,7 @@ from coe_megatron.config.layout import Layout
 from coe_megatron.config.settings import RunConfig
 from coe_megatron.estimate.closed_forms import ModelShape
 from coe_megatron.estimate.memory import element, micro_batches_of
-from coe_megatron.estimate.parameter_shards import Held, held
+from coe_megatron.estimate.parameter_shards import ParameterShards, parameter_shards
 from coe_megatron.estimate.run_shape import stage_shape
 
 _FP32 = 4
@@ -112,7 +112,7 @@ def traffic(config: RunConfig, shape: ModelShape, ranks: Layout, stage: int) -> 
     Routers' losses, the norm of the gradients and the logits' maxima and sums are small and left out.
     """
     links = groups(ranks, config.parallel.ranks_per_node)
-    own, has = stage_shape(config, shape, stage), held(config, shape, ranks, stage)
+    own, has = stage_shape(config, shape, stage), parameter_shards(config, shape, ranks, stage)
     micro_batches = micro_batches_of(config, ranks)
     return {
         **_of_experts(config, own, ranks, links),
@@ -174,7 +174,9 @@ def _of_pipeline(config: RunConfig, shape: ModelShape, ranks: Layout, link: Grou
     return link.to_the_next(times * states)
 
 
-def _of_replicas(config: RunConfig, has: Held, links: dict[str, Group], micro_batches: int) -> dict[str, Sent]:
+def _of_replicas(
+    config: RunConfig, has: ParameterShards, links: dict[str, Group], micro_batches: int
+) -> dict[str, Sent]:
     """Gradients and weights. Stages 0 and 1 reduce once a step; 2 and 3 scatter the gradients of every micro-batch.
 
     Stages 1 and 2 gather weights once a step, 3 twice a micro-batch.

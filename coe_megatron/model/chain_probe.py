@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 
-class ChainWatch:
+class ChainProbe:
     """Follows the tokens of a layer through its iterations.
 
     Attributes:

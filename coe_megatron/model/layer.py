@@ -26,13 +26,12 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.profiler import record_function
 
-from coe_megatron.chain.settings import ChainSettings
-from coe_megatron.estimate.activations import Recompute
+from coe_megatron.chain.settings import ChainSettings, Recompute
 from coe_megatron.local_backend.norm import Norm
 from coe_megatron.model.capacity import filled_up, rows_per_expert
-from coe_megatron.model.chain_probe import ChainWatch
+from coe_megatron.model.chain_probe import ChainProbe
 from coe_megatron.model.dispatchers import AllToAllDispatcher
-from coe_megatron.model.recompute import Route, recompute_mode, replayed
+from coe_megatron.model.recompute import RoutingRecord, recompute_mode, replayed
 from coe_megatron.model.router import CoERouter
 from coe_megatron.model.unsupported import refuse_for_layer
 
@@ -81,7 +80,7 @@ class CoELayer(MoELayer):
         router = partial(CoERouter, chain=chain)
         super().__init__(config, replace(submodules, router=router), layer_number, groups)
         self.chain, self.recompute = chain, recompute
-        self.watch: ChainWatch | None = None  # set by stats.reset_routing for a step whose metrics are logged
+        self.watch: ChainProbe | None = None  # set by stats.reset_routing for a step whose metrics are logged
         self.later_routers = torch.nn.ModuleList(
             router(
                 config=config,
@@ -103,7 +102,7 @@ class CoELayer(MoELayer):
         ]
         if self.shared_expert_overlap:  # with one iteration only, see _refuse_unsupported
             self.dispatchers[0].set_shared_experts(self.shared_experts)
-        norms = chain.iterations if chain.topology == "iteration_norm" else 0
+        norms = chain.iterations if chain.norm_placement == "iteration_norm" else 0
         self.norms = torch.nn.ModuleList(
             build_module(norm, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
             for _ in range(norms)
@@ -167,14 +166,14 @@ class CoELayer(MoELayer):
             raise ValueError("sequence_parallel is False: MoE layers with tensor parallelism need it in training")
         if padding_mask is not None:
             padding_mask = padding_mask.transpose(0, 1).bool()
-        routes: list[Route | None] = [None] * len(self.routers)
+        routes: list[RoutingRecord | None] = [None] * len(self.routers)
         if torch.is_grad_enabled() and self.recompute in ("iteration", "layer"):
-            routes = [Route() for _ in routes]
+            routes = [RoutingRecord() for _ in routes]
         run = self._replayed if self.recompute == "layer" else _called
         return run(self._run_chain, hidden_states, padding_mask, routes), None
 
     def _run_chain(
-        self, start: torch.Tensor, padding_mask: torch.Tensor | None, routes: list[Route | None]
+        self, start: torch.Tensor, padding_mask: torch.Tensor | None, routes: list[RoutingRecord | None]
     ) -> torch.Tensor:
         """x(0) -> what leaves the layer; `increment` is x(C) - x(0), with `outer` x(C) (eq. 9)."""
         iterate = partial(self._replayed if self.recompute == "iteration" else _called, self._iterate)
@@ -193,7 +192,7 @@ class CoELayer(MoELayer):
             note(t, state, step, choices)
             scored += of_this
             increment = increment + step if self.chain.residual == "inner" else step
-        if self.chain.topology != "reference":
+        if self.chain.norm_placement != "reference":
             return increment
         # The stream that goes on is u + increment; the dropout that Megatron applies to h's increment is applied here.
         return start + torch.nn.functional.dropout(increment, self.config.hidden_dropout, self.training)
@@ -204,7 +203,7 @@ class CoELayer(MoELayer):
             return step
         return step + (state if self.chain.residual == "inner" else start)
 
-    def _watch(self, route: Route | None) -> ChainWatch | None:
+    def _watch(self, route: RoutingRecord | None) -> ChainProbe | None:
         """Who watches this pass: nobody in evaluation and when it is recomputed."""
         recomputed = route is not None and route.is_known
         return self.watch if self.training and torch.is_grad_enabled() and not recomputed else None
@@ -212,7 +211,7 @@ class CoELayer(MoELayer):
     @torch.no_grad()
     def _note(
         self,
-        watch: ChainWatch | None,
+        watch: ChainProbe | None,
         start: torch.Tensor,
         padding_mask: torch.Tensor | None,
         t: int,
@@ -230,7 +229,7 @@ class CoELayer(MoELayer):
         t: int,
         state: torch.Tensor,
         padding_mask: torch.Tensor | None,
-        route: Route | None,
+        route: RoutingRecord | None,
         visited: torch.Tensor | None = None,
         *earlier: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:

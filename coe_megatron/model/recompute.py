@@ -18,7 +18,7 @@ from megatron.core.transformer.moe.router_replay import RouterReplay
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.utils.checkpoint import checkpoint
 
-from coe_megatron.estimate.activations import Recompute
+from coe_megatron.chain.settings import Recompute
 
 
 def recompute_mode(config: TransformerConfig, recompute: Recompute) -> Recompute:
@@ -50,7 +50,7 @@ def _refuse_unknown_routes(config: TransformerConfig, recompute: Recompute) -> N
 
 
 @dataclass
-class Route:
+class RoutingRecord:
     """What one router decided in one forward pass: empty at first, written once, followed when the pass is recomputed.
 
     Recomputed logits can differ in their last bits (sums on CUDA have no fixed order), and a token between two experts
@@ -62,14 +62,14 @@ class Route:
         kept_TN: bool, with a capacity: the choices that it did not turn away.
         counted: what the global auxiliary loss had counted before: token copies by expert, and micro-batches.
         stock: Megatron's own replay of recorded routes, to ask in the first pass; None if it is off.
-        barred_TN: bool, experts that a token must not be sent to; None, also between calls, for none.
+        masked_TN: bool, experts that a token must not be sent to; None, also between calls, for none.
     """
 
     experts_TK: torch.Tensor | None = None
     kept_TN: torch.Tensor | None = None
     counted: tuple[torch.Tensor, torch.Tensor] | None = None
     stock: RouterReplay | None = None
-    barred_TN: torch.Tensor | None = None
+    masked_TN: torch.Tensor | None = None
 
     @property
     def is_known(self) -> bool:
@@ -85,8 +85,8 @@ class Route:
             if self.stock is not None:
                 choose = partial(self.stock.get_replay_topk, default_compute_topk=choose)
             ranking_TN = scores_TN.detach()
-            if self.barred_TN is not None:  # a score of 0 is not enough: others may be 0 too, and a bias lifts it
-                ranking_TN = ranking_TN.masked_fill(self.barred_TN, -math.inf)
+            if self.masked_TN is not None:  # a score of 0 is not enough: others may be 0 too, and a bias lifts it
+                ranking_TN = ranking_TN.masked_fill(self.masked_TN, -math.inf)
             _, self.experts_TK = choose(ranking_TN, topk, num_groups, group_topk)
         return scores_TN.gather(1, self.experts_TK), self.experts_TK
 

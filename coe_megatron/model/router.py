@@ -4,8 +4,8 @@ What differs from the stock router, and why:
 
 * auxiliary and z-losses are also noted in `stats` of this very router, because Megatron's tracker has one slot a layer
   and C routers would add up in it. Into the tracker goes 1/C of each, so that it shows the mean over iterations;
-* with `balance="mean"` the coefficients are those of the config divided by the number of routers;
-* with `balance="joint"` the last iteration's router has the auxiliary loss of all of them, of their scores and choices
+* with `mean` the coefficients are those of the config divided by the number of routers;
+* with `joint` the last iteration's router has the auxiliary loss of all of them, of their scores and choices
   in a row, as if their sequences were one; it is noted there, and not divided in the tracker;
 * a padding mask reaches the load counts of the expert bias without an error (the stock code broadcasts it wrongly);
 * an expert's capacity is that of the real tokens, and padding takes none of it (`dispatch.capacity`);
@@ -36,7 +36,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.model.capacity import within_capacity
-from coe_megatron.model.recompute import Route
+from coe_megatron.model.recompute import RoutingRecord
 
 _DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
@@ -76,7 +76,7 @@ class CoERouter(TopKRouter):
         leader: the router whose weights this one uses (gating `shared_router`); None for weights of its own.
     """
 
-    router_replay: RouterReplay | Route | None
+    router_replay: RouterReplay | RoutingRecord | None
     global_tokens_per_expert: torch.Tensor | None
     ga_steps: torch.Tensor
 
@@ -97,9 +97,9 @@ class CoERouter(TopKRouter):
         super().__init__(config=config, pg_collection=pg_collection)
         self._leader = (leader,)  # in a tuple, so that torch does not take it for a child
         self.stats = RoutingStats()
-        self._route: Route | None = None  # of the call in progress
+        self._route: RoutingRecord | None = None  # of the call in progress
         self._replays = False
-        self._is_joint = chain.balance == "joint"
+        self._is_joint = chain.aux_loss_reduction == "joint"
         self._earlier: Sequence[torch.Tensor] = ()  # for the call in progress
         self._scored: tuple[torch.Tensor, ...] = ()  # by the last call
         if leader is not None:
@@ -120,8 +120,8 @@ class CoERouter(TopKRouter):
         self,
         input: torch.Tensor,
         padding_mask: torch.Tensor | None = None,
-        route: Route | None = None,
-        barred_TN: torch.Tensor | None = None,
+        route: RoutingRecord | None = None,
+        masked_TN: torch.Tensor | None = None,
         earlier: Sequence[torch.Tensor] = (),
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As the stock method: input [S, B, D] -> gates and choices [T, N].
@@ -129,27 +129,27 @@ class CoERouter(TopKRouter):
         Args:
             padding_mask: [S, B] bool, True at padding.
             route: written if it is empty; else followed, and nothing is counted or noted.
-            barred_TN: bool [T, N], where a token must not go; None for nowhere.
-            earlier: with `balance="joint"`, to the last router: what `take_scored` gave after each call before.
+            masked_TN: bool [T, N], where a token must not go; None for nowhere.
+            earlier: with `joint`, to the last router: what `take_scored` gave after each call before.
         """
-        if route is None and barred_TN is not None:
-            route = Route()
+        if route is None and masked_TN is not None:
+            route = RoutingRecord()
         self._earlier = earlier
         try:
-            with nullcontext() if route is None else self._following(route, barred_TN):
+            with nullcontext() if route is None else self._following(route, masked_TN):
                 return super().forward(input, padding_mask)
         finally:
             self._earlier = ()
 
     @contextmanager
-    def _following(self, route: Route, barred_TN: torch.Tensor | None) -> Iterator[None]:
+    def _following(self, route: RoutingRecord, masked_TN: torch.Tensor | None) -> Iterator[None]:
         """Meanwhile the choice is that of a route, if it is known, and else it is noted there."""
         stock, self.router_replay = self.router_replay, route
-        self._route, self._replays, route.stock, route.barred_TN = route, route.is_known, stock, barred_TN
+        self._route, self._replays, route.stock, route.masked_TN = route, route.is_known, stock, masked_TN
         try:
             yield
         finally:
-            self._route, self._replays, self.router_replay, route.barred_TN = None, False, stock, None
+            self._route, self._replays, self.router_replay, route.masked_TN = None, False, stock, None
 
     def take_scored(self) -> tuple[torch.Tensor, ...]:
         """Scores and choices [T, N] of the last call that a later router's loss has to count (`joint`), or nothing."""
@@ -173,8 +173,8 @@ class CoERouter(TopKRouter):
 
         Barred experts get logits of -inf, so that they are in no score, entropy or loss.
         """
-        if self._route is not None and self._route.barred_TN is not None:
-            logits = logits.masked_fill(self._route.barred_TN.view_as(logits), -math.inf)
+        if self._route is not None and self._route.masked_TN is not None:
+            logits = logits.masked_fill(self._route.masked_TN.view_as(logits), -math.inf)
         if self.stats.watched and self.is_counting:
             self.stats.entropy = self.stats.entropy + _summed_entropy(logits, self.score_function, padding_mask)
         probs, routing_map = super().routing(logits, padding_mask)
@@ -337,10 +337,10 @@ def _with_balance(config: TransformerConfig, chain: ChainSettings, num_routers: 
 
     With `joint` the auxiliary loss has all of its coefficient, being one loss, and the z-loss of each router a part.
     """
-    if chain.balance == "sum" or num_routers == 1:
+    if chain.aux_loss_reduction == "sum" or num_routers == 1:
         return config
     scaled = copy(config)
-    if chain.balance == "mean":
+    if chain.aux_loss_reduction == "mean":
         coefficient = config.moe_aux_loss_coeff
         scaled.moe_aux_loss_coeff = (
             [c / num_routers for c in coefficient] if isinstance(coefficient, list) else coefficient / num_routers

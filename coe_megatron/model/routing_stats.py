@@ -9,7 +9,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_utils import get_updated_expert_bias
 
-from coe_megatron.model.chain_probe import ChainWatch
+from coe_megatron.model.chain_probe import ChainProbe
 from coe_megatron.model.layer import CoELayer
 from coe_megatron.model.router import CoERouter, RoutingStats
 
@@ -80,7 +80,7 @@ def reset_routing(model: torch.nn.Module, watch: bool = False, pairs: bool = Fal
     """
     for layer in layers(model):
         experts = layer.config.num_moe_experts if pairs else None
-        layer.watch = ChainWatch(layer.chain.iterations, experts) if watch else None
+        layer.watch = ChainProbe(layer.chain.iterations, experts) if watch else None
         for router in layer.routers:
             router.stats = RoutingStats(watched=watch)
 

@@ -21,8 +21,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules, get_transformer_layer_offset
 
-from coe_megatron.chain.settings import ChainSettings
-from coe_megatron.estimate.activations import Recompute
+from coe_megatron.chain.settings import ChainSettings, Recompute
 from coe_megatron.local_backend.attention import SDPACoreAttention
 from coe_megatron.local_backend.experts import GroupedExperts
 from coe_megatron.local_backend.megatron_compat import has_transformer_engine
@@ -44,8 +43,8 @@ def coe_layer_spec(
 
     Args:
         config: decides, as for Megatron's own specs, between MHA/GQA and MLA, norms, experts and shared experts.
-        chain: the chain's settings; CoE-2 with the paper's defaults in the pre-norm topology when None. Chains in some
-            `layers` alone need `coe_block_spec`, and so do dense layers (`moe_layer_freq`).
+        chain: the chain's settings; CoE-2 with the paper's defaults and `prenorm` when None. Chains in some `layers`
+            alone need `coe_block_spec`, and so do dense layers (`moe_layer_freq`).
         recompute: what the backward pass computes again instead of keeping it; see CoELayer.
         use_transformer_engine: build on Megatron's Transformer Engine spec (its experts with `moe_grouped_gemm`).
             Written against Megatron-Core 0.16.1, not yet run on a machine with Transformer Engine.
@@ -177,7 +176,7 @@ def _convert(
             parts.mlp.submodules.experts = ModuleSpec(
                 module=GroupedExperts, params={"recompute": recompute == "experts"}
             )
-        _use_topology(parts, chain)
+        _use_norm_placement(parts, chain)
     return spec
 
 
@@ -190,19 +189,19 @@ def _use_torch_parts(parts: TransformerLayerSubmodules) -> None:
             setattr(attention, name, Norm)
 
 
-def _use_topology(parts: TransformerLayerSubmodules, chain: ChainSettings) -> None:
-    """Lead h to the layer and the layer's output onwards as the topology says; `prenorm` is Megatron's own way."""
-    if chain.topology == "iteration_norm":
+def _use_norm_placement(parts: TransformerLayerSubmodules, chain: ChainSettings) -> None:
+    """Connect the layer to the residual stream as `norm_placement` says; `prenorm` is Megatron's own way."""
+    if chain.norm_placement == "iteration_norm":
         # The layer has a norm per iteration; the first is stored where the stock layer stores its pre-MLP norm.
         parts.pre_mlp_layernorm = IdentityOp
         stored = parts.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", "pre_mlp_layernorm.")
         parts.sharded_state_dict_keys_map["mlp.norms.0."] = stored
-    elif chain.topology == "reference":
+    elif chain.norm_placement == "reference":
         parts.mlp_bda = get_replace_stream
 
 
 def get_replace_stream(_training: bool, _fused: bool):
-    """Takes the place of Megatron's bias-dropout-add in the `reference` topology: the layer's output is the stream."""
+    """Replaces Megatron's bias-dropout-add with `reference`: the layer's output is the residual stream."""
 
     def replace_stream(
         output_with_bias: tuple[torch.Tensor, None], _residual: torch.Tensor, _dropout: float

@@ -40,7 +40,7 @@ class _Record(_Strict):
     parameters: _Parameters | None = None
     unigram_entropy: _Nats | None = None
     ranks: _Count = 0
-    rolled_back: list[dict[str, Any]] = []
+    rollbacks: list[dict[str, Any]] = []
 
 
 def read_record(folder: Path) -> dict[str, Any]:

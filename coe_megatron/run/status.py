@@ -49,7 +49,7 @@ class Status:
         train_loss, valid_loss: the newest ones, in nats per counted token.
         seconds_left: of a run that goes on.
         starts: attempts so far, this one with them.
-        rolled_back: how often the policy on losses has rolled it back.
+        rollbacks: how often the policy on losses has rolled it back.
         written: when metrics.jsonl or run.json was last written, in seconds since 1970.
         log: the file that the newest attempt's stderr goes to, on the machine where it ran.
     """
@@ -64,7 +64,7 @@ class Status:
     tokens_per_second: float | None = None
     seconds_left: float | None = None
     starts: int | None = None
-    rolled_back: int | None = None
+    rollbacks: int | None = None
     written: float | None = None
     log: str | None = None
 
@@ -115,7 +115,7 @@ def status(folder: Path, now: float) -> Status:
         tokens_per_second=newest.get("tokens_per_second"),
         seconds_left=None if left is None else max(0.0, left - (now - written)),
         starts=len(attempts),
-        rolled_back=len(record.get("rolled_back", [])),
+        rollbacks=len(record.get("rollbacks", [])),
         written=written,
         log=attempt.get("log"),
     )
@@ -132,7 +132,7 @@ def table(rows: Sequence[Status], now: float) -> str:
     """For a person: a line a run, at `now` seconds since 1970; below it why runs failed."""
     cells = [dict(zip(_COLUMNS, _cells(row, now), strict=True)) for row in rows]
     widths = {name: max(len(name), *(len(line[name]) for line in cells)) for name in _COLUMNS}
-    if not any(row.rolled_back for row in rows):
+    if not any(row.rollbacks for row in rows):
         del widths[_WHERE_ANY]
     lines = [
         "  ".join(_COLUMNS[name](line[name], width) for name, width in widths.items()).rstrip()
@@ -153,7 +153,7 @@ def _cells(row: Status, now: float) -> list[str]:
         _span(row.seconds_left),
         as_text(row.starts, "{}"),
         "-" if row.written is None else f"{_span(max(0.0, now - row.written))} ago",
-        as_text(row.rolled_back, "{}"),
+        as_text(row.rollbacks, "{}"),
         one_line(as_text(row.log, "{}")),
     ]
 

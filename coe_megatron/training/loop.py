@@ -18,18 +18,18 @@ from typing import Any, TypeVar
 import torch
 from megatron.core import parallel_state
 
-from coe_megatron.checkpoint.manager import Checkpoints, Position
-from coe_megatron.checkpoint.save_load import NotSaved
+from coe_megatron.checkpoint.manager import CheckpointManager, TrainState
+from coe_megatron.checkpoint.save_load import CheckpointNotSaved
 from coe_megatron.config import RunConfig
 from coe_megatron.config.layout import layout
 from coe_megatron.data.run_data import RunData
 from coe_megatron.distributed import process_groups as groups
-from coe_megatron.distributed.collectives import from_first, gathered
+from coe_megatron.distributed.collectives import all_gather, run_on_rank0
 from coe_megatron.errors import ConfigError
 from coe_megatron.estimate import closed_forms
 from coe_megatron.estimate.checkpoint_size import checkpoint_bytes
 from coe_megatron.estimate.node_crossing import needless_crossing
-from coe_megatron.estimate.run_estimate import forecast
+from coe_megatron.estimate.run_estimate import estimate
 from coe_megatron.estimate.run_shape import model_shape, padded_vocabulary
 from coe_megatron.model import routing_stats as stats
 from coe_megatron.model.build import build_model
@@ -45,7 +45,7 @@ from coe_megatron.training.metrics import Several, open_metrics
 from coe_megatron.training.profiling import ProfileWindow
 from coe_megatron.training.progress import Progress
 from coe_megatron.training.signals import Interruption
-from coe_megatron.training.watchdog import HangWatch, collective_timeout
+from coe_megatron.training.watchdog import HangDetector, collective_timeout
 from coe_megatron.zero import engine as zero
 from coe_megatron.zero import train_step as passes
 
@@ -66,7 +66,7 @@ class Interrupted(Exception):
 
 def train(
     config: RunConfig,
-    ranks: groups.Ranks,
+    ranks: groups.DistributedEnv,
     store: torch.distributed.Store | None = None,
     interruption: Interruption | None = None,
     last_word: Callable[[int, str], None] = lambda _status, _line: None,
@@ -82,7 +82,7 @@ def train(
         ConfigError: config, data and folder do not fit together; one line that says what would.
         Interrupted: the run was asked to stop; all ranks have stopped after the same step and saved.
         Diverged: the loss, and nothing that `recovery` allows has helped.
-        NotSaved: the last checkpoint could not be written.
+        CheckpointNotSaved: the last checkpoint could not be written.
         OutputLost: the output folder was removed or moved meanwhile.
     """
     if config.training.deterministic:
@@ -92,7 +92,7 @@ def train(
         if interruption is None:
             interruption = Interruption()
             stack.callback(interruption.forget)
-        watch = stack.enter_context(HangWatch(Path(config.output) / "stacks", ranks.rank, limit, last_word))
+        watch = stack.enter_context(HangDetector(Path(config.output) / "stacks", ranks.rank, limit, last_word))
         device = groups.start(config.parallel, config.training.seed, ranks, collective_timeout(limit), store)
         with _at_rank_0(lambda: run_folder.begin(config, ranks.logs)) or nullcontext() as output:
             outcome = _attempt(config, ranks, device, interruption, watch, output)
@@ -101,9 +101,13 @@ def train(
 
 
 def _attempt(
-    config: RunConfig, ranks: groups.Ranks, device: torch.device, interruption: Interruption, watch: HangWatch,
+    config: RunConfig,
+    ranks: groups.DistributedEnv,
+    device: torch.device,
+    interruption: Interruption,
+    watch: HangDetector,
     output: run_folder.RunFolder | None,
-) -> run_folder.Outcome | None:  # fmt: skip
+) -> run_folder.Outcome | None:
     """One attempt in a folder that is begun (on rank 0 `output`); however it ends, run.json says so."""
     run = None
     try:
@@ -129,7 +133,7 @@ class Pretraining:
     """One run on this rank: data, model, engine, and the loop over the steps."""
 
     def __init__(
-        self, config: RunConfig, device: torch.device, interruption: Interruption, watch: HangWatch, node: int,
+        self, config: RunConfig, device: torch.device, interruption: Interruption, watch: HangDetector, node: int,
         output: run_folder.RunFolder | None,
     ) -> None:  # fmt: skip
         """Args: `output` is the run's folder on rank 0, None on other ranks."""
@@ -138,20 +142,20 @@ class Pretraining:
         self.interruption, self.watch = interruption, watch
         self.main_rank = torch.distributed.get_rank() == 0
         try:
-            data = from_first(lambda: RunData.open(config.data))
+            data = run_on_rank0(lambda: RunData.open(config.data))
             self.vocab_size = padded_vocabulary(config, data.tokenizer_size)
             self.data = open_splits(config, data, self.folder / "index")
             self.engine = self._build_engine()
             size = checkpoint_bytes(config, self.vocab_size, torch.distributed.get_world_size())
-            self.checkpoints = Checkpoints(self.folder, config, data, self.engine, size)
-            self.position, self.begun = self.checkpoints.take_up()
+            self.checkpoints = CheckpointManager(self.folder, config, data, self.engine, size)
+            self.position, self.begun = self.checkpoints.resume()
         except ValueError as error:  # what is wrong with config, data or checkpoint is for the user, in one line
             raise ConfigError(str(error)) from error
         self.shape = model_shape(config, self.vocab_size)
         self.flops = closed_forms.training_flops(self.shape)
         self.peak_flops = devices.peak_flops(config.training.precision)
         self.memory = memory.MemoryMeter(self.engine)
-        self.memory_foreseen = memory.foreseen(config, self.vocab_size) if self.main_rank else {}  # reads files
+        self.memory_foreseen = memory.estimated(config, self.vocab_size) if self.main_rank else {}  # reads files
 
     def run(self) -> None:
         """All steps that are left, with evaluations and checkpoints on the way."""
@@ -208,7 +212,7 @@ class Pretraining:
         self._require_output()
         try:
             said = self.checkpoints.after_step(self.position, due, logged, last)
-        except NotSaved:
+        except CheckpointNotSaved:
             self._require_output()  # which says more
             raise
         if said:
@@ -228,14 +232,14 @@ class Pretraining:
         self.progress.say(said)
         self.writer.go_back(self.position.step)
         if self.output is not None:
-            self.output.note({"rolled_back": self.position.rolled_back})
+            self.output.note({"rollbacks": self.position.rollbacks})
 
     def _train_step(self, step: int) -> tuple[float, ExitStatus]:
         """One optimizer step; returns its loss in nats per counted token, and whether a rank was asked to stop."""
         model, settings, policy = self.engine.module, self.config.optimizer, self.config.recovery
         last = step + 1 == self.config.training.steps
         stats.reset_routing(model, watch=self._due("log_every", "evaluate_every", ahead=1), pairs=last)
-        batches = self.data.batches.for_step(step + self.position.passed_over)
+        batches = self.data.batches.for_step(step + self.position.data_offset)
         own = torch.stack([batch["loss_mask"].sum() for batch in batches]).double().sum()
         counted = float(evaluation.all_reduce_sum(own))
         asked = _agreed(self.interruption.asked())
@@ -249,7 +253,7 @@ class Pretraining:
                 self.memory.after_backward,
                 recovery.largest_loss(policy, self.position),
             )
-        loss, taken = float(evaluation.all_reduce_sum(total)), zero.was_taken(self.engine)
+        loss, taken = float(evaluation.all_reduce_sum(total)), zero.was_applied(self.engine)
         stats.finish_step(model, taken)
         self.position.step, self.position.tokens = step + 1, self.position.tokens + int(counted)
         if said := recovery.note_step(policy, self.position, loss, taken):
@@ -267,9 +271,9 @@ class Pretraining:
             "step": step,
             "tokens": self.position.tokens,
             "train_loss": loss,
-            "left_out": self.position.left_out,
-            "rollbacks": len(self.position.rolled_back),
-            "passed_over": self.position.passed_over,
+            "skipped_steps": self.position.skipped_steps,
+            "rollbacks": len(self.position.rollbacks),
+            "data_offset": self.position.data_offset,
             "learning_rate": learning_rate(settings, step - 1, self.config.training.steps),
             "grad_norm": zero.gradient_norm(self.engine),
             **stats.summary(reports),
@@ -310,16 +314,16 @@ class Pretraining:
         """What run.json says of a run beyond its config."""
         counted, settings, moe = closed_forms.parameters(self.shape), self.config.chain, self.config.moe
         name = "MoE" if settings.iterations == 1 else f"CoE-{settings.iterations}"
-        shared = f"+{moe.num_shared_experts}" if moe.num_shared_experts else ""
+        notation = f"{name}({moe.topk}/{moe.num_experts}){f'+{moe.num_shared_experts}' * bool(moe.num_shared_experts)}"
         return {
-            "model": f"{name}({moe.topk}/{moe.num_experts}){shared}, {self.shape.layers} layers, {settings.topology}",
+            "model": f"{notation}, {self.shape.layers} layers, {settings.norm_placement}",
             "parameters": asdict(counted) | {"total": counted.total, "active": counted.active},
             "flops_per_token": self.flops.total,
             "unigram_entropy": entropy,
             "share_of_documents_cut": self.data.cut,
             "ranks": torch.distributed.get_world_size(),
             "device": str(self.device),
-            "rolled_back": self.position.rolled_back,
+            "rollbacks": self.position.rollbacks,
         }
 
     def _greet(self) -> None:
@@ -328,7 +332,7 @@ class Pretraining:
         self.progress.say(
             f"{counted.total:,} parameters on {ranks.ranks} rank{'s' * (ranks.ranks > 1)} ({self.device.type}): {ranks}"
         )
-        nodes = gathered([f"node {self.node} {platform.node()}"])
+        nodes = all_gather([f"node {self.node} {platform.node()}"])
         if ranks.ranks > 1:
             self.progress.say(layout_map(ranks, nodes, self.config.moe.num_experts))
             if self.main_rank:
@@ -345,7 +349,7 @@ class Pretraining:
         """With nodes as they are, whatever `parallel.ranks_per_node` says."""
         smallest = min(Counter(nodes).values())
         config = replace(self.config, parallel=replace(self.config.parallel, ranks_per_node=smallest))
-        cost = forecast(config, self.vocab_size, len(nodes))
+        cost = estimate(config, self.vocab_size, len(nodes))
         if warning := needless_crossing(config, cost, self.vocab_size):
             self.progress.say(f"warning: {warning}")
 
@@ -353,7 +357,7 @@ class Pretraining:
 def _at_rank_0(action: Callable[[], Result]) -> Result | None:
     """What `action` returns on rank 0, which alone calls it; None on the others. What it raises all ranks raise."""
     results: list[Result] = []
-    from_first(lambda: results.append(action()))
+    run_on_rank0(lambda: results.append(action()))
     return results[0] if results else None
 
 
@@ -367,7 +371,7 @@ def _agreed(asked: ExitStatus) -> ExitStatus:
 class _Clock:
     """Times the steps from its making on."""
 
-    def __init__(self, position: Position) -> None:
+    def __init__(self, position: TrainState) -> None:
         self._position, self._began = position, time.perf_counter()
         self._step, self._tokens = position.step, position.tokens
 

@@ -3,7 +3,7 @@
     meter = MemoryMeter(engine)
     with meter.step():
         train_step(..., after_backward=meter.after_backward)
-    meter.measured()            # and `foreseen(config, vocab_size)`: the same kinds from the config alone
+    meter.measured()            # and `estimated(config, vocab_size)`: the same kinds from the config alone
 
 On CUDA torch's allocator counts, in every step. The CPU has no such counter: there every tensor is followed from its
 birth to its death, which makes a step up to twice as long, so only the first one of an attempt is watched; of stage 3
@@ -32,8 +32,8 @@ from coe_megatron.zero import optimizer_states
 from coe_megatron.zero.engine import Engine
 
 
-def foreseen(config: RunConfig, vocab_size: int) -> dict[str, int]:
-    """What `MemoryMeter.measured` should find on this rank, from closed forms: `forecast.memory.as_measured`."""
+def estimated(config: RunConfig, vocab_size: int) -> dict[str, int]:
+    """What `MemoryMeter.measured` should find on this rank, from closed forms: `estimate.memory.as_measured`."""
     stage = parallel_state.get_pipeline_model_parallel_rank()
     ranks = layout(config, torch.distributed.get_world_size())
     return as_measured(config, model_shape(config, vocab_size), ranks, stage, training_pass(config))

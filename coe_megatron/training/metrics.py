@@ -39,7 +39,7 @@ _GROUPS = {
     "optimizer": ("learning_rate", "grad_norm"),
     "speed": ("step_seconds", "tokens_per_second", "tflops", "mfu"),
     "progress": ("tokens", "eta_seconds"),
-    "recovery": ("left_out", "passed_over", "rollbacks"),
+    "recovery": ("skipped_steps", "data_offset", "rollbacks"),
 }
 
 

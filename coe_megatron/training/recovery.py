@@ -11,7 +11,7 @@ import math
 from dataclasses import replace
 from statistics import median
 
-from coe_megatron.checkpoint.manager import Checkpoints, Position
+from coe_megatron.checkpoint.manager import CheckpointManager, TrainState
 from coe_megatron.config import RunConfig
 from coe_megatron.config.settings import RecoverySettings
 
@@ -23,36 +23,36 @@ class Diverged(FloatingPointError):
     """The loss stays too large or not finite, and the policy allows nothing more: a person has to decide."""
 
 
-def largest_loss(settings: RecoverySettings, position: Position) -> float | None:
+def largest_loss(settings: RecoverySettings, position: TrainState) -> float | None:
     """Above which loss the coming step is left out; None where only what is not finite is."""
     if settings.loss_factor is None or not position.losses:
         return None
     return settings.loss_factor * median(position.losses)
 
 
-def note_step(settings: RecoverySettings, position: Position, loss: float, taken: bool) -> str:
+def note_step(settings: RecoverySettings, position: TrainState, loss: float, taken: bool) -> str:
     """Note in `position` how the step just done went; returns a line for the user if it was left out, else nothing."""
     if taken:
         position.losses = [*position.losses, loss][-_RECENT:]
-        position.in_a_row = []
+        position.consecutive_skips = []
         return ""
-    position.left_out += 1
-    position.in_a_row = [*position.in_a_row, loss if math.isfinite(loss) else None]
+    position.skipped_steps += 1
+    position.consecutive_skips = [*position.consecutive_skips, loss if math.isfinite(loss) else None]
     largest = largest_loss(settings, position)
     why = f"its loss is {loss:.4g}"
     if math.isfinite(loss):
         exploded = largest is not None and loss > largest
         why += f", above {largest:.4g} (recovery.loss_factor)" if exploded else " and a gradient is not finite"
-    row = f"{len(position.in_a_row)} in a row, of {settings.skips} (recovery.skips)"
+    row = f"{len(position.consecutive_skips)} in a row, of {settings.skips} (recovery.skips)"
     return f"step {position.step} is left out, it changes nothing: {why}; {row}"
 
 
-def is_due(settings: RecoverySettings, position: Position) -> bool:
+def is_due(settings: RecoverySettings, position: TrainState) -> bool:
     """Whether so many steps in a row were left out that the run has to roll back."""
-    return len(position.in_a_row) >= settings.skips
+    return len(position.consecutive_skips) >= settings.skips
 
 
-def roll_back(config: RunConfig, position: Position, checkpoints: Checkpoints) -> tuple[Position, str]:
+def roll_back(config: RunConfig, position: TrainState, checkpoints: CheckpointManager) -> tuple[TrainState, str]:
     """Take up the newest whole checkpoint from before the steps that were left out; all ranks together.
 
     Returns:
@@ -62,28 +62,28 @@ def roll_back(config: RunConfig, position: Position, checkpoints: Checkpoints) -
         Diverged: no roll-back is left, or there is no checkpoint; one line that says what to try.
     """
     limit, now = config.recovery.rollbacks, position.step
-    before = now - len(position.in_a_row)
-    happened = f"steps {before + 1} to {now} were left out, their losses were {_shown(position.in_a_row)}"
-    if len(position.rolled_back) >= limit:
+    before = now - len(position.consecutive_skips)
+    happened = f"steps {before + 1} to {now} were left out, their losses were {_shown(position.consecutive_skips)}"
+    if len(position.rollbacks) >= limit:
         raise Diverged(
             f"{happened}; recovery.rollbacks is {limit}, and the run has rolled back as often: {_ADVICE}, or a larger "
             "recovery.rollbacks, which goes past more data"
         )
     try:
-        found = checkpoints.take_up_before(before, now)
+        found = checkpoints.resume_before(before, now)
     except ValueError as error:
         raise Diverged(f"{happened}, and the run cannot roll back: {error}") from error
     if found is None:
         raise Diverged(f"{happened}, and no checkpoint is older: {_ADVICE}, or a smaller training.save_every")
-    first, end = (each.step + each.passed_over for each in (found, position))
+    first, end = (each.step + each.data_offset for each in (found, position))
     samples = [first * config.training.global_batch, end * config.training.global_batch - 1]
-    event = {"from_step": now, "to_step": found.step, "samples": samples, "losses": position.in_a_row}
-    done = [*position.rolled_back, event]
+    event = {"from_step": now, "to_step": found.step, "samples": samples, "losses": position.consecutive_skips}
+    done = [*position.rollbacks, event]
     said = (
         f"rolled back from step {now} to step {found.step}, and past the samples {samples[0]:,} to {samples[1]:,} of "
         f"the run's order; {len(done)} of {limit} times (recovery.rollbacks)"
     )
-    return replace(found, passed_over=end - found.step, rolled_back=done, in_a_row=[]), said
+    return replace(found, data_offset=end - found.step, rollbacks=done, consecutive_skips=[]), said
 
 
 def _shown(losses: list[float | None]) -> str:

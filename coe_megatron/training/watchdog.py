@@ -28,7 +28,7 @@ def collective_timeout(hang_after: float | None) -> timedelta | None:
     return None if hang_after is None else timedelta(seconds=hang_after + _SECONDS_PAST_THE_WATCH)
 
 
-class HangWatch:
+class HangDetector:
     """As a context it watches this process; `beat` says that there was progress.
 
     Time is counted in short waits, each for no more than it was meant to take: a process that was suspended as a whole
@@ -54,7 +54,7 @@ class HangWatch:
         """Progress was made, and `next_thing` (such as `step 12`) is what comes now."""
         self._beat = (self._beat[0] + 1, next_thing)
 
-    def __enter__(self) -> "HangWatch":
+    def __enter__(self) -> "HangDetector":
         if self._limit is not None:
             self._thread.start()
         return self

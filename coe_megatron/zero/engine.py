@@ -36,7 +36,7 @@ from pydantic import ValidationError
 from coe_megatron.config.native import merged, read_native
 from coe_megatron.config.settings import OptimizerSettings, TrainingSettings, ZeroSettings
 from coe_megatron.config.zero_sizes import ZeroSizes
-from coe_megatron.distributed.collectives import from_first
+from coe_megatron.distributed.collectives import run_on_rank0
 from coe_megatron.distributed.process_groups import MegatronGroups
 from coe_megatron.model.layer import CoELayer
 from coe_megatron.model.routing_stats import routers
@@ -68,7 +68,7 @@ def build_engine(
     """
     _prepare_deepspeed()
     _sum_over_sequence_parts(model)
-    native = {} if zero.deepspeed is None else from_first(partial(read_native, zero.deepspeed))
+    native = {} if zero.deepspeed is None else run_on_rank0(partial(read_native, zero.deepspeed))
     sizes = ZeroSizes.of(sum(parameter.numel() for parameter in model.parameters()), native)
     if zero.stage == 3:
         set_z3_leaf_modules(model, [CoELayer], raise_if_not_found=False)  # gathered once a pass, not C times
@@ -125,7 +125,7 @@ def gradient_norm(engine: Engine) -> float:
     return float(engine.get_global_grad_norm())
 
 
-def was_taken(engine: Engine) -> bool:
+def was_applied(engine: Engine) -> bool:
     """Whether the last step changed anything: weights, optimizer states and their step counts; equal on all ranks."""
     return math.isfinite(gradient_norm(engine))
 

@@ -33,7 +33,7 @@ def train_step(
     """One optimizer step over its micro-batches; what their gradients are, `zero.engine` says.
 
     A step whose loss or gradient is not finite anywhere changes nothing, on no rank: neither weights nor what the
-    optimizer has; `zero.engine.was_taken` tells.
+    optimizer has; `zero.engine.was_applied` tells.
 
     Args:
         batches: as many as the engine accumulates, their `tokens` [B, S] all of one shape; brought to the device one by

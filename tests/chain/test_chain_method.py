@@ -16,9 +16,9 @@ from coe_megatron.chain.method import (
     sequence_aux_loss,
     z_loss,
 )
-from coe_megatron.chain.settings import ChainSettings, Gating, Residual, Topology
+from coe_megatron.chain.settings import ChainSettings, Gating, NormPlacement, Residual
 
-KINDS = list(itertools.product(get_args(Gating), get_args(Residual), get_args(Topology)))
+KINDS = list(itertools.product(get_args(Gating), get_args(Residual), get_args(NormPlacement)))
 
 
 @pytest.fixture(autouse=True)
@@ -67,10 +67,10 @@ def plain_gates(x, weight, topk, barred=()):
 
 
 def plain_chain(layer, h):
-    """h' of one token, by the definitions of each topology and residual rather than by a common one."""
+    """h' of one token, by the definitions of each norm_placement and residual rather than by a common one."""
     chain, topk = layer.chain, layer.router.topk
     weights = {name: value.tolist() for name, value in layer.named_parameters()}
-    own_norms = chain.topology == "iteration_norm"
+    own_norms = chain.norm_placement == "iteration_norm"
     u = plain_norm(h, weights["norm_gains.0"], layer.norm_eps)
     start = h if own_norms else u
     x, increments, gates, visited = start, [], {}, set()
@@ -93,15 +93,15 @@ def plain_chain(layer, h):
         added = {"inner": x, "init": start, "outer": [0.0] * len(x)}[chain.residual]
         x = [a + b for a, b in zip(f, added, strict=True)]
     end = [a + b for a, b in zip(x, start, strict=True)] if chain.residual == "outer" else x
-    if chain.topology == "prenorm":
+    if chain.norm_placement == "prenorm":
         return [a + b - c for a, b, c in zip(h, end, u, strict=True)]
     return end
 
 
-@pytest.mark.parametrize(("gating", "residual", "topology"), KINDS)
+@pytest.mark.parametrize(("gating", "residual", "norm_placement"), KINDS)
 @pytest.mark.parametrize("iterations", [1, 2, 3])
-def test_equals_the_equations_in_plain_python(gating, residual, topology, iterations):
-    layer = make_layer(ChainSettings(iterations, gating, residual, topology), shared_ffn=2)
+def test_equals_the_equations_in_plain_python(gating, residual, norm_placement, iterations):
+    layer = make_layer(ChainSettings(iterations, gating, residual, norm_placement), shared_ffn=2)
     h = torch.randn(2, 3, 4, dtype=torch.float64)
     expected = [plain_chain(layer, token) for token in h.flatten(0, 1).tolist()]
     torch.testing.assert_close(layer(h).stream.flatten(0, 1), torch.tensor(expected, dtype=torch.float64))
@@ -164,11 +164,11 @@ def test_conditioned_with_gains_of_one_is_the_plain_chain():
     assert torch.equal(layer(h).stream, plain(h).stream)
 
 
-@pytest.mark.parametrize(("gating", "residual", "topology"), KINDS)
-def test_forward_and_backward_are_finite_and_reach_every_parameter(gating, residual, topology):
+@pytest.mark.parametrize(("gating", "residual", "norm_placement"), KINDS)
+def test_forward_and_backward_are_finite_and_reach_every_parameter(gating, residual, norm_placement):
     router = RouterSettings(4, 2, seq_aux_coeff=0.1, aux_coeff=0.1, z_coeff=0.1)
     for iterations, dtype in itertools.product((1, 2, 3, 4), (torch.float32, torch.bfloat16)):
-        layer = make_layer(ChainSettings(iterations, gating, residual, topology), router, shared_ffn=2).to(dtype)
+        layer = make_layer(ChainSettings(iterations, gating, residual, norm_placement), router, shared_ffn=2).to(dtype)
         output = layer(torch.randn(2, 5, 4, dtype=dtype))
         assert output.stream.dtype == dtype and output.stream.isfinite().all()
         assert output.routings[0].weights_TN.dtype == torch.float32
@@ -213,11 +213,11 @@ def test_one_iteration_is_a_plain_moe_whatever_the_gating_and_residual():
     routing = route(u, first.router_weights[0], first.router)
     moe = routed_experts(u, routing, first.w1, first.w2, "swiglu")
     moe = (moe + feed_forward(u, first.shared_w1, first.shared_w2, "swiglu")).view_as(h)
-    for gating, residual, topology in KINDS:
-        layer = make_layer(ChainSettings(1, gating, residual, topology), shared_ffn=2)
+    for gating, residual, norm_placement in KINDS:
+        layer = make_layer(ChainSettings(1, gating, residual, norm_placement), shared_ffn=2)
         layer.load_state_dict(first.state_dict())
-        base = u.view_as(h) if topology == "reference" else h
-        assert torch.equal(layer(h).stream, base + moe), (gating, residual, topology)
+        base = u.view_as(h) if norm_placement == "reference" else h
+        assert torch.equal(layer(h).stream, base + moe), (gating, residual, norm_placement)
 
 
 def test_the_increment_is_exact_in_low_precision():
@@ -232,7 +232,7 @@ def test_the_increment_is_exact_in_low_precision():
 @pytest.mark.parametrize("residual", get_args(Residual))
 def test_prenorm_and_reference_differ_by_what_the_norm_took(residual):
     prenorm = make_layer(ChainSettings(3, residual=residual), shared_ffn=2)
-    reference = make_layer(ChainSettings(3, residual=residual, topology="reference"), shared_ffn=2)
+    reference = make_layer(ChainSettings(3, residual=residual, norm_placement="reference"), shared_ffn=2)
     reference.load_state_dict(prenorm.state_dict())
     h = torch.randn(2, 3, 4, dtype=torch.float64)
     u = torch.nn.functional.rms_norm(h, (4,), prenorm.norm_gains[0], 1e-6)
@@ -240,7 +240,7 @@ def test_prenorm_and_reference_differ_by_what_the_norm_took(residual):
 
 
 def test_iteration_norm_is_a_stack_of_prenorm_layers_that_share_experts():
-    chain = make_layer(ChainSettings(3, topology="iteration_norm"), shared_ffn=2)
+    chain = make_layer(ChainSettings(3, norm_placement="iteration_norm"), shared_ffn=2)
     single = make_layer(ChainSettings(1), shared_ffn=2)
     h = stream = torch.randn(2, 3, 4, dtype=torch.float64)
     own = {"router_weights.0", "norm_gains.0"}
@@ -257,7 +257,7 @@ def test_number_of_parameters_follows_gating_and_topology():
         router = RouterSettings(4, 2, "sigmoid", expert_bias=True)
         layer = make_layer(ChainSettings(3, gating), router)
         assert (len(layer.router_weights), len(layer.expert_biases)) == (routers, biases)
-    assert len(make_layer(ChainSettings(3, topology="iteration_norm")).norm_gains) == 3
+    assert len(make_layer(ChainSettings(3, norm_placement="iteration_norm")).norm_gains) == 3
     plain = make_layer(ChainSettings(3))
     assert plain.expert_biases is None and plain.shared_w1 is None and len(plain.norm_gains) == 1
 
@@ -266,7 +266,7 @@ def test_fixed_gating_reuses_the_routing_and_charges_it_once():
     router = RouterSettings(4, 2, seq_aux_coeff=0.5)
     h = torch.randn(2, 3, 4, dtype=torch.float64)
     for balance in ("sum", "mean"):
-        output = make_layer(ChainSettings(3, "fixed", balance=balance), router)(h)
+        output = make_layer(ChainSettings(3, "fixed", aux_loss_reduction=balance), router)(h)
         assert all(routing is output.routings[0] for routing in output.routings)
         assert output.losses[1:] == [{}, {}]
         expected = 0.5 * sequence_aux_loss(output.routings[0], router, torch.ones(2, 3, dtype=torch.bool))
@@ -277,7 +277,7 @@ def test_balance_mean_divides_by_the_number_of_routings():
     router = RouterSettings(4, 2, seq_aux_coeff=0.5, aux_coeff=0.2, z_coeff=0.1)
     h = torch.randn(2, 3, 4, dtype=torch.float64)
     full = make_layer(ChainSettings(4, "shared_router"), router)
-    mean = make_layer(ChainSettings(4, "shared_router", balance="mean"), router)
+    mean = make_layer(ChainSettings(4, "shared_router", aux_loss_reduction="mean"), router)
     mean.load_state_dict(full.state_dict())
     for a, b in zip(full(h).losses, mean(h).losses, strict=True):
         assert a.keys() == b.keys() == {"seq_aux_loss", "aux_loss", "z_loss"}
@@ -288,7 +288,7 @@ def test_balance_mean_divides_by_the_number_of_routings():
 def test_joint_balance_is_one_loss_of_the_summed_load():
     """Brute force over the choices of both iterations; padding counts nowhere, z-losses are a mean."""
     router = RouterSettings(4, 2, seq_aux_coeff=0.5, aux_coeff=0.2, z_coeff=0.1)
-    layer = make_layer(ChainSettings(2, balance="joint"), router)
+    layer = make_layer(ChainSettings(2, aux_loss_reduction="joint"), router)
     padding = torch.tensor([[False] * 3, [False, False, True]])
     output = layer(torch.randn(2, 3, 4, dtype=torch.float64), padding)
     z_losses = [0.1 / 2 * z_loss(routing, ~padding) for routing in output.routings]
@@ -309,7 +309,7 @@ def test_joint_balance_is_one_loss_of_the_summed_load():
 def test_joint_balance_of_a_routing_used_again_is_its_own():
     router = RouterSettings(4, 2, seq_aux_coeff=0.5, z_coeff=0.1)
     h = torch.randn(2, 3, 4, dtype=torch.float64)
-    layers = [make_layer(ChainSettings(3, "fixed", balance=balance), router) for balance in ("sum", "joint")]
+    layers = [make_layer(ChainSettings(3, "fixed", aux_loss_reduction=balance), router) for balance in ("sum", "joint")]
     layers[1].load_state_dict(layers[0].state_dict())
     one, other = (layer(h).losses for layer in layers)
     assert one[1:] == other[1:] == [{}, {}]

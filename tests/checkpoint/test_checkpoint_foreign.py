@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorProperties
 
 from coe_megatron.checkpoint import listing, tools
 from coe_megatron.checkpoint.integrity import SEAL, _sealed
-from coe_megatron.checkpoint.metadata import Facts
+from coe_megatron.checkpoint.metadata import CheckpointMetadata
 from coe_megatron.checkpoint.storage import Reader
 from coe_megatron.checkpoint.tensor_index import Listed
 from coe_megatron.errors import ConfigError
@@ -77,7 +77,7 @@ def overflow(checkpoint: Path, old: str, new: str) -> None:
     path.write_text(path.read_text().replace(old, new))
 
 
-STATE = ("step", "tokens", "losses", "in_a_row", "rolled_back", "tokenizer", "left_out")
+STATE = ("step", "tokens", "losses", "consecutive_skips", "rollbacks", "tokenizer", "skipped_steps")
 
 
 def metadata(spoil: Callable[[Metadata], Any]) -> Change:
@@ -138,11 +138,11 @@ VOUCHED: dict[str, tuple[Change, str]] = {
         "state.json cannot be read: 1e400 is too large for a number",
     ),
     "a roll-back with a number that overflows": (
-        lambda checkpoint: overflow(checkpoint, '"tokens"', '"rolled_back": [{"losses": [-1e400]}], "tokens"'),
+        lambda checkpoint: overflow(checkpoint, '"tokens"', '"rollbacks": [{"losses": [-1e400]}], "tokens"'),
         "state.json cannot be read: -1e400 is too large for a number",
     ),
     "losses that are none": (facts(losses=["x"]), "state.json is of another shape: losses.0"),
-    "roll-backs that are none": (facts(rolled_back=[3]), "state.json is of another shape: rolled_back.0"),
+    "roll-backs that are none": (facts(rollbacks=[3]), "state.json is of another shape: rollbacks.0"),
     "a key of control characters": (facts(**{"\x1b[31m\n": 1}), "another shape: \\x1b[31m\\n"),
     "a list of tensors cut short": (sparse("tensors/.metadata", 100), "tensors/.metadata is no list of tensors"),
     "a large list of tensors": (sparse("tensors/.metadata", LARGE), "tensors/.metadata "),
@@ -308,7 +308,7 @@ def require_refused(checkpoint: Path, said: str, capsys: pytest.CaptureFixture[s
 
 
 def test_facts_that_could_not_be_read_again_are_not_written(run: Path) -> None:
-    saved = Facts.read(run / listing.name_of(2))
+    saved = CheckpointMetadata.read(run / listing.name_of(2))
     with pytest.raises(ValueError, match="not JSON compliant"):
         replace(saved, state={**saved.state, "extra": float("inf")}).as_json()
 
@@ -319,7 +319,7 @@ def test_what_is_shown_of_a_checkpoint_can_be_shown(run: Path) -> None:
     reseal(newest)
     lines = tools.inspect(run).table().splitlines()
     assert "made of     \\x1b[31mred\\n, \\udcff" in lines and all(line.isprintable() for line in lines)
-    assert Facts.read(newest).state["tokens"] == 10**15
+    assert CheckpointMetadata.read(newest).state["tokens"] == 10**15
 
 
 def test_only_what_is_listed_is_copied(run: Path) -> None:
@@ -368,7 +368,7 @@ def test_a_checkpoint_and_what_is_made_of_it_do_not_lie_in_one_another(run: Path
     with pytest.raises(ConfigError, match="lie in one another"):
         tools.reshard(inside, run / "step-9", overwrite=True)
     tools.reshard(newest, newest, weights_only=True, overwrite=True)
-    assert Facts.read(newest).optimizer_steps is None and listing.trouble(newest) is None
+    assert CheckpointMetadata.read(newest).optimizer_steps is None and listing.trouble(newest) is None
 
 
 def test_of_a_link_the_link_alone_is_deleted(run: Path) -> None:

@@ -74,7 +74,7 @@ def fill_a_disk(folder: Path) -> dict:
         try:
             save_load.save(folder, 2, engine, {"step": 2}, keep=2, background=way)
             background.wait()
-        except save_load.NotSaved as error:
+        except save_load.CheckpointNotSaved as error:
             said.append(str(error))
     left = save_load.load_latest(folder, engine)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))

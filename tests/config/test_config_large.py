@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from coe_megatron.config import RunConfig, load
-from coe_megatron.estimate.run_estimate import Forecast, forecast, vocabulary
+from coe_megatron.estimate.run_estimate import RunEstimate, estimate, vocabulary
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MOE = "chain.iterations=1"
@@ -15,9 +15,9 @@ PEAK, REACHED = 989e12, 0.3  # FLOP/s of an H100 in bf16, and the share the comm
 HOURS_OF_A_GPU = 16_384 * 54 * 24 / 419  # between two interruptions of Llama 3 405B
 
 
-def costed(name: str, *overrides: str) -> tuple[RunConfig, Forecast]:
+def costed(name: str, *overrides: str) -> tuple[RunConfig, RunEstimate]:
     config = load(CONFIGS / f"{name}.yaml", [*overrides, "data.path=nowhere"])
-    return config, forecast(config, vocabulary(config), config.parallel.world_size or 1)
+    return config, estimate(config, vocabulary(config), config.parallel.world_size or 1)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ class Said:
     """A layout's config with its comments as one text."""
 
     config: RunConfig
-    cost: Forecast
+    cost: RunEstimate
     text: str
 
 

@@ -10,8 +10,9 @@ from omegaconf import OmegaConf
 
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.config import RunConfig, dump, load, parse
+from coe_megatron.config.layout import moe_pattern
 from coe_megatron.errors import ConfigError
-from coe_megatron.estimate.run_shape import moe_pattern, padded_vocabulary
+from coe_megatron.estimate.run_shape import padded_vocabulary
 
 CONFIGS = sorted(
     path for path in (Path(__file__).parents[2] / "configs").rglob("*.yaml") if "studies" not in path.parts

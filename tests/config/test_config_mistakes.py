@@ -94,8 +94,8 @@ OVERRIDES: list[tuple[str, str]] = [
     ("chain.increment_scale=0", "chain.increment_scale is 0.0: without chain.learned_scale it must not be 0"),
     ("chain.increment_scale=.inf", "chain.increment_scale is inf: it must be a finite number"),
     (
-        "chain.conditioned=true & chain.topology=iteration_norm",
-        "chain.conditioned is true: with chain.topology iteration_norm",
+        "chain.conditioned=true & chain.norm_placement=iteration_norm",
+        "chain.conditioned is true: with chain.norm_placement iteration_norm",
     ),
     ("chain.routers_apart=true & chain.gating=fixed", "chain.routers_apart is true: chain.gating must be independent"),
     ("chain.layers=[]", "chain.layers is []: it must name layers, from 1"),

@@ -37,8 +37,7 @@ from model_checkpoint import load, make_stock_layer, save, scramble, sub_layer
 from model_oracle import CHAINS, ITERATIONS, VARIANTS, chain_of, make_batch, oracle_step
 from ranks import run_ranks
 
-from coe_megatron.chain.settings import ChainSettings
-from coe_megatron.estimate.activations import Recompute
+from coe_megatron.chain.settings import ChainSettings, Recompute
 from coe_megatron.model.routing_stats import finish_step
 
 TOLERANCE = 1e-5  # relative to the largest entry, fp32
@@ -292,7 +291,7 @@ def initial_experts(layout: dict[str, int]) -> tuple[torch.Tensor, torch.Tensor]
 
 def checkpoint_outputs(folder: Path) -> dict[str, torch.Tensor]:
     """Load what one rank saved, save it again from two, and what this rank's sequences become."""
-    config, chain = parallel_config(EXPERT, **SHARED), ChainSettings(2, topology="iteration_norm")
+    config, chain = parallel_config(EXPERT, **SHARED), ChainSettings(2, norm_placement="iteration_norm")
     h_SBD = _of_rank(make_batch(HIDDEN, batch=4)[0])
     layer = load(make_layer(config, chain), folder / "from one rank")
     save(layer, folder / "from two ranks")
@@ -317,7 +316,7 @@ def work_of_a_rank(folder: Path) -> dict[str, Any]:
                 found[name, _name(chain, iterations)] = sub_layer_errors(layout, chain_of(chain, iterations))
         found[name, "crowd"] = sub_layer_errors(layout, ChainSettings(2), crowd=True, moe_router_topk=1)
         for router, changes in ROUTERS.items():
-            chain = ChainSettings(3, balance="mean" if router == "mean" else "sum")
+            chain = ChainSettings(3, aux_loss_reduction="mean" if router == "mean" else "sum")
             found[name, router] = sub_layer_errors(layout, chain, **changes)
         for variant, settings in VARIANTS.items():
             found[name, variant] = sub_layer_errors(layout, ChainSettings(**{"iterations": 3, **settings}))
@@ -336,7 +335,7 @@ def work_of_a_rank(folder: Path) -> dict[str, Any]:
 def folder(megatron_groups: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Holds a checkpoint that one rank saved."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    layer = make_layer(make_config(**SHARED), ChainSettings(2, topology="iteration_norm"))
+    layer = make_layer(make_config(**SHARED), ChainSettings(2, norm_placement="iteration_norm"))
     save(scramble(layer, seed=5), folder / "from one rank")
     return folder
 
@@ -442,7 +441,7 @@ def test_initial_experts_do_not_depend_on_the_layout(two_ranks: list[dict], sing
 def test_checkpoints_move_between_numbers_of_ranks(two_ranks: list[dict], folder: Path) -> None:
     """One rank -> two -> one, and Megatron's layer on two ranks -> ours on one."""
     h_BSD, _ = make_batch(HIDDEN, batch=4)
-    chain = ChainSettings(2, topology="iteration_norm")
+    chain = ChainSettings(2, norm_placement="iteration_norm")
     for name, source, settings in (
         ("ours", "from one rank", chain),
         ("ours", "from two ranks", chain),

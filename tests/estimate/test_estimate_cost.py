@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 
 from coe_megatron.config import load
-from coe_megatron.estimate.run_estimate import Forecast, forecast, vocabulary
+from coe_megatron.estimate.run_estimate import RunEstimate, estimate, vocabulary
 
 PAPER = Path(__file__).parents[2] / "configs" / "paper"
 
 
-def _of(name: str, *overrides: str, ranks: int = 1) -> Forecast:
+def _of(name: str, *overrides: str, ranks: int = 1) -> RunEstimate:
     config = load(PAPER / f"{name}.yaml", overrides)
-    return forecast(config, vocabulary(config), ranks)
+    return estimate(config, vocabulary(config), ranks)
 
 
 def test_the_papers_model_has_the_papers_parameters() -> None:

@@ -7,7 +7,7 @@ import pytest
 from coe_megatron.config import RunConfig, load
 from coe_megatron.config.checks import problems
 from coe_megatron.estimate.advice import cheapest_change, parse_size, refusal
-from coe_megatron.estimate.run_estimate import forecast
+from coe_megatron.estimate.run_estimate import estimate
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 VOCABULARY = 102_400
@@ -32,7 +32,7 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 
 def test_what_fits_is_not_refused() -> None:
     config = large()
-    cost = forecast(config, VOCABULARY)
+    cost = estimate(config, VOCABULARY)
     assert refusal(config, cost, VOCABULARY, cost.needed) is None
     assert refusal(config, cost, VOCABULARY, cost.needed - 1) is not None
 
@@ -54,11 +54,11 @@ def test_the_cheapest_change_that_fits_is_named(gib: int, overrides: list[str], 
     named = [f"{name}={value}" for name, value in changes.items()]
     changed = large(*overrides, *named)
     assert not list(problems(changed))
-    assert forecast(changed, VOCABULARY).needed == found[1]
+    assert estimate(changed, VOCABULARY).needed == found[1]
 
 
 def test_more_ranks_are_no_change_and_nothing_may_fit() -> None:
     config = load(CONFIGS / "olmoe-1b-7b.yaml", ["data.path=nowhere", "parallel.world_size=1", "parallel.expert=1"])
-    told = refusal(config, forecast(config, 50_304), 50_304, 2**30)
+    told = refusal(config, estimate(config, 50_304), 50_304, 2**30)
     assert told is not None and told.endswith("nothing that was tried fits")
     assert "most of it optimizer" in told or "most of it activations" in told

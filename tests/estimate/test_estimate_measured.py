@@ -1,4 +1,4 @@
-"""Memory foreseen from the config alone against memory measured on running engines, by kind, at study size too."""
+"""Memory estimated from the config alone against memory measured on running engines, by kind, at study size too."""
 
 from dataclasses import replace
 from itertools import product
@@ -11,15 +11,14 @@ from megatron.core import parallel_state
 from model_build import reset_megatron
 from ranks import run_ranks
 
-from coe_megatron.chain.settings import ChainSettings
+from coe_megatron.chain.settings import ChainSettings, Recompute
 from coe_megatron.config import RunConfig
 from coe_megatron.config.layout import layout
 from coe_megatron.config.settings import ModelSettings, MoESettings, ParallelSettings, TrainingSettings, ZeroSettings
-from coe_megatron.estimate.activations import Recompute
 from coe_megatron.estimate.memory import micro_batches_of
 from coe_megatron.model.build import build_model
 from coe_megatron.training import evaluation
-from coe_megatron.training.memory_meter import MemoryMeter, foreseen
+from coe_megatron.training.memory_meter import MemoryMeter, estimated
 from coe_megatron.zero import engine as zero
 from coe_megatron.zero import train_step as passes
 
@@ -67,7 +66,7 @@ def run_config(stage: int, precision: str, parallel: ParallelSettings, ranks: in
 
 
 def on_a_rank(parallel: ParallelSettings, stages: list[tuple[int, str]]) -> list[Found]:
-    """Of each stage what is foreseen and what is measured."""
+    """Of each stage what is estimated and what is measured."""
     ranks = torch.distributed.get_world_size()
     return [found_in(run_config(stage, precision, parallel, ranks)) for stage, precision in stages]
 
@@ -106,7 +105,7 @@ def found_in(config: RunConfig, vocabulary: int = VOCABULARY) -> Found:
             passes.train_step(
                 engine, [batch] * count, evaluation.forward, evaluation.counted_loss, meter.after_backward
             )
-    return foreseen(config, vocabulary), meter.measured()
+    return estimated(config, vocabulary), meter.measured()
 
 
 def of_cases(cases: list[Case]) -> list[Found]:
@@ -115,7 +114,7 @@ def of_cases(cases: list[Case]) -> list[Found]:
 
 
 def hold(case: object, found: list[Found], peak: float = 0.05, states: float = 0.05) -> None:
-    """Of all ranks; where they differ the forecast is of the one with most."""
+    """Of all ranks; where they differ the estimate is of the one with most."""
     said = found[0][0]
     measured = {kind: max(each[kind] for _, each in found) for kind in said}
     for kind in STATES:

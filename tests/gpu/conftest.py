@@ -14,5 +14,5 @@ def device() -> Iterator[torch.device]:
     from coe_megatron.config.settings import ParallelSettings
     from coe_megatron.distributed import process_groups
 
-    yield process_groups.start(ParallelSettings(), 1234, process_groups.Ranks())
+    yield process_groups.start(ParallelSettings(), 1234, process_groups.DistributedEnv())
     process_groups.stop()

@@ -10,8 +10,7 @@ from model_build import EXPERTS, HIDDEN, LOSSES, TOPK, Named, errors, gradient, 
 from torch import Tensor
 
 from coe_megatron.chain.method import RouterSettings, feed_forward, route
-from coe_megatron.chain.settings import Gating
-from coe_megatron.estimate.activations import Recompute
+from coe_megatron.chain.settings import Gating, Recompute
 from coe_megatron.local_backend.experts import GroupedExperts
 from coe_megatron.model import CoELayer
 from coe_megatron.model.capacity import filled_up, rows_per_expert, within_capacity

@@ -68,13 +68,13 @@ def test_equals_oracle_with_other_routers(changes: dict) -> None:
     assert max(found.values()) <= TOLERANCE, found
 
 
-@pytest.mark.parametrize("topology", ["prenorm", "iteration_norm"])
+@pytest.mark.parametrize("norm_placement", ["prenorm", "iteration_norm"])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_equals_oracle_with_padding(topology: str, recompute: bool) -> None:
+def test_equals_oracle_with_padding(norm_placement: str, recompute: bool) -> None:
     padding_BS = torch.zeros(BATCH, SEQUENCE, dtype=torch.bool)
     padding_BS[1, 4:] = padding_BS[2, 1:] = True
     again = {"recompute_granularity": "selective", "recompute_modules": ["moe"]} if recompute else {}
-    found = compare(make_config(**LOSSES, **again), chain_of(("independent", "inner", topology), 2), padding_BS)
+    found = compare(make_config(**LOSSES, **again), chain_of(("independent", "inner", norm_placement), 2), padding_BS)
     assert max(found.values()) <= TOLERANCE, found
 
 
@@ -97,16 +97,16 @@ def test_equals_oracle_where_few_experts_get_all_tokens(topk: int, dispatcher: s
 
 
 @pytest.mark.parametrize("gating", ["independent", "shared_router", "fixed"])
-@pytest.mark.parametrize("balance", ["sum", "mean"])
-def test_losses_and_loads_are_kept_by_iteration(gating: str, balance: str) -> None:
-    config, chain = make_config(**LOSSES), chain_of((gating, "inner", "prenorm"), 3, balance)
+@pytest.mark.parametrize("aux_loss_reduction", ["sum", "mean"])
+def test_losses_and_loads_are_kept_by_iteration(gating: str, aux_loss_reduction: str) -> None:
+    config, chain = make_config(**LOSSES), chain_of((gating, "inner", "prenorm"), 3, aux_loss_reduction)
     oracle, layer = make_oracle(config, chain), make_layer(config, chain)
     copy_from_oracle(layer, oracle)
     batches = [make_batch(config.hidden_size, seed=seed) for seed in (3, 4)]
     for h_BSD, grad_BSD in batches:
         layer_step(layer, h_BSD, grad_BSD)
     results = [oracle(h_BSD) for h_BSD, _ in batches]
-    share = 1 / oracle.num_routings if balance == "mean" else 1.0
+    share = 1 / oracle.num_routings if aux_loss_reduction == "mean" else 1.0
     names = {"seq_load_balancing_loss": ("seq_aux_loss", 0.1), "z_loss": ("z_loss", 0.01)}
     assert len(layer.mlp.routers) == oracle.num_routings
     for t, router in enumerate(layer.mlp.routers):

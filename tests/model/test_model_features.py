@@ -52,8 +52,8 @@ def step(layer: CoELayer, x: torch.Tensor, grad: torch.Tensor, **more: Any) -> N
 
 def twin(layer: CoELayer, **changes: Any) -> CoELayer:
     """A layer with the same weights and another config or chain."""
-    chain = {name: changes.pop(name) for name in ("balance",) if name in changes}
-    values = {name: getattr(layer.chain, name) for name in ("iterations", "gating", "residual", "topology")}
+    chain = {name: changes.pop(name) for name in ("aux_loss_reduction",) if name in changes}
+    values = {name: getattr(layer.chain, name) for name in ("iterations", "gating", "residual", "norm_placement")}
     other = make_coe(make_config(**changes), **values, **chain)
     other.load_state_dict(layer.state_dict(), strict=True)
     return other
@@ -61,11 +61,11 @@ def twin(layer: CoELayer, **changes: Any) -> CoELayer:
 
 @pytest.mark.parametrize("gating", ["independent", "shared_router"])
 def test_mean_balance_is_an_equal_part_of_sum(gating: str) -> None:
-    layer = make_coe(make_config(**LOSSES), iterations=2, gating=gating, balance="sum")
+    layer = make_coe(make_config(**LOSSES), iterations=2, gating=gating, aux_loss_reduction="sum")
     x, grad = make_input()
     nothing = torch.zeros_like(grad)  # only the losses of the routers are left
     by_sum = step(layer, x, nothing)
-    by_mean = step(twin(layer, **LOSSES, balance="mean"), x, nothing)
+    by_mean = step(twin(layer, **LOSSES, aux_loss_reduction="mean"), x, nothing)
     assert float(by_sum["router.weight"].abs().max()) > 1e-3
     halved = {name: value / 2 for name, value in by_sum.items() if name != "out"}
     assert max(errors({name: by_mean[name] for name in halved}, halved).values()) < 1e-6
@@ -73,9 +73,9 @@ def test_mean_balance_is_an_equal_part_of_sum(gating: str) -> None:
 
 def test_mean_balance_leaves_fixed_gating_alone() -> None:
     """With one routing there is one loss, whatever C."""
-    layer = make_coe(make_config(**LOSSES), iterations=3, gating="fixed", balance="sum")
+    layer = make_coe(make_config(**LOSSES), iterations=3, gating="fixed", aux_loss_reduction="sum")
     x, grad = make_input()
-    by_mean = step(twin(layer, **LOSSES, balance="mean"), x, grad)
+    by_mean = step(twin(layer, **LOSSES, aux_loss_reduction="mean"), x, grad)
     assert max(errors(by_mean, step(layer, x, grad)).values()) == 0.0
 
 
@@ -154,12 +154,12 @@ def test_recorded_routes_are_replayed(gating: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("gating", ["independent", "shared_router", "fixed"])
-@pytest.mark.parametrize("topology", ["prenorm", "reference", "iteration_norm"])
+@pytest.mark.parametrize("norm_placement", ["prenorm", "reference", "iteration_norm"])
 @pytest.mark.parametrize("modules", ["moe", "shared_experts"])
-def test_recompute_changes_nothing(gating: str, topology: str, modules: str) -> None:
+def test_recompute_changes_nothing(gating: str, norm_placement: str, modules: str) -> None:
     """Not a bit, with jittered routing and dropout; and what is counted is counted once."""
     changes = {**LOSSES, **BIAS, **SHARED, "moe_input_jitter_eps": 0.2, "hidden_dropout": 0.3}
-    chain = ChainSettings(3, gating=gating, topology=topology)
+    chain = ChainSettings(3, gating=gating, norm_placement=norm_placement)
     plain = make_layer(make_config(**changes), chain)
     recompute = {"recompute_granularity": "selective", "recompute_modules": modules.split()}
     again = make_layer(make_config(**changes, **recompute), chain)
@@ -205,7 +205,7 @@ def test_padding_has_no_influence(kind: str) -> None:
 
 def test_reference_topology_applies_hidden_dropout() -> None:
     config = make_config(hidden_dropout=0.5)
-    layer = make_layer(config, ChainSettings(2, topology="reference"))
+    layer = make_layer(config, ChainSettings(2, norm_placement="reference"))
     x, _ = make_input()
     with torch.no_grad():
         start = layer.pre_mlp_layernorm(x)

@@ -23,7 +23,7 @@ ATTENTION: dict[str, dict[str, Any]] = {
     "MLA, yarn": {**MLA, "rope_type": "yarn", "rotary_scaling_factor": 4, "original_max_position_embeddings": 8},
     "MLA, compressed queries": {**MLA, "rope_type": "rope", "q_lora_rank": 8},
 }
-TOPOLOGIES = ["prenorm", "reference", "iteration_norm"]
+NORM_PLACEMENTS = ["prenorm", "reference", "iteration_norm"]
 
 
 def config_of(attention: str, **changes: Any) -> Any:
@@ -47,18 +47,18 @@ def train(model: GPTModel, steps: int = 3) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("norm_placement", NORM_PLACEMENTS)
 @pytest.mark.parametrize("attention", ATTENTION)
-def test_a_model_of_chains_trains(attention: str, topology: str) -> None:
+def test_a_model_of_chains_trains(attention: str, norm_placement: str) -> None:
     config = config_of(attention, **LOSSES, num_layers=2, moe_shared_expert_intermediate_size=20)
-    losses = train(make_gpt(config, coe_layer_spec(config, ChainSettings(2, topology=topology))))
+    losses = train(make_gpt(config, coe_layer_spec(config, ChainSettings(2, norm_placement=norm_placement))))
     assert losses[-1] < losses[0] - 0.05, losses
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_dense_and_chain_layers_take_turns(topology: str) -> None:
+@pytest.mark.parametrize("norm_placement", NORM_PLACEMENTS)
+def test_dense_and_chain_layers_take_turns(norm_placement: str) -> None:
     config = make_config(**LOSSES, num_layers=3, moe_layer_freq=[0, 1, 1])
-    model = make_gpt(config, coe_block_spec(config, ChainSettings(2, topology=topology)))
+    model = make_gpt(config, coe_block_spec(config, ChainSettings(2, norm_placement=norm_placement)))
     layers = model.decoder.layers
     assert [type(layer.mlp) for layer in layers] == [MLP, CoELayer, CoELayer]
     losses = train(model)
@@ -81,7 +81,7 @@ def test_a_model_predicts_only_from_the_past() -> None:
 @pytest.mark.parametrize("function", [coe_layer_spec, coe_block_spec])
 def test_layers_share_nothing(function: Any) -> None:
     config = make_config(num_layers=2)
-    layers = make_gpt(config, function(config, ChainSettings(2, topology="iteration_norm"))).decoder.layers
+    layers = make_gpt(config, function(config, ChainSettings(2, norm_placement="iteration_norm"))).decoder.layers
     assert not set(map(id, layers[0].modules())) & set(map(id, layers[1].modules()))
     assert not set(map(id, layers[0].parameters())) & set(map(id, layers[1].parameters()))
     assert [len({id(d) for layer in layers for d in layer.mlp.dispatchers})] == [4]
@@ -100,7 +100,7 @@ def test_two_models_with_other_chains_stand_side_by_side() -> None:
     """Making a spec changes no spec that was made before, nor Megatron's."""
     config = make_config(num_layers=1)
     first = coe_layer_spec(config, ChainSettings(2))
-    coe_layer_spec(config, ChainSettings(3, topology="reference"))
+    coe_layer_spec(config, ChainSettings(3, norm_placement="reference"))
     layer = make_gpt(config, first).decoder.layers[0]
     assert layer.mlp.chain == ChainSettings(2) and isinstance(layer.pre_mlp_layernorm, torch.nn.RMSNorm)
 
@@ -108,7 +108,7 @@ def test_two_models_with_other_chains_stand_side_by_side() -> None:
 def test_chains_in_some_layers_stand_among_moe_layers_with_as_many_choices() -> None:
     """Checkpoints of ours know the layers apart; what is no chain is Megatron's MoE layer to the last bit."""
     config = make_config(num_layers=3, moe_layer_freq=[1, 1, 0], hetereogenous_dist_checkpoint=True)
-    chain = ChainSettings(2, topology="iteration_norm", learned_scale=True, layers=(2,))
+    chain = ChainSettings(2, norm_placement="iteration_norm", learned_scale=True, layers=(2,))
     layers = make_gpt(config, coe_block_spec(config, chain)).decoder.layers
     assert [type(layer.mlp) for layer in layers] == [CoELayer, CoELayer, MLP]
     assert [(layer.mlp.chain.iterations, layer.mlp.router.topk) for layer in layers[:2]] == [(1, 4), (2, 2)]
@@ -178,7 +178,7 @@ NORMS_OF_ITERATION_2 = 4 * 1024
         (ChainSettings(2), ROUTERS_OF_ITERATION_2),
         (ChainSettings(2, gating="shared_router"), 0),
         (ChainSettings(2, gating="fixed"), 0),
-        (ChainSettings(2, topology="iteration_norm"), ROUTERS_OF_ITERATION_2 + NORMS_OF_ITERATION_2),
+        (ChainSettings(2, norm_placement="iteration_norm"), ROUTERS_OF_ITERATION_2 + NORMS_OF_ITERATION_2),
     ],
     ids=str,
 )

@@ -22,8 +22,7 @@ from model_build import (
     tracked_losses,
 )
 
-from coe_megatron.chain.settings import ChainSettings, Gating, Residual, Topology
-from coe_megatron.estimate.activations import Recompute
+from coe_megatron.chain.settings import ChainSettings, Gating, NormPlacement, Recompute, Residual
 from coe_megatron.model import coe_layer_spec
 from coe_megatron.model.layer import CoELayer
 from coe_megatron.model.routing_stats import finish_step
@@ -97,10 +96,10 @@ def differences(found: Named, truth: Named) -> list[str]:
 
 
 @pytest.mark.parametrize("gating", get_args(Gating))
-@pytest.mark.parametrize("topology", get_args(Topology))
-def test_not_a_bit_changes(gating: Gating, topology: Topology) -> None:
+@pytest.mark.parametrize("norm_placement", get_args(NormPlacement))
+def test_not_a_bit_changes(gating: Gating, norm_placement: NormPlacement) -> None:
     for residual, iterations in product(get_args(Residual), (1, 2, 3)):
-        chain = ChainSettings(iterations, gating, residual, topology)
+        chain = ChainSettings(iterations, gating, residual, norm_placement)
         changes = FEATURES["losses, jitter, dropout"]
         truth = two_steps(build("none", chain, **changes), padding=True)
         for mode in MODES[1:]:

@@ -31,10 +31,10 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return {key: t.global_shape for key, t in dist_checkpointing.load_tensors_metadata(str(folder)).items()}
 
 
-@pytest.mark.parametrize("topology", ["prenorm", "iteration_norm"])
+@pytest.mark.parametrize("norm_placement", ["prenorm", "iteration_norm"])
 @pytest.mark.parametrize("changes", CASES.values(), ids=CASES.keys())
-def test_checkpoints_of_stock_layer_and_ours_are_the_same(changes: dict, topology: str, tmp_path: Path) -> None:
-    config, chain = make_config(**changes), ChainSettings(1, topology=topology)
+def test_checkpoints_of_stock_layer_and_ours_are_the_same(changes: dict, norm_placement: str, tmp_path: Path) -> None:
+    config, chain = make_config(**changes), ChainSettings(1, norm_placement=norm_placement)
     stock, layer = scramble(make_stock_layer(config), 1), make_layer(config, chain)
     h_BSD, _ = make_batch(config.hidden_size)
     save(stock, tmp_path / "stock")
@@ -47,9 +47,9 @@ def test_checkpoints_of_stock_layer_and_ours_are_the_same(changes: dict, topolog
 
 
 @pytest.mark.parametrize("gating", ["independent", "shared_router", "fixed"])
-@pytest.mark.parametrize("topology", ["prenorm", "reference", "iteration_norm"])
-def test_a_chain_comes_back_as_it_was(gating: str, topology: str, tmp_path: Path) -> None:
-    config, chain = make_config(**CASES["expert bias"]), ChainSettings(3, gating=gating, topology=topology)
+@pytest.mark.parametrize("norm_placement", ["prenorm", "reference", "iteration_norm"])
+def test_a_chain_comes_back_as_it_was(gating: str, norm_placement: str, tmp_path: Path) -> None:
+    config, chain = make_config(**CASES["expert bias"]), ChainSettings(3, gating=gating, norm_placement=norm_placement)
     layer = scramble(make_layer(config, chain), 1)
     for t, router in enumerate(layer.mlp.routers):
         router.expert_bias.fill_(t + 1)
@@ -61,7 +61,7 @@ def test_a_chain_comes_back_as_it_was(gating: str, topology: str, tmp_path: Path
 
 
 def test_keys_of_a_chain(tmp_path: Path) -> None:
-    chain = ChainSettings(2, topology="iteration_norm")
+    chain = ChainSettings(2, norm_placement="iteration_norm")
     save(make_layer(make_config(), chain), tmp_path)
     assert {key for key in stored_shapes(tmp_path) if "mlp" in key} == {
         "layer.mlp.linear_fc1.layer_norm_weight",  # where Megatron keeps the norm before the MLP

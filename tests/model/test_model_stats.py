@@ -21,8 +21,7 @@ from model_build import (
 from model_oracle import CHAINS, chain_of, make_batch
 from model_reports import Batch, assert_reported, expected_reports
 
-from coe_megatron.chain.settings import ChainSettings, Gating
-from coe_megatron.estimate.activations import Recompute
+from coe_megatron.chain.settings import ChainSettings, Gating, Recompute
 from coe_megatron.model.routing_stats import RoutingReport, report_routing, reset_routing, summary
 
 SHARED = {"moe_shared_expert_intermediate_size": 20}

@@ -80,7 +80,7 @@ CHAINS = [
     {"gating": "fixed"},
     {"residual": "outer"},
     {"residual": "init"},
-    {"balance": "mean"},
+    {"aux_loss_reduction": "mean"},
 ]
 
 

@@ -25,8 +25,7 @@ from model_checkpoint import load, save, scramble, sub_layer
 from model_oracle import VARIANTS, layer_step, make_batch, oracle_step
 from test_model_recompute import FEATURES, MODES, build, differences, two_steps
 
-from coe_megatron.chain.settings import ChainSettings
-from coe_megatron.estimate.activations import Recompute
+from coe_megatron.chain.settings import ChainSettings, Recompute
 from coe_megatron.model.routing_stats import report_routing, reset_routing, summary
 
 BIAS, CAPACITY = FEATURES["expert bias"], FEATURES["capacity, by probability"]
@@ -58,7 +57,7 @@ def test_equals_oracle(variant: str, iterations: int) -> None:
 def test_differs_from_the_plain_chain(variant: str) -> None:
     """A variant without effect would equal the oracle for no merit of its own."""
     config, chain = make_config(**LOSSES, **SHARED), chain_of(variant, 3)
-    plain = ChainSettings(3, chain.gating, chain.residual, chain.topology)
+    plain = ChainSettings(3, chain.gating, chain.residual, chain.norm_placement)
     layer, other = make_layer(config, chain), make_layer(config, plain)
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
@@ -182,7 +181,7 @@ JOINT = {"seq": {}, "batch": {"moe_router_load_balancing_type": "aux_loss"}, "si
 @pytest.mark.parametrize("changes", JOINT.values(), ids=JOINT.keys())
 def test_joint_balance_equals_oracle_with_padding(changes: dict[str, Any], recompute: Recompute) -> None:
     config = make_config(**{**LOSSES, **changes, "moe_router_enable_expert_bias": False})
-    chain = ChainSettings(3, balance="joint")
+    chain = ChainSettings(3, aux_loss_reduction="joint")
     oracle, layer = make_oracle(config, chain), make_layer(config, chain, recompute=recompute)
     copy_from_oracle(layer, oracle)
     padding_BS = torch.zeros(BATCH, SEQUENCE, dtype=torch.bool)
@@ -194,14 +193,14 @@ def test_joint_balance_equals_oracle_with_padding(changes: dict[str, Any], recom
 
 @pytest.mark.parametrize("feature", FEATURES)
 def test_joint_balance_does_not_change_a_bit_when_recomputed_with(feature: str) -> None:
-    chain, changes = ChainSettings(3, balance="joint"), FEATURES[feature]
+    chain, changes = ChainSettings(3, aux_loss_reduction="joint"), FEATURES[feature]
     truth = two_steps(build("none", chain, **changes), padding=True)
     for mode in MODES[1:]:
         assert differences(two_steps(build(mode, chain, **changes), padding=True), truth) == [], mode
 
 
 def test_joint_balance_is_noted_once_at_the_last_iteration() -> None:
-    config, chain = make_config(**LOSSES), ChainSettings(3, balance="joint")
+    config, chain = make_config(**LOSSES), ChainSettings(3, aux_loss_reduction="joint")
     oracle, layer = make_oracle(config, chain), make_layer(config, chain)
     copy_from_oracle(layer, oracle)
     h_BSD, grad_BSD = make_batch(config.hidden_size)
@@ -221,7 +220,7 @@ def test_joint_balance_is_noted_once_at_the_last_iteration() -> None:
 
 
 def test_joint_balance_keeps_no_scores_between_calls() -> None:
-    layer = build("none", ChainSettings(3, balance="joint")).mlp
+    layer = build("none", ChainSettings(3, aux_loss_reduction="joint")).mlp
     layer(torch.randn(SEQUENCE, BATCH, HIDDEN, requires_grad=True))
     assert all(router.take_scored() == () for router in layer.routers)
 
@@ -229,7 +228,9 @@ def test_joint_balance_keeps_no_scores_between_calls() -> None:
 def test_joint_balance_with_a_loss_per_token_is_that_without_times_the_tokens() -> None:
     found, batch_loss = [], {"moe_router_load_balancing_type": "aux_loss", "moe_z_loss_coeff": None}
     for per_token in (False, True):
-        layer = build("none", ChainSettings(2, balance="joint"), calculate_per_token_loss=per_token, **batch_loss)
+        layer = build(
+            "none", ChainSettings(2, aux_loss_reduction="joint"), calculate_per_token_loss=per_token, **batch_loss
+        )
         hidden = torch.randn(SEQUENCE, BATCH, HIDDEN, generator=torch.Generator().manual_seed(1))
         layer.mlp(hidden)[0].sum().mul(0).backward()
         found.append(layer.mlp.router.weight.grad)

@@ -132,7 +132,7 @@ def test_at_the_end_there_is_no_later_try(single_rank: None, prepared: Path, dis
     """It goes on from the old checkpoint once there is room."""
     run = disk / "run"
     config = small(prepared, run, keep_checkpoints=1)
-    with pytest.raises(store.NotSaved, match=r"step-00000012 could not be saved: .*No space left on device"):
+    with pytest.raises(store.CheckpointNotSaved, match=r"step-00000012 could not be saved: .*No space left on device"):
         attempt(config, at(step_10=lambda: fill(disk)))
     assert checkpoints(run) == ["0008"]
     (disk / "ballast").unlink()
@@ -148,7 +148,7 @@ def test_a_run_that_is_stopped_on_a_full_disk_says_that_it_is_not_saved(
             fill(disk)
             run.interruption._note(15, None)
 
-    with pytest.raises(store.NotSaved, match="step-00000006 could not be saved"):
+    with pytest.raises(store.CheckpointNotSaved, match="step-00000006 could not be saved"):
         attempt(small(prepared, disk / "run"), stop)
     assert checkpoints(disk / "run") == ["0004"]
 

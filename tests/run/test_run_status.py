@@ -56,9 +56,9 @@ def test_roll_backs_have_a_column_where_there_were_any(tmp_path: Path) -> None:
     quiet, rolled = (make_run(tmp_path / name, "running") for name in ("quiet", "rolled"))
     assert "rolled back" not in table(statuses([tmp_path]), NOW)
     record = json.loads((rolled / "run.json").read_text())
-    (rolled / "run.json").write_text(json.dumps({**record, "rolled_back": [{"from_step": 7, "to_step": 4}] * 2}))
+    (rolled / "run.json").write_text(json.dumps({**record, "rollbacks": [{"from_step": 7, "to_step": 4}] * 2}))
     rows = statuses([tmp_path])
-    assert [(row.folder, row.rolled_back) for row in rows] == [(str(quiet), 0), (str(rolled), 2)]
+    assert [(row.folder, row.rollbacks) for row in rows] == [(str(quiet), 0), (str(rolled), 2)]
     head, *lines = table(rows, NOW).splitlines()
     end = head.index("rolled back") + len("rolled back")
     assert [line[:end].split()[-1] for line in lines] == ["0", "2"]
@@ -160,7 +160,7 @@ def of_any_value(written: str) -> list[str]:
 def test_any_value_anywhere_in_a_record_gives_a_row(file: str, tmp_path: Path) -> None:
     make_run(tmp_path, "running", log="/logs/7.err")
     path = tmp_path / file
-    record = json.dumps({**json.loads((tmp_path / "run.json").read_text()), "rolled_back": [{}], "model": "x"})
+    record = json.dumps({**json.loads((tmp_path / "run.json").read_text()), "rollbacks": [{}], "model": "x"})
     written = {"run.json": record, "metrics.jsonl": json.dumps(STEPS[2]), "config.yaml": '{"training": {"steps": 9}}'}
     for content in of_any_value(written[file]):
         path.write_text(f"{content}\n")

@@ -24,10 +24,10 @@ STUDY: dict[str, Any] = {
             "MoE(4/8)": {"chain.iterations": 1, "moe.topk": 4},
             "CoE-2(2/8)": {"chain.iterations": 2, "moe.topk": 2},
         },
-        "topology": {"chain.topology": ["prenorm", "iteration_norm"]},
+        "norm_placement": {"chain.norm_placement": ["prenorm", "iteration_norm"]},
     },
-    "skip": [{"where": {"design": "MoE(4/8)", "topology": "iteration_norm"}, "reason": "at C = 1 it is prenorm"}],
-    "baseline": {"design": "MoE(4/8)", "topology": "prenorm"},
+    "skip": [{"where": {"design": "MoE(4/8)", "norm_placement": "iteration_norm"}, "reason": "at C = 1 it is prenorm"}],
+    "baseline": {"design": "MoE(4/8)", "norm_placement": "prenorm"},
     "seeds": [1, 2],
 }
 

@@ -13,7 +13,7 @@ from coe_megatron.study.plan.arms import Study, make_study, override
 from coe_megatron.study.plan.study_file import read_study
 
 Write = Callable[..., Path]
-TOPOLOGIES = {"chain.topology": ["prenorm", "iteration_norm"]}
+NORM_PLACEMENTS = {"chain.norm_placement": ["prenorm", "iteration_norm"]}
 
 
 def make(path: Path, *overrides: str) -> Study:
@@ -27,8 +27,8 @@ def test_axes_are_crossed_and_what_is_skipped_is_no_arm(study_file: Write) -> No
         "coe-2-2-8_prenorm",
         "coe-2-2-8_iteration-norm",
     ]
-    assert study.skipped == [({"design": "MoE(4/8)", "topology": "iteration_norm"}, "at C = 1 it is prenorm")]
-    chosen = [(arm.config.chain.iterations, arm.config.moe.topk, arm.config.chain.topology) for arm in study.arms]
+    assert study.skipped == [({"design": "MoE(4/8)", "norm_placement": "iteration_norm"}, "at C = 1 it is prenorm")]
+    chosen = [(arm.config.chain.iterations, arm.config.moe.topk, arm.config.chain.norm_placement) for arm in study.arms]
     assert chosen == [(1, 4, "prenorm"), (2, 2, "prenorm"), (2, 2, "iteration_norm")]
     assert study.baseline is study.arms[0]
     assert {arm.config.model.hidden_size for arm in study.arms} == {32}, "the base holds where nothing else is said"
@@ -165,19 +165,22 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"set": {"moe.top_k": 3}}, "arm moe-4-8_prenorm: moe.top_k is not a setting; did you mean moe.topk?"),
     ({"set": {"moe.num_experts": 3}}, "arm moe-4-8_prenorm: moe.topk is 4: it must be at most moe.num_experts (3)"),
     ({"axes": {"design": {"a": {}, "b": {}}}, "skip": [], "baseline": {"design": "a"}}, "arms a and b have the same"),
-    ({"baseline": {"design": "MoE(4/8)"}}, "baseline.topology is missing: it must be one of prenorm, iteration_norm"),
-    ({"baseline": {"desgin": "x"}}, "baseline.desgin is no axis; the axes are design, topology"),
+    (
+        {"baseline": {"design": "MoE(4/8)"}},
+        "baseline.norm_placement is missing: it must be one of prenorm, iteration_norm",
+    ),
+    ({"baseline": {"desgin": "x"}}, "baseline.desgin is no axis; the axes are design, norm_placement"),
     ({"baseline": {"design": "x"}}, "baseline.design is 'x': it must be one of MoE(4/8), CoE-2(2/8)"),
     (
-        {"baseline": {"design": "MoE(4/8)", "topology": "iteration_norm"}},
+        {"baseline": {"design": "MoE(4/8)", "norm_placement": "iteration_norm"}},
         "baseline is MoE(4/8) iteration_norm: skip leaves that arm out",
     ),
     ({"skip": [{"where": {}, "reason": "x"}]}, "skip.0.where is {}: it would leave out every arm"),
     ({"skip": [{"where": {"design": "x"}, "reason": "x"}]}, "skip.0.where.design is 'x': it must be one of MoE(4/8)"),
     ({"skip": [{"where": {"designs": "x"}, "reason": "x"}]}, "skip.0.where.designs is no axis"),
-    ({"skip": [{"where": {"topology": ["prenorm"]}}]}, "skip.0.reason is missing"),
+    ({"skip": [{"where": {"norm_placement": ["prenorm"]}}]}, "skip.0.reason is missing"),
     (
-        {"skip": [{"where": {"topology": ["prenorm", "iteration_norm"]}, "reason": "x"}]},
+        {"skip": [{"where": {"norm_placement": ["prenorm", "iteration_norm"]}, "reason": "x"}]},
         "skip leaves out every arm",
     ),
     ({"budget": {"equal": "flop"}}, "budget.equal is 'flop': it should be 'expert_compute', 'flops', 'parameters'"),

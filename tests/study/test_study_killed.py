@@ -33,8 +33,8 @@ def program(study_file: Write, tmp_path: Path) -> Callable[[str], list[str]]:
             "data.path": str(data), "model.vocab_size": None, "training.steps": 40, "training.evaluate_every": 20,
             "training.save_every": 10, "training.log_every": 1, "logging.tensorboard": False,
         }  # fmt: skip
-        axes = {"design": DESIGNS, "topology": {"chain.topology": ["prenorm", "reference"]}}
-        baseline = {"design": "MoE(2/8)", "topology": "prenorm"}
+        axes = {"design": DESIGNS, "norm_placement": {"chain.norm_placement": ["prenorm", "reference"]}}
+        baseline = {"design": "MoE(2/8)", "norm_placement": "prenorm"}
         changes = {"axes": axes, "set": common, "skip": None, "baseline": baseline, "seeds": [1]}
         file = study_file(output=str(tmp_path / output), **changes)
         return [str(file.rename(tmp_path / f"{output}.yaml"))]

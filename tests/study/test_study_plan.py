@@ -13,7 +13,7 @@ from programs import ROOT, python
 
 from coe_megatron.config import load
 from coe_megatron.errors import ConfigError
-from coe_megatron.estimate.run_estimate import forecast
+from coe_megatron.estimate.run_estimate import estimate
 from coe_megatron.study.plan.arms import make_study
 from coe_megatron.study.plan.cost_table import make_plan, span
 from coe_megatron.study.plan.study_file import read_study
@@ -22,7 +22,7 @@ Write = Callable[..., Path]
 STUDIES = ROOT / "configs" / "studies"
 FILES = sorted(path for path in STUDIES.rglob("*.yaml") if path.stem not in {"common", "topologies"})
 NAMES = {path.stem for path in FILES}
-TOPOLOGIES = {"reference", "prenorm", "iteration_norm"}
+NORM_PLACEMENTS = {"reference", "prenorm", "iteration_norm"}
 # Arms of studies, and the configs of single arms that are the same models.
 SINGLE = {
     ("main-pair", "MoE(8/64)"): "moe_8-64",
@@ -48,7 +48,7 @@ SINGLE = {
 def test_every_study_of_the_project_plans(path: Path) -> None:
     plan = make_plan(path, ["data.path=nowhere"])
     assert plan.study.settings.output == f"runs/studies/{path.parent.name}/{path.stem}"
-    assert path.stem == "search" or {arm.labels["topology"] for arm in plan.study.arms} == TOPOLOGIES
+    assert path.stem == "search" or {arm.labels["norm_placement"] for arm in plan.study.arms} == NORM_PLACEMENTS
     assert not any(arm.too_large for arm in plan.arms)
     rough = path.parent.name == "cpu" and path.stem == "learning-rate"  # a rate is chosen with one seed
     assert len(plan.study.settings.seeds) == (1 if rough else 3)
@@ -73,7 +73,7 @@ def test_the_papers_studies_are_there_in_both_sizes() -> None:
 @pytest.mark.parametrize(("where", "name"), SINGLE.items(), ids=SINGLE.values())
 def test_arms_are_the_models_of_the_single_configs(size: str, where: tuple[str, str], name: str) -> None:
     study = make_study(read_study(STUDIES / size / f"{where[0]}.yaml"))
-    labels = {"design": where[1], "topology": "prenorm"}
+    labels = {"design": where[1], "norm_placement": "prenorm"}
     (arm,) = (arm for arm in study.arms if arm.labels == labels)
     single = load(ROOT / "configs" / size / f"{name}.yaml")
     for section in ("model", "moe", "chain", "optimizer", "zero", "parallel"):
@@ -92,7 +92,7 @@ def test_every_single_config_of_the_paper_is_an_arm() -> None:
 def test_a_row_says_what_the_dry_run_says(study_file: Write) -> None:
     plan = make_plan(study_file(), device="cpu")
     for arm in plan.arms:
-        said = forecast(arm.arm.config, 64)
+        said = estimate(arm.arm.config, 64)
         assert (arm.parameters, arm.memory) == (said.parameters.total, said.needed)
         assert arm.components["communication_buckets"] == said.memory["communication_buckets"] > 0
         assert arm.flops_per_token == said.flops_per_token.total
@@ -159,7 +159,7 @@ def test_json_holds_every_arm_and_run(study_file: Write) -> None:
     memory = said["arms"][0]["memory_bytes_per_rank"]
     assert memory.pop("total") == sum(memory.values()) and memory["communication_buckets"] > 0
     assert said["skipped"] == [
-        {"labels": {"design": "MoE(4/8)", "topology": "iteration_norm"}, "reason": "at C = 1 it is prenorm"}
+        {"labels": {"design": "MoE(4/8)", "norm_placement": "iteration_norm"}, "reason": "at C = 1 it is prenorm"}
     ]
 
 

@@ -68,8 +68,8 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def plan(study_file: Write, tmp_path: Path) -> Plan:
-    axes = {"design": DESIGNS, "topology": {"chain.topology": ["prenorm", "reference"]}}
-    baseline = {"design": "C1", "topology": "prenorm"}
+    axes = {"design": DESIGNS, "norm_placement": {"chain.norm_placement": ["prenorm", "reference"]}}
+    baseline = {"design": "C1", "norm_placement": "prenorm"}
     return make_plan(study_file(output=str(tmp_path / "out"), axes=axes, skip=None, baseline=baseline), device="cpu")
 
 

@@ -45,7 +45,7 @@ def test_a_row_for_every_run(plan: Plan) -> None:
     leave_all(plan.study.runs, loss_of)
     header, first, *_ = results_csv(collect(plan)).splitlines()
     assert header == (
-        "arm,axis_design,axis_topology,seed,state,parameters,active_parameters,steps,flops_per_token,flops,expert_flops,"
+        "arm,axis_design,axis_norm_placement,seed,state,parameters,active_parameters,steps,flops_per_token,flops,expert_flops,"
         "memory_foreseen,memory_foreseen_weights,memory_foreseen_gradients,memory_foreseen_optimizer,"
         "memory_foreseen_communication_buckets,memory_foreseen_activations,memory_foreseen_other,tokens,valid_loss,train_loss,best_valid_loss,routing_entropy,routing_load_max_over_mean,"
         "routing_dead_experts,routing_dropped,routing_overlap"
@@ -230,7 +230,7 @@ def test_the_fit_finds_planted_exponents(study_file: Write, tmp_path: Path) -> N
 
     leave_all(plan.study.runs, planted)
     found = fit(compare(collect(plan), plan.arms, plan.study.baseline.name))
-    assert found is not None and (found.points, found.left_out) == (8, [])
+    assert found is not None and (found.points, found.excluded) == (8, [])
     assert [each.of for each in found.coefficients] == ["parameters", "FLOPs", "C"]
     assert [each.value for each in found.coefficients] == pytest.approx([-0.05, -0.02, 0.03], abs=1e-6)
     assert all(each.interval[0] < each.value < each.interval[1] for each in found.coefficients)
@@ -243,7 +243,7 @@ def test_the_fit_leaves_out_what_hardly_varies_or_follows(study_file: Write, tmp
     plan = fitted_plan(study_file, tmp_path, designs)
     leave_all(plan.study.runs, lambda run: run.config.training.steps**-0.1)
     found = fit(compare(collect(plan), plan.arms, plan.study.baseline.name))
-    assert found is not None and found.left_out == ["parameters", "C"]
+    assert found is not None and found.excluded == ["parameters", "C"]
     assert [(each.of, round(each.value, 9)) for each in found.coefficients] == [("FLOPs", -0.1)]
 
 

@@ -11,10 +11,10 @@ from model_build import reset_megatron
 from ranks import run_ranks
 from saved_bytes import kept_bytes, peak_bytes
 
-from coe_megatron.chain.settings import ChainSettings
+from coe_megatron.chain.settings import ChainSettings, Recompute
 from coe_megatron.config import RunConfig
 from coe_megatron.config.settings import MLASettings, ModelSettings, MoESettings, ParallelSettings, TrainingSettings
-from coe_megatron.estimate.activations import Recompute, activations
+from coe_megatron.estimate.activations import activations
 from coe_megatron.estimate.run_shape import model_shape, training_pass
 from coe_megatron.model.build import build_model
 from coe_megatron.training.evaluation import forward
@@ -37,23 +37,23 @@ ATTENTIONS = [
 ]
 CHAINS = [
     (MOE, ChainSettings(1)),
-    (MOE, ChainSettings(2, topology="reference")),
+    (MOE, ChainSettings(2, norm_placement="reference")),
     (replace(MOE, num_shared_experts=0), ChainSettings(3, "fixed", "outer")),
     (replace(MOE, renormalise=True, layer_freq=2), ChainSettings(3, "shared_router", "init", "iteration_norm")),
     (replace(MOE, score_function="sigmoid", topk=3, input_jitter=0.1), ChainSettings(2, "fixed", "inner")),
     (replace(MOE, load_balancing="none", z_loss_coeff=0.1, num_experts=32), ChainSettings(2, "fixed", "init")),
     (MOE, ChainSettings(2, increment_scale=0.7)),
     (MOE, ChainSettings(3, shared_once=True)),
-    (MOE, ChainSettings(2, topology="iteration_norm", learned_scale=True, layers=(2,))),
+    (MOE, ChainSettings(2, norm_placement="iteration_norm", learned_scale=True, layers=(2,))),
     (MOE, ChainSettings(3, residual="init", shared_once=True, layers=(1,))),
-    (MOE, ChainSettings(3, balance="joint")),
-    (MOE, ChainSettings(3, "fixed", balance="joint")),
+    (MOE, ChainSettings(3, aux_loss_reduction="joint")),
+    (MOE, ChainSettings(3, "fixed", aux_loss_reduction="joint")),
     (MOE, ChainSettings(4, no_return=True)),
     (MOE, ChainSettings(3, "fixed", "outer", shared_once=True, learned_scale=True)),
     (replace(MOE, num_shared_experts=0), ChainSettings(3, "fixed", conditioned=True)),
-    (MOE, ChainSettings(2, topology="reference", conditioned=True, learned_scale=True)),
+    (MOE, ChainSettings(2, norm_placement="reference", conditioned=True, learned_scale=True)),
     (MOE, ChainSettings(3, residual="outer", learned_scale=True)),
-    (replace(MOE, num_shared_experts=0), ChainSettings(2, topology="iteration_norm", learned_scale=True)),
+    (replace(MOE, num_shared_experts=0), ChainSettings(2, norm_placement="iteration_norm", learned_scale=True)),
 ]
 
 

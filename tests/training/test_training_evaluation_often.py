@@ -67,7 +67,7 @@ CASES |= {
     "TP 2, global_aux_loss, capacity": replace(
         NOISY,
         moe=replace(NOISY.moe, load_balancing="global_aux_loss", capacity_factor=0.8, pad_to_capacity=True),
-        chain=ChainSettings(3, topology="reference"),
+        chain=ChainSettings(3, norm_placement="reference"),
         parallel=ParallelSettings(tensor=2),
     ),
     "PP 2, expert bias": replace(

@@ -27,7 +27,7 @@ def last_word(status, line):
     print(int(status), line)
     sys.stdout.flush()
 
-with hang_watch.HangWatch(folder, 3, None if how == "unwatched" else 0.5, last_word) as watch:
+with hang_watch.HangDetector(folder, 3, None if how == "unwatched" else 0.5, last_word) as watch:
     for step in range(3):
         watch.beat(f"step {step}")
         time.sleep(0.3)

@@ -23,7 +23,7 @@ MLA = MLASettings(kv_lora_rank=16, qk_head_dim=8, qk_pos_emb_head_dim=8, v_head_
     ("model", "moe", "chain"),
     [
         (MODEL, MOE, ChainSettings()),
-        (MODEL, MOE, ChainSettings(iterations=3, topology="iteration_norm")),
+        (MODEL, MOE, ChainSettings(iterations=3, norm_placement="iteration_norm")),
         (MODEL, MOE, ChainSettings(gating="shared_router")),
         (replace(MODEL, num_query_groups=1, untied_embeddings=False), replace(MOE, layer_freq=[0, 1]), ChainSettings()),
         (replace(MODEL, mla=MLA), replace(MOE, num_shared_experts=0), ChainSettings(gating="fixed")),

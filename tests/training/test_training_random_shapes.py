@@ -13,13 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from coe_megatron.chain.language_model import ChainLanguageModel
 from coe_megatron.chain.language_model import ModelSettings as OracleSettings
 from coe_megatron.chain.method import RouterSettings
-from coe_megatron.chain.settings import ChainSettings, Gating, Residual, Topology
+from coe_megatron.chain.settings import ChainSettings, Gating, NormPlacement, Recompute, Residual
 from coe_megatron.config import RunConfig
 from coe_megatron.config.checks import check
+from coe_megatron.config.layout import moe_pattern
 from coe_megatron.config.settings import MLASettings, ModelSettings, MoESettings
-from coe_megatron.estimate.activations import Recompute, extra_flops
+from coe_megatron.estimate.activations import extra_flops
 from coe_megatron.estimate.closed_forms import ModelShape, forward_flops, parameters, training_flops
-from coe_megatron.estimate.run_shape import model_shape, moe_pattern
+from coe_megatron.estimate.run_shape import model_shape
 from coe_megatron.model.build import build_model
 
 pytestmark = pytest.mark.usefixtures("single_rank")
@@ -57,8 +58,10 @@ def draw(seed: int) -> tuple[RunConfig, int]:
         num_shared_experts=pick.randint(0, 2),
         layer_freq=1 if plain or pick.random() < 0.5 else layer_freq,
     )
-    chain = ChainSettings(pick.randint(1, 4), *(pick.choice(get_args(kind)) for kind in (Gating, Residual, Topology)))
-    conditioned = pick.random() < 0.6 and chain.topology != "iteration_norm"
+    chain = ChainSettings(
+        pick.randint(1, 4), *(pick.choice(get_args(kind)) for kind in (Gating, Residual, NormPlacement))
+    )
+    conditioned = pick.random() < 0.6 and chain.norm_placement != "iteration_norm"
     once = pick.random() < 0.4
     no_return = pick.random() < 0.8 and chain.gating != "fixed" and chain.iterations * moe.topk <= experts
     chain = replace(chain, learned_scale=pick.random() < 0.4, conditioned=conditioned, shared_once=once)
@@ -179,7 +182,7 @@ def test_the_draw_reaches_everything() -> None:
     assert {model.untied_embeddings for model in models} == {model.qk_layernorm for model in models} == {True, False}
     assert {config.moe.num_shared_experts > 0 for config in configs} == {True, False}
     assert any(isinstance(config.moe.layer_freq, list) for config in configs)
-    for field, kind in (("gating", Gating), ("residual", Residual), ("topology", Topology)):
+    for field, kind in (("gating", Gating), ("residual", Residual), ("norm_placement", NormPlacement)):
         assert {getattr(config.chain, field) for config in configs} == set(get_args(kind))
     assert {config.chain.iterations for config in configs} == {1, 2, 3, 4}
     chosen = [(config.chain.layers, sum(moe_pattern(config))) for config in configs]

@@ -13,7 +13,7 @@ import torch
 from attempts import Killed, attempt, planted, small
 from ranks import run_ranks
 
-from coe_megatron.checkpoint.manager import Position
+from coe_megatron.checkpoint.manager import TrainState
 from coe_megatron.config import RunConfig
 from coe_megatron.config.settings import RecoverySettings
 from coe_megatron.data.datasets import StepBatches
@@ -51,7 +51,7 @@ def checkpoints(folder: Path) -> list[int]:
 
 def killed_before(step: int, after_rollback: bool = True) -> Callable[[Pretraining, int], None]:
     def kill(run: Pretraining, at: int) -> None:
-        if at == step and (run.position.rolled_back or not after_rollback):
+        if at == step and (run.position.rollbacks or not after_rollback):
             raise Killed
 
     return kill
@@ -63,9 +63,9 @@ def test_a_nan_in_one_batch_leaves_one_step_out(
     with planted({5: NAN}):
         attempt(small(prepared, tmp_path, log_every=3))
     found = {line["step"]: line for line in lines(tmp_path)}
-    assert [found[step]["left_out"] for step in (3, 6, 9, 12)] == [0, 1, 1, 1]
+    assert [found[step]["skipped_steps"] for step in (3, 6, 9, 12)] == [0, 1, 1, 1]
     assert found[6]["train_loss"] is None and found[6]["grad_norm"] is None
-    assert found[12]["train_loss"] < found[3]["train_loss"] and found[12]["passed_over"] == 0
+    assert found[12]["train_loss"] < found[3]["train_loss"] and found[12]["data_offset"] == 0
     assert "step 6 is left out, it changes nothing: its loss is nan; 1 in a row, of 5 (recovery.skips)" in said
     assert (tmp_path / "loss.png").exists()
 
@@ -94,7 +94,7 @@ def test_a_step_that_is_left_out_moves_no_expert_bias(
 
 
 @pytest.fixture(scope="module")
-def rolled_back(megatron_groups: None, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def rollbacks(megatron_groups: None, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that rolls back once, and goes on to its end."""
     folder = tmp_path_factory.mktemp("rolled-back")
     with planted(TWICE):
@@ -102,26 +102,26 @@ def rolled_back(megatron_groups: None, prepared: Path, tmp_path_factory: pytest.
     return folder
 
 
-def test_a_run_rolls_back_and_goes_past_the_data(rolled_back: Path, prepared: Path, tmp_path: Path) -> None:
+def test_a_run_rolls_back_and_goes_past_the_data(rollbacks: Path, prepared: Path, tmp_path: Path) -> None:
     """To the bit the run whose data never had what was passed over."""
     plain = StepBatches.for_step
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StepBatches, "for_step", lambda self, step: plain(self, step if step < 4 else step + 3))
         attempt(small(prepared, tmp_path))
-    found = lines(rolled_back)
+    found = lines(rollbacks)
     assert [line["step"] for line in found] == list(range(13)), "no line of what was undone"
-    assert losses(rolled_back) == losses(tmp_path)
+    assert losses(rollbacks) == losses(tmp_path)
     assert found[-1]["valid_loss"] == lines(tmp_path)[-1]["valid_loss"]
-    assert [line["passed_over"] for line in found[1:]] == [0] * 4 + [3] * 8
+    assert [line["data_offset"] for line in found[1:]] == [0] * 4 + [3] * 8
     assert [line["rollbacks"] for line in found[1:]] == [0] * 4 + [1] * 8
-    assert {line["left_out"] for line in found[1:]} == {0}
-    (event,) = json.loads((rolled_back / "run.json").read_text())["rolled_back"]
+    assert {line["skipped_steps"] for line in found[1:]} == {0}
+    (event,) = json.loads((rollbacks / "run.json").read_text())["rollbacks"]
     assert event == {"from_step": 7, "to_step": 4, "samples": [32, 55], "losses": [None, None]}
 
 
 @pytest.mark.parametrize("step", [5, 7, 8, 10], ids="killed before step {}".format)
 def test_killed_after_a_roll_back_it_goes_on_as_if_nothing_had_been(
-    single_rank: None, step: int, rolled_back: Path, prepared: Path, tmp_path: Path
+    single_rank: None, step: int, rollbacks: Path, prepared: Path, tmp_path: Path
 ) -> None:
     """Before the next checkpoint, so that the same roll-back happens again, and after it (step 8)."""
     config = small(prepared, tmp_path, POLICY)
@@ -129,13 +129,22 @@ def test_killed_after_a_roll_back_it_goes_on_as_if_nothing_had_been(
         with pytest.raises(Killed):
             attempt(config, killed_before(step))
         attempt(config)
-    for expected, found in zip(lines(rolled_back), lines(tmp_path), strict=True):
-        for name in ("step", "tokens", "train_loss", "grad_norm", "valid_loss", "left_out", "rollbacks", "passed_over"):
+    for expected, found in zip(lines(rollbacks), lines(tmp_path), strict=True):
+        for name in (
+            "step",
+            "tokens",
+            "train_loss",
+            "grad_norm",
+            "valid_loss",
+            "skipped_steps",
+            "rollbacks",
+            "data_offset",
+        ):
             assert found.get(name) == expected.get(name), (found["step"], name)
 
 
 def test_stopped_in_the_midst_of_bad_steps_it_counts_on(
-    single_rank: None, rolled_back: Path, prepared: Path, tmp_path: Path
+    single_rank: None, rollbacks: Path, prepared: Path, tmp_path: Path
 ) -> None:
     """A checkpoint between two steps that are left out: one more in a row, and it is not rolled back to."""
 
@@ -149,11 +158,11 @@ def test_stopped_in_the_midst_of_bad_steps_it_counts_on(
             attempt(config, ask)
         assert checkpoints(tmp_path) == [4, 6]
         attempt(config)
-    assert losses(tmp_path) == losses(rolled_back) and checkpoints(tmp_path) == [8, 12]
+    assert losses(tmp_path) == losses(rollbacks) and checkpoints(tmp_path) == [8, 12]
 
 
 def test_stopped_in_the_step_that_rolls_back_it_goes_on_behind_the_data(
-    single_rank: None, rolled_back: Path, prepared: Path, tmp_path: Path
+    single_rank: None, rollbacks: Path, prepared: Path, tmp_path: Path
 ) -> None:
     def ask(_run: Pretraining, step: int) -> None:
         if step == 7:
@@ -163,7 +172,7 @@ def test_stopped_in_the_step_that_rolls_back_it_goes_on_behind_the_data(
     with planted(TWICE), pytest.raises(Interrupted, match="after step 4"):
         attempt(config, ask)
     attempt(config)  # nothing is planted any more: it must not meet that data again
-    assert losses(tmp_path) == losses(rolled_back)
+    assert losses(tmp_path) == losses(rollbacks)
 
 
 def test_after_as_many_roll_backs_as_are_allowed_a_run_gives_up(
@@ -183,7 +192,7 @@ def test_after_as_many_roll_backs_as_are_allowed_a_run_gives_up(
         assert checkpoints(tmp_path) == [4, 8]
     with planted(everything):
         attempt(small(prepared, tmp_path, {"skips": 3, "rollbacks": 4}))
-    assert [line["passed_over"] for line in lines(tmp_path)[8:]] == [0, 12, 12, 12, 12]
+    assert [line["data_offset"] for line in lines(tmp_path)[8:]] == [0, 12, 12, 12, 12]
 
 
 def test_the_count_of_roll_backs_outlives_checkpoints_and_restarts(
@@ -213,24 +222,24 @@ def test_an_exploding_loss_is_left_out_where_a_factor_is_given(
     for factor, folder in folders.items():
         with planted(large):
             attempt(small(prepared, folder, {"loss_factor": factor}))
-    learned, left_out = lines(folders[None]), lines(folders[3.0])
-    assert [line["left_out"] for line in learned[1:]] == [0] * 12
-    assert [line["left_out"] for line in left_out[1:]] == [0] * 5 + [1] * 7
-    assert left_out[6]["train_loss"] == learned[6]["train_loss"] > 50 and left_out[6]["grad_norm"] is None
+    learned, skipped_steps = lines(folders[None]), lines(folders[3.0])
+    assert [line["skipped_steps"] for line in learned[1:]] == [0] * 12
+    assert [line["skipped_steps"] for line in skipped_steps[1:]] == [0] * 5 + [1] * 7
+    assert skipped_steps[6]["train_loss"] == learned[6]["train_loss"] > 50 and skipped_steps[6]["grad_norm"] is None
     assert losses(folders[3.0])[5] == losses(folders[None])[5], "the watch changes no bit of what is learned"
     assert sum("(recovery.loss_factor); 1 in a row" in line for line in said) == 1
 
 
 def test_a_state_without_a_position_is_one_line() -> None:
-    state = asdict(Position(step=3, tokens=9))
-    assert Position.of({**state, "tokenizer": "T"}) == Position(step=3, tokens=9)
-    del state["passed_over"]
-    with pytest.raises(ConfigError, match=r"does not say where the run stood: passed_over is missing"):
-        Position.of(state)
+    state = asdict(TrainState(step=3, tokens=9))
+    assert TrainState.of({**state, "tokenizer": "T"}) == TrainState(step=3, tokens=9)
+    del state["data_offset"]
+    with pytest.raises(ConfigError, match=r"does not say where the run stood: data_offset is missing"):
+        TrainState.of(state)
 
 
 def test_the_median_is_of_the_newest_steps_that_were_taken() -> None:
-    settings, position = RecoverySettings(loss_factor=3.0), Position()
+    settings, position = RecoverySettings(loss_factor=3.0), TrainState()
     assert recovery.largest_loss(settings, position) is None
     for loss in [*[100.0] * 50, *[2.0] * 26]:
         recovery.note_step(settings, position, loss, taken=True)
@@ -249,8 +258,8 @@ def test_two_ranks_roll_back_together(layout: str, prepared: Path, tmp_path: Pat
     assert first == second
     found = lines(tmp_path)
     assert [line["step"] for line in found] == list(range(13))
-    assert [line["left_out"] for line in found[1:]] == [0] * 2 + [1] * 10
-    assert [line["passed_over"] for line in found[1:]] == [0] * 4 + [3] * 8
+    assert [line["skipped_steps"] for line in found[1:]] == [0] * 2 + [1] * 10
+    assert [line["data_offset"] for line in found[1:]] == [0] * 4 + [3] * 8
     assert found[12]["train_loss"] < found[1]["train_loss"]
 
 
@@ -260,5 +269,5 @@ def on_a_rank(config: RunConfig, layout: str) -> list[Any]:
         object.__setattr__(config.model, "num_layers", 2)
     positions: list[Any] = []
     with planted({2: 100.0, **TWICE}, rank=1):
-        attempt(config, lambda run, _: positions.append((run.position.step, run.position.left_out)))
+        attempt(config, lambda run, _: positions.append((run.position.step, run.position.skipped_steps)))
     return positions

@@ -96,12 +96,12 @@ def test_a_finished_run_tells_how_long_it_took(finished: Path) -> None:
     attempt = json.loads((finished / "run.json").read_text())["attempts"][-1]
     began, ended = (datetime.fromisoformat(attempt[name]) for name in ("began", "ended"))
     config = load(finished / "config.yaml", ["parallel.world_size=2"])
-    foreseen = Amounts(speed).seconds(config)
-    assert min(speed.rate, speed.saving, foreseen.evaluations) > 0
+    estimated = Amounts(speed).seconds(config)
+    assert min(speed.rate, speed.saving, estimated.evaluations) > 0
     in_steps = sum(line["step_seconds"] for line in read_metrics(finished / "metrics.jsonl")[1:])
     took = (ended - began).total_seconds()
-    beside = foreseen.evaluations + foreseen.checkpoints
-    assert foreseen.total - foreseen.steps == pytest.approx(max(took - in_steps, beside))
+    beside = estimated.evaluations + estimated.checkpoints
+    assert estimated.total - estimated.steps == pytest.approx(max(took - in_steps, beside))
 
 
 def test_killed_and_resumed_is_the_run_that_was_never_killed(config: Path, prepared: Path, finished: Path) -> None:
@@ -227,9 +227,9 @@ def test_a_run_goes_on_at_another_zero_stage(stage: int, config: Path, prepared:
     for left, right in zip(expected[9:], found[9:], strict=True):
         for name in {"train_loss", "valid_loss", "grad_norm"} & left.keys():
             assert right[name] == pytest.approx(left[name], rel=1e-4), (left["step"], name)
-    measured, foreseen = found[-1]["memory"], found[-1]["memory_foreseen"]
+    measured, estimated = found[-1]["memory"], found[-1]["memory_foreseen"]
     for kind in ("weights", "optimizer", "gradients", "activations", "peak"):  # a tiny model; what is measured is there
-        assert 0 < measured[kind] == pytest.approx(foreseen[kind], rel=0.3), kind
+        assert 0 < measured[kind] == pytest.approx(estimated[kind], rel=0.3), kind
 
 
 def test_a_damaged_checkpoint_is_skipped_and_without_a_whole_one_nothing_begins(
@@ -277,7 +277,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_a_run_in_one_line(
     step = tmp_path / "checkpoints" / "step-00000002"
     assert f"checkpoint {step} could not be saved: " in done.stderr
     assert done.stderr.endswith("; the same command goes on from the newest checkpoint\n")
-    assert not step.exists() and "NotSaved" in (tmp_path / "run.json").read_text()
+    assert not step.exists() and "CheckpointNotSaved" in (tmp_path / "run.json").read_text()
 
 
 def test_profile_milestones_background_and_determinism_change_no_loss(

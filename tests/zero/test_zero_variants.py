@@ -14,8 +14,8 @@ from coe_megatron.config.settings import OptimizerSettings
 pytestmark = pytest.mark.ranks
 CHAINS = {
     "gains, shared once": ChainSettings(3, learned_scale=True, conditioned=True, shared_once=True),
-    "no return, joint": ChainSettings(3, no_return=True, balance="joint", routers_apart=True),
-    "some layers": ChainSettings(2, topology="iteration_norm", learned_scale=True, layers=(2,)),
+    "no return, joint": ChainSettings(3, no_return=True, aux_loss_reduction="joint", routers_apart=True),
+    "some layers": ChainSettings(2, norm_placement="iteration_norm", learned_scale=True, layers=(2,)),
 }
 LAYOUTS = {"ep2": (1, {"expert": 2}), "dp2, stage 3": (3, {}), "pp2": (1, {"pipeline": 2})}
 

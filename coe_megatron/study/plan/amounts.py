@@ -1,6 +1,6 @@
 """What a run comes to as a whole: FLOPs, parameters, memory, seconds. All that a budget can hold equal.
 
-Seconds are foreseen from FLOPs. An expert's weights are read once for all rows that meet them, so few rows take as long
+Seconds are estimated from FLOPs. An expert's weights are read once for all its rows, so few rows take as long
 as `half_rows` of them: a chain, with K rows a token and iteration instead of C·K at once, pays that C times. What ranks
 send each other and a pipeline's bubble are not in it.
 """
@@ -17,7 +17,7 @@ from coe_megatron.errors import ConfigError
 from coe_megatron.estimate.activations import extra_flops
 from coe_megatron.estimate.closed_forms import Flops, ModelShape, parameters, training_flops
 from coe_megatron.estimate.devices import Device
-from coe_megatron.estimate.run_estimate import Forecast, forecast, vocabulary
+from coe_megatron.estimate.run_estimate import RunEstimate, estimate, vocabulary
 from coe_megatron.estimate.run_shape import model_shape
 from coe_megatron.files import kind_of
 from coe_megatron.study.plan.study_file import Quantity
@@ -29,7 +29,7 @@ class Speed:
 
     Attributes:
         rate: FLOP/s of a rank in products of many rows.
-        half_rows: see `forecast.devices.Device`.
+        half_rows: see `estimate.devices.Device`.
         startup: seconds before the first evaluation.
         saving: seconds a checkpoint takes.
     """
@@ -76,13 +76,13 @@ class Amounts:
         """One amount of a whole run.
 
         Raises:
-            ConfigError: seconds are asked for without a speed; or of prepared data as `forecast.cost.vocabulary`.
+            ConfigError: seconds are asked for without a speed; or of prepared data as `estimate.cost.vocabulary`.
         """
         match quantity:
             case "parameters":
                 return parameters(self.shape(config)).total
             case "memory":
-                return self.forecast(config).needed
+                return self.estimate(config).needed
             case "wall_clock":
                 return self.seconds(config).total
             case "flops":
@@ -99,9 +99,9 @@ class Amounts:
         """Of a token, forward and backward, without recomputation."""
         return training_flops(self.shape(config))
 
-    def forecast(self, config: RunConfig) -> Forecast:
+    def estimate(self, config: RunConfig) -> RunEstimate:
         """What `--dry-run` says of the run."""
-        return forecast(config, self._vocabulary(config))
+        return estimate(config, self._vocabulary(config))
 
     def seconds(self, config: RunConfig) -> Seconds:
         """That the run takes; raises as `of`."""

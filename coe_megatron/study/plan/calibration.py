@@ -46,7 +46,7 @@ def calibrate(folder: Path, half_rows: float) -> Speed:
     one attempt made the whole run; they count as nothing otherwise.
 
     Args:
-        half_rows: of its kind of device (see `forecast.devices.Device`).
+        half_rows: of its kind of device (see `estimate.devices.Device`).
 
     Raises:
         ConfigError: there is no run in the folder, or too little of one, or one of times that none takes.

@@ -30,9 +30,9 @@ class ArmPlan:
         flops_per_token: to train, forward and backward.
         flops: of all steps.
         expert_flops: the part of routed and shared experts.
-        components: bytes of the rank that holds most, by `forecast.memory.components`, when it holds most.
+        components: bytes of the rank that holds most, by `estimate.memory.components`, when it holds most.
         ranks: of a run.
-        seconds: foreseen; None where nothing is known of the device.
+        seconds: estimated; None where nothing is known of the device.
         solved: what it has of the budget; None without one.
         too_large: why it does not fit the device, and what would; None if it fits or no memory is known.
     """
@@ -62,7 +62,7 @@ class Plan:
     Attributes:
         study: with what its budget has solved.
         arms: in its order.
-        speed: from which seconds were foreseen, and what that speed is of; None where nothing was known.
+        speed: from which seconds were estimated, and what that speed is of; None where nothing was known.
         price: of an hour of one device, in any currency.
     """
 
@@ -74,8 +74,8 @@ class Plan:
     @property
     def device_seconds(self) -> float | None:
         """Of all runs on all their ranks."""
-        seeds, foreseen = len(self.study.settings.seeds), [arm.seconds for arm in self.arms]
-        if None in foreseen:
+        seeds, estimated = len(self.study.settings.seeds), [arm.seconds for arm in self.arms]
+        if None in estimated:
             return None
         return sum(seeds * arm.ranks * arm.seconds.total for arm in self.arms if arm.seconds)
 
@@ -166,7 +166,7 @@ def make_plan(
 
     Args:
         overrides: `key=value` for all arms.
-        device: a name of `forecast.devices`; the study's own when None.
+        device: a name of `estimate.devices`; the study's own when None.
         calibration: the folder of a finished run on such a device, whose speed counts then.
         device_memory: such as `80GiB`; the device's when None.
         price: of an hour of one device.
@@ -206,7 +206,7 @@ def _memory(text: str) -> int:
 
 
 def _plan(arm: Arm, amounts: Amounts, solved: Solved | None, memory: int | None) -> ArmPlan:
-    config, cost = arm.config, amounts.forecast(arm.config)
+    config, cost = arm.config, amounts.estimate(arm.config)
     return ArmPlan(
         arm,
         parameters=cost.parameters.total,

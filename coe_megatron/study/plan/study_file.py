@@ -37,7 +37,7 @@ class Budget:
 
     Attributes:
         equal: of a whole run: `expert_compute`, FLOPs of routed and shared experts; `flops`, all FLOPs of training;
-            `parameters` of the model; `memory`, bytes of a rank; `wall_clock`, seconds foreseen on the device.
+            `parameters` of the model; `memory`, bytes of a rank; `wall_clock`, seconds estimated on the device.
         solve: a setting that is a whole number, such as `training.steps`.
         range: its smallest and its largest value.
         multiple_of: it shall be a multiple of this.
@@ -66,7 +66,7 @@ class StudySettings:
         set: settings of all arms, over those of `base`.
         skip: combinations of labels that are no arm.
         budget: what is held equal; null for nothing.
-        device: on which hours are foreseen, and whose memory the arms must fit; a name of `forecast.devices`.
+        device: on which hours are estimated, and whose memory the arms must fit; a name of `estimate.devices`.
     """
 
     base: list[str]

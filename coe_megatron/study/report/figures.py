@@ -345,25 +345,25 @@ def _values(summaries: Sequence[Summary], value: Callable[[Any], float]) -> list
 
 
 def _memory(results: Sequence[Result], looks: Mapping[str, Look]) -> Drawing:
-    """Is the forecast right?"""
+    """Is the estimate right?"""
     figure, grid = _figure(width=5.2, height=4.8)
     axes: Axes = grid[0, 0]
     _plain(axes)
     for name, runs in _by_arm(results):
-        look, foreseen = looks[name], runs[0].arm.memory / _MIB
+        look, estimated = looks[name], runs[0].arm.memory / _MIB
         measured = [result.memory / _MIB for result in runs]
-        axes.plot([foreseen] * len(runs), measured, **look.marked, linestyle="", label=look.name, alpha=0.8)
+        axes.plot([estimated] * len(runs), measured, **look.marked, linestyle="", label=look.name, alpha=0.8)
     amounts = [amount / _MIB for result in results for amount in (result.arm.memory, result.memory)]
     ends = 0.95 * min(amounts), 1.05 * max(amounts)
     axes.plot(ends, ends, color=_GREY, linewidth=1)
     axes.set(xlim=ends, ylim=ends, aspect="equal")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(5))
-    axes.set_xlabel("memory of a rank at its peak, foreseen (MiB)")
+    axes.set_xlabel("memory of a rank at its peak, estimated (MiB)")
     axes.set_ylabel("measured (MiB)")
     _legend(figure, axes, looks)
     return Drawing(
-        "memory", "Memory foreseen by the plan against what runs measured; on the line the forecast is right.", figure
+        "memory", "Memory estimated by the plan against what runs measured; on the line the estimate is right.", figure
     )
 
 

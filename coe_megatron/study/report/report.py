@@ -204,7 +204,7 @@ def _costs(plan: Plan, finished: Sequence[Result]) -> str:
                 ]
             )
     columns = ["arm", "parameters", "FLOPs a token", "FLOPs", "of experts", "steps"]
-    return _table([*columns, "MiB a rank, foreseen / measured", "time foreseen / in steps"], rows)
+    return _table([*columns, "MiB a rank, estimated / measured", "time estimated / in steps"], rows)
 
 
 def _memory(plan: Plan, finished: Sequence[Result]) -> str:
@@ -217,11 +217,11 @@ def _memory(plan: Plan, finished: Sequence[Result]) -> str:
             rows.append([_name(plan, arm.arm.name), *cells, f"{arm.memory / max(measured) - 1:+.1%}"])
     names = [name.replace("_", " ") for name in plan.arms[0].components]
     text = (
-        "MiB of a rank at the moment of a step when it holds most, as foreseen from the config, and the measured peak. "
+        "Peak memory of a rank within a step, in MiB, as predicted from the config, and the measured peak. "
         "Gradients come as activations go, so that neither need be there in full at that moment; other is what "
         "the optimizer takes for its step, and what ZeRO 3 and tensor parallelism gather."
     )
-    return f"{text}\n\n{_table(['arm', *names, 'together', 'measured', 'foreseen off by'], rows)}"
+    return f"{text}\n\n{_table(['arm', *names, 'together', 'measured', 'estimated off by'], rows)}"
 
 
 def _fitted(found: Fit | None) -> str:
@@ -231,15 +231,15 @@ def _fitted(found: Fit | None) -> str:
         [each.of, f"{each.value:+.4f}", f"{each.interval[0]:+.4f} to {each.interval[1]:+.4f}"]
         for each in found.coefficients
     ]
-    left_out = (
-        f" Left out, being nearly constant or nearly following from the others: {', '.join(found.left_out)}."
-        if found.left_out
+    excluded = (
+        f" Left out, being nearly constant or nearly following from the others: {', '.join(found.excluded)}."
+        if found.excluded
         else ""
     )
     text = (
         f"log loss as a line in the logarithms of these, least squares over {found.points} arms, each the mean of its "
         f"seeds; what the line leaves, to which all else that arms differ in adds, has a standard deviation of "
-        f"{found.residual:.2%}.{left_out} It is no law beyond these arms."
+        f"{found.residual:.2%}.{excluded} It is no law beyond these arms."
     )
     return f"{text}\n\n{_table(['of', 'exponent', '95 % interval'], rows)}"
 

@@ -36,13 +36,13 @@ class Fit:
     """What was found.
 
     Attributes:
-        left_out: quantities that are nearly the same in all arms, or nearly follow from those before them.
+        excluded: quantities that are nearly the same in all arms, or nearly follow from those before them.
         residual: standard deviation of the logarithms that the line leaves.
         points: arms it was fitted to.
     """
 
     coefficients: list[Coefficient]
-    left_out: list[str]
+    excluded: list[str]
     residual: float
     points: int
 
@@ -54,7 +54,7 @@ def fit(summaries: Sequence[Summary]) -> Fit | None:
     arm, all of them have, and the interval would come out too narrow.
     """
     known = [summary for summary in summaries if summary.mean is not None]
-    design, used, left_out = _design([_logarithms(summary.arm) for summary in known])
+    design, used, excluded = _design([_logarithms(summary.arm) for summary in known])
     free = len(known) - design.shape[1]
     if not used or len(np.unique(design, axis=0)) <= design.shape[1]:
         return None
@@ -67,7 +67,7 @@ def fit(summaries: Sequence[Summary]) -> Fit | None:
         Coefficient(name, float(value), (float(value - width), float(value + width)))
         for name, value, width in zip(used, found[1:], reach[1:], strict=True)
     ]
-    return Fit(coefficients, left_out, math.sqrt(variance), len(known))
+    return Fit(coefficients, excluded, math.sqrt(variance), len(known))
 
 
 def _logarithms(plan: ArmPlan) -> Mapping[str, float]:
@@ -77,12 +77,12 @@ def _logarithms(plan: ArmPlan) -> Mapping[str, float]:
 
 def _design(points: Sequence[Mapping[str, float]]) -> tuple[np.ndarray, list[str], list[str]]:
     """A column of ones and one of each quantity that can be told from those before it; their names, the others'."""
-    design, used, left_out = np.ones((len(points), 1)), list[str](), list[str]()
+    design, used, excluded = np.ones((len(points), 1)), list[str](), list[str]()
     for name in points[0] if points else ():
         column = np.array([point[name] for point in points])
         explained, *_ = np.linalg.lstsq(design, column, rcond=None)
         if np.ptp(column - design @ explained) > _VARIES:
             design, used = np.column_stack([design, column]), [*used, name]
         else:
-            left_out.append(name)
-    return design, used, left_out
+            excluded.append(name)
+    return design, used, excluded
