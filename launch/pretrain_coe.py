@@ -48,7 +48,7 @@ from coe_megatron import scratch  # noqa: E402
 from coe_megatron.config import RunConfig, load  # noqa: E402
 from coe_megatron.config.arguments import Parser, write_out  # noqa: E402
 from coe_megatron.config.load import parse  # noqa: E402
-from coe_megatron.data.folders import missing  # noqa: E402
+from coe_megatron.data.folders import missing_folders  # noqa: E402
 from coe_megatron.distributed.environment import DistributedEnv  # noqa: E402
 from coe_megatron.errors import ConfigError, one_line  # noqa: E402
 from coe_megatron.estimate.advice import parse_size, refusal  # noqa: E402
@@ -59,7 +59,7 @@ from coe_megatron.lean_imports import import_megatron  # noqa: E402
 from coe_megatron.run.exit_status import ExitStatus, leave_error_file  # noqa: E402
 from coe_megatron.run.lock import FolderInUse  # noqa: E402
 from coe_megatron.run.output_check import require_output  # noqa: E402
-from coe_megatron.training.signals import Interruption, stop_with_parent  # noqa: E402
+from coe_megatron.training.signals import StopRequest, stop_with_parent  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -118,7 +118,7 @@ def _forecast(ranks: DistributedEnv, config: RunConfig, as_json: bool, device_me
             raise ConfigError(f"--device-memory {error}") from error
         if refused := refusal(config, cost, vocab_size, available):
             raise ConfigError(f"--device-memory {device_memory}: {refused}")
-    warnings = [*missing(config.data), *filter(None, [needless_crossing(config, cost, vocab_size)])]
+    warnings = [*missing_folders(config.data), *filter(None, [needless_crossing(config, cost, vocab_size)])]
     if ranks.rank == 0:
         as_text = json.dumps({**cost.as_dict(), "warnings": warnings}, indent=2) if as_json else cost.table()
         write_out(as_text if as_json else "\n".join([as_text, *(f"warning: {each}" for each in warnings)]))
@@ -168,7 +168,7 @@ def _pretrain(parser: Parser, ranks: DistributedEnv, checked: RunConfig | None, 
     if checked is not None:
         store.set("config", json.dumps(asdict(checked)))
     config = parse(json.loads(store.get("config")))
-    interruption = Interruption(stop_file)
+    interruption = StopRequest(stop_file)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on there is a run, which notes how it ended
     last_word = partial(leave_error_file, environment=os.environ)
     try:
