@@ -160,7 +160,7 @@ def _shape(sizes: Sizes, shared_ffn: int) -> ModelShape:
 def _layer(options: argparse.Namespace, parser: Parser) -> int:
     try:
         shapes = _shapes(options)
-    except ValueError as error:
+    except ConfigError as error:
         parser.error(str(error).removeprefix("shape."))
     # torch on CPU takes memory in huge pages if asked: an expert's gradients are large tensors made anew in each step,
     # and with small pages the kernel needs up to a quarter of the time to hand them out.

@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
             return _pretrain(parser, ranks, None, None)
         config = load(options.config, options.overrides, ranks.world_size)
         require_output(config)
-        _vocabulary(config, data_needed=True)
+        vocabulary(config, data_needed=True)
         _require_warm_start(config)
         _require_stop_file(options.stop_file)
         return _pretrain(parser, ranks, config, options.stop_file)
@@ -109,12 +109,12 @@ def _ranks(parser: Parser) -> DistributedEnv:
 
 
 def _forecast(ranks: DistributedEnv, config: RunConfig, as_json: bool, device_memory: str | None) -> int:
-    vocab_size = _vocabulary(config)
+    vocab_size = vocabulary(config)
     cost = estimate(config, vocab_size)
     if device_memory is not None:
         try:
             available = parse_size(device_memory)
-        except ValueError as error:
+        except ConfigError as error:
             raise ConfigError(f"--device-memory {error}") from error
         if refused := refusal(config, cost, vocab_size, available):
             raise ConfigError(f"--device-memory {device_memory}: {refused}")
@@ -123,13 +123,6 @@ def _forecast(ranks: DistributedEnv, config: RunConfig, as_json: bool, device_me
         as_text = json.dumps({**cost.as_dict(), "warnings": warnings}, indent=2) if as_json else cost.table()
         write_out(as_text if as_json else "\n".join([as_text, *(f"warning: {each}" for each in warnings)]))
     return 0
-
-
-def _vocabulary(config: RunConfig, *, data_needed: bool = False) -> int:
-    try:
-        return vocabulary(config, data_needed=data_needed)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def _require_warm_start(config: RunConfig) -> None:

@@ -86,7 +86,7 @@ class CheckpointManager:
             Where the run stands, and a line for the user, empty when it begins with random weights.
 
         Raises:
-            ValueError: a checkpoint is of another config, model, tokenizer or text, or beyond `training.steps`.
+            ConfigError: a checkpoint is of another config, model, tokenizer or text, or beyond `training.steps`.
         """
         remark = run_on_rank0(self._same_run)
         state = store.load_latest(self._folder, self._engine)
@@ -104,7 +104,7 @@ class CheckpointManager:
         """Go back to the newest whole checkpoint of `step` or an earlier one; those from there to `now` are deleted.
 
         Raises:
-            ValueError: there are checkpoints as old, and none of them is whole.
+            ConfigError: there are checkpoints as old, and none of them is whole.
         """
         self._owed, self._mended = False, ""
         if self._background is not None:

@@ -209,8 +209,10 @@ def _load(shards: Shards, reader: Reader) -> dict[str, torch.Tensor]:
         try:
             dcp.load(tensors, storage_reader=reader, planner=planner)
         except CheckpointException as error:  # it has a traceback of every rank in it
-            cause = str(cause_of(error))[:_LONGEST_LINE]
-            raise ConfigError(f"checkpoint {reader.folder.parent} cannot be read: {cause}") from error
+            if not isinstance(cause := cause_of(error), ConfigError | OSError):
+                raise cause from error
+            said = f"checkpoint {reader.folder.parent} cannot be read: {str(cause)[:_LONGEST_LINE]}"
+            raise ConfigError(said) from error
         parts = {key: _unwrap_pyt_sharded_tensor(tensor) for key, tensor in tensors.items()}
         return apply_factory_merges(_replace_sharded_keys_with_state_dict_keys(parts, *names), factories)
 

@@ -8,18 +8,19 @@ from coe_megatron.config import layout
 from coe_megatron.config.layout import moe_pattern
 from coe_megatron.config.native import read_native
 from coe_megatron.config.settings import DataSettings, ModelSettings, MoESettings, RunConfig
+from coe_megatron.errors import ConfigError
 
 _MOST_ITERATIONS = 20_000  # of all layers together: what is listed for each would take minutes
 
 
 def check(config: RunConfig, world_size: int | None = None) -> None:
-    """Raise ValueError with the first rule that is broken.
+    """Raise ConfigError with the first rule that is broken.
 
     Args:
         world_size: number of ranks; when None `parallel.world_size`, or as few as the layout allows.
     """
     for problem in problems(config, world_size):
-        raise ValueError(problem)
+        raise ConfigError(problem)
 
 
 def problems(config: RunConfig, world_size: int | None = None) -> Iterator[str]:
@@ -31,7 +32,7 @@ def problems(config: RunConfig, world_size: int | None = None) -> Iterator[str]:
     yield from _chain_layers(config)
     try:
         config.chain.require_experts(config.moe.num_experts, config.moe.topk, config.moe.num_groups)
-    except ValueError as error:
+    except ConfigError as error:
         yield str(error)
     yield from _alignment(config)
     yield from _data(config.data)
@@ -172,7 +173,7 @@ def _zero(config: RunConfig) -> Iterator[str]:
     if zero.deepspeed is not None:
         try:
             read_native(zero.deepspeed)
-        except ValueError as error:
+        except ConfigError as error:
             yield str(error)
     if zero.stage != 3 and zero.offload_parameters:
         yield f"zero.offload_parameters is true: it needs zero.stage 3, not {zero.stage}"

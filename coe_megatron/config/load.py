@@ -62,10 +62,7 @@ def resolve(
     for text in overrides:
         _override(values, text)
     config = parse(plain(values, whose))
-    try:
-        check(config, world_size)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    check(config, world_size)
     if len(config.data.blend or ()) + len(config.data.validation or ()) > _FEW_FOLDERS:
         size = len(dump(config).encode())
         if size > parsing.CONFIG_BYTES:

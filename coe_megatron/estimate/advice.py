@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from coe_megatron.config.checks import problems
 from coe_megatron.config.layout import layout
 from coe_megatron.config.settings import RunConfig
+from coe_megatron.errors import ConfigError
 from coe_megatron.estimate.run_estimate import RunEstimate, estimate, size
 
 Changes: TypeAlias = dict[str, Any]  # settings by their dotted names
@@ -20,12 +21,12 @@ def parse_size(text: str) -> int:
     """Bytes of a size such as `80GiB`.
 
     Raises:
-        ValueError: it is none; one line.
+        ConfigError: it is none; one line.
     """
     found = re.fullmatch(rf"(\d{{1,9}}(?:\.\d{{1,9}})?)({'|'.join(_UNITS)})", text, re.ASCII)
     count = int(float(found[1]) * _UNITS[found[2]]) if found else 0
     if count < 1:
-        raise ValueError(f"{text!r} must be a number above 0 and one of {', '.join(_UNITS)}, such as 80GiB")
+        raise ConfigError(f"{text!r} must be a number above 0 and one of {', '.join(_UNITS)}, such as 80GiB")
     return count
 
 

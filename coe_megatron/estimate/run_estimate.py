@@ -10,6 +10,7 @@ from coe_megatron.chain.settings import Recompute
 from coe_megatron.config.layout import Layout, layout
 from coe_megatron.config.settings import RunConfig
 from coe_megatron.data.folders import check_data, folders
+from coe_megatron.errors import ConfigError
 from coe_megatron.estimate import closed_forms
 from coe_megatron.estimate import memory as forms
 from coe_megatron.estimate.activations import Activations, activations, extra_flops
@@ -164,14 +165,14 @@ def vocabulary(config: RunConfig, *, data_needed: bool = False) -> int:
         data_needed: that there is no data is an error, also where `model.vocab_size` is given.
 
     Raises:
-        ValueError: neither is there to tell, or there is data and it does not suit (see `check_data`).
+        ConfigError: neither is there to tell, or there is data and it does not suit (see `check_data`).
     """
     manifest = check_data(config, needed=data_needed)
     if manifest is not None:
         return padded_vocabulary(config, manifest.vocab_size)
     if config.model.vocab_size is None:
         missing = next(folders(config.data))
-        raise ValueError(
+        raise ConfigError(
             "model.vocab_size is null: without prepared data it must be given "
             f"(there is no folder {missing.path}, which {missing.setting} names)"
         )

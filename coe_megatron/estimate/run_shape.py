@@ -5,6 +5,7 @@ from dataclasses import replace
 from coe_megatron.chain.settings import Recompute
 from coe_megatron.config.layout import chain_pattern, moe_pattern
 from coe_megatron.config.settings import RunConfig
+from coe_megatron.errors import ConfigError
 from coe_megatron.estimate.activations import Pass, Scores
 from coe_megatron.estimate.closed_forms import ModelShape
 
@@ -78,13 +79,13 @@ def padded_vocabulary(config: RunConfig, tokenizer_size: int) -> int:
     """Rows of the embedding: `model.vocab_size`, or the tokenizer's size rounded up to a multiple of 64.
 
     Raises:
-        ValueError: `model.vocab_size` is smaller than the tokenizer.
+        ConfigError: `model.vocab_size` is smaller than the tokenizer.
     """
     wanted = config.model.vocab_size
     if wanted is None:
         return -(-tokenizer_size // 64) * 64
     if wanted < tokenizer_size:
-        raise ValueError(
+        raise ConfigError(
             f"model.vocab_size is {wanted}: the tokenizer has {tokenizer_size} pieces, so at least that many, "
             "or null for as many as it has"
         )

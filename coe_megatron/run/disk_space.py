@@ -32,7 +32,7 @@ def require(config: RunConfig, world_size: int) -> str:
     try:
         one = checkpoint_bytes(config, vocabulary(config), world_size)
         reason, available, done = _refusal(folder), _free(folder), finished_steps(folder / "checkpoints")
-    except (OSError, ValueError) as error:
+    except (OSError, ConfigError) as error:
         raise ConfigError(f"output is {folder}: {error}") from error
     if reason:
         raise ConfigError(f"output is {folder}: {reason}")

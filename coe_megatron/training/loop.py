@@ -141,16 +141,13 @@ class Pretraining:
         self.config, self.device, self.folder, self.node = config, device, Path(config.output), node
         self.interruption, self.watch = interruption, watch
         self.main_rank = torch.distributed.get_rank() == 0
-        try:
-            data = run_on_rank0(lambda: RunData.open(config.data))
-            self.vocab_size = padded_vocabulary(config, data.tokenizer_size)
-            self.data = open_splits(config, data, self.folder / "index")
-            self.engine = self._build_engine()
-            size = checkpoint_bytes(config, self.vocab_size, torch.distributed.get_world_size())
-            self.checkpoints = CheckpointManager(self.folder, config, data, self.engine, size)
-            self.position, self.begun = self.checkpoints.resume()
-        except ValueError as error:  # what is wrong with config, data or checkpoint is for the user, in one line
-            raise ConfigError(str(error)) from error
+        data = run_on_rank0(lambda: RunData.open(config.data))
+        self.vocab_size = padded_vocabulary(config, data.tokenizer_size)
+        self.data = open_splits(config, data, self.folder / "index")
+        self.engine = self._build_engine()
+        size = checkpoint_bytes(config, self.vocab_size, torch.distributed.get_world_size())
+        self.checkpoints = CheckpointManager(self.folder, config, data, self.engine, size)
+        self.position, self.begun = self.checkpoints.resume()
         self.shape = model_shape(config, self.vocab_size)
         self.flops = closed_forms.training_flops(self.shape)
         self.peak_flops = devices.peak_flops(config.training.precision)

@@ -143,19 +143,13 @@ class Amounts:
     def _vocabulary(self, config: RunConfig) -> int:
         key = (repr(config.data), config.model.vocab_size, config.model.seq_length)
         if key not in self._vocabularies:
-            try:
-                self._vocabularies[key] = vocabulary(config)
-            except ValueError as error:
-                raise ConfigError(str(error)) from error
+            self._vocabularies[key] = vocabulary(config)
         return self._vocabularies[key]
 
 
 def _manifest(folder: Path, name: str) -> Manifest | None:
     """Of prepared data; None where there are none yet."""
-    try:
-        return None if kind_of(folder, name) is None else Manifest.read(folder)
-    except (OSError, ValueError) as error:
-        raise ConfigError(str(error)) from error
+    return None if kind_of(folder, name) is None else Manifest.read(folder)
 
 
 def tokens(config: RunConfig) -> int:

@@ -194,14 +194,14 @@ def _device(asked: str | None, own: str | None) -> Device | None:
     """The one asked for, or the study's own."""
     try:
         return device_named(name) if (name := asked or own) is not None else None
-    except ValueError as error:
+    except ConfigError as error:
         raise ConfigError(f"{'--device' if asked else 'device'} is {error}") from None
 
 
 def _memory(text: str) -> int:
     try:
         return parse_size(text)
-    except ValueError as error:
+    except ConfigError as error:
         raise ConfigError(f"--device-memory {error}") from None
 
 
