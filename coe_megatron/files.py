@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from coe_megatron.errors import ConfigError, one_line
+from coe_megatron.text import shortened
 
 Kind = Literal["file", "folder", "special file"]
-_SHOWN = 200  # characters of a path in a message
 _TEMPORARY = ".tmp"  # ending of what `write_atomically` writes beside
 
 
@@ -260,5 +260,4 @@ def _require(found: Kind | None, wanted: Kind, path: Path, name: str) -> None:
 
 
 def _shown(path: Path | str) -> str:
-    text = one_line(str(path))
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    return shortened(one_line(str(path)))

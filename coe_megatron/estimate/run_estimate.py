@@ -17,6 +17,7 @@ from coe_megatron.estimate.activations import Activations, activations, extra_fl
 from coe_megatron.estimate.closed_forms import Flops, ParameterCount
 from coe_megatron.estimate.run_shape import model_shape, padded_vocabulary, stage_pass, stage_shape, training_pass
 from coe_megatron.estimate.traffic import Sent, bubble, traffic
+from coe_megatron.text import aligned_facts
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,7 @@ class RunEstimate:
             "recompute": f"{self.recompute}; activations by mode: {', '.join(map(self._mode, self.activations))}",
             **{f"sent {link.replace('_', ' ')}": _sizes(self._sent(link)) for link in ("inside_node", "across_nodes")},
         }
-        width = max(map(len, rows))
-        return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
+        return aligned_facts(rows)
 
     def _mode(self, mode: str) -> str:
         extra = self.extra_flops[mode] / self.flops_per_token.total

@@ -18,6 +18,7 @@ from coe_megatron.study.plan.budget import Solved, solve
 from coe_megatron.study.plan.calibration import calibrate
 from coe_megatron.study.plan.names import joined
 from coe_megatron.study.plan.study_file import read_study
+from coe_megatron.text import aligned
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class Plan:
     def table(self) -> str:
         """The same for a person."""
         study = self.study
-        lines = _table([_columns(study), *(self._cells(arm) for arm in self.arms)])
+        lines = aligned([_columns(study), *(self._cells(arm) for arm in self.arms)])
         notes = [f"* {study.baseline.name} is the baseline", *self._totals()]
         notes += [f"{arm.arm.name} does not fit: {arm.too_large}" for arm in self.arms if arm.too_large]
         skipped: dict[str, list[str]] = {}
@@ -122,7 +123,7 @@ class Plan:
         names = list(self.arms[0].components)
         header = ["MiB a rank at its peak", *(name.replace("_", " ") for name in names), "together"]
         rows = [[arm.arm.name, *map(_mib, arm.components.values()), _mib(arm.memory)] for arm in self.arms]
-        return _table([header, *rows])
+        return aligned([header, *rows])
 
     def _cells(self, plan: ArmPlan) -> list[str]:
         steps = plan.arm.config.training.steps
@@ -273,21 +274,8 @@ def _solves_apart(study: Study) -> bool:
     return study.settings.budget is not None and study.settings.budget.solve != "training.steps"
 
 
-def _table(cells: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return [_aligned(line, widths) for line in cells]
-
-
 def _mib(amount: int) -> str:
     return f"{amount / 2**20:,.1f}"
-
-
-def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first, *rest = (
-        cell.rjust(width) if number else cell.ljust(width)
-        for number, (cell, width) in enumerate(zip(cells, widths, strict=True))
-    )
-    return "  ".join([first, *rest])
 
 
 def count(number: float) -> str:
