@@ -31,6 +31,7 @@ from coe_megatron.checkpoint import listing, sharding
 from coe_megatron.checkpoint.background import Background
 from coe_megatron.checkpoint.integrity import SEAL, seal, write_bytes, write_text
 from coe_megatron.checkpoint.metadata import METADATA, CheckpointMetadata, SavedLayout
+from coe_megatron.checkpoint.names import CheckpointName, name_of, step_of
 from coe_megatron.checkpoint.storage import cause_of
 from coe_megatron.distributed.collectives import Group, is_rank0, run_on_all, run_on_rank0
 from coe_megatron.errors import ConfigError, one_line
@@ -70,7 +71,7 @@ def save(
     Raises:
         CheckpointNotSaved: on all ranks; by `background` the next time it is waited for.
     """
-    final = folder / listing.name_of(step)
+    final = folder / name_of(step)
     if background is not None:
         background.wait()
     snapshot = _Snapshot.take(engine, state)
@@ -200,7 +201,7 @@ def _set_random_states(path: Path) -> None:
 
 
 def _partial(final: Path) -> Path:
-    return final.with_suffix(".tmp")
+    return final.with_name(str(CheckpointName(step_of(final), finished=False)))
 
 
 def _make_empty(partial: Path) -> None:
@@ -215,7 +216,7 @@ def _prune(folder: Path, step: int, keep: int, milestones: Collection[int]) -> N
 
     What cannot be deleted is said and stays: the checkpoint that was just saved is whole all the same.
     """
-    listed = [(entry, listing.step_of(entry)) for entry in listing.newest_first(folder)]
+    listed = [(entry, step_of(entry)) for entry in listing.newest_first(folder)]
     entries = [entry for entry, its_step in listed if its_step <= step and its_step not in milestones]
     sealed = [entry for entry in entries if listing.finished(entry) and os.path.exists(entry / SEAL)]
     for entry in entries[entries.index(sealed[keep - 1]) + 1 :] if len(sealed) >= keep else []:

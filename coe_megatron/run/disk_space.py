@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from coe_megatron.checkpoint.names import finished_steps
+from coe_megatron.checkpoint.names import CheckpointName, finished_steps
 from coe_megatron.config import RunConfig
 from coe_megatron.errors import ConfigError
 from coe_megatron.estimate.checkpoint_size import checkpoint_bytes
@@ -90,7 +90,12 @@ def _where(folder: Path) -> Path:
 def _free(folder: Path) -> int:
     """Bytes free to this user, with those of unfinished saves, which the next one clears away."""
     place = _where(folder)
-    return shutil.disk_usage(place).free + sum(map(_held, place.glob("step-*.tmp")))
+    return shutil.disk_usage(place).free + sum(_held(found) for found in place.iterdir() if _is_unfinished(found.name))
+
+
+def _is_unfinished(name: str) -> bool:
+    found = CheckpointName.parse(name)
+    return found is not None and not found.finished
 
 
 def _held(folder: Path) -> int:

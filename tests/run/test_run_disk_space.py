@@ -14,8 +14,8 @@ import pytest
 from attempts import attempt, small
 from programs import TORCHRUN, Program, python
 
-from coe_megatron.checkpoint import listing
 from coe_megatron.checkpoint import save_load as store
+from coe_megatron.checkpoint.names import name_of
 from coe_megatron.config import RunConfig, parse
 from coe_megatron.config.settings import MLASettings, ModelSettings, MoESettings, TrainingSettings
 from coe_megatron.errors import ConfigError
@@ -183,9 +183,9 @@ def test_what_is_there_already_and_unfinished_saves_count(
     unfinished.mkdir(parents=True)
     (unfinished / "part").write_bytes(b"\1" * int(1.2 * one))
     for step in (4, 8):
-        (tmp_path / "checkpoints" / listing.name_of(step)).mkdir()
+        (tmp_path / "checkpoints" / name_of(step)).mkdir()
     assert "2 more there at once" in room.require(config, 1), "one that is written, and the milestone"
-    (tmp_path / "checkpoints" / listing.name_of(12)).mkdir()
+    (tmp_path / "checkpoints" / name_of(12)).mkdir()
     shutil.rmtree(unfinished)
     assert room.require(config, 1) == "", "it is finished, and will save nothing"
 
