@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from coe_megatron.alignment import row_multiple
 from coe_megatron.config import layout
 from coe_megatron.config.layout import moe_pattern
 from coe_megatron.config.native import read_native
@@ -104,8 +105,8 @@ def _groups(moe: MoESettings, groups: int, chosen: int) -> Iterator[str]:
 
 
 def _alignment(config: RunConfig) -> Iterator[str]:
-    """torch's grouped product wants rows of a multiple of 16 bytes."""
-    multiple = 8 if config.training.precision == "bf16" else 4
+    """Rows that torch's grouped product takes."""
+    multiple = row_multiple(config.training.element_bytes)
     for name, value in (
         ("model.hidden_size", config.model.hidden_size),
         ("moe.ffn_hidden_size", config.moe.ffn_hidden_size),

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import lcm
 
+from coe_megatron.alignment import row_multiple
 from coe_megatron.config.settings import RunConfig
 
 
@@ -114,7 +115,7 @@ def _experts(config: RunConfig) -> Iterator[str]:
     parallel, moe = config.parallel, config.moe
     if moe.num_experts % parallel.expert:
         yield f"parallel.expert is {parallel.expert}: it must divide moe.num_experts ({moe.num_experts})"
-    multiple = 8 if config.training.precision == "bf16" else 4  # torch's grouped product: rows of 16 bytes
+    multiple = row_multiple(config.training.element_bytes)
     if moe.ffn_hidden_size % (parallel.expert_tensor * multiple) and moe.ffn_hidden_size % multiple == 0:
         yield (
             f"parallel.expert_tensor is {parallel.expert_tensor}: it must cut moe.ffn_hidden_size "

@@ -298,6 +298,11 @@ class TrainingSettings:
     warm_start: PathText | None = None
     deterministic: bool = False
 
+    @property
+    def element_bytes(self) -> int:
+        """Of a weight, and of an element of an activation."""
+        return 2 if self.precision == "bf16" else 4
+
 
 @dataclass(frozen=True)
 class WandbSettings:

@@ -48,7 +48,7 @@ def training_pass(config: RunConfig, recompute: Recompute | None = None) -> Pass
     scores: Scores = "renormalised" if moe.renormalise else moe.score_function
     return Pass(
         micro_batch=config.training.micro_batch,
-        element=2 if config.training.precision == "bf16" else 4,
+        element=config.training.element_bytes,
         recompute=recompute or moe.recompute,
         scores=scores,
         balanced=moe.load_balancing != "none" and moe.aux_loss_coeff > 0,

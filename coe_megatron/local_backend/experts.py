@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from megatron.core.utils import divide
 
+from coe_megatron.alignment import row_multiple
 from coe_megatron.errors import ConfigError
 
 Activate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -203,8 +204,8 @@ class GroupedExperts(MegatronModule):
 
 
 def _require_aligned(name: str, size: int, parts: int, dtype: torch.dtype) -> None:
-    """grouped_mm wants rows of weights and tokens to start at multiples of 16 bytes."""
-    step = 16 // dtype.itemsize * parts
+    """That each of so many parts has rows that `grouped_mm` takes."""
+    step = row_multiple(dtype.itemsize) * parts
     if size % step:
         raise ConfigError(
             f"{name} is {size}: grouped experts need a multiple of {step} in {dtype} with expert tensor parallel "
