@@ -12,7 +12,7 @@ from coe_megatron.checkpoint import save_load as store
 from coe_megatron.checkpoint.background import Background
 from coe_megatron.config import RunConfig
 from coe_megatron.data.run_data import RunData
-from coe_megatron.distributed.collectives import broadcast, is_rank0, run_on_all, run_on_rank0
+from coe_megatron.distributed.collectives import broadcast, is_rank0, run_on_rank0
 from coe_megatron.errors import ConfigError
 from coe_megatron.run import disk_space as room
 from coe_megatron.run import folder as run_folder
@@ -113,7 +113,7 @@ class CheckpointManager:
         checkpoint = listing.newest_whole(self._folder, up_to=step)
         if checkpoint is None:
             return None
-        run_on_all(lambda: listing.delete_between(self._folder, step + 1, now), None, first_alone=True)
+        run_on_rank0(lambda: listing.delete_between(self._folder, step + 1, now))
         position = TrainState.of(store.load(checkpoint, self._engine))
         self._damaged = listing.steps_beyond(self._folder, position.step)
         return position

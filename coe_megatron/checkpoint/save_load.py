@@ -29,13 +29,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from coe_megatron.checkpoint import listing, sharding
 from coe_megatron.checkpoint.background import Background
-from coe_megatron.checkpoint.integrity import SEAL, seal, write_bytes, write_text
+from coe_megatron.checkpoint.integrity import SEAL, seal
 from coe_megatron.checkpoint.metadata import METADATA, CheckpointMetadata, SavedLayout
 from coe_megatron.checkpoint.names import CheckpointName, name_of, step_of
 from coe_megatron.checkpoint.storage import cause_of
 from coe_megatron.distributed.collectives import Group, is_rank0, run_on_all, run_on_rank0
 from coe_megatron.errors import ConfigError, one_line
-from coe_megatron.files import remove
+from coe_megatron.files import remove, write_atomically
 from coe_megatron.zero import optimizer_states
 from coe_megatron.zero.engine import Engine
 
@@ -78,7 +78,7 @@ def save(
 
     def write(group: Group = None) -> None:
         _write(snapshot, final, group)
-        run_on_all(lambda: _prune(folder, step, keep, milestones), group, first_alone=True)
+        run_on_rank0(lambda: _prune(folder, step, keep, milestones), group)
 
     if background is None:
         _unless_not_saved(final, write)
@@ -176,7 +176,7 @@ def _unless_not_saved(final: Path, write: Callable[..., None], *group: Group) ->
     """
     try:
         write(*group)
-    except (CheckpointException, OSError) as error:
+    except (CheckpointException, OSError, ConfigError) as error:  # the last of a folder that cannot be read
         cause = cause_of(error) if isinstance(error, CheckpointException) else error
         if is_rank0():
             remove(_partial(final), ignore_errors=True)
@@ -185,12 +185,12 @@ def _unless_not_saved(final: Path, write: Callable[..., None], *group: Group) ->
 
 def _write(snapshot: _Snapshot, final: Path, group: Group) -> None:
     partial = _partial(final)
-    run_on_all(lambda: _make_empty(partial), group, first_alone=True)
+    run_on_rank0(lambda: _make_empty(partial), group)
     sharding.write_tensors(snapshot.tensors, partial / "tensors", group)
-    run_on_all(lambda: write_bytes(listing.random_file(partial, dist.get_rank()), snapshot.random), group)
-    run_on_all(lambda: write_text(partial / METADATA, snapshot.facts.as_json()), group, first_alone=True)
+    run_on_all(lambda: write_atomically(listing.random_file(partial, dist.get_rank()), snapshot.random), group)
+    run_on_rank0(lambda: write_atomically(partial / METADATA, snapshot.facts.as_json()), group)
     seal(partial, group)
-    run_on_all(lambda: listing.publish(partial, final), group, first_alone=True)
+    run_on_rank0(lambda: listing.publish(partial, final), group)
 
 
 def _set_random_states(path: Path) -> None:

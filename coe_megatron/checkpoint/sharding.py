@@ -37,7 +37,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from coe_megatron.checkpoint.storage import OPTIMIZER, Reader, Writer, cause_of, write_for_megatron
 from coe_megatron.checkpoint.tensor_index import Listed
-from coe_megatron.distributed.collectives import Group, all_gather, run_on_all, run_on_rank0
+from coe_megatron.distributed.collectives import Group, all_gather, run_on_rank0
 from coe_megatron.errors import ConfigError
 from coe_megatron.zero import optimizer_states
 from coe_megatron.zero.engine import Engine
@@ -75,7 +75,7 @@ def write_tensors(tensors: Tensors, folder: Path, group: Group = None) -> None:
     """
     planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
     dcp.save(tensors, storage_writer=Writer(folder), planner=planner, process_group=group)
-    run_on_all(lambda: write_for_megatron(folder), group, first_alone=True)
+    run_on_rank0(lambda: write_for_megatron(folder), group)
 
 
 def load_tensors(engine: Engine, folder: Path, kinds: Sequence[str] = optimizer_states.KINDS) -> None:

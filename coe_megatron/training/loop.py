@@ -24,7 +24,7 @@ from coe_megatron.config import RunConfig
 from coe_megatron.config.layout import layout
 from coe_megatron.data.run_data import RunData
 from coe_megatron.distributed import process_groups as groups
-from coe_megatron.distributed.collectives import all_gather, run_on_rank0
+from coe_megatron.distributed.collectives import all_gather, is_rank0, run_on_rank0
 from coe_megatron.errors import ConfigError
 from coe_megatron.estimate import closed_forms
 from coe_megatron.estimate.checkpoint_size import checkpoint_bytes
@@ -94,7 +94,7 @@ def train(
             stack.callback(interruption.forget)
         watch = stack.enter_context(HangDetector(Path(config.output) / "stacks", ranks.rank, limit, last_word))
         device = groups.start(config.parallel, config.training.seed, ranks, collective_timeout(limit), store)
-        with _at_rank_0(lambda: run_folder.begin(config, ranks.logs)) or nullcontext() as output:
+        with run_on_rank0(lambda: run_folder.begin(config, ranks.logs), shared=False) or nullcontext() as output:
             outcome = _attempt(config, ranks, device, interruption, watch, output)
         groups.stop()
     return outcome
@@ -111,12 +111,12 @@ def _attempt(
     """One attempt in a folder that is begun (on rank 0 `output`); however it ends, run.json says so."""
     run = None
     try:
-        if warning := _at_rank_0(lambda: room.require(config, ranks.world_size)):
+        if warning := run_on_rank0(lambda: room.require(config, ranks.world_size), shared=False):
             print(warning, file=sys.stderr)
         run = Pretraining(config, device, interruption, watch, ranks.node, output)
         first = run.position.step
         run.run()
-        return _at_rank_0(lambda: None if output is None else output.finish())
+        return run_on_rank0(lambda: None if output is None else output.finish(), shared=False)
     except ConfigError as error:
         if output is not None and (run is None or run.position.step == first):
             output.withdraw()
@@ -140,7 +140,7 @@ class Pretraining:
         self.output = output
         self.config, self.device, self.folder, self.node = config, device, Path(config.output), node
         self.interruption, self.watch = interruption, watch
-        self.main_rank = torch.distributed.get_rank() == 0
+        self.main_rank = is_rank0()
         data = run_on_rank0(lambda: RunData.open(config.data))
         self.vocab_size = padded_vocabulary(config, data.tokenizer_size)
         self.data = open_splits(config, data, self.folder / "index")
@@ -162,7 +162,9 @@ class Pretraining:
         if self.output is not None:
             self.output.describe(self._facts(entropy), self.config, done=first >= steps)
         with ExitStack() as stack:
-            opened = _at_rank_0(lambda: open_metrics(self.folder, self.config, first) if first < steps else None)
+            opened = run_on_rank0(
+                lambda: open_metrics(self.folder, self.config, first) if first < steps else None, shared=False
+            )
             self.writer = opened or Several()
             stack.callback(self.writer.close)
             self.progress = Progress(first, steps, visible=self.main_rank)
@@ -217,7 +219,7 @@ class Pretraining:
 
     def _require_output(self) -> None:
         """Before a write, on all ranks: nothing is made anew where the output folder was."""
-        _at_rank_0(lambda: None if self.output is None else self.output.require_present())
+        run_on_rank0(lambda: None if self.output is None else self.output.require_present())
 
     def _roll_back(self) -> None:
         """Go on from an earlier checkpoint, with data that no step has met; what was logged since is forgotten."""
@@ -349,13 +351,6 @@ class Pretraining:
         cost = estimate(config, self.vocab_size, len(nodes))
         if warning := needless_crossing(config, cost, self.vocab_size):
             self.progress.say(f"warning: {warning}")
-
-
-def _at_rank_0(action: Callable[[], Result]) -> Result | None:
-    """What `action` returns on rank 0, which alone calls it; None on the others. What it raises all ranks raise."""
-    results: list[Result] = []
-    run_on_rank0(lambda: results.append(action()))
-    return results[0] if results else None
 
 
 def _agreed(asked: ExitStatus) -> ExitStatus:
