@@ -54,6 +54,7 @@ from coe_megatron.errors import ConfigError, one_line  # noqa: E402
 from coe_megatron.estimate.advice import parse_size, refusal  # noqa: E402
 from coe_megatron.estimate.node_crossing import needless_crossing  # noqa: E402
 from coe_megatron.estimate.run_estimate import estimate, vocabulary  # noqa: E402
+from coe_megatron.estimate.run_shape import RunShape  # noqa: E402
 from coe_megatron.files import kind_of, problem, require_folder, user_path  # noqa: E402
 from coe_megatron.lean_imports import import_megatron  # noqa: E402
 from coe_megatron.run.exit_status import ExitStatus, leave_error_file  # noqa: E402
@@ -109,16 +110,16 @@ def _ranks(parser: Parser) -> DistributedEnv:
 
 
 def _forecast(ranks: DistributedEnv, config: RunConfig, as_json: bool, device_memory: str | None) -> int:
-    vocab_size = vocabulary(config)
-    cost = estimate(config, vocab_size)
+    run = RunShape.of(config, vocabulary(config))
+    cost = estimate(run)
     if device_memory is not None:
         try:
             available = parse_size(device_memory)
         except ConfigError as error:
             raise ConfigError(f"--device-memory {error}") from error
-        if refused := refusal(config, cost, vocab_size, available):
+        if refused := refusal(run, cost, available):
             raise ConfigError(f"--device-memory {device_memory}: {refused}")
-    warnings = [*missing(config.data), *filter(None, [needless_crossing(config, cost, vocab_size)])]
+    warnings = [*missing(config.data), *filter(None, [needless_crossing(run, cost)])]
     if ranks.rank == 0:
         as_text = json.dumps({**cost.as_dict(), "warnings": warnings}, indent=2) if as_json else cost.table()
         write_out(as_text if as_json else "\n".join([as_text, *(f"warning: {each}" for each in warnings)]))

@@ -12,14 +12,15 @@ from coe_megatron.checkpoint.names import CheckpointName, finished_steps
 from coe_megatron.config import RunConfig
 from coe_megatron.errors import ConfigError
 from coe_megatron.estimate.checkpoint_size import checkpoint_bytes
-from coe_megatron.estimate.run_estimate import size, vocabulary
+from coe_megatron.estimate.run_estimate import size
+from coe_megatron.estimate.run_shape import RunShape
 
 _PROBE = ".room"
 _PROBE_BYTES = 1 << 16
 _MARGIN = 1.05  # for what is written beside a checkpoint: metrics, TensorBoard
 
 
-def require(config: RunConfig, world_size: int) -> str:
+def require(run: RunShape) -> str:
     """Before a run begins: its folder takes what is written, and at least one checkpoint; called by one process.
 
     Returns:
@@ -28,11 +29,11 @@ def require(config: RunConfig, world_size: int) -> str:
     Raises:
         ConfigError: it does not; one line with the folder, and bytes needed and free.
     """
+    config, one = run.config, checkpoint_bytes(run)
     folder = Path(config.output)
     try:
-        one = checkpoint_bytes(config, vocabulary(config), world_size)
         reason, available, done = _refusal(folder), _free(folder), finished_steps(folder / "checkpoints")
-    except (OSError, ConfigError) as error:
+    except OSError as error:
         raise ConfigError(f"output is {folder}: {error}") from error
     if reason:
         raise ConfigError(f"output is {folder}: {reason}")

@@ -5,13 +5,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from coe_megatron.config.layout import layout
 from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.estimate.advice import parse_size, refusal
 from coe_megatron.estimate.devices import Device
 from coe_megatron.estimate.devices import device as device_named
 from coe_megatron.estimate.memory import components
-from coe_megatron.estimate.run_estimate import size
+from coe_megatron.estimate.run_estimate import estimate, size
 from coe_megatron.study.plan.amounts import Amounts, Seconds, Speed
 from coe_megatron.study.plan.arms import Arm, Study, make_study
 from coe_megatron.study.plan.budget import Solved, solve
@@ -207,7 +206,8 @@ def _memory(text: str) -> int:
 
 
 def _plan(arm: Arm, amounts: Amounts, solved: Solved | None, memory: int | None) -> ArmPlan:
-    config, cost = arm.config, amounts.estimate(arm.config)
+    config, run = arm.config, amounts.run(arm.config)
+    cost = estimate(run)
     return ArmPlan(
         arm,
         parameters=cost.parameters.total,
@@ -216,10 +216,10 @@ def _plan(arm: Arm, amounts: Amounts, solved: Solved | None, memory: int | None)
         flops=amounts.of("flops", config),
         expert_flops=amounts.of("expert_compute", config),
         components=components(cost.memory),
-        ranks=layout(config).ranks,
+        ranks=run.layout.ranks,
         seconds=amounts.seconds(config) if amounts.speed else None,
         solved=solved,
-        too_large=refusal(config, cost, amounts.shape(config).vocab, memory) if memory is not None else None,
+        too_large=refusal(run, cost, memory) if memory is not None else None,
     )
 
 
