@@ -173,8 +173,15 @@ def _zero(config: RunConfig) -> Iterator[str]:
         yield "zero.offload_optimizer is true: it needs zero.stage 1, 2 or 3"
     if zero.deepspeed is not None:
         try:
-            read_native(zero.deepspeed)
+            native = read_native(zero.deepspeed)
         except ConfigError as error:
             yield str(error)
+        else:
+            stages = config.parallel.pipeline
+            if stages > 1 and native.get("zero_optimization", {}).get("overlap_comm"):
+                yield (
+                    f"zero.deepspeed is {zero.deepspeed}: it says zero_optimization.overlap_comm true, which does not "
+                    f"go with parallel.pipeline ({stages}): its gradients are reduced after all micro-batches"
+                )
     if zero.stage != 3 and zero.offload_parameters:
         yield f"zero.offload_parameters is true: it needs zero.stage 3, not {zero.stage}"

@@ -76,11 +76,6 @@ def problems(config: RunConfig, world_size: int | None = None) -> Iterator[str]:
     yield from _tensor(config)
     yield from _experts(config)
     yield from _pipeline(config)
-    if (context := config.parallel.context) > 1:
-        yield (
-            f"parallel.context is {context}: attention here sees whole sequences, leave it 1; for longer ones take "
-            "parallel.tensor, which cuts the sequence between attention layers, and moe.recompute"
-        )
     yield from _ranks(config, world_size)
 
 

@@ -26,7 +26,6 @@ _DECIDED = {
     "data_types": "training.precision",
     "communication_data_type": "training.precision",
     "zero_optimization.stage": "zero.stage",
-    "zero_optimization.overlap_comm": "zero.overlap_reduction",
     "zero_optimization.offload_optimizer.device": "zero.offload_optimizer",
     "zero_optimization.offload_param.device": "zero.offload_parameters",
     "zero_optimization.cpu_offload": "zero.offload_optimizer",

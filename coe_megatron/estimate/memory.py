@@ -88,7 +88,7 @@ def _course(run: RunShape, stage: int, has: ParameterShards) -> tuple[list[Momen
         zero.stage,
         run.element_bytes,
         summed=run.micro_batches > 1,
-        buffers=2 if zero.overlap_reduction and zero.stage < 3 and run.layout.pipeline == 1 else 1,
+        buffers=2 if has.sizes.overlap and zero.stage < 3 and run.layout.pipeline == 1 else 1,
         whole=run.layout.pipeline > 1,
     )
     earlier = (passes.in_flight - 1) * sum(part.kept for part in parts)

@@ -59,7 +59,7 @@ def _folders(config: RunConfig) -> Iterator[str]:
         yield INDEX
     if config.logging.tensorboard:
         yield TENSORBOARD
-    if config.logging.wandb is not None:
+    if config.logging.wandb:
         yield WANDB
     if config.profile.first_step is not None:
         yield PROFILE

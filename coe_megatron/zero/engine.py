@@ -180,7 +180,7 @@ def _zero_config(zero: ZeroSettings) -> dict[str, Any]:
     offloaded = {"offload_optimizer": zero.offload_optimizer, "offload_param": zero.offload_parameters}
     return {
         "stage": zero.stage,
-        "overlap_comm": zero.overlap_reduction and zero.stage > 0 and _one_stage(),
+        "overlap_comm": zero.stage > 0 and _one_stage(),
         **{name: {"device": "cpu"} for name, asked in offloaded.items() if asked},
     }
 

@@ -159,3 +159,14 @@ def test_smaller_micro_batches_send_as_much_but_for_what_goes_once_each() -> Non
     )
     assert one.communication["gradients"].total == 2 * two.communication["gradients"].total
     assert one.communication["all_to_all"] == two.communication["all_to_all"]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_deepspeeds_json_leaves_out_the_second_bucket(stage: int, tmp_path: Path) -> None:
+    path, common = (
+        tmp_path / "deepspeed.json",
+        ("parallel.world_size=8", "training.precision=fp32", f"zero.stage={stage}"),
+    )
+    path.write_text('{"zero_optimization": {"overlap_comm": false}}')
+    two, one = (cost(*common, *more).measured for more in ((), (f"zero.deepspeed={path}",)))
+    assert two["communication_buckets"] == 2 * one["communication_buckets"] > 0
