@@ -202,7 +202,7 @@ def test_spans(seconds: float, text: str) -> None:
 
 def test_planning_needs_no_torch(study_file: Write) -> None:
     code = (
-        "import sys; sys.path.insert(0, 'launch'); import study; status = study.main(sys.argv[1:]); "
+        "import sys; from coe_megatron.cli import study; status = study.main(sys.argv[1:]); "
         "sys.exit(status or 'torch' in sys.modules)"
     )
     command = [sys.executable, "-c", code, "plan", str(study_file()), "--device", "cpu", "training.steps=7", "--json"]
