@@ -2,8 +2,8 @@
 
     python docs/chain_vs_moe.py
 
-Final losses are those of results.csv. The losses on the way are the vertices of the report's loss-curves.svg, whose scale
-is fitted to the final losses; the script fails if any of these is off by more than a thousandth of a nat.
+Final losses are those of results.csv. The losses on the way are the vertices of the report's loss-curves.svg. Their
+scale is fitted to the final losses, and the script fails if any of these is off by more than a thousandth of a nat.
 """
 
 import csv

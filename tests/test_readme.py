@@ -48,7 +48,7 @@ def test_the_commands_for_ones_own_text_train_and_cut_no_document(tmp_path: Path
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
         prepare = prepare.replace(f"{name}.jsonl", str(tmp_path / f"{name}.jsonl"))
     prepared, run = tmp_path / "data", tmp_path / "run"
-    words = prepare.replace("data/mine", str(prepared)).replace("16000", "300").split()
+    words = prepare.replace("data/mine", str(prepared)).replace("16000", "270").split()
     done = python(*words)
     assert done.returncode == 0, done.stderr
     words = train.replace("\\\n", " ").replace("data/mine", str(prepared)).replace("runs/mine", str(run)).split()
