@@ -8,9 +8,9 @@ from functools import cached_property
 from typing import Any
 
 from coe_megatron.errors import ConfigError, one_line
+from coe_megatron.text import shortened
 
 BYTE_ORDER_MARK = "\ufeff"  # not part of the text at the start of a file, a record or a field
-_MAX_SHOWN = 200  # characters of a file's content in a message
 
 Record = Mapping[str, Any]
 
@@ -108,11 +108,6 @@ class Templates:
 def record_size(record: Record) -> int:
     """Approximate characters of a parsed record."""
     return sum(len(str(value)) for value in record.values())
-
-
-def shortened(text: str) -> str:
-    """A text from a file, cut to a length that fits in a message."""
-    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
 def too_large(max_bytes: int) -> MalformedRecord:

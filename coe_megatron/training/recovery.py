@@ -14,6 +14,7 @@ from statistics import median
 from coe_megatron.checkpoint.manager import CheckpointManager, TrainState
 from coe_megatron.config import RunConfig
 from coe_megatron.config.settings import RecoverySettings
+from coe_megatron.errors import ConfigError
 
 _ADVICE = "try a lower optimizer.lr in a new output (training.warm_start can load the weights of this run)"
 _WINDOW = 50  # steps; `recovery.loss_factor` multiplies the median of their losses
@@ -73,7 +74,7 @@ def roll_back(config: RunConfig, position: TrainState, checkpoints: CheckpointMa
         )
     try:
         found = checkpoints.resume_before(before, now)
-    except ValueError as error:
+    except ConfigError as error:
         raise Diverged(f"{happened}, and the run cannot roll back: {error}") from error
     if found is None:
         raise Diverged(f"{happened}, and there is no older checkpoint: {_ADVICE}, or a smaller training.save_every")

@@ -64,25 +64,29 @@ def solve(study: Study, amounts: Amounts) -> tuple[Study, dict[str, Solved]]:
     return replace(study, arms=arms), found
 
 
+class NotSolvable(ValueError):
+    """No value of a range gives an amount; one line."""
+
+
 def nearest(amount: Callable[[int], float], values: range, wanted: float) -> int:
     """The value whose amount is nearest to `wanted`; the smaller one of a tie.
 
     Raises:
-        ValueError: the amount is constant; or there are too many values to try all, and it is not monotone; one line.
+        NotSolvable: the amount is constant; or there are too many values to try all, and it is not monotone; one line.
     """
     if len(values) <= _MAX_TRIED:
         amounts = {value: amount(value) for value in values}
         if len(set(amounts.values())) == 1:
-            raise ValueError("it is the same for every value")
+            raise NotSolvable("it is the same for every value")
         return min(values, key=lambda value: abs(amounts[value] - wanted))
     samples = sorted({values[len(values) * number // _SAMPLES] for number in range(_SAMPLES)} | {values[-1]})
     seen = [amount(value) for value in samples]
     grows = seen[0] <= seen[-1]
     for before, after, value in zip(seen, seen[1:], samples[1:], strict=False):
         if (before < after) if not grows else (before > after):
-            raise ValueError(f"it is not monotone: it {'shrinks' if grows else 'grows'} just below {value}")
+            raise NotSolvable(f"it is not monotone: it {'shrinks' if grows else 'grows'} just below {value}")
     if seen[0] == seen[-1]:
-        raise ValueError("it is the same for every value")
+        raise NotSolvable("it is the same for every value")
     low, high = 0, len(values) - 1  # the last index with at most `wanted`, or the first index
     while low < high:
         middle = (low + high + 1) // 2
@@ -105,18 +109,16 @@ def _solve(budget: Budget, config: RunConfig, wanted: float, amounts: Amounts) -
     def amount(value: int) -> float:
         try:
             return amounts.of(budget.equal, changed(value))
-        except ValueError as error:
+        except ConfigError as error:
             raise ConfigError(f"budget.range includes {budget.solve} {value}: {error}") from error
 
     try:
         check(parse(asdict(changed(values[-1]))))  # computing amounts of an invalid config might never end
-    except ValueError as error:
+    except ConfigError as error:
         raise ConfigError(f"budget.range includes {budget.solve} {values[-1]}: {error}") from error
     try:
         value = nearest(amount, values, wanted)
-    except ConfigError:
-        raise
-    except ValueError as error:
+    except NotSolvable as error:
         raise ConfigError(f"{budget.equal} cannot be solved for {budget.solve}: {error}") from None
     found = amount(value)
     _require_near(budget, values, value, found - wanted, wanted, abs(amount(values[-1]) - amount(values[0])))

@@ -5,10 +5,10 @@ import json
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from itertools import accumulate
 from typing import Any
 
 from coe_megatron.errors import one_line
+from coe_megatron.text import shortened
 
 _MAX_NAME = 120  # characters of a folder's name; file systems allow 255 bytes
 _MAX_SHOWN = 100  # characters of a label in a message
@@ -74,24 +74,6 @@ def joined(labels: Mapping[str, str]) -> str:
 def title(labels: Mapping[str, str]) -> str:
     """The labels of an arm as a title, such as in a table cell; a single label is not quoted."""
     return one_line(next(iter(labels.values()))) if len(labels) == 1 else joined(labels)
-
-
-def shortened(text: str, most: int) -> str:
-    """Text if it fits into `most` columns, otherwise its start and end with … between; wide characters count twice."""
-    if sum(map(_columns, text)) <= most:
-        return text
-    tail = _fitting(reversed(text), most // 4)[::-1]
-    return f"{_fitting(text, most - most // 4 - 1)}…{tail}"
-
-
-def _fitting(text: Iterable[str], most: int) -> str:
-    """The longest start of a text that fits into `most` columns."""
-    ends = accumulate(map(_columns, text := list(text)))
-    return "".join(character for character, end in zip(text, ends, strict=True) if end <= most)
-
-
-def _columns(character: str) -> int:
-    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
 def _reads_as_more(value: Any) -> bool:
