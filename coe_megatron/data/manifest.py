@@ -121,8 +121,8 @@ class Manifest:
         try:
             manifest = cls._from_json(parse_json(content))
         except ValueError as error:
-            said = f"{path} is no manifest of format {FORMAT}, version {VERSION}: {_reason(error)}"
-            raise ConfigError(f"{name}: {said}") from error
+            message = f"{path} is no manifest of format {FORMAT}, version {VERSION}: {_reason(error)}"
+            raise ConfigError(f"{name}: {message}") from error
         manifest._check_sizes(folder, name)
         if manifest._summarize(folder, TOKENIZER, name).sha256 != manifest.tokenizer_sha256:
             raise ConfigError(f"{name}: {folder / TOKENIZER} is not the tokenizer this data was prepared with")
@@ -181,11 +181,11 @@ class Manifest:
     def _check_sizes(self, folder: Path, name: str) -> None:
         for file in DATA_FILES:
             path, expected = folder / file, self.files[file].bytes
-            said = f"{name}: {folder} is incomplete: {file}"
+            message = f"{name}: {folder} is incomplete: {file}"
             if kind_of(path, name) is None:
-                raise ConfigError(f"{said} is missing; prepare it again")
+                raise ConfigError(f"{message} is missing; prepare it again")
             if (size := require_file(path, name).stat().st_size) != expected:
-                raise ConfigError(f"{said} has {size} bytes instead of {expected}; prepare it again")
+                raise ConfigError(f"{message} has {size} bytes instead of {expected}; prepare it again")
 
     def _summarize(self, folder: Path, file: str, name: str) -> FileSummary:
         try:

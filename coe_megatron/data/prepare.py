@@ -393,8 +393,8 @@ def _why_empty(settings: PrepareSettings, split: Split, documents: int, malforme
         return f"the {split} split is empty: provide more documents or change --valid-fraction"
     records = (item for piece in ChunkSource(settings) for item in settings.recipe.documents(piece.chunk, piece.split))
     first = next(item for item in records if isinstance(item, MalformedRecord))
-    said = f"the {split} split is empty and {malformed:,}" if documents else f"all {malformed:,}"
-    return f"{said} records are malformed, the first: {first}"
+    subject = f"the {split} split is empty and {malformed:,}" if documents else f"all {malformed:,}"
+    return f"{subject} records are malformed, the first: {first}"
 
 
 class _SplitWriter:

@@ -226,12 +226,12 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
             yield from (line[start : start + MAX_LINE_LENGTH] for start in range(0, len(line), MAX_LINE_LENGTH))
 
 
-def _remedy(said: str) -> str:
+def _remedy(message: str) -> str:
     """Translate an error of SentencePiece's trainer into a remedy for our option."""
-    if needed := re.search(r"smaller than required_chars\. \d+ vs (\d+)", said):
+    if needed := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return f"the characters of the text require at least {needed[1]}"
-    if (most := re.search(r"too high .* <= (\d+)", said)) and int(most[1]) >= MIN_VOCAB_SIZE:
-        return f"the text allows at most {most[1]}"
-    if most or "sentences_.empty()" in said:
+    if (limit := re.search(r"too high .* <= (\d+)", message)) and int(limit[1]) >= MIN_VOCAB_SIZE:
+        return f"the text allows at most {limit[1]}"
+    if limit or "sentences_.empty()" in message:
         return "there is too little text to train any tokenizer"
-    return f"SentencePiece cannot train so many pieces on the text: {said.rpartition('] ')[2].strip()}"
+    return f"SentencePiece cannot train so many pieces on the text: {message.rpartition('] ')[2].strip()}"

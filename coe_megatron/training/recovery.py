@@ -82,11 +82,11 @@ def roll_back(config: RunConfig, position: TrainState, checkpoints: CheckpointMa
     samples = [first * config.training.global_batch, end * config.training.global_batch - 1]
     event = {"from_step": now, "to_step": found.step, "samples": samples, "losses": position.consecutive_skips}
     done = [*position.rollbacks, event]
-    said = (
+    message = (
         f"rolled back from step {now} to step {found.step}, skipping samples {samples[0]:,} to {samples[1]:,} of the "
         f"run's order; {len(done)} of {limit} rollbacks (recovery.rollbacks)"
     )
-    return replace(found, data_offset=end - found.step, rollbacks=done, consecutive_skips=[]), said
+    return replace(found, data_offset=end - found.step, rollbacks=done, consecutive_skips=[]), message
 
 
 def _format_losses(losses: list[float | None]) -> str:

@@ -175,8 +175,8 @@ def _zipped(where: str, given: Mapping[str, list[Any]]) -> dict[str, dict[str, A
     """The points of an axis of lists: the first values together, then the second values, and so on."""
     lengths = {key: len(value) for key, value in given.items()}
     if len(set(lengths.values())) > 1:
-        said = ", ".join(f"{key} has {length}" for key, length in list(lengths.items())[:20])
-        raise ConfigError(f"{where}: {said} values: lists of one axis must have the same length")
+        details = ", ".join(f"{key} has {length}" for key, length in list(lengths.items())[:20])
+        raise ConfigError(f"{where}: {details} values: lists of one axis must have the same length")
     points: dict[str, dict[str, Any]] = {}
     for row in zip(*given.values(), strict=True):
         if (label := row_label(row)) in points:
@@ -192,11 +192,11 @@ def _check_labels(where: str, points: Mapping[str, Any]) -> None:
         if not label.strip():
             raise ConfigError(f"{where} has the label {label!r}: a label must have visible text")
         if (size := len(label.encode(errors="replace"))) > _MAX_LABEL:
-            said = f"a label of {size} bytes ({shortened(label, 30)!a}): it must have at most {_MAX_LABEL}"
-            raise ConfigError(f"{where} has {said}")
+            details = f"a label of {size} bytes ({shortened(label, 30)!a}): it must have at most {_MAX_LABEL}"
+            raise ConfigError(f"{where} has {details}")
         if (other := seen.setdefault(looks_like(label), label)) != label:
-            said = " and ".join(ascii(shortened(each, 100)) for each in (other, label))
-            raise ConfigError(f"{where} has the labels {said}: they look the same")
+            details = " and ".join(ascii(shortened(each, 100)) for each in (other, label))
+            raise ConfigError(f"{where} has the labels {details}: they look the same")
 
 
 def _check_keys(settings: StudySettings, axes: Mapping[str, Any], overrides: Sequence[str]) -> None:

@@ -91,8 +91,8 @@ def _read(folder: Path) -> tuple[_Record, list[dict[str, Any]]]:
         raise problem(folder, name, f"it must be the folder of a run ({error})") from None
     if not isinstance(record, dict) or not all(record.get(each) for each in ("attempts", "ranks", "parameters")):
         raise problem(folder, name, "its run.json has no attempt with a step")
-    if said := find_damaged_times(lines):
-        raise problem(folder, name, f"its metrics.jsonl is damaged ({said})")
+    if reason := find_damaged_times(lines):
+        raise problem(folder, name, f"its metrics.jsonl is damaged ({reason})")
     try:
         return _Record.model_validate(record), lines
     except ValidationError as error:

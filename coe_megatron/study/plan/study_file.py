@@ -136,8 +136,8 @@ def _with_paths(path: Path, values: Any) -> Any:
         given = values["base"]
         names = [given] if isinstance(given, str) else list(given) if OmegaConf.is_list(given) else None
         if not names or not all(isinstance(name, str) and name for name in names):
-            said = shortened(repr(given), 100)
-            raise ConfigError(f"{path}: base is {said}: it must name a run config or a list of them")
+            shown = shortened(repr(given), 100)
+            raise ConfigError(f"{path}: base is {shown}: it must name a run config or a list of them")
         if len(set(names)) < len(names) or len(names) > _MAX_BASES:
             raise ConfigError(f"{path}: base is {shortened(str(given), 100)}: at most {_MAX_BASES} files, none twice")
         values["base"] = [str(find(Path(expand_user(name)), path.parent)) for name in names]

@@ -114,12 +114,12 @@ def as_html(title: str, text: str, images: Mapping[str, bytes]) -> str:
 def _arms_in_figures(summaries: Sequence[Summary], baseline: str) -> str:
     """A note if the figures exclude arms or truncate labels; empty in most studies."""
     names = arms_shown(summaries, baseline)
-    said = []
+    notes = []
     if len(names) < len(summaries):
-        said.append(f"Of {len(summaries)} arms, they show the baseline and the {len(names) - 1} with the lowest loss.")
+        notes.append(f"Of {len(summaries)} arms, they show the baseline and the {len(names) - 1} with the lowest loss.")
     if any(is_truncated(summary.arm.arm.title) for summary in summaries):
-        said.append("Long labels are truncated (…); if two become the same, the arm's number is appended.")
-    return " ".join(said)
+        notes.append("Long labels are truncated (…); if two become the same, the arm's number is appended.")
+    return " ".join(notes)
 
 
 def _budget(plan: Plan) -> str:

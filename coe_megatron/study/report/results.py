@@ -101,17 +101,17 @@ def _result(arm: ArmPlan, run: Run, now: float) -> Result:
     try:
         lines = read_metrics(path)
     except (ValueError, OSError) as error:
-        said = one_line(str(error)).removeprefix(f"{path}, ")
-        return Result(arm, run, [], found.starts or 0, f"its metrics.jsonl cannot be read ({said})")
+        reason = one_line(str(error)).removeprefix(f"{path}, ")
+        return Result(arm, run, [], found.starts or 0, f"its metrics.jsonl cannot be read ({reason})")
     state = found.state if found.reason is None else f"{found.state}: {found.reason}"
     if found.state == "no run":
         state = "not started"
-    elif said := changed(run):
-        state = said
+    elif reason := changed(run):
+        state = reason
     elif found.state == "finished" and not _evaluated_at(run.config.training.steps, lines):
         state = "finished, but without a validation loss after the last step"
-    elif found.state == "finished" and (said := find_damage(lines, run.config.moe.num_experts)):
-        state = f"its metrics.jsonl is damaged ({said})"
+    elif found.state == "finished" and (reason := find_damage(lines, run.config.moe.num_experts)):
+        state = f"its metrics.jsonl is damaged ({reason})"
     return Result(arm, run, lines, found.starts or 0, state)
 
 

@@ -74,15 +74,15 @@ def find_damage(lines: Sequence[Mapping[str, Any]], experts: int) -> str:
     Args:
         experts: experts of a layer.
     """
-    if said := _out_of_order(lines):
-        return said
+    if reason := _out_of_order(lines):
+        return reason
     last = max((number for number, line in enumerate(lines) if "step_seconds" in line), default=None)
     if last is None:
         return "no line is of a step"
     for number, line in enumerate(lines):
         kind = _LastStep if number == last else _Step if "step_seconds" in line else _Evaluation
-        if said := _misfit(kind, line):
-            return said
+        if reason := _misfit(kind, line):
+            return reason
     for place in lines[last]["routing"]:
         rows = [place["load"], *(place.get("pairs") or [])]
         if {len(row) for row in rows} != {experts} or len(rows) not in (1, experts + 1):

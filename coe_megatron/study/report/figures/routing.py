@@ -88,8 +88,8 @@ def norms(results: Sequence[Result], styles: Mapping[str, ArmStyle]) -> StudyFig
         style_axes(axes)
         for name, runs in by_arm(results):
             parts, style = runs[0].steps[-1]["routing"], styles[name]
-            most = max(part["iteration"] for part in parts)
-            at = [part["layer"] + (part["iteration"] - 1) / most for part in parts]
+            iterations = max(part["iteration"] for part in parts)
+            at = [part["layer"] + (part["iteration"] - 1) / iterations for part in parts]
             axes.plot(at, [part[key] for part in parts], **style.drawn)
         axes.set_title(title, fontsize="medium", loc="left")
         axes.set_xlabel("layer (iterations in between)")
@@ -136,9 +136,9 @@ def followers(results: Sequence[Result], styles: Mapping[str, ArmStyle]) -> Stud
     )
 
 
-def _evenly_spaced(parts: Sequence[Any], most: int) -> list[Any]:
-    """At most `most` of the parts, evenly spaced from the first to the last."""
-    return [parts[round(at)] for at in np.linspace(0, len(parts) - 1, min(most, len(parts)))]
+def _evenly_spaced(parts: Sequence[Any], limit: int) -> list[Any]:
+    """At most `limit` of the parts, evenly spaced from the first to the last."""
+    return [parts[round(at)] for at in np.linspace(0, len(parts) - 1, min(limit, len(parts)))]
 
 
 def _lift(pairs: Sequence[Sequence[int]]) -> np.ndarray:
