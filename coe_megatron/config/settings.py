@@ -121,6 +121,8 @@ class MoESettings:
             lowest gates; null drops nothing.
         pad_to_capacity: fill every expert up to its capacity, for fixed sizes.
         dispatcher: how tokens travel to the experts' ranks.
+        force_load_balancing: for benchmarks alone: random logits in place of the router's, so that a run is as fast as
+            with the uniform routing that `--dry-run` assumes; what it learns is worth nothing.
         recompute: what the backward pass computes again instead of keeping it: `none`; `experts`, what lies between the
             two products of an expert; `iteration`, each iteration on its own; `layer`, the whole chain at once.
     """
@@ -145,6 +147,7 @@ class MoESettings:
     capacity_factor: Positive | None = None
     pad_to_capacity: bool = False
     dispatcher: Literal["alltoall", "allgather"] = "alltoall"
+    force_load_balancing: bool = False
     recompute: Recompute = "none"
 
 
