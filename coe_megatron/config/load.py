@@ -18,6 +18,7 @@ from yaml import YAMLError
 from coe_megatron import parsing
 from coe_megatron.config.checks import check
 from coe_megatron.config.describe import should_be
+from coe_megatron.config.packaged import find
 from coe_megatron.config.settings import RunConfig
 from coe_megatron.errors import ConfigError
 from coe_megatron.files import expand_user, read_limited, require_file
@@ -41,7 +42,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), world_size: int | None
     Args:
         path: YAML file; keys are the fields of RunConfig, missing ones take their defaults. The key `base` names one
             file or a list of files, relative to this one, whose settings hold where this one says nothing; of several
-            the later wins.
+            the later wins. Where no such file is, each of them may be a packaged config (`quickstart.yaml`).
         overrides: `key.sub=value`, the value written as in YAML; they win over the file. In a list a number is a key.
         world_size: number of ranks, if known, to check the layout and the batch against.
 
@@ -175,7 +176,7 @@ def read(
     Raises:
         ConfigError: one line that names the file and what is wrong with it.
     """
-    return _Files(key, prepare).read(path, "the config file", ())
+    return _Files(key, prepare).read(find(path), "the config file", ())
 
 
 def read_all(whose: str, paths: Sequence[Path]) -> Any:
@@ -231,7 +232,8 @@ class _Files:
         if not isinstance(names, Sequence) or not all(isinstance(name, str) and name for name in names):
             raise ConfigError(f"{path}: {self._key} is {shown(bases)}: it must name a file or a list of files")
         whose = f"{self._key} in {path}"
-        found = [self.read(path.parent / _expanded(name, whose), whose, above) for name in dict.fromkeys(names)]
+        paths = [find(Path(_expanded(name, whose)), path.parent) for name in dict.fromkeys(names)]
+        found = [self.read(base, whose, above) for base in paths]
         return merge(str(path), *found, values)
 
 

@@ -23,7 +23,7 @@ class ExitStatus(IntEnum):
     """Exit statuses of `launch/pretrain_coe.py`; `again` says what a scheduler needs to know."""
 
     DONE = 0
-    FAILED = 1  # with an error that nobody has estimated; also what torchrun makes of all others
+    FAILED = 1  # with an unexpected error; also what torchrun makes of all others
     MISTAKE = 2  # in the config, the data or the command line
     STOPPED = 3  # it was asked to, and has saved
     DIVERGED = 4  # the loss, and nothing that `recovery` allows has helped

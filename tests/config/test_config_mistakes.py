@@ -210,7 +210,8 @@ def config(tmp_path: Path) -> Path:
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """The one line with which the program refuses, without its beginning; the status is 2 and stdout is empty."""
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as ended, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(PROGRAM)])
         main([str(argument) for argument in arguments])
     out, said = capsys.readouterr()
     assert ended.value.code == 2 and out == ""
@@ -385,6 +386,7 @@ def test_no_mistake_needs_torch(config: Path, prepared: Path, tmp_path: Path) ->
     ]
     code = f"""
 import contextlib, runpy, sys
+sys.argv = [{str(PROGRAM)!r}]
 main = runpy.run_path({str(PROGRAM)!r})["main"]
 for arguments in {ways!r}:
     with contextlib.suppress(SystemExit):

@@ -174,6 +174,7 @@ def test_the_program_says_it_before_torch_is_loaded(
 ) -> None:
     monkeypatch.chdir(ROOT)
     (tmp_path / "run.json").mkdir()
+    monkeypatch.setattr("sys.argv", ["launch/pretrain_coe.py"])
     main = runpy.run_path("launch/pretrain_coe.py")["main"]
     with pytest.raises(SystemExit) as ended:
         main(["configs/quickstart.yaml", "parallel.expert=1", f"output={tmp_path}", *options])
