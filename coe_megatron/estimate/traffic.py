@@ -159,7 +159,7 @@ def _of_tensor_parallelism(config: RunConfig, shape: ModelShape, ranks: Layout, 
     attention = pair
     if shape.attention == "mla":  # queries, keys with values, and the products behind the latents
         attention += 3 * (shape.hidden + shape.kv_lora_rank + (shape.q_lora_rank or 0))
-    shared = sum(count * kind.shared_passes for count, kind in shape.moe_kinds) if shape.shared_ffn else 0
+    shared = sum(count * kind.chain.iterations for count, kind in shape.moe_kinds) if shape.shared_ffn else 0
     width = shape.layers * attention + shared * (pair + (forward - 1) * 2 * shape.hidden)
     width += (shape.layers - shape.num_moe_layers) * pair
     width += 2 * shape.hidden if stage == 0 else 0  # the embedding scatters, and gathers in the backward pass

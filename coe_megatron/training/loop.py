@@ -238,7 +238,7 @@ class Pretraining:
         """One optimizer step; returns its loss in nats per counted token, and whether a rank was asked to stop."""
         model, settings, policy = self.engine.module, self.config.optimizer, self.config.recovery
         last = step + 1 == self.config.training.steps
-        stats.reset_routing(model, watch=self._due("log_every", "evaluate_every", ahead=1), pairs=last)
+        stats.reset_routing(model, detailed=self._due("log_every", "evaluate_every", ahead=1), pairs=last)
         batches = self.data.batches.for_step(step + self.position.data_offset)
         own = torch.stack([batch["loss_mask"].sum() for batch in batches]).double().sum()
         counted = float(evaluation.all_reduce_sum(own))
