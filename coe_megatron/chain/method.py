@@ -25,6 +25,7 @@ from torch.nn import functional
 from coe_megatron.chain.routing import Losses, RouterSettings, Routing, expert_load, route, router_losses, updated_bias
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.chain.variants import Variants
+from coe_megatron.errors import ConfigError
 
 Activation = Literal["swiglu", "gelu"]
 
@@ -99,7 +100,7 @@ class ChainOfExperts(nn.Module):
         activation, norm_eps: of every expert and every RMSNorm.
 
     Raises:
-        ValueError: the activation is unknown, or the chain needs more experts than there are.
+        ConfigError: the activation is unknown, or the chain needs more experts than there are.
     """
 
     expert_biases: Tensor | None
@@ -117,7 +118,7 @@ class ChainOfExperts(nn.Module):
     ) -> None:
         super().__init__()
         if activation not in get_args(Activation):
-            raise ValueError(f"layer.activation is {activation!r}: it must be swiglu or gelu")
+            raise ConfigError(f"layer.activation is {activation!r}: it must be swiglu or gelu")
         chain.require_experts(router.num_experts, router.topk, router.num_groups)
         self.router, self.chain, self.activation, self.norm_eps = router, chain, activation, norm_eps
         self.num_routings = 1 if chain.gating == "fixed" else chain.iterations
@@ -189,8 +190,7 @@ class ChainOfExperts(nn.Module):
         return self._norm(x_TD, t) if own_norm else self.variants.iteration_input(t, x_TD)
 
     def _norm(self, x_TD: Tensor, t: int) -> Tensor:
-        gain_D = self.norm_gains[t]
-        return functional.rms_norm(x_TD, gain_D.shape, gain_D, self.norm_eps)
+        return functional.rms_norm(x_TD, x_TD.shape[1:], self.norm_gains[t], self.norm_eps)
 
     def _losses(self, routings: list[Routing], valid_BS: Tensor) -> list[Losses]:
         """Losses of each iteration; a routing that `fixed` gating uses again is not charged again."""

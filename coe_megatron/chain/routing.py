@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from coe_megatron.errors import ConfigError
+
 ScoreFunction = Literal["softmax", "sigmoid"]
 Losses = dict[str, Tensor]  # by name: seq_aux_loss, aux_loss, z_loss
 
@@ -25,7 +27,7 @@ TINY = 1e-20  # keeps a sum of sigmoids that all underflowed from dividing by ze
 
 def _require(valid: bool, name: str, value: object, valid_values: str) -> None:
     if not valid:
-        raise ValueError(f"{name} is {value!r}: it must be {valid_values}")
+        raise ConfigError(f"{name} is {value!r}: it must be {valid_values}")
 
 
 def _is_count(value: object, highest: float = math.inf) -> bool:
@@ -50,7 +52,7 @@ class RouterSettings:
         expert_bias: balance without a loss: a bias moves the choice, never the weights (arXiv 2408.15664).
 
     Raises:
-        ValueError: a field has no valid value; the message names the field, the value and the valid ones.
+        ConfigError: a field has no valid value; the message names the field, the value and the valid ones.
     """
 
     num_experts: int

@@ -28,6 +28,7 @@ from torch.profiler import record_function
 
 from coe_megatron.chain.settings import ChainSettings, Recompute
 from coe_megatron.chain.variants import Variants
+from coe_megatron.errors import ConfigError
 from coe_megatron.local_backend.norm import Norm
 from coe_megatron.model.capacity import filled_up, rows_per_expert
 from coe_megatron.model.chain_probe import ChainProbe
@@ -66,7 +67,7 @@ class CoELayer(MoELayer):
         pg_collection: process groups; Megatron's global ones when None.
 
     Raises:
-        ValueError: the config asks for something that cannot go with a chain; the message says what and why.
+        ConfigError: the config asks for something that cannot go with a chain; the message says what and why.
     """
 
     token_dispatcher: MoETokenDispatcher
@@ -146,7 +147,7 @@ class CoELayer(MoELayer):
         """
         assert intermediate_tensors is None, "CUDA graphs are not supported by CoELayer"
         if self.training and self.attn_tp_group.size() > 1 and not self.config.sequence_parallel:
-            raise ValueError("sequence_parallel is False: MoE layers with tensor parallelism need it in training")
+            raise ConfigError("sequence_parallel is False: MoE layers with tensor parallelism need it in training")
         if padding_mask is not None:
             padding_mask = padding_mask.transpose(0, 1).bool()
         recomputes = torch.is_grad_enabled() and self.recompute in ("iteration", "layer")

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from coe_megatron.chain.settings import Recompute
+from coe_megatron.errors import ConfigError
 from coe_megatron.model.unsupported import refuse_unrecorded
 
 
@@ -27,14 +28,14 @@ def recompute_mode(config: TransformerConfig, recompute: Recompute) -> Recompute
     """What is recomputed, whether our own setting or Megatron's `recompute_modules` asks for it.
 
     Raises:
-        ValueError: there is no such mode, or the two ask for different ones.
+        ConfigError: there is no such mode, or the two ask for different ones.
     """
     if recompute not in get_args(Recompute):
-        raise ValueError(f"recompute is {recompute!r}: it must be one of {', '.join(get_args(Recompute))}")
+        raise ConfigError(f"recompute is {recompute!r}: it must be one of {', '.join(get_args(Recompute))}")
     modules = config.recompute_modules if config.recompute_granularity == "selective" else []
     asked: Recompute = "layer" if "moe" in modules else "experts" if "moe_act" in modules else "none"
     if "none" not in (recompute, asked) and recompute != asked:
-        raise ValueError(f"recompute is {recompute!r}: recompute_modules asks for {asked!r} already, leave it at none")
+        raise ConfigError(f"recompute is {recompute!r}: recompute_modules asks for {asked!r} already, leave it at none")
     recompute = asked if recompute == "none" else recompute
     if recompute in ("iteration", "layer"):
         refuse_unrecorded(config, f"recompute {recompute!r}")

@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules, get_transformer_layer_offset
 
 from coe_megatron.chain.settings import ChainSettings, Recompute
+from coe_megatron.errors import ConfigError
 from coe_megatron.local_backend.attention import SDPACoreAttention
 from coe_megatron.local_backend.experts import GroupedExperts
 from coe_megatron.local_backend.norm import Norm
@@ -52,9 +53,9 @@ def coe_layer_spec(
             GPTModel a `pg_collection` needs to act on that, by giving it here too.
     """
     if config.num_moe_experts is None:
-        raise ValueError("num_moe_experts is None: a Chain-of-Experts layer needs at least one routed expert")
+        raise ConfigError("num_moe_experts is None: a Chain-of-Experts layer needs at least one routed expert")
     if chain is not None and chain.layers is not None:
-        raise ValueError(f"chain.layers is {list(chain.layers)}: for layers that differ take coe_block_spec")
+        raise ConfigError(f"chain.layers is {list(chain.layers)}: for layers that differ take coe_block_spec")
     refuse_dense_layers(config)
     refuse_for_specs(config)
     refuse_missing_engine(config, use_transformer_engine)
@@ -97,7 +98,7 @@ def coe_block_spec(
     if chain.layers is not None:
         chain.require_experts(config.num_moe_experts or 0, config.moe_router_topk, config.moe_router_num_groups)
         if not config.hetereogenous_dist_checkpoint:
-            raise ValueError(
+            raise ConfigError(
                 "hetereogenous_dist_checkpoint is False: with chain.layers it must be True, or checkpoints would want "
                 "the same tensors of all layers"
             )
@@ -119,7 +120,7 @@ def coe_block_spec(
 
 def _recompute(config: TransformerConfig, recompute: Recompute, use_transformer_engine: bool) -> Recompute:
     if use_transformer_engine and recompute == "experts":
-        raise ValueError("recompute is 'experts': with Transformer Engine's experts use recompute_modules ['moe_act']")
+        raise ConfigError("recompute is 'experts': with Transformer Engine's experts use recompute_modules ['moe_act']")
     return recompute_mode(config, recompute)
 
 

@@ -10,7 +10,7 @@ from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.config import RunConfig
 from coe_megatron.config.settings import MLASettings, ModelSettings, MoESettings
 from coe_megatron.estimate import closed_forms
-from coe_megatron.estimate.run_shape import model_shape
+from coe_megatron.estimate.run_shape import RunShape
 from coe_megatron.model.build import build_model
 
 pytestmark = pytest.mark.usefixtures("single_rank")
@@ -36,7 +36,7 @@ def test_closed_form_counts_the_parameters_of_the_built_model(
 ) -> None:
     config = RunConfig(model=model, moe=moe, chain=chain)
     built = sum(parameter.numel() for parameter in build_model(config, 64).parameters())
-    assert closed_forms.parameters(model_shape(config, 64)).total == built
+    assert closed_forms.parameters(RunShape.of(config, 64).model).total == built
 
 
 def test_initialisation_of_the_paper() -> None:
@@ -49,6 +49,18 @@ def test_initialisation_of_the_paper() -> None:
         assert router.weight.std().item() == pytest.approx(1 / math.sqrt(3 * 32), rel=0.1)
     assert layer.experts.weight2.std().item() == pytest.approx(0.02, rel=0.05)
     assert not torch.equal(layer.routers[0].weight, layer.routers[1].weight)
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_forced_balance_takes_the_choice_from_the_router(forced: bool) -> None:
+    """A router that sends all tokens to experts 1 and 2; forced, the largest load is near the mean of 64 tokens."""
+    config = RunConfig(model=MODEL, moe=replace(MOE, force_load_balancing=forced))
+    router = build_model(config, 64).decoder.layers[0].mlp.routers[0]
+    with torch.no_grad():
+        router.weight.zero_()[:2] = 1.0
+        _, choices_TN = router(torch.rand(256, 1, MODEL.hidden_size))
+    load_N = choices_TN.sum(dim=0).tolist()
+    assert sum(load_N) == 512 and (min(load_N) > 32 and max(load_N) < 96 if forced else load_N == [256] * 2 + [0] * 6)
 
 
 def test_initialisation_of_megatron_scales_what_leads_into_the_stream() -> None:

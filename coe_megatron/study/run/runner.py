@@ -23,12 +23,12 @@ from coe_megatron.run.status import Status, status
 from coe_megatron.study.plan.arms import Run
 from coe_megatron.study.plan.cost_table import span
 from coe_megatron.study.run.paths import log_of, write_config
+from coe_megatron.text import shortened
 
 _LOOKS_EVERY = 0.2  # seconds
 _BEGINS = "study.py begins: "  # the first line of every attempt in a run's log
-_LAST_WORDS = re.compile(r"\w+\.py: (?:error|ended with status \d+ \((?!STOPPED)\w+\), rank \d+): (.*)")
+_LAST_WORDS = re.compile(r"coe-[\w-]+: (?:error|ended with status \d+ \((?!STOPPED)\w+\), rank \d+): (.*)")
 _LOG_END = 1 << 20  # bytes of a log in which an error is looked for
-_ROOT = Path(__file__).parents[3]
 _DEVICE = re.compile(r"0|[1-9][0-9]{0,3}|(GPU|MIG)-[0-9A-Za-z/-]+", re.ASCII)  # as CUDA_VISIBLE_DEVICES has them
 _NO_DEVICES = (["-1"], ["NoDevFiles"])  # as CUDA, and SLURM for a job without GPUs, have it
 _SHOWN = 100  # characters of such a text in a message
@@ -108,14 +108,8 @@ def _settings(run: Run) -> RunConfig | None:
 def command(run: Run, config: Path) -> list[str]:
     """What starts a run on this host."""
     ranks = layout(run.config).ranks
-    torchrun = [
-        "--standalone",
-        "--nproc-per-node",
-        str(ranks),
-        str(_ROOT / "launch/pretrain_coe.py"),
-        as_argument(config),
-    ]
-    return [sys.executable, str(_ROOT / "launch/one_host.py"), "--watch-stdin", "--", *torchrun]
+    torchrun = ["--standalone", "--nproc-per-node", str(ranks), "-m", "coe_megatron.cli.pretrain", as_argument(config)]
+    return [sys.executable, "-m", "coe_megatron.cli.one_host", "--watch-stdin", "--", *torchrun]
 
 
 class Runner:
@@ -245,8 +239,8 @@ def devices_here(asked: str | None, environment: Mapping[str, str]) -> list[str]
             return []
         if wrong := next((name for name in names if not _DEVICE.fullmatch(name)), None):
             raise ConfigError(
-                f"{whose} is {given[:_SHOWN]}: {wrong[:_SHOWN]} is no GPU, which is a number as of nvidia-smi, such as "
-                "0, or a name that begins with GPU- or MIG-"
+                f"{whose} is {shortened(given, _SHOWN)}: {shortened(wrong, _SHOWN)} is no GPU, which is a number as of "
+                "nvidia-smi, such as 0, or a name that begins with GPU- or MIG-"
             )
         if asked is not None and len(set(names)) < len(names):
             raise ConfigError(f"--devices is {asked}: each must be another")
