@@ -108,7 +108,7 @@ PICKLES = st.one_of(
     ),
 )  # fmt: skip
 _SAVED = {
-    "layout": {"ranks": 1, "tensor": 1, "pipeline": 1, "expert": 1, "expert_tensor": 1, "zero_stage": 1},
+    "layout": {"world_size": 1, "tensor": 1, "pipeline": 1, "expert": 1, "expert_tensor": 1, "zero_stage": 1},
     "optimizer_steps": 1,
     "state": {"step": 1, "tokens": 96, "tokenizer": "0" * 64},
 }

@@ -141,7 +141,7 @@ class Study(Target):
 def use(config: RunConfig) -> None:
     """What `--dry-run` says of a config."""
     vocab_size = vocabulary(config) if config.model.vocab_size else 512
-    cost = estimate(config, vocab_size, layout(config).ranks)
+    cost = estimate(config, vocab_size, layout(config).world_size)
     assert finite(cost.as_dict()) and printable(cost.table())
 
 

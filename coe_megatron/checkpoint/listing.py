@@ -103,7 +103,7 @@ def _require_files(checkpoint: Path) -> list[Path]:
     facts, common = CheckpointMetadata.read(checkpoint), checkpoint / "tensors" / "common.pt"
     states = sorted((checkpoint / "random").glob("*"))
     if facts.optimizer_steps is not None:
-        ranks = facts.layout.ranks
+        ranks = facts.layout.world_size
         if len(states) != ranks:
             raise ConfigError(f"random has {len(states):,} files, and {METADATA} tells of {ranks:,} ranks")
         if missing := {random_file(checkpoint, rank) for rank in range(ranks)} - {*states}:

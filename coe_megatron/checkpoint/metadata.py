@@ -39,7 +39,7 @@ class SavedLayout:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    ranks: _Size
+    world_size: _Size
     tensor: _Size
     pipeline: _Size
     expert: _Size

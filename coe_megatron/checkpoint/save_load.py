@@ -159,7 +159,7 @@ class _Snapshot:
 
 def _layout(engine: Engine) -> SavedLayout:
     return SavedLayout(
-        ranks=dist.get_world_size(),
+        world_size=dist.get_world_size(),
         tensor=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline=parallel_state.get_pipeline_model_parallel_world_size(),
         expert=parallel_state.get_expert_model_parallel_world_size(),

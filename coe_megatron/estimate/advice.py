@@ -50,7 +50,7 @@ def refusal(config: RunConfig, cost: RunEstimate, vocab_size: int, device_memory
 
 def cheapest_change(config: RunConfig, vocab_size: int, device_memory: int) -> tuple[Changes, int] | None:
     """The first that fits, of single changes and then of pairs, and what a rank would need with it."""
-    ranks = layout(config).ranks
+    ranks = layout(config).world_size
     for changes in _in_order_of_cost(list(_candidates(config))):
         changed = _apply(config, changes)
         if next(problems(changed, ranks), None) is None:

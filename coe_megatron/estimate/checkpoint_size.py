@@ -23,7 +23,7 @@ def checkpoint_bytes(config: RunConfig, vocab_size: int, world_size: int | None 
     """
     shape, ranks = model_shape(config, vocab_size), layout(config, world_size)
     of_tensors = (element(config) + _MASTER_AND_MOMENTS) * closed_forms.parameters(shape).total
-    return of_tensors + _KINDS * _parts(shape, ranks) * _BYTES_A_PART + ranks.ranks * _BYTES_A_RANK
+    return of_tensors + _KINDS * _parts(shape, ranks) * _BYTES_A_PART + ranks.world_size * _BYTES_A_RANK
 
 
 def _parts(shape: ModelShape, ranks: Layout) -> int:

@@ -21,8 +21,8 @@ def needless_crossing(config: RunConfig, cost: RunEstimate, vocab_size: int) -> 
         return None
     for count in range(config.parallel.expert - 1, 0, -1):
         changed = replace(config, parallel=replace(config.parallel, expert=count))
-        if next(problems(changed, cost.layout.ranks), None) is None:
-            other = estimate(changed, vocab_size, cost.layout.ranks)
+        if next(problems(changed, cost.layout.world_size), None) is None:
+            other = estimate(changed, vocab_size, cost.layout.world_size)
             if not other.communication["all_to_all"].across_nodes:
                 return (
                     f"the all-to-all sends {size(crossing)} a rank and step across nodes of "

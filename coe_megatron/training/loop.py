@@ -330,10 +330,11 @@ class Pretraining:
         counted = closed_forms.parameters(self.shape)
         ranks = layout(self.config, torch.distributed.get_world_size())
         self.progress.say(
-            f"{counted.total:,} parameters on {ranks.ranks} rank{'s' * (ranks.ranks > 1)} ({self.device.type}): {ranks}"
+            f"{counted.total:,} parameters on {ranks.world_size} rank{'s' * (ranks.world_size > 1)} "
+            f"({self.device.type}): {ranks}"
         )
         nodes = all_gather([f"node {self.node} {platform.node()}"])
-        if ranks.ranks > 1:
+        if ranks.world_size > 1:
             self.progress.say(layout_map(ranks, nodes, self.config.moe.num_experts))
             if self.main_rank:
                 self._warn_of_crossing(nodes)  # reads files

@@ -122,10 +122,10 @@ VOUCHED: dict[str, tuple[Change, str]] = {
     "state of 2 MB": (text("state.json", "[" + "[]," * 700_000 + "[]]"), "state.json is "),
     "state is a list": (text("state.json", "[1]"), "state.json is of another shape: all of it"),
     "state is empty": (text("state.json", ""), "state.json cannot be read"),
-    "a layout without a field": (facts(layout={"ranks": 1}), "state.json is of another shape: layout.tensor"),
+    "a layout without a field": (facts(layout={"world_size": 1}), "state.json is of another shape: layout.tensor"),
     "ranks that are none": (facts(layout=[]), "state.json is of another shape: layout"),
     "many ranks": (
-        facts(layout={"ranks": 10**9, "zero_stage": 1, **dict.fromkeys(("tensor", "pipeline", "expert"), 1)}),
+        facts(layout={"world_size": 10**9, "zero_stage": 1, **dict.fromkeys(("tensor", "pipeline", "expert"), 1)}),
         "state.json is of another shape: layout.expert_tensor",
     ),
     "a step that is text": (facts(step="\x1b[31m4"), "state.json is of another shape: step"),

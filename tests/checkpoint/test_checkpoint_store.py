@@ -195,7 +195,7 @@ def test_a_checkpoint_holds_no_pickled_objects_and_keys_by_parameter(tmp_path: P
     for kind in states.KINDS:
         assert {f"optimizer.{kind}.{key}" for key in weights} <= keys
     facts = json.loads((tmp_path / "step-00000003" / "state.json").read_text())
-    layout = {"ranks": 1, "tensor": 1, "pipeline": 1, "expert": 1, "expert_tensor": 1, "zero_stage": 1}
+    layout = {"world_size": 1, "tensor": 1, "pipeline": 1, "expert": 1, "expert_tensor": 1, "zero_stage": 1}
     assert facts == {"layout": layout, "optimizer_steps": 1, "state": {"step": 3}}
 
 

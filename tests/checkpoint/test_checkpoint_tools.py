@@ -178,7 +178,14 @@ def test_parts_of_parallel_ranks_go_through(layout: dict[str, int], single_rank:
     run_ranks(save_three_steps, 2, tmp_path / "checkpoints", "fp32", 2, **layout)
     contents = tools.inspect(tmp_path)
     tensor, stages, expert = (layout.get(f"{kind}_model_parallel_size", 1) for kind in ("tensor", "pipeline", "expert"))
-    told = {"ranks": 2, "tensor": tensor, "pipeline": stages, "expert": expert, "expert_tensor": 1, "zero_stage": 1}
+    told = {
+        "world_size": 2,
+        "tensor": tensor,
+        "pipeline": stages,
+        "expert": expert,
+        "expert_tensor": 1,
+        "zero_stage": 1,
+    }
     assert asdict(contents.facts.layout) == told
     assert contents.tensors["output_layer.weight"].parts == tensor
     tools.reshard(tmp_path, tmp_path / "other" / listing.name_of(3))

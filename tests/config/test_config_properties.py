@@ -143,7 +143,7 @@ def test_a_changed_config_is_costed_or_refused_in_one_line(
     path.write_text(yaml.safe_dump(mutated(valid[start], changes)))
     try:
         config = load(path)
-        cost = estimate(config, vocabulary(config), layout(config).ranks)
+        cost = estimate(config, vocabulary(config), layout(config).world_size)
     except ValueError as error:
         said = str(error)
         assert said.isprintable(), said
