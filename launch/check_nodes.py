@@ -133,8 +133,8 @@ def _expanded(environment: Mapping[str, str]) -> tuple[str, ...]:
 def meeting(said: str | None, first: str, environment: Mapping[str, str]) -> tuple[str, int, bool]:
     """Address and port, and whether torchrun serves a store there; ConfigError if they are none."""
     if said is None:
-        ranks = DistributedEnv.from_environment(environment)
-        return (ranks.address, ranks.port, ranks.served) if ranks.address else (first, _PORT, False)
+        env = DistributedEnv.from_environment(environment)
+        return (env.master_addr, env.master_port, env.agent_store) if env.master_addr else (first, _PORT, False)
     address, _, port = said.rpartition(":")
     try:
         number = whole_number("the port", port, 1, LARGEST_PORT)

@@ -148,7 +148,7 @@ def _pretrain(parser: Parser, ranks: DistributedEnv, checked: RunConfig | None, 
     """Args: what rank 0 has, which alone reads files at the start: a thousand ranks would read them all at once."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         stop_with_parent()
-    torchruns = ranks.logs.parents[2:3] if ranks.logs and ranks.local_rank == 0 else ()
+    torchruns = ranks.log_dir.parents[2:3] if ranks.log_dir and ranks.local_rank == 0 else ()
     scratch.enter(next(iter(torchruns), None))
     # Imported here: the stack takes seconds, and a mistake in config or data should not.
     from coe_megatron.training.console import quiet_libraries
@@ -157,13 +157,13 @@ def _pretrain(parser: Parser, ranks: DistributedEnv, checked: RunConfig | None, 
     import_megatron()
     from coe_megatron.checkpoint.save_load import CheckpointNotSaved
     from coe_megatron.data.token_file import DamagedTokens
-    from coe_megatron.distributed.rendezvous import NotMet, meet
+    from coe_megatron.distributed.rendezvous import RendezvousError, rendezvous
     from coe_megatron.run.folder import OutputLost
     from coe_megatron.training.loop import Interrupted, train
 
     try:
-        store = meet(ranks)
-    except NotMet as error:  # a mistake by hand; where a launcher has set the variables, a node may be lost
+        store = rendezvous(ranks)
+    except RendezvousError as error:  # a mistake by hand; where a launcher has set the variables, a node may be lost
         parser.refuse(ExitStatus.FAILED if ranks.launched else ExitStatus.MISTAKE, str(error), aloud=True)
     if checked is not None:
         store.set("config", json.dumps(asdict(checked)))

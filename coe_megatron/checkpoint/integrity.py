@@ -29,7 +29,7 @@ def seal(folder: Path, group: Group = None) -> None:
     own: list[tuple[str, Entry]] = []
     run_on_all(lambda: own.extend((name, _describe(folder / name)) for name in shard(files)), group)
     entries = dict(sorted(all_gather(own, group)))
-    run_on_all(lambda: write_text(folder / SEAL, _sealed(entries)), group, first_alone=True)
+    run_on_all(lambda: write_text(folder / SEAL, _sealed(entries)), group, rank0_only=True)
 
 
 def problem(folder: Path) -> str | None:

@@ -113,7 +113,7 @@ class CheckpointManager:
         checkpoint = listing.newest_whole(self._folder, up_to=step)
         if checkpoint is None:
             return None
-        run_on_all(lambda: listing.delete_between(self._folder, step + 1, now), None, first_alone=True)
+        run_on_all(lambda: listing.delete_between(self._folder, step + 1, now), None, rank0_only=True)
         position = TrainState.of(store.load(checkpoint, self._engine))
         self._damaged = listing.steps_beyond(self._folder, position.step)
         return position

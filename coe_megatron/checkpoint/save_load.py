@@ -77,7 +77,7 @@ def save(
 
     def write(group: Group = None) -> None:
         _write(snapshot, final, group)
-        run_on_all(lambda: _prune(folder, step, keep, milestones), group, first_alone=True)
+        run_on_all(lambda: _prune(folder, step, keep, milestones), group, rank0_only=True)
 
     if background is None:
         _unless_not_saved(final, write)
@@ -184,12 +184,12 @@ def _unless_not_saved(final: Path, write: Callable[..., None], *group: Group) ->
 
 def _write(snapshot: _Snapshot, final: Path, group: Group) -> None:
     partial = _partial(final)
-    run_on_all(lambda: _make_empty(partial), group, first_alone=True)
+    run_on_all(lambda: _make_empty(partial), group, rank0_only=True)
     sharding.write_tensors(snapshot.tensors, partial / "tensors", group)
     run_on_all(lambda: write_bytes(listing.random_file(partial, dist.get_rank()), snapshot.random), group)
-    run_on_all(lambda: write_text(partial / METADATA, snapshot.facts.as_json()), group, first_alone=True)
+    run_on_all(lambda: write_text(partial / METADATA, snapshot.facts.as_json()), group, rank0_only=True)
     seal(partial, group)
-    run_on_all(lambda: listing.publish(partial, final), group, first_alone=True)
+    run_on_all(lambda: listing.publish(partial, final), group, rank0_only=True)
 
 
 def _set_random_states(path: Path) -> None:

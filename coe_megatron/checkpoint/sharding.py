@@ -57,7 +57,7 @@ def take_tensors(engine: Engine) -> Tensors:
     writes: 16 bytes a parameter (14 with bf16) over the number of ranks that share it. With ZeRO stage 3 it also needs
     the device's memory for the rank's whole weights.
     """
-    with torch.no_grad(), optimizer_states.gathered(engine), _deprecations_unsaid():
+    with torch.no_grad(), optimizer_states.gathered_weights(engine), _deprecations_unsaid():
         planned = {name: _parts(shard) for name, shard in _saved(engine.module, _no_data)}
         _spread(planned)
         for name, shard in _saved(engine.module, lambda *of: optimizer_states.read(engine, *of)):
@@ -75,7 +75,7 @@ def write_tensors(tensors: Tensors, folder: Path, group: Group = None) -> None:
     """
     planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
     dcp.save(tensors, storage_writer=Writer(folder), planner=planner, process_group=group)
-    run_on_all(lambda: write_for_megatron(folder), group, first_alone=True)
+    run_on_all(lambda: write_for_megatron(folder), group, rank0_only=True)
 
 
 def load_tensors(engine: Engine, folder: Path, kinds: Sequence[str] = optimizer_states.KINDS) -> None:
@@ -88,7 +88,7 @@ def load_tensors(engine: Engine, folder: Path, kinds: Sequence[str] = optimizer_
         ConfigError: the checkpoint holds other tensors than the model, or something that is no tensor.
     """
     model, reader = engine.module, Reader(folder, run_on_rank0(lambda: Listed.read(folder)))
-    with optimizer_states.gathered(engine):
+    with optimizer_states.gathered_weights(engine):
         _refuse_other_model(model, reader, kinds)
         weights = _load(_weights(model), reader)
     for name, parameter in model.named_parameters():
@@ -96,7 +96,7 @@ def load_tensors(engine: Engine, folder: Path, kinds: Sequence[str] = optimizer_
     unknown = model.load_state_dict(weights, strict=False).unexpected_keys  # what is left are buffers
     assert not unknown, unknown
     for kind in kinds:
-        with optimizer_states.gathered(engine):
+        with optimizer_states.gathered_weights(engine):
             shards = dict(_optimizer_states(model, kind, _allocate))
         loaded = _load(shards, reader)
         for name, parameter in model.named_parameters():

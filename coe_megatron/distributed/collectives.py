@@ -1,6 +1,6 @@
-"""What the ranks do together around files, over any process group of all ranks (the default one when None).
+"""Collectives on Python objects, over any process group of all ranks (the default group when None).
 
-Without process groups this process is alone.
+If process groups are not initialised, this process is treated as the only rank.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ Result = TypeVar("Result")
 
 
 def broadcast(value: Any, group: Group = None) -> Any:
-    """The first rank's value on all ranks."""
+    """Rank 0's value on all ranks."""
     box = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(box, group=group)
@@ -23,13 +23,13 @@ def broadcast(value: Any, group: Group = None) -> Any:
 
 
 def run_on_rank0(action: Callable[[], Result], group: Group = None) -> Result:
-    """What `action` returns on the first rank, which alone calls it: a thousand ranks would read one file all at once.
+    """Call `action` on rank 0 only and return its result on all ranks, so that not every rank reads the same file.
 
     Args:
-        action: without a collective call in it; its result and its errors can be pickled.
+        action: makes no collective call; its result and exceptions can be pickled.
 
     Raises:
-        Exception: on all ranks what `action` raised; the others would wait for the first and end in an error of theirs.
+        Exception: what `action` raised, on all ranks.
     """
     result, error = None, None
     if is_rank0():
@@ -38,13 +38,13 @@ def run_on_rank0(action: Callable[[], Result], group: Group = None) -> Result:
         except Exception as raised:
             error = raised
     result, others = broadcast((result, error), group)
-    if raised_there := error or others:  # on the first rank with its traceback
+    if raised_there := error or others:  # rank 0 keeps the traceback
         raise raised_there
     return result
 
 
 def all_gather(items: list, group: Group = None) -> list:
-    """What all ranks have, in one list."""
+    """The items of all ranks in one list, in rank order."""
     lists: list[Any] = [items]
     if dist.is_initialized():
         lists = [None] * dist.get_world_size()
@@ -53,36 +53,37 @@ def all_gather(items: list, group: Group = None) -> list:
 
 
 def is_rank0() -> bool:
-    """Whether this rank does what one rank has to do for all."""
+    """Whether this is rank 0, or process groups are not initialised."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def shard(items: Sequence) -> Sequence:
-    """This rank's part of a list that all ranks have."""
+    """This rank's shard of a list that is equal on all ranks: every world_size-th item."""
     return items[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else items
 
 
-def run_on_all(work: Callable[[], None], group: Group, first_alone: bool = False) -> None:
-    """Do something on every rank (or on the first alone) and wait for all; what fails on one is raised on all.
+def run_on_all(work: Callable[[], None], group: Group, rank0_only: bool = False) -> None:
+    """Call `work` on every rank and wait for all; if one rank fails, all ranks raise.
 
     Args:
-        work: without a collective call in it.
+        work: makes no collective call.
+        rank0_only: call it on rank 0 only.
 
     Raises:
-        OSError: what the disk said first.
+        OSError: the first rank's error.
     """
     failure = None
-    if is_rank0() or not first_alone:
+    if is_rank0() or not rank0_only:
         try:
             work()
-        except (OSError, RuntimeError, ConfigError) as error:  # torch.save makes the second of the first
+        except (OSError, RuntimeError, ConfigError) as error:  # torch.save turns an OSError into a RuntimeError
             failure = str(os_error_of(error))
     if failures := [found for found in all_gather([failure], group) if found]:
         raise OSError(failures[0])
 
 
 def os_error_of(error: BaseException) -> BaseException:
-    """Of an error of torch's writers the OSError before it, whose text says more (`No space left on device`)."""
+    """The OSError behind an error of torch's writers, whose text says more (`No space left on device`)."""
     before: BaseException | None = error
     while before is not None and not isinstance(before, OSError):
         before = before.__cause__ or before.__context__

@@ -28,7 +28,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from coe_megatron.distributed.rendezvous import LOOPBACK, join, serve
+from coe_megatron.distributed.rendezvous import LOOPBACK, connect_store, serve_store
 
 GIB = 2**30
 _SMALLEST, _LARGEST = 2**18, 2**28  # bytes of a message: doubled until it takes long enough to be timed
@@ -213,9 +213,9 @@ def _within(seconds: float, look: Callable[[], Node]) -> Node:
 def _meet(place: Place, limits: Limits) -> dist.Store:
     try:
         if place.leads and not place.served:
-            store = serve(LOOPBACK if len(place.names) == 1 else place.address, place.port)
+            store = serve_store(LOOPBACK if len(place.names) == 1 else place.address, place.port)
         else:
-            store = join(place.address, place.port, limits.timeout)
+            store = connect_store(place.address, place.port, limits.timeout)
         return dist.PrefixStore("node check", store)
     except (dist.DistError, OSError) as error:
         meeting = f"{place.names[0]} ({place.address}:{place.port})"

@@ -74,7 +74,7 @@ def train(
     """Train, or go on from the newest checkpoint in the run's folder; the outcome on rank 0, None on other ranks.
 
     Args:
-        store: where the ranks have met (`groups.meet`), if they have.
+        store: the rendezvous store of the ranks (`rendezvous`), if they have one.
         interruption: notes what asks the run to stop; one of the run's own when None.
         last_word: called with an exit status and a line before a hanging process is ended.
 
@@ -94,7 +94,7 @@ def train(
             stack.callback(interruption.forget)
         watch = stack.enter_context(HangDetector(Path(config.output) / "stacks", ranks.rank, limit, last_word))
         device = groups.start(config.parallel, config.training.seed, ranks, collective_timeout(limit), store)
-        with _at_rank_0(lambda: run_folder.begin(config, ranks.logs)) or nullcontext() as output:
+        with _at_rank_0(lambda: run_folder.begin(config, ranks.log_dir)) or nullcontext() as output:
             outcome = _attempt(config, ranks, device, interruption, watch, output)
         groups.stop()
     return outcome
@@ -113,7 +113,7 @@ def _attempt(
     try:
         if warning := _at_rank_0(lambda: room.require(config, ranks.world_size)):
             print(warning, file=sys.stderr)
-        run = Pretraining(config, device, interruption, watch, ranks.node, output)
+        run = Pretraining(config, device, interruption, watch, ranks.node_rank, output)
         first = run.position.step
         run.run()
         return _at_rank_0(lambda: None if output is None else output.finish())

@@ -171,7 +171,7 @@ def train_case(case: Case, folder: Path, micro_batch: int) -> None:
 def write(engine: Any, trace: Trace, folder: Path) -> None:
     """A checkpoint with the weights in the end and, where the first moments were, the gradients of the first step."""
     shapes = {}
-    with states.gathered(engine):
+    with states.gathered_weights(engine):
         shapes = {name: parameter.shape for name, parameter in engine.module.named_parameters()}
     for name, parameter in engine.module.named_parameters():
         assert trace.gradients[name].shape == shapes[name], name
@@ -213,7 +213,7 @@ def experts_as_dense() -> AbstractContextManager:
             parameter.allreduce = True  # type: ignore[attr-defined]
         yield
 
-    return mock.patch.object(expert_groups, "announced", forgotten)
+    return mock.patch.object(expert_groups, "expert_placeholder", forgotten)
 
 
 BROKEN = {
