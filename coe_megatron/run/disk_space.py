@@ -48,7 +48,7 @@ def require(config: RunConfig, world_size: int) -> str:
     )
 
 
-def trouble(folder: Path, needed: int) -> str:
+def problem(folder: Path, needed: int) -> str:
     """Why a run's folder will not take a checkpoint of `needed` bytes; nothing if it will, as far as can be seen."""
     try:
         if reason := _refusal(folder):

@@ -101,14 +101,14 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(
     assert checkpoints(run) == ["0012"]
     ahead, failed, mended = said[-3:]
     assert ahead == (
-        f"the next checkpoint will not be saved unless this is mended: {run / 'checkpoints'} cannot be written: "
+        f"the next checkpoint cannot be saved unless this is fixed: {run / 'checkpoints'} cannot be written: "
         "No space left on device"
     )
     assert failed == (
         f"the checkpoint of step 8 is not saved: {run / 'checkpoints'} cannot be written: No space left on device; "
-        "training goes on and saves as soon as it can, the newest checkpoint is step-00000004"
+        "training continues and retries, the most recent checkpoint is step-00000004"
     )
-    assert mended == "the checkpoint of step 10 is saved, in place of those that could not be"
+    assert mended == "the checkpoint of step 10 is saved; earlier ones could not be"
     assert json.loads((run / "run.json").read_text())["attempts"][-1]["outcome"] == "finished"
 
 
@@ -230,7 +230,7 @@ def test_a_whole_run_on_two_ranks_outlives_a_full_disk(config: Path, prepared: P
         wait_for(lambda: "is not saved: " in log.read_text() or "could not be saved: " in log.read_text(), process)
         other = python(*program[:3], f"output={disk / 'other'}", "parallel.expert=1")
         (disk / "ballast").unlink()
-        wait_for(lambda: "in place of those that could not be" in log.read_text(), process)
+        wait_for(lambda: "; earlier ones could not be" in log.read_text(), process)
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=120)
     assert other.returncode == 2 and other.stderr.count("\n") == 1, other.stderr

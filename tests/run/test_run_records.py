@@ -152,7 +152,7 @@ def test_what_is_put_among_checkpoints_while_a_run_goes_on_costs_none(
                 os.mkfifo(checkpoints / name)
 
     attempt(run_config(prepared, tmp_path, keep_checkpoints=1), act)
-    assert os.listdir(checkpoints) == ["step-00000004"] and listing.trouble(checkpoints / "step-00000004") is None
+    assert os.listdir(checkpoints) == ["step-00000004"] and listing.problem(checkpoints / "step-00000004") is None
 
 
 @pytest.mark.parametrize(
