@@ -27,12 +27,8 @@ def test_a_run_is_inspected_verified_and_averaged(run: Path) -> None:
     assert shown.returncode == as_json.returncode == 0, shown.stderr
     assert "2, after 2,000 tokens" in shown.stdout and "1 x 8 x 48 x 32" in shown.stdout
     contents = json.loads(as_json.stdout)
-    assert contents["metadata"]["layout"]["world_size"] == 1 and contents["tensors"]["output_layer.weight"][
-        "shape"
-    ] == [
-        64,
-        32,
-    ]
+    assert contents["metadata"]["layout"]["world_size"] == 1
+    assert contents["tensors"]["output_layer.weight"]["shape"] == [64, 32]
 
     first, second = (run / "checkpoints" / listing.name_of(step) for step in (1, 2))
     done = python(PROGRAM, "verify", run)

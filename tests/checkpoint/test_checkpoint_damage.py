@@ -84,7 +84,7 @@ def test_a_run_without_a_whole_checkpoint_does_not_begin_anew(
     (run / listing.name_of(1) / MANIFEST).unlink()
     (run / listing.name_of(2) / "state.json").write_text("{}")
     with pytest.raises(
-        ValueError, match=r"is complete, the most recent is step-00000002: state.json has 2 bytes"
+        ValueError, match=r"complete, the most recent is step-00000002: state.json has 2 bytes"
     ) as raised:
         save_load.load_latest(run, engine)
     assert "choose another output, or delete that folder to start from scratch" in str(raised.value)

@@ -251,8 +251,8 @@ def test_a_damaged_checkpoint_is_skipped_and_without_a_whole_one_nothing_begins(
     assert all(f"checkpoint {path} is skipped:" in line for path, line in zip((newer, older), skipped, strict=True))
     assert said == (
         f"pretrain_coe.py: error: no checkpoint in {folder / 'checkpoints'} is complete, the most recent is "
-        "step-00000012: the content of tensors/__0_0.distcp has changed: choose another output, or delete that folder to "
-        "start from scratch"
+        "step-00000012: the content of tensors/__0_0.distcp has changed: choose another output, or delete that folder "
+        "to start from scratch"
     )
     assert json.loads((folder / "run.json").read_text())["attempts"][-1]["outcome"] == "finished"
 
