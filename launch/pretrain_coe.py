@@ -56,7 +56,7 @@ from coe_megatron.estimate.node_crossing import needless_crossing  # noqa: E402
 from coe_megatron.estimate.run_estimate import estimate, vocabulary  # noqa: E402
 from coe_megatron.files import kind_of, problem, require_folder, user_path  # noqa: E402
 from coe_megatron.lean_imports import import_megatron  # noqa: E402
-from coe_megatron.run.exit_status import ExitStatus, leave_error_file  # noqa: E402
+from coe_megatron.run.exit_status import ExitStatus, write_error_file  # noqa: E402
 from coe_megatron.run.lock import FolderInUse  # noqa: E402
 from coe_megatron.run.output_check import require_output  # noqa: E402
 from coe_megatron.training.signals import Interruption, stop_with_parent  # noqa: E402
@@ -170,7 +170,7 @@ def _pretrain(parser: Parser, ranks: DistributedEnv, checked: RunConfig | None, 
     config = parse(json.loads(store.get("config")))
     interruption = Interruption(stop_file)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on there is a run, which notes how it ended
-    last_word = partial(leave_error_file, environment=os.environ)
+    last_word = partial(write_error_file, environment=os.environ)
     try:
         outcome = train(config, ranks, store, interruption, last_word)
     except KeyboardInterrupt:

@@ -232,7 +232,7 @@ class Pretraining:
         self.progress.say(said)
         self.writer.go_back(self.position.step)
         if self.output is not None:
-            self.output.note({"rollbacks": self.position.rollbacks})
+            self.output.record({"rollbacks": self.position.rollbacks})
 
     def _train_step(self, step: int) -> tuple[float, ExitStatus]:
         """One optimizer step; returns its loss in nats per counted token, and whether a rank was asked to stop."""

@@ -165,12 +165,12 @@ def test_what_is_free_is_held_against_what_checkpoints_take(
     one = checkpoint_bytes(config, 512)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, int(free * one)))
     if refused:
-        line = f"output is {tmp_path}: a checkpoint takes {one:,} bytes (.*), and {int(free * one):,} .* are free; make"
+        line = f"output is {tmp_path}: a checkpoint takes {one:,} bytes (.*), and {int(free * one):,} .* are free; free"
         with pytest.raises(ConfigError, match=line):
             room.require(config, 1)
         return
     said = room.require(config, 1)
-    assert ("3 more there at once" in said) == warned and bool(said) == warned
+    assert ("3 more at the same time" in said) == warned and bool(said) == warned
 
 
 def test_what_is_there_already_and_unfinished_saves_count(
@@ -184,7 +184,7 @@ def test_what_is_there_already_and_unfinished_saves_count(
     (unfinished / "part").write_bytes(b"\1" * int(1.2 * one))
     for step in (4, 8):
         (tmp_path / "checkpoints" / listing.name_of(step)).mkdir()
-    assert "2 more there at once" in room.require(config, 1), "one that is written, and the milestone"
+    assert "2 more at the same time" in room.require(config, 1), "one that is written, and the milestone"
     (tmp_path / "checkpoints" / listing.name_of(12)).mkdir()
     shutil.rmtree(unfinished)
     assert room.require(config, 1) == "", "it is finished, and will save nothing"
@@ -234,7 +234,7 @@ def test_a_whole_run_on_two_ranks_outlives_a_full_disk(config: Path, prepared: P
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=120)
     assert other.returncode == 2 and other.stderr.count("\n") == 1, other.stderr
-    assert "No space left on device" in other.stderr or "are free; make room, or" in other.stderr
+    assert "No space left on device" in other.stderr or "are free; free some space, or" in other.stderr
     steps = [line["step"] for line in read_metrics(run / "metrics.jsonl")]
     assert steps == list(range(0, steps[-1] + 1, 20)) and len(checkpoints(run)) == 1
     assert "Traceback" not in log.read_text().partition("stopped after step")[0]
@@ -256,5 +256,8 @@ def test_a_disk_without_room_for_one_checkpoint_is_refused_in_one_line(
         "launch/pretrain_coe.py", config, f"data.path={prepared}", f"output={disk / 'run'}", "parallel.expert=1"
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert f"output is {disk / 'run'}: a checkpoint takes " in done.stderr and "are free; make room, or" in done.stderr
+    assert (
+        f"output is {disk / 'run'}: a checkpoint takes " in done.stderr
+        and "are free; free some space, or" in done.stderr
+    )
     assert not (disk / "run").exists(), "nothing is left of an attempt that was refused"

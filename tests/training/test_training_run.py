@@ -162,7 +162,7 @@ def test_a_second_run_with_the_output_of_another_is_refused(config: Path, prepar
         done = python("launch/pretrain_coe.py", config, *settings)
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert done.returncode == 6 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith(f"pretrain_coe.py: error: output is {tmp_path}: another run is writing it, process ")
+    assert done.stderr.startswith(f"pretrain_coe.py: error: output is {tmp_path}: another run has locked it, process ")
 
 
 @pytest.mark.parametrize(
