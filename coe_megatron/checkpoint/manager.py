@@ -150,12 +150,12 @@ class CheckpointManager:
         Raises:
             CheckpointNotSaved: the last checkpoint could not be written.
         """
-        said = [self._poll_background(wait=due or last)] if due or logged else []
+        messages = [self._poll_background(wait=due or last)] if due or logged else []
         if due or (logged and self._pending):
-            said.append(self._try_save(train_state, due, last))
+            messages.append(self._try_save(train_state, due, last))
         if logged and not self._pending:
-            said.append(self._warn_of_disk_space())
-        return "\n".join(filter(None, said))
+            messages.append(self._warn_of_disk_space())
+        return "\n".join(filter(None, messages))
 
     def _same_run(self) -> str:
         if not self._folder.exists():
@@ -170,8 +170,8 @@ class CheckpointManager:
             self._background.wait()
         except save_load.CheckpointNotSaved as error:
             return self._failed(error)
-        said, self._pending_message = self._pending_message, ""
-        return said
+        message, self._pending_message = self._pending_message, ""
+        return message
 
     def _try_save(self, train_state: TrainState, due: bool, last: bool) -> str:
         if not last and (reason := broadcast(self._save_problem() if is_rank0() else "")):
@@ -184,11 +184,11 @@ class CheckpointManager:
             if last:
                 raise
             return self._failed(error)
-        said = f"the checkpoint of step {train_state.step} is saved; earlier ones could not be" * self._pending
+        message = f"the checkpoint of step {train_state.step} is saved; earlier ones could not be" * self._pending
         self._pending = False
         if self._background is not None and not last:
-            self._pending_message, said = said, ""
-        return said
+            self._pending_message, message = message, ""
+        return message
 
     def _failed(self, error: save_load.CheckpointNotSaved) -> str:
         now = time.monotonic()
@@ -216,9 +216,9 @@ class CheckpointManager:
         if not is_rank0() or (self._background is not None and not self._background.is_done()):
             return ""
         problem = disk_space.problem(self._run, self._size)
-        said = f"the next checkpoint cannot be saved unless this is fixed: {problem}"
-        said, self._warned = "" if self._warned else said, bool(problem)
-        return said if problem else ""
+        message = f"the next checkpoint cannot be saved unless this is fixed: {problem}"
+        message, self._warned = "" if self._warned else message, bool(problem)
+        return message if problem else ""
 
     def _postponed(self, reason: object) -> str:
         if not is_rank0():

@@ -211,10 +211,9 @@ def _make_empty(partial: Path) -> None:
 
 
 def _prune(folder: Path, step: int, keep: int, milestones: Collection[int]) -> None:
-    """Of what is not newer than `step`, leave the newest `keep` checkpoints with a write_manifest, and what is among
-    them.
+    """Delete checkpoints up to `step` that are older than the most recent `keep` with a manifest.
 
-    What cannot be deleted is said and stays: the checkpoint that was just saved is whole all the same.
+    One that cannot be deleted is reported and stays: the checkpoint that was just saved is complete all the same.
     """
     listed = [(entry, listing.step_of(entry)) for entry in listing.newest_first(folder)]
     entries = [entry for entry, its_step in listed if its_step <= step and its_step not in milestones]

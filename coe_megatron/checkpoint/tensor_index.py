@@ -72,8 +72,8 @@ class TensorIndex:
                 raise ValueError("it has other contents")
             _require_parts(found, self.sizes)
         except Disallowed as error:
-            asked = str(error)[:_MAX_REASON]
-            raise ConfigError(f"{self.path} needs {asked}, which no tensor index needs") from error
+            needed = str(error)[:_MAX_REASON]
+            raise ConfigError(f"{self.path} needs {needed}, which no tensor index needs") from error
         except ValueError as error:
             raise ConfigError(f"{self.path} is not a tensor index: {str(error)[:_MAX_REASON]}") from error
         return found

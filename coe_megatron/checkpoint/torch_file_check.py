@@ -118,8 +118,8 @@ class _Window:
 def _require_plain(archive: zipfile.ZipFile, size: int) -> None:
     """Refuse compressed, encrypted and duplicate entries (torch's reader ignores case), and data around the archive."""
     entries = archive.infolist()
-    alone = not archive.comment and min((entry.header_offset for entry in entries), default=1) == 0
-    if not alone or len({entry.filename.lower() for entry in entries}) != len(entries):
+    nothing_around = not archive.comment and min((entry.header_offset for entry in entries), default=1) == 0
+    if not nothing_around or len({entry.filename.lower() for entry in entries}) != len(entries):
         raise ValueError(_INVALID)
     if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in entries):
         raise ValueError("it is compressed or encrypted")

@@ -61,9 +61,9 @@ def ranks_per_node(hosts: list[Host], asked: int | None) -> int:
     """
     slots = {host.slots for host in hosts}
     if asked is None and len(slots) > 1:
-        said = ", ".join(f"{host.name}={host.slots or 'not given'}" for host in hosts)
+        given = ", ".join(f"{host.name}={host.slots or 'not given'}" for host in hosts)
         raise ConfigError(
-            f"slots differ ({said}): give all hosts the same number, or --ranks-per-node N with at most the smallest"
+            f"slots differ ({given}): give all hosts the same number, or --ranks-per-node N with at most the smallest"
         )
     count = asked if asked is not None else slots.pop() or 1
     if count * len(hosts) > MOST_RANKS:

@@ -101,8 +101,8 @@ def _refuse_unsupported(config: TransformerConfig) -> None:
         "qk_clip": config.qk_clip,
         "log_max_attention_logit": config.log_max_attention_logit,
     }
-    for name, asked in unsupported.items():
-        if asked:
+    for name, is_set in unsupported.items():
+        if is_set:
             raise ValueError(
                 f"{name} is {getattr(config, name)!r}: scaled_dot_product_attention does not support it; "
                 "leave it at Megatron's default or use Transformer Engine's attention"

@@ -125,10 +125,10 @@ def _without_error_file(rank: int, host: str, time: float, code: int, folder: Pa
             rank, host, time, known_status(code), f"ended with status {code} and no error message", None, log
         )
     name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-    said = f"was killed by {name}"
+    message = f"was killed by {name}"
     if name == "SIGKILL":
-        said += " (by the kernel when memory runs out, or by the scheduler at a limit)"
-    return Failure(rank, host, time, ExitStatus.FAILED, said, name, log)
+        message += " (by the kernel when memory runs out, or by the scheduler at a limit)"
+    return Failure(rank, host, time, ExitStatus.FAILED, message, name, log)
 
 
 def _log(folder: Path) -> Path | None:

@@ -125,8 +125,8 @@ class Attempts:
         elif (stalled := self._stalled(step)) > self._limit:
             decision = Decision(False, self._no_progress(stalled, step))
         else:
-            made = f"{stalled} in a row without a newer checkpoint" if stalled else "with a newer checkpoint"
-            decision = Decision(True, f"attempt {len(self._all)}, {made}; the most recent is of step {step}")
+            progress = f"{stalled} in a row without a newer checkpoint" if stalled else "with a newer checkpoint"
+            decision = Decision(True, f"attempt {len(self._all)}, {progress}; the most recent is of step {step}")
         self._all[-1] = replace(last, requeue=decision.requeue, reason=decision.reason)
         self._write()
         return decision
@@ -137,8 +137,7 @@ class Attempts:
         return max([len(self._all), *(int(number) + 1 for number in there if number.isdecimal())])
 
     def _stalled(self, step: int) -> int:
-        """How many of the last attempts began at the checkpoint that is the most recent now, or found the folder
-        locked.
+        """How many of the last attempts began at the present most recent checkpoint, or found the folder locked.
 
         Checkpoints that another run has written there in the meantime do not count as progress.
         """

@@ -119,7 +119,7 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written_loses_no_step(
 ) -> None:  # fmt: skip
     """As where a quota is met: what is seen beforehand says that there is room."""
     run = disk / "run"
-    monkeypatch.setattr(room, "trouble", lambda *_: "")
+    monkeypatch.setattr(room, "problem", lambda *_: "")
     config = small(prepared, run, background_saving=background, keep_checkpoints=1)
     half = checkpoint_bytes(config, 512) // 2
     attempt(config, at(step_6=lambda: fill(disk, left=half), step_11=(disk / "ballast").unlink))

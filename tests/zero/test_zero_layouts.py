@@ -195,7 +195,7 @@ def read(folder: Path) -> tuple[dict[str, Named], dict[str, list[float]]]:
 
 def no_sums_over_sequence_parts() -> AbstractContextManager:
     """Gradients of what tensor-parallel ranks share are not summed over their parts of the sequence."""
-    return mock.patch.object(zero_engine, "_sum_over_sequence_parts", lambda model: None)
+    return mock.patch.object(zero_engine, "_reduce_sequence_parallel_gradients", lambda model: None)
 
 
 def norm_of_a_stage() -> AbstractContextManager:
