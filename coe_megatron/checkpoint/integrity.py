@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 from coe_megatron.distributed.collectives import Group, all_gather, run_on_all, run_on_rank0, shard
 from coe_megatron.errors import ConfigError
-from coe_megatron.files import read_limited
+from coe_megatron.files import read_limited, write_atomically
 from coe_megatron.parsing import parse_json
 
 MANIFEST = "complete.json"
@@ -29,7 +29,7 @@ def write_manifest(folder: Path, group: Group = None) -> None:
     own: list[tuple[str, Entry]] = []
     run_on_all(lambda: own.extend((name, _describe(folder / name)) for name in shard(files)), group)
     entries = dict(sorted(all_gather(own, group)))
-    run_on_all(lambda: write_text(folder / MANIFEST, _manifest_text(entries)), group, rank0_only=True)
+    run_on_rank0(lambda: write_atomically(folder / SEAL, _sealed(entries)), group)
 
 
 def problem(folder: Path) -> str | None:
@@ -82,19 +82,6 @@ def _require_regular(name: str, kind: str, is_regular: bool) -> str:
     if not is_regular:
         raise ConfigError(f"{name} is a link or special file, not a regular {kind}")
     return name
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file and fsync it."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file and fsync it."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _files(folder: Path) -> list[str]:

@@ -11,7 +11,7 @@ from coe_megatron.checkpoint import listing, save_load
 from coe_megatron.checkpoint.background import Background
 from coe_megatron.config import RunConfig
 from coe_megatron.data.run_data import RunData
-from coe_megatron.distributed.collectives import broadcast, is_rank0, run_on_all, run_on_rank0
+from coe_megatron.distributed.collectives import broadcast, is_rank0, run_on_rank0
 from coe_megatron.errors import ConfigError
 from coe_megatron.run import disk_space
 from coe_megatron.run import folder as run_folder
@@ -85,7 +85,7 @@ class CheckpointManager:
             The state, and a line for the user, which is empty if the run starts from random weights.
 
         Raises:
-            ValueError: a checkpoint is of another config, model, tokenizer or text, or beyond `training.steps`.
+            ConfigError: a checkpoint is of another config, model, tokenizer or text, or beyond `training.steps`.
         """
         remark = run_on_rank0(self._same_run)
         state = save_load.load_latest(self._folder, self._engine)
@@ -106,7 +106,7 @@ class CheckpointManager:
             The state; None if there is no checkpoint up to `step`.
 
         Raises:
-            ValueError: there are checkpoints up to `step`, but none of them is complete.
+            ConfigError: there are checkpoints as old, and none of them is whole.
         """
         self._pending, self._pending_message = False, ""
         if self._background is not None:
@@ -115,10 +115,10 @@ class CheckpointManager:
         checkpoint = listing.latest_complete(self._folder, up_to=step)
         if checkpoint is None:
             return None
-        run_on_all(lambda: listing.delete_between(self._folder, step + 1, now), None, rank0_only=True)
-        train_state = TrainState.of(save_load.load(checkpoint, self._engine))
-        self._damaged = listing.steps_after(self._folder, train_state.step)
-        return train_state
+        run_on_rank0(lambda: listing.delete_between(self._folder, step + 1, now))
+        position = TrainState.of(store.load(checkpoint, self._engine))
+        self._damaged = listing.steps_beyond(self._folder, position.step)
+        return position
 
     def __enter__(self) -> "CheckpointManager":
         return self

@@ -22,25 +22,27 @@ def broadcast(value: Any, group: Group = None) -> Any:
     return box[0]
 
 
-def run_on_rank0(action: Callable[[], Result], group: Group = None) -> Result:
-    """Call `action` on rank 0 only and return its result on all ranks, so that not every rank reads the same file.
+def run_on_rank0(action: Callable[[], Result], group: Group = None, *, shared: bool = True) -> Result:
+    """What `action` returns on the first rank, which alone calls it: a thousand ranks would read one file all at once.
 
     Args:
-        action: makes no collective call; its result and exceptions can be pickled.
+        action: without a collective call in it; its errors can be pickled, and its result if it is shared.
+        shared: False keeps the result on the first rank; the others have None, which `Result` should allow for.
 
     Raises:
         Exception: what `action` raised, on all ranks.
     """
-    result, error = None, None
+    result: Any = None
+    error: Exception | None = None
     if is_rank0():
         try:
             result = action()
         except Exception as raised:
             error = raised
-    result, others = broadcast((result, error), group)
-    if raised_there := error or others:  # rank 0 keeps the traceback
-        raise raised_there
-    return result
+    there, failed = broadcast((result if shared else None, error), group)
+    if error := error or failed:  # on the first rank with its traceback
+        raise error
+    return there if shared else result
 
 
 def all_gather(items: list, group: Group = None) -> list:
@@ -62,8 +64,8 @@ def shard(items: Sequence) -> Sequence:
     return items[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else items
 
 
-def run_on_all(work: Callable[[], None], group: Group, rank0_only: bool = False) -> None:
-    """Call `work` on every rank and wait for all; if one rank fails, all ranks raise.
+def run_on_all(work: Callable[[], None], group: Group) -> None:
+    """Do something on every rank and wait for all; what fails on one is raised on all.
 
     Args:
         work: makes no collective call.
@@ -73,11 +75,10 @@ def run_on_all(work: Callable[[], None], group: Group, rank0_only: bool = False)
         OSError: the first rank's error.
     """
     failure = None
-    if is_rank0() or not rank0_only:
-        try:
-            work()
-        except (OSError, RuntimeError, ConfigError) as error:  # torch.save turns an OSError into a RuntimeError
-            failure = str(os_error_of(error))
+    try:
+        work()
+    except (OSError, RuntimeError, ConfigError) as error:  # torch.save makes the second of the first
+        failure = str(os_error_of(error))
     if failures := [found for found in all_gather([failure], group) if found]:
         raise OSError(failures[0])
 

@@ -16,6 +16,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from coe_megatron.errors import ConfigError
+
 
 class SDPACoreAttention(MegatronModule):
     """Replaces Megatron's `DotProductAttention`; also supports MLA with `k_channels` and `v_channels`.
@@ -25,8 +27,8 @@ class SDPACoreAttention(MegatronModule):
         attention_dropout: dropout of the attention weights; from the config when None.
 
     Raises:
-        ValueError: the config needs something that torch's attention does not support (context parallelism, sliding
-            window, query-key layer scaling, a non-standard softmax).
+        ConfigError: the config asks for what torch's attention does not do (context parallelism, sliding window,
+            query-key layer scaling, a softmax other than the plain one).
     """
 
     def __init__(
@@ -101,9 +103,9 @@ def _refuse_unsupported(config: TransformerConfig) -> None:
         "qk_clip": config.qk_clip,
         "log_max_attention_logit": config.log_max_attention_logit,
     }
-    for name, is_set in unsupported.items():
-        if is_set:
-            raise ValueError(
-                f"{name} is {getattr(config, name)!r}: scaled_dot_product_attention does not support it; "
+    for name, asked in unsupported.items():
+        if asked:
+            raise ConfigError(
+                f"{name} is {getattr(config, name)!r}: scaled_dot_product_attention does not offer it; "
                 "leave it at Megatron's default or use Transformer Engine's attention"
             )

@@ -5,7 +5,6 @@ in TORCHELASTIC_ERROR_FILE, in torch's own format, which torchrun reads for its 
 """
 
 import json
-import os
 import platform
 import time
 from collections.abc import Iterable, Mapping
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from coe_megatron.distributed.environment import rank_of
-from coe_megatron.files import new_file, read_limited
+from coe_megatron.files import read_limited, write_atomically
 from coe_megatron.parsing import JSON_BYTES, parse_json
 
 
@@ -24,7 +23,7 @@ class ExitStatus(IntEnum):
     """Exit statuses of `launch/pretrain_coe.py`; `retryable` tells a scheduler whether to restart."""
 
     DONE = 0
-    FAILED = 1  # unexpected error; torchrun also exits with 1 for every other status of its ranks
+    FAILED = 1  # with an unexpected error; also what torchrun makes of all others
     MISTAKE = 2  # in the config, the data or the command line
     STOPPED = 3  # on request, after a save
     DIVERGED = 4  # the loss diverged, and `recovery` has used up its rollbacks
@@ -76,11 +75,8 @@ def write_error_file(status: int, message: str, stack: str = "", *, environment:
     details = {"py_callstack": stack or message, "timestamp": str(int(now)), "time": now}
     details |= {"rank": rank_of(environment), "host": platform.node()}
     record = {"message": {"message": message, "errorCode": int(status), "extraInfo": details}}
-    with suppress(OSError):  # report the run's own error instead
-        temporary = Path(f"{name}.tmp")
-        with new_file(temporary) as file:
-            file.write(json.dumps(record).encode())
-        os.replace(temporary, name)
+    with suppress(OSError):  # the run's own error is the one to tell
+        write_atomically(Path(name), json.dumps(record))
 
 
 def read_error_file(path: Path) -> RankError | None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from coe_megatron.config.layout import Layout
+from coe_megatron.text import aligned
 
 _NODES_SHOWN = 8
 
@@ -16,14 +17,10 @@ def layout_map(layout: Layout, hosts: Sequence[str], num_experts: int) -> str:
         num_experts: of a layer.
     """
     nodes = [(host, [rank for rank, _ in group]) for host, group in groupby(enumerate(hosts), key=lambda pair: pair[1])]
-    cells = [[_cell(layout, rank, num_experts) for rank in held] for _, held in nodes[:_NODES_SHOWN]]
-    widths = [max(map(len, column)) for column in zip(*(_filled(row, cells) for row in cells), strict=True)]
+    cells = [[_cell(ranks, rank, num_experts) for rank in held] for _, held in nodes[:_NODES_SHOWN]]
     names = [f"{host}, ranks {held[0]}-{held[-1]}" for host, held in nodes[:_NODES_SHOWN]]
-    width = max(map(len, names))
-    lines = [
-        f"{name:<{width}} | {' | '.join(map(str.ljust, row, widths))}".rstrip(" |")
-        for name, row in zip(names, cells, strict=True)
-    ]
+    rows = [[name, *row] for name, row in zip(names, cells, strict=True)]
+    lines = [line.rstrip(" |") for line in aligned(rows, "<", " | ")]
     if more := len(nodes) - len(lines):
         lines.append(f"and {more:,} more node{'s' * (more > 1)}")
     return "\n".join([*lines, _legend(layout)])
@@ -44,11 +41,7 @@ def _cell(layout: Layout, rank: int, num_experts: int) -> str:
     return " ".join(word for word, told in words.items() if told)
 
 
-def _filled(row: list[str], rows: list[list[str]]) -> list[str]:
-    return row + [""] * (max(map(len, rows)) - len(row))
-
-
-def _legend(layout: Layout) -> str:
+def _legend(ranks: Layout) -> str:
     words = {
         "s pipeline stage": layout.pipeline > 1,
         "r replica": layout.data > 1,

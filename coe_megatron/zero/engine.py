@@ -38,6 +38,7 @@ from coe_megatron.config.settings import OptimizerSettings, TrainingSettings, Ze
 from coe_megatron.config.zero_sizes import ZeroSizes
 from coe_megatron.distributed.collectives import run_on_rank0
 from coe_megatron.distributed.process_groups import MegatronGroups
+from coe_megatron.errors import ConfigError
 from coe_megatron.model.layer import CoELayer
 from coe_megatron.model.routing_stats import routers
 from coe_megatron.zero import expert_groups, grad_clip, optimizer_states
@@ -64,7 +65,7 @@ def build_engine(
         The engine; `engine.module` is the model.
 
     Raises:
-        ValueError: DeepSpeed does not know a key or value of `zero.deepspeed`.
+        ConfigError: DeepSpeed does not know a key or value of `zero.deepspeed`.
     """
     _prepare_deepspeed()
     _reduce_sequence_parallel_gradients(model)
@@ -87,7 +88,7 @@ def build_engine(
             )
         except ValidationError as error:  # of zero.deepspeed: our own config is valid
             first = error.errors()[0]
-            raise ValueError(
+            raise ConfigError(
                 f"zero.deepspeed is {zero.deepspeed}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
             ) from error
     # By default stage 0, and stage 1 in bf16, copy up to 500 million gradients into one buffer.
@@ -183,8 +184,8 @@ def _zero_config(zero: ZeroSettings) -> dict[str, Any]:
     offloaded = {"offload_optimizer": zero.offload_optimizer, "offload_param": zero.offload_parameters}
     return {
         "stage": zero.stage,
-        "overlap_comm": zero.overlap_reduction and zero.stage > 0 and _one_stage(),
-        **{name: {"device": "cpu"} for name, enabled in offloaded.items() if enabled},
+        "overlap_comm": zero.stage > 0 and _one_stage(),
+        **{name: {"device": "cpu"} for name, asked in offloaded.items() if asked},
     }
 
 

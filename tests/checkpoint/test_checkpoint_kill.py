@@ -18,6 +18,7 @@ from ranks import start_groups
 
 from coe_megatron.checkpoint import listing, save_load
 from coe_megatron.checkpoint.background import Background
+from coe_megatron.checkpoint.names import step_of
 from coe_megatron.zero import optimizer_states
 from coe_megatron.zero.engine import Engine
 
@@ -40,9 +41,9 @@ def save_and_be_killed(folder: Path, background: bool) -> int:
         done = one_killed(folder, background, done, moments.random())
         unfinished += any(folder.glob("*.tmp"))
         with contextlib.redirect_stderr(io.StringIO()):
-            newest = listing.latest_complete(folder)
-        found = 0 if newest is None else listing.step_of(newest)
-        assert found >= done, f"step {done} was reported as saved, but {found} is the most recent complete one"
+            newest = listing.newest_whole(folder)
+        found = 0 if newest is None else step_of(newest)
+        assert found >= done, f"step {done} was said to be saved, and {found} is the newest that is whole"
     assert done >= 2 * KILLS
     return unfinished
 
