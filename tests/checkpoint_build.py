@@ -6,7 +6,7 @@ import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
 
 from coe_megatron.checkpoint import storage
-from coe_megatron.checkpoint.integrity import SEAL, seal
+from coe_megatron.checkpoint.integrity import MANIFEST, write_manifest
 from coe_megatron.checkpoint.metadata import METADATA, CheckpointMetadata, SavedLayout
 from coe_megatron.checkpoint.names import name_of
 

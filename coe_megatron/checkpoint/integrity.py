@@ -29,7 +29,7 @@ def write_manifest(folder: Path, group: Group = None) -> None:
     own: list[tuple[str, Entry]] = []
     run_on_all(lambda: own.extend((name, _describe(folder / name)) for name in shard(files)), group)
     entries = dict(sorted(all_gather(own, group)))
-    run_on_rank0(lambda: write_atomically(folder / SEAL, _sealed(entries)), group)
+    run_on_rank0(lambda: write_atomically(folder / MANIFEST, _manifest_text(entries)), group)
 
 
 def problem(folder: Path) -> str | None:

@@ -6,7 +6,8 @@ import sys
 from itertools import chain, islice
 from pathlib import Path
 
-from coe_megatron.checkpoint.integrity import SEAL, problem
+from coe_megatron.checkpoint import integrity
+from coe_megatron.checkpoint.integrity import MANIFEST
 from coe_megatron.checkpoint.metadata import METADATA, CheckpointMetadata
 from coe_megatron.checkpoint.names import CheckpointName, replaced_name, step_of
 from coe_megatron.checkpoint.storage import Reader
@@ -20,8 +21,8 @@ UNFINISHED = "its save was not finished"
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """A checkpoint by its name or by its seal, whole or not."""
-    return CheckpointName.parse(folder.name) is not None or os.path.lexists(folder / SEAL)
+    """Whether a folder is a checkpoint, complete or not, by its name or its manifest."""
+    return CheckpointName.parse(folder.name) is not None or os.path.lexists(folder / MANIFEST)
 
 
 def checkpoints_of(folder: Path) -> Path:
@@ -55,7 +56,7 @@ def unfinished(folder: Path) -> list[Path]:
 
 
 def finished(checkpoint: Path) -> bool:
-    """It got its name, so that all of it was there once."""
+    """Whether its save was finished: only then does a checkpoint get its final name."""
     name = CheckpointName.parse(checkpoint.name)
     return name is None or name.finished
 

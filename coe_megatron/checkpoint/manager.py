@@ -116,9 +116,9 @@ class CheckpointManager:
         if checkpoint is None:
             return None
         run_on_rank0(lambda: listing.delete_between(self._folder, step + 1, now))
-        position = TrainState.of(store.load(checkpoint, self._engine))
-        self._damaged = listing.steps_beyond(self._folder, position.step)
-        return position
+        train_state = TrainState.of(save_load.load(checkpoint, self._engine))
+        self._damaged = listing.steps_after(self._folder, train_state.step)
+        return train_state
 
     def __enter__(self) -> "CheckpointManager":
         return self

@@ -10,14 +10,14 @@ _TEMPORARY = re.compile(r"\.step-[0-9]+\.(partial|replaced)")
 
 @dataclass(frozen=True)
 class CheckpointName:
-    """What the name of a checkpoint's folder says: its step, and whether saving it was finished."""
+    """The name of a checkpoint's folder: its step, and whether its save was finished."""
 
     step: int
     finished: bool = True
 
     @classmethod
     def parse(cls, name: str) -> "CheckpointName | None":
-        """None of a name that no run gives."""
+        """Parse a name; None if it is not that of a checkpoint."""
         match = _NAME.fullmatch(name)
         return match and cls(int(match[1]), match[2] is None)
 
@@ -31,19 +31,19 @@ def name_of(step: int) -> str:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step of a checkpoint that has a name of ours."""
+    """The step in the name of a checkpoint, finished or not."""
     found = CheckpointName.parse(checkpoint.name)
     assert found is not None, checkpoint
     return found.step
 
 
 def is_ours(name: str) -> bool:
-    """Whether a checkpoint may have the name, or what is written and renamed on the way to one."""
-    return CheckpointName.parse(name) is not None or _BESIDE.fullmatch(name) is not None
+    """Whether the name is that of a checkpoint or of a temporary folder of one."""
+    return CheckpointName.parse(name) is not None or _TEMPORARY.fullmatch(name) is not None
 
 
 def is_finished(name: str) -> bool:
-    """Whether it is the name of a checkpoint whose saving was finished."""
+    """Whether the name is that of a checkpoint whose save was finished."""
     found = CheckpointName.parse(name)
     return found is not None and found.finished
 

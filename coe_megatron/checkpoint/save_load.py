@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from coe_megatron.checkpoint import listing, sharding
 from coe_megatron.checkpoint.background import Background
-from coe_megatron.checkpoint.integrity import SEAL, seal
+from coe_megatron.checkpoint.integrity import MANIFEST, write_manifest
 from coe_megatron.checkpoint.metadata import METADATA, CheckpointMetadata, SavedLayout
 from coe_megatron.checkpoint.names import CheckpointName, name_of, step_of
 from coe_megatron.checkpoint.storage import cause_of
@@ -187,9 +187,9 @@ def _write(snapshot: _Snapshot, final: Path, group: Group) -> None:
     partial = _partial(final)
     run_on_rank0(lambda: _make_empty(partial), group)
     sharding.write_tensors(snapshot.tensors, partial / "tensors", group)
-    run_on_all(lambda: write_atomically(listing.random_file(partial, dist.get_rank()), snapshot.random), group)
-    run_on_rank0(lambda: write_atomically(partial / METADATA, snapshot.facts.as_json()), group)
-    seal(partial, group)
+    run_on_all(lambda: write_atomically(listing.rng_file(partial, dist.get_rank()), snapshot.rng), group)
+    run_on_rank0(lambda: write_atomically(partial / METADATA, snapshot.metadata.as_json()), group)
+    write_manifest(partial, group)
     run_on_rank0(lambda: listing.publish(partial, final), group)
 
 

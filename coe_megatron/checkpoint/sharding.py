@@ -36,7 +36,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
 from coe_megatron.checkpoint.storage import OPTIMIZER, Reader, Writer, cause_of, write_for_megatron
-from coe_megatron.checkpoint.tensor_index import Listed
+from coe_megatron.checkpoint.tensor_index import TensorIndex
 from coe_megatron.distributed.collectives import Group, all_gather, run_on_rank0
 from coe_megatron.errors import ConfigError
 from coe_megatron.zero import optimizer_states
@@ -211,11 +211,11 @@ def _load(shards: Shards, reader: Reader) -> dict[str, torch.Tensor]:
         planner = MCoreLoadPlanner(shapes_validation_sharded_tensors=list(nested_values(stored)))
         try:
             dcp.load(tensors, storage_reader=reader, planner=planner)
-        except CheckpointException as error:  # it has a traceback of every rank in it
+        except CheckpointException as error:  # its text has a traceback of every rank
             if not isinstance(cause := cause_of(error), ConfigError | OSError):
                 raise cause from error
-            said = f"checkpoint {reader.folder.parent} cannot be read: {str(cause)[:_LONGEST_LINE]}"
-            raise ConfigError(said) from error
+            message = f"checkpoint {reader.folder.parent} cannot be read: {str(cause)[:_MAX_LINE]}"
+            raise ConfigError(message) from error
         parts = {key: _unwrap_pyt_sharded_tensor(tensor) for key, tensor in tensors.items()}
         return apply_factory_merges(_replace_sharded_keys_with_state_dict_keys(parts, *names), factories)
 

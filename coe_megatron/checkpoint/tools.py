@@ -18,7 +18,7 @@ import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from coe_megatron.checkpoint import listing, storage
-from coe_megatron.checkpoint.integrity import SEAL, listed, seal
+from coe_megatron.checkpoint.integrity import MANIFEST, manifest_files, write_manifest
 from coe_megatron.checkpoint.metadata import METADATA, CheckpointMetadata
 from coe_megatron.checkpoint.names import partial_name
 from coe_megatron.checkpoint.storage import MASTER, OPTIMIZER, Entries, Reader
@@ -131,7 +131,7 @@ def reshard(source: Path, out: Path, files: int = 1, weights_only: bool = False,
             metadata = replace(metadata, optimizer_steps=None, derived_from=[checkpoint.name])
         else:
             _copy_random(checkpoint, folder)
-        write_atomically(folder / METADATA, facts.as_json())
+        write_atomically(folder / METADATA, metadata.as_json())
         entries = _without_moments(reader.entries) if weights_only else reader.entries
         storage.write(folder / "tensors", entries, reader.part, files)
     return out
@@ -153,10 +153,10 @@ def average(sources: Sequence[Path], out: Path, overwrite: bool = False) -> Path
     found.sort(key=lambda each: each[1].state.get("step", 0))
     checkpoints, (*_, metadata) = zip(*found, strict=True)
     readers = [Reader(checkpoint / "tensors") for checkpoint in checkpoints]
-    _require_alike(found, readers)
-    with _making(out, overwrite, checkpoints) as folder:
-        facts = replace(facts, optimizer_steps=None, made_of=[checkpoint.name for checkpoint in checkpoints])
-        write_atomically(folder / METADATA, facts.as_json())
+    _require_same_model(found, readers)
+    with _new_checkpoint(out, overwrite, checkpoints) as folder:
+        metadata = replace(metadata, optimizer_steps=None, derived_from=[checkpoint.name for checkpoint in checkpoints])
+        write_atomically(folder / METADATA, metadata.as_json())
         storage.write(folder / "tensors", _without_moments(readers[-1].entries), partial(_mean, readers))
     return out
 

@@ -23,11 +23,11 @@ def broadcast(value: Any, group: Group = None) -> Any:
 
 
 def run_on_rank0(action: Callable[[], Result], group: Group = None, *, shared: bool = True) -> Result:
-    """What `action` returns on the first rank, which alone calls it: a thousand ranks would read one file all at once.
+    """Call `action` on rank 0 only and return its result on all ranks, so that not every rank reads the same file.
 
     Args:
-        action: without a collective call in it; its errors can be pickled, and its result if it is shared.
-        shared: False keeps the result on the first rank; the others have None, which `Result` should allow for.
+        action: makes no collective call; its exceptions can be pickled, and also its result if `shared`.
+        shared: False keeps the result on rank 0; other ranks return None, which `Result` should allow.
 
     Raises:
         Exception: what `action` raised, on all ranks.
@@ -40,7 +40,7 @@ def run_on_rank0(action: Callable[[], Result], group: Group = None, *, shared: b
         except Exception as raised:
             error = raised
     there, failed = broadcast((result if shared else None, error), group)
-    if error := error or failed:  # on the first rank with its traceback
+    if error := error or failed:  # rank 0 keeps the traceback
         raise error
     return there if shared else result
 
@@ -65,11 +65,10 @@ def shard(items: Sequence) -> Sequence:
 
 
 def run_on_all(work: Callable[[], None], group: Group) -> None:
-    """Do something on every rank and wait for all; what fails on one is raised on all.
+    """Call `work` on every rank and wait for all; if one rank fails, all ranks raise.
 
     Args:
         work: makes no collective call.
-        rank0_only: call it on rank 0 only.
 
     Raises:
         OSError: the first rank's error.
@@ -77,7 +76,7 @@ def run_on_all(work: Callable[[], None], group: Group) -> None:
     failure = None
     try:
         work()
-    except (OSError, RuntimeError, ConfigError) as error:  # torch.save makes the second of the first
+    except (OSError, RuntimeError, ConfigError) as error:  # torch.save turns an OSError into a RuntimeError
         failure = str(os_error_of(error))
     if failures := [found for found in all_gather([failure], group) if found]:
         raise OSError(failures[0])

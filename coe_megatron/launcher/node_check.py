@@ -29,7 +29,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from coe_megatron.distributed.rendezvous import LOOPBACK, join, serve
+from coe_megatron.distributed.rendezvous import LOOPBACK, connect_store, serve_store
 from coe_megatron.text import aligned
 
 GIB = 2**30
@@ -106,11 +106,11 @@ class Report:
         return asdict(self)
 
     def table(self) -> str:
-        """A line for each node, one for all together, and one for each bad node."""
+        """A text table: a line per node, one for all good nodes, and one per bad node."""
         head = ("node", "devices", "memory", "on device", "disk", "clock", "all-to-all", "all-reduce")
         lines = aligned([head, *(_cells(name, node) for name, node in self.nodes.items())], "<<>")
-        if self.together:
-            lines.append(f"all good nodes together: {_both(self.together)}")
+        if self.all_nodes:
+            lines.append(f"all good nodes: {_both(self.all_nodes)}")
         return "\n".join(lines + [f"bad: {name}: {reason}" for name, reason in self.bad.items()])
 
 

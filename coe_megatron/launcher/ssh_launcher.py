@@ -15,11 +15,11 @@ from coe_megatron.launcher.hosts import Host
 from coe_megatron.launcher.torchrun_supervisor import Requests
 from coe_megatron.run.exit_status import ExitStatus, known_status, root_status
 
-# What a command on another host gets of this one's environment, by the beginning of its name.
+# Environment variables that commands on other hosts inherit, by prefix.
 EXPORTED = ("GLOO_", "LD_LIBRARY_PATH", "NCCL_", "OMP_NUM_THREADS", "PYTHONPATH", "UCX_", "WANDB_")
-_LOOKS_EVERY = 0.2  # seconds
-_OTHERS_FOLLOW = 15.0  # seconds that other hosts have to end by themselves when one has failed
-_TOLD_TO_END = 10.0  # seconds that they have when they are told to
+_POLL_SECONDS = 0.2
+_PEER_GRACE_SECONDS = 15.0  # for other hosts to end by themselves after one has failed
+_END_GRACE_SECONDS = 10.0  # for hosts to end after an `end` request
 
 
 def exported(environment: Mapping[str, str], more: Sequence[str] = ()) -> dict[str, str]:

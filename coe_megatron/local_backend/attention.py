@@ -27,8 +27,8 @@ class SDPACoreAttention(MegatronModule):
         attention_dropout: dropout of the attention weights; from the config when None.
 
     Raises:
-        ConfigError: the config asks for what torch's attention does not do (context parallelism, sliding window,
-            query-key layer scaling, a softmax other than the plain one).
+        ConfigError: the config needs something that torch's attention does not support (context parallelism, sliding
+            window, query-key layer scaling, a non-standard softmax).
     """
 
     def __init__(
@@ -103,9 +103,9 @@ def _refuse_unsupported(config: TransformerConfig) -> None:
         "qk_clip": config.qk_clip,
         "log_max_attention_logit": config.log_max_attention_logit,
     }
-    for name, asked in unsupported.items():
-        if asked:
+    for name, is_set in unsupported.items():
+        if is_set:
             raise ConfigError(
-                f"{name} is {getattr(config, name)!r}: scaled_dot_product_attention does not offer it; "
+                f"{name} is {getattr(config, name)!r}: scaled_dot_product_attention does not support it; "
                 "leave it at Megatron's default or use Transformer Engine's attention"
             )

@@ -274,9 +274,9 @@ def _refuse_unsupported(config: TransformerConfig) -> None:
         "fine_grained_activation_offloading": config.fine_grained_activation_offloading,
         "init_model_with_meta_device": config.init_model_with_meta_device,
     }
-    for name, asked in unsupported.items():
-        if asked:
+    for name, is_set in unsupported.items():
+        if is_set:
             raise ConfigError(
-                f"{name} is {getattr(config, name)!r}: grouped experts over torch do not offer it; "
+                f"{name} is {getattr(config, name)!r}: grouped experts in torch do not support it; "
                 "leave it at Megatron's default or use Transformer Engine's experts"
             )

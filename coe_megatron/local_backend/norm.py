@@ -15,7 +15,7 @@ class Norm:
     summed over these ranks. `gain.sequence_parallel` marks it for this reduction.
 
     Raises:
-        ConfigError: `config.normalization` is neither RMSNorm nor LayerNorm, or asks for a zero-centred gain.
+        ConfigError: `config.normalization` is neither RMSNorm nor LayerNorm, or the config needs a zero-centred gain.
     """
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):

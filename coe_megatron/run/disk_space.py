@@ -21,7 +21,7 @@ _MARGIN = 1.05  # for other files of the run: metrics, TensorBoard
 
 
 def require(run: RunShape) -> str:
-    """Before a run begins: its folder takes what is written, and at least one checkpoint; called by one process.
+    """Check that the run's folder is writable and has space for at least one checkpoint. One process calls this.
 
     Returns:
         A warning if there is no space for all checkpoints that the run will keep, otherwise an empty string.
@@ -32,7 +32,7 @@ def require(run: RunShape) -> str:
     config, one = run.config, checkpoint_bytes(run)
     folder = Path(config.output)
     try:
-        reason, available, done = _refusal(folder), _free(folder), finished_steps(folder / "checkpoints")
+        reason, available, done = _write_problem(folder), _free(folder), finished_steps(folder / "checkpoints")
     except OSError as error:
         raise ConfigError(f"output is {folder}: {error}") from error
     if reason:
@@ -40,8 +40,9 @@ def require(run: RunShape) -> str:
     if not (more := _checkpoints_to_come(config, done)):
         return ""
     if available < one * _MARGIN:
-        raise
-        ConfigError(f"output is {folder}: {_too_little(one, available)}; free some space, or choose another output")
+        raise ConfigError(
+            f"output is {folder}: {_too_little(one, available)}; free some space, or choose another output"
+        )
     if available >= more * one * _MARGIN:
         return ""
     return (
@@ -90,9 +91,11 @@ def _checkpoint_folder(folder: Path) -> Path:
 
 
 def _free(folder: Path) -> int:
-    """Bytes free to this user, with those of unfinished saves, which the next one clears away."""
-    place = _where(folder)
-    return shutil.disk_usage(place).free + sum(_held(found) for found in place.iterdir() if _is_unfinished(found.name))
+    """Bytes free for this user, including those of unfinished saves, which the next save deletes."""
+    place = _checkpoint_folder(folder)
+    return shutil.disk_usage(place).free + sum(
+        _allocated_bytes(found) for found in place.iterdir() if _is_unfinished(found.name)
+    )
 
 
 def _is_unfinished(name: str) -> bool:

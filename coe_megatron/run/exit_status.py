@@ -75,7 +75,7 @@ def write_error_file(status: int, message: str, stack: str = "", *, environment:
     details = {"py_callstack": stack or message, "timestamp": str(int(now)), "time": now}
     details |= {"rank": rank_of(environment), "host": platform.node()}
     record = {"message": {"message": message, "errorCode": int(status), "extraInfo": details}}
-    with suppress(OSError):  # the run's own error is the one to tell
+    with suppress(OSError):  # report the run's own error instead
         write_atomically(Path(name), json.dumps(record))
 
 

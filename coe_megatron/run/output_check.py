@@ -101,7 +101,7 @@ def _require_checkpoint_folder(path: Path) -> None:
 
 
 def _require_known_checkpoints(folder: Path, names: Sequence[str]) -> None:
-    """Refuse checkpoints under other names alone: to begin over them would lose what was trained."""
+    """Refuse a folder whose checkpoints all have other names: a new run there would overlook them."""
     others = [name for name in names if CheckpointName.parse(name) is None and not _is_no_checkpoint(folder / name)]
     if not others or any(map(is_finished, names)):
         return

@@ -28,7 +28,7 @@ _BLOCK, _MAX_TAIL = 1 << 16, 1 << 27  # bytes of a metrics.jsonl: per read, and 
 _SILENT_SECONDS, _SILENT_INTERVALS = 600, 10
 _COLUMNS = {
     **dict.fromkeys(("run", "state"), "<"),
-    **dict.fromkeys(("step", "train loss", "valid loss", "tokens/s", "left", "starts", "written", "rolled back"), ">"),
+    **dict.fromkeys(("step", "train loss", "valid loss", "tokens/s", "ETA", "attempts", "written", "rollbacks"), ">"),
     "log": "<",
 }
 _LAST_MOMENT = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC).timestamp()
@@ -130,11 +130,11 @@ def statuses(folders: Sequence[Path]) -> list[Status]:
 
 
 def table(rows: Sequence[Status], now: float) -> str:
-    """For a person: a line a run, at `now` seconds since 1970; below it why runs failed."""
+    """A text table with one line per run, at `now` seconds since 1970, followed by the reasons of failures."""
     columns = dict(_COLUMNS)
     cells = [dict(zip(columns, _cells(row, now), strict=True)) for row in rows]
     if not any(row.rollbacks for row in rows):
-        del columns[_WHERE_ANY]
+        del columns[_OPTIONAL_COLUMN]
     lines = aligned([list(columns), *([line[name] for name in columns] for line in cells)], "".join(columns.values()))
     failures = [one_line(f"{row.folder} failed: {row.reason}") for row in rows if row.reason is not None]
     return "\n".join([*lines, *([""] if failures else []), *failures])

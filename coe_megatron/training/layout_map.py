@@ -17,7 +17,7 @@ def layout_map(layout: Layout, hosts: Sequence[str], num_experts: int) -> str:
         num_experts: of a layer.
     """
     nodes = [(host, [rank for rank, _ in group]) for host, group in groupby(enumerate(hosts), key=lambda pair: pair[1])]
-    cells = [[_cell(ranks, rank, num_experts) for rank in held] for _, held in nodes[:_NODES_SHOWN]]
+    cells = [[_cell(layout, rank, num_experts) for rank in held] for _, held in nodes[:_NODES_SHOWN]]
     names = [f"{host}, ranks {held[0]}-{held[-1]}" for host, held in nodes[:_NODES_SHOWN]]
     rows = [[name, *row] for name, row in zip(names, cells, strict=True)]
     lines = [line.rstrip(" |") for line in aligned(rows, "<", " | ")]
@@ -41,7 +41,7 @@ def _cell(layout: Layout, rank: int, num_experts: int) -> str:
     return " ".join(word for word, told in words.items() if told)
 
 
-def _legend(ranks: Layout) -> str:
+def _legend(layout: Layout) -> str:
     words = {
         "s pipeline stage": layout.pipeline > 1,
         "r replica": layout.data > 1,

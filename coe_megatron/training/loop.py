@@ -93,7 +93,7 @@ def train(
             stack.callback(interruption.forget)
         watch = stack.enter_context(HangDetector(Path(config.output) / "stacks", ranks.rank, limit, last_word))
         device = groups.start(config.parallel, config.training.seed, ranks, collective_timeout(limit), store)
-        with run_on_rank0(lambda: run_folder.begin(config, ranks.logs), shared=False) or nullcontext() as output:
+        with run_on_rank0(lambda: run_folder.begin(config, ranks.log_dir), shared=False) or nullcontext() as output:
             outcome = _attempt(config, ranks, device, interruption, watch, output)
         groups.stop()
     return outcome
@@ -113,7 +113,7 @@ def _attempt(
         shape = run_on_rank0(lambda: RunShape.of(config, vocabulary(config, data_needed=True), ranks.world_size))
         if warning := run_on_rank0(lambda: room.require(shape), shared=False):
             print(warning, file=sys.stderr)
-        run = Pretraining(shape, device, interruption, watch, ranks.node, output)
+        run = Pretraining(shape, device, interruption, watch, ranks.node_rank, output)
         first = run.position.step
         run.run()
         return run_on_rank0(lambda: None if output is None else output.finish(), shared=False)
@@ -332,7 +332,7 @@ class Pretraining:
             f"{counted.total:,} parameters on {ranks.world_size} rank{'s' * (ranks.world_size > 1)} "
             f"({self.device.type}): {ranks}"
         )
-        if ranks.ranks > 1:
+        if ranks.world_size > 1:
             self.progress.say(layout_map(ranks, self.nodes, self.config.moe.num_experts))
             if self.cost and (warning := needless_crossing(self.placed, self.cost)):
                 self.progress.say(f"warning: {warning}")

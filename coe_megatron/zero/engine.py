@@ -185,7 +185,7 @@ def _zero_config(zero: ZeroSettings) -> dict[str, Any]:
     return {
         "stage": zero.stage,
         "overlap_comm": zero.stage > 0 and _one_stage(),
-        **{name: {"device": "cpu"} for name, asked in offloaded.items() if asked},
+        **{name: {"device": "cpu"} for name, enabled in offloaded.items() if enabled},
     }
 
 

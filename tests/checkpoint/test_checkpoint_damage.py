@@ -18,7 +18,7 @@ from engine_build import make_engine, take_steps
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from coe_megatron.checkpoint import listing, save_load
-from coe_megatron.checkpoint.integrity import SEAL, seal
+from coe_megatron.checkpoint.integrity import MANIFEST, write_manifest
 from coe_megatron.checkpoint.names import name_of, step_of
 from coe_megatron.checkpoint.storage import Reader
 from coe_megatron.errors import ConfigError
@@ -70,7 +70,7 @@ def damages(whole: bytes) -> Iterator[bytes]:
 
 def test_no_byte_of_the_manifest_can_change(run: Path) -> None:
     """Also a blank for a line break, which JSON would not mind."""
-    path = run / name_of(2) / SEAL
+    path = run / name_of(2) / MANIFEST
     whole = path.read_bytes()
     for place in range(len(whole)):
         for other in (whole[place] ^ 1, ord(" "), ord("\n"), ord("\r"), ord("0")):
@@ -82,9 +82,9 @@ def test_no_byte_of_the_manifest_can_change(run: Path) -> None:
 def test_a_run_without_a_whole_checkpoint_does_not_begin_anew(
     engine: DeepSpeedEngine, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (run / name_of(1) / SEAL).unlink()
+    (run / name_of(1) / MANIFEST).unlink()
     (run / name_of(2) / "state.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"is whole, the newest is step-00000002: state.json has 2 bytes") as raised:
+    with pytest.raises(ValueError, match=r"complete, the most recent is step-00000002: state.json has 2") as raised:
         save_load.load_latest(run, engine)
     assert "choose another output, or delete that folder to start from scratch" in str(raised.value)
     assert "\n" not in str(raised.value) and len(listing.newest_first(run)) == 2
@@ -247,7 +247,7 @@ def test_what_is_no_folder_is_not_in_the_way_of_checkpoints(
     checkpoints = tmp_path / "checkpoints"
     for step in (1, 3):
         (checkpoints / name_of(step)).mkdir(parents=True)
-        (checkpoints / name_of(step) / SEAL).touch()
+        (checkpoints / name_of(step) / MANIFEST).touch()
     for name in (name_of(2), name_of(5), f"{name_of(4)}.tmp", f"{name_of(9)}.tmp"):
         NO_FOLDERS[kind](checkpoints / name)
     partial, final = checkpoints / f"{name_of(4)}.tmp", checkpoints / name_of(4)
@@ -268,7 +268,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_said_and_no_save_fails(
 ) -> None:
     for step in (1, 2, 3):
         (tmp_path / name_of(step)).mkdir()
-        (tmp_path / name_of(step) / SEAL).touch()
+        (tmp_path / name_of(step) / MANIFEST).touch()
 
     def refuse(path: Path, *_: object) -> None:
         raise PermissionError(13, "Permission denied", str(path))
@@ -284,7 +284,7 @@ def test_checkpoints_that_were_passed_over_are_not_counted(tmp_path: Path) -> No
     """A run goes on from step 6, having found 8 damaged, and saves 9: two whole ones stay, and what was damaged."""
     for step in (4, 6, 8, 9):
         (tmp_path / name_of(step)).mkdir()
-        (tmp_path / name_of(step) / SEAL).touch()
-    assert listing.steps_beyond(tmp_path, 6) == {8, 9}
+        (tmp_path / name_of(step) / MANIFEST).touch()
+    assert listing.steps_after(tmp_path, 6) == {8, 9}
     save_load._prune(tmp_path, 9, keep=2, milestones={8})
     assert [step_of(path) for path in listing.newest_first(tmp_path)] == [9, 8, 6]

@@ -11,7 +11,7 @@ from ranks import run_ranks
 
 from coe_megatron.checkpoint import save_load
 from coe_megatron.checkpoint.background import Background
-from coe_megatron.checkpoint.integrity import SEAL
+from coe_megatron.checkpoint.integrity import MANIFEST
 from coe_megatron.checkpoint.names import name_of
 
 pytestmark = pytest.mark.ranks

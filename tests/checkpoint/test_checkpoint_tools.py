@@ -108,7 +108,7 @@ def test_the_mean_is_that_of_the_masters(run: Path, single_rank: None, tmp_path:
             weight = name.removeprefix(f"{optimizer_states.MASTER}.")
             assert torch.equal(found[weight], parameter.bfloat16())
     facts = json.loads((out / "state.json").read_text())
-    assert facts["state"]["step"] == 3 and facts["made_of"] == [name_of(step) for step in (1, 2, 3)]
+    assert facts["state"]["step"] == 3 and facts["derived_from"] == [name_of(step) for step in (1, 2, 3)]
 
 
 def test_what_a_checkpoint_holds(run: Path, single_rank: None) -> None:

@@ -171,7 +171,7 @@ def test_what_is_free_is_held_against_what_checkpoints_take(
             room.require(RunShape.of(config, 512, 1))
         return
     said = room.require(RunShape.of(config, 512, 1))
-    assert ("3 more there at once" in said) == warned and bool(said) == warned
+    assert ("3 more at the same time" in said) == warned and bool(said) == warned
 
 
 def test_what_is_there_already_and_unfinished_saves_count(
@@ -185,7 +185,7 @@ def test_what_is_there_already_and_unfinished_saves_count(
     (unfinished / "part").write_bytes(b"\1" * int(1.2 * one))
     for step in (4, 8):
         (tmp_path / "checkpoints" / name_of(step)).mkdir()
-    assert "2 more there at once" in room.require(RunShape.of(config, 512, 1)), "one that is written, and the milestone"
+    assert "2 more at the same time" in room.require(RunShape.of(config, 512, 1)), "one in progress, and the milestone"
     (tmp_path / "checkpoints" / name_of(12)).mkdir()
     shutil.rmtree(unfinished)
     assert room.require(RunShape.of(config, 512, 1)) == "", "it is finished, and will save nothing"

@@ -106,7 +106,7 @@ def _settings(run: Run) -> RunConfig | None:
 
 def command(run: Run, config: Path) -> list[str]:
     """What starts a run on this host."""
-    ranks = layout(run.config).ranks
+    ranks = layout(run.config).world_size
     torchrun = ["--standalone", "--nproc-per-node", str(ranks), "-m", "coe_megatron.cli.pretrain", as_argument(config)]
     return [sys.executable, "-m", "coe_megatron.cli.one_host", "--watch-stdin", "--", *torchrun]
 
