@@ -1,1 +1,1 @@
-"""What stands between a run and the machines it runs on: networks, attempts, failures. Without torch."""
+"""Runs under SLURM: attempts and requeues, failures of ranks, spare nodes. Without torch."""

@@ -40,7 +40,7 @@ def test_what_is_refused_leaves_no_trace(tmp_path: Path) -> None:
 
 def test_a_record_that_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
     with begin(tmp_path) as output, pytest.raises(ValueError, match="not JSON compliant"):
-        output.note({"unigram_entropy": float("nan")})
+        output.record({"unigram_entropy": float("nan")})
     assert outcomes(tmp_path) == ["running"]
 
 

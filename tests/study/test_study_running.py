@@ -33,7 +33,7 @@ class Place:
     def __init__(self, folder: Path, file: Path, patch: pytest.MonkeyPatch) -> None:
         self.folder, self.file, self.said, self.how = folder, file, list[str](), dict[str, str]()
         self.requests = Requests()
-        patch.setattr(runner, "_LOOKS_EVERY", 0.01)
+        patch.setattr(runner, "_POLL_SECONDS", 0.01)
         patch.setattr(runner, "command", self._command)
 
     def runs(self, *overrides: str) -> list[Run]:

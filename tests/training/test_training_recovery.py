@@ -234,7 +234,7 @@ def test_a_state_without_a_position_is_one_line() -> None:
     state = asdict(TrainState(step=3, tokens=9))
     assert TrainState.of({**state, "tokenizer": "T"}) == TrainState(step=3, tokens=9)
     del state["data_offset"]
-    with pytest.raises(ConfigError, match=r"does not say where the run stood: data_offset is missing"):
+    with pytest.raises(ConfigError, match=r"is incomplete: data_offset is missing"):
         TrainState.of(state)
 
 

@@ -108,7 +108,7 @@ class Amounts:
         if self.speed is None:
             raise ConfigError("hours need a device: name it in the study file (device) or with --device")
         speed = self.speed
-        a_position = self.weighted_flops(config, speed.half_rows) / speed.rate / layout(config).ranks
+        a_position = self.weighted_flops(config, speed.half_rows) / speed.rate / layout(config).world_size
         return Seconds(
             startup=speed.startup,
             steps=tokens(config) * a_position,

@@ -107,7 +107,7 @@ def _settings(run: Run) -> RunConfig | None:
 
 def command(run: Run, config: Path) -> list[str]:
     """What starts a run on this host."""
-    ranks = layout(run.config).ranks
+    ranks = layout(run.config).world_size
     torchrun = ["--standalone", "--nproc-per-node", str(ranks), "-m", "coe_megatron.cli.pretrain", as_argument(config)]
     return [sys.executable, "-m", "coe_megatron.cli.one_host", "--watch-stdin", "--", *torchrun]
 
@@ -160,7 +160,7 @@ class Runner:
         over, later = [], []
         while waiting and len(self._children) < self._at_once:
             run = waiting.popleft()
-            needed = layout(run.config).ranks if self._all else 0
+            needed = layout(run.config).world_size if self._all else 0
             if needed > len(self._all):
                 reason = f"its {needed} ranks need a device each, and there are {len(self._all)}"
                 over.append(Ended(run, ExitStatus.MISTAKE, 0.0, reason))
