@@ -1,11 +1,6 @@
-"""Addresses, interfaces and ports of this host, for launchers. Without torch.
-
-python -m coe_megatron.launcher.network hold            reserve a free port until stdin is closed
-python -m coe_megatron.launcher.network towards HOST    the network interface of the route to a host
-"""
+"""Addresses, interfaces and ports of this host, for launchers. Without torch."""
 
 import socket
-import sys
 from collections.abc import MutableMapping
 
 import psutil
@@ -73,26 +68,3 @@ def free_port() -> int:
     """A port that is free at this moment; if other processes choose ports too, use `hold_port`."""
     with hold_port() as holder:
         return int(holder.getsockname()[1])
-
-
-def main(arguments: list[str]) -> int:
-    """Entry point for the scripts in launch/; returns the exit status."""
-    match arguments:
-        case ["hold"]:
-            with hold_port() as holder:
-                print(holder.getsockname()[1], flush=True)
-                sys.stdin.read()
-        case ["towards", host]:
-            try:
-                print(interface_towards(host))
-            except ConfigError as error:
-                print(error, file=sys.stderr)
-                return 1
-        case _:
-            print(__doc__, file=sys.stderr)
-            return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -10,6 +10,8 @@ from programs import python
 from coe_megatron.run.exit_status import ExitStatus
 from coe_megatron.slurm.requeue import AttemptRefused, Attempts, latest_step
 
+PROGRAM = "coe_megatron.cli.slurm_job"
+
 
 def save(output: Path, step: int, unfinished: str = "") -> None:
     (output / "checkpoints" / f"step-{step:08d}{unfinished}").mkdir(parents=True)
@@ -119,24 +121,29 @@ def test_only_finished_checkpoints_are_progress(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def begin(tmp_path: Path) -> list[str]:
-    return ["launch/slurm/attempt.py", "begin", "--logs", str(tmp_path / "it's $(here)"), "--job", "7", "--ranks", "2"]
+def begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", "4")
+    return ["-m", PROGRAM, "begin", "--logs", str(tmp_path / "it's $(here)"), "--nodes", "a b"]
 
 
 def test_the_program_begins_and_ends_an_attempt(begin: list[str], tmp_path: Path) -> None:
     settings = ["configs/quickstart.yaml", f"output={tmp_path}/a 'run'"]
     begun = python(*begin, "--", *settings)
     folder = tmp_path / "it's $(here)" / "attempt-0"
-    assert (begun.returncode, begun.stdout, begun.stderr) == (0, f"{folder}\n{tmp_path}/a 'run'\n", "")
+    assert (begun.returncode, begun.stderr) == (0, "")
+    told = dict(line.split("=", 1) for line in begun.stdout.splitlines())
+    assert (told["COE_ATTEMPT"], told["COE_OUTPUT"]) == (str(folder), f"{tmp_path}/a 'run'")
+    assert (told["COE_NODES"], told["COE_RANKS_PER_NODE"], told["COE_LAUNCH"]) == ("2", "1", "torchrun")
     error = {"message": "stopped", "errorCode": 3, "extraInfo": {"rank": 0, "host": "a", "time": 1.5}}
     (folder / "ranks/node-0/0").mkdir(parents=True)
     (folder / "ranks/node-0/0/error.json").write_text(json.dumps({"message": error}))
-    ended = python(*begin[:1], "end", *begin[2:4], "--attempt", folder, "--status", 1)
+    ended = python(*begin[:2], "end", *begin[3:5], "--attempt", folder, "--status", 1)
     assert (ended.returncode, ended.stdout) == (3, "again\n")
     assert ended.stderr.startswith("STOPPED: rank 0 on a: stopped\n")
     (noted,) = json.loads((folder.parent / "attempts.json").read_text())
     assert (noted["job"], noted["output"], noted["status"]) == ("7", f"{tmp_path}/a 'run'", 3)
-    assert python(*begin[:1], "end", *begin[2:4], "--attempt", folder, "--status", 0).stdout == "over\n"
+    assert python(*begin[:2], "end", *begin[3:5], "--attempt", folder, "--status", 0).stdout == "over\n"
 
 
 @pytest.mark.parametrize(
@@ -156,7 +163,7 @@ def test_a_mistake_is_one_line_and_no_attempt(
     monkeypatch.setenv("COE_MAX_REQUEUES", environment)
     done = python(*begin, "--", *settings)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(("attempt.py: error: ", "attempt.py begin: error: "))
+    assert done.stderr.startswith(("pretrain.sbatch: error: ", "pretrain.sbatch begin: error: "))
     assert f" error: {said}" in done.stderr and done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
@@ -171,9 +178,9 @@ def test_a_mistake_is_one_line_and_no_attempt(
     ],
 )
 def test_a_folder_that_is_none_is_one_line(logs: str, attempt: str, said: str) -> None:
-    done = python("launch/slurm/attempt.py", "end", "--logs", logs, "--attempt", attempt, "--status", 1)
+    done = python("-m", PROGRAM, "end", "--logs", logs, "--attempt", attempt, "--status", 1)
     last = done.stderr.splitlines()[-1]
-    assert (done.returncode, done.stdout) == (2, "") and last.startswith(f"attempt.py: error: {said}")
+    assert (done.returncode, done.stdout) == (2, "") and last.startswith(f"pretrain.sbatch: error: {said}")
 
 
 def test_torch_is_not_imported() -> None:

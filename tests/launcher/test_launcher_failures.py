@@ -99,7 +99,7 @@ def test_a_file_that_is_not_ours_breaks_nothing(text: str, name: str, tmp_path: 
     ("signal", "said"), [("SIGKILL", "was killed by SIGKILL ("), ("none", "ended with status 9 and no error message")]
 )
 def test_torchruns_report_tells_of_a_rank_without_a_word(signal: str, said: str, tmp_path: Path) -> None:
-    """Torchrun itself, as launch/slurm/step.sh starts it: its report must stay readable for us."""
+    """Torchrun itself, as coe_megatron/cli/slurm_task.py starts it: its report must stay readable for us."""
     program = tmp_path / "dies.py"
     program.write_text(DIES.format(signal=signal))
     options = ["--standalone", "--nproc-per-node=2", "--redirects=3", f"--log-dir={tmp_path}/ranks/node-0"]
