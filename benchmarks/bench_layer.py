@@ -17,6 +17,7 @@ from bench_options import positive
 
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.config.arguments import Parser, write_out
+from coe_megatron.errors import ConfigError
 from coe_megatron.estimate.closed_forms import ModelShape
 from coe_megatron.lean_imports import import_megatron
 
@@ -92,7 +93,7 @@ def _shape(sizes: Sizes, shared_ffn: int) -> ModelShape:
 def measure(options: argparse.Namespace, parser: Parser) -> int:
     try:
         shapes = _shapes(options)
-    except ValueError as error:
+    except ConfigError as error:
         parser.error(str(error).removeprefix("shape."))
     # torch on CPU takes memory in huge pages if asked: an expert's gradients are large tensors made anew in each step,
     # and with small pages the kernel needs up to a quarter of the time to hand them out.

@@ -16,9 +16,9 @@ from fuzz_bounds import Bounds, Case
 from hypothesis import strategies as st
 
 from coe_megatron.config import RunConfig, dump, load
-from coe_megatron.config.layout import layout
 from coe_megatron.config.load import flat, read, resolve
 from coe_megatron.estimate.run_estimate import estimate, vocabulary
+from coe_megatron.estimate.run_shape import RunShape
 from coe_megatron.study.plan.cost_table import make_plan
 
 ROOT = Path(__file__).parents[1]
@@ -141,7 +141,7 @@ class Study(Target):
 def use(config: RunConfig) -> None:
     """What `--dry-run` says of a config."""
     vocab_size = vocabulary(config) if config.model.vocab_size else 512
-    cost = estimate(config, vocab_size, layout(config).ranks)
+    cost = estimate(RunShape.of(config, vocab_size))
     assert finite(cost.as_dict()) and printable(cost.table())
 
 

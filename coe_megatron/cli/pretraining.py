@@ -6,8 +6,8 @@ Where the package is installed and no checkout is at hand, `-m coe_megatron.cli.
 `coe-pretrain` its one rank. A CONFIG.yaml that is not there is looked for among the packaged configs: quickstart.yaml,
 gsm8k.yaml, paper/coe-2_4-64.yaml and others, as the folder configs/ of the repository has them.
 
-Run again with the same config, it goes on from its newest checkpoint. Exit status: 0 done; 1 an error nobody has
-estimated; 2 a mistake in the config or the data (one line on stderr says which); 3 stopped as asked (SIGTERM, SIGUSR1,
+Run again with the same config, it goes on from its newest checkpoint. Exit status: 0 done; 1 an unexpected
+error; 2 a mistake in the config or the data (one line on stderr says which); 3 stopped as asked (SIGTERM, SIGUSR1,
 the stop file), and saved; 4 the loss has diverged; 5 a checkpoint could not be written; 6 another run writes the output
 folder; 7 the run hung; 8 the output folder was removed or moved while the run went on; 130 interrupted from the
 keyboard. After 1, 3, 6 and 7 the same command may be tried again.
@@ -38,6 +38,7 @@ from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.estimate.advice import parse_size, refusal
 from coe_megatron.estimate.node_crossing import needless_crossing
 from coe_megatron.estimate.run_estimate import estimate, vocabulary
+from coe_megatron.estimate.run_shape import RunShape
 from coe_megatron.files import kind_of, problem, require_folder, user_path
 from coe_megatron.lean_imports import import_megatron
 from coe_megatron.run.exit_status import ExitStatus, leave_error_file
@@ -75,7 +76,7 @@ def pretrain(arguments: list[str] | None) -> int:
             return _pretrain(parser, ranks, None, None)
         config = load(options.config, options.overrides, ranks.world_size)
         require_output(config)
-        _vocabulary(config, data_needed=True)
+        vocabulary(config, data_needed=True)
         _require_warm_start(config)
         _require_stop_file(options.stop_file)
         return _pretrain(parser, ranks, config, options.stop_file)
@@ -95,27 +96,20 @@ def _ranks(parser: Parser) -> DistributedEnv:
 
 
 def _forecast(ranks: DistributedEnv, config: RunConfig, as_json: bool, device_memory: str | None) -> int:
-    vocab_size = _vocabulary(config)
-    cost = estimate(config, vocab_size)
+    run = RunShape.of(config, vocabulary(config))
+    cost = estimate(run)
     if device_memory is not None:
         try:
             available = parse_size(device_memory)
-        except ValueError as error:
+        except ConfigError as error:
             raise ConfigError(f"--device-memory {error}") from error
-        if refused := refusal(config, cost, vocab_size, available):
+        if refused := refusal(run, cost, available):
             raise ConfigError(f"--device-memory {device_memory}: {refused}")
-    warnings = [*missing(config.data), *filter(None, [needless_crossing(config, cost, vocab_size)])]
+    warnings = [*missing(config.data), *filter(None, [needless_crossing(run, cost)])]
     if ranks.rank == 0:
         as_text = json.dumps({**cost.as_dict(), "warnings": warnings}, indent=2) if as_json else cost.table()
         write_out(as_text if as_json else "\n".join([as_text, *(f"warning: {each}" for each in warnings)]))
     return 0
-
-
-def _vocabulary(config: RunConfig, *, data_needed: bool = False) -> int:
-    try:
-        return vocabulary(config, data_needed=data_needed)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def _require_warm_start(config: RunConfig) -> None:

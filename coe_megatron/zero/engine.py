@@ -6,14 +6,47 @@
         engine.step()               # counts micro-batches; the weights change after the last
     norm = gradient_norm(engine)
 
-`zero.passes` does this, for pipelines too.
+`zero.train_step` does this, for pipelines too.
 
-What the gradients are (all scaling is done by `backward`, nowhere else):
+What the gradients are:
 
 * of the loss: the SUM over ranks and micro-batches. So the loop divides the token losses of a micro-batch by the number
   of counting tokens in the whole step (all ranks, all micro-batches), and rows of any length weigh by their tokens;
 * of auxiliary losses, which Megatron attaches inside the model (load balancing, z-loss): the MEAN over ranks and
   micro-batches, so that their coefficients mean the same with any layout.
+
+Where a step's loss or a gradient is scaled; this is all of it.
+
+The loss:
+
+* `training.loop.Pretraining._train_step`: the sum of a micro-batch's token losses / counted tokens of the step.
+* `zero.train_step.train_step`: times 1, or NaN for a step to skip. In a pipeline also times micro-batches, by which
+  Megatron's schedule divides, and times data-parallel ranks, by which DeepSpeed divides.
+* `zero.engine.backward`: without a pipeline, times data-parallel ranks; DeepSpeed's division by micro-batches is off.
+
+Auxiliary losses, before they are attached to gates or logits:
+
+* `model.build._balancing_coefficient`: the coefficient of the global auxiliary loss times replicas.
+* `model.router_losses._with_divided_coefficients`: with `chain.aux_loss_reduction: mean` coefficients / C.
+* Megatron's TopKRouter: the coefficient; `seq_aux_loss` / sequences of the micro-batch.
+* `model.router_losses.RouterWithLosses.apply_z_loss`: / ranks that have parts of the same sequence, and by this rank's
+  share of their tokens.
+* `model.router_losses.RouterWithLosses.attach_and_log_load_balancing_loss`, and `apply_z_loss`: times tokens where
+  Megatron divides every gradient by them (`calculate_per_token_loss`, which `build_model` leaves off).
+
+Auxiliary losses, in the backward pass (MoEAuxLossAutoScaler):
+
+* `zero.engine.backward`: their gradient is 1 / micro-batches. In a pipeline Megatron's schedule sets the same.
+
+Gradients:
+
+* `zero.engine._sum_over_sequence_parts`: summed over tensor-parallel ranks, where these have other tokens; not divided.
+* DeepSpeed: summed over data-parallel ranks and divided by their number; an expert's over its replicas, and divided by
+  the same number, since these have seen the tokens of all ranks.
+* DeepSpeed's clipping; with stage 0 `zero.grad_clip.clip`.
+
+For reports alone: `model.router_losses.RouterWithLosses._track` puts 1/C of a loss into Megatron's tracker, and
+`model.routing_stats` and `training.evaluation` take means.
 """
 
 import io
@@ -38,6 +71,7 @@ from coe_megatron.config.settings import OptimizerSettings, TrainingSettings, Ze
 from coe_megatron.config.zero_sizes import ZeroSizes
 from coe_megatron.distributed.collectives import run_on_rank0
 from coe_megatron.distributed.process_groups import MegatronGroups
+from coe_megatron.errors import ConfigError
 from coe_megatron.model.layer import CoELayer
 from coe_megatron.model.routing_stats import routers
 from coe_megatron.zero import expert_groups, grad_clip, optimizer_states
@@ -64,7 +98,7 @@ def build_engine(
         The engine; `engine.module` is the model.
 
     Raises:
-        ValueError: DeepSpeed does not know a key or value of `zero.deepspeed`.
+        ConfigError: DeepSpeed does not know a key or value of `zero.deepspeed`.
     """
     _prepare_deepspeed()
     _sum_over_sequence_parts(model)
@@ -87,13 +121,13 @@ def build_engine(
             )
         except ValidationError as error:  # ours is valid
             first = error.errors()[0]
-            raise ValueError(
+            raise ConfigError(
                 f"zero.deepspeed is {zero.deepspeed}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
             ) from error
     # Stage 0, and stage 1 in bf16, would otherwise copy up to 500 million gradients end to end.
     engine.allreduce_gradients = partial(engine.allreduce_gradients, bucket_size=sizes.reduce_bucket)
     if zero.stage == 0:
-        engine.clip_fp32_gradients = partial(_clip_whole, engine)  # in place of DeepSpeed's, see `whole`
+        engine.clip_fp32_gradients = partial(_clip_whole, engine)  # in place of DeepSpeed's, see `grad_clip`
     optimizer_states.create(engine)
     return engine
 
@@ -179,7 +213,7 @@ def _zero_config(zero: ZeroSettings) -> dict[str, Any]:
     offloaded = {"offload_optimizer": zero.offload_optimizer, "offload_param": zero.offload_parameters}
     return {
         "stage": zero.stage,
-        "overlap_comm": zero.overlap_reduction and zero.stage > 0 and _one_stage(),
+        "overlap_comm": zero.stage > 0 and _one_stage(),
         **{name: {"device": "cpu"} for name, asked in offloaded.items() if asked},
     }
 

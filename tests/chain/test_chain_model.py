@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from coe_megatron.chain.language_model import ChainLanguageModel, ModelSettings, next_token_loss, rotate
-from coe_megatron.chain.method import RouterSettings
+from coe_megatron.chain.routing import RouterSettings
 from coe_megatron.chain.settings import ChainSettings
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "chain_in_50_lines.py"

@@ -29,7 +29,7 @@ OVERRIDES: list[tuple[str, str]] = [
     ("modle.hidden_size=3", "modle is not a setting; did you mean model?"),
     ("moe.top_k=3", "moe.top_k is not a setting; did you mean moe.topk?"),
     ("model.mla.kv_lora=3", "model.mla.kv_lora is not a setting; did you mean model.mla.kv_lora_rank?"),
-    ("logging.wandb.projct=x", "logging.wandb.projct is not a setting; did you mean logging.wandb.project?"),
+    ("logging.wandbs=true", "logging.wandbs is not a setting; did you mean logging.wandb?"),
     ("data.blend=[{path: a, wieght: 1}]", "data.blend.0.wieght is not a setting; did you mean data.blend.0.weight?"),
     ("training.world_size=2", "training.world_size is not a setting; did you mean parallel.world_size?"),
     ("model.topk=2", "model.topk is not a setting; did you mean moe.topk?"),
@@ -91,13 +91,12 @@ OVERRIDES: list[tuple[str, str]] = [
     ("chain.iterations=0", "chain.iterations is 0: it must be an integer of at least 1"),
     ("chain.iterations=2_000_000_000", "chain.iterations is 2000000000: with so many layers it must be at most 10000"),
     ("moe.capacity_factor=0", "moe.capacity_factor is 0: it should be greater than 0"),
-    ("chain.increment_scale=0", "chain.increment_scale is 0.0: without chain.learned_scale it must not be 0"),
-    ("chain.increment_scale=.inf", "chain.increment_scale is inf: it must be a finite number"),
+    ("chain.learned_scale=.inf", "chain.learned_scale is inf: it must be a finite number, or null"),
+    ("chain.learned_scale=true", "chain.learned_scale is true: it should be a number"),
     (
         "chain.conditioned=true & chain.norm_placement=iteration_norm",
         "chain.conditioned is true: with chain.norm_placement iteration_norm",
     ),
-    ("chain.routers_apart=true & chain.gating=fixed", "chain.routers_apart is true: chain.gating must be independent"),
     ("chain.layers=[]", "chain.layers is []: it must name layers, from 1"),
     ("chain.layers=[2,2]", "chain.layers is [2, 2]: it must name layers, from 1, and each of them once"),
     ("chain.layers=[0]", "chain.layers is [0]: it must name layers, from 1"),
@@ -148,7 +147,7 @@ OVERRIDES: list[tuple[str, str]] = [
         "parallel.pipeline=2 & parallel.expert=2 & moe.layer_freq=[0,1]",
         "moe.layer_freq is [0, 1]: with parallel.pipeline (2) each stage needs a layer with experts",
     ),
-    ("parallel.context=2", "parallel.context is 2: attention here sees whole sequences, leave it 1"),
+    ("parallel.context=2", "parallel.context is not a setting; valid keys: tensor, pipeline, expert, expert_tensor"),
     (
         "parallel.tensor=2 & parallel.pipeline=2 & parallel.world_size=6",
         "parallel.tensor is 2 and parallel.pipeline is 2: the number of ranks (6) must be a multiple of 4; start so "

@@ -31,7 +31,7 @@ def config(output: Path) -> RunConfig:
         {
             "output": str(output),
             "data": {"samples": "packed"},
-            "logging": {"wandb": {"mode": "offline"}},
+            "logging": {"wandb": True},
             "profile": {"first_step": 2},
         }
     )

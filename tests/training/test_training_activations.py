@@ -15,7 +15,7 @@ from coe_megatron.chain.settings import ChainSettings, Recompute
 from coe_megatron.config import RunConfig
 from coe_megatron.config.settings import MLASettings, ModelSettings, MoESettings, ParallelSettings, TrainingSettings
 from coe_megatron.estimate.activations import activations
-from coe_megatron.estimate.run_shape import model_shape, training_pass
+from coe_megatron.estimate.run_shape import RunShape
 from coe_megatron.model.build import build_model
 from coe_megatron.training.evaluation import forward
 
@@ -42,18 +42,16 @@ CHAINS = [
     (replace(MOE, renormalise=True, layer_freq=2), ChainSettings(3, "shared_router", "init", "iteration_norm")),
     (replace(MOE, score_function="sigmoid", topk=3, input_jitter=0.1), ChainSettings(2, "fixed", "inner")),
     (replace(MOE, load_balancing="none", z_loss_coeff=0.1, num_experts=32), ChainSettings(2, "fixed", "init")),
-    (MOE, ChainSettings(2, increment_scale=0.7)),
-    (MOE, ChainSettings(3, shared_once=True)),
-    (MOE, ChainSettings(2, norm_placement="iteration_norm", learned_scale=True, layers=(2,))),
-    (MOE, ChainSettings(3, residual="init", shared_once=True, layers=(1,))),
-    (MOE, ChainSettings(3, aux_loss_reduction="joint")),
-    (MOE, ChainSettings(3, "fixed", aux_loss_reduction="joint")),
+    (MOE, ChainSettings(2, learned_scale=0.7)),
+    (MOE, ChainSettings(2, norm_placement="iteration_norm", learned_scale=1.0, layers=(2,))),
+    (MOE, ChainSettings(3, residual="init", layers=(1,))),
+    (MOE, ChainSettings(3, aux_loss_reduction="mean")),
     (MOE, ChainSettings(4, no_return=True)),
-    (MOE, ChainSettings(3, "fixed", "outer", shared_once=True, learned_scale=True)),
+    (MOE, ChainSettings(3, "fixed", "outer", learned_scale=1.0)),
     (replace(MOE, num_shared_experts=0), ChainSettings(3, "fixed", conditioned=True)),
-    (MOE, ChainSettings(2, norm_placement="reference", conditioned=True, learned_scale=True)),
-    (MOE, ChainSettings(3, residual="outer", learned_scale=True)),
-    (replace(MOE, num_shared_experts=0), ChainSettings(2, norm_placement="iteration_norm", learned_scale=True)),
+    (MOE, ChainSettings(2, norm_placement="reference", conditioned=True, learned_scale=1.0)),
+    (MOE, ChainSettings(3, residual="outer", learned_scale=1.0)),
+    (replace(MOE, num_shared_experts=0), ChainSettings(2, norm_placement="iteration_norm", learned_scale=1.0)),
 ]
 
 
@@ -81,7 +79,8 @@ def built(config: RunConfig) -> tuple[torch.nn.Module, Callable[[], torch.Tensor
 
 
 def expected(config: RunConfig):
-    return activations(model_shape(config, VOCABULARY), training_pass(config))
+    run = RunShape.of(config, VOCABULARY)
+    return activations(run.model, run.micro_batch())
 
 
 def measured_and_expected(config: RunConfig) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.config import RunConfig
 from coe_megatron.config.settings import MLASettings, ModelSettings, MoESettings
 from coe_megatron.estimate import closed_forms
-from coe_megatron.estimate.run_shape import model_shape
+from coe_megatron.estimate.run_shape import RunShape
 from coe_megatron.model.build import build_model
 
 pytestmark = pytest.mark.usefixtures("single_rank")
@@ -36,7 +36,7 @@ def test_closed_form_counts_the_parameters_of_the_built_model(
 ) -> None:
     config = RunConfig(model=model, moe=moe, chain=chain)
     built = sum(parameter.numel() for parameter in build_model(config, 64).parameters())
-    assert closed_forms.parameters(model_shape(config, 64)).total == built
+    assert closed_forms.parameters(RunShape.of(config, 64).model).total == built
 
 
 def test_initialisation_of_the_paper() -> None:
@@ -51,26 +51,16 @@ def test_initialisation_of_the_paper() -> None:
     assert not torch.equal(layer.routers[0].weight, layer.routers[1].weight)
 
 
-@pytest.mark.parametrize("router_init", ["normal", "kaiming_uniform"])
-def test_routers_begin_apart_however_they_are_initialised(router_init: str) -> None:
-    moe = replace(MOE, router_init=router_init)
-    config = RunConfig(model=MODEL, moe=moe, chain=ChainSettings(iterations=2, routers_apart=True))
-    for layer in build_model(config, 64).decoder.layers:
-        first, second = layer.mlp.routers
-        assert torch.equal(second.weight, first.weight.roll(4, 0))
-        assert not torch.equal(second.weight, first.weight)
-
-
-@pytest.mark.parametrize("per_layer", [False, True])
-def test_what_leads_out_of_experts_begins_smaller_for_a_chain(per_layer: bool) -> None:
-    chain = ChainSettings(iterations=4, scaled_init=True)
-    config = RunConfig(model=replace(MODEL, scaled_init=per_layer), moe=MOE, chain=chain)
-    layer = build_model(config, 64).decoder.layers[0]
-    std = 0.02 / math.sqrt(2 * MODEL.num_layers) if per_layer else 0.02
-    assert layer.mlp.experts.weight2.std().item() == pytest.approx(std / 2, rel=0.05)
-    assert layer.mlp.shared_experts.linear_fc2.weight.std().item() == pytest.approx(std / 2, rel=0.1)
-    assert layer.mlp.experts.weight1.std().item() == pytest.approx(0.02, rel=0.05)
-    assert layer.self_attention.linear_proj.weight.std().item() == pytest.approx(std, rel=0.1)
+@pytest.mark.parametrize("forced", [False, True])
+def test_forced_balance_takes_the_choice_from_the_router(forced: bool) -> None:
+    """A router that sends all tokens to experts 1 and 2; forced, the largest load is near the mean of 64 tokens."""
+    config = RunConfig(model=MODEL, moe=replace(MOE, force_load_balancing=forced))
+    router = build_model(config, 64).decoder.layers[0].mlp.routers[0]
+    with torch.no_grad():
+        router.weight.zero_()[:2] = 1.0
+        _, choices_TN = router(torch.rand(256, 1, MODEL.hidden_size))
+    load_N = choices_TN.sum(dim=0).tolist()
+    assert sum(load_N) == 512 and (min(load_N) > 32 and max(load_N) < 96 if forced else load_N == [256] * 2 + [0] * 6)
 
 
 def test_initialisation_of_megatron_scales_what_leads_into_the_stream() -> None:

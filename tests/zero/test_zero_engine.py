@@ -5,6 +5,8 @@ Gradients are compared, not only what AdamW makes of them: it forgives a wrong f
 
 import contextlib
 import io
+import pkgutil
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,15 @@ from coe_megatron.zero import expert_groups
 from coe_megatron.zero import optimizer_states as states
 
 STEPS = 3
+
+
+def test_the_places_where_a_loss_is_scaled_exist() -> None:
+    """The list in the engine's docstring names them by module and function."""
+    assert zero.__doc__ is not None
+    places = re.findall(r"^\* `([\w.]+)`", zero.__doc__, re.MULTILINE)
+    assert len(places) == 9
+    for place in places:
+        assert pkgutil.resolve_name(f"coe_megatron.{place}") is not None
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +227,8 @@ def test_native_json_is_merged_over_ours(tmp_path: Path) -> None:
     engine = make_engine(8, stage=2, native=str(native))
     assert engine.zero_round_robin_gradients() and engine.zero_overlap_comm() and engine.wall_clock_breakdown()
     assert engine.zero_optimization_stage() == 2 and engine.gradient_clipping() == 0.1, "what it does not say is ours"
+    native.write_text('{"zero_optimization": {"overlap_comm": false}}')
+    assert not make_engine(8, stage=2, native=str(native)).zero_overlap_comm()
     native.write_text('{"zero_optimization": {"overlap_com": true}}')
     with pytest.raises(ValueError, match=r"^zero.deepspeed is .*: overlap_com: Extra inputs are not permitted$"):
         make_engine(8, stage=2, native=str(native))

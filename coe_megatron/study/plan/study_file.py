@@ -13,7 +13,8 @@ from coe_megatron.config.packaged import find
 from coe_megatron.config.settings import Count, Index, PathText
 from coe_megatron.errors import ConfigError
 from coe_megatron.files import expand_user
-from coe_megatron.study.plan.names import shortened, text_of
+from coe_megatron.study.plan.names import text_of
+from coe_megatron.text import shortened
 
 _MOST_BASES = 64
 Quantity = Literal["expert_compute", "flops", "parameters", "memory", "wall_clock"]
