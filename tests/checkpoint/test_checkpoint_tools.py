@@ -121,13 +121,13 @@ def test_what_a_checkpoint_holds(run: Path, single_rank: None) -> None:
     assert contents.tensors["optimizer.exp_avg.output_layer.weight"].dtype == "float32"
     assert contents.bytes == sum(path.stat().st_size for path in checkpoint(run, 3).rglob("*") if path.is_file())
     shown = contents.table()
-    assert "3, after 30 tokens" in shown and "ranks 1, tensor 1" in shown and "exp_avg" not in shown
+    assert "3, after 30 tokens" in shown and "world size 1, tensor 1" in shown and "exp_avg" not in shown
 
 
 @pytest.mark.parametrize(
     ("action", "said"),
     [
-        (lambda run, out: tools.average([run], out), "1 checkpoint given: a mean needs two"),
+        (lambda run, out: tools.average([run], out), "1 checkpoint given: an average needs two"),
         (lambda run, out: tools.latest(run, 4), "holds 3 finished checkpoints, but 4 are requested"),
         (lambda run, out: tools.average([run, out / "tokenizer"], out / "x"), "is of another tokenizer than"),
         (lambda run, out: tools.average([run, out / "model"], out / "x"), "is of another model than"),
