@@ -39,7 +39,7 @@ def test_attempts_without_a_newer_checkpoint_come_to_an_end(tmp_path: Path) -> N
     assert [decision.requeue for decision in decisions] == [True, True, True, True, True, False]
     assert decisions[-1].reason == (
         "3 attempts in a row without progress, COE_MAX_REQUEUES allows 2 requeues: "
-        f"the newest checkpoint in {output} is still that of step 10"
+        f"the most recent checkpoint in {output} is still that of step 10"
     )
 
 

@@ -86,7 +86,7 @@ def test_ranks_that_do_not_fit(hosts: str, asked: int | None, says: str) -> None
         ("pipe", "it is a special file, where a file is needed"),
         ("link", "it is a link to nowhere, where nothing is"),
         ("long", "file name too long"),
-        ("bytes", "it is no text in UTF-8"),
+        ("bytes", "it is not UTF-8 text"),
         ("large", "it has more than"),
     ],
 )

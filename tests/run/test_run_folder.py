@@ -115,7 +115,7 @@ def test_other_steps_change_a_schedule_that_falls(decay: str, warns: bool, tmp_p
     then, now = (parse({"optimizer": {"decay": decay}, "training": {"steps": steps}}) for steps in (60, 12))
     (tmp_path / "config.yaml").write_text(dump(then))
     remark = run_folder.check_same_run(tmp_path, now, 2000)
-    assert ("training.steps was 60 and is 12" in remark) == warns
+    assert ("training.steps was 60 and is now 12" in remark) == warns
     assert run_folder.check_same_run(tmp_path, then, 2000) == ""
 
 
