@@ -57,7 +57,7 @@ def test_the_commands_for_ones_own_text_train_and_cut_no_document(tmp_path: Path
     words = train.replace("\\\n", " ").replace("data/mine", str(prepared)).replace("runs/mine", str(run)).split()
     done = python(*words, "training.steps=1", "model.num_layers=1", seconds=280)
     assert done.returncode == 0, done.stderr
-    assert json.loads((run / "run.json").read_text())["share_of_documents_cut"] == 0
+    assert json.loads((run / "run.json").read_text())["truncated_fraction"] == 0
 
 
 @pytest.mark.run

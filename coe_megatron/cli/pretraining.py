@@ -32,7 +32,7 @@ from coe_megatron.cli.pretrain import GOES_ON, leave
 from coe_megatron.config import RunConfig, load
 from coe_megatron.config.arguments import Parser, program_name, write_out
 from coe_megatron.config.load import parse
-from coe_megatron.data.folders import missing
+from coe_megatron.data.folders import missing_folders
 from coe_megatron.distributed.environment import DistributedEnv
 from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.estimate.advice import parse_size, refusal
@@ -44,7 +44,7 @@ from coe_megatron.lean_imports import import_megatron
 from coe_megatron.run.exit_status import ExitStatus, write_error_file
 from coe_megatron.run.lock import FolderInUse
 from coe_megatron.run.output_check import require_output
-from coe_megatron.training.signals import Interruption, stop_with_parent
+from coe_megatron.training.signals import StopRequest, stop_with_parent
 
 
 def pretrain(arguments: list[str] | None) -> int:
@@ -105,7 +105,7 @@ def _forecast(ranks: DistributedEnv, config: RunConfig, as_json: bool, device_me
             raise ConfigError(f"--device-memory {error}") from error
         if refused := refusal(run, cost, available):
             raise ConfigError(f"--device-memory {device_memory}: {refused}")
-    warnings = [*missing(config.data), *filter(None, [needless_crossing(run, cost)])]
+    warnings = [*missing_folders(config.data), *filter(None, [needless_crossing(run, cost)])]
     if ranks.rank == 0:
         as_text = json.dumps({**cost.as_dict(), "warnings": warnings}, indent=2) if as_json else cost.table()
         write_out(as_text if as_json else "\n".join([as_text, *(f"warning: {each}" for each in warnings)]))
@@ -148,7 +148,7 @@ def _pretrain(parser: Parser, ranks: DistributedEnv, checked: RunConfig | None, 
     if checked is not None:
         store.set("config", json.dumps(asdict(checked)))
     config = parse(json.loads(store.get("config")))
-    interruption = Interruption(stop_file)
+    interruption = StopRequest(stop_file)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on there is a run, which notes how it ended
     last_word = partial(write_error_file, environment=os.environ)
     try:

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from coe_megatron.chain.settings import Recompute
 from coe_megatron.config.layout import Layout
 from coe_megatron.config.settings import RunConfig
-from coe_megatron.data.folders import check_data, folders
+from coe_megatron.data.folders import check_data, data_folders
 from coe_megatron.errors import ConfigError
 from coe_megatron.estimate import closed_forms
 from coe_megatron.estimate.activations import Activations, activations, extra_flops
@@ -163,7 +163,7 @@ def vocabulary(config: RunConfig, *, data_needed: bool = False) -> int:
     if manifest is not None:
         return padded_vocabulary(config, manifest.vocab_size)
     if config.model.vocab_size is None:
-        missing = next(folders(config.data))
+        missing = next(data_folders(config.data))
         raise ConfigError(
             "model.vocab_size is null: without prepared data it must be given "
             f"(there is no folder {missing.path}, which {missing.setting} names)"

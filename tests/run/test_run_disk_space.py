@@ -207,7 +207,7 @@ SIZES = {
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_a_checkpoint_takes_what_was_foreseen(single_rank: None, name: str, tmp_path: Path) -> None:
+def test_a_checkpoint_takes_what_was_predicted(single_rank: None, name: str, tmp_path: Path) -> None:
     config = SIZES[name]
     engine = zero.build_engine(build_model(config, 512), config.optimizer, config.training, config.zero, 1)
     saved = store.save(tmp_path, 1, engine, {}, keep=1)

@@ -12,7 +12,7 @@ def test_a_map_as_it_is_printed() -> None:
     assert layout_map(Layout(8, tensor=2, pipeline=2, expert=4), hosts, 64).splitlines() == [
         "node 0 gpu0, ranks 0-3 | s0 r0 t0 e0-15 | s0 r0 t1 e16-31 | s0 r1 t0 e32-47 | s0 r1 t1 e48-63",
         "node 1 gpu1, ranks 4-7 | s1 r0 t0 e0-15 | s1 r0 t1 e16-31 | s1 r1 t0 e32-47 | s1 r1 t1 e48-63",
-        "(s pipeline stage, r replica, t part of tensors, e experts)",
+        "(s pipeline stage, r replica, t tensor shard, e experts)",
     ]
 
 

@@ -18,7 +18,7 @@ from coe_megatron.config import RunConfig, parse
 from coe_megatron.errors import ConfigError
 from coe_megatron.run.loss_plot import draw_loss, is_complete_png
 from coe_megatron.run.metrics_log import read_metrics
-from coe_megatron.training.metrics import Several, open_metrics
+from coe_megatron.training.metrics import CompositeMetrics, open_metrics
 
 
 def test_what_is_written_is_read_and_shown_in_tensorboard(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_going_back_forgets_what_lies_beyond(tmp_path: Path) -> None:
     writer = open_metrics(tmp_path, RunConfig())
     for step, loss in ((1, 1.0), (2, 2.0), (3, 3.0)):
         writer.write({"step": step, "train_loss": loss})
-    writer.go_back(1)
+    writer.rewind(1)
     writer.write({"step": 2, "train_loss": 9.0})
     writer.close()
     assert read_metrics(tmp_path / "metrics.jsonl") == [
@@ -178,7 +178,7 @@ def test_a_file_that_was_removed_meanwhile_begins_anew_and_that_is_said(
     (tmp_path / "metrics.jsonl").unlink()
     writer.write({"step": 2})
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 2}]
-    assert capsys.readouterr().err == f"{tmp_path / 'metrics.jsonl'} was removed: it begins anew with step 2\n"
+    assert capsys.readouterr().err == f"{tmp_path / 'metrics.jsonl'} was removed: it starts again with step 2\n"
 
 
 @pytest.mark.parametrize("damage", [b"", b"\0" * 100, b"garbage"])
@@ -204,7 +204,7 @@ def test_beginning_anew_keeps_the_old_file_aside(tmp_path: Path) -> None:
 
 
 def test_metrics_that_go_nowhere_may_be_written() -> None:
-    nowhere = Several()
+    nowhere = CompositeMetrics()
     nowhere.write({"step": 1})
     nowhere.close()
 

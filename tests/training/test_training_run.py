@@ -227,7 +227,7 @@ def test_a_run_goes_on_at_another_zero_stage(stage: int, config: Path, prepared:
     for left, right in zip(expected[9:], found[9:], strict=True):
         for name in {"train_loss", "valid_loss", "grad_norm"} & left.keys():
             assert right[name] == pytest.approx(left[name], rel=1e-4), (left["step"], name)
-    measured, estimated = found[-1]["memory"], found[-1]["memory_foreseen"]
+    measured, estimated = found[-1]["memory"], found[-1]["memory_predicted"]
     for kind in ("weights", "optimizer", "gradients", "activations", "peak"):  # a tiny model; what is measured is there
         assert 0 < measured[kind] == pytest.approx(estimated[kind], rel=0.3), kind
 
@@ -563,7 +563,7 @@ def test_data_damaged_under_a_run_is_one_line_and_costs_nothing(
         process.kill()
     assert process.returncode == 2 and (launcher or "Traceback" not in said)  # torchrun ends in one of its own
     whose = "rank [01]: " if launcher else ""  # whoever draws it first
-    where = re.escape(f"{data / 'train.bin'} is damaged: it holds token 65535, and the tokenizer has 512")
+    where = re.escape(f"{data / 'train.bin'} is damaged: it contains token 65535, but the tokenizer has 512")
     assert re.search(f"^pretrain_coe.py: error: {whose}{where}", said, re.MULTILINE), said
     assert '"outcome": "failed: ' in (output / "run.json").read_text()
     shutil.copyfile(prepared / "train.bin", data / "train.bin")

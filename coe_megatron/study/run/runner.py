@@ -21,7 +21,7 @@ from coe_megatron.run.exit_status import ExitStatus, known_status
 from coe_megatron.run.lock import is_held
 from coe_megatron.run.status import Status, status
 from coe_megatron.study.plan.arms import Run
-from coe_megatron.study.plan.cost_table import span
+from coe_megatron.study.plan.cost_table import format_duration
 from coe_megatron.study.run.paths import log_of, write_config
 from coe_megatron.text import shortened
 
@@ -217,8 +217,8 @@ class Runner:
         took = [each.seconds for each in ended if each.status is ExitStatus.DONE and each.seconds]
         left = runs - len(ended)
         rounds = left / max(1, min(self._at_once, left))
-        soon = f", some {span(rounds * sum(took) / len(took))} left" if took and left else ""
-        self._say(f"{_name(last.run)}: {how}, after {span(last.seconds)} ({len(ended)} of {runs}{soon})")
+        soon = f", some {format_duration(rounds * sum(took) / len(took))} left" if took and left else ""
+        self._say(f"{_name(last.run)}: {how}, after {format_duration(last.seconds)} ({len(ended)} of {runs}{soon})")
 
 
 def devices_here(asked: str | None, environment: Mapping[str, str]) -> list[str]:
