@@ -5,18 +5,20 @@ seconds after a signal however long their checkpoint takes, and leaves them as o
 """
 
 import ctypes
+import os
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from coe_megatron.launcher.preloaded import Popen, Preloaded, is_loaded
 from coe_megatron.run.exit_status import ExitStatus, read_error_file, verdict
 
 _LOOKS_EVERY = 0.2  # seconds
@@ -64,7 +66,8 @@ def supervise(
     adopt_orphans()
     others = frozenset(psutil.Process().children(recursive=True))
     # A session of its own: Ctrl-C in a terminal is for the caller, who asks torchrun's ranks to stop.
-    torchrun = subprocess.Popen(command, env=dict(environment), start_new_session=True)
+    with Preloaded() if is_loaded() else nullcontext() as preloaded:
+        torchrun = Popen(command, preloaded, env=dict(environment), start_new_session=True)
     try:
         return _Watch(torchrun, logs, max_restarts, requests).until_the_end()
     finally:
@@ -82,7 +85,7 @@ class _Watch:
         while self.torchrun.poll() is None:
             if self.requests.end.is_set():
                 return ExitStatus.INTERRUPTED, None
-            ranks = living_children(self.torchrun.pid)
+            ranks = living_ranks(self.torchrun.pid)
             if self.requests.stop.is_set() and not self._pass_on(ranks):
                 return ExitStatus.STOPPED, None
             if self._is_over(bool(ranks)):
@@ -145,13 +148,23 @@ def most_telling(found: list[Report]) -> Report | None:
     return next((report for report in those if report.status is status), None)
 
 
-def living_children(pid: int) -> list[psutil.Process]:
-    """The children of a process that have not ended; torchrun leaves those that have unburied while it waits."""
+def living_ranks(torchrun: int) -> list[psutil.Process]:
+    """The children of torchrun that lead a session, as its ranks do, and have not ended.
+
+    Torchrun leaves those that have unburied while it waits.
+    """
     try:
-        children = psutil.Process(pid).children()
-        return [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
+        children = psutil.Process(torchrun).children()
+        return [child for child in children if child.status() != psutil.STATUS_ZOMBIE and _leads_session(child.pid)]
     except psutil.NoSuchProcess:
         return []
+
+
+def _leads_session(pid: int) -> bool:
+    try:
+        return os.getsid(pid) == pid
+    except ProcessLookupError:
+        return False
 
 
 def catches(pid: int, number: signal.Signals) -> bool:

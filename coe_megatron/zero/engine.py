@@ -38,6 +38,7 @@ from coe_megatron.config.settings import OptimizerSettings, TrainingSettings, Ze
 from coe_megatron.config.zero_sizes import ZeroSizes
 from coe_megatron.distributed.collectives import run_on_rank0
 from coe_megatron.distributed.process_groups import MegatronGroups
+from coe_megatron.lean_imports import import_deepspeed_muon
 from coe_megatron.model.layer import CoELayer
 from coe_megatron.model.routing_stats import routers
 from coe_megatron.zero import expert_groups, grad_clip, optimizer_states
@@ -221,7 +222,7 @@ def _parameter_groups(
 
 
 def _prepare_deepspeed() -> None:
-    """Warnings to stderr, the rank's device, no compiler.
+    """Warnings to stderr, the rank's device, no compiler of C++, nor of torch until it is called.
 
     DeepSpeed logs to stdout. It learns the device from LOCAL_RANK alone, also in a process that torchrun did not start.
     And on CPU it would first compile a shared-memory all-reduce that only its inference uses: an empty table of
@@ -233,3 +234,4 @@ def _prepare_deepspeed() -> None:
     os.environ.setdefault("LOCAL_RANK", str(torch.cuda.current_device()) if torch.cuda.is_available() else "0")
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__ = {}
+    import_deepspeed_muon()
