@@ -9,16 +9,17 @@ import os
 import shutil
 import stat
 import sys
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import count
 from pathlib import Path
 from typing import BinaryIO, Literal
 
 from coe_megatron.errors import ConfigError, one_line
+from coe_megatron.text import shortened
 
 Kind = Literal["file", "folder", "special file"]
-_SHOWN = 200  # characters of a path in a message
-_TEMPORARY = ".tmp"  # ending of what `write_atomically` writes beside
+_TEMPORARY = ".tmp"  # ending of what `atomic_file` writes beside
 
 
 def expand_user(text: str) -> str:
@@ -149,7 +150,14 @@ def read_limited(path: Path, name: str, most: int) -> bytes:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Put a file in the place of an older one, so that after a power cut either of them is there, and whole.
+    """Put a file in the place of an older one; as `atomic_file`."""
+    with atomic_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which then takes the place of an older one: after a power cut either is there, and whole.
 
     Raises:
         OSError: it cannot be written; the older one is there still.
@@ -158,7 +166,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     made = new_file(temporary)
     try:
         with made as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -260,5 +268,4 @@ def _require(found: Kind | None, wanted: Kind, path: Path, name: str) -> None:
 
 
 def _shown(path: Path | str) -> str:
-    text = one_line(str(path))
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    return shortened(one_line(str(path)))

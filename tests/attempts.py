@@ -11,6 +11,8 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from coe_megatron.config import RunConfig, parse
 from coe_megatron.data.datasets import Sample, StepBatches
+from coe_megatron.estimate.run_estimate import vocabulary
+from coe_megatron.estimate.run_shape import RunShape
 from coe_megatron.run import folder as run_folder
 from coe_megatron.training import evaluation
 from coe_megatron.training.loop import Pretraining
@@ -49,9 +51,9 @@ def attempt(config: RunConfig, before_step: Callable[[Pretraining, int], None] =
     model_parallel_cuda_manual_seed(config.training.seed)
     folder, main = Path(config.output), torch.distributed.get_rank() == 0
     output = run_folder.begin(config) if main else None
-    interruption = Interruption()
+    interruption, shape = Interruption(), RunShape.of(config, vocabulary(config), torch.distributed.get_world_size())
     try:
-        run = Pretraining(config, torch.device("cpu"), interruption, HangDetector(folder, 0, None, _nothing), 0, output)
+        run = Pretraining(shape, torch.device("cpu"), interruption, HangDetector(folder, 0, None, _nothing), 0, output)
         trained = run._train_step
         run._train_step = lambda step: (before_step(run, step + 1), trained(step))[1]  # type: ignore[method-assign]
         run.run()

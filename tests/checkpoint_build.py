@@ -5,9 +5,10 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
 
-from coe_megatron.checkpoint import listing, storage
+from coe_megatron.checkpoint import storage
 from coe_megatron.checkpoint.integrity import SEAL, seal
 from coe_megatron.checkpoint.metadata import METADATA, CheckpointMetadata, SavedLayout
+from coe_megatron.checkpoint.names import name_of
 
 ROWS, COLUMNS = 4, 2_000
 WEIGHT = "decoder.weight"
@@ -15,7 +16,7 @@ WEIGHT = "decoder.weight"
 
 def make_checkpoint(folder: Path, step: int) -> Path:
     """A whole one of a single rank, with a weight and its master in two parts each."""
-    checkpoint = folder / listing.name_of(step)
+    checkpoint = folder / name_of(step)
     for part in ("tensors", "random"):
         (checkpoint / part).mkdir(parents=True)
     chunks = [ChunkStorageMetadata(torch.Size([row, 0]), torch.Size([2, COLUMNS])) for row in (0, 2)]

@@ -4,9 +4,9 @@ import io
 import json
 import math
 import shutil
-import sys
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from contextlib import redirect_stderr, redirect_stdout
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ from fuzz_bounds import Bounds, Case
 from hypothesis import strategies as st
 
 from coe_megatron.config import RunConfig, dump, load
-from coe_megatron.config.layout import layout
 from coe_megatron.config.load import flat, read, resolve
 from coe_megatron.estimate.run_estimate import estimate, vocabulary
+from coe_megatron.estimate.run_shape import RunShape
 from coe_megatron.study.plan.cost_table import make_plan
 
 ROOT = Path(__file__).parents[1]
@@ -75,7 +75,7 @@ class Config(Target):
     def act(self, folder: Path, case: Case) -> list[str]:
         path = folder / self.run
         if (by := case.options.get("by")) == "program":
-            return program("pretrain_coe", "--dry-run", str(path), SIZED)
+            return program("pretrain", "--dry-run", str(path), SIZED)
         config = load(path)
         use(config)
         if by == "dump":
@@ -141,23 +141,23 @@ class Study(Target):
 def use(config: RunConfig) -> None:
     """What `--dry-run` says of a config."""
     vocab_size = vocabulary(config) if config.model.vocab_size else 512
-    cost = estimate(config, vocab_size, layout(config).ranks)
+    cost = estimate(RunShape.of(config, vocab_size))
     assert finite(cost.as_dict()) and printable(cost.table())
 
 
 def program(name: str, *arguments: str) -> list[str]:
-    """A program of launch/ in this process: its one line of error."""
+    """A program of coe_megatron/cli/ in this process: its one line of error."""
     said, error = io.StringIO(), io.StringIO()
     with redirect_stdout(said), redirect_stderr(error):
         try:
-            status = _main_of(name)(list(arguments))
+            status = import_module(f"coe_megatron.cli.{name}").main(list(arguments))
         except SystemExit as end:
             status = end.code
     assert status in (0, 2), f"exit status {status}"
     lines = error.getvalue().splitlines()
     assert len(lines) == (status == 2), f"exit status {status} with {len(lines)} lines on stderr"
     assert printable(said.getvalue()), "what is printed is not printable"
-    return [line.removeprefix(f"{name}.py: error: ") for line in lines]
+    return [line.partition(": error: ")[2] or line for line in lines]
 
 
 def finite(value: Any) -> bool:
@@ -170,12 +170,6 @@ def finite(value: Any) -> bool:
 def printable(text: str) -> bool:
     """Whether all lines of a text are."""
     return all(line.isprintable() for line in text.split("\n"))
-
-
-def _main_of(name: str) -> Callable[[list[str]], int]:
-    if (launch := str(ROOT / "launch")) not in sys.path:
-        sys.path.append(launch)
-    return __import__(name).main
 
 
 def _encoded(text: str) -> bytes:

@@ -7,7 +7,8 @@ import pytest
 from engine_build import make_engine
 from programs import python
 
-from coe_megatron.checkpoint import listing, save_load
+from coe_megatron.checkpoint import save_load
+from coe_megatron.checkpoint.names import name_of
 
 PROGRAM = "launch/checkpoint.py"
 pytestmark = pytest.mark.run
@@ -29,7 +30,7 @@ def test_a_run_is_inspected_verified_and_averaged(run: Path) -> None:
     contents = json.loads(as_json.stdout)
     assert contents["facts"]["layout"]["ranks"] == 1 and contents["tensors"]["output_layer.weight"]["shape"] == [64, 32]
 
-    first, second = (run / "checkpoints" / listing.name_of(step) for step in (1, 2))
+    first, second = (run / "checkpoints" / name_of(step) for step in (1, 2))
     done = python(PROGRAM, "verify", run)
     assert (done.returncode, done.stdout) == (0, f"{second}: whole\n{first}: whole\n"), done.stderr
     made = run.parent / "mean"

@@ -10,6 +10,7 @@ from programs import ROOT
 from rights import as_nobody, private_folder
 
 from coe_megatron.checkpoint import listing
+from coe_megatron.checkpoint.names import name_of
 
 LONG = "x" * 300
 
@@ -112,13 +113,13 @@ def test_statuses_of_a_damaged_checkpoint(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """1 from `verify`, which names it on stdout; 2 from what cannot be done; a run's older one is used."""
-    newest, older = (run / "checkpoints" / listing.name_of(step) for step in (2, 1))
+    newest, older = (run / "checkpoints" / name_of(step) for step in (2, 1))
     (newest / "random" / "\x1b[31m").symlink_to("/etc/passwd")
     trouble = "it holds random/\\x1b[31m, which complete.json does not list"
     assert program(monkeypatch, "verify", "run") == 1
     shown = capsys.readouterr()
     assert shown.err == ""
-    name, other = (f"run/checkpoints/{listing.name_of(step)}" for step in (2, 1))
+    name, other = (f"run/checkpoints/{name_of(step)}" for step in (2, 1))
     assert shown.out == f"{name}: {trouble}\n{other}: whole\n"
     for command in (["inspect"], ["reshard", "out"], ["average", other, "out"]):
         assert program(monkeypatch, command[0], newest, *command[1:]) == 2

@@ -76,11 +76,11 @@ def test_a_dry_run_shows_each_hosts_command() -> None:
     said = shlex.split(second[-1])
     assert said[:2] == ["cd", str(ROOT)]
     assert "NCCL_DEBUG=INFO" in said and "SECRET=s" not in said
-    ours, torchrun = said[said.index("launch/one_host.py") : said.index("--")], said[said.index("--") :]
+    ours, torchrun = said[said.index("coe_megatron.cli.one_host") : said.index("--")], said[said.index("--") :]
     assert ours[1:] == ["--watch-stdin", "--towards", "a", "--max-restarts", "3"]
     assert torchrun[1:5] == ["--nnodes", "1:2", "--nproc-per-node", "2"]
     assert "is_host=0,read_timeout=3600" in torchrun
-    assert torchrun[-5:] == ["launch/pretrain_coe.py", CONFIG, "training.global_batch=64", "--stop-file", "s"]
+    assert torchrun[-6:] == ["-m", "coe_megatron.cli.pretrain", CONFIG, "training.global_batch=64", "--stop-file", "s"]
     said = shlex.split(first[-1])
     assert said[said.index("--towards") + 1] == "b"
     assert "is_host=1,read_timeout=3600" in said
@@ -241,7 +241,7 @@ def test_under_nohup_a_terminal_that_is_closed_ends_nothing(tmp_path: Path) -> N
 # A remote shell that answers where to meet, and whose ranks wait for a word from the launcher.
 REMOTE = """#!/bin/sh
 case "$2" in
-*launch/one_host.py*) echo here; read word; echo "told $word"; test "$word" = stop && exit 3; exit 1 ;;
+*coe_megatron.cli.one_host*) echo here; read word; echo "told $word"; test "$word" = stop && exit 3; exit 1 ;;
 *) echo 127.0.0.1 1 ;;
 esac
 """

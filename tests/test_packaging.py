@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 PINS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#")
@@ -71,12 +73,16 @@ def _imports(package: str) -> Iterator[tuple[str, str]]:
 
 
 def test_the_method_needs_torch_alone() -> None:
-    """`chain` is the method itself: readable and usable without the rest of the project, Megatron or DeepSpeed."""
+    """`chain` is the method itself: readable and usable without Megatron, DeepSpeed or the project's other rooms.
+
+    Only the class of its errors comes from outside, and that file imports nothing.
+    """
     found = list(_imports("chain"))
     assert ("method.py", "coe_megatron.chain.settings.ChainSettings") in found and ("method.py", "torch.nn") in found
     for file, name in found:
-        own = name.startswith("coe_megatron.chain.")
+        own = name.startswith("coe_megatron.chain.") or name == "coe_megatron.errors.ConfigError"
         assert own or name.split(".")[0] in {"torch", *sys.stdlib_module_names}, (file, name)
+    assert "import" not in (ROOT / "coe_megatron/errors.py").read_text()
 
 
 def test_the_layer_does_not_use_the_oracle_it_is_tested_against() -> None:
@@ -95,34 +101,32 @@ print(json.dumps({name: module.__file__ for name, module in sys.modules.items() 
 """
 
 
-@pytest.mark.run
-def test_a_wheel_holds_the_whole_package_and_needs_no_source_tree(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy, so that no build folder stays behind, and without asking any index for packages."""
-    source, installed = tmp_path / "source", tmp_path / "installed"
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
     shutil.copytree(ROOT / "coe_megatron", source / "coe_megatron", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-index",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        tmp_path,
-        source,
-    ]
+    options = ["--no-index", "--no-deps", "--no-build-isolation", "-w", folder]
+    pip = [sys.executable, "-m", "pip", "wheel", *options, source]
     built = subprocess.run(pip, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
-    (wheel,) = tmp_path.glob("*.whl")
+    (made,) = folder.glob("*.whl")
+    return made
+
+
+@pytest.mark.run
+def test_a_wheel_holds_the_whole_package_and_needs_no_source_tree(wheel: Path, tmp_path: Path) -> None:
+    source, installed = wheel.parent / "source", tmp_path / "installed"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(installed)
 
     files = {path.relative_to(source).as_posix() for path in (source / "coe_megatron").rglob("*") if path.is_file()}
     held = {path.relative_to(installed).as_posix() for path in installed.rglob("*") if path.is_file()}
-    assert "coe_megatron/corpus/templates/stories/__init__.py" in files
+    assert {"coe_megatron/corpus/templates/stories/__init__.py", "coe_megatron/configs/quickstart.yaml"} <= files
+    assert "coe_megatron/slurm/scripts/pretrain.sbatch" in files
     assert files == {name for name in held if name.startswith("coe_megatron/")}
     (license,) = (name for name in held if name.endswith("/licenses/LICENSE"))
     assert (installed / license).read_bytes() == (ROOT / "LICENSE").read_bytes()
@@ -134,3 +138,55 @@ def test_a_wheel_holds_the_whole_package_and_needs_no_source_tree(tmp_path: Path
     assert {Path(path).relative_to(installed).as_posix() for path in origins.values()} == {
         name for name in files if name.endswith(".py")
     }
+
+
+SMALL_STUDY = """
+base: quickstart.yaml
+output: runs/study
+set:
+  {parallel.expert: 1, model.vocab_size: null, model.num_layers: 1, moe.num_experts: 8, training.steps: 2,
+   data.validation_samples: 16}
+axes:
+  design:
+    MoE(4/8): {chain.iterations: 1, moe.topk: 4}
+    CoE-2(2/8): {chain.iterations: 2, moe.topk: 2}
+baseline: {design: MoE(4/8)}
+seeds: [1]
+"""
+
+
+@pytest.mark.run
+@pytest.mark.timeout(600)
+def test_an_installed_wheel_trains_the_quickstart_and_runs_a_study(wheel: Path, tmp_path: Path) -> None:
+    """In an environment of its own, which has the other packages from that of these tests, but not the checkout."""
+    place = tmp_path / "place"
+    place.mkdir()
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    bin = tmp_path / "venv" / "bin"
+    subprocess.run([bin / "pip", "install", "--quiet", "--no-index", "--no-deps", wheel], check=True)
+    (packages,) = (tmp_path / "venv").glob("lib/*/site-packages")
+    # Of a folder that is named so Python runs no .pth file, that of an editable install neither.
+    (packages / "dependencies.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "COE_"))}
+    own |= {"PATH": f"{bin}:{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+
+    def call(program: str, *arguments: str) -> str:
+        words = [bin / program, *arguments]
+        done = subprocess.run(words, cwd=place, env=own, capture_output=True, text=True, timeout=500, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    where = [bin / "python", "-c", "import coe_megatron; print(coe_megatron.__file__)"]
+    found = subprocess.run(where, cwd=place, env=own, capture_output=True, text=True, check=True).stdout
+    assert Path(found).is_relative_to(packages)
+    for name in PROJECT["scripts"]:
+        assert call(name, "--help").startswith(f"usage: {name} ")
+    call("coe-prepare", "--builtin", "100", "--vocab-size", "512", "--output", "data/builtin")
+    small = ("training.steps=2", "model.vocab_size=512", "model.num_layers=1")
+    ranks = ("--nproc-per-node", "2", "-m", "coe_megatron.cli.pretrain", "quickstart.yaml")
+    assert "validation loss" in call("coe-one-host", "--", *ranks, *small)
+    (place / "study.yaml").write_text(SMALL_STUDY)
+    assert "2 of 2 runs are done" in call("coe-study", "run", "study.yaml")
+    assert {row["state"] for row in json.loads(call("coe-status", "runs", "--json"))} == {"finished"}
+    planned = call("coe-study", "submit", "study.yaml", "--dry-run", "training.steps=3", "output=runs/other")
+    assert str(packages / "coe_megatron/slurm/scripts/study.sbatch") in planned

@@ -1,34 +1,60 @@
 """What the README shows works as it stands there."""
 
+import json
 import math
 import re
 from pathlib import Path
 
 import pytest
-import torch
 from programs import python, torchrun
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.usefixtures("single_rank")
-def test_the_megatron_example_builds_a_chain_that_learns() -> None:
+# What follows the Megatron example, in the same process.
+_TRAIN = """
+import json
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+losses = []
+for _ in range(10):
+    loss = model(tokens, positions, None, labels=tokens).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    losses.append(loss.item())
+print(json.dumps({"routers": [len(layer.mlp.routers) for layer in model.decoder.layers], "losses": losses}))
+"""
+
+
+@pytest.mark.run
+def test_the_megatron_example_runs_as_pasted_and_builds_a_chain_that_learns(tmp_path: Path) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    names: dict = {}
-    exec(code, names)
-    model = names["model"]
-    assert [len(layer.mlp.routers) for layer in model.decoder.layers] == [2, 2]
-    tokens, positions = torch.randint(512, (2, 16)), torch.arange(16).expand(2, -1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    losses = []
-    for _ in range(10):
-        loss = model(tokens, positions, None, labels=tokens).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] - 0.5
+    program = tmp_path / "pasted.py"
+    program.write_text(code + _TRAIN)
+    done = python(program)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["routers"] == [2, 2]
+    assert said["losses"][-1] < said["losses"][0] - 0.5
+
+
+@pytest.mark.run
+def test_the_commands_for_ones_own_text_train_and_cut_no_document(tmp_path: Path) -> None:
+    (prepare,) = re.findall(r"^python (launch/prepare_data.py .*)$", README, re.MULTILINE)
+    (train,) = re.findall(r"^python (launch/one_host.py (?:.*\\\n)*.*)$", README, re.MULTILINE)
+    for name in ("train", "valid"):  # longer than the quickstart's 128 tokens
+        lines = [json.dumps({"text": " ".join(f"word{i * j % 97}" for i in range(200))}) for j in range(1, 61)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+        prepare = prepare.replace(f"{name}.jsonl", str(tmp_path / f"{name}.jsonl"))
+    prepared, run = tmp_path / "data", tmp_path / "run"
+    words = prepare.replace("data/mine", str(prepared)).replace("16000", "270").split()
+    done = python(*words)
+    assert done.returncode == 0, done.stderr
+    words = train.replace("\\\n", " ").replace("data/mine", str(prepared)).replace("runs/mine", str(run)).split()
+    done = python(*words, "training.steps=2", seconds=280)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((run / "run.json").read_text())["share_of_documents_cut"] == 0
 
 
 @pytest.mark.run
@@ -40,6 +66,10 @@ def test_the_example_in_megatron_learns(layout: str) -> None:
     assert done.returncode == 0, done.stderr
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", done.stdout)]
     assert losses[0] == pytest.approx(math.log(512), abs=0.5) and losses[-1] < 0.5
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 150
 
 
 def test_every_file_the_readme_names_is_there() -> None:

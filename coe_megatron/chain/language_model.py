@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from coe_megatron.chain.method import Activation, ChainOfExperts, ChainOutput, RouterSettings
 from coe_megatron.chain.settings import ChainSettings
+from coe_megatron.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class ModelSettings:
         rope_theta: base of the rotary frequencies.
 
     Raises:
-        ValueError: hidden is no even multiple of heads, or the chain is to be in some layers only.
+        ConfigError: hidden is no even multiple of heads, or the chain is to be in some layers only.
     """
 
     vocab: int
@@ -52,9 +53,9 @@ class ModelSettings:
 
     def __post_init__(self) -> None:
         if self.hidden % (2 * self.heads):
-            raise ValueError(f"model.hidden is {self.hidden!r}: it must be an even multiple of heads, {self.heads}")
+            raise ConfigError(f"model.hidden is {self.hidden!r}: it must be an even multiple of heads, {self.heads}")
         if self.chain.layers is not None:
-            raise ValueError(
+            raise ConfigError(
                 f"chain.layers is {list(self.chain.layers)}: every layer of this model is one, so it must be null"
             )
 

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from coe_megatron.chain.settings import ChainSettings
+from coe_megatron.errors import ConfigError
 
 ScoreFunction = Literal["softmax", "sigmoid"]
 Activation = Literal["swiglu", "gelu"]
@@ -41,7 +42,7 @@ TINY = 1e-20  # keeps a sum of sigmoids that all underflowed from dividing by ze
 
 def _require(valid: bool, name: str, value: object, valid_values: str) -> None:
     if not valid:
-        raise ValueError(f"{name} is {value!r}: it must be {valid_values}")
+        raise ConfigError(f"{name} is {value!r}: it must be {valid_values}")
 
 
 def _is_count(value: object, highest: float = math.inf) -> bool:
@@ -66,7 +67,7 @@ class RouterSettings:
         expert_bias: balance without a loss: a bias moves the choice, never the weights (arXiv 2408.15664).
 
     Raises:
-        ValueError: a field has no valid value; the message names the field, the value and the valid ones.
+        ConfigError: a field has no valid value; the message names the field, the value and the valid ones.
     """
 
     num_experts: int
@@ -331,7 +332,7 @@ class ChainOfExperts(nn.Module):
         activation, norm_eps: of every expert and every RMSNorm.
 
     Raises:
-        ValueError: the activation is unknown, or the chain needs more experts than there are.
+        ConfigError: the activation is unknown, or the chain needs more experts than there are.
     """
 
     expert_biases: Tensor | None

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, fields
 from typing import Literal, get_args, get_origin
 
+from coe_megatron.errors import ConfigError
+
 Gating = Literal["independent", "shared_router", "fixed"]
 Residual = Literal["inner", "outer", "init"]
 NormPlacement = Literal["prenorm", "reference", "iteration_norm"]
@@ -48,7 +50,7 @@ class ChainSettings:
             pre-norm, with C·K of N experts a token, which costs about the same. null makes all of them chains.
 
     Raises:
-        ValueError: a field has no valid value; the message names the field, the value and the valid ones.
+        ConfigError: a field has no valid value; the message names the field, the value and the valid ones.
     """
 
     iterations: int = 2
@@ -67,26 +69,26 @@ class ChainSettings:
 
     def __post_init__(self) -> None:
         if not isinstance(self.iterations, int) or isinstance(self.iterations, bool) or self.iterations < 1:
-            raise ValueError(f"chain.iterations is {self.iterations!r}: it must be an integer of at least 1")
+            raise ConfigError(f"chain.iterations is {self.iterations!r}: it must be an integer of at least 1")
         for field in fields(self):
             value, valid = getattr(self, field.name), get_args(field.type)
             if get_origin(field.type) is Literal and value not in valid:
-                raise ValueError(f"chain.{field.name} is {value!r}: it must be one of {', '.join(valid)}")
+                raise ConfigError(f"chain.{field.name} is {value!r}: it must be one of {', '.join(valid)}")
             if field.type is bool and not isinstance(value, bool):
-                raise ValueError(f"chain.{field.name} is {value!r}: it must be true or false")
+                raise ConfigError(f"chain.{field.name} is {value!r}: it must be true or false")
         scale = self.increment_scale
         if not isinstance(scale, int | float) or isinstance(scale, bool) or not math.isfinite(scale):
-            raise ValueError(f"chain.increment_scale is {scale!r}: it must be a finite number")
+            raise ConfigError(f"chain.increment_scale is {scale!r}: it must be a finite number")
         if scale == 0 and not self.learned_scale:
-            raise ValueError(f"chain.increment_scale is {scale!r}: without chain.learned_scale it must not be 0")
+            raise ConfigError(f"chain.increment_scale is {scale!r}: without chain.learned_scale it must not be 0")
         if self.no_return and self.gating == "fixed":
-            raise ValueError(
+            raise ConfigError(
                 "chain.no_return is true: chain.gating fixed sends tokens back to the same experts, take another"
             )
         if self.routers_apart and self.gating != "independent":
-            raise ValueError(f"chain.routers_apart is true: chain.gating must be independent, not {self.gating}")
+            raise ConfigError(f"chain.routers_apart is true: chain.gating must be independent, not {self.gating}")
         if self.conditioned and self.norm_placement == "iteration_norm":
-            raise ValueError(
+            raise ConfigError(
                 "chain.conditioned is true: with chain.norm_placement iteration_norm, whose norms have gains, "
                 "leave it false"
             )
@@ -97,9 +99,9 @@ class ChainSettings:
     def _check_layers(self, layers: object) -> None:
         counts = isinstance(layers, tuple) and all(isinstance(n, int) and not isinstance(n, bool) for n in layers)
         if not isinstance(layers, tuple) or not counts:
-            raise ValueError(f"chain.layers is {layers!r}: it must be a list of integers, or null")
+            raise ConfigError(f"chain.layers is {layers!r}: it must be a list of integers, or null")
         if not layers or min(layers) < 1 or len(set(layers)) < len(layers):
-            raise ValueError(f"chain.layers is {list(layers)}: it must name layers, from 1, and each of them once")
+            raise ConfigError(f"chain.layers is {list(layers)}: it must name layers, from 1, and each of them once")
 
     def is_chain(self, number: int) -> bool:
         """Whether the layer of this number, from 1, is a chain, if it has experts."""
@@ -111,7 +113,7 @@ class ChainSettings:
         return ChainSettings(iterations=1)
 
     def require_experts(self, experts: int, topk: int, groups: int | None) -> None:
-        """Raise a ValueError if a layer of N experts in so many groups cannot have this chain, with K of them a token.
+        """Raise a ConfigError if a layer of N experts in so many groups cannot have this chain, with K of them a token.
 
         Args:
             experts: N.
@@ -122,15 +124,15 @@ class ChainSettings:
         if self.layers is not None:
             asks = f"chain.layers is {list(self.layers)}: layers that are no chains choose from all experts at once"
             if groups is not None:
-                raise ValueError(f"{asks}, leave groups of experts away")
+                raise ConfigError(f"{asks}, leave groups of experts away")
             if needed > experts:
-                raise ValueError(f"{asks}, so they need {needed}, and a layer has {experts}")
+                raise ConfigError(f"{asks}, so they need {needed}, and a layer has {experts}")
         if not self.no_return:
             return
         if groups is not None:
-            raise ValueError("chain.no_return is true: with groups of experts, which it would empty, leave it false")
+            raise ConfigError("chain.no_return is true: with groups of experts, which it would empty, leave it false")
         if self.iterations * topk > experts:
-            raise ValueError(
+            raise ConfigError(
                 f"chain.no_return is true: {self.iterations} iterations with {topk} experts each need "
                 f"{self.iterations * topk} experts, and a layer has {experts}"
             )

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 from coe_megatron.distributed.collectives import Group, all_gather, run_on_all, run_on_rank0, shard
 from coe_megatron.errors import ConfigError
-from coe_megatron.files import read_limited
+from coe_megatron.files import read_limited, write_atomically
 from coe_megatron.parsing import parse_json
 
 SEAL = "complete.json"
@@ -29,7 +29,7 @@ def seal(folder: Path, group: Group = None) -> None:
     own: list[tuple[str, Entry]] = []
     run_on_all(lambda: own.extend((name, _describe(folder / name)) for name in shard(files)), group)
     entries = dict(sorted(all_gather(own, group)))
-    run_on_all(lambda: write_text(folder / SEAL, _sealed(entries)), group, first_alone=True)
+    run_on_rank0(lambda: write_atomically(folder / SEAL, _sealed(entries)), group)
 
 
 def problem(folder: Path) -> str | None:
@@ -82,19 +82,6 @@ def _own(name: str, kind: str, met: bool) -> str:
     if not met:
         raise ConfigError(f"{name} is a link or of another kind, and no plain {kind} of the checkpoint's own")
     return name
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file that is on the disk, not only on its way there, when this returns."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """The same for bytes."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _files(folder: Path) -> list[str]:

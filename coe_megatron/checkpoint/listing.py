@@ -6,10 +6,9 @@ import sys
 from itertools import chain, islice
 from pathlib import Path
 
-from coe_megatron.checkpoint import names
 from coe_megatron.checkpoint.integrity import SEAL, problem
 from coe_megatron.checkpoint.metadata import METADATA, CheckpointMetadata
-from coe_megatron.checkpoint.names import name_of as name_of
+from coe_megatron.checkpoint.names import CheckpointName, replaced_name, step_of
 from coe_megatron.checkpoint.storage import Reader
 from coe_megatron.checkpoint.tensor_index import Listed
 from coe_megatron.checkpoint.torch_file_check import generators_problem, saved_problem
@@ -20,16 +19,9 @@ from coe_megatron.files import kind_of, remove, require_folder, to_disk
 UNFINISHED = "saving it was not finished"
 
 
-def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint's name."""
-    step = names.step_of(checkpoint.name)
-    assert step is not None, checkpoint
-    return step
-
-
 def is_checkpoint(folder: Path) -> bool:
     """A checkpoint by its name or by its seal, whole or not."""
-    return names.step_of(folder.name) is not None or os.path.lexists(folder / SEAL)
+    return CheckpointName.parse(folder.name) is not None or os.path.lexists(folder / SEAL)
 
 
 def checkpoints_of(folder: Path) -> Path:
@@ -47,7 +39,7 @@ def newest_first(folder: Path) -> list[Path]:
     if kind_of(folder, "the folder of checkpoints") is None:
         return []
     listed = os.listdir(require_folder(folder, "the folder of checkpoints"))
-    found = [folder / name for name in listed if names.step_of(name) is not None]
+    found = [folder / name for name in listed if CheckpointName.parse(name)]
     return sorted(found, key=lambda path: (step_of(path), path.name), reverse=True)
 
 
@@ -67,7 +59,8 @@ def unfinished(folder: Path) -> list[Path]:
 
 def finished(checkpoint: Path) -> bool:
     """It got its name, so that all of it was there once."""
-    return names.is_finished(checkpoint.name) or names.step_of(checkpoint.name) is None
+    name = CheckpointName.parse(checkpoint.name)
+    return name is None or name.finished
 
 
 def random_file(checkpoint: Path, rank: int) -> Path:
@@ -162,7 +155,7 @@ def publish(partial: Path, final: Path) -> None:
     for path in (partial, *partial.rglob("*")):  # names as well, and what others wrote
         if _kind(path) in (stat.S_IFREG, stat.S_IFDIR):  # a pipe would be waited for
             to_disk(path)
-    aside = final.with_name(names.replaced_name(final.name))
+    aside = final.with_name(replaced_name(final.name))
     if os.path.lexists(final):
         remove(aside, ignore_errors=True)
         os.rename(final, aside)

@@ -12,7 +12,7 @@ from coe_megatron.checkpoint import save_load as store
 from coe_megatron.checkpoint.background import Background
 from coe_megatron.config import RunConfig
 from coe_megatron.data.run_data import RunData
-from coe_megatron.distributed.collectives import broadcast, is_rank0, run_on_all, run_on_rank0
+from coe_megatron.distributed.collectives import broadcast, is_rank0, run_on_rank0
 from coe_megatron.errors import ConfigError
 from coe_megatron.run import disk_space as room
 from coe_megatron.run import folder as run_folder
@@ -86,7 +86,7 @@ class CheckpointManager:
             Where the run stands, and a line for the user, empty when it begins with random weights.
 
         Raises:
-            ValueError: a checkpoint is of another config, model, tokenizer or text, or beyond `training.steps`.
+            ConfigError: a checkpoint is of another config, model, tokenizer or text, or beyond `training.steps`.
         """
         remark = run_on_rank0(self._same_run)
         state = store.load_latest(self._folder, self._engine)
@@ -104,7 +104,7 @@ class CheckpointManager:
         """Go back to the newest whole checkpoint of `step` or an earlier one; those from there to `now` are deleted.
 
         Raises:
-            ValueError: there are checkpoints as old, and none of them is whole.
+            ConfigError: there are checkpoints as old, and none of them is whole.
         """
         self._owed, self._mended = False, ""
         if self._background is not None:
@@ -113,7 +113,7 @@ class CheckpointManager:
         checkpoint = listing.newest_whole(self._folder, up_to=step)
         if checkpoint is None:
             return None
-        run_on_all(lambda: listing.delete_between(self._folder, step + 1, now), None, first_alone=True)
+        run_on_rank0(lambda: listing.delete_between(self._folder, step + 1, now))
         position = TrainState.of(store.load(checkpoint, self._engine))
         self._damaged = listing.steps_beyond(self._folder, position.step)
         return position

@@ -29,12 +29,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from coe_megatron.checkpoint import listing, sharding
 from coe_megatron.checkpoint.background import Background
-from coe_megatron.checkpoint.integrity import SEAL, seal, write_bytes, write_text
+from coe_megatron.checkpoint.integrity import SEAL, seal
 from coe_megatron.checkpoint.metadata import METADATA, CheckpointMetadata, SavedLayout
+from coe_megatron.checkpoint.names import CheckpointName, name_of, step_of
 from coe_megatron.checkpoint.storage import cause_of
 from coe_megatron.distributed.collectives import Group, is_rank0, run_on_all, run_on_rank0
 from coe_megatron.errors import ConfigError, one_line
-from coe_megatron.files import remove
+from coe_megatron.files import remove, write_atomically
 from coe_megatron.zero import optimizer_states
 from coe_megatron.zero.engine import Engine
 
@@ -70,14 +71,14 @@ def save(
     Raises:
         CheckpointNotSaved: on all ranks; by `background` the next time it is waited for.
     """
-    final = folder / listing.name_of(step)
+    final = folder / name_of(step)
     if background is not None:
         background.wait()
     snapshot = _Snapshot.take(engine, state)
 
     def write(group: Group = None) -> None:
         _write(snapshot, final, group)
-        run_on_all(lambda: _prune(folder, step, keep, milestones), group, first_alone=True)
+        run_on_rank0(lambda: _prune(folder, step, keep, milestones), group)
 
     if background is None:
         _unless_not_saved(final, write)
@@ -175,7 +176,7 @@ def _unless_not_saved(final: Path, write: Callable[..., None], *group: Group) ->
     """
     try:
         write(*group)
-    except (CheckpointException, OSError) as error:
+    except (CheckpointException, OSError, ConfigError) as error:  # the last of a folder that cannot be read
         cause = cause_of(error) if isinstance(error, CheckpointException) else error
         if is_rank0():
             remove(_partial(final), ignore_errors=True)
@@ -184,12 +185,12 @@ def _unless_not_saved(final: Path, write: Callable[..., None], *group: Group) ->
 
 def _write(snapshot: _Snapshot, final: Path, group: Group) -> None:
     partial = _partial(final)
-    run_on_all(lambda: _make_empty(partial), group, first_alone=True)
+    run_on_rank0(lambda: _make_empty(partial), group)
     sharding.write_tensors(snapshot.tensors, partial / "tensors", group)
-    run_on_all(lambda: write_bytes(listing.random_file(partial, dist.get_rank()), snapshot.random), group)
-    run_on_all(lambda: write_text(partial / METADATA, snapshot.facts.as_json()), group, first_alone=True)
+    run_on_all(lambda: write_atomically(listing.random_file(partial, dist.get_rank()), snapshot.random), group)
+    run_on_rank0(lambda: write_atomically(partial / METADATA, snapshot.facts.as_json()), group)
     seal(partial, group)
-    run_on_all(lambda: listing.publish(partial, final), group, first_alone=True)
+    run_on_rank0(lambda: listing.publish(partial, final), group)
 
 
 def _set_random_states(path: Path) -> None:
@@ -200,7 +201,7 @@ def _set_random_states(path: Path) -> None:
 
 
 def _partial(final: Path) -> Path:
-    return final.with_suffix(".tmp")
+    return final.with_name(str(CheckpointName(step_of(final), finished=False)))
 
 
 def _make_empty(partial: Path) -> None:
@@ -215,7 +216,7 @@ def _prune(folder: Path, step: int, keep: int, milestones: Collection[int]) -> N
 
     What cannot be deleted is said and stays: the checkpoint that was just saved is whole all the same.
     """
-    listed = [(entry, listing.step_of(entry)) for entry in listing.newest_first(folder)]
+    listed = [(entry, step_of(entry)) for entry in listing.newest_first(folder)]
     entries = [entry for entry, its_step in listed if its_step <= step and its_step not in milestones]
     sealed = [entry for entry in entries if listing.finished(entry) and os.path.exists(entry / SEAL)]
     for entry in entries[entries.index(sealed[keep - 1]) + 1 :] if len(sealed) >= keep else []:

@@ -37,7 +37,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from coe_megatron.checkpoint.storage import OPTIMIZER, Reader, Writer, cause_of, write_for_megatron
 from coe_megatron.checkpoint.tensor_index import Listed
-from coe_megatron.distributed.collectives import Group, all_gather, run_on_all, run_on_rank0
+from coe_megatron.distributed.collectives import Group, all_gather, run_on_rank0
 from coe_megatron.errors import ConfigError
 from coe_megatron.zero import optimizer_states
 from coe_megatron.zero.engine import Engine
@@ -75,7 +75,7 @@ def write_tensors(tensors: Tensors, folder: Path, group: Group = None) -> None:
     """
     planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
     dcp.save(tensors, storage_writer=Writer(folder), planner=planner, process_group=group)
-    run_on_all(lambda: write_for_megatron(folder), group, first_alone=True)
+    run_on_rank0(lambda: write_for_megatron(folder), group)
 
 
 def load_tensors(engine: Engine, folder: Path, kinds: Sequence[str] = optimizer_states.KINDS) -> None:
@@ -209,8 +209,10 @@ def _load(shards: Shards, reader: Reader) -> dict[str, torch.Tensor]:
         try:
             dcp.load(tensors, storage_reader=reader, planner=planner)
         except CheckpointException as error:  # it has a traceback of every rank in it
-            cause = str(cause_of(error))[:_LONGEST_LINE]
-            raise ConfigError(f"checkpoint {reader.folder.parent} cannot be read: {cause}") from error
+            if not isinstance(cause := cause_of(error), ConfigError | OSError):
+                raise cause from error
+            said = f"checkpoint {reader.folder.parent} cannot be read: {str(cause)[:_LONGEST_LINE]}"
+            raise ConfigError(said) from error
         parts = {key: _unwrap_pyt_sharded_tensor(tensor) for key, tensor in tensors.items()}
         return apply_factory_merges(_replace_sharded_keys_with_state_dict_keys(parts, *names), factories)
 

@@ -18,12 +18,13 @@ import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from coe_megatron.checkpoint import listing, storage
-from coe_megatron.checkpoint.integrity import SEAL, listed, seal, write_text
+from coe_megatron.checkpoint.integrity import SEAL, listed, seal
 from coe_megatron.checkpoint.metadata import METADATA, CheckpointMetadata
 from coe_megatron.checkpoint.names import partial_name
 from coe_megatron.checkpoint.storage import MASTER, OPTIMIZER, Entries, Reader
-from coe_megatron.errors import ConfigError, one_line
-from coe_megatron.files import remove, require_writable
+from coe_megatron.errors import ConfigError
+from coe_megatron.files import remove, require_writable, write_atomically
+from coe_megatron.text import aligned, aligned_facts
 
 _LONGEST_SUFFIX = len("..replaced")  # that the name of a checkpoint gets while it is made
 
@@ -67,9 +68,8 @@ class Contents:
             "parameters": f"{self.parameters:,}, with " + ("AdamW's states" if whole else "fp32 masters alone"),
             "size": f"{self.bytes / 1e6:,.1f} MB in {self.files} files",
         }
-        width = max(map(len, weights), default=0)
-        lines = [one_line(f"{name:<12}{value}") for name, value in rows.items()]
-        return "\n".join([*lines, "", *(_row(key, tensor, width) for key, tensor in sorted(weights.items()))])
+        tensors = [(key, held.dtype, " x ".join(map(str, held.shape))) for key, held in sorted(weights.items())]
+        return "\n".join([aligned_facts(rows), "", *aligned(tensors, "<")])
 
 
 def inspect(source: Path) -> Contents:
@@ -131,7 +131,7 @@ def reshard(source: Path, out: Path, files: int = 1, weights_only: bool = False,
             facts = replace(facts, optimizer_steps=None, made_of=[checkpoint.name])
         else:
             _copy_random(checkpoint, folder)
-        write_text(folder / METADATA, facts.as_json())
+        write_atomically(folder / METADATA, facts.as_json())
         entries = _without_moments(reader.entries) if weights_only else reader.entries
         storage.write(folder / "tensors", entries, reader.part, files)
     return out
@@ -155,7 +155,7 @@ def average(sources: Sequence[Path], out: Path, overwrite: bool = False) -> Path
     _require_alike(found, readers)
     with _making(out, overwrite, checkpoints) as folder:
         facts = replace(facts, optimizer_steps=None, made_of=[checkpoint.name for checkpoint in checkpoints])
-        write_text(folder / METADATA, facts.as_json())
+        write_atomically(folder / METADATA, facts.as_json())
         storage.write(folder / "tensors", _without_moments(readers[-1].entries), partial(_mean, readers))
     return out
 
@@ -245,10 +245,6 @@ def _require_out(out: Path, overwrite: bool, sources: Sequence[Path]) -> None:
     for source in (source.resolve() for source in sources):
         if place != source and (place in source.parents or source in place.parents):
             raise ConfigError(f"{out} and the checkpoint {source} lie in one another: name another folder")
-
-
-def _row(key: str, tensor: Tensor, width: int) -> str:
-    return f"{key:<{width}}  {tensor.dtype:<8}  {' x '.join(map(str, tensor.shape))}"
 
 
 def _duration(seconds: float) -> str:

@@ -60,6 +60,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(status, None if silent else f"{self.prog}: error: {one_line(message)}\n")
 
 
+def program_name(script: str, file: str) -> str:
+    """A program's name in its messages: `file` when started as that file of launch/, else its console script's."""
+    return file if Path(sys.argv[0]).name == file else script
+
+
 def _checked(kind: Callable[[str], Path | str], text: str) -> Path | str:
     try:
         return kind(text)

@@ -4,22 +4,24 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from coe_megatron.alignment import row_multiple
 from coe_megatron.config import layout
 from coe_megatron.config.layout import moe_pattern
 from coe_megatron.config.native import read_native
 from coe_megatron.config.settings import DataSettings, ModelSettings, MoESettings, RunConfig
+from coe_megatron.errors import ConfigError
 
 _MOST_ITERATIONS = 20_000  # of all layers together: what is listed for each would take minutes
 
 
 def check(config: RunConfig, world_size: int | None = None) -> None:
-    """Raise ValueError with the first rule that is broken.
+    """Raise ConfigError with the first rule that is broken.
 
     Args:
         world_size: number of ranks; when None `parallel.world_size`, or as few as the layout allows.
     """
     for problem in problems(config, world_size):
-        raise ValueError(problem)
+        raise ConfigError(problem)
 
 
 def problems(config: RunConfig, world_size: int | None = None) -> Iterator[str]:
@@ -31,7 +33,7 @@ def problems(config: RunConfig, world_size: int | None = None) -> Iterator[str]:
     yield from _chain_layers(config)
     try:
         config.chain.require_experts(config.moe.num_experts, config.moe.topk, config.moe.num_groups)
-    except ValueError as error:
+    except ConfigError as error:
         yield str(error)
     yield from _alignment(config)
     yield from _data(config.data)
@@ -103,8 +105,8 @@ def _groups(moe: MoESettings, groups: int, chosen: int) -> Iterator[str]:
 
 
 def _alignment(config: RunConfig) -> Iterator[str]:
-    """torch's grouped product wants rows of a multiple of 16 bytes."""
-    multiple = 8 if config.training.precision == "bf16" else 4
+    """Rows that torch's grouped product takes."""
+    multiple = row_multiple(config.training.element_bytes)
     for name, value in (
         ("model.hidden_size", config.model.hidden_size),
         ("moe.ffn_hidden_size", config.moe.ffn_hidden_size),
@@ -171,8 +173,15 @@ def _zero(config: RunConfig) -> Iterator[str]:
         yield "zero.offload_optimizer is true: it needs zero.stage 1, 2 or 3"
     if zero.deepspeed is not None:
         try:
-            read_native(zero.deepspeed)
-        except ValueError as error:
+            native = read_native(zero.deepspeed)
+        except ConfigError as error:
             yield str(error)
+        else:
+            stages = config.parallel.pipeline
+            if stages > 1 and native.get("zero_optimization", {}).get("overlap_comm"):
+                yield (
+                    f"zero.deepspeed is {zero.deepspeed}: it says zero_optimization.overlap_comm true, which does not "
+                    f"go with parallel.pipeline ({stages}): its gradients are reduced after all micro-batches"
+                )
     if zero.stage != 3 and zero.offload_parameters:
         yield f"zero.offload_parameters is true: it needs zero.stage 3, not {zero.stage}"

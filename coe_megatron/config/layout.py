@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import lcm
 
+from coe_megatron.alignment import row_multiple
 from coe_megatron.config.settings import RunConfig
 
 
@@ -75,11 +76,6 @@ def problems(config: RunConfig, world_size: int | None = None) -> Iterator[str]:
     yield from _tensor(config)
     yield from _experts(config)
     yield from _pipeline(config)
-    if (context := config.parallel.context) > 1:
-        yield (
-            f"parallel.context is {context}: attention here sees whole sequences, leave it 1; for longer ones take "
-            "parallel.tensor, which cuts the sequence between attention layers, and moe.recompute"
-        )
     yield from _ranks(config, world_size)
 
 
@@ -114,7 +110,7 @@ def _experts(config: RunConfig) -> Iterator[str]:
     parallel, moe = config.parallel, config.moe
     if moe.num_experts % parallel.expert:
         yield f"parallel.expert is {parallel.expert}: it must divide moe.num_experts ({moe.num_experts})"
-    multiple = 8 if config.training.precision == "bf16" else 4  # torch's grouped product: rows of 16 bytes
+    multiple = row_multiple(config.training.element_bytes)
     if moe.ffn_hidden_size % (parallel.expert_tensor * multiple) and moe.ffn_hidden_size % multiple == 0:
         yield (
             f"parallel.expert_tensor is {parallel.expert_tensor}: it must cut moe.ffn_hidden_size "

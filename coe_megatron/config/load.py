@@ -18,9 +18,11 @@ from yaml import YAMLError
 from coe_megatron import parsing
 from coe_megatron.config.checks import check
 from coe_megatron.config.describe import should_be
+from coe_megatron.config.packaged import find
 from coe_megatron.config.settings import RunConfig
 from coe_megatron.errors import ConfigError
 from coe_megatron.files import expand_user, read_limited, require_file
+from coe_megatron.text import shortened
 
 Settings = TypeVar("Settings")
 
@@ -40,7 +42,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), world_size: int | None
     Args:
         path: YAML file; keys are the fields of RunConfig, missing ones take their defaults. The key `base` names one
             file or a list of files, relative to this one, whose settings hold where this one says nothing; of several
-            the later wins.
+            the later wins. Where no such file is, each of them may be a packaged config (`quickstart.yaml`).
         overrides: `key.sub=value`, the value written as in YAML; they win over the file. In a list a number is a key.
         world_size: number of ranks, if known, to check the layout and the batch against.
 
@@ -62,10 +64,7 @@ def resolve(
     for text in overrides:
         _override(values, text)
     config = parse(plain(values, whose))
-    try:
-        check(config, world_size)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    check(config, world_size)
     if len(config.data.blend or ()) + len(config.data.validation or ()) > _FEW_FOLDERS:
         size = len(dump(config).encode())
         if size > parsing.CONFIG_BYTES:
@@ -85,7 +84,7 @@ def plain(values: Any, whose: str) -> Any:
         raise ConfigError(f"{whose}: {_of_omegaconf(error, 'it', 'has no value')}") from None
     for key, value in _leaves(resolved, ""):
         if "${" in str(value):  # written into config.yaml, it would be a reference
-            raise ConfigError(f"{whose}: {_short(key)} is {shown(value)}: no text may hold ${{ but as a reference")
+            raise ConfigError(f"{whose}: {shortened(key)} is {shown(value)}: no text may hold ${{ but as a reference")
     return resolved
 
 
@@ -101,7 +100,7 @@ def check_references(values: Any, whose: str) -> None:
             raise ConfigError(f"{whose}: {shown(key)} is not a setting: only values may have references")
         if "${" not in text:
             continue
-        size, said = len(text), f"{whose}: {_short(key)} is {shown(text)}"
+        size, said = len(text), f"{whose}: {shortened(key)} is {shown(text)}"
         for name in _REFERENCE.findall(text):
             if variable := _VARIABLE.fullmatch(name):
                 size += len(os.environ.get(variable[1], ""))
@@ -109,12 +108,12 @@ def check_references(values: Any, whose: str) -> None:
             if not _NAME.fullmatch(name):
                 raise ConfigError(f"{said}: a reference is ${{key.sub}} or ${{oc.env:VARIABLE}}")
             if name not in leaves and any(other.startswith(f"{name}.") for other in leaves):
-                raise ConfigError(f"{said}: {_short(name)} is a section, and a reference must name a value")
+                raise ConfigError(f"{said}: {shortened(name)} is a section, and a reference must name a value")
             if "${" in leaves.get(name, ""):
-                raise ConfigError(f"{said}: {_short(name)} is a reference itself, refer to what it names")
+                raise ConfigError(f"{said}: {shortened(name)} is a reference itself, refer to what it names")
             size += len(leaves.get(name, ""))
         if size > _LONGEST_TEXT:
-            raise ConfigError(f"{whose}: {_short(key)} has references to more than {_LONGEST_TEXT:,} characters")
+            raise ConfigError(f"{whose}: {shortened(key)} has references to more than {_LONGEST_TEXT:,} characters")
 
 
 def _leaves(values: Any, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -177,7 +176,7 @@ def read(
     Raises:
         ConfigError: one line that names the file and what is wrong with it.
     """
-    return _Files(key, prepare).read(path, "the config file", ())
+    return _Files(key, prepare).read(find(path), "the config file", ())
 
 
 def read_all(whose: str, paths: Sequence[Path]) -> Any:
@@ -233,7 +232,8 @@ class _Files:
         if not isinstance(names, Sequence) or not all(isinstance(name, str) and name for name in names):
             raise ConfigError(f"{path}: {self._key} is {shown(bases)}: it must name a file or a list of files")
         whose = f"{self._key} in {path}"
-        found = [self.read(path.parent / _expanded(name, whose), whose, above) for name in dict.fromkeys(names)]
+        paths = [find(Path(_expanded(name, whose)), path.parent) for name in dict.fromkeys(names)]
+        found = [self.read(base, whose, above) for base in paths]
         return merge(str(path), *found, values)
 
 
@@ -379,20 +379,15 @@ def shown(value: object) -> str:
     """A value as YAML has it, cut where it is long."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 200 else f"{text[:200]}..."
+    return shortened(repr(value), 100)
 
 
 def _of_omegaconf(error: OmegaConfBaseException, otherwise: str, said: str) -> str:
-    return f"{_short(error.full_key or otherwise)} {said}: {_first_line(error)}"
+    return f"{shortened(error.full_key or otherwise)} {said}: {_first_line(error)}"
 
 
 def _first_line(error: Exception) -> str:
-    return _short(str(error).partition("\n")[0])
+    return shortened(str(error).partition("\n")[0])
 
 
 def _is_union_tag(part: object) -> bool:

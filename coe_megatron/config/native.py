@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from coe_megatron.config.zero_sizes import sizes_trouble
+from coe_megatron.errors import ConfigError
 from coe_megatron.files import read_limited
 from coe_megatron.parsing import CONFIG_BYTES, parse_json
 
@@ -25,7 +26,6 @@ _DECIDED = {
     "data_types": "training.precision",
     "communication_data_type": "training.precision",
     "zero_optimization.stage": "zero.stage",
-    "zero_optimization.overlap_comm": "zero.overlap_reduction",
     "zero_optimization.offload_optimizer.device": "zero.offload_optimizer",
     "zero_optimization.offload_param.device": "zero.offload_parameters",
     "zero_optimization.cpu_offload": "zero.offload_optimizer",
@@ -41,20 +41,20 @@ def read_native(path: str) -> dict[str, Any]:
     """The JSON object of a file.
 
     Raises:
-        ValueError: it cannot be read, or says what a setting decides; one line that names both.
+        ConfigError: it cannot be read, or says what a setting decides; one line that names both.
     """
     content = read_limited(Path(path), "zero.deepspeed", CONFIG_BYTES)
     try:
         native = parse_json(content)
     except ValueError as error:
-        raise ValueError(f"zero.deepspeed is {path}: not valid JSON ({error})") from error
+        raise ConfigError(f"zero.deepspeed is {path}: not valid JSON ({error})") from error
     if not isinstance(native, dict):
-        raise ValueError(f"zero.deepspeed is {path}: it must hold a JSON object")
+        raise ConfigError(f"zero.deepspeed is {path}: it must hold a JSON object")
     for key, setting in _DECIDED.items():
         if _holds(native, key.split(".")):
-            raise ValueError(f"zero.deepspeed is {path}: it says {key}, which {setting} decides; leave it out")
+            raise ConfigError(f"zero.deepspeed is {path}: it says {key}, which {setting} decides; leave it out")
     if said := sizes_trouble(native):
-        raise ValueError(f"zero.deepspeed is {path}: {said}")
+        raise ConfigError(f"zero.deepspeed is {path}: {said}")
     return native
 
 

@@ -109,7 +109,6 @@ class MoESettings:
         scaling: factor of all gates.
         num_groups: group-limited routing: into how many groups the experts fall; null for none.
         group_topk: group-limited routing: from how many groups a token chooses.
-        router_dtype: in which the router computes.
         router_init: `normal` as all other weights (Megatron), or `kaiming_uniform` with a = sqrt(5) (the paper's code).
         load_balancing: auxiliary loss: `seq_aux_loss` balances each sequence, `aux_loss` each micro-batch of a rank,
             `global_aux_loss` the micro-batches of all ranks, those before it in the step included; `none` for no loss.
@@ -118,8 +117,8 @@ class MoESettings:
         expert_bias: balance without a loss: a bias on the choice, moved after each step (sigmoid scores only).
         expert_bias_rate: by how much it moves.
         input_jitter: in training the router's input is multiplied by noise from 1 - this to 1 + this.
-        capacity_factor: drop what exceeds this multiple of an expert's mean load without padding; null drops nothing.
-        drop_policy: drop the copies with the lowest gates, or the last ones.
+        capacity_factor: drop what exceeds this multiple of an expert's mean load without padding, the copies with the
+            lowest gates; null drops nothing.
         pad_to_capacity: fill every expert up to its capacity, for fixed sizes.
         dispatcher: how tokens travel to the experts' ranks.
         recompute: what the backward pass computes again instead of keeping it: `none`; `experts`, what lies between the
@@ -136,7 +135,6 @@ class MoESettings:
     scaling: Positive = 1.0
     num_groups: Count | None = None
     group_topk: Count | None = None
-    router_dtype: Literal["fp32", "fp64"] = "fp32"
     router_init: Literal["normal", "kaiming_uniform"] = "normal"
     load_balancing: Literal["none", "aux_loss", "seq_aux_loss", "global_aux_loss"] = "seq_aux_loss"
     aux_loss_coeff: NonNegative = 0.001
@@ -145,7 +143,6 @@ class MoESettings:
     expert_bias_rate: NonNegative = 0.001
     input_jitter: Fraction = 0.0
     capacity_factor: Positive | None = None
-    drop_policy: Literal["probs", "position"] = "probs"
     pad_to_capacity: bool = False
     dispatcher: Literal["alltoall", "allgather"] = "alltoall"
     recompute: Recompute = "none"
@@ -227,7 +224,6 @@ class ParallelSettings:
         pipeline: PP, the stages of consecutive layers (ZeRO stages 0 and 1).
         expert: EP, the ranks that divide the experts of a layer among them.
         expert_tensor: ETP, the ranks that cut every expert; independent of `tensor`.
-        context: ranks that cut the sequence in attention too; only 1 works.
         world_size: number of ranks the run is meant for; null takes as many as are started. `--dry-run` counts on it.
         ranks_per_node: how many of them a node has; `--dry-run` tells traffic inside nodes from that across them.
     """
@@ -236,7 +232,6 @@ class ParallelSettings:
     pipeline: Annotated[int, Field(ge=1, le=256)] = 1
     expert: Count = 1
     expert_tensor: Count = 1
-    context: Count = 1
     world_size: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     ranks_per_node: Count = 8
 
@@ -249,16 +244,14 @@ class ZeroSettings:
         stage: 0 nothing (fp32 only); 1 the optimizer's states; 2 gradients as well; 3 weights as well.
         offload_optimizer: keep the optimizer's states, and step, in host memory (stages 1 to 3).
         offload_parameters: keep the weights of stage 3 in host memory.
-        overlap_reduction: reduce gradients while the backward pass goes on (stages 1 and 2, at the cost of a second
-            buffer; stage 3 always does, stage 0 and pipelines never).
-        deepspeed: a JSON file in DeepSpeed's own words, whose keys are merged over ours. What a setting here decides
-            (batch, precision, clipping, stage, optimizer) it must not say.
+        deepspeed: a JSON file in DeepSpeed's own words, whose keys are merged over ours, such as
+            `{"zero_optimization": {"overlap_comm": false}}`. What a setting here decides (batch, precision, clipping,
+            stage, optimizer) it must not say.
     """
 
     stage: Literal[0, 1, 2, 3] = 1
     offload_optimizer: bool = False
     offload_parameters: bool = False
-    overlap_reduction: bool = True
     deepspeed: PathText | None = None
 
 
@@ -298,22 +291,10 @@ class TrainingSettings:
     warm_start: PathText | None = None
     deterministic: bool = False
 
-
-@dataclass(frozen=True)
-class WandbSettings:
-    """Weights & Biases; needs the package `wandb` and, unless offline, an account.
-
-    Attributes:
-        project: where the run appears.
-        name: of the run; the last part of `output` when null.
-        entity: user or team; the account's default when null.
-        mode: `offline` keeps everything in the run's folder until `wandb sync`.
-    """
-
-    project: str = "coe_megatron"
-    name: str | None = None
-    entity: str | None = None
-    mode: Literal["online", "offline"] = "online"
+    @property
+    def element_bytes(self) -> int:
+        """Of a weight, and of an element of an activation."""
+        return 2 if self.precision == "bf16" else 4
 
 
 @dataclass(frozen=True)
@@ -322,11 +303,13 @@ class LoggingSettings:
 
     Attributes:
         tensorboard: write `tensorboard/` in the run's folder.
-        wandb: send them to Weights & Biases; `{}` takes its defaults, null sends nothing.
+        wandb: send them to Weights & Biases; needs the package `wandb` and, unless WANDB_MODE is offline, an account.
+            Its own variables say where to (WANDB_PROJECT, else coe_megatron; WANDB_NAME, else the last part of
+            `output`; WANDB_ENTITY).
     """
 
     tensorboard: bool = True
-    wandb: WandbSettings | None = None
+    wandb: bool = False
 
 
 @dataclass(frozen=True)

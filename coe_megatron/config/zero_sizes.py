@@ -35,6 +35,7 @@ class ZeroSizes:
         reuse_distance: stage 3 keeps gathered what it needs again within so many.
         live: stage 3 gathers nothing ahead where so many are there.
         never_cut: a tensor of at most so many is whole on every rank in stage 3.
+        overlap: `overlap_comm`: stages 1 and 2 reduce gradients while the backward pass goes on, from a second buffer.
     """
 
     reduce_bucket: int
@@ -43,6 +44,7 @@ class ZeroSizes:
     reuse_distance: int
     live: int
     never_cut: int
+    overlap: bool
 
     @classmethod
     def of(cls, parameters: int, native: dict[str, Any]) -> "ZeroSizes":
@@ -51,7 +53,8 @@ class ZeroSizes:
         shares = {"live": parameters // 4, "never_cut": parameters // 1000}
         ours = dict.fromkeys(_KEYS, bucket) | {name: min(_MOST[name], share) for name, share in shares.items()}
         own = native.get("zero_optimization", {})
-        return cls(**ours | {name: int(own[key]) for name, keys in _KEYS.items() for key in keys if key in own})
+        given = {name: int(own[key]) for name, keys in _KEYS.items() for key in keys if key in own}
+        return cls(**ours | given, overlap=own.get("overlap_comm", True))
 
     def as_native(self) -> dict[str, int]:
         """In DeepSpeed's words."""
@@ -74,6 +77,8 @@ def sizes_trouble(native: dict[str, Any]) -> str | None:
     own = native.get("zero_optimization", {})
     if not isinstance(own, dict):
         return "zero_optimization must hold an object"
+    if type(overlap := own.get("overlap_comm", True)) is not bool:
+        return f"zero_optimization.overlap_comm is {overlap!r}: it must be true or false"
     for name, keys in _KEYS.items():
         for key in set(keys) & own.keys():
             value, least = own[key], 0 if name in _MAY_BE_0 else 1

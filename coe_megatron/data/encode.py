@@ -1,6 +1,5 @@
 """From chunks of records to files of token ids: the part of a preparation that many processes share."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -14,7 +13,7 @@ from coe_megatron.data.manifest import Split
 from coe_megatron.data.records import InputError, MalformedRecord, Templates
 from coe_megatron.data.sources import Chunk
 from coe_megatron.data.tokenizer import Tokenizer
-from coe_megatron.files import is_plain_file, new_file
+from coe_megatron.files import atomic_file, is_plain_file
 
 _SPLITS: tuple[Split, ...] = get_args(Split)
 
@@ -125,12 +124,8 @@ def write_encoded(target: Path, splits: dict[str, Encoded], malformed: int) -> N
     arrays: dict[str, Any] = {"malformed": malformed}
     for name, encoded in splits.items():
         arrays |= {f"{name}_{part}": value for part, value in vars(encoded).items()}
-    partial = target.with_suffix(f".{os.getpid()}.partial")
-    with new_file(partial) as file:
+    with atomic_file(target) as file:
         np.savez(file, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(target)
 
 
 def read_encoded(path: Path, vocab_size: int) -> tuple[dict[str, Encoded], int]:

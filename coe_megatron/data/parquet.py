@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from coe_megatron.data.records import InputError, MalformedRecord, Record, Templates, record_size, shortened, too_large
+from coe_megatron.data.records import InputError, MalformedRecord, Record, Templates, record_size, too_large
+from coe_megatron.text import shortened
 
 ROWS = 64  # in memory at once, each as large as a record may be
 

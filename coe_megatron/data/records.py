@@ -8,9 +8,9 @@ from functools import cached_property
 from typing import Any
 
 from coe_megatron.errors import ConfigError, one_line
+from coe_megatron.text import shortened
 
 BYTE_ORDER_MARK = "\ufeff"  # no text, wherever a file, a record or a field begins
-_SHOWN = 200  # characters of what stands in a file, in a message
 
 Record = Mapping[str, Any]
 
@@ -108,11 +108,6 @@ class Templates:
 def record_size(record: Record) -> int:
     """About how much text a record has that is parsed already."""
     return sum(len(str(value)) for value in record.values())
-
-
-def shortened(text: str) -> str:
-    """What a message shows of a text from a file, which may be as long as it likes."""
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def too_large(most: int) -> MalformedRecord:

@@ -25,12 +25,12 @@ from coe_megatron.data.records import (
     Record,
     Templates,
     record_size,
-    shortened,
     too_large,
 )
 from coe_megatron.errors import ConfigError
 from coe_megatron.files import require_file
 from coe_megatron.parsing import parse_json
+from coe_megatron.text import shortened
 
 JSON_LINES = (".jsonl", ".ndjson")
 TEXT = (".txt", ".text", ".md")

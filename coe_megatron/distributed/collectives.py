@@ -22,25 +22,27 @@ def broadcast(value: Any, group: Group = None) -> Any:
     return box[0]
 
 
-def run_on_rank0(action: Callable[[], Result], group: Group = None) -> Result:
+def run_on_rank0(action: Callable[[], Result], group: Group = None, *, shared: bool = True) -> Result:
     """What `action` returns on the first rank, which alone calls it: a thousand ranks would read one file all at once.
 
     Args:
-        action: without a collective call in it; its result and its errors can be pickled.
+        action: without a collective call in it; its errors can be pickled, and its result if it is shared.
+        shared: False keeps the result on the first rank; the others have None, which `Result` should allow for.
 
     Raises:
         Exception: on all ranks what `action` raised; the others would wait for the first and end in an error of theirs.
     """
-    result, error = None, None
+    result: Any = None
+    error: Exception | None = None
     if is_rank0():
         try:
             result = action()
         except Exception as raised:
             error = raised
-    result, others = broadcast((result, error), group)
-    if raised_there := error or others:  # on the first rank with its traceback
-        raise raised_there
-    return result
+    there, failed = broadcast((result if shared else None, error), group)
+    if error := error or failed:  # on the first rank with its traceback
+        raise error
+    return there if shared else result
 
 
 def all_gather(items: list, group: Group = None) -> list:
@@ -62,8 +64,8 @@ def shard(items: Sequence) -> Sequence:
     return items[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else items
 
 
-def run_on_all(work: Callable[[], None], group: Group, first_alone: bool = False) -> None:
-    """Do something on every rank (or on the first alone) and wait for all; what fails on one is raised on all.
+def run_on_all(work: Callable[[], None], group: Group) -> None:
+    """Do something on every rank and wait for all; what fails on one is raised on all.
 
     Args:
         work: without a collective call in it.
@@ -72,11 +74,10 @@ def run_on_all(work: Callable[[], None], group: Group, first_alone: bool = False
         OSError: what the disk said first.
     """
     failure = None
-    if is_rank0() or not first_alone:
-        try:
-            work()
-        except (OSError, RuntimeError, ConfigError) as error:  # torch.save makes the second of the first
-            failure = str(os_error_of(error))
+    try:
+        work()
+    except (OSError, RuntimeError, ConfigError) as error:  # torch.save makes the second of the first
+        failure = str(os_error_of(error))
     if failures := [found for found in all_gather([failure], group) if found]:
         raise OSError(failures[0])
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coe_megatron.errors import ConfigError
+from coe_megatron.text import shortened
 
 MOST_RANKS = 1 << 20
 LARGEST_PORT = 65_535
@@ -206,4 +207,4 @@ def _check_devices(environment: Mapping[str, str]) -> None:
 
 
 def _shown(text: str) -> str:
-    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
+    return repr(shortened(text, _SHOWN))

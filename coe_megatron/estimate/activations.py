@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from coe_megatron.chain.settings import Recompute
+from coe_megatron.errors import ConfigError
 from coe_megatron.estimate.closed_forms import ModelShape, forward_flops
 
 Scores = Literal["softmax", "renormalised", "sigmoid"]
@@ -190,7 +191,7 @@ def _output(shape: ModelShape, run: Pass) -> int:
 def extra_flops(shape: ModelShape, recompute: Recompute) -> int:
     """FLOPs a token that recomputing adds to `training_flops`: matrix products alone, so none for `experts`."""
     if recompute not in get_args(Recompute):
-        raise ValueError(f"recompute is {recompute!r}: it must be one of {', '.join(get_args(Recompute))}")
+        raise ConfigError(f"recompute is {recompute!r}: it must be one of {', '.join(get_args(Recompute))}")
     if recompute in ("none", "experts"):
         return 0
     flops = forward_flops(shape)

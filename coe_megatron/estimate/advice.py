@@ -7,9 +7,10 @@ from itertools import combinations
 from typing import Any, TypeAlias
 
 from coe_megatron.config.checks import problems
-from coe_megatron.config.layout import layout
 from coe_megatron.config.settings import RunConfig
+from coe_megatron.errors import ConfigError
 from coe_megatron.estimate.run_estimate import RunEstimate, estimate, size
+from coe_megatron.estimate.run_shape import RunShape
 
 Changes: TypeAlias = dict[str, Any]  # settings by their dotted names
 
@@ -20,16 +21,16 @@ def parse_size(text: str) -> int:
     """Bytes of a size such as `80GiB`.
 
     Raises:
-        ValueError: it is none; one line.
+        ConfigError: it is none; one line.
     """
     found = re.fullmatch(rf"(\d{{1,9}}(?:\.\d{{1,9}})?)({'|'.join(_UNITS)})", text, re.ASCII)
     count = int(float(found[1]) * _UNITS[found[2]]) if found else 0
     if count < 1:
-        raise ValueError(f"{text!r} must be a number above 0 and one of {', '.join(_UNITS)}, such as 80GiB")
+        raise ConfigError(f"{text!r} must be a number above 0 and one of {', '.join(_UNITS)}, such as 80GiB")
     return count
 
 
-def refusal(config: RunConfig, cost: RunEstimate, vocab_size: int, device_memory: int) -> str | None:
+def refusal(run: RunShape, cost: RunEstimate, device_memory: int) -> str | None:
     """Why a run does not fit, and what would; None if it fits.
 
     Args:
@@ -40,7 +41,7 @@ def refusal(config: RunConfig, cost: RunEstimate, vocab_size: int, device_memory
         return None
     largest = max(cost.memory, key=lambda kind: cost.memory[kind])
     needs = f"a rank needs {size(cost.needed)}, most of it {largest} ({size(cost.memory[largest])})"
-    found = cheapest_change(config, vocab_size, device_memory)
+    found = cheapest_change(run, device_memory)
     if found is None:
         return f"{needs}; nothing that was tried fits"
     changes, needed = found
@@ -48,13 +49,12 @@ def refusal(config: RunConfig, cost: RunEstimate, vocab_size: int, device_memory
     return f"{needs}; {listed} would fit ({size(needed)})"
 
 
-def cheapest_change(config: RunConfig, vocab_size: int, device_memory: int) -> tuple[Changes, int] | None:
+def cheapest_change(run: RunShape, device_memory: int) -> tuple[Changes, int] | None:
     """The first that fits, of single changes and then of pairs, and what a rank would need with it."""
-    ranks = layout(config).ranks
-    for changes in _in_order_of_cost(list(_candidates(config))):
-        changed = _apply(config, changes)
-        if next(problems(changed, ranks), None) is None:
-            needed = estimate(changed, vocab_size, ranks).needed
+    for changes in _in_order_of_cost(list(_candidates(run.config))):
+        changed = _apply(run.config, changes)
+        if next(problems(changed, run.layout.ranks), None) is None:
+            needed = estimate(run.changed(changed)).needed
             if needed <= device_memory:
                 return changes, needed
     return None

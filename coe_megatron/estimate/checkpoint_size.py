@@ -1,11 +1,9 @@
 """How much a checkpoint takes on the disk, without torch; tests hold it against checkpoints that were saved."""
 
-from coe_megatron.config.layout import Layout, layout
-from coe_megatron.config.settings import RunConfig
+from coe_megatron.config.layout import Layout
 from coe_megatron.estimate import closed_forms
 from coe_megatron.estimate.closed_forms import ModelShape
-from coe_megatron.estimate.memory import element
-from coe_megatron.estimate.run_shape import model_shape
+from coe_megatron.estimate.run_shape import RunShape
 
 _KINDS = 4  # a weight, its fp32 master and AdamW's two moments
 _MASTER_AND_MOMENTS = 12  # bytes a parameter
@@ -14,16 +12,10 @@ _BYTES_A_PART = 1_750
 _BYTES_A_RANK = 23_000  # the states of its generators, on the CPU
 
 
-def checkpoint_bytes(config: RunConfig, vocab_size: int, world_size: int | None = None) -> int:
-    """Bytes of one checkpoint.
-
-    Args:
-        vocab_size: rows of the embedding, padding included.
-        world_size: number of ranks; when None as `config.layout.layout` has it.
-    """
-    shape, ranks = model_shape(config, vocab_size), layout(config, world_size)
-    of_tensors = (element(config) + _MASTER_AND_MOMENTS) * closed_forms.parameters(shape).total
-    return of_tensors + _KINDS * _parts(shape, ranks) * _BYTES_A_PART + ranks.ranks * _BYTES_A_RANK
+def checkpoint_bytes(run: RunShape) -> int:
+    """Bytes of one checkpoint."""
+    of_tensors = (run.element_bytes + _MASTER_AND_MOMENTS) * closed_forms.parameters(run.model).total
+    return of_tensors + _KINDS * _parts(run.model, run.layout) * _BYTES_A_PART + run.layout.ranks * _BYTES_A_RANK
 
 
 def _parts(shape: ModelShape, ranks: Layout) -> int:

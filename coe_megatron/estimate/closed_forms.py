@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Literal, get_args
 
 from coe_megatron.chain.settings import ChainSettings
+from coe_megatron.errors import ConfigError
 
 Attention = Literal["mha", "mla"]
 
@@ -50,7 +51,7 @@ class ModelShape:
         chain: iterations, gating, norm placement.
 
     Raises:
-        ValueError: a field has no valid value; the message names the field, the value and the valid ones.
+        ConfigError: a field has no valid value; the message names the field, the value and the valid ones.
     """
 
     layers: int
@@ -107,7 +108,7 @@ class ModelShape:
 
     def _require(self, valid: bool, name: str, values: str) -> None:
         if not valid:
-            raise ValueError(f"shape.{name} is {getattr(self, name)!r}: it must be {values}")
+            raise ConfigError(f"shape.{name} is {getattr(self, name)!r}: it must be {values}")
 
     @property
     def num_moe_layers(self) -> int:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from coe_megatron.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Device:
@@ -47,10 +49,10 @@ def device(name: str) -> Device:
     """A device by its name.
 
     Raises:
-        ValueError: there is none of that name; one line that begins with the name.
+        ConfigError: there is none of that name; one line that begins with the name.
     """
     if name not in DEVICES:
-        raise ValueError(f"{name}: it must be one of {', '.join(DEVICES)}")
+        raise ConfigError(f"{name}: it must be one of {', '.join(DEVICES)}")
     return DEVICES[name]
 
 

@@ -3,11 +3,11 @@
 from dataclasses import replace
 
 from coe_megatron.config.checks import problems
-from coe_megatron.config.settings import RunConfig
 from coe_megatron.estimate.run_estimate import RunEstimate, estimate, size
+from coe_megatron.estimate.run_shape import RunShape
 
 
-def needless_crossing(config: RunConfig, cost: RunEstimate, vocab_size: int) -> str | None:
+def needless_crossing(run: RunShape, cost: RunEstimate) -> str | None:
     """A line with the bytes, and with the largest `parallel.expert` that would keep them inside nodes.
 
     None where nothing crosses. What crosses because an expert alone is spread over nodes (`parallel.expert_tensor`) has
@@ -19,10 +19,11 @@ def needless_crossing(config: RunConfig, cost: RunEstimate, vocab_size: int) -> 
     crossing = cost.communication["all_to_all"].across_nodes
     if not crossing:
         return None
+    config = run.config
     for count in range(config.parallel.expert - 1, 0, -1):
         changed = replace(config, parallel=replace(config.parallel, expert=count))
-        if next(problems(changed, cost.layout.ranks), None) is None:
-            other = estimate(changed, vocab_size, cost.layout.ranks)
+        if next(problems(changed, run.layout.ranks), None) is None:
+            other = estimate(run.changed(changed))
             if not other.communication["all_to_all"].across_nodes:
                 return (
                     f"the all-to-all sends {size(crossing)} a rank and step across nodes of "

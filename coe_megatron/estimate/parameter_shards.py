@@ -9,11 +9,10 @@ from dataclasses import dataclass
 
 from coe_megatron.config.layout import Layout
 from coe_megatron.config.native import read_native
-from coe_megatron.config.settings import RunConfig
 from coe_megatron.config.zero_sizes import ZeroSizes
 from coe_megatron.estimate import closed_forms
 from coe_megatron.estimate.closed_forms import ModelShape
-from coe_megatron.estimate.run_shape import stage_shape
+from coe_megatron.estimate.run_shape import RunShape
 
 
 @dataclass(frozen=True)
@@ -73,9 +72,9 @@ class ParameterShards:
         return -(-self.dense // self.dense_replicas), -(-self.experts // self.expert_replicas)
 
 
-def parameter_shards(config: RunConfig, shape: ModelShape, ranks: Layout, stage: int) -> ParameterShards:
-    """What each rank of a pipeline stage (from 0) holds of the model `shape`."""
-    own = stage_shape(config, shape, stage)
+def parameter_shards(run: RunShape, stage: int) -> ParameterShards:
+    """What each rank of a pipeline stage (from 0) holds of the model."""
+    own, ranks, native = run.stage_model(stage), run.layout, run.config.zero.deepspeed
     counted = closed_forms.parameters(own)
     first, last = stage == 0, stage == ranks.pipeline - 1
     layers = counted.attention + counted.shared + counted.dense
@@ -85,10 +84,10 @@ def parameter_shards(config: RunConfig, shape: ModelShape, ranks: Layout, stage:
     dense = (layers + tables) // ranks.tensor + whole
     experts = counted.experts // (ranks.expert * ranks.expert_tensor)
     table, cut = counted.embedding // ranks.tensor, ranks.expert_data > 1
-    output = [("dense", table)] * (last and shape.untied_embeddings)
+    output = [("dense", table)] * (last and own.untied_embeddings)
     segments = [[("dense", table)] * first, *_segments(own, ranks), output]
     in_order = [each for segment in segments for each in segment]
-    sizes = ZeroSizes.of(dense + experts, read_native(config.zero.deepspeed) if config.zero.deepspeed else {})
+    sizes = ZeroSizes.of(dense + experts, read_native(native) if native else {})
     return ParameterShards(
         dense=dense,
         experts=experts,

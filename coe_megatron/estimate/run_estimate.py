@@ -7,15 +7,17 @@ from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
 from coe_megatron.chain.settings import Recompute
-from coe_megatron.config.layout import Layout, layout
+from coe_megatron.config.layout import Layout
 from coe_megatron.config.settings import RunConfig
 from coe_megatron.data.folders import check_data, folders
+from coe_megatron.errors import ConfigError
 from coe_megatron.estimate import closed_forms
-from coe_megatron.estimate import memory as forms
 from coe_megatron.estimate.activations import Activations, activations, extra_flops
 from coe_megatron.estimate.closed_forms import Flops, ParameterCount
-from coe_megatron.estimate.run_shape import model_shape, padded_vocabulary, stage_pass, stage_shape, training_pass
+from coe_megatron.estimate.memory import memory
+from coe_megatron.estimate.run_shape import RunShape, padded_vocabulary
 from coe_megatron.estimate.traffic import Sent, bubble, traffic
+from coe_megatron.text import aligned_facts
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,9 @@ class RunEstimate:
         micro_batch: sequences that a rank passes at once.
         micro_batches: of a step, on each replica.
         bubble: share of a step in which a pipeline stage waits.
-        stage: the pipeline stage (from 0) that holds most; the four below are its.
+        stage: the pipeline stage (from 0) that holds most; the five below are its.
         memory: bytes a rank holds at the peak of a step, by kind (see `estimate.memory`).
+        measured: bytes by the kinds that `training.memory_meter` measures, each at its own most.
         host: bytes a rank keeps in host memory by `zero.offload_...`.
         activations: bytes of a micro-batch's activations in each mode of `moe.recompute`, uniform routing assumed.
         recompute: the run's `moe.recompute`.
@@ -48,6 +51,7 @@ class RunEstimate:
     tokens_per_step: int
     stage: int
     memory: dict[str, int]
+    measured: dict[str, int]
     host: dict[str, int]
     recompute: Recompute
     activations: dict[str, Activations]
@@ -107,8 +111,7 @@ class RunEstimate:
             "recompute": f"{self.recompute}; activations by mode: {', '.join(map(self._mode, self.activations))}",
             **{f"sent {link.replace('_', ' ')}": _sizes(self._sent(link)) for link in ("inside_node", "across_nodes")},
         }
-        width = max(map(len, rows))
-        return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
+        return aligned_facts(rows)
 
     def _mode(self, mode: str) -> str:
         extra = self.extra_flops[mode] / self.flops_per_token.total
@@ -118,41 +121,31 @@ class RunEstimate:
         return {name: getattr(each, link) for name, each in self.communication.items()}
 
 
-def estimate(
-    config: RunConfig, vocab_size: int, world_size: int | None = None, stage: int | None = None
-) -> RunEstimate:
+def estimate(run: RunShape, stage: int | None = None) -> RunEstimate:
     """The cost of a run.
 
     Args:
-        vocab_size: rows of the embedding, padding included.
-        world_size: number of ranks; when None as `config.layout.layout` has it.
         stage: the pipeline stage (from 0) whose memory it shall be; the one that holds most when None.
     """
-    shape, ranks = model_shape(config, vocab_size), layout(config, world_size)
-    micro_batches = forms.micro_batches_of(config, ranks)
-    stages = range(ranks.pipeline) if stage is None else [stage]
-    held = {each: forms.memory(config, shape, ranks, each, training_pass(config)) for each in stages}
-    most = max(held, key=lambda each: sum(held[each].values()))
-    sent = [traffic(config, shape, ranks, each) for each in range(ranks.pipeline)]
-
-    def passes(mode: Recompute) -> Activations:
-        run = stage_pass(training_pass(config, mode), most, ranks.pipeline, micro_batches)
-        return activations(stage_shape(config, shape, most), run)
-
+    config, stages = run.config, range(run.layout.pipeline)
+    held = {each: memory(run, each) for each in (stages if stage is None else [stage])}
+    most = max(held, key=lambda each: held[each].total)
+    own, sent = run.stage_model(most), [traffic(run, each) for each in stages]
     return RunEstimate(
-        layout=ranks,
+        layout=run.layout,
         micro_batch=config.training.micro_batch,
-        micro_batches=micro_batches,
-        bubble=bubble(config, ranks),
-        parameters=closed_forms.parameters(shape),
-        flops_per_token=closed_forms.training_flops(shape),
-        tokens_per_step=config.training.global_batch * shape.seq_length,
+        micro_batches=run.micro_batches,
+        bubble=bubble(run),
+        parameters=closed_forms.parameters(run.model),
+        flops_per_token=closed_forms.training_flops(run.model),
+        tokens_per_step=config.training.global_batch * config.model.seq_length,
         stage=most,
-        memory=held[most],
-        host=forms.host(config, shape, ranks, most),
+        memory=held[most].kinds,
+        measured=held[most].measured,
+        host=held[most].host,
         recompute=config.moe.recompute,
-        activations={mode: passes(mode) for mode in get_args(Recompute)},
-        extra_flops={mode: extra_flops(shape, mode) for mode in get_args(Recompute)},
+        activations={mode: activations(own, run.stage_pass(most, mode)) for mode in get_args(Recompute)},
+        extra_flops={mode: extra_flops(run.model, mode) for mode in get_args(Recompute)},
         communication=max(sent, key=lambda kinds: sum(kinds.values(), Sent(0, 0)).total),
     )
 
@@ -164,14 +157,14 @@ def vocabulary(config: RunConfig, *, data_needed: bool = False) -> int:
         data_needed: that there is no data is an error, also where `model.vocab_size` is given.
 
     Raises:
-        ValueError: neither is there to tell, or there is data and it does not suit (see `check_data`).
+        ConfigError: neither is there to tell, or there is data and it does not suit (see `check_data`).
     """
     manifest = check_data(config, needed=data_needed)
     if manifest is not None:
         return padded_vocabulary(config, manifest.vocab_size)
     if config.model.vocab_size is None:
         missing = next(folders(config.data))
-        raise ValueError(
+        raise ConfigError(
             "model.vocab_size is null: without prepared data it must be given "
             f"(there is no folder {missing.path}, which {missing.setting} names)"
         )

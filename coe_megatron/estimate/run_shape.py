@@ -1,90 +1,131 @@
-"""What the closed forms need to know of a run: its settings as a ModelShape."""
+"""What a run is, once its config, its tokenizer and the number of its ranks are known: built once, and handed on."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from coe_megatron.chain.settings import Recompute
-from coe_megatron.config.layout import chain_pattern, moe_pattern
+from coe_megatron.config import layout as layouts
+from coe_megatron.config.layout import Layout, chain_pattern, moe_pattern
 from coe_megatron.config.settings import RunConfig
+from coe_megatron.errors import ConfigError
 from coe_megatron.estimate.activations import Pass, Scores
 from coe_megatron.estimate.closed_forms import ModelShape
 
 
-def model_shape(config: RunConfig, vocab_size: int) -> ModelShape:
-    """The run's model for the closed forms; `vocab_size` counts the padded rows of the embedding."""
-    model, moe, mla = config.model, config.moe, config.model.mla
-    return ModelShape(
-        layers=model.num_layers,
-        hidden=model.hidden_size,
-        vocab=vocab_size,
-        heads=model.num_attention_heads,
-        seq_length=model.seq_length,
-        experts=moe.num_experts,
-        topk=moe.topk,
-        expert_ffn=moe.ffn_hidden_size,
-        shared_ffn=moe.num_shared_experts * moe.ffn_hidden_size,
-        dense_ffn=model.ffn_hidden_size or 4 * model.hidden_size,
-        moe_layers=moe_pattern(config),
-        chains=None if config.chain.layers is None else chain_pattern(config),
-        attention="mla" if mla else "mha",
-        kv_groups=model.num_query_groups,
-        head_dim=model.kv_channels,
-        kv_lora_rank=mla.kv_lora_rank if mla else 0,
-        q_lora_rank=mla.q_lora_rank if mla else None,
-        qk_nope=mla.qk_head_dim if mla else 0,
-        qk_rope=mla.qk_pos_emb_head_dim if mla else 0,
-        v_head_dim=mla.v_head_dim if mla else 0,
-        qk_layernorm=model.qk_layernorm,
-        layer_norm=model.normalization == "LayerNorm",
-        swiglu=model.activation == "swiglu",
-        untied_embeddings=model.untied_embeddings,
-        chain=config.chain,
-    )
+@dataclass(frozen=True)
+class RunShape:
+    """A run for all that is computed of it.
 
+    Attributes:
+        config: its settings.
+        vocab_size: rows of the embedding, padding included.
+        layout: how its ranks divide the work.
+    """
 
-def training_pass(config: RunConfig, recompute: Recompute | None = None) -> Pass:
-    """The run's micro-batch for `coe_megatron.estimate.activations`; `recompute` takes the place of the run's own."""
-    moe = config.moe
-    scores: Scores = "renormalised" if moe.renormalise else moe.score_function
-    return Pass(
-        micro_batch=config.training.micro_batch,
-        element=2 if config.training.precision == "bf16" else 4,
-        recompute=recompute or moe.recompute,
-        scores=scores,
-        balanced=moe.load_balancing != "none" and moe.aux_loss_coeff > 0,
-        z_loss=moe.z_loss_coeff > 0,
-        jitter=moe.input_jitter > 0,
-        dropout=config.model.hidden_dropout > 0,
-        expert_parallel=config.parallel.expert,
-        tensor=config.parallel.tensor,
-        expert_tensor=config.parallel.expert_tensor,
-    )
+    config: RunConfig
+    vocab_size: int
+    layout: Layout
 
+    @classmethod
+    def of(cls, config: RunConfig, vocab_size: int, world_size: int | None = None) -> "RunShape":
+        """Args: `world_size` is the number of ranks; when None as `config.layout.layout` has it."""
+        return cls(config, vocab_size, layouts.layout(config, world_size))
 
-def stage_shape(config: RunConfig, shape: ModelShape, stage: int) -> ModelShape:
-    """The layers of a pipeline stage (from 0) of the model `shape`; embedding and output layer count as in `shape`."""
-    layers = shape.layers // config.parallel.pipeline
-    own = slice(stage * layers, (stage + 1) * layers)
-    chains = None if shape.chains is None else shape.chains[own]
-    return replace(shape, layers=layers, moe_layers=moe_pattern(config)[own], chains=chains)
+    def changed(self, config: RunConfig) -> "RunShape":
+        """The same ranks and vocabulary with another config."""
+        return RunShape.of(config, self.vocab_size, self.layout.ranks)
 
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of a step on each replica."""
+        return self.config.training.global_batch // (self.config.training.micro_batch * self.layout.data)
 
-def stage_pass(run: Pass, stage: int, stages: int, micro_batches: int) -> Pass:
-    """The passes of a pipeline stage: under 1F1B stage p of P keeps P - p micro-batches, if there are so many."""
-    in_flight = min(stages - stage, micro_batches)
-    return replace(run, first=stage == 0, last=stage == stages - 1, in_flight=in_flight)
+    @property
+    def tokens_per_replica(self) -> int:
+        """Tokens that a replica passes in a step."""
+        return self.config.training.global_batch * self.config.model.seq_length // self.layout.data
+
+    @property
+    def element_bytes(self) -> int:
+        """Of a weight, and of an element of a hidden state."""
+        return self.config.training.element_bytes
+
+    @cached_property
+    def model(self) -> ModelShape:
+        """The model for the closed forms."""
+        config, model, moe, mla = self.config, self.config.model, self.config.moe, self.config.model.mla
+        return ModelShape(
+            layers=model.num_layers,
+            hidden=model.hidden_size,
+            vocab=self.vocab_size,
+            heads=model.num_attention_heads,
+            seq_length=model.seq_length,
+            experts=moe.num_experts,
+            topk=moe.topk,
+            expert_ffn=moe.ffn_hidden_size,
+            shared_ffn=moe.num_shared_experts * moe.ffn_hidden_size,
+            dense_ffn=model.ffn_hidden_size or 4 * model.hidden_size,
+            moe_layers=moe_pattern(config),
+            chains=None if config.chain.layers is None else chain_pattern(config),
+            attention="mla" if mla else "mha",
+            kv_groups=model.num_query_groups,
+            head_dim=model.kv_channels,
+            kv_lora_rank=mla.kv_lora_rank if mla else 0,
+            q_lora_rank=mla.q_lora_rank if mla else None,
+            qk_nope=mla.qk_head_dim if mla else 0,
+            qk_rope=mla.qk_pos_emb_head_dim if mla else 0,
+            v_head_dim=mla.v_head_dim if mla else 0,
+            qk_layernorm=model.qk_layernorm,
+            layer_norm=model.normalization == "LayerNorm",
+            swiglu=model.activation == "swiglu",
+            untied_embeddings=model.untied_embeddings,
+            chain=config.chain,
+        )
+
+    def stage_model(self, stage: int) -> ModelShape:
+        """The layers of a pipeline stage (from 0); embedding and output layer count as in the whole model."""
+        layers = self.model.layers // self.layout.pipeline
+        own = slice(stage * layers, (stage + 1) * layers)
+        chains = None if self.model.chains is None else self.model.chains[own]
+        return replace(self.model, layers=layers, moe_layers=moe_pattern(self.config)[own], chains=chains)
+
+    def micro_batch(self, recompute: Recompute | None = None) -> Pass:
+        """A micro-batch's pass through the model; `recompute` takes the place of the run's own."""
+        moe = self.config.moe
+        scores: Scores = "renormalised" if moe.renormalise else moe.score_function
+        return Pass(
+            micro_batch=self.config.training.micro_batch,
+            element=self.element_bytes,
+            recompute=recompute or moe.recompute,
+            scores=scores,
+            balanced=moe.load_balancing != "none" and moe.aux_loss_coeff > 0,
+            z_loss=moe.z_loss_coeff > 0,
+            jitter=moe.input_jitter > 0,
+            dropout=self.config.model.hidden_dropout > 0,
+            expert_parallel=self.layout.expert,
+            tensor=self.layout.tensor,
+            expert_tensor=self.layout.expert_tensor,
+        )
+
+    def stage_pass(self, stage: int, recompute: Recompute | None = None) -> Pass:
+        """The passes of a pipeline stage: under 1F1B stage p of P keeps P - p micro-batches, if there are so many."""
+        stages = self.layout.pipeline
+        in_flight = min(stages - stage, self.micro_batches)
+        whole = self.micro_batch(recompute)
+        return replace(whole, first=stage == 0, last=stage == stages - 1, in_flight=in_flight)
 
 
 def padded_vocabulary(config: RunConfig, tokenizer_size: int) -> int:
     """Rows of the embedding: `model.vocab_size`, or the tokenizer's size rounded up to a multiple of 64.
 
     Raises:
-        ValueError: `model.vocab_size` is smaller than the tokenizer.
+        ConfigError: `model.vocab_size` is smaller than the tokenizer.
     """
     wanted = config.model.vocab_size
     if wanted is None:
         return -(-tokenizer_size // 64) * 64
     if wanted < tokenizer_size:
-        raise ValueError(
+        raise ConfigError(
             f"model.vocab_size is {wanted}: the tokenizer has {tokenizer_size} pieces, so at least that many, "
             "or null for as many as it has"
         )

@@ -21,11 +21,9 @@ from fractions import Fraction
 from functools import cache
 
 from coe_megatron.config.layout import Layout
-from coe_megatron.config.settings import RunConfig
 from coe_megatron.estimate.closed_forms import ModelShape
-from coe_megatron.estimate.memory import element, micro_batches_of
 from coe_megatron.estimate.parameter_shards import ParameterShards, parameter_shards
-from coe_megatron.estimate.run_shape import stage_shape
+from coe_megatron.estimate.run_shape import RunShape
 
 _FP32 = 4
 
@@ -106,39 +104,37 @@ def groups(ranks: Layout, ranks_per_node: int) -> dict[str, Group]:
     return {name: group(ranks.ranks, size, stride, ranks_per_node) for name, (size, stride) in strides.items()}
 
 
-def traffic(config: RunConfig, shape: ModelShape, ranks: Layout, stage: int) -> dict[str, Sent]:
+def traffic(run: RunShape, stage: int) -> dict[str, Sent]:
     """What a rank of a pipeline stage sends in a step; routing taken to be uniform.
 
     Routers' losses, the norm of the gradients and the logits' maxima and sums are small and left out.
     """
-    links = groups(ranks, config.parallel.ranks_per_node)
-    own, has = stage_shape(config, shape, stage), parameter_shards(config, shape, ranks, stage)
-    micro_batches = micro_batches_of(config, ranks)
+    links = groups(run.layout, run.config.parallel.ranks_per_node)
     return {
-        **_of_experts(config, own, ranks, links),
-        "tensor": _of_tensor_parallelism(config, own, ranks, links["tensor"], stage),
-        "pipeline": _of_pipeline(config, own, ranks, links["pipeline"], stage),
-        **_of_replicas(config, has, links, micro_batches),
+        **_of_experts(run, run.stage_model(stage), links),
+        "tensor": _of_tensor_parallelism(run, stage, links["tensor"]),
+        "pipeline": _of_pipeline(run, stage, links["pipeline"]),
+        **_of_replicas(run, parameter_shards(run, stage), links),
     }
 
 
-def _tokens(config: RunConfig, shape: ModelShape, ranks: Layout) -> int:
-    """Tokens that a replica passes in a step."""
-    return config.training.global_batch * shape.seq_length // ranks.data
+def _states(run: RunShape) -> int:
+    """Bytes of a rank's part of the hidden states of a step, as tensor parallelism cuts them."""
+    return run.tokens_per_replica // run.layout.tensor * run.model.hidden * run.element_bytes
 
 
-def _of_experts(config: RunConfig, shape: ModelShape, ranks: Layout, links: dict[str, Group]) -> dict[str, Sent]:
+def _of_experts(run: RunShape, shape: ModelShape, links: dict[str, Group]) -> dict[str, Sent]:
     """There and back in each of C iterations, forward and backward; forward twice where iterations are recomputed.
 
     The all-to-all sends each of K copies of a token, and where experts are cut by ETP every rank of the cut gathers the
     copies of all. `moe.dispatcher` allgather gathers all tokens instead.
     """
-    forward = 2 if config.moe.recompute in ("iteration", "layer") else 1
+    ranks, forward = run.layout, _forward_passes(run)
     passes = sum(count * kind.chain.iterations for count, kind in shape.moe_kinds) * 2 * (forward + 1)
-    states = _tokens(config, shape, ranks) // ranks.tensor * shape.hidden * element(config)
-    if config.moe.dispatcher == "allgather":
+    states = _states(run)
+    if run.config.moe.dispatcher == "allgather":
         size = ranks.expert * ranks.expert_tensor
-        both = group(ranks.ranks, size, 1, config.parallel.ranks_per_node)
+        both = group(ranks.ranks, size, 1, run.config.parallel.ranks_per_node)
         return {"all_to_all": both.ring(passes * states * size, 1), "expert_tensor": Sent(0, 0)}
     # Layers that are no chains send as many copies, at once.
     rows = shape.num_moe_layers * shape.chain.iterations * 2 * (forward + 1) * states * shape.topk
@@ -148,13 +144,18 @@ def _of_experts(config: RunConfig, shape: ModelShape, ranks: Layout, links: dict
     }
 
 
-def _of_tensor_parallelism(config: RunConfig, shape: ModelShape, ranks: Layout, link: Group, stage: int) -> Sent:
+def _forward_passes(run: RunShape) -> int:
+    """Of an iteration in a step: one more where it is recomputed."""
+    return 2 if run.config.moe.recompute in ("iteration", "layer") else 1
+
+
+def _of_tensor_parallelism(run: RunShape, stage: int, link: Group) -> Sent:
     """With sequence parallelism, each time over the hidden states of all tokens.
 
     A product whose columns are cut gathers its input, in the backward pass again, and scatters the input's gradient;
     one whose rows are cut scatters its output and gathers the output's gradient. Shared experts do so in every pass.
     """
-    forward = 2 if config.moe.recompute in ("iteration", "layer") else 1
+    shape, forward = run.stage_model(stage), _forward_passes(run)
     pair = 2 * shape.hidden + 3 * shape.hidden  # forward and backward of columns, then rows
     attention = pair
     if shape.attention == "mla":  # queries, keys with values, and the products behind the latents
@@ -163,36 +164,34 @@ def _of_tensor_parallelism(config: RunConfig, shape: ModelShape, ranks: Layout, 
     width = shape.layers * attention + shared * (pair + (forward - 1) * 2 * shape.hidden)
     width += (shape.layers - shape.num_moe_layers) * pair
     width += 2 * shape.hidden if stage == 0 else 0  # the embedding scatters, and gathers in the backward pass
-    width += 3 * shape.hidden if stage == ranks.pipeline - 1 else 0
-    return link.ring(_tokens(config, shape, ranks) * width * element(config), 1)
+    width += 3 * shape.hidden if stage == run.layout.pipeline - 1 else 0
+    return link.ring(run.tokens_per_replica * width * run.element_bytes, 1)
 
 
-def _of_pipeline(config: RunConfig, shape: ModelShape, ranks: Layout, link: Group, stage: int) -> Sent:
+def _of_pipeline(run: RunShape, stage: int, link: Group) -> Sent:
     """Hidden states to the next stage, and their gradients to the one before."""
-    times = (stage < ranks.pipeline - 1) + (stage > 0)
-    states = _tokens(config, shape, ranks) // ranks.tensor * shape.hidden * element(config)
-    return link.to_the_next(times * states)
+    times = (stage < run.layout.pipeline - 1) + (stage > 0)
+    return link.to_the_next(times * _states(run))
 
 
-def _of_replicas(
-    config: RunConfig, has: ParameterShards, links: dict[str, Group], micro_batches: int
-) -> dict[str, Sent]:
+def _of_replicas(run: RunShape, has: ParameterShards, links: dict[str, Group]) -> dict[str, Sent]:
     """Gradients and weights. Stages 0 and 1 reduce once a step; 2 and 3 scatter the gradients of every micro-batch.
 
     Stages 1 and 2 gather weights once a step, 3 twice a micro-batch.
     """
-    stage = config.zero.stage
+    stage, micro_batches = run.config.zero.stage, run.micro_batches
     reduced, gathered = 2 if stage < 2 else micro_batches, (0, 1, 1, 2 * micro_batches)[stage]
 
     def ring(size: int, rounds: int) -> Sent:
         return links["data"].ring(size * has.dense, rounds) + links["expert_data"].ring(size * has.experts, rounds)
 
-    return {"gradients": ring(_FP32, reduced), "weights": ring(element(config), gathered)}
+    return {"gradients": ring(_FP32, reduced), "weights": ring(run.element_bytes, gathered)}
 
 
-def bubble(config: RunConfig, ranks: Layout) -> float:
+def bubble(run: RunShape) -> float:
     """Share of a step in which a stage waits for others: (P - 1) / (M + P - 1) of M micro-batches under 1F1B."""
-    return (ranks.pipeline - 1) / (micro_batches_of(config, ranks) + ranks.pipeline - 1)
+    stages = run.layout.pipeline
+    return (stages - 1) / (run.micro_batches + stages - 1)
 
 
 def _split(sent: int, apart: Fraction) -> Sent:

@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 
 from coe_megatron.distributed.rendezvous import LOOPBACK, join, serve
+from coe_megatron.text import aligned
 
 GIB = 2**30
 _SMALLEST, _LARGEST = 2**18, 2**28  # bytes of a message: doubled until it takes long enough to be timed
@@ -101,22 +102,19 @@ class Report:
 
     def table(self) -> str:
         """A line for each node, one for all together, and one for each bad node."""
-        lines = [_ROW.format("node", "devices", "memory", "on device", "disk", "clock", "all-to-all", "all-reduce")]
-        lines += [_line(name, node) for name, node in self.nodes.items()]
+        head = ("node", "devices", "memory", "on device", "disk", "clock", "all-to-all", "all-reduce")
+        lines = aligned([head, *(_cells(name, node) for name, node in self.nodes.items())], "<<>")
         if self.together:
             lines.append(f"all good nodes together: {_both(self.together)}")
         return "\n".join(lines + [f"bad: {name}: {reason}" for name, reason in self.bad.items()])
 
 
-_ROW = "{:<20} {:<24} {:>10} {:>10} {:>10} {:>10} {:>12} {:>12}"
-
-
-def _line(name: str, node: Node) -> str:
+def _cells(name: str, node: Node) -> list[str]:
     devices = _count(tuple(node.devices))
     sizes = ["-" if size is None else f"{size / GIB:.1f} GiB" for size in (node.memory, node.device_memory, node.disk)]
     skew = "-" if node.skew is None else f"{node.skew * 1000:+.1f} ms"
     speeds = ["-" if speed is None else f"{speed:.3g} GB/s" for speed in (node.all_to_all, node.all_reduce)]
-    return _ROW.format(name, devices, *sizes, skew, *speeds)
+    return [name, devices, *sizes, skew, *speeds]
 
 
 def _both(speeds: dict[str, float]) -> str:

@@ -37,6 +37,7 @@ TRAINING = (
     "coe_megatron.lean_imports:import_megatron",
     "coe_megatron.lean_imports:import_deepspeed_muon",
     "coe_megatron.training.loop",
+    "coe_megatron.cli.pretraining",
     "torch._dynamo",  # which torch's optimizers import when they are made
     "coe_megatron.distributed.rendezvous",
     "torch.distributed.run",

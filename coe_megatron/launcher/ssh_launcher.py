@@ -16,7 +16,7 @@ from coe_megatron.launcher.torchrun_supervisor import Requests
 from coe_megatron.run.exit_status import ExitStatus, known_status, verdict
 
 # What a command on another host gets of this one's environment, by the beginning of its name.
-EXPORTED = ("GLOO_", "LD_LIBRARY_PATH", "NCCL_", "OMP_NUM_THREADS", "PYTHONPATH", "UCX_")
+EXPORTED = ("GLOO_", "LD_LIBRARY_PATH", "NCCL_", "OMP_NUM_THREADS", "PYTHONPATH", "UCX_", "WANDB_")
 _LOOKS_EVERY = 0.2  # seconds
 _OTHERS_FOLLOW = 15.0  # seconds that other hosts have to end by themselves when one has failed
 _TOLD_TO_END = 10.0  # seconds that they have when they are told to

@@ -20,7 +20,7 @@ from coe_megatron.launcher.preloaded import Popen, Preloaded, is_loaded, load, w
 from coe_megatron.run.exit_status import ExitStatus
 from coe_megatron.training.signals import stop_with_parent
 
-_TRAINING = "pretrain_coe.py"
+_TRAINING = ("pretrain_coe.py", "coe_megatron.cli.pretrain")
 
 
 def stay_on_host(options: argparse.Namespace) -> None:
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> None:
         own = ", ".join(f"{name} is {value!r:.100}" for name, value in os.environ.items() if name.startswith("PET_"))
         sys.stderr.write(f"torchrun: error: {one_line(str(error))}{f' ({own})' if own else ''}\n")
         sys.exit(ExitStatus.MISTAKE)
-    if not is_loaded() and without_gpu() and Path(options.training_script).name == _TRAINING:
+    if not is_loaded() and without_gpu() and Path(options.training_script).name in _TRAINING:
         load()  # once, instead of once a rank
     if is_loaded():
         _start_ranks_from(Preloaded())

@@ -16,6 +16,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from coe_megatron.errors import ConfigError
+
 
 class SDPACoreAttention(MegatronModule):
     """Takes the place of Megatron's `DotProductAttention` and, with `k_channels`/`v_channels`, serves its MLA too.
@@ -25,7 +27,7 @@ class SDPACoreAttention(MegatronModule):
         attention_dropout: dropout of the attention weights; the config's when None.
 
     Raises:
-        ValueError: the config asks for what torch's attention does not do (context parallelism, sliding window,
+        ConfigError: the config asks for what torch's attention does not do (context parallelism, sliding window,
             query-key layer scaling, a softmax other than the plain one).
     """
 
@@ -103,7 +105,7 @@ def _refuse_unsupported(config: TransformerConfig) -> None:
     }
     for name, asked in unsupported.items():
         if asked:
-            raise ValueError(
+            raise ConfigError(
                 f"{name} is {getattr(config, name)!r}: scaled_dot_product_attention does not offer it; "
                 "leave it at Megatron's default or use Transformer Engine's attention"
             )

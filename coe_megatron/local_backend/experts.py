@@ -22,6 +22,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from megatron.core.utils import divide
 
+from coe_megatron.alignment import row_multiple
+from coe_megatron.errors import ConfigError
+
 Activate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -41,7 +44,7 @@ class GroupedExperts(MegatronModule):
             forward pass: who needs it saves more with a whole iteration.
 
     Raises:
-        ValueError: the config asks for what grouped products do not offer here.
+        ConfigError: the config asks for what grouped products do not offer here.
     """
 
     def __init__(
@@ -201,10 +204,10 @@ class GroupedExperts(MegatronModule):
 
 
 def _require_aligned(name: str, size: int, parts: int, dtype: torch.dtype) -> None:
-    """grouped_mm wants rows of weights and tokens to start at multiples of 16 bytes."""
-    step = 16 // dtype.itemsize * parts
+    """That each of so many parts has rows that `grouped_mm` takes."""
+    step = row_multiple(dtype.itemsize) * parts
     if size % step:
-        raise ValueError(
+        raise ConfigError(
             f"{name} is {size}: grouped experts need a multiple of {step} in {dtype} with expert tensor parallel "
             f"size {parts}"
         )
@@ -274,7 +277,7 @@ def _refuse_unsupported(config: TransformerConfig) -> None:
     }
     for name, asked in unsupported.items():
         if asked:
-            raise ValueError(
+            raise ConfigError(
                 f"{name} is {getattr(config, name)!r}: grouped experts over torch do not offer it; "
                 "leave it at Megatron's default or use Transformer Engine's experts"
             )

@@ -3,6 +3,8 @@
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from coe_megatron.errors import ConfigError
+
 _NORMS = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}
 
 
@@ -13,14 +15,14 @@ class Norm:
     summed over these ranks: `gain.sequence_parallel` tells whoever reduces gradients.
 
     Raises:
-        ValueError: `config.normalization` is neither RMSNorm nor LayerNorm, or asks for a zero-centred gain.
+        ConfigError: `config.normalization` is neither RMSNorm nor LayerNorm, or asks for a zero-centred gain.
     """
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
         if config.normalization not in _NORMS:
-            raise ValueError(f"normalization is {config.normalization!r}: it must be one of {', '.join(_NORMS)}")
+            raise ConfigError(f"normalization is {config.normalization!r}: it must be one of {', '.join(_NORMS)}")
         if config.layernorm_zero_centered_gamma:
-            raise ValueError("layernorm_zero_centered_gamma is True: it needs Transformer Engine's norm")
+            raise ConfigError("layernorm_zero_centered_gamma is True: it needs Transformer Engine's norm")
         norm = _NORMS[config.normalization](
             hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device()
         )

@@ -107,7 +107,7 @@ def _moe_fields(moe: MoESettings) -> dict[str, Any]:
         "moe_router_topk_scaling_factor": None if moe.scaling == 1.0 else moe.scaling,
         "moe_router_num_groups": moe.num_groups,
         "moe_router_group_topk": moe.group_topk,
-        "moe_router_dtype": moe.router_dtype,
+        "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": moe.load_balancing,
         "moe_aux_loss_coeff": _balancing_coefficient(moe),
         "moe_z_loss_coeff": moe.z_loss_coeff or None,
@@ -115,7 +115,6 @@ def _moe_fields(moe: MoESettings) -> dict[str, Any]:
         "moe_router_bias_update_rate": moe.expert_bias_rate,
         "moe_input_jitter_eps": moe.input_jitter or None,
         "moe_expert_capacity_factor": moe.capacity_factor,
-        "moe_token_drop_policy": moe.drop_policy,
         "moe_pad_expert_input_to_capacity": moe.pad_to_capacity,
         "moe_token_dispatcher_type": moe.dispatcher,
     }

@@ -27,6 +27,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.profiler import record_function
 
 from coe_megatron.chain.settings import ChainSettings, Recompute
+from coe_megatron.errors import ConfigError
 from coe_megatron.local_backend.norm import Norm
 from coe_megatron.model.capacity import filled_up, rows_per_expert
 from coe_megatron.model.chain_probe import ChainProbe
@@ -52,7 +53,7 @@ class CoELayer(MoELayer):
         pg_collection: process groups; Megatron's global ones when None.
 
     Raises:
-        ValueError: the config asks for something that cannot go with a chain; the message says what and why.
+        ConfigError: the config asks for something that cannot go with a chain; the message says what and why.
     """
 
     def __init__(
@@ -163,7 +164,7 @@ class CoELayer(MoELayer):
         """
         assert intermediate_tensors is None, "CUDA graphs are not supported by CoELayer"
         if self.training and self.attn_tp_group.size() > 1 and not self.config.sequence_parallel:
-            raise ValueError("sequence_parallel is False: MoE layers with tensor parallelism need it in training")
+            raise ConfigError("sequence_parallel is False: MoE layers with tensor parallelism need it in training")
         if padding_mask is not None:
             padding_mask = padding_mask.transpose(0, 1).bool()
         routes: list[RoutingRecord | None] = [None] * len(self.routers)
@@ -296,11 +297,11 @@ def _refuse_unsupported(config: TransformerConfig, chain: ChainSettings) -> None
     refuse_for_layer(config)
     chain.require_experts(config.num_moe_experts, config.moe_router_topk, config.moe_router_num_groups)
     if chain.no_return and config.moe_router_fusion:
-        raise ValueError("moe_router_fusion is True: with chain.no_return it must be False")
+        raise ConfigError("moe_router_fusion is True: with chain.no_return it must be False")
     if chain.no_return and config.moe_router_load_balancing_type == "sinkhorn":
-        raise ValueError("moe_router_load_balancing_type is 'sinkhorn': with chain.no_return use an auxiliary loss")
+        raise ConfigError("moe_router_load_balancing_type is 'sinkhorn': with chain.no_return use an auxiliary loss")
     if chain.iterations > 1 and config.moe_shared_expert_overlap:
-        raise ValueError(
+        raise ConfigError(
             "moe_shared_expert_overlap is True: the shared experts keep the state of one pass, so with more than one "
             "iteration it must be False"
         )

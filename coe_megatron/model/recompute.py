@@ -19,20 +19,21 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.utils.checkpoint import checkpoint
 
 from coe_megatron.chain.settings import Recompute
+from coe_megatron.errors import ConfigError
 
 
 def recompute_mode(config: TransformerConfig, recompute: Recompute) -> Recompute:
     """What is recomputed, whether our own setting or Megatron's `recompute_modules` asks for it.
 
     Raises:
-        ValueError: there is no such mode, or the two ask for different ones.
+        ConfigError: there is no such mode, or the two ask for different ones.
     """
     if recompute not in get_args(Recompute):
-        raise ValueError(f"recompute is {recompute!r}: it must be one of {', '.join(get_args(Recompute))}")
+        raise ConfigError(f"recompute is {recompute!r}: it must be one of {', '.join(get_args(Recompute))}")
     modules = config.recompute_modules if config.recompute_granularity == "selective" else []
     asked: Recompute = "layer" if "moe" in modules else "experts" if "moe_act" in modules else "none"
     if "none" not in (recompute, asked) and recompute != asked:
-        raise ValueError(f"recompute is {recompute!r}: recompute_modules asks for {asked!r} already, leave it at none")
+        raise ConfigError(f"recompute is {recompute!r}: recompute_modules asks for {asked!r} already, leave it at none")
     recompute = asked if recompute == "none" else recompute
     if recompute in ("iteration", "layer"):
         _refuse_unknown_routes(config, recompute)
@@ -42,9 +43,9 @@ def recompute_mode(config: TransformerConfig, recompute: Recompute) -> Recompute
 def _refuse_unknown_routes(config: TransformerConfig, recompute: Recompute) -> None:
     """What chooses experts where no Route can listen, and so might choose others when it is recomputed."""
     if config.moe_router_fusion:
-        raise ValueError(f"moe_router_fusion is True: with recompute {recompute!r} it must be False")
+        raise ConfigError(f"moe_router_fusion is True: with recompute {recompute!r} it must be False")
     if config.moe_router_load_balancing_type == "sinkhorn":
-        raise ValueError(
+        raise ConfigError(
             f"moe_router_load_balancing_type is 'sinkhorn': with recompute {recompute!r} use an auxiliary loss"
         )
 

@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules, get_transformer_layer_offset
 
 from coe_megatron.chain.settings import ChainSettings, Recompute
+from coe_megatron.errors import ConfigError
 from coe_megatron.local_backend.attention import SDPACoreAttention
 from coe_megatron.local_backend.experts import GroupedExperts
 from coe_megatron.local_backend.megatron_compat import has_transformer_engine
@@ -53,9 +54,9 @@ def coe_layer_spec(
             GPTModel a `pg_collection` needs to act on that, by giving it here too.
     """
     if config.num_moe_experts is None:
-        raise ValueError("num_moe_experts is None: a Chain-of-Experts layer needs at least one routed expert")
+        raise ConfigError("num_moe_experts is None: a Chain-of-Experts layer needs at least one routed expert")
     if chain is not None and chain.layers is not None:
-        raise ValueError(f"chain.layers is {list(chain.layers)}: for layers that differ take coe_block_spec")
+        raise ConfigError(f"chain.layers is {list(chain.layers)}: for layers that differ take coe_block_spec")
     _refuse_dense_layers(config)
     refuse_for_specs(config)
     _refuse_missing_engine(config, use_transformer_engine)
@@ -98,7 +99,7 @@ def coe_block_spec(
     if chain.layers is not None:
         chain.require_experts(config.num_moe_experts or 0, config.moe_router_topk, config.moe_router_num_groups)
         if not config.hetereogenous_dist_checkpoint:
-            raise ValueError(
+            raise ConfigError(
                 "hetereogenous_dist_checkpoint is False: with chain.layers it must be True, or checkpoints would want "
                 "the same tensors of all layers"
             )
@@ -122,7 +123,7 @@ def _refuse_dense_layers(config: TransformerConfig) -> None:
     frequency = config.moe_layer_freq
     has_dense = 0 in frequency if isinstance(frequency, list) else frequency != 1
     if has_dense:
-        raise ValueError(
+        raise ConfigError(
             f"moe_layer_freq is {frequency!r}: coe_layer_spec makes every layer a chain; take coe_block_spec, which "
             "follows it"
         )
@@ -130,11 +131,11 @@ def _refuse_dense_layers(config: TransformerConfig) -> None:
 
 def _refuse_missing_engine(config: TransformerConfig, use_transformer_engine: bool) -> None:
     if use_transformer_engine and not has_transformer_engine():
-        raise ValueError("use_transformer_engine is True: Transformer Engine is not installed, set it to False")
+        raise ConfigError("use_transformer_engine is True: Transformer Engine is not installed, set it to False")
     tensor = config.tensor_model_parallel_size
     if config.multi_latent_attention and tensor > 1 and not use_transformer_engine:
         # The rotary part of the keys goes into every head; its gradients from the ranks' heads are not added up.
-        raise ValueError(
+        raise ConfigError(
             f"tensor_model_parallel_size is {tensor}: with multi_latent_attention it must be 1 without Transformer "
             "Engine, because Megatron-Core 0.16.1 then leaves out a part of the gradients"
         )
@@ -142,7 +143,7 @@ def _refuse_missing_engine(config: TransformerConfig, use_transformer_engine: bo
 
 def _recompute(config: TransformerConfig, recompute: Recompute, use_transformer_engine: bool) -> Recompute:
     if use_transformer_engine and recompute == "experts":
-        raise ValueError("recompute is 'experts': with Transformer Engine's experts use recompute_modules ['moe_act']")
+        raise ConfigError("recompute is 'experts': with Transformer Engine's experts use recompute_modules ['moe_act']")
     return recompute_mode(config, recompute)
 
 

@@ -5,6 +5,8 @@ What single parts do not offer, these refuse themselves: experts, core attention
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from coe_megatron.errors import ConfigError
+
 _NARROW = "a chain has no FP8 or FP4, leave it at Megatron's default"
 _SCHEDULED = "Megatron then calls the parts of a MoE layer itself, each once and not C times; it must be False"
 _ATTENTION = "leave it at Megatron's default, or take Megatron's own spec for it and put CoELayer in"
@@ -32,11 +34,11 @@ _POLICIES = ("probs", "position")
 
 
 def refuse_for_layer(config: TransformerConfig) -> None:
-    """Raise a ValueError if no layer with a chain can do as the config says."""
+    """Raise a ConfigError if no layer with a chain can do as the config says."""
     _refuse(config, _BY_LAYER)
     policy = config.moe_token_drop_policy
     if policy not in _POLICIES:
-        raise ValueError(f"moe_token_drop_policy is {policy!r}: it must be one of {', '.join(_POLICIES)}")
+        raise ConfigError(f"moe_token_drop_policy is {policy!r}: it must be one of {', '.join(_POLICIES)}")
 
 
 def refuse_for_specs(config: TransformerConfig) -> None:
@@ -49,4 +51,4 @@ def _refuse(config: TransformerConfig, unsupported: dict[str, str]) -> None:
     for name, reason in unsupported.items():
         value = getattr(config, name)
         if value not in (None, False, "none"):
-            raise ValueError(f"{name} is {value!r}: {reason}")
+            raise ConfigError(f"{name} is {value!r}: {reason}")

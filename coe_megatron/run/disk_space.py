@@ -8,18 +8,19 @@ import shutil
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from coe_megatron.checkpoint.names import finished_steps
+from coe_megatron.checkpoint.names import CheckpointName, finished_steps
 from coe_megatron.config import RunConfig
 from coe_megatron.errors import ConfigError
 from coe_megatron.estimate.checkpoint_size import checkpoint_bytes
-from coe_megatron.estimate.run_estimate import size, vocabulary
+from coe_megatron.estimate.run_estimate import size
+from coe_megatron.estimate.run_shape import RunShape
 
 _PROBE = ".room"
 _PROBE_BYTES = 1 << 16
 _MARGIN = 1.05  # for what is written beside a checkpoint: metrics, TensorBoard
 
 
-def require(config: RunConfig, world_size: int) -> str:
+def require(run: RunShape) -> str:
     """Before a run begins: its folder takes what is written, and at least one checkpoint; called by one process.
 
     Returns:
@@ -28,11 +29,11 @@ def require(config: RunConfig, world_size: int) -> str:
     Raises:
         ConfigError: it does not; one line with the folder, and bytes needed and free.
     """
+    config, one = run.config, checkpoint_bytes(run)
     folder = Path(config.output)
     try:
-        one = checkpoint_bytes(config, vocabulary(config), world_size)
         reason, available, done = _refusal(folder), _free(folder), finished_steps(folder / "checkpoints")
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise ConfigError(f"output is {folder}: {error}") from error
     if reason:
         raise ConfigError(f"output is {folder}: {reason}")
@@ -90,7 +91,12 @@ def _where(folder: Path) -> Path:
 def _free(folder: Path) -> int:
     """Bytes free to this user, with those of unfinished saves, which the next one clears away."""
     place = _where(folder)
-    return shutil.disk_usage(place).free + sum(map(_held, place.glob("step-*.tmp")))
+    return shutil.disk_usage(place).free + sum(_held(found) for found in place.iterdir() if _is_unfinished(found.name))
+
+
+def _is_unfinished(name: str) -> bool:
+    found = CheckpointName.parse(name)
+    return found is not None and not found.finished
 
 
 def _held(folder: Path) -> int:

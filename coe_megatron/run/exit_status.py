@@ -5,7 +5,6 @@ torchrun names in TORCHELASTIC_ERROR_FILE (torch's own format, which torchrun re
 """
 
 import json
-import os
 import platform
 import time
 from collections.abc import Iterable, Mapping
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from coe_megatron.distributed.environment import rank_of
-from coe_megatron.files import new_file, read_limited
+from coe_megatron.files import read_limited, write_atomically
 from coe_megatron.parsing import JSON_BYTES, parse_json
 
 
@@ -24,7 +23,7 @@ class ExitStatus(IntEnum):
     """Exit statuses of `launch/pretrain_coe.py`; `again` says what a scheduler needs to know."""
 
     DONE = 0
-    FAILED = 1  # with an error that nobody has estimated; also what torchrun makes of all others
+    FAILED = 1  # with an unexpected error; also what torchrun makes of all others
     MISTAKE = 2  # in the config, the data or the command line
     STOPPED = 3  # it was asked to, and has saved
     DIVERGED = 4  # the loss, and nothing that `recovery` allows has helped
@@ -77,10 +76,7 @@ def leave_error_file(status: int, message: str, stack: str = "", *, environment:
     details |= {"rank": rank_of(environment), "host": platform.node()}
     record = {"message": {"message": message, "errorCode": int(status), "extraInfo": details}}
     with suppress(OSError):  # the run's own error is the one to tell
-        temporary = Path(f"{name}.tmp")
-        with new_file(temporary) as file:
-            file.write(json.dumps(record).encode())
-        os.replace(temporary, name)
+        write_atomically(Path(name), json.dumps(record))
 
 
 def read_error_file(path: Path) -> LastWords | None:

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 from coe_megatron.checkpoint.names import finished_steps, name_of
 from coe_megatron.config import RunConfig, dump, flat, load
 from coe_megatron.config.load import shown
-from coe_megatron.errors import ConfigError, one_line
+from coe_megatron.errors import ConfigError
 from coe_megatron.estimate.run_shape import padded_vocabulary
 from coe_megatron.files import set_aside, write_atomically
 from coe_megatron.run import lock as folder_lock
@@ -36,6 +36,7 @@ from coe_megatron.run.output_check import (
 )
 from coe_megatron.run.record import read_record
 from coe_megatron.run.status import as_text
+from coe_megatron.text import aligned_facts
 
 _PACKAGES = ("coe-megatron", "torch", "megatron-core", "deepspeed")
 # What may differ between the attempts of one run: it changes what is shown and kept, how far the run goes, or how the
@@ -98,8 +99,7 @@ class Outcome:
             "TensorBoard": f"tensorboard --logdir {self.folder / TENSORBOARD}",
             "checkpoint": self.checkpoint or "none",
         }
-        width = max(map(len, rows))
-        return "\n".join(one_line(f"{name:<{width}}  {text}") for name, text in rows.items())
+        return aligned_facts(rows)
 
     def _learned(self) -> dict[str, str]:
         if not self.evaluations:

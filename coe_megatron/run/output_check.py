@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import NonNegativeInt, TypeAdapter
 
-from coe_megatron.checkpoint.names import is_finished, is_ours, name_of, step_of
+from coe_megatron.checkpoint.names import CheckpointName, is_finished, is_ours, name_of
 from coe_megatron.config import RunConfig
 from coe_megatron.errors import ConfigError
 from coe_megatron.files import kind_of, problem, read_limited, require_file, require_folder, require_writable
@@ -59,7 +59,7 @@ def _folders(config: RunConfig) -> Iterator[str]:
         yield INDEX
     if config.logging.tensorboard:
         yield TENSORBOARD
-    if config.logging.wandb is not None:
+    if config.logging.wandb:
         yield WANDB
     if config.profile.first_step is not None:
         yield PROFILE
@@ -102,7 +102,7 @@ def _require_checkpoint_folder(path: Path) -> None:
 
 def _require_known_checkpoints(folder: Path, names: Sequence[str]) -> None:
     """Refuse checkpoints under other names alone: to begin over them would lose what was trained."""
-    others = [name for name in names if step_of(name) is None and not _is_no_checkpoint(folder / name)]
+    others = [name for name in names if CheckpointName.parse(name) is None and not _is_no_checkpoint(folder / name)]
     if not others or any(map(is_finished, names)):
         return
     more = f" and {len(others) - 1} more" if len(others) > 1 else ""

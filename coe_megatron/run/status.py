@@ -19,6 +19,7 @@ from coe_megatron.run import lock
 from coe_megatron.run.metrics_log import parse_line
 from coe_megatron.run.output_check import CONFIG, METRICS, RECORD
 from coe_megatron.run.record import read_record
+from coe_megatron.text import aligned
 
 _PARTS = {"checkpoints", "index", "profile", "tensorboard", "wandb"}  # of a run's folder: no runs lie in them
 _BLOCK, _FARTHEST = 1 << 16, 1 << 27  # bytes of a metrics.jsonl: read at once, and from its end at all
@@ -26,10 +27,9 @@ _BLOCK, _FARTHEST = 1 << 16, 1 << 27  # bytes of a metrics.jsonl: read at once, 
 # step to the next: evaluating, saving and starting take time too.
 _SILENT_SECONDS, _SILENT_INTERVALS = 600, 10
 _COLUMNS = {
-    **dict.fromkeys(("run", "state"), str.ljust),
-    **dict.fromkeys(("step", "train loss", "valid loss", "tokens/s", "left", "starts", "written"), str.rjust),
-    "rolled back": str.rjust,
-    "log": str.ljust,
+    **dict.fromkeys(("run", "state"), "<"),
+    **dict.fromkeys(("step", "train loss", "valid loss", "tokens/s", "left", "starts", "written", "rolled back"), ">"),
+    "log": "<",
 }
 _LAST_MOMENT = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC).timestamp()
 _STATES = {"waiting", "running", "finished", "interrupted", "failed", "died"}
@@ -130,14 +130,11 @@ def statuses(folders: Sequence[Path]) -> list[Status]:
 
 def table(rows: Sequence[Status], now: float) -> str:
     """For a person: a line a run, at `now` seconds since 1970; below it why runs failed."""
-    cells = [dict(zip(_COLUMNS, _cells(row, now), strict=True)) for row in rows]
-    widths = {name: max(len(name), *(len(line[name]) for line in cells)) for name in _COLUMNS}
+    columns = dict(_COLUMNS)
+    cells = [dict(zip(columns, _cells(row, now), strict=True)) for row in rows]
     if not any(row.rollbacks for row in rows):
-        del widths[_WHERE_ANY]
-    lines = [
-        "  ".join(_COLUMNS[name](line[name], width) for name, width in widths.items()).rstrip()
-        for line in ({name: name for name in _COLUMNS}, *cells)
-    ]
+        del columns[_WHERE_ANY]
+    lines = aligned([list(columns), *([line[name] for name in columns] for line in cells)], "".join(columns.values()))
     failures = [one_line(f"{row.folder} failed: {row.reason}") for row in rows if row.reason is not None]
     return "\n".join([*lines, *([""] if failures else []), *failures])
 

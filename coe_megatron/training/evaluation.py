@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
+from coe_megatron.errors import ConfigError
 from coe_megatron.zero import train_step
 from coe_megatron.zero.engine import Engine
 from coe_megatron.zero.train_step import Batch
@@ -56,12 +57,12 @@ def validate(engine: Engine, sets: Mapping[str, ValidationSet]) -> dict[str, Any
         `valid`: name -> `loss` and `bits_per_byte` of each.
 
     Raises:
-        ValueError: a set has no token that counts.
+        ConfigError: a set has no token that counts.
     """
     sums = {name: _sums(engine, part.batches) for name, part in sets.items()}
     for name, (_, tokens) in sums.items():
         if not tokens:
-            raise ValueError(f"validation set {name} holds no token to compute a loss on: prepare more of it")
+            raise ConfigError(f"validation set {name} holds no token to compute a loss on: prepare more of it")
     of_bytes = {name: tokens * sets[name].bytes_per_token for name, (_, tokens) in sums.items()}
     nats, tokens = map(sum, zip(*sums.values(), strict=True))
     values: dict[str, Any] = {

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from coe_megatron.config.layout import Layout
+from coe_megatron.text import aligned
 
 _NODES_SHOWN = 8
 
@@ -17,13 +18,9 @@ def layout_map(ranks: Layout, hosts: Sequence[str], num_experts: int) -> str:
     """
     nodes = [(host, [rank for rank, _ in group]) for host, group in groupby(enumerate(hosts), key=lambda pair: pair[1])]
     cells = [[_cell(ranks, rank, num_experts) for rank in held] for _, held in nodes[:_NODES_SHOWN]]
-    widths = [max(map(len, column)) for column in zip(*(_filled(row, cells) for row in cells), strict=True)]
     names = [f"{host}, ranks {held[0]}-{held[-1]}" for host, held in nodes[:_NODES_SHOWN]]
-    width = max(map(len, names))
-    lines = [
-        f"{name:<{width}} | {' | '.join(map(str.ljust, row, widths))}".rstrip(" |")
-        for name, row in zip(names, cells, strict=True)
-    ]
+    rows = [[name, *row] for name, row in zip(names, cells, strict=True)]
+    lines = [line.rstrip(" |") for line in aligned(rows, "<", " | ")]
     if more := len(nodes) - len(lines):
         lines.append(f"and {more:,} more node{'s' * (more > 1)}")
     return "\n".join([*lines, _legend(ranks)])
@@ -42,10 +39,6 @@ def _cell(ranks: Layout, rank: int, num_experts: int) -> str:
         f"c{inside % ranks.expert_tensor}": ranks.expert_tensor > 1,
     }
     return " ".join(word for word, told in words.items() if told)
-
-
-def _filled(row: list[str], rows: list[list[str]]) -> list[str]:
-    return row + [""] * (max(map(len, rows)) - len(row))
 
 
 def _legend(ranks: Layout) -> str:

@@ -21,16 +21,15 @@ from megatron.core import parallel_state
 from coe_megatron.checkpoint.manager import CheckpointManager, TrainState
 from coe_megatron.checkpoint.save_load import CheckpointNotSaved
 from coe_megatron.config import RunConfig
-from coe_megatron.config.layout import layout
 from coe_megatron.data.run_data import RunData
 from coe_megatron.distributed import process_groups as groups
-from coe_megatron.distributed.collectives import all_gather, run_on_rank0
+from coe_megatron.distributed.collectives import all_gather, is_rank0, run_on_rank0
 from coe_megatron.errors import ConfigError
 from coe_megatron.estimate import closed_forms
 from coe_megatron.estimate.checkpoint_size import checkpoint_bytes
 from coe_megatron.estimate.node_crossing import needless_crossing
-from coe_megatron.estimate.run_estimate import estimate
-from coe_megatron.estimate.run_shape import model_shape, padded_vocabulary
+from coe_megatron.estimate.run_estimate import estimate, vocabulary
+from coe_megatron.estimate.run_shape import RunShape
 from coe_megatron.model import routing_stats as stats
 from coe_megatron.model.build import build_model
 from coe_megatron.run import disk_space as room
@@ -94,7 +93,7 @@ def train(
             stack.callback(interruption.forget)
         watch = stack.enter_context(HangDetector(Path(config.output) / "stacks", ranks.rank, limit, last_word))
         device = groups.start(config.parallel, config.training.seed, ranks, collective_timeout(limit), store)
-        with _at_rank_0(lambda: run_folder.begin(config, ranks.logs)) or nullcontext() as output:
+        with run_on_rank0(lambda: run_folder.begin(config, ranks.logs), shared=False) or nullcontext() as output:
             outcome = _attempt(config, ranks, device, interruption, watch, output)
         groups.stop()
     return outcome
@@ -111,12 +110,13 @@ def _attempt(
     """One attempt in a folder that is begun (on rank 0 `output`); however it ends, run.json says so."""
     run = None
     try:
-        if warning := _at_rank_0(lambda: room.require(config, ranks.world_size)):
+        shape = run_on_rank0(lambda: RunShape.of(config, vocabulary(config, data_needed=True), ranks.world_size))
+        if warning := run_on_rank0(lambda: room.require(shape), shared=False):
             print(warning, file=sys.stderr)
-        run = Pretraining(config, device, interruption, watch, ranks.node, output)
+        run = Pretraining(shape, device, interruption, watch, ranks.node, output)
         first = run.position.step
         run.run()
-        return _at_rank_0(lambda: None if output is None else output.finish())
+        return run_on_rank0(lambda: None if output is None else output.finish(), shared=False)
     except ConfigError as error:
         if output is not None and (run is None or run.position.step == first):
             output.withdraw()
@@ -133,39 +133,41 @@ class Pretraining:
     """One run on this rank: data, model, engine, and the loop over the steps."""
 
     def __init__(
-        self, config: RunConfig, device: torch.device, interruption: Interruption, watch: HangDetector, node: int,
+        self, shape: RunShape, device: torch.device, interruption: Interruption, watch: HangDetector, node: int,
         output: run_folder.RunFolder | None,
     ) -> None:  # fmt: skip
         """Args: `output` is the run's folder on rank 0, None on other ranks."""
         self.output = output
-        self.config, self.device, self.folder, self.node = config, device, Path(config.output), node
+        self.shape, self.config = shape, shape.config
+        self.device, self.folder, config = device, Path(shape.config.output), shape.config
         self.interruption, self.watch = interruption, watch
-        self.main_rank = torch.distributed.get_rank() == 0
-        try:
-            data = run_on_rank0(lambda: RunData.open(config.data))
-            self.vocab_size = padded_vocabulary(config, data.tokenizer_size)
-            self.data = open_splits(config, data, self.folder / "index")
-            self.engine = self._build_engine()
-            size = checkpoint_bytes(config, self.vocab_size, torch.distributed.get_world_size())
-            self.checkpoints = CheckpointManager(self.folder, config, data, self.engine, size)
-            self.position, self.begun = self.checkpoints.resume()
-        except ValueError as error:  # what is wrong with config, data or checkpoint is for the user, in one line
-            raise ConfigError(str(error)) from error
-        self.shape = model_shape(config, self.vocab_size)
-        self.flops = closed_forms.training_flops(self.shape)
+        self.main_rank = is_rank0()
+        data = run_on_rank0(lambda: RunData.open(config.data))
+        self.data = open_splits(config, data, self.folder / "index")
+        self.engine = self._build_engine()
+        self.checkpoints = CheckpointManager(self.folder, config, data, self.engine, checkpoint_bytes(shape))
+        self.position, self.begun = self.checkpoints.resume()
+        self.flops = closed_forms.training_flops(shape.model)
         self.peak_flops = devices.peak_flops(config.training.precision)
         self.memory = memory.MemoryMeter(self.engine)
-        self.memory_foreseen = memory.estimated(config, self.vocab_size) if self.main_rank else {}  # reads files
+        self.nodes = all_gather([f"node {node} {platform.node()}"])
+        # With nodes as they are, whatever `parallel.ranks_per_node` says; it reads files.
+        parallel = replace(config.parallel, ranks_per_node=min(Counter(self.nodes).values()))
+        self.placed = shape.changed(replace(config, parallel=parallel))
+        stage = parallel_state.get_pipeline_model_parallel_rank()
+        self.cost = estimate(self.placed, stage) if self.main_rank else None
 
     def run(self) -> None:
         """All steps that are left, with evaluations and checkpoints on the way."""
         first, steps = self.position.step, self.config.training.steps
         seen = chain.from_iterable(part.batches for part in self.data.validation.values())
-        entropy = evaluation.unigram_entropy(seen, self.vocab_size)
+        entropy = evaluation.unigram_entropy(seen, self.shape.vocab_size)
         if self.output is not None:
             self.output.describe(self._facts(entropy), self.config, done=first >= steps)
         with ExitStack() as stack:
-            opened = _at_rank_0(lambda: open_metrics(self.folder, self.config, first) if first < steps else None)
+            opened = run_on_rank0(
+                lambda: open_metrics(self.folder, self.config, first) if first < steps else None, shared=False
+            )
             self.writer = opened or Several()
             stack.callback(self.writer.close)
             self.progress = Progress(first, steps, visible=self.main_rank)
@@ -220,7 +222,7 @@ class Pretraining:
 
     def _require_output(self) -> None:
         """Before a write, on all ranks: nothing is made anew where the output folder was."""
-        _at_rank_0(lambda: None if self.output is None else self.output.require_present())
+        run_on_rank0(lambda: None if self.output is None else self.output.require_present())
 
     def _roll_back(self) -> None:
         """Go on from an earlier checkpoint, with data that no step has met; what was logged since is forgotten."""
@@ -263,7 +265,7 @@ class Pretraining:
     def _log(self, loss: float, clock: "_Clock") -> dict[str, float]:
         """Write a metrics object for the step just done; returns what the progress line shows."""
         seconds, tokens_per_second = clock.read()
-        positions = self.config.training.global_batch * self.shape.seq_length
+        positions = self.config.training.global_batch * self.config.model.seq_length
         flops = self.flops.total * positions / seconds / torch.distributed.get_world_size()
         reports = stats.report_routing(self.engine.module)
         step, settings = self.position.step, self.config.optimizer
@@ -283,7 +285,7 @@ class Pretraining:
             "tflops": flops / 1e12,
             **({"mfu": flops / self.peak_flops} if self.peak_flops else {}),
             "memory": self.memory.measured(),
-            "memory_foreseen": self.memory_foreseen,
+            "memory_foreseen": self.cost.measured if self.cost else {},
             "routing": [report.as_dict() for report in reports],
         }
         shown = {"loss": loss, "tokens/s": tokens_per_second}
@@ -303,20 +305,18 @@ class Pretraining:
 
     def _build_engine(self) -> zero.Engine:
         config = self.config
-        replicas = parallel_state.get_data_parallel_world_size()
-        accumulation = config.training.global_batch // (config.training.micro_batch * replicas)
-        model = build_model(config, self.vocab_size)
-        engine = zero.build_engine(model, config.optimizer, config.training, config.zero, accumulation)
+        model = build_model(config, self.shape.vocab_size)
+        engine = zero.build_engine(model, config.optimizer, config.training, config.zero, self.shape.micro_batches)
         groups.seed_dropout(config.training.seed)
         return engine
 
     def _facts(self, entropy: float) -> dict[str, Any]:
         """What run.json says of a run beyond its config."""
-        counted, settings, moe = closed_forms.parameters(self.shape), self.config.chain, self.config.moe
+        counted, settings, moe = closed_forms.parameters(self.shape.model), self.config.chain, self.config.moe
         name = "MoE" if settings.iterations == 1 else f"CoE-{settings.iterations}"
         notation = f"{name}({moe.topk}/{moe.num_experts}){f'+{moe.num_shared_experts}' * bool(moe.num_shared_experts)}"
         return {
-            "model": f"{notation}, {self.shape.layers} layers, {settings.norm_placement}",
+            "model": f"{notation}, {self.config.model.num_layers} layers, {settings.norm_placement}",
             "parameters": asdict(counted) | {"total": counted.total, "active": counted.active},
             "flops_per_token": self.flops.total,
             "unigram_entropy": entropy,
@@ -327,38 +327,21 @@ class Pretraining:
         }
 
     def _greet(self) -> None:
-        counted = closed_forms.parameters(self.shape)
-        ranks = layout(self.config, torch.distributed.get_world_size())
+        counted, ranks = closed_forms.parameters(self.shape.model), self.shape.layout
         self.progress.say(
             f"{counted.total:,} parameters on {ranks.ranks} rank{'s' * (ranks.ranks > 1)} ({self.device.type}): {ranks}"
         )
-        nodes = all_gather([f"node {self.node} {platform.node()}"])
         if ranks.ranks > 1:
-            self.progress.say(layout_map(ranks, nodes, self.config.moe.num_experts))
-            if self.main_rank:
-                self._warn_of_crossing(nodes)  # reads files
+            self.progress.say(layout_map(ranks, self.nodes, self.config.moe.num_experts))
+            if self.cost and (warning := needless_crossing(self.placed, self.cost)):
+                self.progress.say(f"warning: {warning}")
         if self.data.cut > 0.05:
             self.progress.say(
                 f"{self.data.cut:.0%} of the training documents are longer than model.seq_length "
-                f"({self.shape.seq_length}) and lose their end; data.samples packed loses nothing"
+                f"({self.config.model.seq_length}) and lose their end; data.samples packed loses nothing"
             )
         if self.begun:
             self.progress.say(self.begun)
-
-    def _warn_of_crossing(self, nodes: list[str]) -> None:
-        """With nodes as they are, whatever `parallel.ranks_per_node` says."""
-        smallest = min(Counter(nodes).values())
-        config = replace(self.config, parallel=replace(self.config.parallel, ranks_per_node=smallest))
-        cost = estimate(config, self.vocab_size, len(nodes))
-        if warning := needless_crossing(config, cost, self.vocab_size):
-            self.progress.say(f"warning: {warning}")
-
-
-def _at_rank_0(action: Callable[[], Result]) -> Result | None:
-    """What `action` returns on rank 0, which alone calls it; None on the others. What it raises all ranks raise."""
-    results: list[Result] = []
-    run_on_rank0(lambda: results.append(action()))
-    return results[0] if results else None
 
 
 def _agreed(asked: ExitStatus) -> ExitStatus:

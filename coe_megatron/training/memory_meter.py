@@ -3,7 +3,7 @@
     meter = MemoryMeter(engine)
     with meter.step():
         train_step(..., after_backward=meter.after_backward)
-    meter.measured()            # and `estimated(config, vocab_size)`: the same kinds from the config alone
+    meter.measured()            # `memory(run, stage).measured` of estimate/memory.py has the same from the config alone
 
 On CUDA torch's allocator counts, in every step. The CPU has no such counter: there every tensor is followed from its
 birth to its death, which makes a step up to twice as long, so only the first one of an attempt is watched; of stage 3
@@ -20,24 +20,11 @@ from dataclasses import is_dataclass
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from coe_megatron.config.layout import layout
-from coe_megatron.config.settings import RunConfig
-from coe_megatron.estimate.memory import as_measured
-from coe_megatron.estimate.run_shape import model_shape, training_pass
 from coe_megatron.zero import optimizer_states
 from coe_megatron.zero.engine import Engine
-
-
-def estimated(config: RunConfig, vocab_size: int) -> dict[str, int]:
-    """What `MemoryMeter.measured` should find on this rank, from closed forms: `estimate.memory.as_measured`."""
-    stage = parallel_state.get_pipeline_model_parallel_rank()
-    ranks = layout(config, torch.distributed.get_world_size())
-    return as_measured(config, model_shape(config, vocab_size), ranks, stage, training_pass(config))
-
 
 _LOOKS, _BETWEEN_LOOKS = 4, 0.02  # how often, and seconds
 

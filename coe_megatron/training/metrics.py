@@ -25,7 +25,6 @@ from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignor
 from torch.utils.tensorboard.summary import histogram, scalar
 
 from coe_megatron.config import RunConfig
-from coe_megatron.config.settings import WandbSettings
 from coe_megatron.errors import ConfigError
 from coe_megatron.files import set_aside, write_atomically
 from coe_megatron.run.metrics_log import mend_metrics
@@ -75,8 +74,8 @@ def open_metrics(folder: Path, config: RunConfig, first_step: int = 0) -> Metric
     opened: list[Metrics] = [JsonLines(folder / METRICS, first_step)]
     if logging.tensorboard:
         opened.append(TensorBoard(folder / TENSORBOARD, first_step))
-    if logging.wandb is not None:
-        opened.append(WeightsAndBiases(folder, logging.wandb, config))
+    if logging.wandb:
+        opened.append(WeightsAndBiases(folder, config))
     return Several(opened)
 
 
@@ -196,18 +195,17 @@ class WeightsAndBiases:
         ConfigError: the package is missing, or the service refuses.
     """
 
-    def __init__(self, folder: Path, settings: WandbSettings, config: RunConfig) -> None:
+    def __init__(self, folder: Path, config: RunConfig) -> None:
         try:
             import wandb
         except ImportError:
-            raise ConfigError("logging.wandb is set: install the package wandb for it, or set it to null") from None
+            raise ConfigError("logging.wandb is true: install the package wandb for it, or set it to false") from None
         identity = _identity(folder / WANDB_ID)
         try:
+            theirs = wandb.setup().settings  # of WANDB_PROJECT, WANDB_NAME and so on
             self._run = wandb.init(
-                project=settings.project,
-                name=settings.name or folder.resolve().name,
-                entity=settings.entity,
-                mode=settings.mode,
+                project=theirs.project or "coe_megatron",
+                name=theirs.run_name or folder.resolve().name,
                 id=identity,
                 resume="allow",
                 dir=str(folder),
@@ -216,7 +214,7 @@ class WeightsAndBiases:
             )
         except wandb.Error as error:
             reason = " ".join(str(error).split())
-            raise ConfigError(f"logging.wandb is set: {reason} (mode: offline needs no account)") from error
+            raise ConfigError(f"logging.wandb is true: {reason} (WANDB_MODE=offline needs no account)") from error
 
     def write(self, values: Values) -> None:
         self._run.log(dict(_scalars(values)), step=values["step"])

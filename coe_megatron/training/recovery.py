@@ -14,6 +14,7 @@ from statistics import median
 from coe_megatron.checkpoint.manager import CheckpointManager, TrainState
 from coe_megatron.config import RunConfig
 from coe_megatron.config.settings import RecoverySettings
+from coe_megatron.errors import ConfigError
 
 _ADVICE = "a lower optimizer.lr may help, in another output (training.warm_start begins with the weights of this one)"
 _RECENT = 50  # steps whose median loss is what `recovery.loss_factor` multiplies
@@ -71,7 +72,7 @@ def roll_back(config: RunConfig, position: TrainState, checkpoints: CheckpointMa
         )
     try:
         found = checkpoints.resume_before(before, now)
-    except ValueError as error:
+    except ConfigError as error:
         raise Diverged(f"{happened}, and the run cannot roll back: {error}") from error
     if found is None:
         raise Diverged(f"{happened}, and no checkpoint is older: {_ADVICE}, or a smaller training.save_every")

@@ -38,6 +38,7 @@ from coe_megatron.config.settings import OptimizerSettings, TrainingSettings, Ze
 from coe_megatron.config.zero_sizes import ZeroSizes
 from coe_megatron.distributed.collectives import run_on_rank0
 from coe_megatron.distributed.process_groups import MegatronGroups
+from coe_megatron.errors import ConfigError
 from coe_megatron.lean_imports import import_deepspeed_muon
 from coe_megatron.model.layer import CoELayer
 from coe_megatron.model.routing_stats import routers
@@ -65,7 +66,7 @@ def build_engine(
         The engine; `engine.module` is the model.
 
     Raises:
-        ValueError: DeepSpeed does not know a key or value of `zero.deepspeed`.
+        ConfigError: DeepSpeed does not know a key or value of `zero.deepspeed`.
     """
     _prepare_deepspeed()
     _sum_over_sequence_parts(model)
@@ -88,7 +89,7 @@ def build_engine(
             )
         except ValidationError as error:  # ours is valid
             first = error.errors()[0]
-            raise ValueError(
+            raise ConfigError(
                 f"zero.deepspeed is {zero.deepspeed}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
             ) from error
     # Stage 0, and stage 1 in bf16, would otherwise copy up to 500 million gradients end to end.
@@ -180,7 +181,7 @@ def _zero_config(zero: ZeroSettings) -> dict[str, Any]:
     offloaded = {"offload_optimizer": zero.offload_optimizer, "offload_param": zero.offload_parameters}
     return {
         "stage": zero.stage,
-        "overlap_comm": zero.overlap_reduction and zero.stage > 0 and _one_stage(),
+        "overlap_comm": zero.stage > 0 and _one_stage(),
         **{name: {"device": "cpu"} for name, asked in offloaded.items() if asked},
     }
 

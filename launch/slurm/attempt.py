@@ -55,10 +55,7 @@ def requeues() -> int:
 
 def attempts_in(logs: Path) -> Attempts:
     require_writable(logs, "--logs", "folder")
-    try:
-        return Attempts(logs, requeues())
-    except ValueError as error:  # the file may have been anybody's
-        raise ConfigError(str(error)) from None
+    return Attempts(logs, requeues())
 
 
 def begin(options: argparse.Namespace) -> ExitStatus:

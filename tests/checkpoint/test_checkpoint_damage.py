@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from coe_megatron.checkpoint import listing, save_load
 from coe_megatron.checkpoint.integrity import SEAL, seal
+from coe_megatron.checkpoint.names import name_of, step_of
 from coe_megatron.checkpoint.storage import Reader
 from coe_megatron.errors import ConfigError
 
@@ -41,7 +42,7 @@ def run(engine: DeepSpeedEngine, tmp_path: Path) -> Path:
 def test_a_byte_changed_or_a_file_cut_is_always_found(
     engine: DeepSpeedEngine, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    newest = run / listing.name_of(2)
+    newest = run / name_of(2)
     files = sorted(path for path in newest.rglob("*") if path.is_file())
     names = {str(path.relative_to(newest)) for path in files}
     assert names >= {SEAL, "state.json", "random/00000.pt", "tensors/.metadata", "tensors/__0_0.distcp"}
@@ -69,7 +70,7 @@ def damages(whole: bytes) -> Iterator[bytes]:
 
 def test_no_byte_of_the_seal_can_change(run: Path) -> None:
     """Also a blank for a line break, which JSON would not mind."""
-    path = run / listing.name_of(2) / SEAL
+    path = run / name_of(2) / SEAL
     whole = path.read_bytes()
     for place in range(len(whole)):
         for other in (whole[place] ^ 1, ord(" "), ord("\n"), ord("\r"), ord("0")):
@@ -81,8 +82,8 @@ def test_no_byte_of_the_seal_can_change(run: Path) -> None:
 def test_a_run_without_a_whole_checkpoint_does_not_begin_anew(
     engine: DeepSpeedEngine, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (run / listing.name_of(1) / SEAL).unlink()
-    (run / listing.name_of(2) / "state.json").write_text("{}")
+    (run / name_of(1) / SEAL).unlink()
+    (run / name_of(2) / "state.json").write_text("{}")
     with pytest.raises(ValueError, match=r"is whole, the newest is step-00000002: state.json has 2 bytes") as raised:
         save_load.load_latest(run, engine)
     assert "choose another output, or delete that folder to begin anew" in str(raised.value)
@@ -94,8 +95,8 @@ def test_a_run_without_a_whole_checkpoint_does_not_begin_anew(
 def test_a_run_that_never_finished_a_save_begins_anew(
     engine: DeepSpeedEngine, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.rmtree(run / listing.name_of(1))
-    (run / listing.name_of(2)).rename(run / "step-00000002.tmp")
+    shutil.rmtree(run / name_of(1))
+    (run / name_of(2)).rename(run / "step-00000002.tmp")
     assert save_load.load_latest(run, engine) is None
     skipped, said = capsys.readouterr().err.splitlines()
     assert "step-00000002.tmp is skipped: saving it was not finished" in skipped
@@ -115,7 +116,7 @@ class Malicious:
 def test_a_list_of_tensors_that_runs_code_is_refused_unread(
     engine: DeepSpeedEngine, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    newest, proof = run / listing.name_of(2), tmp_path / "proof"
+    newest, proof = run / name_of(2), tmp_path / "proof"
     forge(newest, "tensors/.metadata", pickle.dumps(Malicious(builtins.exec, f"open({str(proof)!r}, 'w')")))
     assert save_load.load_latest(run, engine) == {"step": 1}
     reason = "tensors/.metadata asks for builtins.exec, of which no list of tensors is made"
@@ -138,7 +139,7 @@ def test_a_list_of_tensors_that_runs_code_is_refused_unread(
 def test_a_list_with_more_than_tensors_is_refused(
     spoil: Any, said: str, engine: DeepSpeedEngine, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    newest = run / listing.name_of(2)
+    newest = run / name_of(2)
     found = Reader(newest / "tensors").read_metadata()
     spoil(found)
     forge(newest, "tensors/.metadata", pickle.dumps(found))
@@ -155,7 +156,7 @@ def test_a_tensor_that_runs_code_is_refused(
     engine: DeepSpeedEngine, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In the place of every part, and as long as the longest."""
-    proof, newest = tmp_path / "proof", run / listing.name_of(2)
+    proof, newest = tmp_path / "proof", run / name_of(2)
     found, payload = Reader(newest / "tensors").read_metadata(), io.BytesIO()
     longest = max(place.length for place in found.storage_data.values())
     torch.save([Malicious(builtins.exec, f"open({str(proof)!r}, 'w')"), "x" * longest], payload)
@@ -171,7 +172,7 @@ def test_a_tensor_that_runs_code_is_refused(
 def test_states_of_generators_that_run_code_are_refused(
     engine: DeepSpeedEngine, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    proof, newest = tmp_path / "proof", run / listing.name_of(2)
+    proof, newest = tmp_path / "proof", run / name_of(2)
     content = io.BytesIO()
     torch.save(Malicious(builtins.exec, f"open({str(proof)!r}, 'w')"), content)
     forge(newest, "random/00000.pt", content.getvalue())
@@ -182,7 +183,7 @@ def test_states_of_generators_that_run_code_are_refused(
 
 def test_a_checkpoint_without_the_moments_it_tells_of_is_of_another_model(engine: DeepSpeedEngine, run: Path) -> None:
     """Its weights alone are taken all the same."""
-    newest = run / listing.name_of(2)
+    newest = run / name_of(2)
     found = Reader(newest / "tensors").read_metadata()
     key = "optimizer.exp_avg.output_layer.weight"
     del found.state_dict_metadata[key]
@@ -205,7 +206,7 @@ def test_a_checkpoint_that_is_replaced_is_there_whenever_it_is_interrupted(
     interrupted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By Ctrl-C while the new one gets the name, and while the old one is deleted."""
-    old, new = tmp_path / listing.name_of(1), tmp_path / f"{listing.name_of(1)}.tmp"
+    old, new = tmp_path / name_of(1), tmp_path / f"{name_of(1)}.tmp"
     for folder in (old, new):
         folder.mkdir()
         (folder / SEAL).write_text(folder.name)
@@ -245,11 +246,11 @@ def test_what_is_no_folder_is_not_in_the_way_of_checkpoints(
     """Whoever put it there while the run went on: a checkpoint gets its name, older ones go, and it goes with them."""
     checkpoints = tmp_path / "checkpoints"
     for step in (1, 3):
-        (checkpoints / listing.name_of(step)).mkdir(parents=True)
-        (checkpoints / listing.name_of(step) / SEAL).touch()
-    for name in (listing.name_of(2), listing.name_of(5), f"{listing.name_of(4)}.tmp", f"{listing.name_of(9)}.tmp"):
+        (checkpoints / name_of(step)).mkdir(parents=True)
+        (checkpoints / name_of(step) / SEAL).touch()
+    for name in (name_of(2), name_of(5), f"{name_of(4)}.tmp", f"{name_of(9)}.tmp"):
         NO_FOLDERS[kind](checkpoints / name)
-    partial, final = checkpoints / f"{listing.name_of(4)}.tmp", checkpoints / listing.name_of(4)
+    partial, final = checkpoints / f"{name_of(4)}.tmp", checkpoints / name_of(4)
     save_load._make_empty(partial)
     for path in (final, checkpoints / f".{final.name}.replaced", partial / "other"):
         NO_FOLDERS[kind](path)
@@ -266,15 +267,15 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_said_and_no_save_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for step in (1, 2, 3):
-        (tmp_path / listing.name_of(step)).mkdir()
-        (tmp_path / listing.name_of(step) / SEAL).touch()
+        (tmp_path / name_of(step)).mkdir()
+        (tmp_path / name_of(step) / SEAL).touch()
 
     def refuse(path: Path, *_: object) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(shutil, "rmtree", refuse)
     save_load._prune(tmp_path, 3, keep=1, milestones=())
-    said = [f"checkpoint {tmp_path / listing.name_of(step)} could not be deleted: [Errno 13]" for step in (2, 1)]
+    said = [f"checkpoint {tmp_path / name_of(step)} could not be deleted: [Errno 13]" for step in (2, 1)]
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and all(line.startswith(start) for line, start in zip(lines, said, strict=True))
 
@@ -282,8 +283,8 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_said_and_no_save_fails(
 def test_checkpoints_that_were_passed_over_are_not_counted(tmp_path: Path) -> None:
     """A run goes on from step 6, having found 8 damaged, and saves 9: two whole ones stay, and what was damaged."""
     for step in (4, 6, 8, 9):
-        (tmp_path / listing.name_of(step)).mkdir()
-        (tmp_path / listing.name_of(step) / SEAL).touch()
+        (tmp_path / name_of(step)).mkdir()
+        (tmp_path / name_of(step) / SEAL).touch()
     assert listing.steps_beyond(tmp_path, 6) == {8, 9}
     save_load._prune(tmp_path, 9, keep=2, milestones={8})
-    assert [listing.step_of(path) for path in listing.newest_first(tmp_path)] == [9, 8, 6]
+    assert [step_of(path) for path in listing.newest_first(tmp_path)] == [9, 8, 6]

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorProperties
 from coe_megatron.checkpoint import listing, tools
 from coe_megatron.checkpoint.integrity import SEAL, _sealed
 from coe_megatron.checkpoint.metadata import CheckpointMetadata
+from coe_megatron.checkpoint.names import name_of
 from coe_megatron.checkpoint.storage import Reader
 from coe_megatron.checkpoint.tensor_index import Listed
 from coe_megatron.errors import ConfigError
@@ -45,12 +46,12 @@ def run(whole: Path, tmp_path: Path) -> Path:
 
 def test_a_whole_one_is_whole(run: Path) -> None:
     """Also by a link, and in another folder."""
-    os.symlink(run / listing.name_of(2), run.parent / "link")
+    os.symlink(run / name_of(2), run.parent / "link")
     assert listing.trouble(run.parent / "link") is None
     out = tools.reshard(run.parent / "link", run.parent / "out", files=10**9)
     assert listing.trouble(out) is None
     assert len(list((out / "tensors").glob("*.distcp"))) == 4, "not more files than parts"
-    assert tools.average([run / listing.name_of(step) for step in (1, 2)], run.parent / "mean")
+    assert tools.average([run / name_of(step) for step in (1, 2)], run.parent / "mean")
     mean = Reader(run.parent / "mean" / "tensors")
     assert mean.part(WEIGHT, mean.entries[WEIGHT].chunks[0]).unique().tolist() == [1.5]
 
@@ -207,7 +208,7 @@ def test_what_a_list_of_files_vouches_for_is_looked_at_all_the_same(
     name: str, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     change, said = VOUCHED[name]
-    newest = run / listing.name_of(2)
+    newest = run / name_of(2)
     change(newest)
     reseal(newest)
     require_refused(newest, said, capsys)
@@ -279,8 +280,8 @@ def test_a_folder_that_is_not_as_it_was_listed_is_not_used(
     name: str, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     change, said = CHANGED[name]
-    change(run / listing.name_of(2))
-    require_refused(run / listing.name_of(2), said, capsys)
+    change(run / name_of(2))
+    require_refused(run / name_of(2), said, capsys)
 
 
 def require_refused(checkpoint: Path, said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -289,12 +290,12 @@ def require_refused(checkpoint: Path, said: str, capsys: pytest.CaptureFixture[s
     ((_, trouble), (_, older)) = tools.verify(run)
     assert trouble is not None and said in trouble and older is None
     assert "\n" not in trouble and trouble.isprintable() and len(trouble) < 500
-    assert listing.newest_whole(run) == run / listing.name_of(1)
+    assert listing.newest_whole(run) == run / name_of(1)
     assert capsys.readouterr().err == f"checkpoint {checkpoint} is skipped: {trouble}\n"
     for use in (
         lambda: listing.find(checkpoint),
         lambda: tools.reshard(checkpoint, out),
-        lambda: tools.average([run / listing.name_of(1), checkpoint], out),
+        lambda: tools.average([run / name_of(1), checkpoint], out),
     ):
         with pytest.raises(ConfigError) as raised:
             use()
@@ -308,13 +309,13 @@ def require_refused(checkpoint: Path, said: str, capsys: pytest.CaptureFixture[s
 
 
 def test_facts_that_could_not_be_read_again_are_not_written(run: Path) -> None:
-    saved = CheckpointMetadata.read(run / listing.name_of(2))
+    saved = CheckpointMetadata.read(run / name_of(2))
     with pytest.raises(ValueError, match="not JSON compliant"):
         replace(saved, state={**saved.state, "extra": float("inf")}).as_json()
 
 
 def test_what_is_shown_of_a_checkpoint_can_be_shown(run: Path) -> None:
-    newest = run / listing.name_of(2)
+    newest = run / name_of(2)
     facts(made_of=["\x1b[31mred\n", "\udcff"], tokens=10**15)(newest)
     reseal(newest)
     lines = tools.inspect(run).table().splitlines()
@@ -324,7 +325,7 @@ def test_what_is_shown_of_a_checkpoint_can_be_shown(run: Path) -> None:
 
 def test_only_what_is_listed_is_copied(run: Path) -> None:
     """Should anything else come into the folder after it was looked at."""
-    newest, folder = run / listing.name_of(2), run.parent / "copy"
+    newest, folder = run / name_of(2), run.parent / "copy"
     folder.mkdir()
     tools._copy_random(newest, folder)
     assert [path.name for path in folder.rglob("*")] == ["random", "00000.pt"]
@@ -335,7 +336,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(weights_only: bool, run: Pat
     for size in (0, 500, 20_000):  # of facts, of generators' states, of tensors
         for use in (
             lambda out: tools.reshard(run, out, weights_only=weights_only),
-            lambda out: tools.average([run / listing.name_of(step) for step in (1, 2)], out),
+            lambda out: tools.average([run / name_of(step) for step in (1, 2)], out),
         ):
             with pytest.raises(ConfigError, match=r"out could not be written: \[Errno 27\]") as raised, files_of(size):
                 use(run.parent / "out")
@@ -361,10 +362,10 @@ def test_a_mistake_of_our_own_keeps_its_traceback(run: Path, monkeypatch: pytest
 
 
 def test_a_checkpoint_and_what_is_made_of_it_do_not_lie_in_one_another(run: Path) -> None:
-    newest = run / listing.name_of(2)
+    newest = run / name_of(2)
     with pytest.raises(ConfigError, match="lie in one another"):
         tools.reshard(newest, newest / "inner")
-    inside = shutil.copytree(newest, run / "step-9" / listing.name_of(2))
+    inside = shutil.copytree(newest, run / "step-9" / name_of(2))
     with pytest.raises(ConfigError, match="lie in one another"):
         tools.reshard(inside, run / "step-9", overwrite=True)
     tools.reshard(newest, newest, weights_only=True, overwrite=True)
@@ -372,12 +373,12 @@ def test_a_checkpoint_and_what_is_made_of_it_do_not_lie_in_one_another(run: Path
 
 
 def test_of_a_link_the_link_alone_is_deleted(run: Path) -> None:
-    kept = (run / listing.name_of(1)).rename(run.parent / "kept")
-    os.symlink(kept, run / listing.name_of(1))
+    kept = (run / name_of(1)).rename(run.parent / "kept")
+    os.symlink(kept, run / name_of(1))
     with pytest.raises(ConfigError, match="is no checkpoint, and is not replaced by one"):
-        tools.reshard(run, run / listing.name_of(1), overwrite=True)
+        tools.reshard(run, run / name_of(1), overwrite=True)
     listing.delete_between(run, 1, 1)
-    assert listing.newest_first(run) == [run / listing.name_of(2)] and listing.trouble(kept) is None
+    assert listing.newest_first(run) == [run / name_of(2)] and listing.trouble(kept) is None
 
 
 def test_without_rights_it_is_said_what_cannot_be_read() -> None:
@@ -403,10 +404,10 @@ def taken_from_others(path: Path) -> Iterator[None]:
 
 
 def test_the_size_of_a_list_follows_from_the_tensors_beside_it(run: Path) -> None:
-    tensors = run / listing.name_of(2) / "tensors"
+    tensors = run / name_of(2) / "tensors"
     size = (tensors / ".metadata").stat().st_size
     assert size < 10_000 < sum(Listed.read(tensors).sizes.values()) // 4
     os.truncate(tensors / ".metadata", 100_000)
     with pytest.raises(ConfigError, match=r"tensors/\.metadata is .* has more than .* bytes"):
         Listed.read(tensors)
-    assert sys.getsizeof(Listed.read(run / listing.name_of(1) / "tensors").content) < 10_000
+    assert sys.getsizeof(Listed.read(run / name_of(1) / "tensors").content) < 10_000

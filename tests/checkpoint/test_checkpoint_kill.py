@@ -18,6 +18,7 @@ from ranks import start_groups
 
 from coe_megatron.checkpoint import listing, save_load
 from coe_megatron.checkpoint.background import Background
+from coe_megatron.checkpoint.names import step_of
 from coe_megatron.zero import optimizer_states
 from coe_megatron.zero.engine import Engine
 
@@ -41,7 +42,7 @@ def save_and_be_killed(folder: Path, background: bool) -> int:
         unfinished += any(folder.glob("*.tmp"))
         with contextlib.redirect_stderr(io.StringIO()):
             newest = listing.newest_whole(folder)
-        found = 0 if newest is None else listing.step_of(newest)
+        found = 0 if newest is None else step_of(newest)
         assert found >= done, f"step {done} was said to be saved, and {found} is the newest that is whole"
     assert done >= 2 * KILLS
     return unfinished

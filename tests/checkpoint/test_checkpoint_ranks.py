@@ -9,12 +9,13 @@ import torch.distributed as dist
 from engine_build import make_engine, take_steps
 from ranks import run_ranks
 
-from coe_megatron.checkpoint import listing, save_load
+from coe_megatron.checkpoint import save_load
 from coe_megatron.checkpoint.background import Background
 from coe_megatron.checkpoint.integrity import SEAL
+from coe_megatron.checkpoint.names import name_of
 
 pytestmark = pytest.mark.ranks
-STEP = listing.name_of(1)
+STEP = name_of(1)
 
 
 @pytest.mark.parametrize(("ranks", "expert"), [(2, 1), (4, 2)])

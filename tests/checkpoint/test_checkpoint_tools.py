@@ -15,6 +15,7 @@ from model_build import reset_megatron
 from ranks import run_ranks
 
 from coe_megatron.checkpoint import listing, save_load, tools
+from coe_megatron.checkpoint.names import name_of
 from coe_megatron.checkpoint.storage import OPTIMIZER, Reader
 from coe_megatron.zero import optimizer_states
 
@@ -41,7 +42,7 @@ def save_three_steps(folder: Path, precision: str, layers: int = 1) -> None:
 
 
 def checkpoint(run: Path, step: int) -> Path:
-    return run / "checkpoints" / listing.name_of(step)
+    return run / "checkpoints" / name_of(step)
 
 
 def held(engine: DeepSpeedEngine) -> Named:
@@ -60,7 +61,7 @@ def loaded(folder: Path, layers: int = 1) -> tuple[dict[str, Any] | None, Named]
 
 def test_a_checkpoint_written_anew_is_the_same(run: Path, single_rank: None, tmp_path: Path) -> None:
     """Of a run's folder the newest."""
-    out = tools.reshard(run, tmp_path / listing.name_of(3), files=3)
+    out = tools.reshard(run, tmp_path / name_of(3), files=3)
     assert len(list((out / "tensors").glob("*.distcp"))) == 3
     state, tensors = loaded(tmp_path)
     expected_state, expected = loaded(run / "checkpoints")
@@ -72,7 +73,7 @@ def test_a_checkpoint_written_anew_is_the_same(run: Path, single_rank: None, tmp
 
 
 def test_without_moments_it_begins_a_run_and_continues_none(run: Path, single_rank: None, tmp_path: Path) -> None:
-    out = tools.reshard(checkpoint(run, 2), tmp_path / listing.name_of(2), weights_only=True)
+    out = tools.reshard(checkpoint(run, 2), tmp_path / name_of(2), weights_only=True)
     kinds = {key.split(".")[1] for key in Reader(out / "tensors").entries if key.startswith(OPTIMIZER)}
     assert kinds == {optimizer_states.MASTER} and not (out / "random").exists()
     assert size(out) < 0.5 * size(checkpoint(run, 2))
@@ -107,7 +108,7 @@ def test_the_mean_is_that_of_the_masters(run: Path, single_rank: None, tmp_path:
             weight = name.removeprefix(f"{optimizer_states.MASTER}.")
             assert torch.equal(found[weight], parameter.bfloat16())
     facts = json.loads((out / "state.json").read_text())
-    assert facts["state"]["step"] == 3 and facts["made_of"] == [listing.name_of(step) for step in (1, 2, 3)]
+    assert facts["state"]["step"] == 3 and facts["made_of"] == [name_of(step) for step in (1, 2, 3)]
 
 
 def test_what_a_checkpoint_holds(run: Path, single_rank: None) -> None:
@@ -181,7 +182,7 @@ def test_parts_of_parallel_ranks_go_through(layout: dict[str, int], single_rank:
     told = {"ranks": 2, "tensor": tensor, "pipeline": stages, "expert": expert, "expert_tensor": 1, "zero_stage": 1}
     assert asdict(contents.facts.layout) == told
     assert contents.tensors["output_layer.weight"].parts == tensor
-    tools.reshard(tmp_path, tmp_path / "other" / listing.name_of(3))
+    tools.reshard(tmp_path, tmp_path / "other" / name_of(3))
     (state, found), (_, expected) = loaded(tmp_path / "other", 2), loaded(tmp_path / "checkpoints", 2)
     assert state is not None and state["step"] == 3
     assert all(torch.equal(found[name], expected[name]) for name in expected)

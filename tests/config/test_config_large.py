@@ -8,6 +8,7 @@ import pytest
 
 from coe_megatron.config import RunConfig, load
 from coe_megatron.estimate.run_estimate import RunEstimate, estimate, vocabulary
+from coe_megatron.estimate.run_shape import RunShape
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MOE = "chain.iterations=1"
@@ -17,7 +18,7 @@ HOURS_OF_A_GPU = 16_384 * 54 * 24 / 419  # between two interruptions of Llama 3 
 
 def costed(name: str, *overrides: str) -> tuple[RunConfig, RunEstimate]:
     config = load(CONFIGS / f"{name}.yaml", [*overrides, "data.path=nowhere"])
-    return config, estimate(config, vocabulary(config), config.parallel.world_size or 1)
+    return config, estimate(RunShape.of(config, vocabulary(config), config.parallel.world_size or 1))
 
 
 @pytest.mark.parametrize(

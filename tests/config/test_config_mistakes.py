@@ -29,7 +29,7 @@ OVERRIDES: list[tuple[str, str]] = [
     ("modle.hidden_size=3", "modle is not a setting; did you mean model?"),
     ("moe.top_k=3", "moe.top_k is not a setting; did you mean moe.topk?"),
     ("model.mla.kv_lora=3", "model.mla.kv_lora is not a setting; did you mean model.mla.kv_lora_rank?"),
-    ("logging.wandb.projct=x", "logging.wandb.projct is not a setting; did you mean logging.wandb.project?"),
+    ("logging.wandbs=true", "logging.wandbs is not a setting; did you mean logging.wandb?"),
     ("data.blend=[{path: a, wieght: 1}]", "data.blend.0.wieght is not a setting; did you mean data.blend.0.weight?"),
     ("training.world_size=2", "training.world_size is not a setting; did you mean parallel.world_size?"),
     ("model.topk=2", "model.topk is not a setting; did you mean moe.topk?"),
@@ -148,7 +148,7 @@ OVERRIDES: list[tuple[str, str]] = [
         "parallel.pipeline=2 & parallel.expert=2 & moe.layer_freq=[0,1]",
         "moe.layer_freq is [0, 1]: with parallel.pipeline (2) each stage needs a layer with experts",
     ),
-    ("parallel.context=2", "parallel.context is 2: attention here sees whole sequences, leave it 1"),
+    ("parallel.context=2", "parallel.context is not a setting; valid keys: tensor, pipeline, expert, expert_tensor"),
     (
         "parallel.tensor=2 & parallel.pipeline=2 & parallel.world_size=6",
         "parallel.tensor is 2 and parallel.pipeline is 2: the number of ranks (6) must be a multiple of 4; start so "
@@ -210,7 +210,8 @@ def config(tmp_path: Path) -> Path:
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """The one line with which the program refuses, without its beginning; the status is 2 and stdout is empty."""
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as ended, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(PROGRAM)])
         main([str(argument) for argument in arguments])
     out, said = capsys.readouterr()
     assert ended.value.code == 2 and out == ""
@@ -385,6 +386,7 @@ def test_no_mistake_needs_torch(config: Path, prepared: Path, tmp_path: Path) ->
     ]
     code = f"""
 import contextlib, runpy, sys
+sys.argv = [{str(PROGRAM)!r}]
 main = runpy.run_path({str(PROGRAM)!r})["main"]
 for arguments in {ways!r}:
     with contextlib.suppress(SystemExit):

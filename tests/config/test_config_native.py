@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from coe_megatron.config import RunConfig
+from coe_megatron.config.checks import problems
 from coe_megatron.config.native import merged, read_native
+from coe_megatron.config.settings import ParallelSettings, ZeroSettings
 
 
 def test_objects_are_merged_key_by_key() -> None:
@@ -28,7 +31,7 @@ def test_objects_are_merged_key_by_key() -> None:
             '{"zero_optimization": {"cpu_offload": true}}',
             "it says zero_optimization.cpu_offload, which zero.offload_opt",
         ),
-        ('{"zero_optimization": {"overlap_comm": true}}', "which zero.overlap_reduction decides"),
+        ('{"zero_optimization": {"overlap_comm": "no"}}', "overlap_comm is 'no': it must be true or false"),
         ("[]", "it must hold a JSON object"),
         ("{", "not valid JSON"),
     ],
@@ -44,3 +47,12 @@ def test_what_settings_decide_is_refused(text: str, said: str, tmp_path: Path) -
 def test_a_file_that_is_not_there() -> None:
     with pytest.raises(ValueError, match=r"^zero.deepspeed is nowhere.json: there is no such file$"):
         read_native("nowhere.json")
+
+
+@pytest.mark.parametrize(("overlap", "found"), [("true", 1), ("false", 0)])
+def test_reductions_do_not_overlap_in_a_pipeline(overlap: str, found: int, tmp_path: Path) -> None:
+    path = tmp_path / "deepspeed.json"
+    path.write_text(f'{{"zero_optimization": {{"overlap_comm": {overlap}}}}}')
+    config = RunConfig(parallel=ParallelSettings(pipeline=2), zero=ZeroSettings(deepspeed=str(path)))
+    said = [each for each in problems(config) if "overlap_comm true, which does not go with parallel.pipeline" in each]
+    assert len(said) == found

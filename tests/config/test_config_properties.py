@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from coe_megatron.config import RunConfig, dump, load
-from coe_megatron.config.layout import layout
 from coe_megatron.config.load import resolve
 from coe_megatron.errors import ConfigError
 from coe_megatron.estimate.run_estimate import estimate, vocabulary
+from coe_megatron.estimate.run_shape import RunShape
 from coe_megatron.study.plan.arms import override
 
 CONFIGS = sorted(
@@ -143,7 +143,7 @@ def test_a_changed_config_is_costed_or_refused_in_one_line(
     path.write_text(yaml.safe_dump(mutated(valid[start], changes)))
     try:
         config = load(path)
-        cost = estimate(config, vocabulary(config), layout(config).ranks)
+        cost = estimate(RunShape.of(config, vocabulary(config)))
     except ValueError as error:
         said = str(error)
         assert said.isprintable(), said
@@ -213,7 +213,7 @@ def test_what_is_accepted_can_be_built_and_has_the_parameters_it_was_said_to_hav
         config = load(path)
     except ConfigError:
         return
-    counted = estimate(config, 64, 1).parameters.total
+    counted = estimate(RunShape.of(config, 64, 1)).parameters.total
     if counted > 3_000_000 or config.model.num_layers > 8 or config.chain.iterations > 8:
         return
     assert sum(parameter.numel() for parameter in build_model(config, 64).parameters()) == counted, asdict(config)

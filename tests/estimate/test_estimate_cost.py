@@ -6,13 +6,14 @@ import pytest
 
 from coe_megatron.config import load
 from coe_megatron.estimate.run_estimate import RunEstimate, estimate, vocabulary
+from coe_megatron.estimate.run_shape import RunShape
 
 PAPER = Path(__file__).parents[2] / "configs" / "paper"
 
 
 def _of(name: str, *overrides: str, ranks: int = 1) -> RunEstimate:
     config = load(PAPER / f"{name}.yaml", overrides)
-    return estimate(config, vocabulary(config), ranks)
+    return estimate(RunShape.of(config, vocabulary(config), ranks))
 
 
 def test_the_papers_model_has_the_papers_parameters() -> None:

@@ -8,13 +8,15 @@ from coe_megatron.config import RunConfig
 from coe_megatron.config.settings import ParallelSettings, TrainingSettings
 from coe_megatron.estimate.node_crossing import needless_crossing
 from coe_megatron.estimate.run_estimate import estimate, size
+from coe_megatron.estimate.run_shape import RunShape
 
 VOCABULARY = 512
 
 
 def warning(**parallel: int) -> tuple[RunConfig, str | None]:
     config = RunConfig(parallel=ParallelSettings(**parallel), training=TrainingSettings(global_batch=3072))
-    return config, needless_crossing(config, estimate(config, VOCABULARY), VOCABULARY)
+    run = RunShape.of(config, VOCABULARY)
+    return config, needless_crossing(run, estimate(run))
 
 
 @pytest.mark.parametrize(
@@ -24,8 +26,8 @@ def warning(**parallel: int) -> tuple[RunConfig, str | None]:
 def test_what_would_stay_inside_and_what_it_costs(expert: int, ranks_per_node: int, better: int) -> None:
     config, said = warning(expert=expert, ranks_per_node=ranks_per_node, world_size=32)
     assert said is not None and f"parallel.expert={better} would keep it inside them, for " in said
-    here = estimate(config, VOCABULARY)
-    there = estimate(replace(config, parallel=replace(config.parallel, expert=better)), VOCABULARY)
+    here = estimate(RunShape.of(config, VOCABULARY))
+    there = estimate(RunShape.of(replace(config, parallel=replace(config.parallel, expert=better)), VOCABULARY))
     assert f"sends {size(here.communication['all_to_all'].across_nodes)} a rank and step across nodes" in said
     assert said.endswith(f"{size(there.needed - here.needed)} more memory a rank") and there.needed > here.needed
     assert there.communication["all_to_all"].across_nodes == 0

@@ -8,6 +8,7 @@ from coe_megatron.config import RunConfig, load
 from coe_megatron.config.checks import problems
 from coe_megatron.estimate.advice import cheapest_change, parse_size, refusal
 from coe_megatron.estimate.run_estimate import estimate
+from coe_megatron.estimate.run_shape import RunShape
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 VOCABULARY = 102_400
@@ -31,10 +32,10 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 
 
 def test_what_fits_is_not_refused() -> None:
-    config = large()
-    cost = estimate(config, VOCABULARY)
-    assert refusal(config, cost, VOCABULARY, cost.needed) is None
-    assert refusal(config, cost, VOCABULARY, cost.needed - 1) is not None
+    run = RunShape.of(large(), VOCABULARY)
+    cost = estimate(run)
+    assert refusal(run, cost, cost.needed) is None
+    assert refusal(run, cost, cost.needed - 1) is not None
 
 
 @pytest.mark.parametrize(
@@ -49,16 +50,17 @@ def test_what_fits_is_not_refused() -> None:
     ],
 )
 def test_the_cheapest_change_that_fits_is_named(gib: int, overrides: list[str], changes: dict[str, object]) -> None:
-    found = cheapest_change(large(*overrides), VOCABULARY, gib * 2**30)
+    found = cheapest_change(RunShape.of(large(*overrides), VOCABULARY), gib * 2**30)
     assert found is not None and found[0] == changes and found[1] <= gib * 2**30
     named = [f"{name}={value}" for name, value in changes.items()]
     changed = large(*overrides, *named)
     assert not list(problems(changed))
-    assert estimate(changed, VOCABULARY).needed == found[1]
+    assert estimate(RunShape.of(changed, VOCABULARY)).needed == found[1]
 
 
 def test_more_ranks_are_no_change_and_nothing_may_fit() -> None:
     config = load(CONFIGS / "olmoe-1b-7b.yaml", ["data.path=nowhere", "parallel.world_size=1", "parallel.expert=1"])
-    told = refusal(config, estimate(config, 50_304), 50_304, 2**30)
+    run = RunShape.of(config, 50_304)
+    told = refusal(run, estimate(run), 2**30)
     assert told is not None and told.endswith("nothing that was tried fits")
     assert "most of it optimizer" in told or "most of it activations" in told

@@ -9,6 +9,7 @@ import pytest
 from coe_megatron.config import RunConfig, load
 from coe_megatron.config.layout import Layout
 from coe_megatron.estimate.run_estimate import RunEstimate, estimate
+from coe_megatron.estimate.run_shape import RunShape
 from coe_megatron.estimate.traffic import Group, Sent, group, groups
 
 PAPER = Path(__file__).parents[2] / "configs" / "paper"
@@ -20,7 +21,7 @@ def config(*overrides: str) -> RunConfig:
 
 
 def cost(*overrides: str, stage: int | None = None) -> RunEstimate:
-    return estimate(config(*overrides), VOCABULARY, stage=stage)
+    return estimate(RunShape.of(config(*overrides), VOCABULARY), stage)
 
 
 def test_tensor_parallelism_cuts_all_but_norms_and_routers() -> None:
@@ -153,7 +154,19 @@ def test_recomputed_iterations_send_their_tokens_once_more() -> None:
 def test_smaller_micro_batches_send_as_much_but_for_what_goes_once_each() -> None:
     base = config("parallel.world_size=8", "zero.stage=2")
     one, two = (
-        estimate(replace(base, training=replace(base.training, micro_batch=count)), VOCABULARY) for count in (1, 2)
+        estimate(RunShape.of(replace(base, training=replace(base.training, micro_batch=count)), VOCABULARY))
+        for count in (1, 2)
     )
     assert one.communication["gradients"].total == 2 * two.communication["gradients"].total
     assert one.communication["all_to_all"] == two.communication["all_to_all"]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_deepspeeds_json_leaves_out_the_second_bucket(stage: int, tmp_path: Path) -> None:
+    path, common = (
+        tmp_path / "deepspeed.json",
+        ("parallel.world_size=8", "training.precision=fp32", f"zero.stage={stage}"),
+    )
+    path.write_text('{"zero_optimization": {"overlap_comm": false}}')
+    two, one = (cost(*common, *more).measured for more in ((), (f"zero.deepspeed={path}",)))
+    assert two["communication_buckets"] == 2 * one["communication_buckets"] > 0

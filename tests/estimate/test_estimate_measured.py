@@ -13,12 +13,12 @@ from ranks import run_ranks
 
 from coe_megatron.chain.settings import ChainSettings, Recompute
 from coe_megatron.config import RunConfig
-from coe_megatron.config.layout import layout
 from coe_megatron.config.settings import ModelSettings, MoESettings, ParallelSettings, TrainingSettings, ZeroSettings
-from coe_megatron.estimate.memory import micro_batches_of
+from coe_megatron.estimate.memory import memory
+from coe_megatron.estimate.run_shape import RunShape
 from coe_megatron.model.build import build_model
 from coe_megatron.training import evaluation
-from coe_megatron.training.memory_meter import MemoryMeter, estimated
+from coe_megatron.training.memory_meter import MemoryMeter
 from coe_megatron.zero import engine as zero
 from coe_megatron.zero import train_step as passes
 
@@ -88,7 +88,8 @@ def found_in(config: RunConfig, vocabulary: int = VOCABULARY) -> Found:
     reset_megatron()
     parallel_state.destroy_global_memory_buffer()  # an earlier engine's would serve this one, unseen
     parallel_state._set_global_memory_buffer()
-    count = micro_batches_of(config, layout(config, torch.distributed.get_world_size()))
+    run = RunShape.of(config, vocabulary, torch.distributed.get_world_size())
+    count = run.micro_batches
     engine = zero.build_engine(build_model(config, vocabulary), config.optimizer, config.training, config.zero, count)
     meter = MemoryMeter(engine)
     shape = (config.training.micro_batch, config.model.seq_length)
@@ -105,7 +106,7 @@ def found_in(config: RunConfig, vocabulary: int = VOCABULARY) -> Found:
             passes.train_step(
                 engine, [batch] * count, evaluation.forward, evaluation.counted_loss, meter.after_backward
             )
-    return estimated(config, vocabulary), meter.measured()
+    return memory(run, parallel_state.get_pipeline_model_parallel_rank()).measured, meter.measured()
 
 
 def of_cases(cases: list[Case]) -> list[Found]:

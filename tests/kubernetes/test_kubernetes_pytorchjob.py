@@ -2,7 +2,6 @@
 
 import copy
 import json
-import runpy
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,9 @@ import yaml
 from jsonschema import Draft202012Validator
 from programs import ROOT
 
+from coe_megatron.cli import one_host
 from coe_megatron.config import load
 from coe_megatron.run.exit_status import ExitStatus
-
-ONE_HOST = runpy.run_path(str(ROOT / "launch" / "one_host.py"))
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +73,7 @@ def test_the_container_starts_what_there_is(job: dict[str, Any], monkeypatch: py
     assert container["name"] == "pytorch"
     python, program, *arguments = container["command"]
     assert (python, program) == ("python", "launch/one_host.py")
-    options = ONE_HOST["parser"]().parse_args(arguments)
+    options = one_host.parser().parse_args(arguments)
     assert options.kubeflow
     trains, config, *overrides = options.torchrun
     ranks = worker(job)["replicas"] * int(job["spec"]["nprocPerNode"])
@@ -87,10 +85,10 @@ def test_the_container_starts_what_there_is(job: dict[str, Any], monkeypatch: py
 
 def test_kubeflow_starts_again_what_may_go_on_and_nothing_else() -> None:
     assert worker_statuses() == {status: status.again for status in ExitStatus if status != ExitStatus.DONE}
-    assert ONE_HOST["kubeflow"](ExitStatus.DONE) == 0
+    assert one_host.kubeflow(ExitStatus.DONE) == 0
 
 
 def worker_statuses() -> dict[ExitStatus, bool]:
     """By status whether the operator starts the pod again: from 128 on."""
     statuses = [status for status in ExitStatus if status != ExitStatus.DONE]
-    return {status: ONE_HOST["kubeflow"](status) >= 128 for status in statuses}
+    return {status: one_host.kubeflow(status) >= 128 for status in statuses}

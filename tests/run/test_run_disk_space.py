@@ -14,12 +14,13 @@ import pytest
 from attempts import attempt, small
 from programs import TORCHRUN, Program, python
 
-from coe_megatron.checkpoint import listing
 from coe_megatron.checkpoint import save_load as store
+from coe_megatron.checkpoint.names import name_of
 from coe_megatron.config import RunConfig, parse
 from coe_megatron.config.settings import MLASettings, ModelSettings, MoESettings, TrainingSettings
 from coe_megatron.errors import ConfigError
 from coe_megatron.estimate.checkpoint_size import checkpoint_bytes
+from coe_megatron.estimate.run_shape import RunShape
 from coe_megatron.model.build import build_model
 from coe_megatron.run import disk_space as room
 from coe_megatron.run.metrics_log import read_metrics
@@ -121,7 +122,7 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written_loses_no_step(
     run = disk / "run"
     monkeypatch.setattr(room, "trouble", lambda *_: "")
     config = small(prepared, run, background_saving=background, keep_checkpoints=1)
-    half = checkpoint_bytes(config, 512) // 2
+    half = checkpoint_bytes(RunShape.of(config, 512, 1)) // 2
     attempt(config, at(step_6=lambda: fill(disk, left=half), step_11=(disk / "ballast").unlink))
     failed = [line for line in said if "could not be saved: [Errno 28] No space left on device" in line]
     assert failed and failed[0].startswith(f"checkpoint {run / 'checkpoints' / 'step-00000008'} could not")
@@ -162,14 +163,14 @@ def test_what_is_free_is_held_against_what_checkpoints_take(
 ) -> None:
     """Two are kept, and a third is there while it is written."""
     config = small(prepared, tmp_path)
-    one = checkpoint_bytes(config, 512)
+    one = checkpoint_bytes(RunShape.of(config, 512, 1))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, int(free * one)))
     if refused:
         line = f"output is {tmp_path}: a checkpoint takes {one:,} bytes (.*), and {int(free * one):,} .* are free; make"
         with pytest.raises(ConfigError, match=line):
-            room.require(config, 1)
+            room.require(RunShape.of(config, 512, 1))
         return
-    said = room.require(config, 1)
+    said = room.require(RunShape.of(config, 512, 1))
     assert ("3 more there at once" in said) == warned and bool(said) == warned
 
 
@@ -177,23 +178,23 @@ def test_what_is_there_already_and_unfinished_saves_count(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small(prepared, tmp_path, milestones=[9])
-    one = checkpoint_bytes(config, 512)
+    one = checkpoint_bytes(RunShape.of(config, 512, 1))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 0))
     unfinished = tmp_path / "checkpoints" / "step-00000006.tmp" / "tensors"
     unfinished.mkdir(parents=True)
     (unfinished / "part").write_bytes(b"\1" * int(1.2 * one))
     for step in (4, 8):
-        (tmp_path / "checkpoints" / listing.name_of(step)).mkdir()
-    assert "2 more there at once" in room.require(config, 1), "one that is written, and the milestone"
-    (tmp_path / "checkpoints" / listing.name_of(12)).mkdir()
+        (tmp_path / "checkpoints" / name_of(step)).mkdir()
+    assert "2 more there at once" in room.require(RunShape.of(config, 512, 1)), "one that is written, and the milestone"
+    (tmp_path / "checkpoints" / name_of(12)).mkdir()
     shutil.rmtree(unfinished)
-    assert room.require(config, 1) == "", "it is finished, and will save nothing"
+    assert room.require(RunShape.of(config, 512, 1)) == "", "it is finished, and will save nothing"
 
 
 def test_a_folder_that_cannot_be_written_is_refused(prepared: Path, tmp_path: Path) -> None:
     (tmp_path / "checkpoints").symlink_to("/proc")  # where nobody can make a file, root neither
     with pytest.raises(ConfigError, match=f"^output is {tmp_path}: {tmp_path}/checkpoints cannot be written: "):
-        room.require(small(prepared, tmp_path), 1)
+        room.require(RunShape.of(small(prepared, tmp_path), 512, 1))
 
 
 SIZES = {
@@ -211,7 +212,7 @@ def test_a_checkpoint_takes_what_was_foreseen(single_rank: None, name: str, tmp_
     engine = zero.build_engine(build_model(config, 512), config.optimizer, config.training, config.zero, 1)
     saved = store.save(tmp_path, 1, engine, {}, keep=1)
     found = sum(path.stat().st_size for path in saved.rglob("*") if path.is_file())
-    assert checkpoint_bytes(config, 512) == pytest.approx(found, rel=0.02)
+    assert checkpoint_bytes(RunShape.of(config, 512, 1)) == pytest.approx(found, rel=0.02)
 
 
 @pytest.mark.run

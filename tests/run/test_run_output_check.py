@@ -31,7 +31,7 @@ def config(output: Path) -> RunConfig:
         {
             "output": str(output),
             "data": {"samples": "packed"},
-            "logging": {"wandb": {"mode": "offline"}},
+            "logging": {"wandb": True},
             "profile": {"first_step": 2},
         }
     )
@@ -174,6 +174,7 @@ def test_the_program_says_it_before_torch_is_loaded(
 ) -> None:
     monkeypatch.chdir(ROOT)
     (tmp_path / "run.json").mkdir()
+    monkeypatch.setattr("sys.argv", ["launch/pretrain_coe.py"])
     main = runpy.run_path("launch/pretrain_coe.py")["main"]
     with pytest.raises(SystemExit) as ended:
         main(["configs/quickstart.yaml", "parallel.expert=1", f"output={tmp_path}", *options])

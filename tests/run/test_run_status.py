@@ -232,7 +232,7 @@ def test_the_program_shows_a_table_or_json(tmp_path: Path) -> None:
     [
         (("nowhere",), "DIR is nowhere: there is no such folder"),
         (("Makefile",), "DIR is Makefile: it is a file, where a folder is needed"),
-        (("n" * 256,), f"DIR is {'n' * 200}...: it cannot be used: file name too long"),
+        (("n" * 256,), f"DIR is {'n' * 149}…{'n' * 50}: it cannot be used: file name too long"),
         ((".", "--watch", "0"), "argument --watch: 0 must be a number above 0"),
         ((".", "--watch", "nan"), "argument --watch: nan must be a number above 0"),
     ],

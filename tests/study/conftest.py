@@ -1,13 +1,13 @@
 """A small study to change."""
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
-from programs import ROOT
+
+from coe_megatron.cli import study
 
 BASE = """\
 output: nowhere
@@ -47,15 +47,11 @@ def study_file(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def study_program(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """launch/study.py in this process: its exit status, and what it wrote to stdout and stderr."""
-    spec = importlib.util.spec_from_file_location("study_program", ROOT / "launch" / "study.py")
-    assert spec is not None and spec.loader is not None
-    program = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(program)
+    """coe-study in this process: its exit status, and what it wrote to stdout and stderr."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
         try:
-            status = program.main(list(map(str, arguments)))
+            status = study.main(list(map(str, arguments)))
         except SystemExit as ended:
             status = ended.code
         written = capsys.readouterr()

@@ -17,7 +17,7 @@ def main(config: Path, how: str) -> int:
     folder = config.with_suffix("")
     note(folder, f"begins on {os.environ.get('CUDA_VISIBLE_DEVICES', '-')}")
     if how == "refused":
-        print("pretrain_coe.py: error: data.path is nowhere", file=sys.stderr)
+        print("coe-pretrain: error: data.path is nowhere", file=sys.stderr)
         return 2
     if how == "busy" and not folder.exists():
         folder.mkdir()
@@ -34,7 +34,7 @@ def main(config: Path, how: str) -> int:
 
 def act(folder: Path, how: str) -> tuple[int, str]:
     if how == "fail":
-        print("one_host.py: ended with status 4 (DIVERGED), rank 0: the loss is nan", file=sys.stderr)
+        print("coe-one-host: ended with status 4 (DIVERGED), rank 0: the loss is nan", file=sys.stderr)
         return 4, "failed: the loss is nan"
     if how == "silent":
         return 1, "running"

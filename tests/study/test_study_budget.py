@@ -10,7 +10,7 @@ from flops_counted import counting
 from model_build import reset_megatron
 
 from coe_megatron.errors import ConfigError
-from coe_megatron.estimate.run_shape import model_shape
+from coe_megatron.estimate.run_shape import RunShape
 from coe_megatron.model.build import build_model
 from coe_megatron.study.plan.amounts import Amounts, Speed, tokens
 from coe_megatron.study.plan.arms import make_study
@@ -98,7 +98,7 @@ def _model(config: Any) -> torch.nn.Module:
 
 def _flops(config: Any, model: torch.nn.Module, experts_alone: bool = False) -> float:
     """Of training a whole run: three times a forward pass."""
-    shape = model_shape(config, config.model.vocab_size)
+    shape = RunShape.of(config, config.model.vocab_size).model
     ids = torch.randint(shape.vocab, (2, shape.seq_length))
     with counting(shape) as counter:
         model(ids, torch.arange(shape.seq_length).expand_as(ids), None)

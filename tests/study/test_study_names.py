@@ -9,10 +9,10 @@ from coe_megatron.study.plan.names import (
     looks_like,
     quoted,
     row_label,
-    shortened,
     slug,
     title,
 )
+from coe_megatron.text import shortened
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_what_is_in_the_way_is_named(
 @pytest.mark.parametrize("name", ["n" * 256, "a/" * 2500])
 def test_an_output_that_is_too_long(study_file: Write, study_program: Program, command: str, name: str) -> None:
     status, out, err = study_program(command, study_file(output=name))
-    assert (status, out, err.count("\n")) == (2, "", 1) and err.startswith("study.py: error: output ")
+    assert (status, out, err.count("\n")) == (2, "", 1) and err.startswith("coe-study: error: output ")
 
 
 @pytest.mark.parametrize("command", ["plan", "report"])

@@ -14,6 +14,7 @@ from programs import ROOT, python
 from coe_megatron.config import load
 from coe_megatron.errors import ConfigError
 from coe_megatron.estimate.run_estimate import estimate
+from coe_megatron.estimate.run_shape import RunShape
 from coe_megatron.study.plan.arms import make_study
 from coe_megatron.study.plan.cost_table import make_plan, span
 from coe_megatron.study.plan.study_file import read_study
@@ -92,7 +93,7 @@ def test_every_single_config_of_the_paper_is_an_arm() -> None:
 def test_a_row_says_what_the_dry_run_says(study_file: Write) -> None:
     plan = make_plan(study_file(), device="cpu")
     for arm in plan.arms:
-        said = estimate(arm.arm.config, 64)
+        said = estimate(RunShape.of(arm.arm.config, 64))
         assert (arm.parameters, arm.memory) == (said.parameters.total, said.needed)
         assert arm.components["communication_buckets"] == said.memory["communication_buckets"] > 0
         assert arm.flops_per_token == said.flops_per_token.total
@@ -185,9 +186,9 @@ def test_the_device_of_a_file_is_checked_too(study_file: Write) -> None:
         make_plan(study_file(device="h300"))
 
 
-def test_the_example_of_the_guide_is_a_study(tmp_path: Path) -> None:
-    guide = (ROOT / "docs" / "guide.md").read_text().partition("## Studies")[2]
-    example = guide.partition("```yaml\n")[2].partition("```")[0]
+def test_the_example_of_the_documents_is_a_study(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "studies.md").read_text()
+    example = page.partition("```yaml\n")[2].partition("```")[0]
     path = tmp_path / "study.yaml"
     path.write_text(example.replace("../../paper", str(ROOT / "configs" / "paper")))
     plan = make_plan(path)
@@ -201,7 +202,7 @@ def test_spans(seconds: float, text: str) -> None:
 
 def test_planning_needs_no_torch(study_file: Write) -> None:
     code = (
-        "import sys; sys.path.insert(0, 'launch'); import study; status = study.main(sys.argv[1:]); "
+        "import sys; from coe_megatron.cli import study; status = study.main(sys.argv[1:]); "
         "sys.exit(status or 'torch' in sys.modules)"
     )
     command = [sys.executable, "-c", code, "plan", str(study_file()), "--device", "cpu", "training.steps=7", "--json"]

@@ -350,7 +350,8 @@ def test_status_has_a_row_for_every_run(place: Place) -> None:
 def test_the_command_is_one_that_the_launcher_takes(tmp_path: Path, study_file: Write) -> None:
     run = make_study(read_study(study_file(output=str(tmp_path / "out"), set={"parallel.expert": 2}))).runs[0]
     words = runner.command(run, write_config(run))
-    assert words[2:5] == ["--watch-stdin", "--", "--standalone"] and words[5:7] == ["--nproc-per-node", "2"]
-    planned = [sys.executable, *words[7:], "--dry-run"]
+    assert words[1:6] == ["-m", "coe_megatron.cli.one_host", "--watch-stdin", "--", "--standalone"]
+    assert words[6:8] == ["--nproc-per-node", "2"]
+    planned = [sys.executable, *words[8:], "--dry-run"]
     done = subprocess.run(planned, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "parameters" in done.stdout, done.stderr

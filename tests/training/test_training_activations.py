@@ -15,7 +15,7 @@ from coe_megatron.chain.settings import ChainSettings, Recompute
 from coe_megatron.config import RunConfig
 from coe_megatron.config.settings import MLASettings, ModelSettings, MoESettings, ParallelSettings, TrainingSettings
 from coe_megatron.estimate.activations import activations
-from coe_megatron.estimate.run_shape import model_shape, training_pass
+from coe_megatron.estimate.run_shape import RunShape
 from coe_megatron.model.build import build_model
 from coe_megatron.training.evaluation import forward
 
@@ -81,7 +81,8 @@ def built(config: RunConfig) -> tuple[torch.nn.Module, Callable[[], torch.Tensor
 
 
 def expected(config: RunConfig):
-    return activations(model_shape(config, VOCABULARY), training_pass(config))
+    run = RunShape.of(config, VOCABULARY)
+    return activations(run.model, run.micro_batch())
 
 
 def measured_and_expected(config: RunConfig) -> tuple[int, int]:

@@ -6,9 +6,11 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import wandb
 from matplotlib import image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -212,8 +214,19 @@ def test_tensorboard_can_be_left_out(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_weights_and_biases_offline_goes_on_as_the_same_run(tmp_path: Path) -> None:
-    config = parse({"logging": {"wandb": {"mode": "offline"}}})
+@pytest.fixture
+def wandb_offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As a user's shell has it: the package reads its variables once a process."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_NAME", "a name of the user's")
+    wandb.teardown()
+    yield
+    monkeypatch.undo()
+    wandb.teardown()
+
+
+def test_weights_and_biases_offline_goes_on_as_the_same_run(wandb_offline: None, tmp_path: Path) -> None:
+    config = parse({"logging": {"wandb": True}})
     for step in (1, 2):
         writer = open_metrics(tmp_path, config, first_step=step - 1)
         writer.write({"step": step, "train_loss": 1.0 / step, "memory": {"parameters": 7}})
@@ -221,27 +234,29 @@ def test_weights_and_biases_offline_goes_on_as_the_same_run(tmp_path: Path) -> N
     written = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
     assert {path.stem.removeprefix("run-") for path in written} == {(tmp_path / "wandb-id").read_text()}
     assert any(b"train_loss" in path.read_bytes() and b"memory/parameters" in path.read_bytes() for path in written)
+    assert all(b"a name of the user's" in path.read_bytes() for path in written)
 
 
 @pytest.mark.parametrize("damage", ["", "\0\0", "a b/c", "x" * 1000])
-def test_a_damaged_name_at_weights_and_biases_is_set_aside(damage: str, tmp_path: Path) -> None:
+def test_a_damaged_name_at_weights_and_biases_is_set_aside(wandb_offline: None, damage: str, tmp_path: Path) -> None:
     (tmp_path / "wandb-id").write_text(damage)
-    open_metrics(tmp_path, parse({"logging": {"wandb": {"mode": "offline"}}})).close()
+    open_metrics(tmp_path, parse({"logging": {"wandb": True}})).close()
     assert re.fullmatch("[0-9a-f]{16}", (tmp_path / "wandb-id").read_text())
     assert (tmp_path / "wandb-id.damaged").read_text() == damage
 
 
 def test_weights_and_biases_without_the_package_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match=r"^logging.wandb is set: install the package wandb"):
-        open_metrics(tmp_path, parse({"logging": {"wandb": {}}}))
+    with pytest.raises(ConfigError, match=r"^logging.wandb is true: install the package wandb"):
+        open_metrics(tmp_path, parse({"logging": {"wandb": True}}))
 
 
 def test_weights_and_biases_without_an_account_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"^logging.wandb is set: .*API key.* \(mode: offline needs no account\)$"):
-        open_metrics(tmp_path, parse({"logging": {"wandb": {}}}))
+    with pytest.raises(ConfigError, match=r"^logging.wandb is true: .*API key.* \(WANDB_MODE=offline needs no acc"):
+        open_metrics(tmp_path, parse({"logging": {"wandb": True}}))
 
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:

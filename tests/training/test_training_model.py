@@ -10,7 +10,7 @@ from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.config import RunConfig
 from coe_megatron.config.settings import MLASettings, ModelSettings, MoESettings
 from coe_megatron.estimate import closed_forms
-from coe_megatron.estimate.run_shape import model_shape
+from coe_megatron.estimate.run_shape import RunShape
 from coe_megatron.model.build import build_model
 
 pytestmark = pytest.mark.usefixtures("single_rank")
@@ -36,7 +36,7 @@ def test_closed_form_counts_the_parameters_of_the_built_model(
 ) -> None:
     config = RunConfig(model=model, moe=moe, chain=chain)
     built = sum(parameter.numel() for parameter in build_model(config, 64).parameters())
-    assert closed_forms.parameters(model_shape(config, 64)).total == built
+    assert closed_forms.parameters(RunShape.of(config, 64).model).total == built
 
 
 def test_initialisation_of_the_paper() -> None:

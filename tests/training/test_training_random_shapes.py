@@ -20,7 +20,7 @@ from coe_megatron.config.layout import moe_pattern
 from coe_megatron.config.settings import MLASettings, ModelSettings, MoESettings
 from coe_megatron.estimate.activations import extra_flops
 from coe_megatron.estimate.closed_forms import ModelShape, forward_flops, parameters, training_flops
-from coe_megatron.estimate.run_shape import model_shape
+from coe_megatron.estimate.run_shape import RunShape
 from coe_megatron.model.build import build_model
 
 pytestmark = pytest.mark.usefixtures("single_rank")
@@ -109,7 +109,7 @@ def oracle(shape: ModelShape) -> ChainLanguageModel:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_parameters_are_exact(seed: int) -> None:
     config, vocabulary = draw(seed)
-    shape = model_shape(config, vocabulary)
+    shape = RunShape.of(config, vocabulary).model
     counted = parameters(shape)
     reset_megatron()
     models: list[torch.nn.Module] = [build_model(config, vocabulary)]
@@ -132,7 +132,7 @@ def test_parameters_are_exact(seed: int) -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_flops_are_those_of_the_forward_pass(seed: int) -> None:
     config, vocabulary = draw(seed)
-    shape = model_shape(config, vocabulary)
+    shape = RunShape.of(config, vocabulary).model
     reset_megatron()
     model = build_model(config, vocabulary)
     tokens = torch.randint(vocabulary, (BATCH, shape.seq_length))
@@ -146,7 +146,7 @@ def test_flops_are_those_of_the_forward_pass(seed: int) -> None:
 @pytest.mark.parametrize("seed", [seed for seed in SEEDS if has_oracle(draw(seed)[0])])
 def test_flops_are_those_of_the_oracle(seed: int) -> None:
     config, vocabulary = draw(seed)
-    shape = model_shape(config, vocabulary)
+    shape = RunShape.of(config, vocabulary).model
     tokens = torch.randint(vocabulary, (BATCH, shape.seq_length))
     with FlopCounterMode(display=False) as forward:
         output = oracle(shape)(tokens)
@@ -160,7 +160,7 @@ def test_flops_are_those_of_the_oracle(seed: int) -> None:
 @pytest.mark.parametrize("seed", SEEDS[:6])
 def test_recomputing_costs_the_chains_forward_pass_again(seed: int) -> None:
     config, vocabulary = draw(seed)
-    shape = model_shape(config, vocabulary)
+    shape = RunShape.of(config, vocabulary).model
     tokens = torch.randint(vocabulary, (BATCH, shape.seq_length))
     positions = torch.arange(shape.seq_length).expand_as(tokens)
     found = {}

@@ -516,6 +516,29 @@ def test_a_run_that_diverges_ends_and_says_so(config: Path, prepared: Path, tmp_
     assert '"outcome": "failed' in (tmp_path / "run.json").read_text()
 
 
+BROKEN = """
+import runpy, sys
+from coe_megatron.training import loop
+
+def broken(*_: object) -> None:
+    raise ValueError("a bug of a library")
+
+loop.build_model = broken
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_bug_is_no_mistake_of_the_users(config: Path, prepared: Path, tmp_path: Path) -> None:
+    """Also where it raises a ValueError: it keeps its traceback, and the attempt its record."""
+    common = (config, f"data.path={prepared}", f"output={tmp_path}", "parallel.expert=1")
+    done = python("-c", BROKEN, "launch/pretrain_coe.py", *common)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" in done.stderr and done.stderr.endswith("ValueError: a bug of a library\n"), done.stderr
+    (attempt,) = json.loads((tmp_path / "run.json").read_text())["attempts"]
+    assert attempt["outcome"] == "failed: ValueError('a bug of a library')"
+
+
 def test_a_reader_that_goes_away_is_no_error() -> None:
     command = f"{sys.executable} launch/pretrain_coe.py configs/quickstart.yaml data.path=nowhere --dry-run | true"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, text=True)

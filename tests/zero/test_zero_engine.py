@@ -216,6 +216,8 @@ def test_native_json_is_merged_over_ours(tmp_path: Path) -> None:
     engine = make_engine(8, stage=2, native=str(native))
     assert engine.zero_round_robin_gradients() and engine.zero_overlap_comm() and engine.wall_clock_breakdown()
     assert engine.zero_optimization_stage() == 2 and engine.gradient_clipping() == 0.1, "what it does not say is ours"
+    native.write_text('{"zero_optimization": {"overlap_comm": false}}')
+    assert not make_engine(8, stage=2, native=str(native)).zero_overlap_comm()
     native.write_text('{"zero_optimization": {"overlap_com": true}}')
     with pytest.raises(ValueError, match=r"^zero.deepspeed is .*: overlap_com: Extra inputs are not permitted$"):
         make_engine(8, stage=2, native=str(native))

@@ -17,8 +17,8 @@ from coe_megatron.errors import ConfigError
 from coe_megatron.estimate.activations import extra_flops
 from coe_megatron.estimate.closed_forms import Flops, ModelShape, parameters, training_flops
 from coe_megatron.estimate.devices import Device
-from coe_megatron.estimate.run_estimate import RunEstimate, estimate, vocabulary
-from coe_megatron.estimate.run_shape import model_shape
+from coe_megatron.estimate.run_estimate import estimate, vocabulary
+from coe_megatron.estimate.run_shape import RunShape
 from coe_megatron.files import kind_of
 from coe_megatron.study.plan.study_file import Quantity
 
@@ -82,7 +82,7 @@ class Amounts:
             case "parameters":
                 return parameters(self.shape(config)).total
             case "memory":
-                return self.estimate(config).needed
+                return estimate(self.run(config)).needed
             case "wall_clock":
                 return self.seconds(config).total
             case "flops":
@@ -91,17 +91,17 @@ class Amounts:
                 flops = self.flops(config)
                 return tokens(config) * (flops.experts + flops.shared)
 
+    def run(self, config: RunConfig) -> RunShape:
+        """The run that a config makes."""
+        return RunShape.of(config, self._vocabulary(config))
+
     def shape(self, config: RunConfig) -> ModelShape:
         """The run's model."""
-        return model_shape(config, self._vocabulary(config))
+        return self.run(config).model
 
     def flops(self, config: RunConfig) -> Flops:
         """Of a token, forward and backward, without recomputation."""
         return training_flops(self.shape(config))
-
-    def estimate(self, config: RunConfig) -> RunEstimate:
-        """What `--dry-run` says of the run."""
-        return estimate(config, self._vocabulary(config))
 
     def seconds(self, config: RunConfig) -> Seconds:
         """That the run takes; raises as `of`."""
@@ -143,19 +143,13 @@ class Amounts:
     def _vocabulary(self, config: RunConfig) -> int:
         key = (repr(config.data), config.model.vocab_size, config.model.seq_length)
         if key not in self._vocabularies:
-            try:
-                self._vocabularies[key] = vocabulary(config)
-            except ValueError as error:
-                raise ConfigError(str(error)) from error
+            self._vocabularies[key] = vocabulary(config)
         return self._vocabularies[key]
 
 
 def _manifest(folder: Path, name: str) -> Manifest | None:
     """Of prepared data; None where there are none yet."""
-    try:
-        return None if kind_of(folder, name) is None else Manifest.read(folder)
-    except (OSError, ValueError) as error:
-        raise ConfigError(str(error)) from error
+    return None if kind_of(folder, name) is None else Manifest.read(folder)
 
 
 def tokens(config: RunConfig) -> int:

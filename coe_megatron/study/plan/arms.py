@@ -19,8 +19,9 @@ from coe_megatron import parsing
 from coe_megatron.config import RunConfig
 from coe_megatron.config.load import read_all, resolve
 from coe_megatron.errors import ConfigError
-from coe_megatron.study.plan.names import arm_name, joined, listed, looks_like, row_label, shortened, text_of, title
+from coe_megatron.study.plan.names import arm_name, joined, listed, looks_like, row_label, text_of, title
 from coe_megatron.study.plan.study_file import StudySettings
+from coe_megatron.text import shortened
 
 Labels: TypeAlias = Mapping[str, str]  # by axis
 

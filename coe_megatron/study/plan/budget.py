@@ -63,25 +63,29 @@ def solve(study: Study, amounts: Amounts) -> tuple[Study, dict[str, Solved]]:
     return replace(study, arms=arms), found
 
 
+class NotSolvable(ValueError):
+    """No value of a range gives an amount; one line."""
+
+
 def nearest(amount: Callable[[int], float], values: range, wanted: float) -> int:
     """The value at which an amount comes nearest to what is wanted; of two as near the smaller one.
 
     Raises:
-        ValueError: it is the same everywhere, or, of more values than are tried one by one, not monotone; one line.
+        NotSolvable: it is the same everywhere, or, of more values than are tried one by one, not monotone; one line.
     """
     if len(values) <= _FEW:
         amounts = {value: amount(value) for value in values}
         if len(set(amounts.values())) == 1:
-            raise ValueError("it is the same with every value")
+            raise NotSolvable("it is the same with every value")
         return min(values, key=lambda value: abs(amounts[value] - wanted))
     looked_at = sorted({values[len(values) * number // _LOOKED_AT] for number in range(_LOOKED_AT)} | {values[-1]})
     seen = [amount(value) for value in looked_at]
     grows = seen[0] <= seen[-1]
     for before, after, value in zip(seen, seen[1:], looked_at[1:], strict=False):
         if (before < after) if not grows else (before > after):
-            raise ValueError(f"it {'shrinks' if grows else 'grows'} on the way to {value}, and not elsewhere")
+            raise NotSolvable(f"it {'shrinks' if grows else 'grows'} on the way to {value}, and not elsewhere")
     if seen[0] == seen[-1]:
-        raise ValueError("it is the same with every value")
+        raise NotSolvable("it is the same with every value")
     low, high = 0, len(values) - 1  # the last index with no more than is wanted, or the first of all
     while low < high:
         middle = (low + high + 1) // 2
@@ -104,18 +108,16 @@ def _solve(budget: Budget, config: RunConfig, wanted: float, amounts: Amounts) -
     def amount(value: int) -> float:
         try:
             return amounts.of(budget.equal, changed(value))
-        except ValueError as error:
+        except ConfigError as error:
             raise ConfigError(f"budget.range leads to {budget.solve} {value}: {error}") from error
 
     try:
         check(parse(asdict(changed(values[-1]))))  # to measure what no run can have might take for ever
-    except ValueError as error:
+    except ConfigError as error:
         raise ConfigError(f"budget.range leads to {budget.solve} {values[-1]}: {error}") from error
     try:
         value = nearest(amount, values, wanted)
-    except ConfigError:
-        raise
-    except ValueError as error:
+    except NotSolvable as error:
         raise ConfigError(f"{budget.equal} cannot be solved for {budget.solve}: {error}") from None
     found = amount(value)
     _require_near(budget, values, value, found - wanted, wanted, abs(amount(values[-1]) - amount(values[0])))

@@ -5,19 +5,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from coe_megatron.config.layout import layout
 from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.estimate.advice import parse_size, refusal
 from coe_megatron.estimate.devices import Device
 from coe_megatron.estimate.devices import device as device_named
 from coe_megatron.estimate.memory import components
-from coe_megatron.estimate.run_estimate import size
+from coe_megatron.estimate.run_estimate import estimate, size
 from coe_megatron.study.plan.amounts import Amounts, Seconds, Speed
 from coe_megatron.study.plan.arms import Arm, Study, make_study
 from coe_megatron.study.plan.budget import Solved, solve
 from coe_megatron.study.plan.calibration import calibrate
 from coe_megatron.study.plan.names import joined
 from coe_megatron.study.plan.study_file import read_study
+from coe_megatron.text import aligned
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Plan:
     def table(self) -> str:
         """The same for a person."""
         study = self.study
-        lines = _table([_columns(study), *(self._cells(arm) for arm in self.arms)])
+        lines = aligned([_columns(study), *(self._cells(arm) for arm in self.arms)])
         notes = [f"* {study.baseline.name} is the baseline", *self._totals()]
         notes += [f"{arm.arm.name} does not fit: {arm.too_large}" for arm in self.arms if arm.too_large]
         skipped: dict[str, list[str]] = {}
@@ -122,7 +122,7 @@ class Plan:
         names = list(self.arms[0].components)
         header = ["MiB a rank at its peak", *(name.replace("_", " ") for name in names), "together"]
         rows = [[arm.arm.name, *map(_mib, arm.components.values()), _mib(arm.memory)] for arm in self.arms]
-        return _table([header, *rows])
+        return aligned([header, *rows])
 
     def _cells(self, plan: ArmPlan) -> list[str]:
         steps = plan.arm.config.training.steps
@@ -194,19 +194,20 @@ def _device(asked: str | None, own: str | None) -> Device | None:
     """The one asked for, or the study's own."""
     try:
         return device_named(name) if (name := asked or own) is not None else None
-    except ValueError as error:
+    except ConfigError as error:
         raise ConfigError(f"{'--device' if asked else 'device'} is {error}") from None
 
 
 def _memory(text: str) -> int:
     try:
         return parse_size(text)
-    except ValueError as error:
+    except ConfigError as error:
         raise ConfigError(f"--device-memory {error}") from None
 
 
 def _plan(arm: Arm, amounts: Amounts, solved: Solved | None, memory: int | None) -> ArmPlan:
-    config, cost = arm.config, amounts.estimate(arm.config)
+    config, run = arm.config, amounts.run(arm.config)
+    cost = estimate(run)
     return ArmPlan(
         arm,
         parameters=cost.parameters.total,
@@ -215,10 +216,10 @@ def _plan(arm: Arm, amounts: Amounts, solved: Solved | None, memory: int | None)
         flops=amounts.of("flops", config),
         expert_flops=amounts.of("expert_compute", config),
         components=components(cost.memory),
-        ranks=layout(config).ranks,
+        ranks=run.layout.ranks,
         seconds=amounts.seconds(config) if amounts.speed else None,
         solved=solved,
-        too_large=refusal(config, cost, amounts.shape(config).vocab, memory) if memory is not None else None,
+        too_large=refusal(run, cost, memory) if memory is not None else None,
     )
 
 
@@ -273,21 +274,8 @@ def _solves_apart(study: Study) -> bool:
     return study.settings.budget is not None and study.settings.budget.solve != "training.steps"
 
 
-def _table(cells: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return [_aligned(line, widths) for line in cells]
-
-
 def _mib(amount: int) -> str:
     return f"{amount / 2**20:,.1f}"
-
-
-def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first, *rest = (
-        cell.rjust(width) if number else cell.ljust(width)
-        for number, (cell, width) in enumerate(zip(cells, widths, strict=True))
-    )
-    return "  ".join([first, *rest])
 
 
 def count(number: float) -> str:

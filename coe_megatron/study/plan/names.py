@@ -5,10 +5,10 @@ import json
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from itertools import accumulate
 from typing import Any
 
 from coe_megatron.errors import one_line
+from coe_megatron.text import shortened
 
 _LONGEST_NAME = 120  # characters of a folder's name; a file system takes 255 bytes
 _LONGEST_SHOWN = 100  # characters of a label in a message
@@ -74,24 +74,6 @@ def joined(labels: Mapping[str, str]) -> str:
 def title(labels: Mapping[str, str]) -> str:
     """The labels of an arm where it stands alone, as in a table's cell: a single one is as it is."""
     return one_line(next(iter(labels.values()))) if len(labels) == 1 else joined(labels)
-
-
-def shortened(text: str, most: int) -> str:
-    """Text as it is if it fits into so many columns, else its ends with … between; wide characters take two columns."""
-    if sum(map(_columns, text)) <= most:
-        return text
-    tail = _fitting(reversed(text), most // 4)[::-1]
-    return f"{_fitting(text, most - most // 4 - 1)}…{tail}"
-
-
-def _fitting(text: Iterable[str], most: int) -> str:
-    """What of a text's beginning has room."""
-    ends = accumulate(map(_columns, text := list(text)))
-    return "".join(character for character, end in zip(text, ends, strict=True) if end <= most)
-
-
-def _columns(character: str) -> int:
-    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
 def _reads_as_more(value: Any) -> bool:

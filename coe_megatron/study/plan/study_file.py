@@ -9,10 +9,12 @@ from omegaconf import OmegaConf
 from pydantic import Field
 
 from coe_megatron.config.load import check_references, parse_as, plain, read
+from coe_megatron.config.packaged import find
 from coe_megatron.config.settings import Count, Index, PathText
 from coe_megatron.errors import ConfigError
 from coe_megatron.files import expand_user
-from coe_megatron.study.plan.names import shortened, text_of
+from coe_megatron.study.plan.names import text_of
+from coe_megatron.text import shortened
 
 _MOST_BASES = 64
 Quantity = Literal["expert_compute", "flops", "parameters", "memory", "wall_clock"]
@@ -139,5 +141,5 @@ def _with_paths(path: Path, values: Any) -> Any:
             raise ConfigError(f"{path}: base is {said}: it must name a run config or a list of them")
         if len(set(names)) < len(names) or len(names) > _MOST_BASES:
             raise ConfigError(f"{path}: base is {shortened(str(given), 100)}: at most {_MOST_BASES} files, none twice")
-        values["base"] = [str(path.parent / expand_user(name)) for name in names]
+        values["base"] = [str(find(Path(expand_user(name)), path.parent)) for name in names]
     return values

@@ -12,9 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
 
-from coe_megatron.study.plan.names import joined, shortened
+from coe_megatron.study.plan.names import joined
 from coe_megatron.study.report.comparison import Summary
 from coe_megatron.study.report.results import Result, done
+from coe_megatron.text import shortened
 
 # Okabe and Ito's palette without yellow, which print loses.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")

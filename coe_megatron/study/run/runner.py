@@ -27,9 +27,8 @@ from coe_megatron.study.run.paths import log_of, write_config
 
 _LOOKS_EVERY = 0.2  # seconds
 _BEGINS = "study.py begins: "  # the first line of every attempt in a run's log
-_LAST_WORDS = re.compile(r"\w+\.py: (?:error|ended with status \d+ \((?!STOPPED)\w+\), rank \d+): (.*)")
+_LAST_WORDS = re.compile(r"coe-[\w-]+: (?:error|ended with status \d+ \((?!STOPPED)\w+\), rank \d+): (.*)")
 _LOG_END = 1 << 20  # bytes of a log in which an error is looked for
-_ROOT = Path(__file__).parents[3]
 _DEVICE = re.compile(r"0|[1-9][0-9]{0,3}|(GPU|MIG)-[0-9A-Za-z/-]+", re.ASCII)  # as CUDA_VISIBLE_DEVICES has them
 _NO_DEVICES = (["-1"], ["NoDevFiles"])  # as CUDA, and SLURM for a job without GPUs, have it
 _SHOWN = 100  # characters of such a text in a message
@@ -109,14 +108,8 @@ def _settings(run: Run) -> RunConfig | None:
 def command(run: Run, config: Path) -> list[str]:
     """What starts a run on this host."""
     ranks = layout(run.config).ranks
-    torchrun = [
-        "--standalone",
-        "--nproc-per-node",
-        str(ranks),
-        str(_ROOT / "launch/pretrain_coe.py"),
-        as_argument(config),
-    ]
-    return [sys.executable, str(_ROOT / "launch/one_host.py"), "--watch-stdin", "--", *torchrun]
+    torchrun = ["--standalone", "--nproc-per-node", str(ranks), "-m", "coe_megatron.cli.pretrain", as_argument(config)]
+    return [sys.executable, "-m", "coe_megatron.cli.one_host", "--watch-stdin", "--", *torchrun]
 
 
 class Runner:

@@ -20,6 +20,7 @@ from coe_megatron.data.encode import encode_splits, write_encoded
 from coe_megatron.data.prepare import Input, PrepareSettings, join, training_documents
 from coe_megatron.data.records import MalformedRecord
 from coe_megatron.data.tokenizer import Tokenizer, train_tokenizer
+from coe_megatron.text import aligned
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 PHASES = ("read", "parse", "encode", "write")
@@ -62,7 +63,7 @@ class PhaseTimes:
         lines = [f"{self.bytes / 1e6:,.1f} MB of text, {self.tokens:,} tokens of a vocabulary of {self.vocab_size:,}"]
         rows = [(phase, self.seconds[phase], self.rate(phase)) for phase in (*PHASES, "plain")]
         rows.append(("whole", sum(self.seconds[phase] for phase in PHASES), self.rate(*PHASES)))
-        lines += [f"{name:<7} {seconds:>8.2f} s {rate:>8.1f} MB/s" for name, seconds, rate in rows]
+        lines += aligned([(name, f"{seconds:.2f} s", f"{rate:.1f} MB/s") for name, seconds, rate in rows])
         return "\n".join([*lines, f"encode over plain SentencePiece: {self.speed_up:.2f}"])
 
 

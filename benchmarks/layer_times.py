@@ -23,6 +23,7 @@ from coe_megatron.config.settings import ParallelSettings
 from coe_megatron.distributed import process_groups
 from coe_megatron.estimate.closed_forms import ModelShape, forward_flops
 from coe_megatron.model import CoELayer, coe_layer_spec
+from coe_megatron.text import aligned
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -180,23 +181,18 @@ def machine() -> dict[str, str | int]:
 
 def table(results: list[LayerTimes]) -> str:
     """A line for each shape; ratios from minima and, behind a slash, from medians."""
-    head = (
-        f"{'d':>5} {'ffn':>5} {'N':>4} {'K':>3} {'T':>6}  {'stock':>9} {'ours':>9} {'CoE-2(K/2)':>10}  "
-        f"{'speed-up':>11}  {'CoE/MoE':>11} {'FLOPs':>6} {'time/FLOPs':>11}"
-    )
-    return "\n".join([head, *map(_line, results)])
+    head = ["d", "ffn", "N", "K", "T", "stock", "ours", "CoE-2(K/2)", "speed-up", "CoE/MoE", "FLOPs", "time/FLOPs"]
+    return "\n".join(aligned([head, *map(_cells, results)], ">"))
 
 
-def _line(result: LayerTimes) -> str:
+def _cells(result: LayerTimes) -> list[str]:
     shape = result.shape
     stock, ours, coe = (f"{1e3 * timed.minimum:.1f} ms" for timed in (result.stock, result.ours, result.coe))
     speed_up, ratio, excess = (
         f"{pair.minimum:.2f}/{pair.median:.2f}" for pair in (result.speed_up, result.time_ratio, result.time_over_flops)
     )
-    return (
-        f"{shape.hidden:>5} {shape.expert_ffn:>5} {shape.experts:>4} {shape.topk:>3} {shape.seq_length:>6}  "
-        f"{stock:>9} {ours:>9} {coe:>10}  {speed_up:>11}  {ratio:>11} {result.flops_ratio:>6.3f} {excess:>11}"
-    )
+    sizes = (shape.hidden, shape.expert_ffn, shape.experts, shape.topk, shape.seq_length)
+    return [*map(str, sizes), stock, ours, coe, speed_up, ratio, f"{result.flops_ratio:.3f}", excess]
 
 
 def _layer_flops(shape: ModelShape) -> int:

@@ -1,8 +1,9 @@
-"""launch/benchmark.py: what it writes, what it refuses; layers that compute different things are not timed."""
+"""The programs of benchmarks/: what they write and refuse; layers that compute different things are not timed."""
 
 import json
 from pathlib import Path
 
+import layer_times
 import pytest
 import torch
 from programs import python
@@ -10,7 +11,6 @@ from programs import python
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.estimate.closed_forms import ModelShape
 from coe_megatron.local_backend import experts
-from coe_megatron.training import benchmark
 
 SHAPE = ModelShape(
     layers=1,
@@ -30,7 +30,7 @@ SHAPE = ModelShape(
 def test_a_tiny_shape_from_start_to_end(tmp_path: Path) -> None:
     file = tmp_path / "times.json"
     sizes = ("--hidden", 16, "--ffn", 8, "--experts", 8, "--topk", 4, "--tokens", 32, 48)
-    done = python("launch/benchmark.py", "layer", *sizes, "--repeats", 3, "--threads", 1, "--json", file)
+    done = python("benchmarks/bench_layer.py", *sizes, "--repeats", 3, "--threads", 1, "--json", file)
     assert done.returncode == 0, done.stderr
     assert "step 6/6" in done.stderr and "Traceback" not in done.stderr
     written = json.loads(file.read_text())
@@ -53,7 +53,7 @@ def test_a_preparation_is_timed_phase_by_phase(tmp_path: Path) -> None:
     documents = [f"{number} apples and {number * 7} pears" for number in range(2000)]
     text.write_text("".join(json.dumps({"story": document}) + "\n" for document in documents))
     options = ("--input", text, "--field", "story", "--vocab-size", 300, "--json", file)
-    done = python("launch/benchmark.py", "data", *options)
+    done = python("benchmarks/bench_data.py", *options)
     assert done.returncode == 0, done.stderr
     written = json.loads(file.read_text())
     assert written["bytes"] == sum(len(document.encode()) for document in documents)
@@ -69,8 +69,8 @@ def test_a_preparation_is_timed_phase_by_phase(tmp_path: Path) -> None:
     ("kind", "explained"), [("layer", "CoE-2 with half the experts"), ("data", "plain   SentencePiece's own encoding")]
 )
 def test_each_benchmark_explains_itself(kind: str, explained: str) -> None:
-    done = python("launch/benchmark.py", kind, "--help")
-    assert done.stdout.startswith(f"usage: benchmark.py {kind} ") and done.stdout.count(explained) == 1
+    done = python(f"benchmarks/bench_{kind}.py", "--help")
+    assert done.stdout.startswith(f"usage: bench_{kind}.py ") and done.stdout.count(explained) == 1
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_each_benchmark_explains_itself(kind: str, explained: str) -> None:
     ],
 )
 def test_a_bad_argument_for_data_is_one_line(arguments: tuple[str, ...], says: str) -> None:
-    done = python("launch/benchmark.py", "data", *arguments)
+    done = python("benchmarks/bench_data.py", *arguments)
     assert done.returncode == 2
     assert says in done.stderr and len(done.stderr.splitlines()) == 1
 
@@ -96,26 +96,26 @@ def test_a_bad_argument_for_data_is_one_line(arguments: tuple[str, ...], says: s
     ],
 )
 def test_a_bad_argument_is_one_line(arguments: tuple[str, ...], says: str) -> None:
-    done = python("launch/benchmark.py", "layer", *arguments)
+    done = python("benchmarks/bench_layer.py", *arguments)
     assert done.returncode == 2
     assert says in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_arguments_are_checked_before_torch_is_imported() -> None:
-    program = "import runpy, sys; sys.argv = ['benchmark.py', 'layer', '--topk', '3']\n"
-    program += "try: runpy.run_path('launch/benchmark.py', run_name='__main__')\n"
+    program = "import runpy, sys; sys.argv = ['bench_layer.py', '--topk', '3']; sys.path.insert(0, 'benchmarks')\n"
+    program += "try: runpy.run_path('benchmarks/bench_layer.py', run_name='__main__')\n"
     program += "except SystemExit: print('torch' in sys.modules)"
     assert python("-c", program).stdout.strip() == "False"
 
 
 def test_the_flops_ratio_counts_routers_and_shared_experts_twice() -> None:
-    times = benchmark.LayerTimes(SHAPE, *[benchmark.Seconds(1.0, 1.0)] * 3, difference=0.0)
+    times = layer_times.LayerTimes(SHAPE, *[layer_times.Seconds(1.0, 1.0)] * 3, difference=0.0)
     expert, router = 6 * 16 * 8, 2 * 16 * 8
     assert times.flops_ratio == pytest.approx((4 * expert + 2 * expert + 2 * router) / (5 * expert + router))
 
 
 def test_layers_are_compared_and_timed(single_rank: None) -> None:
-    times = benchmark.time_layers(SHAPE, 1, torch.float32, torch.device("cpu"))
+    times = layer_times.time_layers(SHAPE, 1, torch.float32, torch.device("cpu"))
     assert times.difference < 1e-5
     assert 0 < times.ours.minimum == times.ours.median
 
@@ -123,8 +123,8 @@ def test_layers_are_compared_and_timed(single_rank: None) -> None:
 def test_layers_that_differ_are_not_timed(single_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
     right = experts.GroupedLinear.forward
     monkeypatch.setattr(experts.GroupedLinear, "forward", staticmethod(lambda *args: 1.001 * right(*args)))
-    with pytest.raises(benchmark.LayersDifferError, match="differ by"):
-        benchmark.time_layers(SHAPE, 1, torch.float32, torch.device("cpu"))
+    with pytest.raises(layer_times.LayersDifferError, match="differ by"):
+        layer_times.time_layers(SHAPE, 1, torch.float32, torch.device("cpu"))
 
 
 def test_gradients_of_a_chain_are_added_in_place(single_rank: None) -> None:

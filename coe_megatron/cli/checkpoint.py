@@ -1,0 +1,115 @@
+"""Look at checkpoints, verify them, write them anew or average them: one process, no GPU, no model."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from coe_megatron.config.arguments import Parser, program_name, write_out
+from coe_megatron.errors import ConfigError, one_line
+from coe_megatron.files import require_folder, require_writable, user_path
+
+EPILOG = """examples:
+  %(prog)s inspect runs/quickstart
+  %(prog)s verify runs/quickstart/checkpoints/step-00000400
+  %(prog)s reshard runs/big published --weights-only
+  %(prog)s average runs/big averaged --last 4
+
+DIR is a checkpoint, or the folder of a run for its newest one (reshard and average: that is whole). What is written is
+a checkpoint too: a run begins with it by training.warm_start, and goes on from it if it lies among that run's
+checkpoints and has its states.
+
+exit status: 0 done, 1 verify found a damaged checkpoint, 2 a mistake or what cannot be done (one line on stderr says
+which, and nothing was written), 130 interrupted."""
+
+COMMANDS = {
+    "inspect": "Say what a checkpoint holds; its files are not verified.",
+    "verify": "Read every byte of a checkpoint, or of all checkpoints of a run.",
+    "reshard": "Write a checkpoint anew: in few files instead of one a rank, or without AdamW's moments. Loading never "
+    "needs it: any layout and ZeRO stage reads what any other has saved.",
+    "average": "Write the mean of the weights of several checkpoints, to begin another run with.",
+}
+
+
+def parser() -> Parser:
+    made = Parser(prog=program_name("coe-checkpoint", "checkpoint.py"), description=__doc__, epilog=EPILOG)
+    commands = made.add_subparsers(dest="command", required=True, metavar="inspect|verify|reshard|average")
+    parsers = {name: commands.add_parser(name, help=about, description=about) for name, about in COMMANDS.items()}
+    inspect, _, reshard, average = parsers.values()
+    for command in parsers.values():
+        more: dict[str, Any] = {"nargs": "+"} if command is average else {}
+        command.add_argument("sources" if more else "source", type=user_path, metavar="DIR", **more)
+    inspect.add_argument("--json", action="store_true", help="as one JSON object, the optimizer's tensors too")
+    for command in (reshard, average):
+        command.add_argument("out", type=user_path, metavar="OUT")
+        command.add_argument("--overwrite", action="store_true", help="replace the checkpoint OUT")
+    reshard.add_argument("--files", type=int, default=1, metavar="N", help="that the tensors go into (default: 1)")
+    reshard.add_argument("--weights-only", action="store_true", help="weights and fp32 masters, for a warm start")
+    average.add_argument("--last", type=int, metavar="N", help="DIR is a run: take its newest N checkpoints")
+    return made
+
+
+def check(options: argparse.Namespace) -> None:
+    """What can be said before torch is imported."""
+    sources = [options.source] if "source" in options else options.sources
+    for source in sources:
+        require_folder(source, "DIR")
+    if "out" in options:
+        require_writable(options.out, "OUT", "folder")
+        if options.out.exists() and not options.overwrite:
+            raise ConfigError(f"{options.out} exists: name another folder, or give --overwrite")
+    if getattr(options, "files", 1) < 1:
+        raise ConfigError(f"--files is {options.files}: it must be at least 1")
+    if getattr(options, "last", None) is not None and (options.last < 2 or len(sources) > 1):
+        raise ConfigError(f"--last is {options.last}: it must be at least 2, and goes with one run")
+
+
+def act(options: argparse.Namespace) -> int:
+    """Do what was asked for; returns the exit status."""
+    from coe_megatron.checkpoint import tools  # torch takes seconds
+
+    match options.command:
+        case "inspect":
+            contents = tools.inspect(options.source)
+            write_out(json.dumps(contents.as_dict(), indent=2) if options.json else contents.table())
+        case "verify":
+            return verify(options.source)
+        case "reshard":
+            made = tools.reshard(
+                options.source, options.out, options.files, options.weights_only, overwrite=options.overwrite
+            )
+            write_out(one_line(f"written: {made}"))
+        case "average":
+            sources = options.sources
+            if options.last is not None:
+                sources = tools.newest(sources[0], options.last)
+            made = tools.average(sources, options.out, options.overwrite)
+            write_out(one_line(f"written: {made}"))
+    return 0
+
+
+def verify(source: Path) -> int:
+    from coe_megatron.checkpoint import listing, tools
+
+    damaged = False
+    for checkpoint, trouble in tools.verify(source):
+        damaged |= trouble is not None and listing.finished(checkpoint)
+        write_out(one_line(f"{checkpoint}: {trouble or 'whole'}"))
+    return 1 if damaged else 0
+
+
+def main() -> int:
+    program = parser()
+    options = program.parse_args()
+    try:
+        check(options)
+        return act(options)
+    except (ConfigError, OSError) as error:
+        program.error(str(error))
+    except KeyboardInterrupt:
+        program.exit(130, f"{program.prog}: interrupted; nothing was written\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+"""Studies: many runs that answer one question, from one file that says what is compared."""
+
+import argparse
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from coe_megatron.config.arguments import Parser, program_name, write_out
+from coe_megatron.config.layout import layout
+from coe_megatron.errors import ConfigError, one_line
+from coe_megatron.estimate.devices import DEVICES
+from coe_megatron.files import problem, user_path
+from coe_megatron.launcher.torchrun_supervisor import Requests
+from coe_megatron.run.exit_status import ExitStatus
+from coe_megatron.run.status import table
+from coe_megatron.study.plan.arms import Run
+from coe_megatron.study.plan.cost_table import Plan, make_plan
+from coe_megatron.study.plan.names import listed
+from coe_megatron.study.run.paths import check_places, config_of, write_config
+from coe_megatron.study.run.runner import Ended, Runner, devices_here, is_finished, seed_by_seed, stands
+from coe_megatron.study.run.slurm_arrays import submissions
+
+EPILOG = """examples:
+  %(prog)s plan configs/studies/paper/main-pair.yaml
+  %(prog)s plan configs/studies/cpu/main-pair.yaml --calibration runs/cpu/moe_8-64
+  %(prog)s plan configs/studies/paper/width.yaml --device h100 --price 2.50 training.steps=500
+  %(prog)s run configs/studies/cpu/main-pair.yaml --at-once 2
+  %(prog)s run configs/studies/cpu/main-pair.yaml --only coe-2-4-64_prenorm --seed 2
+  %(prog)s submit configs/studies/paper/main-pair.yaml --sbatch='--gpus-per-node=1 --time=1:00:00'
+  %(prog)s status configs/studies/cpu/main-pair.yaml
+  %(prog)s report configs/studies/cpu/main-pair.yaml
+
+exit status: 0 done, 1 a run failed, 2 a mistake (one line on stderr says which), 3 stopped as asked, 130 ended at
+once."""
+PLAN = "Say what a study will cost before anything runs: a row for each arm. Needs no data."
+RUN = """Run what is not done yet, here: one run after another, or as many at a time as there are devices. A run that
+was broken off goes on; one that fails stops no other. Ctrl-C lets runs save; the same command goes on. Beside a run's
+folder lie its log and its whole config; to repeat it alone: torchrun ... -m coe_megatron.cli.pretrain CONFIG."""
+REPORT = """Write what the finished runs say: report.html (one file), report.md, the figures as SVG and PNG, results.csv
+(a row a run) and timings.csv."""
+SUBMIT = """Submit what is not done yet to SLURM: an array with a task for each run, through launch/slurm/study.sbatch.
+Every run goes on by itself after time limits and preemption, as with pretrain.sbatch."""
+STATUS = "How the study's runs stand, a line a run."
+
+
+def parser() -> Parser:
+    made = Parser(prog=program_name("coe-study", "study.py"), description=__doc__, epilog=EPILOG)
+    commands = made.add_subparsers(dest="command", required=True, metavar="plan|run|submit|status|report")
+    told = {"plan": PLAN, "run": RUN, "submit": SUBMIT, "status": STATUS, "report": REPORT}
+    of = {name: commands.add_parser(name, help=_first(text), description=text) for name, text in told.items()}
+    for command in of.values():
+        command.add_argument(
+            "study", type=user_path, metavar="STUDY.yaml", help="a file, or a packaged one: studies/cpu/main-pair.yaml"
+        )
+        command.add_argument("overrides", nargs="*", default=[], help="key.sub=value, for all arms")
+        device = f"on which hours are estimated: {', '.join(DEVICES)} (default: the study's `device`)"
+        command.add_argument("--device", metavar="NAME", help=device)
+        speed = "the folder of a finished run on such a device: hours follow from what it took"
+        command.add_argument("--calibration", type=user_path, metavar="RUN", help=speed)
+    memory = "that arms must fit, such as 80GiB (default: the device's)"
+    of["plan"].add_argument("--device-memory", metavar="SIZE", help=memory)
+    of["plan"].add_argument("--price", type=price, metavar="PRICE", help="of an hour of one device, for the total cost")
+    of["plan"].add_argument("--json", action="store_true", help="as one JSON object, unrounded")
+    for command in (of["run"], of["submit"]):
+        command.add_argument("--only", metavar="ARM", help="this arm alone")
+        command.add_argument("--seed", type=int, metavar="SEED", help="this seed alone")
+        at_once = "so many runs at a time (default: as many as there are GPUs, without GPUs one; as SLURM has room)"
+        command.add_argument("--at-once", type=whole_number, metavar="N", help=at_once)
+    of["run"].add_argument("--devices", metavar="0,1", help="the GPUs to use (default: CUDA_VISIBLE_DEVICES, else all)")
+    of["status"].add_argument("--json", action="store_true", help="for programs, unrounded; null is what is not known")
+    per_node = "of a run's ranks (default: all on one node)"
+    of["submit"].add_argument("--ranks-per-node", type=whole_number, metavar="N", help=per_node)
+    sbatch = "more options of sbatch, such as --sbatch='--account=mine --gpus-per-node=1 --time=1:00:00'"
+    of["submit"].add_argument("--sbatch", type=shlex.split, default=[], metavar="OPTIONS", help=sbatch)
+    of["submit"].add_argument("--dry-run", action="store_true", help="show the commands; nothing is submitted")
+    where = "where it goes (default: the folder report in the study's output)"
+    of["report"].add_argument("--to", type=user_path, metavar="FOLDER", help=where)
+    of["report"].add_argument("--title", help="of the report (default: the study file's name)")
+    return made
+
+
+def _first(text: str) -> str:
+    return re.split(r"[.:,]", text)[0]
+
+
+def price(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} must be a number of at least 0")
+    return value
+
+
+def whole_number(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least 1")
+    return int(text)
+
+
+def run(plan: Plan, options: argparse.Namespace) -> ExitStatus:
+    devices = devices_here(options.devices, os.environ)
+    if not (open_runs := _open_runs(plan, options)):
+        return ExitStatus.DONE
+    requests = Requests()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, lambda *_: requests.more())
+    ended = Runner(devices, options.at_once or max(1, len(devices)), say).run(open_runs, requests)
+    return _conclude(ended, len(open_runs), requests)
+
+
+def submit(plan: Plan, options: argparse.Namespace) -> ExitStatus:
+    open_runs = _open_runs(plan, options)
+    for array in submissions(open_runs, options.ranks_per_node, options.at_once, options.sbatch):
+        if options.dry_run:
+            write_out(str(array))
+            continue
+        _write_configs(array.runs)
+        say(f"job {array.submit(os.environ)}: {len(array.runs)} runs of {layout(array.runs[0].config).ranks} ranks")
+    return ExitStatus.DONE
+
+
+def _write_configs(runs: list[Run]) -> None:
+    for each in runs:
+        try:
+            write_config(each)
+        except OSError as error:
+            raise problem(config_of(each), "the run's config", error) from None
+
+
+def _open_runs(plan: Plan, options: argparse.Namespace) -> list[Run]:
+    """What is to be done of the runs that the options name; this is said."""
+    wanted = _wanted(plan, options)
+    open_runs = [each for each in seed_by_seed(wanted) if not is_finished(each)]
+    say(f"{len(open_runs)} of {len(wanted)} runs are to be done" if open_runs else f"all {len(wanted)} runs are done")
+    return open_runs
+
+
+def _wanted(plan: Plan, options: argparse.Namespace) -> list[Run]:
+    """The runs that the options name."""
+    arms, seeds = [arm.name for arm in plan.study.arms], plan.study.settings.seeds
+    if options.only is not None and options.only not in arms:
+        raise ConfigError(f"--only is {options.only}: it must be an arm, one of {listed(arms)}")
+    if options.seed is not None and options.seed not in seeds:
+        raise ConfigError(f"--seed is {options.seed}: it must be one of {listed(map(str, seeds))}")
+    return [each for each in plan.study.runs if options.only in (None, each.arm) and options.seed in (None, each.seed)]
+
+
+def _conclude(ended: list[Ended], runs: int, requests: Requests) -> ExitStatus:
+    done = [each for each in ended if each.status is ExitStatus.DONE]
+    if requests.stop.is_set() and len(done) < runs:
+        say(f"stopped with {len(done)} of {runs} runs done; the same command goes on")
+        return ExitStatus.INTERRUPTED if requests.end.is_set() else ExitStatus.STOPPED
+    failed = [each for each in ended if each.status is not ExitStatus.DONE]
+    say(f"{len(done)} of {runs} runs are done" + (f", {len(failed)} are not:" if failed else ""))
+    for each in failed:
+        say(f"  {each.run.arm}, seed {each.run.seed}: {each.status.name}: {each.reason}")
+    return ExitStatus.FAILED if failed else ExitStatus.DONE
+
+
+def show(plan: Plan, options: argparse.Namespace) -> ExitStatus:
+    now = time.time()
+    rows = [stands(each, now) for each in plan.study.runs]
+    write_out(json.dumps([row.as_dict() for row in rows], indent=2) if options.json else table(rows, now))
+    return ExitStatus.DONE
+
+
+def report(plan: Plan, options: argparse.Namespace) -> ExitStatus:
+    from coe_megatron.study.report.report import write_report  # matplotlib takes a second
+
+    folder = options.to or Path(plan.study.settings.output) / "report"
+    title = options.title or f"Study {options.study.stem}"
+    try:
+        files = write_report(plan, title, folder)
+    except OSError as error:
+        raise ConfigError(f"the report cannot be written to {folder}: {error.strerror}") from error
+    write_out("\n".join(one_line(str(file)) for file in files))
+    return ExitStatus.DONE
+
+
+def say(text: str) -> None:
+    with suppress(SystemExit):  # the runs go on, told or not
+        write_out(f"{time.strftime('%H:%M:%S')}  {text}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    program = parser()
+    options, late = program.parse_known_args(arguments)  # late: argparse takes no overrides behind options
+    if unknown := [text for text in late if text.startswith("-")]:
+        program.error(f"unrecognized arguments: {' '.join(unknown)}")
+    overrides = [*options.overrides, *late]
+    limits = (options.device_memory, options.price) if options.command == "plan" else (None, None)
+    try:
+        plan = make_plan(options.study, overrides, options.device, options.calibration, *limits)
+        check_places(plan.study, to_write=options.command in ("plan", "run", "submit"))
+        if options.command != "plan":
+            return {"run": run, "submit": submit, "status": show, "report": report}[options.command](plan, options)
+    except ConfigError as error:
+        program.error(str(error))
+    write_out(json.dumps(plan.as_dict(), indent=2) if options.json else plan.table())
+    return ExitStatus.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,14 @@
+"""Columns of a table for a terminal; what is cut is tested with the names of arms."""
+
+from coe_megatron.text import aligned, aligned_facts
+
+
+def test_columns_are_as_wide_as_their_widest_cells() -> None:
+    rows = [("name", "size", "note"), ("a", "1,000", "x"), ("long name", "7")]
+    assert aligned(rows, "<><") == ["name        size  note", "a          1,000  x", "long name      7"]
+    assert aligned(rows, ">", " | ")[1] == "        a | 1,000 |    x"
+    assert aligned([], "<") == []
+
+
+def test_facts_are_lines_whatever_they_hold() -> None:
+    assert aligned_facts({"a": 1, "long": "two\nlines"}) == "a     1\nlong  two\\nlines"
