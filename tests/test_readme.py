@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import re
 from pathlib import Path
 
@@ -43,12 +44,14 @@ def test_the_megatron_example_runs_as_pasted_and_builds_a_chain_that_learns(tmp_
 def test_the_commands_for_ones_own_text_train_and_cut_no_document(tmp_path: Path) -> None:
     (prepare,) = re.findall(r"^python (launch/prepare_data.py .*)$", README, re.MULTILINE)
     (train,) = re.findall(r"^python (launch/one_host.py (?:.*\\\n)*.*)$", README, re.MULTILINE)
+    pick = random.Random(0)
+    words = ["".join(pick.choices("abcdefghijklmnop", k=5)) for _ in range(500)]
     for name in ("train", "valid"):  # longer than the quickstart's 128 tokens
-        lines = [json.dumps({"text": " ".join(f"word{i * j % 97}" for i in range(200))}) for j in range(1, 61)]
+        lines = [json.dumps({"text": " ".join(pick.choices(words, k=200))}) for _ in range(60)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
         prepare = prepare.replace(f"{name}.jsonl", str(tmp_path / f"{name}.jsonl"))
     prepared, run = tmp_path / "data", tmp_path / "run"
-    words = prepare.replace("data/mine", str(prepared)).replace("16000", "270").split()
+    words = prepare.replace("data/mine", str(prepared)).replace("16000", "400").split()
     done = python(*words)
     assert done.returncode == 0, done.stderr
     words = train.replace("\\\n", " ").replace("data/mine", str(prepared)).replace("runs/mine", str(run)).split()

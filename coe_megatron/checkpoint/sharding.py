@@ -39,6 +39,7 @@ from coe_megatron.checkpoint.storage import OPTIMIZER, Reader, Writer, cause_of,
 from coe_megatron.checkpoint.tensor_index import Listed
 from coe_megatron.distributed.collectives import Group, all_gather, run_on_rank0
 from coe_megatron.errors import ConfigError
+from coe_megatron.text import shortened
 from coe_megatron.zero import optimizer_states
 from coe_megatron.zero.engine import Engine
 
@@ -211,7 +212,7 @@ def _load(shards: Shards, reader: Reader) -> dict[str, torch.Tensor]:
         except CheckpointException as error:  # it has a traceback of every rank in it
             if not isinstance(cause := cause_of(error), ConfigError | OSError):
                 raise cause from error
-            said = f"checkpoint {reader.folder.parent} cannot be read: {str(cause)[:_LONGEST_LINE]}"
+            said = f"checkpoint {reader.folder.parent} cannot be read: {shortened(str(cause), _LONGEST_LINE)}"
             raise ConfigError(said) from error
         parts = {key: _unwrap_pyt_sharded_tensor(tensor) for key, tensor in tensors.items()}
         return apply_factory_merges(_replace_sharded_keys_with_state_dict_keys(parts, *names), factories)

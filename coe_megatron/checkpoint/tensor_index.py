@@ -30,12 +30,12 @@ from coe_megatron.checkpoint.safe_unpickler import Refused, Unpickler
 from coe_megatron.checkpoint.torch_file_check import MOST_DIMENSIONS, STORED_DTYPES
 from coe_megatron.errors import ConfigError
 from coe_megatron.files import read_limited
+from coe_megatron.text import shortened
 
 LIST = ".metadata"
 # A part takes some 200 bytes in the list, and 1,600 more than its numbers in a file.
 _SMALLEST_LIST, _LARGEST_LIST = 1 << 16, 1 << 26  # bytes
 _LONGEST_KEY = 500  # characters
-_LONGEST_REASON = 200  # characters of what is wrong with a pickle: names in it can be of any length
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,10 @@ class Listed:
                 raise ValueError("it holds something else")
             _require_parts(found, self.sizes)
         except Refused as error:
-            asked = str(error)[:_LONGEST_REASON]
+            asked = shortened(str(error))
             raise ConfigError(f"{self.shown} asks for {asked}, of which no list of tensors is made") from error
         except ValueError as error:
-            raise ConfigError(f"{self.shown} is no list of tensors: {str(error)[:_LONGEST_REASON]}") from error
+            raise ConfigError(f"{self.shown} is no list of tensors: {shortened(str(error))}") from error
         return found
 
 

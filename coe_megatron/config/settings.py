@@ -121,6 +121,8 @@ class MoESettings:
             lowest gates; null drops nothing.
         pad_to_capacity: fill every expert up to its capacity, for fixed sizes.
         dispatcher: how tokens travel to the experts' ranks.
+        force_load_balancing: for benchmarks alone: random logits in place of the router's, so that a run is as fast as
+            with the uniform routing that `--dry-run` assumes; what it learns is worth nothing.
         recompute: what the backward pass computes again instead of keeping it: `none`; `experts`, what lies between the
             two products of an expert; `iteration`, each iteration on its own; `layer`, the whole chain at once.
     """
@@ -145,6 +147,7 @@ class MoESettings:
     capacity_factor: Positive | None = None
     pad_to_capacity: bool = False
     dispatcher: Literal["alltoall", "allgather"] = "alltoall"
+    force_load_balancing: bool = False
     recompute: Recompute = "none"
 
 
@@ -370,3 +373,28 @@ class RunConfig:
     recovery: RecoverySettings = field(default_factory=RecoverySettings)
     logging: LoggingSettings = field(default_factory=LoggingSettings)
     profile: ProfileSettings = field(default_factory=ProfileSettings)
+
+
+# What may differ between the attempts of one run: it changes what is shown and kept, how far the run goes, or how the
+# work is divided.
+_MAY_CHANGE = {
+    "output",
+    "data.path",  # checkpoints remember the text and its weights themselves
+    "data.blend",
+    "moe.recompute",
+    "training.steps",
+    "training.micro_batch",  # another layout may need another, and a step takes the same samples
+    "training.log_every",
+    "training.evaluate_every",
+    "training.save_every",
+    "training.keep_checkpoints",
+    "training.milestones",
+    "training.background_saving",
+}
+# Any layout and ZeRO stage reads the checkpoints of any other.
+_SECTIONS_THAT_MAY_CHANGE = ("data.validation", "logging.", "parallel.", "profile.", "recovery.", "zero.")
+
+
+def may_change(name: str) -> bool:
+    """Whether a run may go on with another value of a setting, named as `moe.topk`."""
+    return name in _MAY_CHANGE or name.startswith(_SECTIONS_THAT_MAY_CHANGE)

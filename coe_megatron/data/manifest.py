@@ -13,6 +13,7 @@ from pydantic import FailFast, Field, TypeAdapter, ValidationError
 from coe_megatron.errors import ConfigError
 from coe_megatron.files import kind_of, problem, read_limited, require_file, require_folder
 from coe_megatron.parsing import first_of, parse_json
+from coe_megatron.text import shortened
 
 Split = Literal["train", "valid"]
 
@@ -24,7 +25,6 @@ DATA_FILES = ("train.bin", "train.idx", "valid.bin", "valid.idx", TOKENIZER)
 TOKEN_BYTES = {"uint16": 2, "int32": 4}
 INDEX_HEADER_BYTES, INDEX_BYTES = 42, 20  # of .idx as Megatron writes it: in all, and for each document
 _MOST_BYTES = 1 << 22  # of a manifest; it has some hundred, and the names of the inputs
-_SHOWN = 200  # characters of it in a message
 
 # Strict: what JSON writes as another type, or beyond what a file or a processor holds, no preparation wrote.
 Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 63)]
@@ -213,4 +213,4 @@ def _require_keys(value: Any, wanted: Collection[str], place: str) -> None:
 
 
 def _reason(error: ValueError) -> str:
-    return (first_of(error) if isinstance(error, ValidationError) else str(error))[:_SHOWN]
+    return shortened(first_of(error) if isinstance(error, ValidationError) else str(error))

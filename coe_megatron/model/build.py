@@ -117,6 +117,7 @@ def _moe_fields(moe: MoESettings) -> dict[str, Any]:
         "moe_expert_capacity_factor": moe.capacity_factor,
         "moe_pad_expert_input_to_capacity": moe.pad_to_capacity,
         "moe_token_dispatcher_type": moe.dispatcher,
+        "moe_router_force_load_balancing": moe.force_load_balancing,
     }
 
 

@@ -19,6 +19,7 @@ from typing import Any, TextIO
 from coe_megatron.checkpoint.names import finished_steps, name_of
 from coe_megatron.config import RunConfig, dump, flat, load
 from coe_megatron.config.load import shown
+from coe_megatron.config.settings import may_change
 from coe_megatron.errors import ConfigError
 from coe_megatron.estimate.run_shape import padded_vocabulary
 from coe_megatron.files import set_aside, write_atomically
@@ -39,26 +40,6 @@ from coe_megatron.run.status import as_text
 from coe_megatron.text import aligned_facts
 
 _PACKAGES = ("coe-megatron", "torch", "megatron-core", "deepspeed")
-# What may differ between the attempts of one run: it changes what is shown and kept, how far the run goes, or how the
-# work is divided.
-_FREE = {
-    "output",
-    "data.path",  # checkpoints remember the text and its weights themselves
-    "data.blend",
-    "moe.recompute",
-    "training.steps",
-    "training.micro_batch",  # another layout may need another, and a step takes the same samples
-    "training.log_every",
-    "training.evaluate_every",
-    "training.save_every",
-    "training.keep_checkpoints",
-    "training.milestones",
-    "training.background_saving",
-}
-# Any layout and ZeRO stage reads the checkpoints of any other.
-_FREE_SECTIONS = ("data.validation", "logging.", "parallel.", "profile.", "recovery.", "zero.")
-
-
 _FINISHED = "finished"
 _DIED = "died"  # without a word: it was killed, or the machine went down
 
@@ -319,7 +300,7 @@ def check_same_run(folder: Path, config: RunConfig, tokenizer_size: int) -> str:
     if _rows(saved, tokenizer_size) == _rows(config, tokenizer_size):
         then["model.vocab_size"] = config.model.vocab_size
     for name, value in now.items():
-        if then.get(name) != value and name not in _FREE and not name.startswith(_FREE_SECTIONS):
+        if then.get(name) != value and not may_change(name):
             raise ConfigError(
                 f"{name} is {shown(value)}: the checkpoints in {folder} were made with {shown(then.get(name))}; "
                 "choose another output, or that value"

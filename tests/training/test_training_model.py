@@ -51,6 +51,18 @@ def test_initialisation_of_the_paper() -> None:
     assert not torch.equal(layer.routers[0].weight, layer.routers[1].weight)
 
 
+@pytest.mark.parametrize("forced", [False, True])
+def test_forced_balance_takes_the_choice_from_the_router(forced: bool) -> None:
+    """A router that sends all tokens to experts 1 and 2; forced, the largest load is near the mean of 64 tokens."""
+    config = RunConfig(model=MODEL, moe=replace(MOE, force_load_balancing=forced))
+    router = build_model(config, 64).decoder.layers[0].mlp.routers[0]
+    with torch.no_grad():
+        router.weight.zero_()[:2] = 1.0
+        _, choices_TN = router(torch.rand(256, 1, MODEL.hidden_size))
+    load_N = choices_TN.sum(dim=0).tolist()
+    assert sum(load_N) == 512 and (min(load_N) > 32 and max(load_N) < 96 if forced else load_N == [256] * 2 + [0] * 6)
+
+
 @pytest.mark.parametrize("router_init", ["normal", "kaiming_uniform"])
 def test_routers_begin_apart_however_they_are_initialised(router_init: str) -> None:
     moe = replace(MOE, router_init=router_init)

@@ -24,6 +24,7 @@ from coe_megatron.run.status import Status, status
 from coe_megatron.study.plan.arms import Run
 from coe_megatron.study.plan.cost_table import span
 from coe_megatron.study.run.paths import log_of, write_config
+from coe_megatron.text import shortened
 
 _LOOKS_EVERY = 0.2  # seconds
 _BEGINS = "study.py begins: "  # the first line of every attempt in a run's log
@@ -266,8 +267,8 @@ def devices_here(asked: str | None, environment: Mapping[str, str]) -> list[str]
             return []
         if wrong := next((name for name in names if not _DEVICE.fullmatch(name)), None):
             raise ConfigError(
-                f"{whose} is {given[:_SHOWN]}: {wrong[:_SHOWN]} is no GPU, which is a number as of nvidia-smi, such as "
-                "0, or a name that begins with GPU- or MIG-"
+                f"{whose} is {shortened(given, _SHOWN)}: {shortened(wrong, _SHOWN)} is no GPU, which is a number as of "
+                "nvidia-smi, such as 0, or a name that begins with GPU- or MIG-"
             )
         if asked is not None and len(set(names)) < len(names):
             raise ConfigError(f"--devices is {asked}: each must be another")
