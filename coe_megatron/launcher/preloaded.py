@@ -323,6 +323,7 @@ def _run(start: _Start) -> int | None:
     option, name = start.source
     try:
         if option:
+            sys.modules.pop(name, None)  # as long as it is not run, a program is not imported
             runpy.run_module(name, run_name="__main__", alter_sys=True)
         else:
             runpy.run_path(name, run_name="__main__")
