@@ -10,13 +10,17 @@ import os
 import sys
 import tempfile
 import uuid
+from functools import partial
 from pathlib import Path
 
 from coe_megatron import scratch
 from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.files import require_file
+from coe_megatron.launcher.preloaded import Popen, Preloaded, is_loaded, load, without_gpu
 from coe_megatron.run.exit_status import ExitStatus
 from coe_megatron.training.signals import stop_with_parent
+
+_TRAINING = ("pretrain_coe.py", "coe_megatron.cli.pretrain")
 
 
 def use_file_rendezvous(options: argparse.Namespace) -> None:
@@ -46,7 +50,18 @@ def main(arguments: list[str]) -> None:
         own = ", ".join(f"{name} is {value!r:.100}" for name, value in os.environ.items() if name.startswith("PET_"))
         sys.stderr.write(f"torchrun: error: {one_line(str(error))}{f' ({own})' if own else ''}\n")
         sys.exit(ExitStatus.MISTAKE)
+    if not is_loaded() and without_gpu() and Path(options.training_script).name in _TRAINING:
+        load()  # once, instead of once a rank
+    if is_loaded():
+        _start_ranks_from(Preloaded())
     record(lambda: run.elastic_launch(config=config, entrypoint=entry)(*words))()
+
+
+def _start_ranks_from(preloaded: Preloaded) -> None:
+    """Have torchrun fork its ranks from there."""
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+    subprocess_handler.Popen = partial(Popen, preloaded=preloaded)  # type: ignore[misc,assignment]
 
 
 if __name__ == "__main__":

@@ -5,18 +5,20 @@ signal however long their save takes, and leaves them as orphans when it is kill
 """
 
 import ctypes
+import os
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from coe_megatron.launcher.preloaded import Popen, Preloaded, is_loaded
 from coe_megatron.run.exit_status import ExitStatus, read_error_file, root_status
 
 _POLL_SECONDS = 0.2
@@ -64,7 +66,8 @@ def supervise(
     adopt_orphans()
     others = frozenset(psutil.Process().children(recursive=True))
     # In its own session: the caller handles Ctrl-C and asks the ranks to stop.
-    torchrun = subprocess.Popen(command, env=dict(environment), start_new_session=True)
+    with Preloaded() if is_loaded() else nullcontext() as preloaded:
+        torchrun = Popen(command, preloaded, env=dict(environment), start_new_session=True)
     try:
         return _Supervisor(torchrun, logs, max_restarts, requests).run()
     finally:
@@ -82,7 +85,7 @@ class _Supervisor:
         while self.torchrun.poll() is None:
             if self.requests.end.is_set():
                 return ExitStatus.INTERRUPTED, None
-            ranks = living_children(self.torchrun.pid)
+            ranks = living_ranks(self.torchrun.pid)
             if self.requests.stop.is_set() and not self._request_stop(ranks):
                 return ExitStatus.STOPPED, None
             if self._is_over(bool(ranks)):
@@ -145,13 +148,23 @@ def root_cause(found: list[Report]) -> Report | None:
     return next((report for report in of_last if report.status is status), None)
 
 
-def living_children(pid: int) -> list[psutil.Process]:
-    """The running children of a process; torchrun does not reap the others while it waits."""
+def living_ranks(torchrun: int) -> list[psutil.Process]:
+    """The children of torchrun that lead a session, as its ranks do, and have not ended.
+
+    Torchrun does not reap the others while it waits.
+    """
     try:
-        children = psutil.Process(pid).children()
-        return [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
+        children = psutil.Process(torchrun).children()
+        return [child for child in children if child.status() != psutil.STATUS_ZOMBIE and _leads_session(child.pid)]
     except psutil.NoSuchProcess:
         return []
+
+
+def _leads_session(pid: int) -> bool:
+    try:
+        return os.getsid(pid) == pid
+    except ProcessLookupError:
+        return False
 
 
 def catches(pid: int, number: signal.Signals) -> bool:

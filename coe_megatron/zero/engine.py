@@ -72,6 +72,7 @@ from coe_megatron.config.zero_sizes import ZeroSizes
 from coe_megatron.distributed.collectives import run_on_rank0
 from coe_megatron.distributed.process_groups import MegatronGroups
 from coe_megatron.errors import ConfigError
+from coe_megatron.lean_imports import import_deepspeed_muon
 from coe_megatron.model.layer import CoELayer
 from coe_megatron.model.routing_stats import routers
 from coe_megatron.zero import expert_groups, grad_clip, optimizer_states
@@ -260,7 +261,7 @@ def _parameter_groups(
 
 
 def _prepare_deepspeed() -> None:
-    """Send DeepSpeed's warnings to stderr, tell it the device, and keep it from compiling ops on CPU.
+    """Send DeepSpeed's warnings to stderr, tell it the device, and keep it from compiling anything at the start.
 
     DeepSpeed logs to stdout by default. It reads the device from LOCAL_RANK only, even in a process that torchrun did
     not start. On CPU it would compile a shared-memory all-reduce that only its inference uses; an empty table of
@@ -272,3 +273,4 @@ def _prepare_deepspeed() -> None:
     os.environ.setdefault("LOCAL_RANK", str(torch.cuda.current_device()) if torch.cuda.is_available() else "0")
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__ = {}
+    import_deepspeed_muon()

@@ -35,6 +35,7 @@ class Place:
         self.requests = Requests()
         patch.setattr(runner, "_POLL_SECONDS", 0.01)
         patch.setattr(runner, "command", self._command)
+        patch.setattr(runner, "without_gpu", lambda: False)  # the stand-in imports nothing
 
     def runs(self, *overrides: str) -> list[Run]:
         return seed_by_seed(make_study(read_study(self.file), overrides).runs)
