@@ -85,7 +85,7 @@ def test_a_place_where_nothing_can_be_written_is_one_line(
             require_line(capsys, "OUT is ", said)
     for out in ("empty", "run"):
         assert program(monkeypatch, *command[:2], out, *command[2:], *overwrite) == 2
-        require_line(capsys, "is no checkpoint, and is not replaced" if overwrite else "exists: name another folder")
+        require_line(capsys, "is not a checkpoint and will not be" if overwrite else "exists: name another folder")
     assert sorted(Path.cwd().rglob("*")) == before
 
 
@@ -125,5 +125,5 @@ def test_statuses_of_a_damaged_checkpoint(
         assert program(monkeypatch, command[0], newest, *command[1:]) == 2
         require_line(capsys, trouble)
     assert program(monkeypatch, "reshard", "run", "out") == 0
-    assert capsys.readouterr().err.count("\n") == 1 and listing.trouble(Path("out")) is None
+    assert capsys.readouterr().err.count("\n") == 1 and listing.problem(Path("out")) is None
     assert Path("out/state.json").read_text() == (older / "state.json").read_text()

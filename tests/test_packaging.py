@@ -188,5 +188,7 @@ def test_an_installed_wheel_trains_the_quickstart_and_runs_a_study(wheel: Path, 
     (place / "study.yaml").write_text(SMALL_STUDY)
     assert "2 of 2 runs are done" in call("coe-study", "run", "study.yaml")
     assert {row["state"] for row in json.loads(call("coe-status", "runs", "--json"))} == {"finished"}
-    planned = call("coe-study", "submit", "study.yaml", "--dry-run", "training.steps=3", "output=runs/other")
-    assert str(packages / "coe_megatron/slurm/scripts/study.sbatch") in planned
+    (place / "other.yaml").write_text(SMALL_STUDY.replace("runs/study", "runs/other"))
+    planned = call("coe-study", "submit", "other.yaml", "--dry-run")
+    assert f"COE_PYTHON={bin / 'python'}" in planned
+    assert f" {packages / 'coe_megatron/slurm/scripts/pretrain.sbatch'} runs/other/" in planned

@@ -83,7 +83,7 @@ def act(options: argparse.Namespace) -> int:
         case "average":
             sources = options.sources
             if options.last is not None:
-                sources = tools.newest(sources[0], options.last)
+                sources = tools.latest(sources[0], options.last)
             made = tools.average(sources, options.out, options.overwrite)
             write_out(one_line(f"written: {made}"))
     return 0

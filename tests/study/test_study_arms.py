@@ -130,38 +130,38 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"set": {"moe.ffn_hidden_size": "["}}, "moe.ffn_hidden_size is '[': it should be an integer"),
     ({"base_study": "study.yaml"}, "base_study leads back to this file"),
     ({"seeds": []}, "seeds is []: it should have at least 1 item"),
-    ({"seeds": [1, 1]}, "seeds is [1, 1]: each must be another"),
+    ({"seeds": [1, 1]}, "seeds is [1, 1]: seeds must differ"),
     ({"seeds": ["one"]}, "seeds.0 is 'one': it should be an integer ≥ 0"),
     ({"seeds": 3}, "seeds is 3: it should be a list of integers ≥ 0"),
     ({"axes": {}}, "axes is {}: it should have at least 1 item"),
     ({"axes": {"design": 3}}, "axes.design is 3: it should be names with section"),
     ({"axes": {"design": {}}}, "axes.design is empty"),
-    ({"axes": {"design": {"moe.topk": 4}}}, "axes.design must map labels to settings, or settings to lists"),
-    ({"axes": {"design": {"a": {"moe.topk": 4}, "moe.topk": [1]}}}, "axes.design must map labels to settings"),
-    ({"axes": {"design": {"moe.topk": []}}}, "axes.design must map labels to settings"),
+    ({"axes": {"design": {"moe.topk": 4}}}, "axes.design must map either labels to settings, or settings to lists"),
+    ({"axes": {"design": {"a": {"moe.topk": 4}, "moe.topk": [1]}}}, "axes.design must map either labels to settings"),
+    ({"axes": {"design": {"moe.topk": []}}}, "axes.design must map either labels to settings"),
     (
         {"axes": {"design": {"moe.topk": [1, 2], "chain.iterations": [1]}}},
-        "axes.design: moe.topk has 2, chain.iterations has 1 values: lists of one axis must be equally long",
+        "axes.design: moe.topk has 2, chain.iterations has 1 values: lists of one axis must have the same length",
     ),
     ({"axes": {"design": {"moe.topk": [1, 1]}}}, "axes.design has the same values twice: 1"),
     ({"axes": {"design": {"moe.topk": [1, "1"]}}}, "axes.design has the same values twice: 1"),
-    ({"axes": {"design": {" ": {}}}}, "axes.design has the label ' ': it needs text that can be read"),
+    ({"axes": {"design": {" ": {}}}}, "axes.design has the label ' ': a label must have visible text"),
     (
         {"axes": {"design": {"a\nb": {}, "a\\nb": {}}}},
-        r"axes.design has the labels 'a\nb' and 'a\\nb': nobody could tell them apart",
+        r"axes.design has the labels 'a\nb' and 'a\\nb': they look the same",
     ),
-    ({"axes": {"design": {"a": {}, "a ": {}}}}, "axes.design has the labels 'a' and 'a ': nobody could tell them"),
-    ({"axes": {"design": {"é": {}, "e\u0301": {}}}}, r"the labels '\xe9' and 'e\u0301': nobody could tell them apart"),
+    ({"axes": {"design": {"a": {}, "a ": {}}}}, "axes.design has the labels 'a' and 'a ': they look the same"),
+    ({"axes": {"design": {"é": {}, "e\u0301": {}}}}, r"the labels '\xe9' and 'e\u0301': they look the same"),
     ({"axes": {"design": {True: {}, "true": {}}}}, "axes.design has true twice, as text and as something else"),
     ({"axes": {"design": {"a": {"moe.topk=2,x": 1}}}}, "axes.design has 'moe.topk=2,x': it must be a setting's name"),
     ({"axes": {"design": {"a": {"moe[topk]": 1}}}}, "axes.design has 'moe[topk]': it must be a setting's name"),
-    ({"axes": {"x": DESIGN, "y": {"a": {"moe": {"topk": 1}}}}}, "axes.y sets moe.topk: axes.x does so too"),
-    ({"set": {"training": {"seed": 3}}}, "training.seed is set for arms: the study's key seeds decides it"),
+    ({"axes": {"x": DESIGN, "y": {"a": {"moe": {"topk": 1}}}}}, "axes.y sets moe.topk: axes.x sets it too"),
+    ({"set": {"training": {"seed": 3}}}, "training.seed is set for arms: use the study's key seeds instead"),
     ({"base": ["base.yaml", "base.yaml"]}, "at most 64 files, none twice"),
-    ({"axes": {"x": DESIGN, "y": {"moe.topk": [1, 2]}}}, "axes.y sets moe.topk: axes.x does so too"),
-    ({"axes": {"x": {"training.seed": [1, 2]}}}, "training.seed is set for arms: the study's key seeds decides it"),
-    ({"set": {"output": "x"}}, "output is set for arms: the study's key output decides it"),
-    ({"set": {"moe.topk": 3}}, "moe.topk is set for all arms: axes.design decides it"),
+    ({"axes": {"x": DESIGN, "y": {"moe.topk": [1, 2]}}}, "axes.y sets moe.topk: axes.x sets it too"),
+    ({"axes": {"x": {"training.seed": [1, 2]}}}, "training.seed is set for arms: use the study's key seeds instead"),
+    ({"set": {"output": "x"}}, "output is set for arms: use the study's key output instead"),
+    ({"set": {"moe.topk": 3}}, "moe.topk is set for all arms: axes.design sets it too"),
     ({"set": {"moe.top_k": 3}}, "arm moe-4-8_prenorm: moe.top_k is not a setting; did you mean moe.topk?"),
     ({"set": {"moe.num_experts": 3}}, "arm moe-4-8_prenorm: moe.topk is 4: it must be at most moe.num_experts (3)"),
     ({"axes": {"design": {"a": {}, "b": {}}}, "skip": [], "baseline": {"design": "a"}}, "arms a and b have the same"),
@@ -169,19 +169,19 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         {"baseline": {"design": "MoE(4/8)"}},
         "baseline.norm_placement is missing: it must be one of prenorm, iteration_norm",
     ),
-    ({"baseline": {"desgin": "x"}}, "baseline.desgin is no axis; the axes are design, norm_placement"),
+    ({"baseline": {"desgin": "x"}}, "baseline.desgin is not an axis; the axes are design, norm_placement"),
     ({"baseline": {"design": "x"}}, "baseline.design is 'x': it must be one of MoE(4/8), CoE-2(2/8)"),
     (
         {"baseline": {"design": "MoE(4/8)", "norm_placement": "iteration_norm"}},
-        "baseline is MoE(4/8) iteration_norm: skip leaves that arm out",
+        "baseline is MoE(4/8) iteration_norm: skip excludes that arm",
     ),
-    ({"skip": [{"where": {}, "reason": "x"}]}, "skip.0.where is {}: it would leave out every arm"),
+    ({"skip": [{"where": {}, "reason": "x"}]}, "skip.0.where is {}: it would skip every arm"),
     ({"skip": [{"where": {"design": "x"}, "reason": "x"}]}, "skip.0.where.design is 'x': it must be one of MoE(4/8)"),
-    ({"skip": [{"where": {"designs": "x"}, "reason": "x"}]}, "skip.0.where.designs is no axis"),
+    ({"skip": [{"where": {"designs": "x"}, "reason": "x"}]}, "skip.0.where.designs is not an axis"),
     ({"skip": [{"where": {"norm_placement": ["prenorm"]}}]}, "skip.0.reason is missing"),
     (
         {"skip": [{"where": {"norm_placement": ["prenorm", "iteration_norm"]}, "reason": "x"}]},
-        "skip leaves out every arm",
+        "skip excludes every arm",
     ),
     ({"budget": {"equal": "flop"}}, "budget.equal is 'flop': it should be 'expert_compute', 'flops', 'parameters'"),
     ({"budget": {"equal": "flops", "solve": "training.steps"}}, "budget.range is missing"),
@@ -189,11 +189,11 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"budget": {"equal": "flops", "solve": "training.steps", "range": [0, 1]}}, "budget.range.0 is 0: it should be"),
     (
         {"budget": {"equal": "flops", "solve": "moe.topk", "range": [1, 9]}},
-        "budget.solve is moe.topk: axes.design decides it already; solve for another setting",
+        "budget.solve is moe.topk: axes.design sets it already; solve for another setting",
     ),
     (
         {"budget": {"equal": "flops", "solve": "training.seed", "range": [1, 9]}},
-        "budget.solve is training.seed: seeds decides it already",
+        "budget.solve is training.seed: seeds sets it already",
     ),
     ({"budget": {"equal": "flops", "slove": "x"}}, "budget.slove is not a setting; did you mean budget.solve?"),
 ]
@@ -209,7 +209,7 @@ def test_a_mistake_is_one_line_that_names_the_key(study_file: Write, changes: di
 
 @pytest.mark.parametrize("given", ["moe[topk]=2", "moe.topk=2", "moe={topk: 2}"])
 def test_what_an_axis_decides_no_override_does(study_file: Write, given: str) -> None:
-    with pytest.raises(ConfigError, match=r"is set for all arms: axes\.design decides it"):
+    with pytest.raises(ConfigError, match=r"is set for all arms: axes\.design sets it too"):
         make(study_file(), given)
 
 
@@ -265,8 +265,8 @@ def crossed(axes: int, labels: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"axes": crossed(9, 10), "skip": None}, "axes cross to more than 1,000 arms: divide them"),
-        ({"seeds": list(range(4000))}, "seeds and axes come to more than 2,000 runs: divide them"),
+        ({"axes": crossed(9, 10), "skip": None}, "axes give more than 1,000 arms: divide them"),
+        ({"seeds": list(range(4000))}, "seeds and axes give more than 2,000 runs: divide them"),
         ({"base": [f"{n}.yaml" for n in range(100)]}, "at most 64 files, none twice"),
         ({"skip": [{"where": {"design": [[["x"]] * 9]}, "reason": "x"}]}, "skip.0.where.design is "),
     ],

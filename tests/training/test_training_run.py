@@ -130,7 +130,7 @@ def test_a_finished_run_started_again_has_nothing_to_do(config: Path, prepared: 
     before = (finished / "metrics.jsonl").read_text()
     done = torchrun("launch/pretrain_coe.py", config, f"data.path={prepared}", f"output={finished}")
     assert done.returncode == 0, done.stderr
-    assert "finished already, at step 12; a larger training.steps goes on" in done.stderr
+    assert "already finished at step 12; increase training.steps to continue" in done.stderr
     assert (finished / "metrics.jsonl").read_text() == before
 
 
@@ -162,7 +162,7 @@ def test_a_second_run_with_the_output_of_another_is_refused(config: Path, prepar
         done = python("launch/pretrain_coe.py", config, *settings)
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert done.returncode == 6 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith(f"pretrain_coe.py: error: output is {tmp_path}: another run is writing it, process ")
+    assert done.stderr.startswith(f"pretrain_coe.py: error: output is {tmp_path}: another run has locked it, process ")
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_a_run_goes_on_at_another_zero_stage(stage: int, config: Path, prepared:
     for left, right in zip(expected[9:], found[9:], strict=True):
         for name in {"train_loss", "valid_loss", "grad_norm"} & left.keys():
             assert right[name] == pytest.approx(left[name], rel=1e-4), (left["step"], name)
-    measured, estimated = found[-1]["memory"], found[-1]["memory_foreseen"]
+    measured, estimated = found[-1]["memory"], found[-1]["memory_predicted"]
     for kind in ("weights", "optimizer", "gradients", "activations", "peak"):  # a tiny model; what is measured is there
         assert 0 < measured[kind] == pytest.approx(estimated[kind], rel=0.3), kind
 
@@ -250,8 +250,9 @@ def test_a_damaged_checkpoint_is_skipped_and_without_a_whole_one_nothing_begins(
     *skipped, said = done.stderr.splitlines()
     assert all(f"checkpoint {path} is skipped:" in line for path, line in zip((newer, older), skipped, strict=True))
     assert said == (
-        f"pretrain_coe.py: error: no checkpoint in {folder / 'checkpoints'} is whole, the newest is step-00000012: the "
-        "content of tensors/__0_0.distcp has changed: choose another output, or delete that folder to begin anew"
+        f"pretrain_coe.py: error: no checkpoint in {folder / 'checkpoints'} is complete, the most recent is "
+        "step-00000012: the content of tensors/__0_0.distcp has changed: choose another output, or delete that folder "
+        "to start from scratch"
     )
     assert json.loads((folder / "run.json").read_text())["attempts"][-1]["outcome"] == "finished"
 
@@ -309,7 +310,7 @@ def test_a_warm_start_takes_weights_alone(config: Path, prepared: Path, finished
     done = torchrun(*common, f"training.warm_start={finished}", "training.steps=1", "optimizer.lr=1e-9", *NO_DROPOUT)
     assert done.returncode == 0, done.stderr
     source = read_metrics(finished / "metrics.jsonl")[-1]
-    assert f"begins with the weights of {finished / 'checkpoints' / 'step-00000012'}, after " in done.stderr
+    assert f"starts from the weights of {finished / 'checkpoints' / 'step-00000012'}, after " in done.stderr
     begin, after = read_metrics(folder / "metrics.jsonl")
     assert begin["step"] == begin["tokens"] == 0 and begin["valid_loss"] == source["valid_loss"]
     assert after["valid_loss"] == pytest.approx(source["valid_loss"], rel=1e-5), "the master weights came along"
@@ -322,7 +323,7 @@ def test_a_warm_start_takes_weights_alone(config: Path, prepared: Path, finished
         (("model.num_layers=1",), "is of another model: decoder.layers.mlp"),
         (("training.warm_start=configs",), "training.warm_start is configs: configs holds no checkpoint"),
         (("training.warm_start=nowhere",), "training.warm_start is nowhere: there is no such folder"),
-        (("training.warm_start={here}/step-00000001",), "is not whole: complete.json is missing"),
+        (("training.warm_start={here}/step-00000001",), "is not complete: complete.json is missing"),
         (("data.path={other}",), "data.path has another tokenizer than training.warm_start"),
     ],
 )
@@ -562,7 +563,7 @@ def test_data_damaged_under_a_run_is_one_line_and_costs_nothing(
         process.kill()
     assert process.returncode == 2 and (launcher or "Traceback" not in said)  # torchrun ends in one of its own
     whose = "rank [01]: " if launcher else ""  # whoever draws it first
-    where = re.escape(f"{data / 'train.bin'} is damaged: it holds token 65535, and the tokenizer has 512")
+    where = re.escape(f"{data / 'train.bin'} is damaged: it contains token 65535, but the tokenizer has 512")
     assert re.search(f"^pretrain_coe.py: error: {whose}{where}", said, re.MULTILINE), said
     assert '"outcome": "failed: ' in (output / "run.json").read_text()
     shutil.copyfile(prepared / "train.bin", data / "train.bin")

@@ -171,7 +171,7 @@ def train_case(case: Case, folder: Path, micro_batch: int) -> None:
 def write(engine: Any, trace: Trace, folder: Path) -> None:
     """A checkpoint with the weights in the end and, where the first moments were, the gradients of the first step."""
     shapes = {}
-    with states.gathered(engine):
+    with states.gathered_weights(engine):
         shapes = {name: parameter.shape for name, parameter in engine.module.named_parameters()}
     for name, parameter in engine.module.named_parameters():
         assert trace.gradients[name].shape == shapes[name], name
@@ -195,7 +195,7 @@ def read(folder: Path) -> tuple[dict[str, Named], dict[str, list[float]]]:
 
 def no_sums_over_sequence_parts() -> AbstractContextManager:
     """Gradients of what tensor-parallel ranks share are not summed over their parts of the sequence."""
-    return mock.patch.object(zero_engine, "_sum_over_sequence_parts", lambda model: None)
+    return mock.patch.object(zero_engine, "_reduce_sequence_parallel_gradients", lambda model: None)
 
 
 def norm_of_a_stage() -> AbstractContextManager:
@@ -213,7 +213,7 @@ def experts_as_dense() -> AbstractContextManager:
             parameter.allreduce = True  # type: ignore[attr-defined]
         yield
 
-    return mock.patch.object(expert_groups, "announced", forgotten)
+    return mock.patch.object(expert_groups, "expert_placeholder", forgotten)
 
 
 BROKEN = {
