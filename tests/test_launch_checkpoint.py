@@ -23,6 +23,7 @@ def run(single_rank: None, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_is_inspected_verified_and_averaged(run: Path) -> None:
     shown, as_json = python(PROGRAM, "inspect", run), python(PROGRAM, "inspect", run, "--json")
     assert shown.returncode == as_json.returncode == 0, shown.stderr

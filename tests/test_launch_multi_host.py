@@ -220,6 +220,7 @@ time.sleep(2)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.run
 def test_under_nohup_a_terminal_that_is_closed_ends_nothing(tmp_path: Path) -> None:
     rank = tmp_path / "rank.py"

@@ -101,6 +101,7 @@ def test_a_rank_that_others_leave_alone_ends_in_one_line(arguments: list[str]) -
     assert (done.returncode, done.stderr) == (2, said)
 
 
+@pytest.mark.slow
 @pytest.mark.run
 def test_nobody_beyond_this_host_can_connect_and_a_killed_launcher_leaves_nothing(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -25,6 +25,7 @@ from coe_megatron.zero.engine import Engine
 KILLS = 20
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.parametrize("background", [False, True], ids=["foreground", "background"])
 def test_a_process_killed_while_it_saves_goes_on_from_a_whole_checkpoint(background: bool, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.ranks
 STEP = name_of(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "expert"), [(2, 1), (4, 2)])
 def test_ranks_write_equal_parts_of_what_one_process_writes(
     ranks: int, expert: int, single_rank: None, tmp_path: Path

@@ -59,6 +59,7 @@ def loaded(folder: Path, layers: int = 1) -> tuple[dict[str, Any] | None, Named]
     return save_load.load_latest(folder, engine), held(engine)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_written_anew_is_the_same(run: Path, single_rank: None, tmp_path: Path) -> None:
     """Of a run's folder the newest."""
     out = tools.reshard(run, tmp_path / name_of(3), files=3)
@@ -72,6 +73,7 @@ def test_a_checkpoint_written_anew_is_the_same(run: Path, single_rank: None, tmp
     assert len(list((again / "tensors").glob("*.distcp"))) == 1 and listing.problem(again) is None
 
 
+@pytest.mark.slow
 def test_without_moments_it_begins_a_run_and_continues_none(run: Path, single_rank: None, tmp_path: Path) -> None:
     out = tools.reshard(checkpoint(run, 2), tmp_path / name_of(2), weights_only=True)
     kinds = {key.split(".")[1] for key in Reader(out / "tensors").entries if key.startswith(OPTIMIZER)}
@@ -95,6 +97,7 @@ def size(checkpoint: Path) -> int:
     return sum(path.stat().st_size for path in (checkpoint / "tensors").glob("*.distcp"))
 
 
+@pytest.mark.slow
 def test_the_mean_is_that_of_the_masters(run: Path, single_rank: None, tmp_path: Path) -> None:
     out = tools.average(tools.latest(run, 3), tmp_path / "mean")
     each = [loaded_weights(checkpoint(run, step)) for step in (1, 2, 3)]
@@ -172,6 +175,7 @@ def rewrite_manifest(folder: Path) -> None:
     tools.write_manifest(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.parametrize("layout", [TENSOR, PIPELINE], ids=["tensor and expert", "pipeline"])
 def test_parts_of_parallel_ranks_go_through(layout: dict[str, int], single_rank: None, tmp_path: Path) -> None:

@@ -351,6 +351,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_ranks_share_one_index(data, folder, tmp_path):
     paths = [str(folder), str(tmp_path / "cache"), str(tmp_path / "store")]

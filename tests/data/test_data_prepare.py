@@ -513,6 +513,7 @@ def gone(process):
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.run
 def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(settings, slow):
     process = start(slow)
@@ -527,6 +528,7 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(settings, slow):
     assert not list(settings.output.parent.glob(".*"))
 
 
+@pytest.mark.slow
 @pytest.mark.run
 @pytest.mark.parametrize(
     ("strike", "status", "message"),

@@ -14,7 +14,7 @@ import pytest
 from cables import Network
 from programs import ROOT, Program
 
-pytestmark = [pytest.mark.network, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.network, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def check(network: Network, output: Path, *options: str, first: dict[str, str] | None = None) -> tuple[Any, list[int]]:

@@ -215,6 +215,7 @@ def test_a_checkpoint_takes_what_was_predicted(single_rank: None, name: str, tmp
     assert checkpoint_bytes(RunShape.of(config, 512, 1)) == pytest.approx(found, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.run
 def test_a_whole_run_on_two_ranks_outlives_a_full_disk(config: Path, prepared: Path, disk: Path) -> None:
     """Full from its first checkpoint until it has said that one was not saved; and no run begins there meanwhile."""

@@ -194,6 +194,7 @@ def test_an_output_that_is_gone_at_the_very_end_is_no_key_error(
     assert not run.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.run
 def test_all_ranks_end_when_the_output_is_gone(config: Path, prepared: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"

@@ -120,6 +120,7 @@ def test_a_run_rolls_back_and_goes_past_the_data(rollbacks: Path, prepared: Path
     assert event == {"from_step": 7, "to_step": 4, "samples": [32, 55], "losses": [None, None]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [5, 7, 8, 10], ids="killed before step {}".format)
 def test_killed_after_a_roll_back_it_goes_on_as_if_nothing_had_been(
     single_rank: None, step: int, rollbacks: Path, prepared: Path, tmp_path: Path
@@ -144,6 +145,7 @@ def test_killed_after_a_roll_back_it_goes_on_as_if_nothing_had_been(
             assert found.get(name) == expected.get(name), (found["step"], name)
 
 
+@pytest.mark.slow
 def test_stopped_in_the_midst_of_bad_steps_it_counts_on(
     single_rank: None, rollbacks: Path, prepared: Path, tmp_path: Path
 ) -> None:
@@ -162,6 +164,7 @@ def test_stopped_in_the_midst_of_bad_steps_it_counts_on(
     assert losses(tmp_path) == losses(rollbacks) and checkpoints(tmp_path) == [8, 12]
 
 
+@pytest.mark.slow
 def test_stopped_in_the_step_that_rolls_back_it_goes_on_behind_the_data(
     single_rank: None, rollbacks: Path, prepared: Path, tmp_path: Path
 ) -> None:
@@ -176,6 +179,7 @@ def test_stopped_in_the_step_that_rolls_back_it_goes_on_behind_the_data(
     assert losses(tmp_path) == losses(rollbacks)
 
 
+@pytest.mark.slow
 def test_after_as_many_roll_backs_as_are_allowed_a_run_gives_up(
     single_rank: None, prepared: Path, tmp_path: Path
 ) -> None:
@@ -252,6 +256,7 @@ def test_the_median_is_of_the_newest_steps_that_were_taken() -> None:
     assert recovery.loss_limit(settings, position) == 6.0 and len(position.losses) == 50
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.parametrize("layout", ["expert", "pipeline"])
 def test_two_ranks_roll_back_together(layout: str, prepared: Path, tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ def same_tokenizer(prepared: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_recomputing_changes_no_loss_and_no_gradient(finished: Path, config: Path, prepared: Path) -> None:
     """Through ZeRO, accumulation, dropout and expert parallelism; fp32, so to the last bit."""
     folder = prepared.parent / "recomputed"
@@ -214,6 +215,7 @@ def test_going_on_with_another_config_is_refused(config: Path, prepared: Path, f
     assert "optimizer.lr is 0.001: the checkpoints in" in done.stderr and "were made with 0.003" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_run_goes_on_at_another_zero_stage(stage: int, config: Path, prepared: Path, finished: Path) -> None:
     """From step 8 of a run at stage 1, with the dropout of that run."""
@@ -232,6 +234,7 @@ def test_a_run_goes_on_at_another_zero_stage(stage: int, config: Path, prepared:
         assert 0 < measured[kind] == pytest.approx(estimated[kind], rel=0.3), kind
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_skipped_and_without_a_whole_one_nothing_begins(
     config: Path, prepared: Path, finished: Path
 ) -> None:
@@ -263,6 +266,7 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("background", ["false", "true"])
 def test_a_checkpoint_that_cannot_be_written_ends_a_run_in_one_line(
     background: str, config: Path, prepared: Path, tmp_path: Path
@@ -281,6 +285,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_a_run_in_one_line(
     assert not step.exists() and "CheckpointNotSaved" in (tmp_path / "run.json").read_text()
 
 
+@pytest.mark.slow
 def test_profile_milestones_background_and_determinism_change_no_loss(
     config: Path, prepared: Path, finished: Path
 ) -> None:
@@ -304,6 +309,7 @@ def test_profile_milestones_background_and_determinism_change_no_loss(
     assert "aten::mm" in table.read_text()
 
 
+@pytest.mark.slow
 def test_a_warm_start_takes_weights_alone(config: Path, prepared: Path, finished: Path) -> None:
     folder = prepared.parent / "warm"
     common = ("launch/pretrain_coe.py", config, f"data.path={prepared}", f"output={folder}")
@@ -339,6 +345,7 @@ def test_a_warm_start_that_does_not_fit_is_one_line(
     assert done.stderr.count("\n") == 1 and said in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_data_may_move_but_not_change(config: Path, prepared: Path, other_data: Path, finished: Path) -> None:
     moved = shutil.copytree(prepared, prepared.parent / "moved")
     done = torchrun("launch/pretrain_coe.py", config, f"data.path={moved}", f"output={finished}")
@@ -348,6 +355,7 @@ def test_data_may_move_but_not_change(config: Path, prepared: Path, other_data: 
     assert f"data.path has another tokenizer than the checkpoints in {finished}" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_layout_does_not_change_the_training(config: Path, prepared: Path, tmp_path: Path) -> None:
     """One rank with micro-batches of 8 against two ranks, expert parallel, with 4: rows differ in their padding."""
     common = ("launch/pretrain_coe.py", config, f"data.path={prepared}", "training.steps=6", *NO_DROPOUT)
@@ -363,6 +371,7 @@ def test_the_layout_does_not_change_the_training(config: Path, prepared: Path, t
             assert shared[name] == pytest.approx(alone[name], rel=2e-4), (alone["step"], name)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_tensor_and_pipeline_parallelism(config: Path, prepared: Path, tmp_path: Path) -> None:
     """Begun by one process; losses, norms, validation and routing of all layers are those it would have had."""
     common = ("launch/pretrain_coe.py", config, f"data.path={prepared}", "training.save_every=3", *NO_DROPOUT)
@@ -389,6 +398,7 @@ def test_a_run_goes_on_with_tensor_and_pipeline_parallelism(config: Path, prepar
             assert places[0] == places[1]
 
 
+@pytest.mark.slow
 def test_a_warning_to_one_stage_of_a_pipeline_stops_all_at_one_step(
     config: Path, prepared: Path, tmp_path: Path
 ) -> None:
@@ -402,6 +412,7 @@ def test_a_warning_to_one_stage_of_a_pipeline_stops_all_at_one_step(
     assert '"outcome": "interrupted"' in (tmp_path / "run.json").read_text()
 
 
+@pytest.mark.slow
 def test_a_blend_with_named_sets_goes_on_with_another_number_of_ranks(
     config: Path, prepared: Path, same_tokenizer: Path, tmp_path: Path
 ) -> None:
@@ -440,6 +451,7 @@ def test_a_blend_with_named_sets_goes_on_with_another_number_of_ranks(
     assert "error: data.blend has another text (or order or weights) than the checkpoints in" in other.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_after_a_step_with_a_checkpoint_and_goes_on(config: Path, prepared: Path, tmp_path: Path) -> None:
     common = ("launch/pretrain_coe.py", config, f"data.path={prepared}", f"output={tmp_path}", "parallel.expert=1")
     process = start_python(
@@ -461,6 +473,7 @@ def test_ctrl_c_stops_after_a_step_with_a_checkpoint_and_goes_on(config: Path, p
     assert f"resumed at step {stopped}" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_does_not_wait_for_a_checkpoint(config: Path, prepared: Path, tmp_path: Path) -> None:
     """While one is written after every step in the background; what was written before stays."""
     common = ("launch/pretrain_coe.py", config, f"data.path={prepared}", f"output={tmp_path}", "parallel.expert=1")
@@ -481,6 +494,7 @@ def test_a_second_ctrl_c_does_not_wait_for_a_checkpoint(config: Path, prepared: 
     assert done.returncode == 0 and ": whole\n" in done.stdout
 
 
+@pytest.mark.slow
 def test_global_aux_loss_and_expert_bias_resume_exactly(config: Path, prepared: Path, tmp_path: Path) -> None:
     settings = (
         "moe.load_balancing=global_aux_loss", "moe.aux_loss_coeff=0.1", "moe.score_function=sigmoid",
@@ -509,6 +523,7 @@ def test_every_config_can_be_costed_without_data(path: Path) -> None:
     assert cost["memory_bytes_per_rank"]["total"] > 0 and cost["flops_per_token"]["total"] > 0
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_ends_and_says_so(config: Path, prepared: Path, tmp_path: Path) -> None:
     common = ("launch/pretrain_coe.py", config, f"data.path={prepared}", f"output={tmp_path}", "parallel.expert=1")
     done = python(*common, "optimizer.lr=1e30", "training.log_every=99", "training.evaluate_every=99")
@@ -546,6 +561,7 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", [(), ("launch/one_host.py", "--", "--nproc-per-node", 2)], ids=["one", "two"])
 def test_data_damaged_under_a_run_is_one_line_and_costs_nothing(
     launcher: tuple, config: Path, prepared: Path, tmp_path: Path
@@ -582,6 +598,7 @@ def test_one_process_without_torchrun(config: Path, prepared: Path, tmp_path: Pa
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_gsm8k_is_learned_far_below_its_token_frequencies(real_text: Path, tmp_path: Path) -> None:
     data, run = tmp_path / "gsm8k", tmp_path / "run"

@@ -31,6 +31,7 @@ MISHAPS = ("NaN in one batch", "infinite loss", "NaN in one expert", "too large"
 FEW = ("stage 0", "stage 1", "stage 1, bf16", "stage 2", "stage 3")
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.parametrize(
     ("layout", "kinds"),
