@@ -249,10 +249,10 @@ def test_the_median_is_of_the_newest_steps_that_were_taken() -> None:
     settings, position = RecoverySettings(loss_factor=3.0), TrainState()
     assert recovery.loss_limit(settings, position) is None
     for loss in [*[100.0] * 50, *[2.0] * 26]:
-        recovery.record_step(settings, position, loss, taken=True)
+        recovery.record_step(settings, position, loss, applied=True)
     assert recovery.loss_limit(settings, position) == 6.0
     for loss in [50.0] * 60:
-        recovery.record_step(settings, position, loss, taken=False)
+        recovery.record_step(settings, position, loss, applied=False)
     assert recovery.loss_limit(settings, position) == 6.0 and len(position.losses) == 50
 
 
