@@ -28,8 +28,7 @@ from coe_megatron.run.exit_status import leave_error_file
 
 folder, how, rank = Path(os.environ["TRIAL_FOLDER"]), os.environ["TRIAL_HOW"], os.environ["RANK"]
 asked = []
-signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
-for number in (signal.SIGTERM, signal.SIGUSR1):
+for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
     signal.signal(number, lambda *_: asked.append(1))
 if "TORCHELASTIC_RUN_ID" in os.environ:
     from coe_megatron.training.signals import stop_with_parent
@@ -160,12 +159,9 @@ def ctrl_c(trial: Trial) -> str:
 def killed(trial: Trial) -> str:
     trial.wait_for_ranks()
     trial.launcher.kill()
-    deadline = time.monotonic() + 90
-    while trial.ranks() and time.monotonic() < deadline:
-        time.sleep(0.5)
+    _, left = psutil.wait_procs(trial.seen, timeout=90)
     saved = len(list(trial.folder.glob("saved-*")))
-    others = [process for process in trial.seen if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
-    return f"90 s later {len(trial.ranks())} ranks and {len(others)} processes in all alive, {saved} of 2 saved"
+    return f"90 s later {len(trial.ranks())} ranks and {len(left)} processes in all alive, {saved} of 2 saved"
 
 
 def restarts(trial: Trial) -> str:

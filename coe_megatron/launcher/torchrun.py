@@ -7,6 +7,7 @@ torchrun, which reads PET_ variables too.
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 import uuid
@@ -50,7 +51,8 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    stop_with_parent()  # when one_host.py is killed, the ranks save and stop
+    # When one_host.py is killed, the ranks save and stop; torchrun, asked to end, would kill them after 30 seconds.
+    stop_with_parent(signal.SIGKILL)
     try:
         scratch.enter()
     except ConfigError as mistake:

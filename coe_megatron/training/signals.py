@@ -69,10 +69,10 @@ def _names(folder: Path) -> list[str]:
         return []
 
 
-def stop_with_parent() -> None:
-    """Have the kernel send SIGTERM to this process when its parent ends, by SIGKILL too: torchrun's ranks outlive it.
+def stop_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
+    """Have the kernel send a signal to this process when its parent ends, by SIGKILL too: torchrun's ranks outlive it.
 
     To be called where the parent is a launcher, not the shell of a person who may log out.
     """
     set_parent_death_signal = 1
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+    ctypes.CDLL(None).prctl(set_parent_death_signal, number)
