@@ -55,18 +55,23 @@ end(3)
 """
 # What ssh is to a launcher: HOST COMMAND after options; what runs there outlives it, with its stdin at an end.
 SHELL = """#!{python}
-import os, subprocess, sys, threading
+import os, psutil, subprocess, sys, threading
+from pathlib import Path
 words = sys.argv[1:]
 while words[0].startswith("-"):
     words = words[2 if words[0] in ("-o", "-l", "-p") else 1 :]
 host, command = words[0], " ".join(words[1:])
 if host == "127.0.0.3":
     sys.exit("ssh: connect to host 127.0.0.3 port 22: Connection refused")
-if "pkill" in command:  # by a pattern, which might hit others: only noted
-    open(os.path.join(os.environ["TRIAL_FOLDER"], "pkill"), "a").write(command + chr(10))
+pid = Path(os.environ["TRIAL_FOLDER"], "on-" + host)
+if "pkill" in command:  # DeepSpeed's, by a pattern that might hit others: here by id
+    for process in psutil.Process(int(pid.read_text())).children():
+        if "deepspeed.launcher.launch" in process.cmdline():
+            process.terminate()
     sys.exit(0)
 command = command.replace("-m coe_megatron.cli.pretrain", "{rank}")
 there = subprocess.Popen(["sh", "-c", command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+pid.write_text(str(there.pid))
 
 def relay():
     for line in sys.stdin.buffer:
@@ -78,7 +83,7 @@ threading.Thread(target=relay, daemon=True).start()
 for line in there.stdout:
     sys.stdout.buffer.write(line)
     sys.stdout.buffer.flush()
-sys.exit(there.wait() % 256)
+os._exit(there.wait() % 256)  # the thread waits for stdin
 """
 HOSTS = ("127.0.0.1", "127.0.0.2")
 START, END = 300, 200  # seconds that a start and an end may take

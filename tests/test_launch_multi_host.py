@@ -17,6 +17,7 @@ from programs import ROOT, Program
 from coe_megatron.run.exit_status import ExitStatus
 
 CONFIG = "configs/quickstart.yaml"
+DOWN = """sh -c 'test "$0" != down || { echo "no route to host $0" >&2; exit 255; }'"""
 
 
 def launch(program: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -59,6 +60,10 @@ def launch(program: str, *arguments: str, **variables: str) -> subprocess.Comple
         (("--hosts", "a,b", "--export", "NONE_SUCH", CONFIG), "--export is NONE_SUCH: there is no such variable"),
         (("--hosts", "a,b", "--remote-shell", "nowhere/ssh", CONFIG), "--remote-shell is 'nowhere/ssh': No such file"),
         (("--hosts", "a,b", "--remote-shell", "false", CONFIG), "host a: false ended with status 1: no word"),
+        (
+            ("--hosts", "a,down", "--remote-shell", DOWN, CONFIG),
+            "host down: sh ended with status 255: no route to host down",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(arguments: tuple[str, ...], says: str) -> None:
