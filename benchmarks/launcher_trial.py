@@ -24,7 +24,7 @@ from coe_megatron.config.arguments import Parser, write_out
 RANK = """
 import os, signal, sys, time
 from pathlib import Path
-from coe_megatron.run.exit_status import leave_error_file
+from coe_megatron.run.exit_status import write_error_file
 
 folder, how, rank = Path(os.environ["TRIAL_FOLDER"]), os.environ["TRIAL_HOW"], os.environ["RANK"]
 asked = []
@@ -37,7 +37,7 @@ print(f"rank {rank} speaks", flush=True)
 (folder / f"rank-{rank}-{os.getpid()}").touch()
 
 def end(status):
-    leave_error_file(status, "so it is", environment=os.environ)
+    write_error_file(status, "so it is", environment=os.environ)
     sys.exit(status)
 
 if how == "fail":  # rank 1 diverges, rank 0 loses its peer

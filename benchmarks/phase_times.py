@@ -1,6 +1,6 @@
-"""Times a preparation phase by phase in one process, and SentencePiece's own encoding of the same documents beside it.
+"""Time a preparation phase by phase in one process, and SentencePiece's own encoding of the same documents.
 
-Chunk by chunk the phases take turns, so that what else goes on in the machine strikes all of them.
+The phases alternate chunk by chunk, so that other load on the machine affects all of them equally.
 """
 
 import time
@@ -17,7 +17,7 @@ from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
 from coe_megatron.data.encode import encode_splits, write_encoded
-from coe_megatron.data.prepare import Input, PrepareSettings, join, training_documents
+from coe_megatron.data.prepare import ChunkSource, PrepareSettings, join, training_documents
 from coe_megatron.data.records import MalformedRecord
 from coe_megatron.data.tokenizer import Tokenizer, train_tokenizer
 from coe_megatron.text import aligned
@@ -28,15 +28,15 @@ PHASES = ("read", "parse", "encode", "write")
 
 @dataclass(frozen=True)
 class PhaseTimes:
-    """What was measured.
+    """Measured times.
 
     Attributes:
-        bytes: of all documents in UTF-8.
-        tokens: they became, eos included.
-        vocab_size: of the tokenizer.
-        seconds: by phase: read (decompress, cut into lines; or generate the built-in corpus), parse (JSON, template),
-            encode, write (chunks, fsync, joined as Megatron's indexed datasets); and `plain`, SentencePiece's encoding
-            by itself.
+        bytes: size of all documents in UTF-8.
+        tokens: number of tokens, eos included.
+        vocab_size: pieces of the tokenizer.
+        seconds: by phase: `read` (decompress, split into lines; or generate the built-in corpus), `parse` (JSON,
+            template), `encode`, `write` (chunks, fsync, join into Megatron's indexed datasets); and `plain`,
+            SentencePiece's own encoding.
     """
 
     bytes: int
@@ -45,37 +45,37 @@ class PhaseTimes:
     seconds: dict[str, float]
 
     def rate(self, *phases: str) -> float:
-        """Megabytes of text a second, through so many phases."""
+        """Throughput in megabytes of text per second, over the given phases together."""
         return self.bytes / 1e6 / sum(self.seconds[phase] for phase in phases)
 
     @property
-    def speed_up(self) -> float:
-        """How much faster we encode than plain SentencePiece."""
+    def speedup(self) -> float:
+        """How many times faster we encode than plain SentencePiece."""
         return self.seconds["plain"] / self.seconds["encode"]
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything measured and derived, for JSON."""
-        rates = {phase: self.rate(phase) for phase in self.seconds} | {"whole": self.rate(*PHASES)}
-        return {**vars(self), "megabytes_per_second": rates, "encode_speed_up": self.speed_up}
+        """All measured and derived values, for JSON."""
+        rates = {phase: self.rate(phase) for phase in self.seconds} | {"total": self.rate(*PHASES)}
+        return {**vars(self), "megabytes_per_second": rates, "encode_speedup": self.speedup}
 
     def table(self) -> str:
-        """The same for a person."""
-        lines = [f"{self.bytes / 1e6:,.1f} MB of text, {self.tokens:,} tokens of a vocabulary of {self.vocab_size:,}"]
+        """The same as a text table."""
+        lines = [f"{self.bytes / 1e6:,.1f} MB of text, {self.tokens:,} tokens, vocabulary size {self.vocab_size:,}"]
         rows = [(phase, self.seconds[phase], self.rate(phase)) for phase in (*PHASES, "plain")]
-        rows.append(("whole", sum(self.seconds[phase] for phase in PHASES), self.rate(*PHASES)))
+        rows.append(("total", sum(self.seconds[phase] for phase in PHASES), self.rate(*PHASES)))
         lines += aligned([(name, f"{seconds:.2f} s", f"{rate:.1f} MB/s") for name, seconds, rate in rows])
-        return "\n".join([*lines, f"encode over plain SentencePiece: {self.speed_up:.2f}"])
+        return "\n".join([*lines, f"encoding speedup over plain SentencePiece: {self.speedup:.2f}"])
 
 
 def time_preparation(settings: PrepareSettings, *, clock: str = "wall", progress: bool = False) -> PhaseTimes:
-    """Prepare in this process into a folder that is thrown away; training a tokenizer is not timed.
+    """Prepare in this process into a temporary folder; training a tokenizer is not timed.
 
     Args:
         settings: what to prepare; output, overwrite and workers are not used.
-        clock: `wall`, or `cpu` for the CPU time of this process, which a busy machine disturbs less.
+        clock: `wall`, or `cpu` for the CPU time of this process, which is less sensitive to other load.
 
     Raises:
-        ConfigError: the tokenizer or its size does not suit.
+        ConfigError: the tokenizer or its size is not valid.
         InputError: an input is damaged or malformed.
     """
     bar = partial(tqdm, unit_scale=True, mininterval=0.5, disable=not progress)
@@ -91,20 +91,20 @@ def time_preparation(settings: PrepareSettings, *, clock: str = "wall", progress
 def _time_phases(
     settings: PrepareSettings, model: Path, folder: Path, clock: Callable[[], float], bar: Callable[..., tqdm]
 ) -> PhaseTimes:
-    from megatron.core.datasets import indexed_dataset  # noqa: F401  (imported here, so that its import is not timed)
+    from megatron.core.datasets import indexed_dataset  # noqa: F401  (import it before the timing starts)
 
     tokenizer, processor = Tokenizer(model, "--tokenizer"), SentencePieceProcessor(model_file=str(model))
-    timer, pieces = _Timer(clock), Input(settings)
+    timer, source = _Timer(clock), ChunkSource(settings)
     chunks: list[Path] = []
-    remaining = iter(pieces)
-    with bar(desc="measuring", **pieces.size) as shown:
+    remaining = iter(source)
+    with bar(desc="measuring", **source.size) as shown:
         while True:
             with timer.of("read"):
-                piece = next(remaining, None)
-            if piece is None:
+                chunk = next(remaining, None)
+            if chunk is None:
                 break
             with timer.of("parse"):
-                found = list(settings.recipe.documents(piece.chunk, piece.split))
+                found = list(settings.recipe.documents(chunk.chunk, chunk.split))
                 documents = [item for item in found if not isinstance(item, MalformedRecord)]
             with timer.of("encode"):
                 splits = encode_splits(documents, tokenizer)
@@ -114,7 +114,7 @@ def _time_phases(
             with timer.of("write"):
                 chunks.append(folder / f"{len(chunks)}.npz")
                 write_encoded(chunks[-1], splits, len(found) - len(documents))
-            shown.update(piece.position - shown.n)
+            shown.update(chunk.position - shown.n)
     with timer.of("write"):
         summaries, _ = join(settings, chunks, folder, tokenizer.vocab_size)
     size = sum(summary.bytes for summary in summaries.values())
@@ -123,7 +123,7 @@ def _time_phases(
 
 
 class _Timer:
-    """Sums of seconds by name."""
+    """Accumulates seconds by name."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock

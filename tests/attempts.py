@@ -16,7 +16,7 @@ from coe_megatron.estimate.run_shape import RunShape
 from coe_megatron.run import folder as run_folder
 from coe_megatron.training import evaluation
 from coe_megatron.training.loop import Pretraining
-from coe_megatron.training.signals import Interruption
+from coe_megatron.training.signals import StopRequest
 from coe_megatron.training.watchdog import HangDetector
 
 
@@ -51,7 +51,7 @@ def attempt(config: RunConfig, before_step: Callable[[Pretraining, int], None] =
     model_parallel_cuda_manual_seed(config.training.seed)
     folder, main = Path(config.output), torch.distributed.get_rank() == 0
     output = run_folder.begin(config) if main else None
-    interruption, shape = Interruption(), RunShape.of(config, vocabulary(config), torch.distributed.get_world_size())
+    interruption, shape = StopRequest(), RunShape.of(config, vocabulary(config), torch.distributed.get_world_size())
     try:
         run = Pretraining(shape, torch.device("cpu"), interruption, HangDetector(folder, 0, None, _nothing), 0, output)
         trained = run._train_step
@@ -60,7 +60,7 @@ def attempt(config: RunConfig, before_step: Callable[[Pretraining, int], None] =
         if output is not None:
             output.finish()
     finally:
-        interruption.forget()
+        interruption.restore_handlers()
         if output is not None:
             output.close()
 
@@ -72,7 +72,7 @@ def _nothing(_status: int, _line: str) -> None:
 @contextmanager
 def planted(factors: Mapping[int, float], rank: int = 0) -> Iterator[None]:
     """Meanwhile the loss of one micro-batch of rank `rank` is multiplied, at steps of data (0-based) in `factors`."""
-    plain_batches, plain_loss = StepBatches.for_step, evaluation.counted_loss
+    plain_batches, plain_loss = StepBatches.for_step, evaluation.masked_loss_sum
 
     def for_step(self: StepBatches, step: int) -> list[Sample]:
         batches = plain_batches(self, step)
@@ -80,10 +80,10 @@ def planted(factors: Mapping[int, float], rank: int = 0) -> Iterator[None]:
             batches[0]["planted"] = torch.tensor(factors[step])
         return batches
 
-    def counted_loss(token_losses: torch.Tensor, batch: Sample) -> torch.Tensor:
+    def masked_loss_sum(token_losses: torch.Tensor, batch: Sample) -> torch.Tensor:
         return plain_loss(token_losses, batch) * batch.get("planted", torch.tensor(1.0))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StepBatches, "for_step", for_step)
-        patch.setattr(evaluation, "counted_loss", counted_loss)
+        patch.setattr(evaluation, "masked_loss_sum", masked_loss_sum)
         yield

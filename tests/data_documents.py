@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from coe_megatron.data.records import MalformedRecord, Templates
-from coe_megatron.data.sources import RECORD_BYTES, read_chunks
+from coe_megatron.data.sources import DEFAULT_RECORD_BYTES, read_chunks
 
 TEXT = Templates.of(["{text}"])
 
 
-def documents(path: Path, most: int = RECORD_BYTES) -> dict[str, str]:
+def documents(path: Path, most: int = DEFAULT_RECORD_BYTES) -> dict[str, str]:
     """By place the document, or in parentheses what is wrong with the record."""
     found = {}
     for chunk in read_chunks(path, TEXT, most):

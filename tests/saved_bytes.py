@@ -45,4 +45,4 @@ def peak_bytes(model: torch.nn.Module, forward: Callable[[], torch.Tensor]) -> i
         parameter.grad = torch.zeros_like(parameter)
     with LiveBytes() as live:
         forward().backward()
-    return live.most
+    return live.peak

@@ -26,6 +26,7 @@ SHAPE = ModelShape(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.run
 def test_a_tiny_shape_from_start_to_end(tmp_path: Path) -> None:
     file = tmp_path / "times.json"
@@ -60,9 +61,9 @@ def test_a_preparation_is_timed_phase_by_phase(tmp_path: Path) -> None:
     seconds, rates = written["seconds"], written["megabytes_per_second"]
     assert set(seconds) == {"read", "parse", "encode", "plain", "write"} and min(seconds.values()) > 0
     whole = sum(value for name, value in seconds.items() if name != "plain")
-    assert rates["whole"] == pytest.approx(written["bytes"] / 1e6 / whole)
-    assert written["encode_speed_up"] == pytest.approx(seconds["plain"] / seconds["encode"])
-    assert f"{written['encode_speed_up']:.2f}" in done.stdout
+    assert rates["total"] == pytest.approx(written["bytes"] / 1e6 / whole)
+    assert written["encode_speedup"] == pytest.approx(seconds["plain"] / seconds["encode"])
+    assert f"{written['encode_speedup']:.2f}" in done.stdout
 
 
 @pytest.mark.parametrize(

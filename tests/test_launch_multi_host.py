@@ -31,10 +31,10 @@ def launch(program: str, *arguments: str, **variables: str) -> subprocess.Comple
     ("arguments", "says"),
     [
         ((CONFIG,), "one of the arguments --hosts --hostfile is required"),
-        (("--hosts", "a,a", CONFIG), "--hosts is 'a,a': a stands there twice"),
+        (("--hosts", "a,a", CONFIG), "--hosts is 'a,a': a is given twice"),
         (("--hostfile", "nowhere", CONFIG), "--hostfile is nowhere: there is no such file"),
         (("--hosts=--", CONFIG), "argument --hosts: -- is no value"),
-        (("--hosts", "a@b@c", CONFIG), "'a@b@c' is no name of a host"),
+        (("--hosts", "a@b@c", CONFIG), "'a@b@c' is not a host name"),
         (("--hosts", "a:" + "9" * 5000, CONFIG), "it must be a whole number from 1 to 4096"),
         (("--hosts", "a,b", "--remote-shell", "'", CONFIG), "No closing quotation"),
         (("--hosts", "a,b", "--remote-shell", "true", CONFIG), "host a: true has not run the command"),
@@ -59,7 +59,7 @@ def launch(program: str, *arguments: str, **variables: str) -> subprocess.Comple
         (("--hosts", "a,b", "~no-such-user/o.yaml"), "~no-such-user/o.yaml: there is no such user here"),
         (("--hosts", "a,b", "--export", "NONE_SUCH", CONFIG), "--export is NONE_SUCH: there is no such variable"),
         (("--hosts", "a,b", "--remote-shell", "nowhere/ssh", CONFIG), "--remote-shell is 'nowhere/ssh': No such file"),
-        (("--hosts", "a,b", "--remote-shell", "false", CONFIG), "host a: false ended with status 1: no word"),
+        (("--hosts", "a,b", "--remote-shell", "false", CONFIG), "host a: false ended with status 1: no output"),
         (
             ("--hosts", "a,down", "--remote-shell", DOWN, CONFIG),
             "host down: sh ended with status 255: no route to host down",
@@ -201,9 +201,9 @@ def test_a_variable_that_torchrun_cannot_read_is_named() -> None:
 RANK = """
 import os, sys
 sys.path.insert(0, os.getcwd())
-from coe_megatron.run.exit_status import leave_error_file
+from coe_megatron.run.exit_status import write_error_file
 status = {0: 1, 1: 4}[int(os.environ["TORCHELASTIC_RESTART_COUNT"])]
-leave_error_file(status, "so it is", environment=os.environ)
+write_error_file(status, "so it is", environment=os.environ)
 sys.exit(status)
 """
 
@@ -227,6 +227,7 @@ time.sleep(2)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.run
 def test_under_nohup_a_terminal_that_is_closed_ends_nothing(tmp_path: Path) -> None:
     rank = tmp_path / "rank.py"

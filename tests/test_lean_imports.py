@@ -15,6 +15,10 @@ compile_now = torch.compile
 import_megatron()
 assert torch.compile is compile_now
 import coe_megatron.training.loop
+from coe_megatron.lean_imports import import_deepspeed_muon
+import_deepspeed_muon()
+from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+assert torch.compile is compile_now
 heavy = {"torch._inductor", "torch._dynamo", "wandb", "matplotlib"} & sys.modules.keys()
 assert not heavy, heavy
 import wandb

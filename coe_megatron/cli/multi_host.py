@@ -19,7 +19,7 @@ from coe_megatron.distributed.environment import LARGEST_PORT, MOST_RANKS, whole
 from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.files import as_argument, user_path
 from coe_megatron.launcher.hosts import MOST_SLOTS, Host, from_file, from_list, ranks_per_node
-from coe_megatron.launcher.ssh_launcher import EXPORTED, RemoteCommands, ask, command_string, exported
+from coe_megatron.launcher.ssh_launcher import EXPORTED, RemoteCommands, command_string, exported, run_on_host
 from coe_megatron.launcher.torchrun_supervisor import Requests
 from coe_megatron.run.exit_status import ExitStatus
 from coe_megatron.slurm.spare_nodes import bad_in
@@ -67,7 +67,7 @@ class Plan:
     def meeting(self) -> tuple[str, int]:
         """Address and free port of the first host, as it says itself."""
         peer = self.hosts[min(1, len(self.hosts) - 1)]
-        said = ask(self.shell, self.hosts[0], self.command("-c", _MEETING, peer.address)).split()
+        said = run_on_host(self.shell, self.hosts[0], self.command("-c", _MEETING, peer.address)).split()
         if len(said) < 2:
             raise ConfigError(f"host {self.hosts[0].name}: {self.shell[0]} has not run the command that it was given")
         return said[-2], whole_number(f"host {self.hosts[0].name}: its port", said[-1], 1, LARGEST_PORT)
@@ -75,7 +75,7 @@ class Plan:
     def reach(self) -> None:
         """That all hosts answer; ConfigError names the first that does not."""
         with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
-            list(pool.map(lambda host: ask(self.shell, host, "true"), self.hosts))
+            list(pool.map(lambda host: run_on_host(self.shell, host, "true"), self.hosts))
 
     def torchrun(self, address: str, port: int, run: str) -> dict[str, str]:
         """The command of each host that starts its ranks."""
@@ -137,7 +137,7 @@ def parser() -> Parser:
 
 
 def plan(options: argparse.Namespace) -> Plan:
-    """The plan that the arguments ask for; ConfigError if there is none."""
+    """The plan that the arguments describe; ConfigError if there is none."""
     hosts = from_list(options.hosts) if options.hosts is not None else from_file(options.hostfile)
     asked = options.ranks_per_node
     ranks = ranks_per_node(hosts, asked and whole_number("--ranks-per-node", asked, 1, MOST_SLOTS))

@@ -8,9 +8,9 @@ import warnings
 from coe_megatron.config.arguments import Parser, program_name, write_out
 from coe_megatron.data.manifest import Manifest
 from coe_megatron.data.options import add_document_options, templates
-from coe_megatron.data.prepare import MOST_WORKERS, PrepareSettings, prepare, what_is_done
+from coe_megatron.data.prepare import MAX_WORKERS, PrepareSettings, prepare, resumable_progress
 from coe_megatron.data.records import InputError
-from coe_megatron.data.sources import RECORD_BYTES
+from coe_megatron.data.sources import DEFAULT_RECORD_BYTES
 from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.files import user_path
 
@@ -57,14 +57,14 @@ def parser() -> Parser:
     made.add_argument(
         "--max-record-bytes",
         type=int,
-        default=RECORD_BYTES,
+        default=DEFAULT_RECORD_BYTES,
         metavar="N",
         help="a larger line, block of text or Parquet cell is malformed (default: %(default)s)",
     )
     made.add_argument(
         "--workers",
         type=int,
-        default=min(len(os.sched_getaffinity(0)), MOST_WORKERS),
+        default=min(len(os.sched_getaffinity(0)), MAX_WORKERS),
         metavar="N",
         help="processes that parse and encode (default: the CPUs this one may use, %(default)s)",
     )
@@ -105,7 +105,7 @@ def main() -> int:
     except (InputError, OSError) as error:
         program.exit(1, f"{program.prog}: error: {one_line(str(error))}\n")
     except KeyboardInterrupt:
-        done = what_is_done(settings.output)
+        done = resumable_progress(settings.output)
         goes_on = f"the same command goes on from there: {done}" if done else "the same command begins anew"
         program.exit(130, f"{program.prog}: interrupted; {goes_on}\n")
     return 0

@@ -25,7 +25,7 @@ from coe_megatron.files import problem, require_folder, require_writable, user_p
 from coe_megatron.run.exit_status import ExitStatus
 from coe_megatron.slurm.failures import find_failures, outcome
 from coe_megatron.slurm.job import JobPlan, meeting_port
-from coe_megatron.slurm.requeue import Attempts, Refused
+from coe_megatron.slurm.requeue import AttemptRefused, Attempts
 from coe_megatron.slurm.spare_nodes import bad_nodes, choose
 
 _MOST_REQUEUES = 1_000_000
@@ -69,7 +69,7 @@ def begin(options: argparse.Namespace) -> ExitStatus:
     )
     try:
         folder = attempts.begin(str(job), Path(config.output))
-    except Refused as refused:
+    except AttemptRefused as refused:
         say(str(refused))
         return refused.status
     told = {
@@ -111,12 +111,12 @@ def end(options: argparse.Namespace) -> ExitStatus:
     status = outcome(failures, options.status)
     if status is not ExitStatus.DONE:
         telling = [failure for failure in failures if failure.status is status][:1]
-        told = "\n".join(failure.told() for failure in dict.fromkeys(failures[:1] + telling))
+        told = "\n".join(failure.describe() for failure in dict.fromkeys(failures[:1] + telling))
         say(f"{status.name}: {told or 'no rank has said why'}")
         say(f"all ranks' logs lie in {options.attempt}")
     decision = attempts_in(options.logs).end(status)
-    say(f"{'goes on' if decision.again else 'does not go on'}: {decision.reason}")
-    print("again" if decision.again else "over")
+    say(f"{'goes on' if decision.requeue else 'does not go on'}: {decision.reason}")
+    print("again" if decision.requeue else "over")
     return status
 
 

@@ -1,10 +1,10 @@
-"""The built-in corpus: worked math word problems of our own, endless and the same for the same seed.
+"""The built-in corpus: an endless, seeded sequence of worked math word problems.
 
-Most are stories put together from parts (`templates.stories`); the others come from templates written one by one.
-Validation tells stories whose plots (the kinds of events, in their order) training never tells in any setting, and
-uses templates that training never shows. The first measures whether known parts are understood in a new order; the
-second, harder, whether anything helps with wording never seen. Both splits have equal shares of the two.
-Every equation in a response is evaluated from its own text; each response ends in "The answer is N.".
+Most are stories composed of parts (`templates.stories`); the others come from individually written templates.
+Validation uses story plots (kinds of events in order) and templates that training never sees. Held-out plots measure
+whether the model understands known parts in a new order; held-out templates, which are harder, measure whether it
+understands new wording. Both splits have the same fraction of stories. Every equation in a response is evaluated from
+its own text; each response ends in "The answer is N.".
 """
 
 import random
@@ -20,7 +20,7 @@ from coe_megatron.data.manifest import Split
 
 Template = Callable[[Draw], Problem]
 
-STORY_PERCENT = 80  # of the problems of either split
+STORY_PERCENT = 80  # of the problems, in both splits
 FAMILIES: tuple[ModuleType, ...] = (daily, money, parts, people, shapes, shopping, travel, work)
 HELD_OUT = frozenset(
     {
@@ -40,7 +40,7 @@ HELD_OUT = frozenset(
 
 
 def templates(split: Split) -> dict[str, Template]:
-    """The templates written one by one of one split, by id ("family.name"); no id stands in both splits.
+    """The individually written templates of a split, by id ("family.name"); no id is in both splits.
 
     Raises:
         ValueError: there is no such split.
@@ -56,18 +56,18 @@ def templates(split: Split) -> dict[str, Template]:
 
 
 def generate(split: Split, count: int, seed: int) -> Iterator[dict[str, str]]:
-    """Yield `count` problems; a longer run with the same seed begins with the shorter one.
+    """Yield `count` problems; with the same seed, a longer sequence starts with the shorter one.
 
     Args:
         split: "train", or "valid" for the held-out plots and templates.
-        count: how many problems, at least 0.
-        seed: any integer; the two splits draw independently of each other.
+        count: number of problems, at least 0.
+        seed: any integer; the two splits are independent of each other.
 
     Yields:
         {"query": question, "response": worked answer that ends in "The answer is N."}.
 
     Raises:
-        ValueError: `split` or `count` is no valid value.
+        ValueError: `split` or `count` is not valid.
     """
     if count < 0:
         raise ValueError(f"count is {count}: it must be at least 0")

@@ -1,5 +1,5 @@
 """Data: the built-in corpus, tokenizers, preparation into Megatron's indexed datasets, and batches for training.
 
-`datasets` and `run_data` need torch to import, the rest does not. Nothing here starts or needs process groups,
-but a packed dataset opened under several ranks lets rank 0 build its index first.
+`datasets` and `run_data` import torch, the other modules do not. Nothing here starts or needs process groups,
+but if several ranks open a packed dataset, rank 0 builds its index first.
 """

@@ -6,9 +6,9 @@ Legend: S sequence length, b rows of a micro-batch. A sample is a dict of tensor
     loss_mask     float32  1 where labels[i] is a real token (eos counts), 0 elsewhere
     position_ids  int64    0 ... S - 1
     padding_mask  bool     True where tokens[i] is padding
-Where documents of a packed sample shall not see each other there is also, of shape [1, S, S],
+If attention resets at the documents of a packed sample, there is also, of shape [1, S, S],
     attention_mask  bool   True where attention is forbidden
-A batch holds the same keys with tensors of shape [b, S] and [b, 1, S, S].
+A batch has the same keys with tensors of shape [b, S] and [b, 1, S, S].
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,14 +27,14 @@ from coe_megatron.data.token_file import TokenFile
 from coe_megatron.data.tokenizer import Tokenizer
 from coe_megatron.errors import ConfigError
 
-CHECKED_BYTES = 1 << 27  # of a file of tokens: what is read and hashed in half a second at every start
+MAX_HASHED_BYTES = 1 << 27  # token files up to this size are hashed at every start, which takes half a second
 
 Sample = dict[str, Tensor]
 Mode = Literal["row", "packed"]
 
 
 class SampleSource(Protocol):
-    """Anything with a length whose items are samples."""
+    """A sized, indexable source of samples."""
 
     def __len__(self) -> int: ...
 
@@ -43,12 +43,12 @@ class SampleSource(Protocol):
 
 @dataclass(frozen=True)
 class PreparedData:
-    """A folder that `prepare` made.
+    """A folder that `prepare` wrote.
 
     Attributes:
-        folder: where it lies.
-        manifest: what it holds.
-        tokenizer: the one its tokens come from.
+        folder: its path.
+        manifest: its manifest.
+        tokenizer: the tokenizer of its tokens.
     """
 
     folder: Path
@@ -57,24 +57,24 @@ class PreparedData:
 
     @classmethod
     def open(cls, folder: str | Path, name: str = "the data") -> "PreparedData":
-        """Open a folder after checking its manifest, its file sizes, and the checksums of tokenizer and indices; those
-        of tokens up to CHECKED_BYTES too. Of larger files each sample is looked at when it is drawn.
+        """Open a folder after checking its manifest, the file sizes, and the checksums of tokenizer and indices, and of
+        token files up to MAX_HASHED_BYTES. Of larger token files each sample is checked when it is read.
 
         Args:
-            name: of the setting that names the folder, for messages.
+            name: the setting that names the folder, for messages.
 
         Raises:
-            ConfigError: it is no prepared data, of another format, not whole, or damaged.
+            ConfigError: it is no prepared data, has another format, is incomplete, or is damaged.
         """
         folder = Path(folder)
         manifest = Manifest.read(folder, name)
         for file, summary in manifest.files.items():
-            if file.endswith(".idx") or summary.bytes <= CHECKED_BYTES:
+            if file.endswith(".idx") or summary.bytes <= MAX_HASHED_BYTES:
                 manifest.check(folder, file, name)
         tokenizer = Tokenizer(folder / TOKENIZER, name)
         if tokenizer.vocab_size != manifest.vocab_size:
             raise ConfigError(
-                f"{name}: {folder / MANIFEST} says vocab_size {manifest.vocab_size}, and the tokenizer has "
+                f"{name}: {folder / MANIFEST} has vocab_size {manifest.vocab_size}, but the tokenizer has "
                 f"{tokenizer.vocab_size} pieces; prepare it again"
             )
         return cls(folder, manifest, tokenizer)
@@ -89,10 +89,10 @@ class PreparedData:
         cache_dir: str | Path,
         reset_at_documents: bool = False,
     ) -> SampleSource:
-        """The samples of a split in one of the two modes; see `rows` and `packed`, which need not all arguments.
+        """The samples of a split in one of two modes; see `rows` and `packed`. Mode "row" ignores the keywords.
 
         Raises:
-            ValueError: there is no such mode or split, or seq_length does not suit.
+            ValueError: there is no such mode or split, or seq_length is not valid.
         """
         if mode not in get_args(Mode):
             raise ValueError(f"mode is {mode!r}: it must be one of {', '.join(get_args(Mode))}")
@@ -101,7 +101,7 @@ class PreparedData:
         return self.packed(split, seq_length, seed=seed, cache_dir=cache_dir, reset_at_documents=reset_at_documents)
 
     def rows(self, split: Split, seq_length: int) -> "RowDataset":
-        """One document a sample, cut after seq_length labels or padded, in the order of preparation.
+        """One document per sample, truncated after seq_length labels or padded, in the order of preparation.
 
         Raises:
             ValueError: there is no such split, or seq_length is below 1.
@@ -111,18 +111,18 @@ class PreparedData:
     def packed(
         self, split: Split, seq_length: int, *, seed: int, cache_dir: str | Path, reset_at_documents: bool = False
     ) -> "PackedDataset":
-        """Windows of seq_length labels over shuffled documents that follow each other (Megatron's GPTDataset).
+        """Windows of seq_length labels over the concatenated shuffled documents (Megatron's GPTDataset).
 
-        Every token but the first is a label once. The last tokens that fill no window are dropped in training and
-        padded in validation.
+        Every token except the first is a label exactly once. The remainder that fills no window is dropped in training
+        and padded in validation.
 
         Under torch.distributed all ranks must call this together: rank 0 builds the index, the others wait.
 
         Args:
-            seed: of the documents' order; another seed gives other windows.
-            cache_dir: where the index is kept; a folder of the run, seen by all ranks.
-            reset_at_documents: attention does not see earlier documents and positions begin at 0 in each; otherwise
-                both run across documents.
+            seed: seed of the order of documents, and so of the windows.
+            cache_dir: folder of the index, visible to all ranks.
+            reset_at_documents: whether attention is limited to one document and positions start at 0 in each;
+                otherwise both cross document boundaries.
 
         Raises:
             ValueError: there is no such split.
@@ -131,17 +131,17 @@ class PreparedData:
         indexed = self._indexed(split, seq_length)
         tokens = self.manifest.splits[split].tokens
         if split == "train" and tokens <= seq_length:
-            raise ConfigError(f"seq_length is {seq_length}: the train split has {tokens} tokens, one more is needed")
+            raise ConfigError(f"seq_length is {seq_length}: it must be below the {tokens} tokens of the train split")
         identity = self.manifest.files[f"{split}.bin"].sha256[:16]
         cache = Path(cache_dir) / f"{split}-{identity}-{seq_length}-{seed}"
-        config = {"random_seed": seed, "sequence_length": seq_length, **_at_documents(reset_at_documents)}
+        config = {"random_seed": seed, "sequence_length": seq_length, **_document_resets(reset_at_documents)}
         source = indexed, str(self.folder / split), split, self.tokenizer
         dataset = build_once(cache, lambda path: gpt_dataset(*source, path, config))
         return PackedDataset(dataset, self.tokenizer.pad_id, self._tokens(split))
 
-    def share_cut(self, seq_length: int) -> float:
-        """The share of the training documents that `rows` cuts: those with more than seq_length + 1 tokens."""
-        indexed = self._indexed("train", seq_length)  # held on to: its lengths are a view of a file it maps
+    def truncated_fraction(self, seq_length: int) -> float:
+        """The fraction of training documents that `rows` truncates: those with more than seq_length + 1 tokens."""
+        indexed = self._indexed("train", seq_length)  # keep it alive: its lengths are a view of its memory map
         return float((indexed.sequence_lengths > seq_length + 1).mean())
 
     def _tokens(self, split: Split) -> TokenFile:
@@ -159,7 +159,7 @@ class PreparedData:
 
 
 class RowDataset:
-    """One document a sample; `PreparedData.rows` makes it."""
+    """One document per sample; `PreparedData.rows` makes it."""
 
     def __init__(self, documents: Sequence[np.ndarray], seq_length: int, pad_id: int, file: TokenFile) -> None:
         self._documents = documents
@@ -188,7 +188,7 @@ class RowDataset:
 
 
 class PackedDataset:
-    """Megatron's GPTDataset with a padding mask and the tokenizer's own padding; `PreparedData.packed` makes it."""
+    """Megatron's GPTDataset with a padding mask and the tokenizer's pad id; `PreparedData.packed` makes it."""
 
     def __init__(self, dataset: Any, pad_id: int, file: TokenFile) -> None:
         self._dataset = dataset
@@ -203,7 +203,7 @@ class PackedDataset:
             sample = self._dataset[index]
         self._file.check(sample["tokens"], sample["labels"])
         no_label = sample["loss_mask"] == 0
-        # A token is padding where it was padding as a label, one place earlier.
+        # A token is padding if it was padding as the label of the position before.
         padding = torch.cat((torch.zeros(1, dtype=torch.bool), no_label[:-1]))
         return {
             **sample,
@@ -214,18 +214,18 @@ class PackedDataset:
 
 
 class StepBatches:
-    """The batches of every step, computed from the step alone: resuming is asking for a later step.
+    """The batches of every step, as a function of the step alone, so that resuming needs no state.
 
-    Step s takes the next `global_batch` samples, whatever the number of ranks; micro-batch m of rank r holds rows
-    (m * dp_size + r) * micro_batch and on. Which samples follow each other says `BlendedOrder`.
+    Step s uses the next `global_batch` samples, whatever the number of ranks; micro-batch m of rank r has the rows from
+    (m * dp_size + r) * micro_batch on. `BlendedOrder` defines the order of the samples.
 
     Args:
-        corpora: the samples of each.
-        weights: each corpus' share of the samples, relative to the others'.
-        seed: of the order, at least 0.
+        corpora: the samples of each corpus.
+        weights: weight of each corpus in samples, relative to their sum.
+        seed: seed of the order, at least 0.
         global_batch: rows of a step over all ranks.
         micro_batch: rows of one forward pass on one rank (b).
-        dp_rank, dp_size: this rank's place among those that split the batch.
+        dp_rank, dp_size: this rank and the number of ranks that split the batch.
 
     Raises:
         ValueError: the sizes do not divide, a number is out of range, or a corpus is empty.
@@ -243,7 +243,7 @@ class StepBatches:
         dp_size: int,
     ) -> None:
         for corpus in corpora:
-            _check_share(corpus, micro_batch, dp_rank, dp_size)
+            _check_shard(corpus, micro_batch, dp_rank, dp_size)
         if global_batch < 1 or global_batch % (micro_batch * dp_size):
             raise ValueError(
                 f"global_batch is {global_batch}: it must be a multiple of micro_batch * dp_size = "
@@ -258,7 +258,7 @@ class StepBatches:
         self._rank, self._ranks = dp_rank, dp_size
 
     def for_step(self, step: int) -> list[Sample]:
-        """This rank's micro-batches of a step, tensors [b, S], in their order.
+        """This rank's micro-batches of a step in order, tensors [b, S].
 
         Args:
             step: counted from 0.
@@ -270,7 +270,7 @@ class StepBatches:
         return [_stack([self._corpora[corpus][int(index)] for corpus, index in micro]) for micro in rows[:, self._rank]]
 
     def indices(self, step: int) -> list[tuple[int, int]]:
-        """Which samples make up the whole global batch of a step, in their order: (corpus, index in it).
+        """The samples of the global batch of a step in order, as (corpus, index in the corpus).
 
         Raises:
             ValueError: the step is negative.
@@ -281,15 +281,15 @@ class StepBatches:
 
 
 class BlendedOrder:
-    """An endless order of the samples of several corpora, a function of the seed alone.
+    """An endless order of the samples of several corpora, as a function of the seed alone.
 
-    Before every place, each corpus has had its share of the samples, to within about one (Megatron's
-    `build_blending_indices`: next comes the corpus that is furthest behind). Each corpus is gone through in a
-    permutation per epoch of its own that depends on (seed, epoch, corpus).
+    At every position, each corpus has provided its weight in samples to within about one (Megatron's
+    `build_blending_indices`: the next sample comes from the corpus that is furthest behind). Each corpus is permuted
+    anew in each of its epochs; the permutation depends on (seed, epoch, corpus).
 
     Args:
-        sizes: samples of each corpus.
-        weights: relative to their sum.
+        sizes: number of samples of each corpus.
+        weights: weight of each corpus, relative to their sum.
         seed: at least 0.
     """
 
@@ -297,43 +297,43 @@ class BlendedOrder:
         assert len(sizes) == len(weights) and 0 not in sizes
         self._sizes, self._seed = sizes, seed
         self._weights = np.array(weights) / sum(weights)
-        self._corpus_of = np.empty(0, dtype=np.int16)  # by place, as far as it was needed
-        self._latest = 0, np.zeros(len(sizes), dtype=np.int64)  # a place, and what each corpus gave before it
-        self._permutations: dict[int, tuple[int, np.ndarray]] = {}  # each corpus' latest epoch
+        self._corpus_of = np.empty(0, dtype=np.int16)  # by position, as far as needed so far
+        self._latest = 0, np.zeros(len(sizes), dtype=np.int64)  # a position, and each corpus' count before it
+        self._permutations: dict[int, tuple[int, np.ndarray]] = {}  # of each corpus: its latest epoch and permutation
 
     def between(self, first: int, end: int) -> list[tuple[int, int]]:
-        """The samples at places first ... end - 1, as (corpus, index in it)."""
+        """The samples at positions first ... end - 1, as (corpus, index in the corpus)."""
         self._grow(end)
-        taken = self._taken_before(first)
-        places = []
+        counts = self._counts_before(first)
+        samples = []
         for corpus in self._corpus_of[first:end].tolist():
-            places.append((corpus, self._sample(corpus, int(taken[corpus]))))
-            taken[corpus] += 1
-        return places
+            samples.append((corpus, self._sample(corpus, int(counts[corpus]))))
+            counts[corpus] += 1
+        return samples
 
     def _grow(self, end: int) -> None:
-        """Choices do not depend on how many are made, so more can be made at any time."""
+        """Extend the choice of corpora; it does not depend on how many positions are computed at once."""
         if end <= len(self._corpus_of):
             return
         from megatron.core.datasets import helpers
 
         size = 2 * end
         self._corpus_of = np.empty(size, dtype=np.int16)
-        unused = as_strided(np.zeros(1, dtype=np.int64), (size,), (0,))  # all entries in one place: eight bytes in all
+        unused = as_strided(np.zeros(1, dtype=np.int64), (size,), (0,))  # all entries share the same eight bytes
         helpers.build_blending_indices(self._corpus_of, unused, self._weights, len(self._weights), size, False)
 
-    def _taken_before(self, place: int) -> np.ndarray:
-        start, taken = self._latest
-        if place < start:
-            start, taken = 0, np.zeros_like(taken)
-        since = self._corpus_of[start:place]
-        taken = taken + np.bincount(since, minlength=len(taken))
-        self._latest = place, taken
-        return taken.copy()
+    def _counts_before(self, position: int) -> np.ndarray:
+        start, counts = self._latest
+        if position < start:
+            start, counts = 0, np.zeros_like(counts)
+        since = self._corpus_of[start:position]
+        counts = counts + np.bincount(since, minlength=len(counts))
+        self._latest = position, counts
+        return counts.copy()
 
     def _sample(self, corpus: int, number: int) -> int:
         epoch, offset = divmod(number, self._sizes[corpus])
-        if self._permutations.get(corpus, (-1,))[0] != epoch:  # steps go forward: one epoch is enough
+        if self._permutations.get(corpus, (-1,))[0] != epoch:  # steps only increase, so one epoch suffices
             source = np.random.default_rng([self._seed, epoch, corpus])
             self._permutations[corpus] = epoch, source.permutation(self._sizes[corpus])
         return int(self._permutations[corpus][1][offset])
@@ -342,17 +342,17 @@ class BlendedOrder:
 def validation_batches(
     dataset: SampleSource, micro_batch: int, dp_rank: int, dp_size: int, limit: int | None = None
 ) -> Iterator[Sample]:
-    """This rank's share of a fixed set of samples: over all ranks, each one exactly once.
+    """This rank's shard of a fixed set of samples, each of which exactly one rank gets.
 
-    All ranks get equally many batches [b, S]; what is missing at the end are rows without loss that are all padding.
+    All ranks get the same number of batches [b, S]; missing rows at the end are all padding and have no loss.
 
     Args:
-        limit: how many samples from the start of the dataset; None for all.
+        limit: number of samples from the start of the dataset; None for all.
 
     Raises:
         ValueError: a number is out of range, or the dataset is empty.
     """
-    _check_share(dataset, micro_batch, dp_rank, dp_size)
+    _check_shard(dataset, micro_batch, dp_rank, dp_size)
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}: it must be at least 1, or None for all samples")
     return _fixed_batches(dataset, micro_batch, dp_rank, dp_size, min(len(dataset), limit or len(dataset)))
@@ -364,9 +364,9 @@ def _fixed_batches(dataset: SampleSource, size: int, rank: int, ranks: int, coun
         yield _stack([dataset[row] if row < count else filler for row in range(start, start + size)])
 
 
-def _check_share(dataset: SampleSource, micro_batch: int, dp_rank: int, dp_size: int) -> None:
+def _check_shard(dataset: SampleSource, micro_batch: int, dp_rank: int, dp_size: int) -> None:
     if len(dataset) == 0:
-        raise ConfigError("the dataset is empty: there is no sample to draw")
+        raise ConfigError("the dataset is empty: it has no sample")
     if micro_batch < 1:
         raise ValueError(f"micro_batch is {micro_batch}: it must be at least 1")
     if not 0 <= dp_rank < dp_size:
@@ -385,5 +385,5 @@ def _stack(samples: Sequence[Sample]) -> Sample:
     return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
 
 
-def _at_documents(reset: bool) -> dict[str, bool]:
+def _document_resets(reset: bool) -> dict[str, bool]:
     return dict.fromkeys(("reset_position_ids", "reset_attention_mask", "create_attention_mask"), reset)

@@ -1,4 +1,4 @@
-"""The prepared folders that a run's settings name, checked without torch: they must be whole and of one tokenizer."""
+"""The prepared folders that a run's settings name, checked without torch: complete, and all of one tokenizer."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from coe_megatron.files import kind_of
 
 
 @dataclass(frozen=True)
-class Folder:
-    """A folder, and the setting that names it, for messages."""
+class DataFolder:
+    """A folder, and the setting that names it (for messages)."""
 
     setting: str
     path: Path
@@ -21,7 +21,7 @@ class Folder:
         """Its manifest.
 
         Raises:
-            ConfigError: it is no prepared data, or not whole; the message names the setting.
+            ConfigError: it is no prepared data, or is incomplete; the message names the setting.
         """
         return Manifest.read(self.path, self.setting)
 
@@ -40,48 +40,47 @@ def validation_paths(settings: DataSettings) -> dict[str, str]:
     return {"valid": settings.path}
 
 
-def folders(settings: DataSettings) -> Iterator[Folder]:
+def data_folders(settings: DataSettings) -> Iterator[DataFolder]:
     """Every folder of a run."""
     if settings.blend is None:
-        yield Folder("data.path", Path(settings.path))
+        yield DataFolder("data.path", Path(settings.path))
     for index, part in enumerate(settings.blend or []):
-        yield Folder(f"data.blend.{index}.path", Path(part.path))
+        yield DataFolder(f"data.blend.{index}.path", Path(part.path))
     for name, path in (settings.validation or {}).items():
-        yield Folder(f"data.validation.{name}", Path(path))
+        yield DataFolder(f"data.validation.{name}", Path(path))
 
 
-def missing(settings: DataSettings) -> list[str]:
-    """A line for each folder of a run that is not there (yet)."""
-    absent = (folder for folder in folders(settings) if kind_of(folder.path, folder.setting) is None)
+def missing_folders(settings: DataSettings) -> list[str]:
+    """A line for each folder of a run that does not exist (yet)."""
+    absent = (folder for folder in data_folders(settings) if kind_of(folder.path, folder.setting) is None)
     return [f"{folder.setting} is {folder.path}: there is no such folder, and the run needs it" for folder in absent]
 
 
 def check_folders(settings: DataSettings, *, needed: bool) -> Manifest | None:
-    """Read the manifest of every folder of a run; returns one of them, or None if no folder is there.
+    """Read the manifest of every folder of a run; returns one of them, or None if no folder exists.
 
     Args:
-        needed: a folder that does not exist is an error too.
+        needed: whether a folder that does not exist is an error too.
 
     Raises:
-        ConfigError: a folder is missing, broken, or of another tokenizer than the others; one line that names the
-            setting.
+        ConfigError: a folder is missing, damaged, or has a different tokenizer; one line that names the setting.
     """
-    first: tuple[Folder, Manifest] | None = None
-    for folder in folders(settings):
+    first: tuple[DataFolder, Manifest] | None = None
+    for folder in data_folders(settings):
         if not needed and kind_of(folder.path, folder.setting) is None:
             continue
         manifest = folder.read()
         first = first or (folder, manifest)
         if manifest.tokenizer_sha256 != first[1].tokenizer_sha256:
             raise ConfigError(
-                f"{folder.setting} is {folder.path}: its tokenizer is another than that of {first[0].setting} "
+                f"{folder.setting} is {folder.path}: its tokenizer differs from that of {first[0].setting} "
                 f"({first[0].path}): prepare it with --tokenizer {first[0].path / TOKENIZER}"
             )
     return first[1] if first else None
 
 
 def check_data(config: RunConfig, *, needed: bool) -> Manifest | None:
-    """`check_folders`, and that the text to train on fills a sample.
+    """`check_folders`, and check that each training split fills at least one packed sample.
 
     Raises:
         ConfigError: as `check_folders`, or a packed sample is longer than a training split.

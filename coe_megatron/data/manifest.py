@@ -1,4 +1,4 @@
-"""The manifest of prepared data: what stands in the folder, counted and checksummed."""
+"""The manifest of prepared data: counts and checksums of the files in the folder."""
 
 import hashlib
 import json
@@ -23,10 +23,10 @@ FORMAT = "coe_megatron.data"
 VERSION = 2
 DATA_FILES = ("train.bin", "train.idx", "valid.bin", "valid.idx", TOKENIZER)
 TOKEN_BYTES = {"uint16": 2, "int32": 4}
-INDEX_HEADER_BYTES, INDEX_BYTES = 42, 20  # of .idx as Megatron writes it: in all, and for each document
-_MOST_BYTES = 1 << 22  # of a manifest; it has some hundred, and the names of the inputs
+INDEX_HEADER_BYTES, INDEX_BYTES = 42, 20  # of Megatron's .idx: fixed, and per document
+_MAX_BYTES = 1 << 22  # of a manifest; usually some hundred bytes, and the names of the inputs
 
-# Strict: what JSON writes as another type, or beyond what a file or a processor holds, no preparation wrote.
+# Strict: no preparation writes another JSON type, or a number out of these ranges.
 Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 63)]
 Positive = Annotated[int, Field(strict=True, ge=1, lt=1 << 63)]
 Measure = Annotated[float, Field(strict=True, ge=0, lt=1e9, allow_inf_nan=False)]
@@ -35,14 +35,14 @@ Sha256 = Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{64}$")]
 
 @dataclass(frozen=True)
 class SplitSummary:
-    """One split in numbers.
+    """Statistics of one split.
 
     Attributes:
-        documents: how many documents.
-        tokens: how many tokens, the eos of each document included.
-        bytes: of the documents' text in UTF-8.
-        unigram_entropy_nats: of the tokens' own frequencies: the loss of the best model that ignores context.
-        bytes_per_token: to turn a loss in nats a token into one a byte.
+        documents: number of documents.
+        tokens: number of tokens, including the eos of each document.
+        bytes: size of the documents in UTF-8.
+        unigram_entropy_nats: entropy of the token frequencies: the best loss of a model that ignores context.
+        bytes_per_token: converts a loss per token to a loss per byte.
     """
 
     documents: Positive
@@ -72,16 +72,16 @@ class FileSummary:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything needed to use prepared data and to make it again; equal inputs give an equal manifest.
+    """Everything needed to use prepared data and to reproduce it; equal inputs give an equal manifest.
 
     Attributes:
         vocab_size: pieces of the tokenizer.
-        token_dtype: how .bin stores a token, "uint16" or "int32".
-        tokenizer_sha256: identity of the tokenizer.
-        template: how a record became a document: by the first of these whose fields it had.
-        seed: of the split and of the built-in corpus.
-        source: names of the input files or the count of built-in problems, and how validation was chosen.
-        malformed: records that were skipped because they gave no document.
+        token_dtype: dtype of a token in .bin, "uint16" or "int32".
+        tokenizer_sha256: SHA-256 of the tokenizer: its identity.
+        template: templates of a document; a record used the first whose fields it had.
+        seed: seed of the split and of the built-in corpus.
+        source: names of the input files or number of built-in problems, and how validation was chosen.
+        malformed: number of skipped malformed records.
         splits: summaries of "train" and "valid".
         files: sizes and checksums of the other files in the folder.
     """
@@ -103,47 +103,47 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path, name: str = "the data") -> "Manifest":
-        """Read the manifest of a folder and compare the sizes of the files, and the tokenizer's checksum, with it.
+        """Read the manifest of a folder, and check the file sizes and the tokenizer's checksum against it.
 
         Args:
-            name: of the setting that names the folder, for messages.
+            name: the setting that names the folder, for messages.
 
         Raises:
-            ConfigError: there is no manifest, it is not ours, a file is missing, cannot be read or has another size, or
-                the tokenizer is another.
+            ConfigError: the manifest is missing or not valid; a file is missing, cannot be read or has a different
+                size; or the tokenizer is a different one.
         """
         if kind_of(folder, name) is None or kind_of(require_folder(folder, name) / MANIFEST, name) is None:
             raise ConfigError(
                 f"{name}: {folder} is no prepared data: it has no {MANIFEST} (launch/prepare_data.py makes one)"
             )
         path = folder / MANIFEST
-        content = read_limited(path, name, _MOST_BYTES)
+        content = read_limited(path, name, _MAX_BYTES)
         try:
             manifest = cls._from_json(parse_json(content))
         except ValueError as error:
-            said = f"{path} is no manifest of format {FORMAT}, version {VERSION}: {_reason(error)}"
-            raise ConfigError(f"{name}: {said}") from error
+            message = f"{path} is no manifest of format {FORMAT}, version {VERSION}: {_reason(error)}"
+            raise ConfigError(f"{name}: {message}") from error
         manifest._check_sizes(folder, name)
-        if manifest._measured(folder, TOKENIZER, name).sha256 != manifest.tokenizer_sha256:
+        if manifest._summarize(folder, TOKENIZER, name).sha256 != manifest.tokenizer_sha256:
             raise ConfigError(f"{name}: {folder / TOKENIZER} is not the tokenizer this data was prepared with")
         return manifest
 
     def check(self, folder: Path, file: str, name: str = "the data") -> None:
-        """Compare the SHA-256 of a file of the folder with the manifest; reads all of it.
+        """Check the SHA-256 of a file against the manifest; reads the whole file.
 
         Raises:
-            ConfigError: it has other content than when it was prepared.
+            ConfigError: the file has changed since it was prepared.
         """
-        if self._measured(folder, file, name) != self.files[file]:
+        if self._summarize(folder, file, name) != self.files[file]:
             raise ConfigError(
                 f"{name}: {folder} is damaged: {file} has changed since it was prepared; prepare it again"
             )
 
     def verify(self, folder: Path) -> None:
-        """`check` every file.
+        """Check every file.
 
         Raises:
-            ConfigError: a file has other content than when it was prepared.
+            ConfigError: a file has changed since it was prepared.
         """
         for file in self.files:
             self.check(folder, file)
@@ -151,7 +151,7 @@ class Manifest:
     @classmethod
     def _from_json(cls, content: Any) -> "Manifest":
         if not isinstance(content, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
         found = content.pop("format", None), content.pop("version", None)
         if found != (FORMAT, VERSION):
             raise ValueError(f"it is format {found[0]!r:.50}, version {found[1]!r:.50}")
@@ -165,29 +165,29 @@ class Manifest:
         return manifest
 
     def _check_numbers(self) -> None:
-        """That its numbers are of one folder: what follows from others must be so."""
+        """Check that its numbers are consistent with each other."""
         if self.token_dtype != ("uint16" if self.vocab_size < 65500 else "int32"):  # Megatron's own choice
-            raise ValueError(f"token_dtype is {self.token_dtype}, with vocab_size {self.vocab_size}")
+            raise ValueError(f"token_dtype is {self.token_dtype}, which does not fit vocab_size {self.vocab_size}")
         if self.tokenizer_sha256 != self.files[TOKENIZER].sha256:
-            raise ValueError(f"tokenizer_sha256 is another than that of {TOKENIZER} in files")
+            raise ValueError(f"tokenizer_sha256 differs from that of {TOKENIZER} in files")
         for split, summary in self.splits.items():
             expected = summary.tokens * TOKEN_BYTES[self.token_dtype]
             if (found := self.files[f"{split}.bin"].bytes) != expected:
-                raise ValueError(f"{split}.bin has {found} bytes, and {expected} by the number of its tokens")
+                raise ValueError(f"{split}.bin has {found} bytes, but its number of tokens requires {expected}")
             expected = INDEX_HEADER_BYTES + INDEX_BYTES * summary.documents
             if (found := self.files[f"{split}.idx"].bytes) != expected:
-                raise ValueError(f"{split}.idx has {found} bytes, and {expected} by the number of its documents")
+                raise ValueError(f"{split}.idx has {found} bytes, but its number of documents requires {expected}")
 
     def _check_sizes(self, folder: Path, name: str) -> None:
         for file in DATA_FILES:
             path, expected = folder / file, self.files[file].bytes
-            said = f"{name}: {folder} is not whole: {file}"
+            message = f"{name}: {folder} is incomplete: {file}"
             if kind_of(path, name) is None:
-                raise ConfigError(f"{said} is missing; prepare it again")
+                raise ConfigError(f"{message} is missing; prepare it again")
             if (size := require_file(path, name).stat().st_size) != expected:
-                raise ConfigError(f"{said} has {size} bytes instead of {expected}; prepare it again")
+                raise ConfigError(f"{message} has {size} bytes instead of {expected}; prepare it again")
 
-    def _measured(self, folder: Path, file: str, name: str) -> FileSummary:
+    def _summarize(self, folder: Path, file: str, name: str) -> FileSummary:
         try:
             return FileSummary.of(folder / file)
         except OSError as error:
@@ -205,11 +205,11 @@ def _names(kind: type) -> list[str]:
 
 def _require_keys(value: Any, wanted: Collection[str], place: str) -> None:
     if not isinstance(value, dict):
-        raise ValueError(f"{place} is no JSON object")
+        raise ValueError(f"{place} is not a JSON object")
     if missing := set(wanted) - value.keys():
         raise ValueError(f"{place} has no {min(missing)}")
     if unknown := value.keys() - set(wanted):
-        raise ValueError(f"{place} has {min(unknown)!r:.50}, which is no part of it")
+        raise ValueError(f"{place} has the unknown key {min(unknown)!r:.50}")
 
 
 def _reason(error: ValueError) -> str:

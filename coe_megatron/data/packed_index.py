@@ -1,4 +1,4 @@
-"""Megatron's GPTDataset, and its index of which window holds which tokens: built once, by one rank, for all."""
+"""Megatron's GPTDataset, and its index from windows to tokens, which rank 0 builds once for all ranks."""
 
 import json
 import os
@@ -18,17 +18,17 @@ from coe_megatron.errors import one_line
 from coe_megatron.files import problem, read_limited, require_file, set_aside, write_atomically
 from coe_megatron.parsing import JSON_BYTES, first_of
 
-_LIST = "complete.json"  # of an index: every other file with its size and SHA-256
+_LIST = "complete.json"  # lists every other file of an index with its size and SHA-256
 
 
 def gpt_dataset(
     indexed: Any, prefix: str, split: Split, tokenizer: Tokenizer, cache: Path, options: dict[str, Any]
 ) -> Any:
-    """Megatron's GPTDataset over one epoch of a split, its index kept in `cache`.
+    """Megatron's GPTDataset over one epoch of a split, with its index in `cache`.
 
     Args:
-        prefix: path of the split's files without their endings.
-        options: of Megatron's config: the order's seed, the length, and what happens where documents meet.
+        prefix: path of the split's files without their suffixes.
+        options: Megatron's config: the seed of the order, the sequence length, and the resets at document boundaries.
     """
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.utils import Split as MegatronSplit
@@ -42,22 +42,22 @@ def gpt_dataset(
         **options,
     )
     documents = np.arange(len(indexed), dtype=np.int32)
-    # The path is part of the index's name; the split alone lets the data move to another place.
+    # The dataset path is part of the index's name. We pass only the split, so that the data can be moved.
     return GPTDataset(indexed, split, documents, None, MegatronSplit[split], config)
 
 
 def build_once(cache: Path, build: Callable[[Path], Any]) -> Any:
-    """Build a dataset whose index is kept in `cache`; a build cut short leaves no half index behind.
+    """Build a dataset whose index is in `cache`; an interrupted build leaves no partial index behind.
 
-    GPTDataset writes its index on rank 0 alone, expects the others to come later, and believes whatever it finds, which
-    is why an index that is not as it was made is set aside and made anew.
+    GPTDataset writes its index on rank 0 only, expects the other ranks to come later, and trusts whatever it finds.
+    Therefore an index that was changed after it was built is set aside and built again.
     """
     run_on_rank0(lambda: _make_index(cache, build))
     return build(cache)
 
 
 class _TokenizerFacts:
-    """What GPTDataset asks of a tokenizer. No token has its pad id, so padding is always told apart."""
+    """The attributes that GPTDataset reads from a tokenizer. No token has its pad id, so padding is unambiguous."""
 
     pad = -1
 
@@ -69,8 +69,8 @@ class _TokenizerFacts:
 
 def _make_index(cache: Path, build: Callable[[Path], Any]) -> None:
     try:
-        if os.path.lexists(cache) and (wrong := _wrong_with(cache)):
-            set_aside(cache, f"is damaged ({wrong})")
+        if os.path.lexists(cache) and (reason := _find_damage(cache)):
+            set_aside(cache, f"is damaged ({reason})")
         if not cache.exists():
             partial = cache.with_name(f"{cache.name}.{token_hex(4)}.partial")
             build(partial)
@@ -81,14 +81,14 @@ def _make_index(cache: Path, build: Callable[[Path], Any]) -> None:
         raise problem(cache, "the index of packed samples", error) from error
 
 
-def _wrong_with(cache: Path) -> str:
-    """Why an index is not as it was made; empty if it is. No file is unpickled for that, nor later by GPTDataset."""
+def _find_damage(cache: Path) -> str:
+    """How an index differs from what was built; empty if it does not. Neither we nor GPTDataset unpickle a file."""
     try:
         content = read_limited(cache / _LIST, "its list of files", JSON_BYTES)
         listed = TypeAdapter(dict[str, FileSummary]).validate_json(content)
         found = {path.name: path for path in cache.iterdir() if path.name != _LIST}
         if differing := listed.keys() ^ found.keys():
-            return one_line(f"{min(differing)} is missing, or too much")
+            return one_line(f"{min(differing)} is missing or unexpected")
         for name, path in found.items():
             if FileSummary.of(require_file(path, name)) != listed[name]:
                 return f"the content of {name} has changed"

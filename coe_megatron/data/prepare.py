@@ -1,8 +1,8 @@
-"""From text to a folder of prepared data: tokenizer, Megatron's indexed datasets for both splits, manifest.
+"""Prepare text: tokenizer, Megatron's indexed datasets for both splits, and a manifest, in one folder.
 
-Text is read in chunks, and each becomes a file of token ids in a hidden folder beside the output; these are joined, and
-the output takes its place when it is whole. So an interrupted preparation never looks finished and goes on where it
-stopped. Equal settings and inputs give equal files, byte for byte, whatever the number of workers and interruptions.
+We read text in chunks and encode each chunk into a file in a hidden folder beside the output. Then we join these files
+and rename the complete result to the output. So an interrupted preparation never looks finished, and it resumes where
+it stopped. Equal settings and inputs give byte-identical files, whatever the number of workers and interruptions.
 """
 
 import os
@@ -26,16 +26,16 @@ from coe_megatron.data.manifest import DATA_FILES, MANIFEST, TOKENIZER, FileSumm
 from coe_megatron.data.records import InputError, MalformedRecord, Templates
 from coe_megatron.data.sources import (
     CHUNK_BYTES,
-    LARGEST_RECORD_BYTES,
-    RECORD_BYTES,
+    DEFAULT_RECORD_BYTES,
+    MAX_RECORD_BYTES,
     Chunk,
     check_readable,
     chunks_of,
     read_chunks,
 )
-from coe_megatron.data.staging import Staging, check_place, staged
-from coe_megatron.data.tokenizer import LARGEST_VOCABULARY, SMALLEST_VOCABULARY, Tokenizer, train_tokenizer
-from coe_megatron.data.workers import in_order
+from coe_megatron.data.staging import Staging, check_staging_folder, open_staging
+from coe_megatron.data.tokenizer import MAX_VOCAB_SIZE, MIN_VOCAB_SIZE, Tokenizer, train_tokenizer
+from coe_megatron.data.workers import ordered_map
 from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.files import is_plain_file, kind_of, remove, require_file, require_folder, require_writable
 from coe_megatron.lean_imports import import_megatron
@@ -43,35 +43,35 @@ from coe_megatron.lean_imports import import_megatron
 SPLITS: tuple[Split, ...] = get_args(Split)
 PROBLEM_TEMPLATE = "query : {query} response : {response}"
 TEXT_TEMPLATE = "{text}"
-_FIRST_RECORDS = 1000  # of each input
-MOST_PROBLEMS = 10**12  # of the built-in corpus; no disk holds as many
-MOST_WORKERS = 1024  # one host has no more processors for them
+_FIRST_RECORDS = 1000  # of each input, checked before anything is written
+MAX_PROBLEMS = 10**12  # of the built-in corpus; more than any disk holds
+MAX_WORKERS = 1024  # more than the processors of a host
 
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    """What to prepare, and where.
+    """What to prepare, and into which folder.
 
     Attributes:
         output: the folder to make.
-        inputs: files of documents (see `sources` for kinds); or else
-        builtin: how many training problems to draw from the built-in corpus.
-        vocab_size: pieces of the tokenizer to train; with `tokenizer`, what that one must have.
-        tokenizer: a SentencePiece model to take instead of training one.
-        template: how a record becomes a document: by the first of these whose fields it has. Without any "{text}", for
-            the built-in corpus "query : {query} response : {response}".
-        valid_inputs: files of validation documents; without them,
-        valid_fraction: the share of documents held out by their hash (equal documents stay together); for the
-            built-in corpus the number of held-out problems relative to `builtin`.
-        seed: of that hash and of the built-in corpus.
-        skip_malformed: count records that give no document instead of stopping at the first.
-        max_record_bytes: of a line, a block of text, or a cell of Parquet; more is a malformed record.
+        inputs: files of documents (see `sources` for the formats); excludes `builtin`.
+        builtin: number of training problems to draw from the built-in corpus; excludes `inputs`.
+        vocab_size: pieces of the tokenizer to train; with `tokenizer`, the size that it must have.
+        tokenizer: a SentencePiece model to use instead of training one.
+        template: templates of a document; a record uses the first whose fields it has. The default is "{text}", and
+            "query : {query} response : {response}" for the built-in corpus.
+        valid_inputs: files of validation documents; if empty, `valid_fraction` applies.
+        valid_fraction: fraction of documents held out by their hash (equal documents stay together); for the built-in
+            corpus the number of held-out problems relative to `builtin`.
+        seed: seed of that hash and of the built-in corpus.
+        skip_malformed: count malformed records instead of stopping at the first.
+        max_record_bytes: limit for a line, a block of text, or a cell of Parquet; a larger record is malformed.
         overwrite: replace a folder that an earlier preparation wrote.
-        workers: processes that parse and encode; they change nothing but the time.
+        workers: processes that parse and encode; their number affects only the time.
 
     Raises:
-        ConfigError: a field, or two of them together, make no sense; the message names it as the option that
-            launch/prepare_data.py, the one program made of these settings, has for it.
+        ConfigError: a field is not valid, or contradicts another; the message names the option of
+            launch/prepare_data.py, the only program that makes these settings.
     """
 
     output: Path
@@ -84,7 +84,7 @@ class PrepareSettings:
     valid_fraction: float = 0.02
     seed: int = 0
     skip_malformed: bool = False
-    max_record_bytes: int = RECORD_BYTES
+    max_record_bytes: int = DEFAULT_RECORD_BYTES
     overwrite: bool = False
     workers: int = 1
 
@@ -92,22 +92,20 @@ class PrepareSettings:
         self._check_source()
         if self.vocab_size is None and self.tokenizer is None:
             raise ConfigError("--vocab-size is missing: give it, or a --tokenizer")
-        if self.vocab_size is not None and not SMALLEST_VOCABULARY <= self.vocab_size <= LARGEST_VOCABULARY:
+        if self.vocab_size is not None and not MIN_VOCAB_SIZE <= self.vocab_size <= MAX_VOCAB_SIZE:
             raise ConfigError(
-                f"--vocab-size is {self.vocab_size}: it must be at least {SMALLEST_VOCABULARY}, and at most "
-                f"{LARGEST_VOCABULARY}"
+                f"--vocab-size is {self.vocab_size}: it must be at least {MIN_VOCAB_SIZE}, and at most {MAX_VOCAB_SIZE}"
             )
         if not 0 < self.valid_fraction < 1:
             raise ConfigError(f"--valid-fraction is {self.valid_fraction}: it must be between 0 and 1")
         if self.seed < 0:
             raise ConfigError(f"--seed is {self.seed}: it must be at least 0")
-        if not 1 <= self.max_record_bytes <= LARGEST_RECORD_BYTES:
+        if not 1 <= self.max_record_bytes <= MAX_RECORD_BYTES:
             raise ConfigError(
-                f"--max-record-bytes is {self.max_record_bytes}: it must be at least 1, and at most "
-                f"{LARGEST_RECORD_BYTES}"
+                f"--max-record-bytes is {self.max_record_bytes}: it must be at least 1, and at most {MAX_RECORD_BYTES}"
             )
-        if not 1 <= self.workers <= MOST_WORKERS:
-            raise ConfigError(f"--workers is {self.workers}: it must be at least 1, and at most {MOST_WORKERS}")
+        if not 1 <= self.workers <= MAX_WORKERS:
+            raise ConfigError(f"--workers is {self.workers}: it must be at least 1, and at most {MAX_WORKERS}")
 
     @property
     def templates(self) -> Templates:
@@ -120,34 +118,33 @@ class PrepareSettings:
         return Recipe(self.templates, self.seed, self.valid_fraction, self.skip_malformed)
 
     def check_files(self) -> None:
-        """Look at the inputs and the place of the output, without writing anything.
+        """Check the inputs and the output path without writing anything.
 
         Raises:
-            ConfigError: a file is missing, cannot be read or is of an unknown kind; or the output cannot be written, or
+            ConfigError: a file is missing, cannot be read or has an unknown format; or the output cannot be written, or
                 must not be replaced.
-            InputError: one of the first records of an input is malformed and not to be skipped: what is wrong with all
-                is said before anything is made.
+            InputError: one of the first records of an input is malformed, and `skip_malformed` is false.
         """
         self.check_inputs()
         _check_output(self.output, self.overwrite)
 
     def check_inputs(self) -> None:
-        """Of `check_files` what concerns the inputs alone."""
+        """The checks of `check_files` that concern the inputs."""
         for path in self.inputs:
             check_readable(path, "--input")
         for path in self.valid_inputs:
             check_readable(path, "--valid")
         inputs = {path.resolve() for path in self.inputs}
-        if twice := [path for path in self.valid_inputs if path.resolve() in inputs]:
+        if shared := [path for path in self.valid_inputs if path.resolve() in inputs]:
             raise ConfigError(
-                f"--valid names {twice[0]}, as --input does: validation text must be none of the training's"
+                f"--valid names {shared[0]}, as --input does: training and validation text must be different files"
             )
         if not self.skip_malformed:
-            self._look_at_first_records()
+            self._check_first_records()
         if self.tokenizer is not None:
             require_file(self.tokenizer, "--tokenizer")
 
-    def _look_at_first_records(self) -> None:
+    def _check_first_records(self) -> None:
         for path in (*self.inputs, *self.valid_inputs):
             for chunk in islice(read_chunks(path, self.templates, self.max_record_bytes), 1):
                 for _ in islice(self.recipe.documents(chunk, None), _FIRST_RECORDS):
@@ -159,39 +156,40 @@ class PrepareSettings:
         names = [name for template in self.templates.choices for name in template.fields]
         if self.builtin is None:
             return
-        if not 1 <= self.builtin <= MOST_PROBLEMS:
-            raise ConfigError(f"--builtin is {self.builtin}: it must be at least 1, and at most {MOST_PROBLEMS}")
+        if not 1 <= self.builtin <= MAX_PROBLEMS:
+            raise ConfigError(f"--builtin is {self.builtin}: it must be at least 1, and at most {MAX_PROBLEMS}")
         if self.valid_inputs:
-            raise ConfigError("--valid goes with --input: the built-in corpus has validation problems of its own")
+            raise ConfigError("--valid requires --input: the built-in corpus has its own validation problems")
         if unknown := [name for name in names if name not in ("query", "response")]:
             raise ConfigError(f"--template names field {unknown[0]!r}: built-in problems have query and response")
 
 
 def prepare(settings: PrepareSettings, *, progress: bool = False) -> Manifest:
-    """Make the folder that the settings describe and return its manifest.
+    """Prepare the folder that the settings describe, and return its manifest.
 
     Args:
-        progress: show bars on stderr.
+        progress: show progress bars on stderr.
 
     Raises:
-        ConfigError: as `PrepareSettings.check_files`, the tokenizer or its size does not suit, or another process
-            prepares this output. `output` stays as it was then, and also after an
-        InputError: an input is damaged or malformed (the message names file and line), or a split would be empty.
-        OSError: the disk does not take what is written.
-        ChildProcessError: a worker was killed; the next attempt goes on from there.
+        ConfigError: as `PrepareSettings.check_files`; or the tokenizer or its size is not valid, or another process is
+            preparing this output. The output stays unchanged.
+        InputError: an input is damaged or malformed (the message names file and line), or a split would be empty. The
+            output stays unchanged.
+        OSError: writing failed.
+        ChildProcessError: a worker was killed; the next attempt resumes from there.
     """
     settings.check_files()
     output = settings.output.resolve()
-    with staged(output) as staging:
+    with open_staging(output) as staging:
         _check_output(output, settings.overwrite)  # again: another process may just have finished
         if (changed := staging.begin(_job(settings))) and progress:
-            print(one_line(f"begins anew: {changed}"), file=sys.stderr)
-        if progress and (done := _what_is_done(staging)):
-            print(f"goes on: {done}", file=sys.stderr)
+            print(one_line(f"starting over: {changed}"), file=sys.stderr)
+        if progress and (done := _resumable_progress(staging)):
+            print(f"resuming: {done}", file=sys.stderr)
         bar = partial(tqdm, unit_scale=True, mininterval=0.5, disable=not progress)
         tokenizer = _provide_tokenizer(settings, staging, bar)
         chunks = _encode(settings, staging, tokenizer, bar)
-        folder = staging.new_whole()
+        folder = staging.new_output()
         shutil.copyfile(staging.tokenizer, folder / TOKENIZER)
         splits, malformed = join(settings, chunks, folder, tokenizer.vocab_size)
         manifest = _describe(settings, folder, tokenizer, splits, malformed)
@@ -201,7 +199,7 @@ def prepare(settings: PrepareSettings, *, progress: bool = False) -> Manifest:
 
 
 def _job(settings: PrepareSettings) -> dict[str, Any]:
-    """All that decides what chunks hold; a job that differs in anything starts anew."""
+    """Everything that determines the content of chunks; a job that differs in any value starts over."""
     paths = (*settings.inputs, *settings.valid_inputs, *([settings.tokenizer] if settings.tokenizer else []))
     return {
         "files": [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths],
@@ -219,20 +217,20 @@ def _job(settings: PrepareSettings) -> dict[str, Any]:
     }
 
 
-def what_is_done(output: Path) -> str:
-    """What an interrupted preparation has left for the next one to go on with, for a person; "" if nothing."""
-    return _what_is_done(Staging.of(output.resolve()))
+def resumable_progress(output: Path) -> str:
+    """The progress from which an interrupted preparation can resume, as a sentence; empty if there is none."""
+    return _resumable_progress(Staging.of(output.resolve()))
 
 
-def _what_is_done(staging: Staging) -> str:
+def _resumable_progress(staging: Staging) -> str:
     if not is_plain_file(staging.tokenizer):
         return ""
-    return f"the tokenizer and {staging.chunks_done} chunks of {CHUNK_BYTES >> 20} MiB of text are there"
+    return f"the tokenizer and {staging.chunks_done} chunks of {CHUNK_BYTES >> 20} MiB of text are done"
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A chunk, the split its documents belong to (None: their hash decides), and how far all inputs are with it."""
+class SourceChunk:
+    """A chunk, the split of its documents (None: their hash decides), and the position in all inputs after it."""
 
     chunk: Chunk
     split: Split | None
@@ -240,37 +238,37 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Input:
-    """All chunks in the order of the files; can be gone through again and again."""
+class ChunkSource:
+    """All chunks in the order of the files; can be iterated several times."""
 
     settings: PrepareSettings
 
     @property
     def size(self) -> dict[str, Any]:
-        """Where `position` ends, for a bar."""
+        """The final `position` and its unit, for a progress bar."""
         if self.settings.builtin is not None:
             return {"total": sum(_builtin_counts(self.settings).values()), "unit": " problems"}
         paths = (*self.settings.inputs, *self.settings.valid_inputs)
         return {"total": sum(path.stat().st_size for path in paths), "unit": "B"}
 
-    def __iter__(self) -> Iterator[Piece]:
+    def __iter__(self) -> Iterator[SourceChunk]:
         return self._builtin() if self.settings.builtin is not None else self._files()
 
-    def _files(self) -> Iterator[Piece]:
+    def _files(self) -> Iterator[SourceChunk]:
         inputs, valid_inputs = self.settings.inputs, self.settings.valid_inputs
         before = 0
         for index, path in enumerate((*inputs, *valid_inputs)):
             split: Split = "train" if index < len(inputs) else "valid"
             for chunk in read_chunks(path, self.settings.templates, self.settings.max_record_bytes):
-                yield Piece(chunk, split if valid_inputs else None, before + chunk.consumed)
+                yield SourceChunk(chunk, split if valid_inputs else None, before + chunk.consumed)
             before += path.stat().st_size
 
-    def _builtin(self) -> Iterator[Piece]:
+    def _builtin(self) -> Iterator[SourceChunk]:
         position = 0
         for split, count in _builtin_counts(self.settings).items():
             for chunk in chunks_of(generate(split, count, self.settings.seed), "built-in corpus", "problem"):
                 position += len(chunk.payloads)
-                yield Piece(chunk, split, position)
+                yield SourceChunk(chunk, split, position)
 
 
 def _builtin_counts(settings: PrepareSettings) -> dict[Split, int]:
@@ -279,7 +277,7 @@ def _builtin_counts(settings: PrepareSettings) -> dict[Split, int]:
 
 
 def _provide_tokenizer(settings: PrepareSettings, staging: Staging, bar: Callable[..., tqdm]) -> Tokenizer:
-    """Train the tokenizer on the training documents, or take the given one, if that is not done yet."""
+    """Train the tokenizer on the training documents, or copy the given one, unless an earlier attempt has done so."""
     if staging.tokenizer.exists():
         return Tokenizer(staging.tokenizer)
     scratch = staging.scratch(TOKENIZER)
@@ -293,21 +291,21 @@ def _provide_tokenizer(settings: PrepareSettings, staging: Staging, bar: Callabl
                 f"--vocab-size is {settings.vocab_size}: {settings.tokenizer} has {tokenizer.vocab_size} pieces"
             )
         shutil.copyfile(settings.tokenizer, scratch)
-    staging.keep_tokenizer(scratch)
+    staging.store_tokenizer(scratch)
     return Tokenizer(staging.tokenizer)
 
 
 def training_documents(settings: PrepareSettings, bar: Callable[..., tqdm]) -> Iterator[str]:
-    """What a tokenizer learns from; a bar shows how far it is.
+    """Yield the documents that a tokenizer is trained on; a bar shows the progress.
 
     Raises:
-        InputError: there is none; or as `Recipe.documents`.
+        InputError: there is no document; or as `Recipe.documents`.
     """
-    pieces, recipe = Input(settings), settings.recipe
+    source, recipe = ChunkSource(settings), settings.recipe
     training = held_out = malformed = 0
-    with bar(desc="tokenizer", **pieces.size) as shown:
+    with bar(desc="tokenizer", **source.size) as shown:
         visible = not shown.disable
-        for piece in pieces:
+        for piece in source:
             for item in recipe.documents(piece.chunk, piece.split):
                 if isinstance(item, MalformedRecord):
                     malformed += 1
@@ -320,34 +318,34 @@ def training_documents(settings: PrepareSettings, bar: Callable[..., tqdm]) -> I
     if not training:
         raise InputError(_why_empty(settings, "train", held_out, malformed))
     if visible:
-        print(f"learning {settings.vocab_size:,} pieces ...", file=sys.stderr)
+        print(f"training a tokenizer of {settings.vocab_size:,} pieces ...", file=sys.stderr)
 
 
 def _encode(settings: PrepareSettings, staging: Staging, tokenizer: Tokenizer, bar: Callable[..., tqdm]) -> list[Path]:
-    """Encode all chunks that are not there yet; returns the files of all, in their order."""
-    pieces, recipe, chunks = Input(settings), settings.recipe, []
+    """Encode all chunks that are not encoded yet; returns the files of all chunks in order."""
+    source, recipe, chunks = ChunkSource(settings), settings.recipe, []
 
-    def tasks(told: bool) -> Iterator[tuple[Any, ...]]:
-        for index, piece in enumerate(pieces):
+    def tasks(verbose: bool) -> Iterator[tuple[Any, ...]]:
+        for index, piece in enumerate(source):
             chunks.append(staging.chunk(index))
-            if not _is_there(chunks[-1], tokenizer.vocab_size, told):
+            if not _is_usable(chunks[-1], tokenizer.vocab_size, verbose):
                 model = staging.tokenizer, tokenizer.sha256
                 yield recipe, *model, piece.chunk, piece.split, chunks[-1], piece.position
 
     with (
-        bar(desc="encoding", **pieces.size) as shown,
-        closing(in_order(encode_chunk, tasks(not shown.disable), settings.workers)) as done,
+        bar(desc="encoding", **source.size) as shown,
+        closing(ordered_map(encode_chunk, tasks(not shown.disable), settings.workers)) as done,
     ):
         for position in done:
             shown.update(position - shown.n)
     return chunks
 
 
-def _is_there(chunk: Path, vocab_size: int, told: bool) -> bool:
-    """Whether a chunk is there, as it was written; anything else in its place is removed.
+def _is_usable(chunk: Path, vocab_size: int, verbose: bool) -> bool:
+    """Whether a chunk exists as it was written; anything else at its path is removed.
 
     Args:
-        told: a line on stderr says that.
+        verbose: report a removed chunk on stderr.
 
     Raises:
         OSError: it cannot be removed.
@@ -357,8 +355,8 @@ def _is_there(chunk: Path, vocab_size: int, told: bool) -> bool:
     try:
         read_encoded(chunk, vocab_size)
     except DamagedChunk as error:
-        if told:
-            print(f"{error}: it is made anew", file=sys.stderr)
+        if verbose:
+            print(f"{error}: encoding it again", file=sys.stderr)
         remove(chunk)
         return False
     return True
@@ -378,7 +376,7 @@ def join(
         try:
             splits, malformed_here = read_encoded(chunk, vocab_size)
         except DamagedChunk as error:
-            raise InputError(f"{error}: the same command begins anew") from error
+            raise InputError(f"{error}: run the same command again") from error
         malformed += malformed_here
         for split in SPLITS:
             writers[split].add(splits[split])
@@ -390,17 +388,17 @@ def join(
 
 
 def _why_empty(settings: PrepareSettings, split: Split, documents: int, malformed: int) -> str:
-    """One line on a split without documents; the numbers are those of both splits."""
+    """One line on why a split has no documents; `documents` and `malformed` count both splits."""
     if not malformed:
-        return f"the {split} split is empty: give more documents or change --valid-fraction"
-    records = (item for piece in Input(settings) for item in settings.recipe.documents(piece.chunk, piece.split))
+        return f"the {split} split is empty: provide more documents or change --valid-fraction"
+    records = (item for piece in ChunkSource(settings) for item in settings.recipe.documents(piece.chunk, piece.split))
     first = next(item for item in records if isinstance(item, MalformedRecord))
-    said = f"the {split} split is empty and {malformed:,}" if documents else f"all {malformed:,}"
-    return f"{said} records are malformed, the first: {first}"
+    subject = f"the {split} split is empty and {malformed:,}" if documents else f"all {malformed:,}"
+    return f"{subject} records are malformed, the first: {first}"
 
 
 class _SplitWriter:
-    """Writes encoded documents as a Megatron indexed dataset, and counts."""
+    """Writes encoded documents as a Megatron indexed dataset, and counts documents, tokens and bytes."""
 
     def __init__(self, prefix: Path, vocab_size: int) -> None:
         import_megatron()
@@ -427,13 +425,13 @@ class _SplitWriter:
 
 
 def _entropy(counts: np.ndarray) -> float:
-    """Shannon entropy in nats of the distribution that counts give."""
+    """Shannon entropy in nats of the distribution given by counts."""
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log(shares)).sum())
 
 
 def _token_dtype(vocab_size: int) -> Any:
-    """The smallest integer type Megatron would store such tokens in: uint16, or int32 for a large vocabulary."""
+    """The integer type in which Megatron stores such tokens: uint16, or int32 for a large vocabulary."""
     from megatron.core.datasets.indexed_dataset import DType
 
     return DType.optimal_dtype(vocab_size)
@@ -463,14 +461,14 @@ def _describe(
 def _check_output(output: Path, overwrite: bool) -> None:
     require_writable(output, "--output", "folder")
     if not output.resolve().name:
-        raise ConfigError(f"--output is {output}: name a folder to make")
-    check_place(output.resolve())
+        raise ConfigError(f"--output is {output}: name a new folder")
+    check_staging_folder(output.resolve())
     if kind_of(output, "--output") is None:
         return
     present = {path.name for path in require_folder(output, "--output").iterdir()}
     if present and not overwrite:
-        raise ConfigError(f"--output is {output}: it is not empty; choose another folder, or give --overwrite")
+        raise ConfigError(f"--output is {output}: it is not empty; choose another folder, or use --overwrite")
     if foreign := sorted(present - {*DATA_FILES, MANIFEST}):
         raise ConfigError(
-            f"--output is {output}: it holds {foreign[0]}, which no preparation wrote; remove it or choose another"
+            f"--output is {output}: it contains {foreign[0]}, which no preparation wrote; remove it or choose another"
         )

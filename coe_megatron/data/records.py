@@ -1,4 +1,4 @@
-"""Records and what makes documents of them: templates, and the errors of records and files that give none."""
+"""Records, the templates that turn them into documents, and the errors of malformed records and files."""
 
 import math
 import string
@@ -10,20 +10,20 @@ from typing import Any
 from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.text import shortened
 
-BYTE_ORDER_MARK = "\ufeff"  # no text, wherever a file, a record or a field begins
+BYTE_ORDER_MARK = "\ufeff"  # not part of the text at the start of a file, a record or a field
 
 Record = Mapping[str, Any]
 
 
 class InputError(ValueError):
-    """What an input file holds cannot be prepared; one line that names the file."""
+    """An input file cannot be prepared; one line that names the file."""
 
     def __init__(self, text: str) -> None:
         super().__init__(one_line(text))
 
 
 class MalformedRecord(ValueError):
-    """A line, row or block that gives no document; the message says what is wrong with it."""
+    """A line, row or block that gives no document; the message says why."""
 
     def __init__(self, text: str) -> None:
         super().__init__(one_line(text))
@@ -33,10 +33,10 @@ class MalformedRecord(ValueError):
 class Template:
     """How a record becomes a document: literal text and field names in braces, such as "{question} {answer}".
 
-    A name in braces is a field's plain name; {{ and }} are braces themselves.
+    Braces hold the plain name of a field; {{ and }} are literal braces.
 
     Raises:
-        ConfigError: the text has no fields, or its braces make no sense.
+        ConfigError: the text has no fields, or its braces are not valid.
     """
 
     text: str
@@ -47,14 +47,14 @@ class Template:
 
     @cached_property
     def fields(self) -> tuple[str, ...]:
-        """The names in braces, each once, in their order."""
+        """The names in braces, in order, without duplicates."""
         return tuple(dict.fromkeys(name for _, name in self._parts if name is not None))
 
     def render(self, record: Record) -> str:
         """The document of a record.
 
         Raises:
-            MalformedRecord: a field is missing, or is neither text nor a finite number, or the document is empty.
+            MalformedRecord: a field is missing, is neither text nor a finite number, or the document is empty.
         """
         pieces = (literal + ("" if name is None else _text_of(record, name)) for literal, name in self._parts)
         document = "".join(pieces)
@@ -82,17 +82,17 @@ class Template:
 
 @dataclass(frozen=True)
 class Templates:
-    """Templates for records of several kinds: each record takes the first whose fields it has."""
+    """Templates for several kinds of records: each record uses the first template whose fields it has."""
 
     choices: tuple[Template, ...]
 
     @classmethod
     def of(cls, texts: Iterable[str]) -> "Templates":
-        """From their texts."""
+        """Make templates from their texts."""
         return cls(tuple(map(Template, texts)))
 
     def fitting(self, names: Iterable[str]) -> Template:
-        """The first template whose fields are all there; if none is, the first of all."""
+        """The first template whose fields are all present; if there is none, the first template."""
         present = set(names)
         return next((choice for choice in self.choices if present.issuperset(choice.fields)), self.choices[0])
 
@@ -100,24 +100,26 @@ class Templates:
         """The document of a record.
 
         Raises:
-            MalformedRecord: no template fits, or see `Template.render`.
+            MalformedRecord: no template fits, or as `Template.render`.
         """
         return self.fitting(record).render(record)
 
 
 def record_size(record: Record) -> int:
-    """About how much text a record has that is parsed already."""
+    """Approximate characters of a parsed record."""
     return sum(len(str(value)) for value in record.values())
 
 
-def too_large(most: int) -> MalformedRecord:
-    """What a record of more than `most` bytes is."""
-    return MalformedRecord(f"it has more than {most:,} bytes, as --max-record-bytes allows")
+def too_large(max_bytes: int) -> MalformedRecord:
+    """The error for a record of more than `max_bytes` bytes."""
+    return MalformedRecord(f"it has more than {max_bytes:,} bytes, the limit of --max-record-bytes")
 
 
 def _text_of(record: Record, name: str) -> str:
     if name not in record:
-        raise MalformedRecord(f"field {name!r} is missing; there is {shortened(', '.join(record)) or 'nothing'}")
+        raise MalformedRecord(
+            f"field {name!r} is missing; the record has {shortened(', '.join(record)) or 'no fields'}"
+        )
     value = record[name]
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise MalformedRecord(f"field {name!r} is {type(value).__name__}: it must be text or a number")

@@ -1,20 +1,20 @@
-"""The data of a run, opened as its settings say: corpora to train on, and named sets to validate on."""
+"""The data of a run: corpora to train on, and named sets to validate on."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from coe_megatron.config.settings import DataSettings
 from coe_megatron.data.datasets import PreparedData, SampleSource
-from coe_megatron.data.folders import check_folders, folders, training_parts, validation_paths
+from coe_megatron.data.folders import check_folders, data_folders, training_parts, validation_paths
 from coe_megatron.data.manifest import Split
 
 
 @dataclass(frozen=True)
 class RunData:
-    """Prepared folders of one tokenizer.
+    """Prepared folders that share one tokenizer.
 
     Attributes:
-        settings: what was asked for.
+        settings: the settings that name the folders.
         corpora: to train on.
         weights: of each corpus, in samples.
         validation: to validate on, by name.
@@ -30,11 +30,11 @@ class RunData:
         """Open all folders that the settings name, after `check_folders`.
 
         Raises:
-            ConfigError: a folder is missing, broken, or of another tokenizer than the others.
+            ConfigError: a folder is missing, damaged, or has a different tokenizer.
         """
         check_folders(settings, needed=True)
         parts = training_parts(settings)
-        named = {folder.path: folder.setting for folder in folders(settings)}
+        named = {folder.path: folder.setting for folder in data_folders(settings)}
         opened = {path: PreparedData.open(path, setting) for path, setting in named.items()}
         return cls(
             settings,
@@ -45,12 +45,12 @@ class RunData:
 
     @property
     def tokenizer_size(self) -> int:
-        """Pieces of the tokenizer."""
+        """Number of pieces of the tokenizer."""
         return self.corpora[0].manifest.vocab_size
 
     @property
     def tokenizer_sha256(self) -> str:
-        """Identity of the tokenizer."""
+        """SHA-256 of the tokenizer: its identity."""
         return self.corpora[0].manifest.tokenizer_sha256
 
     @property
@@ -73,12 +73,12 @@ class RunData:
             name: self._samples(data, "valid", seq_length, seed, cache_dir) for name, data in self.validation.items()
         }
 
-    def share_cut(self, seq_length: int) -> float:
-        """The share of the documents that training meets and cuts; 0 where samples are packed."""
+    def truncated_fraction(self, seq_length: int) -> float:
+        """The fraction of training documents that are truncated; 0 if samples are packed."""
         if self.settings.samples == "packed":
             return 0.0
-        cut = [weight * corpus.share_cut(seq_length) for corpus, weight in zip(self.corpora, self.weights, strict=True)]
-        return sum(cut) / sum(self.weights)
+        parts = zip(self.corpora, self.weights, strict=True)
+        return sum(weight * corpus.truncated_fraction(seq_length) for corpus, weight in parts) / sum(self.weights)
 
     def _samples(self, data: PreparedData, split: Split, seq_length: int, seed: int, cache_dir: Path) -> SampleSource:
         mode, reset = self.settings.samples, self.settings.reset_at_documents

@@ -1,12 +1,12 @@
-"""Where prepared data grows until it is whole: a hidden folder beside its place, which outlives an interruption.
+"""The staging folder of a preparation: a hidden folder beside the output, which survives an interruption.
 
 .NAME.partial/
-    lock              held by the process at work; a dead process holds none
-    job.json          what is being prepared; another job starts anew
+    lock              held by the running process; released when it ends or dies
+    job.json          what is being prepared; a different job starts over
     tokenizer.model
-    tokenizer.sha256  of the model that the chunks were made with; with another one all starts anew
-    chunks/N.npz      each whole
-    whole/            the output itself, renamed to its place when every byte is on the disk
+    tokenizer.sha256  checksum of the model that encoded the chunks; with another model everything starts over
+    chunks/N.npz      encoded chunks, each complete
+    whole/            the output itself, renamed to its path once every byte is on disk
 """
 
 import fcntl
@@ -26,7 +26,7 @@ _NAME = "the hidden folder beside --output"
 
 
 class Staging:
-    """The folder of one output; `staged` makes it."""
+    """The staging folder of one output; `open_staging` creates it."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -35,44 +35,44 @@ class Staging:
 
     @classmethod
     def of(cls, output: Path) -> "Staging":
-        """The folder that belongs to an output, whether it is there or not."""
-        return cls(place_of(output))
+        """The staging folder of an output, whether it exists or not."""
+        return cls(staging_folder(output))
 
     @property
     def tokenizer(self) -> Path:
-        """Where the tokenizer stands once it is whole."""
+        """Path of the tokenizer, which exists once it is complete."""
         return self._folder / TOKENIZER
 
     @property
     def chunks_done(self) -> int:
-        """How many chunks are whole."""
+        """Number of complete chunks."""
         return len(list(self._chunks.glob("*.npz")))
 
     def chunk(self, index: int) -> Path:
-        """Where a chunk stands once it is whole."""
+        """Path of a chunk, which exists once it is complete."""
         return self._chunks / f"{index:06}.npz"
 
-    def keep_tokenizer(self, model: Path) -> None:
-        """Move a finished model, a file in this folder, to its place, its checksum first."""
+    def store_tokenizer(self, model: Path) -> None:
+        """Write the checksum of a finished model, then rename the model to its path in this folder."""
         to_disk(model)
         write_atomically(self._checksum, FileSummary.of(model).sha256)
         model.rename(self.tokenizer)
 
     def scratch(self, name: str) -> Path:
-        """A path for a file that is not whole yet, with nothing there."""
+        """An unused path for an incomplete file."""
         path = self._folder / f"{name}.partial"
         remove(path)
         return path
 
-    def new_whole(self) -> Path:
-        """An empty folder for the output."""
+    def new_output(self) -> Path:
+        """Create an empty folder for the output."""
         whole = self._folder / "whole"
         remove(whole)
         whole.mkdir()
         return whole
 
     def publish(self, output: Path) -> None:
-        """Put the output in its place, where older data goes only when the new is there."""
+        """Rename the complete output to its path; older data there is replaced only now."""
         whole, replaced = self._folder / "whole", self._folder / "replaced"
         for path in whole.iterdir():
             to_disk(path)
@@ -84,69 +84,71 @@ class Staging:
         to_disk(output.parent)
 
     def begin(self, job: dict[str, Any]) -> str:
-        """Keep what an earlier preparation of the same job left; what another one left goes.
+        """Keep the files of an earlier preparation of the same job, and delete those of another job.
 
         Returns:
-            Why also what was left of the same job is gone; empty if it is not.
+            Why the files of the same job were deleted too; empty if they were kept.
         """
         text = json.dumps(job, indent=1).encode()
         record, changed = self._folder / "job.json", ""
-        if not _holds(record, text):
+        if not _content_equals(record, text):
             self._clear()
             write_atomically(record, text)
-        elif not self._has_its_tokenizer():
-            changed = f"{self.tokenizer} is not as it was made" if os.path.lexists(self.tokenizer) else ""
-            self._clear(but=record.name)
+        elif not self._tokenizer_matches():
+            changed = f"{self.tokenizer} has changed since it was written" if os.path.lexists(self.tokenizer) else ""
+            self._clear(keep=record.name)
         if self._chunks.is_symlink() or not self._chunks.is_dir():
             remove(self._chunks)
             self._chunks.mkdir()
         return changed
 
-    def _has_its_tokenizer(self) -> bool:
-        """Whether the tokenizer is the one that was put there, and chunks were made with."""
-        return is_plain_file(self.tokenizer) and _holds(self._checksum, FileSummary.of(self.tokenizer).sha256.encode())
+    def _tokenizer_matches(self) -> bool:
+        """Whether the tokenizer is the one that encoded the chunks."""
+        return is_plain_file(self.tokenizer) and _content_equals(
+            self._checksum, FileSummary.of(self.tokenizer).sha256.encode()
+        )
 
-    def _clear(self, but: str = "") -> None:
+    def _clear(self, keep: str = "") -> None:
         for path in self._folder.iterdir():
-            if path.name not in ("lock", but):
+            if path.name not in ("lock", keep):
                 remove(path)
 
 
 @contextmanager
-def staged(output: Path) -> Iterator[Staging]:
-    """Hold the hidden folder of an output, alone. It goes at the end, and after every error that the next attempt would
-    meet again; an interruption, or a want of disk or memory, leaves what there is to go on with.
+def open_staging(output: Path) -> Iterator[Staging]:
+    """Lock the staging folder of an output. It is deleted at the end, and after an error that would occur again; after
+    an interruption, or when disk or memory ran out, its files remain so that the next attempt can resume.
 
     Raises:
-        ConfigError: another process prepares this output, or the folder cannot be made.
+        ConfigError: another process is preparing this output, or the folder cannot be created.
     """
-    folder = place_of(output)
+    folder = staging_folder(output)
     with _lock(folder, output):
         staging = Staging(folder)
         try:
             yield staging
         except BaseException as error:
-            passing = isinstance(error, OSError | MemoryError) or not isinstance(error, Exception)
-            if not (passing and staging.tokenizer.exists()):
+            transient = isinstance(error, OSError | MemoryError) or not isinstance(error, Exception)
+            if not (transient and staging.tokenizer.exists()):
                 shutil.rmtree(folder)
             raise
         shutil.rmtree(folder)
 
 
-def place_of(output: Path) -> Path:
-    """The hidden folder of an output."""
+def staging_folder(output: Path) -> Path:
+    """Path of the staging folder of an output."""
     return output.with_name(f".{output.name}.partial")
 
 
-def check_place(output: Path) -> None:
-    """That the hidden folder of an output can be made, or is a folder that can be written to; ConfigError if not."""
-    folder = require_writable(place_of(output), _NAME, "folder")
+def check_staging_folder(output: Path) -> None:
+    """Raise ConfigError unless the staging folder of an output can be created or written to."""
+    folder = require_writable(staging_folder(output), _NAME, "folder")
     if folder.is_symlink():
-        raise problem(folder, _NAME, "it is a link, and nothing can be renamed from elsewhere: remove it")
+        raise problem(folder, _NAME, "it is a symbolic link, so its files cannot be renamed to the output: remove it")
 
 
-def _holds(path: Path, content: bytes) -> bool:
-    """Whether a plain file holds just this."""
+def _content_equals(path: Path, content: bytes) -> bool:
+    """Whether a plain file has exactly this content."""
     return is_plain_file(path) and path.stat().st_size == len(content) and path.read_bytes() == content
 
 
@@ -169,25 +171,25 @@ def _lock(folder: Path, output: Path) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ConfigError(
-                    f"--output is {output}: it is being prepared by another process; wait for it"
+                    f"--output is {output}: another process is preparing it; wait for that to finish"
                 ) from None
-            if _is_at(file, path):
+            if _is_same_file(file, path):
                 yield
                 return
 
 
 def _open_lock(path: Path) -> BinaryIO:
-    """Open a lock's file, which is made if it is not there; no link is followed, and no pipe waited for.
+    """Open the lock file, creating it if needed; follows no link and does not block on a pipe.
 
     Raises:
-        ConfigError: something else is in its place. It is not removed: another process may just have put a lock there.
-        OSError: it cannot be opened; FileNotFoundError where there is no folder.
+        ConfigError: the path is no plain file. We do not remove it, since another process may just have locked it.
+        OSError: it cannot be opened; FileNotFoundError if the folder does not exist.
     """
     if os.path.lexists(path) and not is_plain_file(path):
-        raise problem(path, _NAME, "it is no plain file, and a lock must be one: remove it")
+        raise problem(path, _NAME, "the lock must be a plain file: remove it")
     return open(path, "ab", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666))
 
 
-def _is_at(file: BinaryIO, path: Path) -> bool:
-    """Whether the open file still stands there, and was not removed before it was locked."""
+def _is_same_file(file: BinaryIO, path: Path) -> bool:
+    """Whether the path still refers to the open file, which may have been removed before it was locked."""
     return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())

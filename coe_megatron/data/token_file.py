@@ -1,4 +1,4 @@
-"""The file of a split's tokens, watched while samples are drawn from it: damage is told from a bug."""
+"""Checks on a split's token file while samples are read from it, so that a damaged file is not reported as a bug."""
 
 import os
 from collections.abc import Iterator
@@ -11,47 +11,49 @@ from coe_megatron.errors import ConfigError
 
 
 class DamagedTokens(ConfigError):
-    """What one rank may find alone, in the samples that it draws; one line that names the file."""
+    """Damage that a single rank may find in the samples it reads; one line that names the file."""
 
 
 class TokenFile:
-    """Looks at what is read of a split: files too large to be hashed at the start, or changed under a running run.
+    """Checks the tokens read of a split: files may be too large to hash at the start, or change during the run.
 
     Attributes:
-        path: of its .bin.
-        bytes: it must have; the memory of a file that became shorter ends the process (SIGBUS).
-        vocab_size: above all its tokens.
+        path: the .bin file.
+        bytes: the size that it must have; reading a memory-mapped file that shrank ends the process (SIGBUS).
+        vocab_size: all token ids must be below this.
     """
 
     def __init__(self, path: Path, size: int, vocab_size: int) -> None:
         self.path, self.bytes, self.vocab_size = path, size, vocab_size
-        self._file = path.open("rb")  # as the mapping does, it outlives the name
+        self._file = path.open("rb")  # stays open when the file is deleted, as the memory map does
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Around what follows the index into the file.
+        """Context in which a sample is read through the index.
 
         Raises:
-            DamagedTokens: it leads nowhere, or the file is shorter than it was.
+            DamagedTokens: the index is not valid, or the file has shrunk.
         """
         if (size := os.fstat(self._file.fileno()).st_size) < self.bytes:
             raise self._damaged(f"it has {size} bytes instead of {self.bytes}")
         try:
             yield
         except (IndexError, ValueError) as error:
-            raise self._damaged(f"its index, or the order kept in the run's folder, leads nowhere ({error})") from error
+            raise self._damaged(
+                f"its index, or the sample order in the run's folder, is not valid ({error})"
+            ) from error
 
     def check(self, *tokens: Tensor) -> None:
-        """Refuse what is no token.
+        """Check that all token ids are valid.
 
         Raises:
-            DamagedTokens: names it.
+            DamagedTokens: an id is not valid; the message names it.
         """
-        for some in tokens:
-            least, largest = (int(value) for value in some.aminmax())
+        for ids in tokens:
+            least, largest = (int(value) for value in ids.aminmax())
             if least < 0 or largest >= self.vocab_size:
                 found = least if least < 0 else largest
-                raise self._damaged(f"it holds token {found}, and the tokenizer has {self.vocab_size}")
+                raise self._damaged(f"it contains token {found}, but the tokenizer has {self.vocab_size} pieces")
 
     def _damaged(self, reason: str) -> DamagedTokens:
         return DamagedTokens(f"{self.path} is damaged: {reason}; prepare the data again")

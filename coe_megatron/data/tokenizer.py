@@ -1,4 +1,4 @@
-"""SentencePiece tokenizers: training one that loses nothing, and reading one from a file."""
+"""SentencePiece tokenizers: train a lossless one, or load one from a file."""
 
 import hashlib
 import io
@@ -17,46 +17,46 @@ from coe_megatron.files import problem, read_limited
 ModelType = Literal["bpe", "unigram"]
 
 PAD_ID, UNK_ID, BOS_ID, EOS_ID = range(4)
-TRAINING_CHARACTERS = 64_000_000  # more text changes a vocabulary of usual size little, but costs gigabytes
-LONGEST_LINE = 1 << 14  # characters that are in the sample together
-REMEMBERED_WORDS = 1 << 19  # about 100 MB
-REMEMBERED_LENGTH = 64  # characters of such a word; text without spaces has "words" of any length
-PART_LENGTH = 1 << 18  # characters that are cut into words together
-LONGEST_WORD = 1 << 16  # characters; SentencePiece takes some hundred bytes for each
-SMALLEST_VOCABULARY = 261  # 256 bytes, 4 special pieces and a character
-LARGEST_VOCABULARY = (1 << 31) - 1  # SentencePiece counts in 32 bits
-_MODEL_BYTES = 1 << 28  # a piece has some ten bytes
-_SPACE = "\u2581"  # how pieces write a space
+MAX_TRAINING_CHARACTERS = 64_000_000  # more text hardly changes the vocabulary, but costs gigabytes
+MAX_LINE_LENGTH = 1 << 14  # characters; longer lines are split before sampling
+CACHED_WORDS = 1 << 19  # about 100 MB
+MAX_CACHED_LENGTH = 64  # characters of a cached word; text without spaces has "words" of any length
+SEGMENT_LENGTH = 1 << 18  # characters that are split into words at a time
+MAX_WORD_LENGTH = 1 << 16  # characters; SentencePiece needs some hundred bytes for each
+MIN_VOCAB_SIZE = 261  # 256 bytes, 4 special pieces and a character
+MAX_VOCAB_SIZE = (1 << 31) - 1  # SentencePiece counts in 32 bits
+_MAX_MODEL_BYTES = 1 << 28  # a piece has about ten bytes
+_SPACE = "\u2581"  # the space in pieces
 
 
 class Tokenizer:
-    """A SentencePiece model with the few things that training needs of it.
+    """A SentencePiece model with the attributes that training needs.
 
     Attributes:
         vocab_size: the number of pieces; ids are 0 ... vocab_size - 1.
-        eos_id: the id that ends a document.
-        pad_id: the id that fills rows up; a model without a pad piece lends its eos (masks tell them apart).
-        sha256: of the model file, in hexadecimal: its identity.
+        eos_id: id that ends a document.
+        pad_id: id that pads rows; eos_id if the model has no pad piece (masks distinguish them).
+        sha256: SHA-256 of the model file in hexadecimal: its identity.
     """
 
     def __init__(self, path: str | Path, name: str = "the tokenizer") -> None:
         """Read a model file.
 
         Args:
-            name: of the option or setting that names it, for messages.
+            name: the option or setting that names the file, for messages.
 
         Raises:
-            ConfigError: the file cannot be read, is no SentencePiece model, or knows no end of sentence.
+            ConfigError: the file cannot be read, is no SentencePiece model, or has no end-of-sentence piece.
         """
         from sentencepiece import SentencePieceProcessor
 
-        model = read_limited(Path(path), name, _MODEL_BYTES)
+        model = read_limited(Path(path), name, _MAX_MODEL_BYTES)
         try:
             if not model:
-                raise RuntimeError("SentencePiece takes no bytes for no model, and fails later")
+                raise RuntimeError("the file is empty")  # SentencePiece would accept it, and fail later
             self._processor = SentencePieceProcessor(model_proto=model)
             proto = _parsed(model)
-        except (RuntimeError, UnicodeDecodeError) as error:  # the latter of its own message on what it cannot read
+        except (RuntimeError, UnicodeDecodeError) as error:  # the latter when SentencePiece's own message is not UTF-8
             raise problem(path, name, "it is no SentencePiece model") from error
         self.vocab_size: int = self._processor.vocab_size()
         self.eos_id: int = self._processor.eos_id()
@@ -68,55 +68,55 @@ class Tokenizer:
         self._words = _Words(self._processor) if _splits_at_spaces(proto) else None
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids of a text [n] int32, without bos or eos: SentencePiece's own, found word by word where that is
-        the same (`_splits_at_spaces`), for most words of a text have been seen before.
+        """Token ids of a text [n] int32, without bos or eos, as SentencePiece encodes it.
 
-        There, what has more than LONGEST_WORD characters without a space is cut; only at the cuts can ids differ.
+        If words can be encoded separately with the same result (`_splits_at_spaces`), we cache the ids of words, since
+        most words repeat. A word of more than MAX_WORD_LENGTH characters is split; ids can differ only at the splits.
         """
         if self._words is None:
             return np.array(self._processor.encode(text), dtype=np.int32)
-        first_end = text.find(" ") % (len(text) + 1)  # -1, no space, becomes the end
-        found = bytearray(self._words.encode(text[:first_end]))
-        for part in _parts(text, first_end + 1):
-            found += b"".join(map(self._words.__getitem__, part.split(" ")))
-        return np.frombuffer(found, dtype=np.int32)
+        first_end = text.find(" ") % (len(text) + 1)  # -1 (no space) becomes the end
+        ids = bytearray(self._words.encode(text[:first_end]))
+        for segment in _segments(text, first_end + 1):
+            ids += b"".join(map(self._words.__getitem__, segment.split(" ")))
+        return np.frombuffer(ids, dtype=np.int32)
 
     def decode(self, ids: list[int]) -> str:
-        """The text of token ids; control ids such as eos and pad vanish."""
+        """The text of token ids, without control ids such as eos and pad."""
         return self._processor.decode(ids)
 
 
 class _Words(dict[str, bytes]):
-    """Ids of words that follow a space, the space included, as int32 in memory; each looked up in the model once."""
+    """Cache from a word to the ids of a space and this word, as int32 bytes."""
 
     def __init__(self, processor: Any) -> None:
         self._processor = processor
 
     def __missing__(self, word: str) -> bytes:
         ids = self.encode(f" {word}")
-        if len(word) <= REMEMBERED_LENGTH:
-            if len(self) >= REMEMBERED_WORDS:
+        if len(word) <= MAX_CACHED_LENGTH:
+            if len(self) >= CACHED_WORDS:
                 self.clear()
             self[word] = ids
         return ids
 
     def encode(self, word: str) -> bytes:
-        """The ids of one word as it is, in as many parts as its length needs."""
-        starts = range(0, len(word), LONGEST_WORD)
-        parts = (self._processor.encode(word[start : start + LONGEST_WORD]) for start in starts)
+        """The ids of one word, encoded in parts of MAX_WORD_LENGTH characters."""
+        starts = range(0, len(word), MAX_WORD_LENGTH)
+        parts = (self._processor.encode(word[start : start + MAX_WORD_LENGTH]) for start in starts)
         return b"".join(array("i", ids).tobytes() for ids in parts)
 
 
-def _parts(text: str, start: int) -> Iterator[str]:
-    """What stands between the spaces of a text from `start` on, in parts of about PART_LENGTH characters."""
+def _segments(text: str, start: int) -> Iterator[str]:
+    """Split a text from `start` on at spaces, into segments of about SEGMENT_LENGTH characters."""
     while start <= len(text):
-        end = text.find(" ", start + PART_LENGTH) % (len(text) + 1)
+        end = text.find(" ", start + SEGMENT_LENGTH) % (len(text) + 1)
         yield text[start:end]
         start = end + 1
 
 
 def _parsed(model: bytes) -> Any:
-    """The model as SentencePiece's own message; a RuntimeError, as of its processor, if it holds no text."""
+    """The model as SentencePiece's protobuf message; RuntimeError, as from its processor, if it is not valid."""
     from google.protobuf.message import DecodeError
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
@@ -124,16 +124,16 @@ def _parsed(model: bytes) -> Any:
         proto = ModelProto.FromString(model)
     except DecodeError as error:
         raise RuntimeError(str(error)) from error
-    if not all(isinstance(piece.piece, str) for piece in proto.pieces):  # bytes where it is not UTF-8
+    if not all(isinstance(piece.piece, str) for piece in proto.pieces):  # protobuf returns bytes if it is not UTF-8
         raise RuntimeError("a piece is not UTF-8")
     return proto
 
 
 def _splits_at_spaces(proto: Any) -> bool:
-    """Whether the ids of a text are those of its words, each with the space before it, one after the other.
+    """Whether the ids of a text are the concatenated ids of its words, each with the space before it.
 
-    So it is with BPE when no piece holds a space but at its start, and nothing else looks across a space: no
-    normalisation, and bytes for unknown characters (which otherwise melt into one unknown piece).
+    This holds for BPE if no piece contains a space except at its start, and nothing else works across spaces: no
+    normalization, and byte fallback (otherwise adjacent unknown characters merge into one unknown piece).
     """
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     lossless = not (
@@ -150,29 +150,29 @@ def train_tokenizer(
     path: str | Path,
     *,
     model_type: ModelType = "bpe",
-    max_characters: int = TRAINING_CHARACTERS,
+    max_characters: int = MAX_TRAINING_CHARACTERS,
 ) -> Tokenizer:
     """Train a SentencePiece model, write it to `path`, and return it.
 
-    The same texts give the same file, byte for byte. Nothing is normalized and unknown characters fall back to
-    bytes, so decode(encode(text)) == text (but for U+2581, SentencePiece's own mark of a space). Digits stand alone.
+    The same texts give a byte-identical file. Text is not normalized and unknown characters fall back to bytes, so
+    decode(encode(text)) == text (except for U+2581, SentencePiece's own space character). Each digit is its own piece.
     Ids: pad 0, unk 1, bos 2, eos 3.
 
     Args:
-        texts: documents to learn from.
-        vocab_size: pieces including the 256 bytes and the 4 special ones.
-        path: where the model file goes.
-        max_characters: of a longer text a sample is used, half as large as this at least, its lines chosen by hash.
+        texts: documents to train on.
+        vocab_size: number of pieces, including the 256 bytes and the 4 special ones.
+        path: of the model file to write.
+        max_characters: limit of the text to train on; a longer text is sampled by line hash, to at least half of this.
 
     Raises:
         ConfigError: an option has no valid value, or the texts are too few or too varied for `vocab_size`; the message
-            names `--vocab-size`, as the programs call it, and what would do.
+            names the option `--vocab-size` and a valid value.
     """
     from sentencepiece import SentencePieceTrainer
 
     if model_type not in get_args(ModelType):
         raise ConfigError(f"model_type is {model_type!r}: it must be one of {', '.join(get_args(ModelType))}")
-    lines = _sample(texts, max_characters)  # read here: SentencePiece would disguise an error of the texts
+    lines = _sample(texts, max_characters)  # read here, because SentencePiece would hide an error of `texts`
     model = io.BytesIO()
     try:
         SentencePieceTrainer.train(
@@ -189,7 +189,7 @@ def train_tokenizer(
 
 
 def _fixed_options() -> dict[str, Any]:
-    """What makes a model lossless and the same everywhere."""
+    """Options that make a model lossless and reproducible."""
     ids: dict[str, Any] = {"pad_id": PAD_ID, "unk_id": UNK_ID, "bos_id": BOS_ID, "eos_id": EOS_ID}
     lossless = {
         "normalization_rule_name": "identity",
@@ -202,9 +202,9 @@ def _fixed_options() -> dict[str, Any]:
     return {**ids, **lossless, **fixed}
 
 
-def _sample(texts: Iterable[str], most: int) -> list[str]:
-    """Lines of the texts with at most so many characters, all of them or those with the smallest checksums: a sample
-    spread over the whole, the same for the same texts. NUL would end SentencePiece's input, so it is left out.
+def _sample(texts: Iterable[str], max_characters: int) -> list[str]:
+    """Lines of the texts with at most `max_characters` characters: all lines, or those with the smallest checksums.
+    The sample is spread over the whole text and reproducible. NUL is removed, since it would end SentencePiece's input.
     """
     ceiling, size = 1 << 32, 0
     kept: list[tuple[int, str]] = []
@@ -213,7 +213,7 @@ def _sample(texts: Iterable[str], most: int) -> list[str]:
             continue
         kept.append((checksum, line))
         size += len(line)
-        while size > most:
+        while size > max_characters:
             ceiling //= 2
             kept = [(checksum, line) for checksum, line in kept if checksum < ceiling]
             size = sum(len(line) for _, line in kept)
@@ -223,15 +223,15 @@ def _sample(texts: Iterable[str], most: int) -> list[str]:
 def _lines(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
         for line in text.replace("\0", "").split("\n"):
-            yield from (line[start : start + LONGEST_LINE] for start in range(0, len(line), LONGEST_LINE))
+            yield from (line[start : start + MAX_LINE_LENGTH] for start in range(0, len(line), MAX_LINE_LENGTH))
 
 
-def _remedy(said: str) -> str:
-    """What SentencePiece's trainer demands, in terms of our option."""
-    if needed := re.search(r"smaller than required_chars\. \d+ vs (\d+)", said):
-        return f"the characters of the text need at least {needed[1]}"
-    if (most := re.search(r"too high .* <= (\d+)", said)) and int(most[1]) >= SMALLEST_VOCABULARY:
-        return f"there is text for at most {most[1]}"
-    if most or "sentences_.empty()" in said:
-        return "there is too little text to learn any from"
-    return f"SentencePiece cannot learn as many from the text: {said.rpartition('] ')[2].strip()}"
+def _remedy(message: str) -> str:
+    """Translate an error of SentencePiece's trainer into a remedy for our option."""
+    if needed := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return f"the characters of the text require at least {needed[1]}"
+    if (limit := re.search(r"too high .* <= (\d+)", message)) and int(limit[1]) >= MIN_VOCAB_SIZE:
+        return f"the text allows at most {limit[1]}"
+    if limit or "sentences_.empty()" in message:
+        return "there is too little text to train any tokenizer"
+    return f"SentencePiece cannot train so many pieces on the text: {message.rpartition('] ')[2].strip()}"

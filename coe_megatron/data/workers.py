@@ -1,4 +1,4 @@
-"""Work spread over processes, its results in order; nothing here imports torch, so that a worker starts fast."""
+"""A parallel map over processes with results in order. It does not import torch, so that workers start fast."""
 
 import os
 import signal
@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 Result = TypeVar("Result")
 
 
-def in_order(function: Callable[..., Result], tasks: Iterable[tuple[Any, ...]], workers: int) -> Generator[Result]:
-    """Yield function(*task) for each task in their order, computed by so many processes; by this one if it is 1.
+def ordered_map(function: Callable[..., Result], tasks: Iterable[tuple[Any, ...]], workers: int) -> Generator[Result]:
+    """Yield function(*task) for each task in order, computed by `workers` processes, or by this process if it is 1.
 
-    Tasks are taken as they are needed, a few ahead. The first error, in the order of the tasks, is raised. When the
-    generator ends, or is closed, what was begun is waited for and the rest forgotten.
+    Tasks are read as needed, a few ahead. The first error in the order of the tasks is raised. When the generator ends
+    or is closed, it waits for running tasks and cancels the rest.
 
     Raises:
         ChildProcessError: a worker was killed.
@@ -26,24 +26,24 @@ def in_order(function: Callable[..., Result], tasks: Iterable[tuple[Any, ...]], 
     if workers == 1:
         yield from (function(*task) for task in tasks)
         return
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_become_worker)
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_init_worker)
     waiting: deque[Future[Result]] = deque()
     try:
         for task in tasks:
-            with _interrupt_held_back():
+            with _block_sigint():
                 waiting.append(pool.submit(function, *task))
             if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool:
-        raise ChildProcessError("a worker process was killed (by hand, or for want of memory)") from None
+        raise ChildProcessError("a worker process was killed (by a user, or because memory ran out)") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _become_worker() -> None:
-    """Leave Ctrl-C, which strikes the whole group of processes, to the parent, and end when the parent is gone."""
+def _init_worker() -> None:
+    """Ignore Ctrl-C, which the whole process group receives and the parent handles; end when the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -57,8 +57,8 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def _interrupt_held_back() -> Iterator[None]:
-    """SIGINT waits until the end of the block; a process started in it has SIGINT blocked until it changes that."""
+def _block_sigint() -> Iterator[None]:
+    """Defer SIGINT until the end of the block; a process started in it inherits the blocked SIGINT."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from coe_megatron.chain.settings import Recompute
 from coe_megatron.config.layout import Layout
 from coe_megatron.config.settings import RunConfig
-from coe_megatron.data.folders import check_data, folders
+from coe_megatron.data.folders import check_data, data_folders
 from coe_megatron.errors import ConfigError
 from coe_megatron.estimate import closed_forms
 from coe_megatron.estimate.activations import Activations, activations, extra_flops
@@ -97,7 +97,7 @@ class RunEstimate:
         counted, flops = self.parameters, self.flops_per_token
         of_stage = f" (pipeline stage {self.stage + 1} of {self.layout.pipeline})" if self.layout.pipeline > 1 else ""
         rows = {
-            "layout": f"{self.layout.ranks:,} ranks: {self.layout}; each expert on {self.layout.expert_data:,}",
+            "layout": f"{self.layout.world_size:,} ranks: {self.layout}; each expert on {self.layout.expert_data:,}",
             "batches": f"{self.micro_batches:,} micro-batches of {self.micro_batch} a step"
             + (f", pipeline bubble {self.bubble:.1%}" if self.bubble else ""),
             "parameters": f"{counted.total:,} in all, {counted.active:,} active for a token, "
@@ -163,7 +163,7 @@ def vocabulary(config: RunConfig, *, data_needed: bool = False) -> int:
     if manifest is not None:
         return padded_vocabulary(config, manifest.vocab_size)
     if config.model.vocab_size is None:
-        missing = next(folders(config.data))
+        missing = next(data_folders(config.data))
         raise ConfigError(
             "model.vocab_size is null: without prepared data it must be given "
             f"(there is no folder {missing.path}, which {missing.setting} names)"

@@ -1,4 +1,4 @@
-"""What stands between a run and the machines it runs on: jobs, attempts, failures. Without torch."""
+"""Runs under SLURM: jobs, attempts and requeues, failures of ranks, spare nodes. Without torch."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Keeps the terminal for what concerns the user: libraries' remarks on optional packages and on themselves stay out."""
+"""Suppress warnings of libraries that the user cannot act on."""
 
 import logging
 import warnings
@@ -7,10 +7,10 @@ _MEGATRON_LAYER = "megatron.core.transformer.transformer_layer"
 
 
 def quiet_libraries() -> None:
-    """Silence what Megatron-Core and torch say on import and set-up that no user can act on.
+    """Suppress warnings of Megatron-Core and torch at import and set-up that no user can act on.
 
-    Megatron warns that Apex and Transformer Engine are missing and that its own defaults are deprecated, torch that
-    Megatron calls old names, and Megatron's layer that it does not know CoELayer by name. Errors are untouched.
+    Megatron warns that Apex and Transformer Engine are missing and that its own defaults are deprecated, torch warns
+    that Megatron uses deprecated names, and Megatron's layer warns that it does not know CoELayer. Errors are kept.
     """
     warnings.filterwarnings("ignore", module=r"megatron\.")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")

@@ -1,4 +1,4 @@
-"""This rank's share of a run's data: the batches of each step, and the validation sets."""
+"""This rank's shard of a run's data: the batches of each step, and the validation sets."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,28 +12,28 @@ from coe_megatron.training.evaluation import ValidationSet
 
 
 @dataclass(frozen=True)
-class Splits:
-    """What one replica of the model trains and validates on; all ranks that hold it between them have the same.
+class DataShard:
+    """The training and validation data of one model replica; all ranks of the replica have the same.
 
     Attributes:
-        batches: of the training split, by step.
-        validation: by name; small, so they stay in memory.
-        cut: share of the training documents that lose their end.
+        batches: batches of the training split, by step.
+        validation: validation sets by name, in memory.
+        truncated_fraction: fraction of training documents that are truncated.
     """
 
     batches: StepBatches
     validation: dict[str, ValidationSet]
-    cut: float
+    truncated_fraction: float
 
 
-def open_splits(config: RunConfig, data: RunData, index: Path) -> Splits:
-    """Take up this rank's share of all splits.
+def open_data_shard(config: RunConfig, data: RunData, index: Path) -> DataShard:
+    """Open this rank's shard of all splits.
 
     Args:
-        index: folder for the order of packed samples.
+        index: folder of the index of packed samples.
     """
     training, length = config.training, config.model.seq_length
-    share = {
+    shard = {
         "dp_rank": parallel_state.get_data_parallel_rank(),
         "dp_size": parallel_state.get_data_parallel_world_size(),
     }
@@ -43,14 +43,14 @@ def open_splits(config: RunConfig, data: RunData, index: Path) -> Splits:
         seed=training.seed,
         global_batch=training.global_batch,
         micro_batch=training.micro_batch,
-        **share,
+        **shard,
     )
     limit = config.data.validation_samples
     validation = {
         name: ValidationSet(
-            list(validation_batches(samples, training.micro_batch, **share, limit=limit)),
+            list(validation_batches(samples, training.micro_batch, **shard, limit=limit)),
             data.validation[name].manifest.splits["valid"].bytes_per_token,
         )
         for name, samples in data.validation_samples(length, seed=training.seed, cache_dir=index).items()
     }
-    return Splits(batches, validation, data.share_cut(length))
+    return DataShard(batches, validation, data.truncated_fraction(length))

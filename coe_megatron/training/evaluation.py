@@ -1,4 +1,4 @@
-"""The validation loss, and the entropy a model has to beat to have learned anything but frequencies."""
+"""The validation loss, and the unigram entropy: the best loss of a model that ignores context."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,34 +15,34 @@ from coe_megatron.zero.train_step import Batch
 
 
 def forward(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """This rank's stage of a model: the loss of every token [B, S], or hidden states where another stage follows.
+    """Run this rank's pipeline stage: returns the loss of every token [B, S], or hidden states if a stage follows.
 
-    Padding has losses of no meaning, and is not counted in any auxiliary loss.
+    The losses at padding are meaningless, and no auxiliary loss counts padding.
 
     Args:
-        batch: tokens, labels, position_ids [B, S] int64 and padding_mask [B, S] bool, True at padding; maybe
-            attention_mask [B, 1, S, S] bool, True where attention is forbidden, in place of the causal mask.
+        batch: tokens, labels, position_ids [B, S] int64 and padding_mask [B, S] bool, True at padding; optionally
+            attention_mask [B, 1, S, S] bool, True where attention is forbidden, instead of the causal mask.
     """
     padding = batch["padding_mask"]
-    if not parallel_state.is_pipeline_first_stage():  # where GPTModel itself takes this rank's part of the sequence
+    if not parallel_state.is_pipeline_first_stage():  # there GPTModel itself takes this rank's part of the sequence
         tensor = parallel_state.get_tensor_model_parallel_group()
         padding = padding.chunk(tensor.size(), dim=1)[tensor.rank()]
     masks = {"labels": batch["labels"], "padding_mask": padding}
     return model(batch["tokens"], batch["position_ids"], batch.get("attention_mask"), **masks)
 
 
-def counted_loss(token_losses: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """The sum of the losses [B, S] over the tokens that count, fp32."""
+def masked_loss_sum(token_losses: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Sum of the token losses [B, S] over the loss mask, fp32."""
     return (token_losses.float() * batch["loss_mask"]).sum()
 
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """This rank's share of a fixed set of samples; every rank has equally many batches.
+    """This rank's shard of a fixed set of samples; every rank has the same number of batches.
 
     Attributes:
-        batches: kept in memory, on the CPU.
-        bytes_per_token: of the text behind the set.
+        batches: in CPU memory.
+        bytes_per_token: average over the text of the set.
     """
 
     batches: Sequence[Batch]
@@ -50,50 +50,50 @@ class ValidationSet:
 
 
 def validate(engine: Engine, sets: Mapping[str, ValidationSet]) -> dict[str, Any]:
-    """Losses over the counted tokens of all ranks.
+    """Validation losses over the unmasked tokens of all ranks.
 
     Returns:
-        `valid_loss` in nats per token and `valid_bits_per_byte`, over all sets together; and where there are several,
-        `valid`: name -> `loss` and `bits_per_byte` of each.
+        `valid_loss` in nats per token and `valid_bits_per_byte` over all sets together; if there are several sets, also
+        `valid`: name -> `loss` and `bits_per_byte` of each set.
 
     Raises:
-        ConfigError: a set has no token that counts.
+        ConfigError: the loss mask of a set is zero everywhere.
     """
     sums = {name: _sums(engine, part.batches) for name, part in sets.items()}
     for name, (_, tokens) in sums.items():
         if not tokens:
-            raise ConfigError(f"validation set {name} holds no token to compute a loss on: prepare more of it")
-    of_bytes = {name: tokens * sets[name].bytes_per_token for name, (_, tokens) in sums.items()}
+            raise ConfigError(f"validation set {name} has no token to compute a loss on: prepare more validation text")
+    byte_counts = {name: tokens * sets[name].bytes_per_token for name, (_, tokens) in sums.items()}
     nats, tokens = map(sum, zip(*sums.values(), strict=True))
     values: dict[str, Any] = {
         "valid_loss": nats / tokens,
-        "valid_bits_per_byte": nats / math.log(2) / sum(of_bytes.values()),
+        "valid_bits_per_byte": nats / math.log(2) / sum(byte_counts.values()),
     }
     if len(sets) > 1:
         values["valid"] = {
-            name: {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / of_bytes[name]}
+            name: {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / byte_counts[name]}
             for name, (nats, tokens) in sums.items()
         }
     return values
 
 
-def shown(values: Mapping[str, Any]) -> dict[str, float]:
-    """Of what `validate` returns, the losses for a line of progress."""
+def progress_losses(values: Mapping[str, Any]) -> dict[str, float]:
+    """The losses for the progress line, from the result of `validate`."""
     return {"valid": values["valid_loss"], **{name: part["loss"] for name, part in values.get("valid", {}).items()}}
 
 
 def _sums(engine: Engine, batches: Sequence[Batch]) -> tuple[float, float]:
-    """Loss in nats and counted tokens, added up over all ranks."""
+    """Sum of the loss in nats and number of unmasked tokens, over all ranks."""
 
     def sums_of(token_losses: torch.Tensor, batch: Batch) -> torch.Tensor:
-        return torch.stack([counted_loss(token_losses, batch), batch["loss_mask"].sum()]).double()
+        return torch.stack([masked_loss_sum(token_losses, batch), batch["loss_mask"].sum()]).double()
 
     nats, tokens = all_reduce_sum(train_step.evaluate(engine, batches, forward, sums_of, size=2)).tolist()
     return nats, tokens
 
 
 def unigram_entropy(batches: Iterable[Batch], vocab_size: int) -> float:
-    """Entropy in nats of the counted labels' frequencies: the best loss of a model that ignores context."""
+    """Entropy in nats of the frequencies of unmasked labels: the best loss of a model that ignores context."""
     counts = torch.zeros(vocab_size, dtype=torch.float64)
     for batch in batches:
         labels = batch["labels"][batch["loss_mask"] > 0]

@@ -1,4 +1,4 @@
-"""Which rank lies where and holds what, as a small map for the terminal."""
+"""A map for the terminal: the node of each rank, and what the rank holds."""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -6,47 +6,47 @@ from itertools import groupby
 from coe_megatron.config.layout import Layout
 from coe_megatron.text import aligned
 
-_NODES_SHOWN = 8
+_MAX_NODES = 8
 
 
-def layout_map(ranks: Layout, hosts: Sequence[str], num_experts: int) -> str:
-    """A line a node, a cell a rank, a legend of what is in the cells; the first nodes of many.
+def layout_map(layout: Layout, hosts: Sequence[str], num_experts: int) -> str:
+    """One line per node, one cell per rank, and a legend; only the first nodes if there are many.
 
     Args:
-        hosts: of every rank, in their order, where neighbours on a host are a node.
-        num_experts: of a layer.
+        hosts: host of every rank; consecutive ranks on one host form a node.
+        num_experts: experts of a layer.
     """
     nodes = [(host, [rank for rank, _ in group]) for host, group in groupby(enumerate(hosts), key=lambda pair: pair[1])]
-    cells = [[_cell(ranks, rank, num_experts) for rank in held] for _, held in nodes[:_NODES_SHOWN]]
-    names = [f"{host}, ranks {held[0]}-{held[-1]}" for host, held in nodes[:_NODES_SHOWN]]
+    cells = [[_cell(layout, rank, num_experts) for rank in held] for _, held in nodes[:_MAX_NODES]]
+    names = [f"{host}, ranks {held[0]}-{held[-1]}" for host, held in nodes[:_MAX_NODES]]
     rows = [[name, *row] for name, row in zip(names, cells, strict=True)]
     lines = [line.rstrip(" |") for line in aligned(rows, "<", " | ")]
     if more := len(nodes) - len(lines):
         lines.append(f"and {more:,} more node{'s' * (more > 1)}")
-    return "\n".join([*lines, _legend(ranks)])
+    return "\n".join([*lines, _legend(layout)])
 
 
-def _cell(ranks: Layout, rank: int, num_experts: int) -> str:
-    """Megatron's order: tensor parallelism fastest, then replicas (or experts), pipeline stages slowest."""
-    stage, inside = divmod(rank, ranks.ranks // ranks.pipeline)
-    part = inside // ranks.expert_tensor % ranks.expert
-    count = num_experts // ranks.expert
+def _cell(layout: Layout, rank: int, num_experts: int) -> str:
+    """Megatron's order of ranks: tensor parallelism varies fastest, then replicas or experts, then pipeline stages."""
+    stage, inside = divmod(rank, layout.world_size // layout.pipeline)
+    part = inside // layout.expert_tensor % layout.expert
+    count = num_experts // layout.expert
     words = {
-        f"s{stage}": ranks.pipeline > 1,
-        f"r{inside // ranks.tensor}": ranks.data > 1,
-        f"t{inside % ranks.tensor}": ranks.tensor > 1,
-        f"e{part * count}-{(part + 1) * count - 1}": ranks.expert > 1,
-        f"c{inside % ranks.expert_tensor}": ranks.expert_tensor > 1,
+        f"s{stage}": layout.pipeline > 1,
+        f"r{inside // layout.tensor}": layout.data > 1,
+        f"t{inside % layout.tensor}": layout.tensor > 1,
+        f"e{part * count}-{(part + 1) * count - 1}": layout.expert > 1,
+        f"c{inside % layout.expert_tensor}": layout.expert_tensor > 1,
     }
-    return " ".join(word for word, told in words.items() if told)
+    return " ".join(word for word, shown in words.items() if shown)
 
 
-def _legend(ranks: Layout) -> str:
+def _legend(layout: Layout) -> str:
     words = {
-        "s pipeline stage": ranks.pipeline > 1,
-        "r replica": ranks.data > 1,
-        "t part of tensors": ranks.tensor > 1,
-        "e experts": ranks.expert > 1,
-        "c cut of experts": ranks.expert_tensor > 1,
+        "s pipeline stage": layout.pipeline > 1,
+        "r replica": layout.data > 1,
+        "t tensor shard": layout.tensor > 1,
+        "e experts": layout.expert > 1,
+        "c expert tensor shard": layout.expert_tensor > 1,
     }
-    return f"({', '.join(word for word, told in words.items() if told)})"
+    return f"({', '.join(word for word, shown in words.items() if shown)})"

@@ -37,13 +37,13 @@ from coe_megatron.run import folder as run_folder
 from coe_megatron.run.exit_status import ExitStatus
 from coe_megatron.training import devices, evaluation, recovery
 from coe_megatron.training import memory_meter as memory
-from coe_megatron.training.data_shard import open_splits
+from coe_megatron.training.data_shard import open_data_shard
 from coe_megatron.training.layout_map import layout_map
 from coe_megatron.training.lr_schedule import learning_rate
-from coe_megatron.training.metrics import Several, open_metrics
+from coe_megatron.training.metrics import CompositeMetrics, open_metrics
 from coe_megatron.training.profiling import ProfileWindow
 from coe_megatron.training.progress import Progress
-from coe_megatron.training.signals import Interruption
+from coe_megatron.training.signals import StopRequest
 from coe_megatron.training.watchdog import HangDetector, collective_timeout
 from coe_megatron.zero import engine as zero
 from coe_megatron.zero import train_step as passes
@@ -67,13 +67,13 @@ def train(
     config: RunConfig,
     ranks: groups.DistributedEnv,
     store: torch.distributed.Store | None = None,
-    interruption: Interruption | None = None,
+    interruption: StopRequest | None = None,
     last_word: Callable[[int, str], None] = lambda _status, _line: None,
 ) -> run_folder.Outcome | None:
     """Train, or go on from the newest checkpoint in the run's folder; the outcome on rank 0, None on other ranks.
 
     Args:
-        store: where the ranks have met (`groups.meet`), if they have.
+        store: the rendezvous store of the ranks (`rendezvous`), if they have one.
         interruption: notes what asks the run to stop; one of the run's own when None.
         last_word: called with an exit status and a line before a hanging process is ended.
 
@@ -89,11 +89,11 @@ def train(
     limit = config.recovery.hang_after
     with ExitStack() as stack:
         if interruption is None:
-            interruption = Interruption()
-            stack.callback(interruption.forget)
+            interruption = StopRequest()
+            stack.callback(interruption.restore_handlers)
         watch = stack.enter_context(HangDetector(Path(config.output) / "stacks", ranks.rank, limit, last_word))
         device = groups.start(config.parallel, config.training.seed, ranks, collective_timeout(limit), store)
-        with run_on_rank0(lambda: run_folder.begin(config, ranks.logs), shared=False) or nullcontext() as output:
+        with run_on_rank0(lambda: run_folder.begin(config, ranks.log_dir), shared=False) or nullcontext() as output:
             outcome = _attempt(config, ranks, device, interruption, watch, output)
         groups.stop()
     return outcome
@@ -103,7 +103,7 @@ def _attempt(
     config: RunConfig,
     ranks: groups.DistributedEnv,
     device: torch.device,
-    interruption: Interruption,
+    interruption: StopRequest,
     watch: HangDetector,
     output: run_folder.RunFolder | None,
 ) -> run_folder.Outcome | None:
@@ -113,7 +113,7 @@ def _attempt(
         shape = run_on_rank0(lambda: RunShape.of(config, vocabulary(config, data_needed=True), ranks.world_size))
         if warning := run_on_rank0(lambda: room.require(shape), shared=False):
             print(warning, file=sys.stderr)
-        run = Pretraining(shape, device, interruption, watch, ranks.node, output)
+        run = Pretraining(shape, device, interruption, watch, ranks.node_rank, output)
         first = run.position.step
         run.run()
         return run_on_rank0(lambda: None if output is None else output.finish(), shared=False)
@@ -133,7 +133,7 @@ class Pretraining:
     """One run on this rank: data, model, engine, and the loop over the steps."""
 
     def __init__(
-        self, shape: RunShape, device: torch.device, interruption: Interruption, watch: HangDetector, node: int,
+        self, shape: RunShape, device: torch.device, interruption: StopRequest, watch: HangDetector, node: int,
         output: run_folder.RunFolder | None,
     ) -> None:  # fmt: skip
         """Args: `output` is the run's folder on rank 0, None on other ranks."""
@@ -143,7 +143,7 @@ class Pretraining:
         self.interruption, self.watch = interruption, watch
         self.main_rank = is_rank0()
         data = run_on_rank0(lambda: RunData.open(config.data))
-        self.data = open_splits(config, data, self.folder / "index")
+        self.data = open_data_shard(config, data, self.folder / "index")
         self.engine = self._build_engine()
         self.checkpoints = CheckpointManager(self.folder, config, data, self.engine, checkpoint_bytes(shape))
         self.position, self.begun = self.checkpoints.resume()
@@ -168,40 +168,40 @@ class Pretraining:
             opened = run_on_rank0(
                 lambda: open_metrics(self.folder, self.config, first) if first < steps else None, shared=False
             )
-            self.writer = opened or Several()
+            self.writer = opened or CompositeMetrics()
             stack.callback(self.writer.close)
             self.progress = Progress(first, steps, visible=self.main_rank)
             stack.callback(lambda: self.progress.close())  # whichever there is then
-            self.interruption.also_keyboard()
+            self.interruption.handle_sigint()
             stack.enter_context(self.checkpoints)
             self._greet()
             self._run_steps(first, steps)
 
     def _run_steps(self, first: int, steps: int) -> None:
         if first == 0:
-            self.watch.beat("the first evaluation")
+            self.watch.heartbeat("the first evaluation")
             values = self._validate()
             self._require_output()
             self.writer.write({"step": 0, "tokens": 0, **values})
-            self.progress.step(0, evaluation.shown(values))
+            self.progress.step(0, evaluation.progress_losses(values))
         clock = _Clock(self.position)
         window = ProfileWindow(self.config.profile, self.folder / "profile", torch.distributed.get_rank())
         while self.position.step < steps:
             step = self.position.step + 1
-            self.watch.beat(f"step {step}")
+            self.watch.heartbeat(f"step {step}")
             with clock.stopped():
                 window.before_step(step)
             loss, asked = self._train_step(step - 1)
             with clock.stopped():
                 if said := window.after_step(step):
                     self.progress.say(said)
-            if recovery.is_due(self.config.recovery, self.position):
+            if recovery.rollback_due(self.config.recovery, self.position):
                 self._roll_back()
                 clock, log, save = _Clock(self.position), False, bool(asked)
             else:
                 log, save = self._due("log_every", "evaluate_every"), self._due("save_every") or bool(asked)
                 save = save or step in self.config.training.milestones
-                self.watch.beat(f"logging and evaluating after step {step}")
+                self.watch.heartbeat(f"logging and evaluating after step {step}")
                 self.progress.step(step, self._log(loss, clock) if log else None)
             if log or save:
                 self._save(save, log, last=bool(asked) or step == steps)
@@ -210,7 +210,7 @@ class Pretraining:
                 raise Interrupted(f"stopped after step {self.position.step} of {steps}", asked)
 
     def _save(self, due: bool, logged: bool, last: bool) -> None:
-        self.watch.beat(f"the checkpoint of step {self.position.step}")
+        self.watch.heartbeat(f"the checkpoint of step {self.position.step}")
         self._require_output()
         try:
             said = self.checkpoints.after_step(self.position, due, logged, last)
@@ -226,15 +226,15 @@ class Pretraining:
 
     def _roll_back(self) -> None:
         """Go on from an earlier checkpoint, with data that no step has met; what was logged since is forgotten."""
-        self.watch.beat("rolling back")
+        self.watch.heartbeat("rolling back")
         self._require_output()
         self.position, said = recovery.roll_back(self.config, self.position, self.checkpoints)
         self.progress.close()
         self.progress = Progress(self.position.step, self.config.training.steps, visible=self.main_rank)
         self.progress.say(said)
-        self.writer.go_back(self.position.step)
+        self.writer.rewind(self.position.step)
         if self.output is not None:
-            self.output.note({"rollbacks": self.position.rollbacks})
+            self.output.record({"rollbacks": self.position.rollbacks})
 
     def _train_step(self, step: int) -> tuple[float, ExitStatus]:
         """One optimizer step; returns its loss in nats per counted token, and whether a rank was asked to stop."""
@@ -244,21 +244,21 @@ class Pretraining:
         batches = self.data.batches.for_step(step + self.position.data_offset)
         own = torch.stack([batch["loss_mask"].sum() for batch in batches]).double().sum()
         counted = float(evaluation.all_reduce_sum(own))
-        asked = _agreed(self.interruption.asked())
+        asked = _agreed(self.interruption.status())
         zero.set_lr(self.engine, learning_rate(settings, step, self.config.training.steps))
         with self.memory.step():
             total = passes.train_step(
                 self.engine,
                 batches,
                 evaluation.forward,
-                lambda token_losses, batch: evaluation.counted_loss(token_losses, batch) / max(counted, 1),
+                lambda token_losses, batch: evaluation.masked_loss_sum(token_losses, batch) / max(counted, 1),
                 self.memory.after_backward,
-                recovery.largest_loss(policy, self.position),
+                recovery.loss_limit(policy, self.position),
             )
         loss, taken = float(evaluation.all_reduce_sum(total)), zero.was_applied(self.engine)
         stats.finish_step(model, taken)
         self.position.step, self.position.tokens = step + 1, self.position.tokens + int(counted)
-        if said := recovery.note_step(policy, self.position, loss, taken):
+        if said := recovery.record_step(policy, self.position, loss, taken):
             self.progress.say(said)
         return loss, asked
 
@@ -281,17 +281,17 @@ class Pretraining:
             **stats.summary(reports),
             "step_seconds": seconds,
             "tokens_per_second": tokens_per_second,
-            "eta_seconds": self.progress.seconds_left(step),
+            "eta_seconds": self.progress.eta_seconds(step),
             "tflops": flops / 1e12,
             **({"mfu": flops / self.peak_flops} if self.peak_flops else {}),
             "memory": self.memory.measured(),
-            "memory_foreseen": self.cost.measured if self.cost else {},
+            "memory_predicted": self.cost.measured if self.cost else {},
             "routing": [report.as_dict() for report in reports],
         }
         shown = {"loss": loss, "tokens/s": tokens_per_second}
         if self._due("evaluate_every"):
             values |= self._validate()
-            shown |= evaluation.shown(values)
+            shown |= evaluation.progress_losses(values)
         self._require_output()
         self.writer.write(values)
         return shown
@@ -320,7 +320,7 @@ class Pretraining:
             "parameters": asdict(counted) | {"total": counted.total, "active": counted.active},
             "flops_per_token": self.flops.total,
             "unigram_entropy": entropy,
-            "share_of_documents_cut": self.data.cut,
+            "truncated_fraction": self.data.truncated_fraction,
             "ranks": torch.distributed.get_world_size(),
             "device": str(self.device),
             "rollbacks": self.position.rollbacks,
@@ -329,15 +329,16 @@ class Pretraining:
     def _greet(self) -> None:
         counted, ranks = closed_forms.parameters(self.shape.model), self.shape.layout
         self.progress.say(
-            f"{counted.total:,} parameters on {ranks.ranks} rank{'s' * (ranks.ranks > 1)} ({self.device.type}): {ranks}"
+            f"{counted.total:,} parameters on {ranks.world_size} rank{'s' * (ranks.world_size > 1)} "
+            f"({self.device.type}): {ranks}"
         )
-        if ranks.ranks > 1:
+        if ranks.world_size > 1:
             self.progress.say(layout_map(ranks, self.nodes, self.config.moe.num_experts))
             if self.cost and (warning := needless_crossing(self.placed, self.cost)):
                 self.progress.say(f"warning: {warning}")
-        if self.data.cut > 0.05:
+        if self.data.truncated_fraction > 0.05:
             self.progress.say(
-                f"{self.data.cut:.0%} of the training documents are longer than model.seq_length "
+                f"{self.data.truncated_fraction:.0%} of the training documents are longer than model.seq_length "
                 f"({self.config.model.seq_length}) and lose their end; data.samples packed loses nothing"
             )
         if self.begun:

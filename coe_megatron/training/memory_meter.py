@@ -1,13 +1,13 @@
-"""Measured memory of this rank, in bytes by kind: what stays between passes, and what comes and goes within one.
+"""Measured memory of this rank in bytes by kind: what is resident between passes, and what is transient within one.
 
     meter = MemoryMeter(engine)
     with meter.step():
         train_step(..., after_backward=meter.after_backward)
     meter.measured()            # `memory(run, stage).measured` of estimate/memory.py has the same from the config alone
 
-On CUDA torch's allocator counts, in every step. The CPU has no such counter: there every tensor is followed from its
-birth to its death, which makes a step up to twice as long, so only the first one of an attempt is watched; of stage 3
-the second one too, for in the first DeepSpeed does not know yet what to gather ahead.
+On CUDA torch's allocator counts in every step. The CPU has no such counter, so we track every tensor from allocation to
+release. This makes a step up to twice as long, so we measure only the first step of an attempt; with ZeRO stage 3 also
+the second, because in the first DeepSpeed does not know yet what to prefetch.
 """
 
 import gc
@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from coe_megatron.zero import optimizer_states
 from coe_megatron.zero.engine import Engine
 
-_LOOKS, _BETWEEN_LOOKS = 4, 0.02  # how often, and seconds
+_SAMPLES, _SAMPLE_SECONDS = 4, 0.02  # number of samples, and the time between them
 
 
 class MemoryMeter:
@@ -36,158 +36,159 @@ class MemoryMeter:
         self._engine = engine
         self._allocator = torch.cuda.is_available()
         self._live: LiveBytes | None = None
-        self._to_watch = 2 if engine.zero_optimization_stage() == 3 else 1
-        self._between = self._passing = self._peak = self._buckets = 0
-        # Stages 1 and 2 have their buckets within a backward pass alone. The last parameter gets its gradient early.
+        self._steps_to_measure = 2 if engine.zero_optimization_stage() == 3 else 1
+        self._resident = self._transient = self._peak = self._buckets = 0
+        # Stages 1 and 2 have buckets only within a backward pass. The last parameter gets its gradient early.
         *_, last = engine.module.parameters()
-        last.register_post_accumulate_grad_hook(self._look_at_buckets)
+        last.register_post_accumulate_grad_hook(self._measure_buckets)
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Measure the step made meanwhile."""
-        if self._allocator or not self._to_watch:
+        """Measure the step that runs in this context."""
+        if self._allocator or not self._steps_to_measure:
             yield
             return
-        self._to_watch -= 1
+        self._steps_to_measure -= 1
         self._live = LiveBytes()
-        before = _storages(self._held())
+        before = _storages(self._engine_tensors())
         with self._live:
             yield
-        self._passing = max(self._passing, self._live.most_passing)
-        self._peak = max(self._peak, sum(before.values()) + self._live.most)
+        self._transient = max(self._transient, self._live.peak_transient)
+        self._peak = max(self._peak, sum(before.values()) + self._live.peak)
         self._live = None
 
     def after_backward(self) -> None:
-        """To be called after every backward pass: what is there now is no activation."""
+        """Call this after every backward pass: whatever is alive now is no activation."""
         buckets = _size(_buckets(self._engine))
         if self._allocator:
-            self._between = max(self._between, torch.cuda.memory_allocated() - buckets)
+            self._resident = max(self._resident, torch.cuda.memory_allocated() - buckets)
         elif self._live is not None:
-            gc.collect()  # what only waits for the collector, in a cycle of references, is not held
-            self._between = max(self._between, self._stays(self._live) - buckets)
+            gc.collect()  # garbage in reference cycles does not count
+            self._resident = max(self._resident, self._resident_bytes(self._live) - buckets)
 
-    def _look_at_buckets(self, _parameter: torch.Tensor) -> None:
+    def _measure_buckets(self, _parameter: torch.Tensor) -> None:
         buckets = _buckets(self._engine)
         self._buckets = max(self._buckets, _size(buckets))
         if self._live is not None:
-            self._live.set_apart(buckets)
+            self._live.exclude(buckets)
 
-    def _stays(self, live: "LiveBytes") -> int:
-        """Bytes of tensors; the least of several looks, since gloo's threads let go of a bucket a moment later."""
+    def _resident_bytes(self, live: "LiveBytes") -> int:
+        """Bytes of tensors; the minimum of several samples, since gloo's threads release a bucket with a delay."""
         seen = []
-        for _ in range(_LOOKS if torch.distributed.get_world_size() > 1 else 1):
+        for _ in range(_SAMPLES if torch.distributed.get_world_size() > 1 else 1):
             live.settle()
-            held = _storages(self._held())
+            held = _storages(self._engine_tensors())
             seen.append(sum(held.values()) + sum(size for storage, size in live.alive() if storage not in held))
-            time.sleep(_BETWEEN_LOOKS if len(seen) < _LOOKS else 0)
+            time.sleep(_SAMPLE_SECONDS if len(seen) < _SAMPLES else 0)
         return min(seen)
 
     def measured(self) -> dict[str, int]:
-        """Bytes by kind, as far as was measured.
+        """Bytes by kind, as far as they were measured.
 
         `weights` and `optimizer` are the tensors that the engine holds now; `communication_buckets` are the buffers in
-        which DeepSpeed reduces gradients. `gradients` is what else is there between two passes: gradients and
-        Megatron's buffers. `activations` is what else comes and goes within a pass at its peak: beside activations that
-        which a pass takes for a moment, such as weights that stage 3 gathers.
-        `peak` is the most there was at once, in the optimizer's step as well: of tensors on the CPU, of the allocator
-        on CUDA (`peak_reserved` is what it has taken from the device). On the CPU `peak_resident` is the process with
-        Python and all libraries.
+        which DeepSpeed reduces gradients. `gradients` is everything else between two passes: gradients and Megatron's
+        buffers. `activations` is everything else that is transient at the peak of a pass: activations, and temporary
+        tensors such as weights that stage 3 gathers.
+        `peak` is the maximum at any time, including the optimizer step: of tensors on the CPU, of the allocator on CUDA
+        (`peak_reserved` is what it has reserved on the device). On the CPU `peak_resident` is the resident size of the
+        process, including Python and all libraries.
         """
         kept = {"weights": _size(_weights(self._engine)), "optimizer": _size(_optimizer(self._engine))}
         if self._allocator:
             self._peak = torch.cuda.max_memory_allocated()
-            self._passing = max(0, self._peak - self._between - self._buckets)
+            self._transient = max(0, self._peak - self._resident - self._buckets)
         if self._peak:
-            kept["gradients"] = self._between - sum(kept.values())
-            kept |= {"communication_buckets": self._buckets, "activations": self._passing, "peak": self._peak}
+            kept["gradients"] = self._resident - sum(kept.values())
+            kept |= {"communication_buckets": self._buckets, "activations": self._transient, "peak": self._peak}
         if self._allocator:
             return {**kept, "peak_reserved": torch.cuda.max_memory_reserved()}
         return {**kept, "peak_resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
-    def _held(self) -> list[torch.Tensor]:
-        """Tensors that the engine holds: weights, gradients, and whatever its optimizer has."""
+    def _engine_tensors(self) -> list[torch.Tensor]:
+        """Tensors that the engine holds: weights, gradients, and those of its optimizer."""
         parameters = list(self._engine.module.parameters())
         gradients = [p.grad for p in parameters if p.grad is not None]
         return [*_weights(self._engine), *gradients, *_optimizer(self._engine), *_found(vars(self._engine.optimizer))]
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages that operations make while it is entered, from their birth to their death.
+    """Tracks the storages that operations allocate in this context, until they are released.
 
     Attributes:
-        most: the most bytes that there were at once.
-        most_passing: of these what was gone at the next `settle`, not there at an earlier one, and not set apart.
+        peak: maximum of live bytes.
+        peak_transient: maximum, over passes, of live bytes that were allocated in the pass, were released by its end
+            (`settle`), and were not excluded.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.most = self.most_passing = 0
-        self._now = self._settled = self._births = 0
-        self._peak, self._peak_at, self._settled_at_peak = 0, 0, 0  # of this pass
-        self._apart: dict[int, tuple[int, int]] = {}  # as `_alive`, also when they are gone
-        self._alive: dict[int, tuple[int, int]] = {}  # storage: its birth, its bytes; settled ones were born at 0
+        self.peak = self.peak_transient = 0
+        self._now = self._settled = self._allocations = 0
+        self._pass_peak, self._peak_at, self._settled_at_peak = 0, 0, 0  # of this pass
+        self._excluded: dict[int, tuple[int, int]] = {}  # as `_alive`, but kept after release
+        self._alive: dict[int, tuple[int, int]] = {}  # storage: (allocation number, 0 before this pass; bytes)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Run the operation; storages of its results that are not those of its arguments are new."""
+        """Run the operation, and track the storages of results that are not storages of arguments."""
         out = function(*args, **(kwargs or {}))
         given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         for tensor in tree_leaves(out):
             if not isinstance(tensor, torch.Tensor) or tensor.is_meta:
                 continue
             if tensor.untyped_storage()._cdata not in given:
-                self._note(tensor.untyped_storage())
+                self._track(tensor.untyped_storage())
         return out
 
     def alive(self) -> list[tuple[int, int]]:
-        """Storages that are there now: their addresses, and bytes."""
+        """Addresses and bytes of live storages."""
         return [(storage, size) for storage, (_, size) in self._alive.items()]
 
-    def set_apart(self, tensors: list[torch.Tensor]) -> None:
-        """What these hold is no part of what passes."""
+    def exclude(self, tensors: list[torch.Tensor]) -> None:
+        """Exclude the storages of these tensors from the transient bytes of this pass."""
         found = [tensor.untyped_storage()._cdata for tensor in tensors]
-        self._apart |= {storage: self._alive[storage] for storage in found if storage in self._alive}
+        self._excluded |= {storage: self._alive[storage] for storage in found if storage in self._alive}
 
     def settle(self) -> None:
-        """A pass has ended: what is there now stays, and is no part of what passes."""
-        stays = sum(size for birth, size in (self._alive | self._apart).values() if 0 < birth <= self._peak_at)
-        self.most_passing = max(self.most_passing, self._peak - self._settled_at_peak - stays)
+        """End a pass: what is alive now is resident, and not transient."""
+        kept = sum(size for number, size in (self._alive | self._excluded).values() if 0 < number <= self._peak_at)
+        self.peak_transient = max(self.peak_transient, self._pass_peak - self._settled_at_peak - kept)
         self._alive = {storage: (0, size) for storage, (_, size) in self._alive.items()}
-        self._settled, self._apart = self._now, {}
-        self._peak, self._peak_at, self._settled_at_peak = self._now, self._births, self._settled
+        self._settled, self._excluded = self._now, {}
+        self._pass_peak, self._peak_at, self._settled_at_peak = self._now, self._allocations, self._settled
 
-    def _note(self, storage: torch.UntypedStorage) -> None:
+    def _track(self, storage: torch.UntypedStorage) -> None:
         address, size = storage._cdata, storage.nbytes()
         if address in self._alive:
             return
-        self._births += 1
-        self._alive[address] = (self._births, size)
+        self._allocations += 1
+        self._alive[address] = (self._allocations, size)
         self._now += size
-        if self._now > self._peak:
-            self._peak, self._peak_at, self._settled_at_peak = self._now, self._births, self._settled
-            self.most = max(self.most, self._now)
-        weakref.finalize(storage, self._forget, address)
+        if self._now > self._pass_peak:
+            self._pass_peak, self._peak_at, self._settled_at_peak = self._now, self._allocations, self._settled
+            self.peak = max(self.peak, self._now)
+        weakref.finalize(storage, self._release, address)
 
-    def _forget(self, address: int) -> None:
-        birth, size = self._alive.pop(address)
+    def _release(self, address: int) -> None:
+        number, size = self._alive.pop(address)
         self._now -= size
-        self._settled -= size if birth == 0 else 0
+        self._settled -= size if number == 0 else 0
 
 
 def _weights(engine: Engine) -> list[torch.Tensor]:
-    """Of stage 3 this rank's parts, and what is whole at the moment."""
+    """Weights; with stage 3 this rank's partitions, and the parameters that are gathered now."""
     parameters = list(engine.module.parameters())
     return [*parameters, *(p.ds_tensor for p in parameters if hasattr(p, "ds_tensor"))]
 
 
 def _buckets(engine: Engine) -> list[torch.Tensor]:
-    """In which stages 1 to 3 reduce gradients; those there are now."""
+    """The current buffers in which stages 1 to 3 reduce gradients."""
     buckets = getattr(engine.optimizer, "ipg_buckets", {}).values()
     buffers = [bucket.buffer for bucket in buckets]
     return [t for buffer in buffers for t in (buffer if isinstance(buffer, list) else [buffer])]
 
 
 def _optimizer(engine: Engine) -> list[torch.Tensor]:
-    """fp32 masters and moments."""
+    """fp32 master weights and moments."""
     moments = [
         t
         for state in optimizer_states.adam(engine).state.values()
@@ -212,9 +213,9 @@ def _found(value: Any) -> Iterator[torch.Tensor]:
 
 
 def _storages(tensors: list[torch.Tensor]) -> dict[int, int]:
-    """Every storage on the rank's device once: its address, and bytes."""
-    there = torch.device("cuda" if torch.cuda.is_available() else "cpu").type
-    found = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == there]
+    """Address and bytes of every distinct storage on the rank's device."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu").type
+    found = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == device]
     return {storage._cdata: storage.nbytes() for storage in found}
 
 

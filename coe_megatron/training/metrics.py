@@ -1,6 +1,6 @@
-"""Where a run's numbers go: metrics.jsonl (an object a logged step), TensorBoard, Weights & Biases. Rank 0 writes.
+"""Writers of a run's metrics: metrics.jsonl (one object per logged step), TensorBoard, Weights & Biases. Rank 0 writes.
 
-A full disk, or a folder that cannot be written for a while, costs no number: it waits in memory until it is written.
+If a write fails (full disk, unavailable folder), the metrics wait in memory until they can be written.
 """
 
 import io
@@ -27,12 +27,12 @@ from torch.utils.tensorboard.summary import histogram, scalar
 from coe_megatron.config import RunConfig
 from coe_megatron.errors import ConfigError
 from coe_megatron.files import set_aside, write_atomically
-from coe_megatron.run.metrics_log import mend_metrics
+from coe_megatron.run.metrics_log import repair_metrics
 from coe_megatron.run.output_check import METRICS, PREVIOUS_METRICS, TENSORBOARD, WANDB_ID
 
 Values: TypeAlias = Mapping[str, Any]
 
-_LONGEST_ID = 128
+_MAX_ID_LENGTH = 128
 _GROUPS = {
     "loss": ("train_loss", "valid_loss", "valid_bits_per_byte", "valid", "aux_loss", "z_loss"),
     "optimizer": ("learning_rate", "grad_norm"),
@@ -43,29 +43,29 @@ _GROUPS = {
 
 
 class Metrics(Protocol):
-    """Takes the objects of logged steps, in their order; `values["step"]` says where each belongs."""
+    """Writes the metrics of logged steps in order; `values["step"]` is the step."""
 
     def write(self, values: Values) -> None:
-        """One object; numbers in nested objects count as `outer/inner` where names are flat.
+        """Write one object; writers with flat names call numbers in nested objects `outer/inner`.
 
         Raises:
-            OSError: it is not written, and may be given again; not of what `open_metrics` returns.
+            OSError: the object was not written and can be passed again; the writer of `open_metrics` never raises it.
         """
 
-    def go_back(self, step: int) -> None:
-        """Forget what lies beyond a step: the run goes on from there; raises as `write`."""
+    def rewind(self, step: int) -> None:
+        """Discard metrics after a step, from which the run continues; raises as `write`."""
 
     def close(self) -> None:
-        """Flush everything; of no use afterwards."""
+        """Flush everything and close; do not use the writer afterwards."""
 
 
 def open_metrics(folder: Path, config: RunConfig, first_step: int = 0) -> Metrics:
-    """Where the metrics of a run go: metrics.jsonl always, the rest as `logging` says.
+    """Open the metrics of a run: metrics.jsonl always, the other writers as `logging` says.
 
     Args:
-        folder: the run's folder; what lies there up to `first_step` is kept.
-        first_step: steps after this one are written anew, so what lies beyond it, of a run that was killed some time
-            after its checkpoint, is dropped. 0 begins anew; an old metrics.jsonl is kept as `metrics.previous.jsonl`.
+        folder: the run's folder; its metrics up to `first_step` are kept.
+        first_step: the step from which the run resumes. Later metrics, of a run that was killed after its checkpoint,
+            are discarded. 0 starts over; an old metrics.jsonl is kept as `metrics.previous.jsonl`.
 
     Raises:
         ConfigError: Weights & Biases cannot be reached; the message says why.
@@ -76,56 +76,56 @@ def open_metrics(folder: Path, config: RunConfig, first_step: int = 0) -> Metric
         opened.append(TensorBoard(folder / TENSORBOARD, first_step))
     if logging.wandb:
         opened.append(WeightsAndBiases(folder, config))
-    return Several(opened)
+    return CompositeMetrics(opened)
 
 
-class Several:
-    """Metrics that go to several places, to none as well; a place that cannot be written has them later."""
+class CompositeMetrics:
+    """Metrics with any number of writers; metrics that a writer cannot write now are written later."""
 
-    def __init__(self, places: Sequence[Metrics] = ()) -> None:
-        self._places = [(place, deque[Callable[[Metrics], None]]()) for place in places]
-        self._said = False
+    def __init__(self, writers: Sequence[Metrics] = ()) -> None:
+        self._writers = [(writer, deque[Callable[[Metrics], None]]()) for writer in writers]
+        self._warned = False
 
     def write(self, values: Values) -> None:
-        self._do(lambda place: place.write(values))
+        self._do(lambda writer: writer.write(values))
 
-    def go_back(self, step: int) -> None:
-        self._do(lambda place: place.go_back(step))
+    def rewind(self, step: int) -> None:
+        self._do(lambda writer: writer.rewind(step))
 
     def close(self) -> None:
-        self._catch_up()
-        for place, waiting in self._places:
-            if waiting:
-                print(f"{len(waiting)} logged steps could not be written: {type(place).__name__}", file=sys.stderr)
-            place.close()
+        self._flush()
+        for writer, pending in self._writers:
+            if pending:
+                print(f"{len(pending)} logged steps could not be written: {type(writer).__name__}", file=sys.stderr)
+            writer.close()
 
     def _do(self, action: Callable[[Metrics], None]) -> None:
-        for _, waiting in self._places:
-            waiting.append(action)
-        self._catch_up()
+        for _, pending in self._writers:
+            pending.append(action)
+        self._flush()
 
-    def _catch_up(self) -> None:
-        """In order, and no place before the one ahead of it: they mostly lie on the same disk."""
+    def _flush(self) -> None:
+        """Write in order, and stop at the first writer that fails: the others mostly write to the same disk."""
         try:
-            for place, waiting in self._places:
-                while waiting:
-                    waiting[0](place)
-                    waiting.popleft()
+            for writer, pending in self._writers:
+                while pending:
+                    pending[0](writer)
+                    pending.popleft()
         except OSError as error:
-            if not self._said:
+            if not self._warned:
                 print(f"metrics wait in memory until they can be written: {error}", file=sys.stderr)
-            self._said = True
+            self._warned = True
         else:
-            self._said = False
+            self._warned = False
 
 
 class JsonLines:
-    """A file with an object a line, each on the disk when `write` returns."""
+    """A file with one object per line, each on disk when `write` returns."""
 
     def __init__(self, path: Path, first_step: int) -> None:
         self._path = path
         if first_step:
-            self.go_back(first_step)
+            self.rewind(first_step)
         elif path.exists():
             path.replace(path.with_name(PREVIOUS_METRICS))
         if not path.exists():
@@ -134,28 +134,27 @@ class JsonLines:
     def write(self, values: Values) -> None:
         line = (json.dumps(_finite(values), allow_nan=False) + "\n").encode()
         if not self._path.exists() and self._path.parent.exists():
-            print(f"{self._path} was removed: it begins anew with step {values['step']}", file=sys.stderr)
+            print(f"{self._path} was removed: it starts again with step {values['step']}", file=sys.stderr)
         _append(self._path, line)
 
-    def go_back(self, step: int) -> None:
-        mend_metrics(self._path, up_to=step)
+    def rewind(self, step: int) -> None:
+        repair_metrics(self._path, up_to=step)
 
     def close(self) -> None:
-        """Nothing is open."""
+        """No file is open."""
 
 
 class TensorBoard:
-    """Event files of the scalars, and of each router's N loads as a histogram.
+    """Event files with the scalars, and with each router's N expert loads as a histogram.
 
-    Without torch's SummaryWriter: that writes in a thread, whose traceback no caller can keep back on a full disk, and
-    which may leave half a record. Each start, and each going back, has a file of its own, so that a damaged one costs
-    no more than what is in it.
+    We do not use torch's SummaryWriter: it writes in a thread, prints an uncatchable traceback on a full disk, and may
+    leave a partial record. Each start and each rollback has its own file, so that damage to one file loses no others.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
         self._folder = folder
         folder.mkdir(exist_ok=True)
-        self.go_back(first_step)
+        self.rewind(first_step)
 
     def write(self, values: Values) -> None:
         scalars = [scalar(name, value) for name, value in _scalars(values)]
@@ -166,10 +165,10 @@ class TensorBoard:
         summaries = [value for summary in (*scalars, *loads) for value in summary.value]
         self._append(Event(step=values["step"], summary=Summary(value=summaries)))
 
-    def go_back(self, step: int) -> None:
-        """Begin another file; what others have beyond this step is not shown any more."""
+    def rewind(self, step: int) -> None:
+        """Start a new file; TensorBoard no longer shows later steps of the other files."""
         now = time.time()
-        name = f"events.out.tfevents.{now:017.6f}.{platform.node()}.{os.getpid()}"  # read in the order of their names
+        name = f"events.out.tfevents.{now:017.6f}.{platform.node()}.{os.getpid()}"  # names define the order
         self._file = self._folder / name
         self._append(
             Event(step=step + 1, file_version="brain.Event:2"),
@@ -177,7 +176,7 @@ class TensorBoard:
         )
 
     def close(self) -> None:
-        """Nothing is open."""
+        """No file is open."""
 
     def _append(self, *events: Any) -> None:
         records = io.BytesIO()
@@ -189,17 +188,17 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """The same scalars at Weights & Biases; a run that goes on goes on there too.
+    """Weights & Biases with the same scalars; a resumed run resumes there too.
 
     Raises:
-        ConfigError: the package is missing, or the service refuses.
+        ConfigError: the package is missing, or the service refuses the run.
     """
 
     def __init__(self, folder: Path, config: RunConfig) -> None:
         try:
             import wandb
         except ImportError:
-            raise ConfigError("logging.wandb is true: install the package wandb for it, or set it to false") from None
+            raise ConfigError("logging.wandb is true: install the package wandb, or set it to false") from None
         identity = _identity(folder / WANDB_ID)
         try:
             theirs = wandb.setup().settings  # of WANDB_PROJECT, WANDB_NAME and so on
@@ -219,32 +218,32 @@ class WeightsAndBiases:
     def write(self, values: Values) -> None:
         self._run.log(dict(_scalars(values)), step=values["step"])
 
-    def go_back(self, step: int) -> None:
-        """The service takes nothing back: it ignores steps that it has, until there are newer ones."""
+    def rewind(self, step: int) -> None:
+        """The service cannot discard steps: it ignores repeated steps until there are newer ones."""
 
     def close(self) -> None:
         self._run.finish()
 
 
 def _identity(path: Path) -> str:
-    """What the service knows a run by; kept in a file, made anew where that holds something else."""
+    """The run's id at the service, stored in a file; created anew if the file has other content."""
     if path.exists():
         with path.open("rb") as file:
-            content = file.read(_LONGEST_ID + 1)
-        if re.fullmatch(rb"[\w-]{1,%d}" % _LONGEST_ID, content):
+            content = file.read(_MAX_ID_LENGTH + 1)
+        if re.fullmatch(rb"[\w-]{1,%d}" % _MAX_ID_LENGTH, content):
             return content.decode()
-        set_aside(path, "holds no name of a run of Weights & Biases")
+        set_aside(path, "contains no run id of Weights & Biases")
     write_atomically(path, made := token_hex(8))
     return made
 
 
 def _append(path: Path, content: bytes) -> None:
-    """Put content at a file's end, and on the disk; all of it or nothing.
+    """Append content to a file and sync it to disk; all or nothing.
 
     Raises:
-        OSError: nothing of it is written.
+        OSError: nothing was written.
     """
-    with path.open("ab", buffering=0) as file:  # opened anew: the file system may have been away
+    with path.open("ab", buffering=0) as file:  # reopened each time, as the file system may have been unavailable
         end = file.tell()
         try:
             while content:
@@ -256,7 +255,7 @@ def _append(path: Path, content: bytes) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """None in place of every number that is not finite, which JSON cannot hold."""
+    """Replace every number that is not finite by None, since JSON has no such numbers."""
     if isinstance(value, Mapping):
         return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -269,7 +268,7 @@ def _place(part: Values) -> str:
 
 
 def _scalars(values: Values) -> Iterator[tuple[str, float]]:
-    """The numbers of a logged step by tag; what stands before a tag's first slash is its group on a board."""
+    """The numbers of a logged step by tag; boards group them by the part before the first slash."""
     for key, value in values.items():
         if key == "routing":
             for part in value:

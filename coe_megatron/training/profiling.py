@@ -1,4 +1,4 @@
-"""A window of steps under torch's profiler, by option: a trace, a table of operators, a snapshot of CUDA's memory."""
+"""Profile a window of steps with torch's profiler: a trace, a table of operators, a snapshot of CUDA memory."""
 
 from pathlib import Path
 
@@ -7,30 +7,30 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from coe_megatron.config.settings import ProfileSettings
 
-_ROWS = 40  # of the table
-_ALLOCATIONS = 200_000  # that a memory snapshot goes back
+_TABLE_ROWS = 40
+_MAX_ALLOCATIONS = 200_000  # in the history of a memory snapshot
 
 
 class ProfileWindow:
-    """Watches the steps that the settings name, on the ranks that they name.
+    """Profiles the steps that the settings name, on the ranks that they name.
 
-    When the window closes, `trace-rank00000.json.gz` (for Perfetto or TensorBoard), `operators-rank00000.txt` (by
-    their own time) and, if asked and on CUDA, `memory-rank00000.pickle` (for torch's memory viewer) are in the folder.
+    After the last step it writes `trace-rank00000.json.gz` (for Perfetto or TensorBoard), `operators-rank00000.txt`
+    (sorted by self time) and, if enabled and on CUDA, `memory-rank00000.pickle` (for torch's memory viewer).
 
     Args:
-        folder: where to write; made when the window opens.
+        folder: output folder, created when needed.
         rank: this rank.
     """
 
     def __init__(self, settings: ProfileSettings, folder: Path, rank: int) -> None:
         self._settings, self._folder, self._rank = settings, folder, rank
         self._profile: profile | None = None
-        self._mark: record_function | None = None  # of the step at hand
+        self._mark: record_function | None = None  # of the current step
         first = settings.first_step if rank in settings.ranks else None
         self._window = range(0) if first is None else range(first, first + settings.steps)
 
     def before_step(self, step: int) -> None:
-        """To be called before step `step` (1-based)."""
+        """Call this before step `step` (1-based)."""
         if step not in self._window:
             return
         if self._profile is None:
@@ -45,11 +45,11 @@ class ProfileWindow:
             activities=[ProfilerActivity.CPU, *cuda], profile_memory=memory, record_shapes=memory, acc_events=True
         )
         if memory and cuda:
-            torch.cuda.memory._record_memory_history(max_entries=_ALLOCATIONS)
+            torch.cuda.memory._record_memory_history(max_entries=_MAX_ALLOCATIONS)
         self._profile.start()
 
     def after_step(self, step: int) -> str | None:
-        """To be called after step `step`; says where the files are, or why not, when the window has closed."""
+        """Call this after step `step`; after the last one it returns a message on where the files are, or why not."""
         if self._profile is None or self._mark is None:
             return None
         self._mark.__exit__(None, None, None)
@@ -58,19 +58,19 @@ class ProfileWindow:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self._profile.stop()
-        watched, self._profile = self._profile, None
+        finished, self._profile = self._profile, None
         try:
-            self._write(watched)
-        except (OSError, RuntimeError) as error:  # what training is for does not end for that
-            return f"the profile of steps {self._window.start} to {step} is not written: {error}"
+            self._write(finished)
+        except (OSError, RuntimeError) as error:  # a missing profile does not end training
+            return f"the profile of steps {self._window.start} to {step} was not written: {error}"
         return f"profile of steps {self._window.start} to {step} in {self._folder}"
 
-    def _write(self, watched: profile) -> None:
+    def _write(self, finished: profile) -> None:
         self._folder.mkdir(exist_ok=True)
         name = f"rank{self._rank:05d}"
-        watched.export_chrome_trace(str(self._folder / f"trace-{name}.json.gz"))
+        finished.export_chrome_trace(str(self._folder / f"trace-{name}.json.gz"))
         key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-        table = watched.key_averages().table(sort_by=key, row_limit=_ROWS)
+        table = finished.key_averages().table(sort_by=key, row_limit=_TABLE_ROWS)
         (self._folder / f"operators-{name}.txt").write_text(table)
         if self._settings.memory and torch.cuda.is_available():
             torch.cuda.memory._dump_snapshot(str(self._folder / f"memory-{name}.pickle"))

@@ -1,6 +1,6 @@
-"""What a person sees while a run goes on: a bar on a terminal, plain lines in a log file. Rank 0 alone shows it.
+"""Progress of a run, shown by rank 0: a bar on a terminal, plain lines in a log file.
 
-A log file on a full disk does not take them; that ends no run.
+Errors from writing to the log (a full disk) are ignored.
 """
 
 import sys
@@ -15,7 +15,7 @@ class Progress:
     """Progress over the steps of a run, on stderr.
 
     Args:
-        first_step, steps: where the run stands and where it ends.
+        first_step, steps: number of steps done, and of all steps.
         visible: False on ranks other than 0.
     """
 
@@ -26,22 +26,22 @@ class Progress:
             self._bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True)
 
     def step(self, step: int, logged: dict[str, float] | None) -> None:
-        """After step `step` (1-based; 0 before the first); `logged` holds what to show where the step is logged."""
+        """Show progress after step `step` (1-based; 0 before the first); `logged` has the values of a logged step."""
         if self._bar is not None:
             self._bar.update(step > self._first)
             if logged:
                 self._bar.set_postfix_str(_text(logged))
         elif self._visible and logged:
-            left = f"  left {timedelta(seconds=round(self.seconds_left(step)))}" if step > self._first else ""
+            eta = f"  eta {timedelta(seconds=round(self.eta_seconds(step)))}" if step > self._first else ""
             with suppress(OSError):
-                print(f"step {step}/{self._steps}  {_text(logged)}{left}", file=sys.stderr)
+                print(f"step {step}/{self._steps}  {_text(logged)}{eta}", file=sys.stderr)
 
-    def seconds_left(self, step: int) -> float:
-        """An estimate after step `step`, from the time since the start: evaluations and checkpoints are in it."""
+    def eta_seconds(self, step: int) -> float:
+        """Estimated remaining seconds after step `step`, from the time since the start (with evaluations and saves)."""
         return (time.monotonic() - self._start) / (step - self._first) * (self._steps - step)
 
     def say(self, text: str) -> None:
-        """A line of its own that does not tear the bar."""
+        """Print a line without breaking the bar."""
         if self._visible:
             with suppress(OSError):
                 tqdm.write(text, file=sys.stderr)

@@ -1,7 +1,7 @@
-"""Ends a rank that makes no progress any more, and says where it stood: the stacks of all its threads, in a file.
+"""End a rank that makes no progress, and write the stacks of all its threads to a file.
 
-A rank that hangs makes all others wait for it in their next collective, so the watches of all ranks strike at the same
-time; each gives the others a moment to write before it ends.
+If one rank hangs, all others wait for it in their next collective, so the detectors of all ranks trigger at the same
+time. Each waits a moment before it ends its process, so that the others can write too.
 """
 
 import faulthandler
@@ -18,41 +18,41 @@ from types import TracebackType
 from coe_megatron.run.exit_status import ExitStatus
 
 _SECONDS_FOR_OTHERS = 5.0
-_LOOKS_EVERY = 1.0  # seconds, or a tenth of the limit where that is less
-_TIMES_WITHOUT_ANY_THREAD = 10  # the limit, until the interpreter's own watchdog strikes
-_SECONDS_PAST_THE_WATCH = 60.0  # for collectives to time out, which end a rank with less to say
+_POLL_SECONDS = 1.0  # or a tenth of the limit, if that is less
+_INTERPRETER_FACTOR = 10  # times the limit, until the interpreter's own watchdog triggers
+_COLLECTIVE_MARGIN = 60.0  # seconds until collectives time out, with a less informative error
 
 
 def collective_timeout(hang_after: float | None) -> timedelta | None:
-    """How long a collective may wait so that the watch, which says more, comes first; None for torch's default."""
-    return None if hang_after is None else timedelta(seconds=hang_after + _SECONDS_PAST_THE_WATCH)
+    """Timeout of collectives, above that of the hang detector, whose report says more; None for torch's default."""
+    return None if hang_after is None else timedelta(seconds=hang_after + _COLLECTIVE_MARGIN)
 
 
 class HangDetector:
-    """As a context it watches this process; `beat` says that there was progress.
+    """A context that monitors this process; `heartbeat` reports progress.
 
-    Time is counted in short waits, each for no more than it was meant to take: a process that was suspended as a whole
-    (SIGSTOP, a machine asleep or paused, a debugger) did not hang meanwhile.
+    We count time in short waits at their nominal length, so that a suspended process (SIGSTOP, a paused machine, a
+    debugger) does not count as hanging.
 
-    Where even threads cannot run, because something holds Python's lock, the interpreter's own watchdog writes the
-    stacks to stderr and ends the process, with status 1. It cannot tell that from being suspended, hence after ten
-    times the limit only; the other ranks, which wait for this one, strike long before.
+    If even threads cannot run because something holds the GIL, the interpreter's own watchdog writes the stacks to
+    stderr and ends the process with status 1. It cannot distinguish this from a suspended process, so it triggers only
+    after ten times the limit; the other ranks, which wait for this one, trigger long before.
 
     Args:
-        folder: for the stacks, `rank-00003.txt` for rank 3; made when it is needed.
-        limit: seconds without progress; None never strikes.
-        last_word: called with the exit status and a line before the process ends.
+        folder: for the stacks, `rank-00003.txt` for rank 3; created when needed.
+        limit: seconds without progress; None disables the detector.
+        on_hang: called with the exit status and a message before the process ends.
     """
 
-    def __init__(self, folder: Path, rank: int, limit: float | None, last_word: Callable[[int, str], None]) -> None:
-        self._file, self._rank, self._limit, self._last_word = folder / f"rank-{rank:05d}.txt", rank, limit, last_word
+    def __init__(self, folder: Path, rank: int, limit: float | None, on_hang: Callable[[int, str], None]) -> None:
+        self._file, self._rank, self._limit, self._on_hang = folder / f"rank-{rank:05d}.txt", rank, limit, on_hang
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._wait, name="hang watch", daemon=True)
+        self._thread = threading.Thread(target=self._wait, name="hang detector", daemon=True)
         self._beat = (0, "starting")
 
-    def beat(self, next_thing: str) -> None:
-        """Progress was made, and `next_thing` (such as `step 12`) is what comes now."""
-        self._beat = (self._beat[0] + 1, next_thing)
+    def heartbeat(self, activity: str) -> None:
+        """Report progress; `activity` (such as `step 12`) is what starts now."""
+        self._beat = (self._beat[0] + 1, activity)
 
     def __enter__(self) -> "HangDetector":
         if self._limit is not None:
@@ -64,19 +64,19 @@ class HangDetector:
     ) -> None:
         self._over.set()
         if self._limit is not None:
-            self._thread.join()  # so that it sets off no watchdog any more
+            self._thread.join()  # so that it starts no further interpreter watchdog
             faulthandler.cancel_dump_traceback_later()
 
     def _wait(self) -> None:
         assert self._limit is not None
-        look, seen, silent = min(_LOOKS_EVERY, self._limit / 10), self._beat, 0.0
-        while not self._over.wait(look):
-            faulthandler.dump_traceback_later(_TIMES_WITHOUT_ANY_THREAD * self._limit, exit=True)
-            seen, silent = (seen, silent + look) if self._beat == seen else (self._beat, 0.0)
+        interval, seen, silent = min(_POLL_SECONDS, self._limit / 10), self._beat, 0.0
+        while not self._over.wait(interval):
+            faulthandler.dump_traceback_later(_INTERPRETER_FACTOR * self._limit, exit=True)
+            seen, silent = (seen, silent + interval) if self._beat == seen else (self._beat, 0.0)
             if silent >= self._limit:
-                self._strike()
+                self._report_and_exit()
 
-    def _strike(self) -> None:
+    def _report_and_exit(self) -> None:
         message = f"rank {self._rank} on {platform.node()} hangs: no progress in {self._limit:g} s at {self._beat[1]}"
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
@@ -85,14 +85,14 @@ class HangDetector:
                 faulthandler.dump_traceback(file)
             message += f"; the stacks of its threads are in {self._file}"
         except OSError as error:
-            message += f"; its stacks follow, {self._file} cannot be written: {error.strerror}"
+            message += f"; its stacks follow, since {self._file} cannot be written: {error.strerror}"
             faulthandler.dump_traceback()
         print(message, file=sys.stderr, flush=True)
-        self._last_word(ExitStatus.HUNG, message)
+        self._on_hang(ExitStatus.HUNG, message)
         time.sleep(_SECONDS_FOR_OTHERS)
-        os._exit(ExitStatus.HUNG)  # what hangs cannot be asked to end
+        os._exit(ExitStatus.HUNG)  # a hanging process cannot end cleanly
 
 
 def _without_waiting(path: str, flags: int) -> int:
-    """As `open` does, but for a pipe that nobody reads, which would wait."""
+    """An opener that does not block on a pipe without a reader."""
     return os.open(path, flags | os.O_NONBLOCK, 0o666)

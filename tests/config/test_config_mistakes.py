@@ -299,11 +299,11 @@ def nothing(folder: Path) -> None:
 
 
 DATA: dict[str, tuple[Callable[[Path], None], str, str]] = {
-    "file cut": (cut, "", "data.path: {a} is not whole: train.bin has 10 bytes instead of"),
+    "file cut": (cut, "", "data.path: {a} is incomplete: train.bin has 10 bytes instead of"),
     "file missing": (lambda folder: (folder / "valid.idx").unlink(), "", "valid.idx is missing; prepare it again"),
     "manifest missing": (lambda folder: (folder / MANIFEST).unlink(), "", "data.path: {a} is no prepared data"),
     "manifest no JSON": (replace(MANIFEST, b"{"), "", "manifest.json is no manifest of format coe_megatron.data, ver"),
-    "manifest null": (replace(MANIFEST, b"null"), "", "of format coe_megatron.data, version 2: it is no JSON object"),
+    "manifest null": (replace(MANIFEST, b"null"), "", "coe_megatron.data, version 2: it is not a JSON object"),
     "manifest no text": (replace(MANIFEST, b"\xff"), "", "data.path: {a}/manifest.json is no manifest"),
     "other version": (rewrite(version=7), "", "is no manifest of format coe_megatron.data, version 2: it is format"),
     "other type": (rewrite(vocab_size="many"), "", "version 2: vocab_size: Input should be a valid integer"),
@@ -319,12 +319,12 @@ DATA: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "blend of tokenizers": (
         nothing,
         "data.blend=[{{path: {a}, weight: 1}}, {{path: {b}, weight: 1}}]",
-        "data.blend.1.path is {b}: its tokenizer is another than that of data.blend.0.path",
+        "data.blend.1.path is {b}: its tokenizer differs from that of data.blend.0.path",
     ),
     "validation of another tokenizer": (
         nothing,
         "data.validation={{far: {b}}}",
-        "data.validation.far is {b}: its tokenizer is another than that of data.path",
+        "data.validation.far is {b}: its tokenizer differs from that of data.path",
     ),
 }  # fmt: skip
 

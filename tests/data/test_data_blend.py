@@ -104,7 +104,7 @@ def test_a_blend_is_opened_with_a_validation_set_for_each_folder(parent, tmp_pat
     decode = data.corpora[0].tokenizer.decode
     for name, samples in (("a", train[0]), ("b", train[1]), *valid.items()):
         assert f"{name} has" in decode(samples[0]["tokens"].tolist() + samples[0]["labels"].tolist())
-    assert data.share_cut(1) == (1.0 if mode == "row" else 0.0)
+    assert data.truncated_fraction(1) == (1.0 if mode == "row" else 0.0)
 
 
 def test_validation_sets_are_named_by_the_settings(parent):
@@ -114,7 +114,7 @@ def test_validation_sets_are_named_by_the_settings(parent):
 
 
 def test_folders_of_several_tokenizers_are_refused(parent):
-    with pytest.raises(ValueError, match="tokenizer is another") as caught:
+    with pytest.raises(ValueError, match="its tokenizer differs from that of") as caught:
         RunData.open(blend(parent, "a", "c"))
     told = str(caught.value)
     assert told.startswith(f"data.blend.1.path is {parent / 'c'}: ") and f"data.blend.0.path ({parent / 'a'})" in told

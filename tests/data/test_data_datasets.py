@@ -165,7 +165,10 @@ def test_wrong_sizes_are_named(data, tmp_path):
         (lambda folder: (folder / MANIFEST).write_text("{"), "is no manifest of format"),
         (lambda folder: (folder / MANIFEST).write_text('{"format": "other", "version": 1}'), "format 'other'"),
         (lambda folder: (folder / "valid.idx").unlink(), "not whole: valid.idx is missing"),
-        (lambda folder: (folder / "train.bin").write_bytes(b"short"), "not whole: train.bin has 5 bytes instead of"),
+        (
+            lambda folder: (folder / "train.bin").write_bytes(b"short"),
+            "is incomplete: train.bin has 5 bytes instead of",
+        ),
     ],
 )
 def test_a_damaged_folder_is_refused(broken, damage, message):
@@ -193,7 +196,7 @@ def test_tokens_of_the_right_size_and_other_content_are_noticed_at_the_start(bro
 
 def test_a_manifest_of_another_vocabulary_than_the_tokenizers_is_refused(broken):
     replace(PreparedData.open(broken).manifest, vocab_size=300).write(broken)
-    with pytest.raises(ConfigError, match=r"says vocab_size 300, and the tokenizer has 285 pieces; prepare it again$"):
+    with pytest.raises(ConfigError, match=r"has vocab_size 300, but the tokenizer has 285 pieces; prepare it again$"):
         PreparedData.open(broken)
 
 
@@ -210,7 +213,7 @@ def in_place(path, content):
     [
         (
             lambda folder, size: in_place(folder / "train.bin", b"\xff" * size),
-            "it holds token 65535, and the tokenizer",
+            "it contains token 65535, but the tokenizer",
         ),
         (lambda folder, size: in_place(folder / "train.bin", b"short"), "it has 5 bytes instead of"),
         (
@@ -230,9 +233,9 @@ def test_damage_under_a_run_is_one_line_at_the_next_sample(broken, tmp_path, mod
 
 
 def test_a_large_file_is_not_read_at_the_start(broken, monkeypatch):
-    monkeypatch.setattr("coe_megatron.data.datasets.CHECKED_BYTES", 100)
+    monkeypatch.setattr("coe_megatron.data.datasets.MAX_HASHED_BYTES", 100)
     in_place(broken / "train.bin", b"\xff" * (broken / "train.bin").stat().st_size)
-    with pytest.raises(ConfigError, match="it holds token 65535, and the tokenizer has 285"):
+    with pytest.raises(ConfigError, match="it contains token 65535, but the tokenizer has 285"):
         PreparedData.open(broken).rows("train", S)[0]
 
 
@@ -255,7 +258,7 @@ def test_another_tokenizer_and_changed_bytes_are_noticed(broken):
     with pytest.raises(ConfigError, match=r"train\.bin has changed"):
         manifest.verify(broken)
     replace(manifest, tokenizer_sha256="0" * 64).write(broken)
-    with pytest.raises(ConfigError, match=r"tokenizer_sha256 is another than that of tokenizer\.model in files"):
+    with pytest.raises(ConfigError, match=r"tokenizer_sha256 differs from that of tokenizer\.model in files"):
         PreparedData.open(broken)
 
 
@@ -348,6 +351,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_ranks_share_one_index(data, folder, tmp_path):
     paths = [str(folder), str(tmp_path / "cache"), str(tmp_path / "store")]
@@ -372,4 +376,4 @@ def test_share_of_documents_that_rows_cut(data):
     rows = data.rows("train", 100_000)
     labels = [int(rows[i]["loss_mask"].sum()) for i in range(len(rows))]
     for seq_length in (1, 16, 64, 10_000):
-        assert data.share_cut(seq_length) == sum(count > seq_length for count in labels) / len(labels)
+        assert data.truncated_fraction(seq_length) == sum(count > seq_length for count in labels) / len(labels)

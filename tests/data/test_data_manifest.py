@@ -101,18 +101,18 @@ def test_any_value_at_any_place_is_read_or_refused_in_one_line(folder):
 def test_an_unknown_key_is_named(folder, place):
     content = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps(changed(content, (*place, "new\nkey" * 99), 1)))
-    assert f"{'.'.join(place) or 'it'} has 'new\\nkeynew" in refused(folder)
+    assert f"{'.'.join(place) or 'it'} has the unknown key 'new\\nkeynew" in refused(folder)
 
 
 @pytest.mark.parametrize(
     ("place", "value", "reason"),
     [
-        (("vocab_size",), 70_000, "token_dtype is uint16, with vocab_size 70000"),
-        (("token_dtype",), "int32", "token_dtype is int32, with vocab_size 500"),
+        (("vocab_size",), 70_000, "token_dtype is uint16, which does not fit vocab_size 70000"),
+        (("token_dtype",), "int32", "token_dtype is int32, which does not fit vocab_size 500"),
         (("token_dtype",), "float64", "token_dtype: Input should be 'uint16' or 'int32'"),
-        (("tokenizer_sha256",), "0" * 64, "tokenizer_sha256 is another than that of tokenizer.model"),
-        (("splits", "train", "tokens"), 21, "train.bin has 40 bytes, and 42 by the number of its tokens"),
-        (("splits", "valid", "documents"), 4, "valid.idx has 102 bytes, and 122 by the number of its documents"),
+        (("tokenizer_sha256",), "0" * 64, "tokenizer_sha256 differs from that of tokenizer.model"),
+        (("splits", "train", "tokens"), 21, "train.bin has 40 bytes, but its number of tokens requires 42"),
+        (("splits", "valid", "documents"), 4, "valid.idx has 102 bytes, but its number of documents requires 122"),
         (("version",), 3, "it is format 'coe_megatron.data', version 3"),
         (("format",), ["x"] * 9999, "it is format ['x', 'x'"),
     ],
@@ -134,7 +134,7 @@ def test_numbers_that_contradict_each_other_are_named(folder, place, value, reas
         (lambda content: content.replace(b'"seed": 0', b'"seed": ' + b"9" * 5000), "Exceeds the limit"),
         (lambda content: content.decode().encode("utf-16"), "not UTF-8"),
         (lambda content: bytes(5 << 20), "more than 4,194,304 bytes"),
-        (lambda content: b"[" + b"{}," * (1 << 20) + b"{}]", "it is no JSON object"),
+        (lambda content: b"[" + b"{}," * (1 << 20) + b"{}]", "it is not a JSON object"),
         (lambda content: content.replace(b'["{text}"]', b"[" + b"1," * 1_900_000 + b"1]"), "template.0: "),
         (lambda content: b"{" + b",".join(b'"%d":1' % n for n in range(300_000)) + b"}", "it is format None"),
     ],

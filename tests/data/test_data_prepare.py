@@ -26,7 +26,7 @@ from coe_megatron.data import prepare as prepare_module
 from coe_megatron.data import sources
 from coe_megatron.data.encode import encode_chunk
 from coe_megatron.data.manifest import DATA_FILES, MANIFEST, Manifest
-from coe_megatron.data.prepare import PrepareSettings, prepare, what_is_done
+from coe_megatron.data.prepare import PrepareSettings, prepare, resumable_progress
 from coe_megatron.data.records import Template
 from coe_megatron.data.tokenizer import Tokenizer, train_tokenizer
 from coe_megatron.errors import ConfigError
@@ -151,7 +151,7 @@ def test_the_builtin_corpus_brings_its_own_validation(settings):
     [
         (b'{"query": "a", "response": ', r"not valid JSON \(Expecting value, column 27\)"),
         (b'["a"]', "not a JSON object"),
-        (b'{"query": "a"}', "field 'response' is missing; there is query"),
+        (b'{"query": "a"}', "field 'response' is missing; the record has query"),
         (b'{"query": "a", "response": null}', "field 'response' is NoneType"),
         (b'{"query": " ", "response": ""}', "empty"),
         (b'{"query": "a", "response": "\xff"}', "not valid JSON"),
@@ -174,7 +174,8 @@ def test_a_malformed_line_is_named_and_can_be_skipped(settings, line, reason):
 def test_where_all_records_are_malformed_the_first_is_named(settings, vocabulary):
     mistyped = replace(settings, template=("{answer}",), skip_malformed=True, **vocabulary)
     first = (
-        r"records are malformed, the first: .*in\.jsonl, line 1: field 'answer' is missing; there is query, response"
+        r"records are malformed, the first: .*in\.jsonl, line 1: "
+        "field 'answer' is missing; the record has query, response"
     )
     with pytest.raises(ValueError, match=f"^all 70 {first}"):
         prepare(mistyped)
@@ -207,7 +208,7 @@ def test_a_truncated_file_is_named(settings, tmp_path, name):
 
 def test_a_missing_column_is_named(settings, tmp_path):
     write_parquet(tmp_path / "in.parquet")
-    with pytest.raises(ValueError, match=r"no column 'answer'; there is query, response, other"):
+    with pytest.raises(ValueError, match=r"no column 'answer'; it has query, response, other"):
         prepare(replace(settings, inputs=(tmp_path / "in.parquet",), template=("{answer}",)))
 
 
@@ -233,7 +234,7 @@ def test_an_interrupted_preparation_never_looks_whole_and_goes_on(settings, monk
         patch.setattr(f"coe_megatron.data.prepare.{when}", interrupted)
         prepare(settings)
     assert not settings.output.exists()
-    assert bool(what_is_done(settings.output)) == (when != "train_tokenizer")
+    assert bool(resumable_progress(settings.output)) == (when != "train_tokenizer")
     assert prepare(settings) == undisturbed
     assert contents(settings.output) == contents(settings.output.with_name("undisturbed"))
     assert not list(settings.output.parent.glob(".*"))
@@ -263,11 +264,11 @@ def test_whole_chunks_and_the_tokenizer_are_kept(settings, monkeypatch, small_ch
         prepare(settings)
     encode.left = 1000
     prepare(settings, progress=True)
-    assert "goes on: the tokenizer and 3 chunks" in capsys.readouterr().err
+    assert "resuming: the tokenizer and 3 chunks" in capsys.readouterr().err
     again = StopsAfter(1000)
     monkeypatch.setattr(prepare_module, "encode_chunk", again)
     prepare(replace(settings, overwrite=True), progress=True)
-    assert "learning 450 pieces ...\n" in capsys.readouterr().err
+    assert "training a tokenizer of 450 pieces ...\n" in capsys.readouterr().err
     assert encode.done == again.done > 6 and len(trained) == 2
 
 
@@ -337,20 +338,20 @@ def compressed(content):
     [
         (lambda content: b"", "No data left in file"),
         (lambda content: content[:-30], "is not a zip file"),
-        (an_array, "it holds a single array"),
+        (an_array, "it is a single array"),
         (compressed, "it is compressed"),
-        (with_arrays(malformed=None), "malformed is missing, or too much"),
-        (with_arrays(more=np.int64(1)), "more is missing, or too much"),
-        (with_arrays(malformed=np.arange(3)), "malformed is no count"),
-        (with_arrays(malformed=np.float64(1)), "malformed is no count"),
-        (with_arrays(train_bytes=np.int64(-1)), "train_bytes is no count"),
+        (with_arrays(malformed=None), "malformed is missing or unexpected"),
+        (with_arrays(more=np.int64(1)), "more is missing or unexpected"),
+        (with_arrays(malformed=np.arange(3)), "malformed is not a count"),
+        (with_arrays(malformed=np.float64(1)), "malformed is not a count"),
+        (with_arrays(train_bytes=np.int64(-1)), "train_bytes is not a count"),
         (with_arrays(train_tokens=np.array([499, 500], np.uint16)), "train_lengths are not the lengths"),
         (
             with_arrays(train_tokens=np.array([500], np.uint16), train_lengths=np.array([1])),
-            "train_tokens holds 500, and the tokenizer has 500 pieces",
+            "train_tokens contains 500, but the tokenizer has 500 pieces",
         ),
-        (with_arrays(train_tokens=np.array([1.5])), "train_tokens is 1-dimensional of type float64"),
-        (with_arrays(train_tokens=np.zeros((2, 2), np.uint16)), "train_tokens is 2-dimensional of type uint16"),
+        (with_arrays(train_tokens=np.array([1.5])), "train_tokens is a 1-dimensional array of float64"),
+        (with_arrays(train_tokens=np.zeros((2, 2), np.uint16)), "train_tokens is a 2-dimensional array of uint16"),
         (with_arrays(train_tokens=np.array([None])), "Object arrays cannot be loaded"),
         (with_arrays(train_lengths=np.array([10**9])), "train_lengths are not the lengths"),
         (
@@ -361,14 +362,14 @@ def compressed(content):
             with_arrays(train_tokens=np.zeros(8, np.uint16), train_lengths=np.array([0, 8])),
             "train_lengths are not the lengths",
         ),
-        (with_arrays(train_lengths=np.array([1.0])), "train_lengths is 1-dimensional of type float64"),
+        (with_arrays(train_lengths=np.array([1.0])), "train_lengths is a 1-dimensional array of float64"),
     ],
 )
 def test_a_chunk_that_no_preparation_wrote_is_made_anew(settings, stopped, capsys, change, reason):
     chunk = stopped / "chunks" / "000000.npz"
     chunk.write_bytes(change(chunk.read_bytes()))
     prepare(settings, progress=True)
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "made anew" in line]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "encoding it again" in line]
     assert f"{chunk} is damaged (" in line and reason in line, line
     assert decoded(settings.output, "train") == TEXTS and decoded(settings.output, "valid") == TEXTS[:10]
 
@@ -409,7 +410,10 @@ def test_another_tokenizer_in_the_hidden_folder_begins_anew(settings, stopped, c
     train_tokenizer(TEXTS, 400, stopped / "tokenizer.model")
     prepare(settings, progress=True)
     said = capsys.readouterr().err
-    assert f"begins anew: {stopped}/tokenizer.model is not as it was made\n" in said and "goes on" not in said
+    assert (
+        f"starting over: {stopped}/tokenizer.model has changed since it was written\n" in said
+        and "resuming" not in said
+    )
     assert (settings.output / "tokenizer.model").read_bytes() == settings.tokenizer.read_bytes()
     assert decoded(settings.output, "train") == TEXTS
 
@@ -418,9 +422,7 @@ def test_another_tokenizer_in_the_hidden_folder_begins_anew(settings, stopped, c
 def test_a_lock_that_is_none_is_named_and_stays(settings, stopped, made):
     (stopped / "lock").unlink()
     made(stopped / "lock")
-    with pytest.raises(
-        ConfigError, match=r"\.out\.partial/lock: it is no plain file, and a lock must be one: remove it"
-    ):
+    with pytest.raises(ConfigError, match=r"\.out\.partial/lock: the lock must be a plain file: remove it"):
         prepare(settings)
     assert os.path.lexists(stopped / "lock") and len(list(stopped.glob("chunks/*.npz"))) == 3
 
@@ -428,7 +430,7 @@ def test_a_lock_that_is_none_is_named_and_stays(settings, stopped, made):
 def test_a_hidden_folder_elsewhere_is_refused(settings, stopped):
     stopped.rename(stopped.with_name("elsewhere"))
     stopped.symlink_to("elsewhere")
-    with pytest.raises(ConfigError, match=r"the hidden folder beside --output is .*: it is a link"):
+    with pytest.raises(ConfigError, match=r"the hidden folder beside --output is .*: it is a symbolic link"):
         prepare(settings)
     assert len(list(stopped.glob("chunks/*.npz"))) == 3
 
@@ -450,7 +452,7 @@ def test_an_interrupted_replacement_keeps_the_old_data(settings, monkeypatch):
 
 def test_one_preparation_at_a_time(settings, monkeypatch, small_chunks):
     def meanwhile(*arguments):
-        with pytest.raises(ValueError, match="is being prepared by another process"):
+        with pytest.raises(ValueError, match="another process is preparing it"):
             prepare(settings)
         return encode_chunk(*arguments)
 
@@ -511,6 +513,7 @@ def gone(process):
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.run
 def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(settings, slow):
     process = start(slow)
@@ -518,13 +521,14 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(settings, slow):
     process.communicate()
     assert not settings.output.exists() and list(settings.output.parent.glob(".out.partial/chunks/*.npz"))
     done = run(*slow)
-    assert done.returncode == 0 and "goes on: the tokenizer and " in done.stderr
+    assert done.returncode == 0 and "resuming: the tokenizer and " in done.stderr
     undisturbed = settings.output.with_name("undisturbed")
     prepare(replace(settings, output=undisturbed))
     assert contents(settings.output) == contents(undisturbed)
     assert not list(settings.output.parent.glob(".*"))
 
 
+@pytest.mark.slow
 @pytest.mark.run
 @pytest.mark.parametrize(
     ("strike", "status", "message"),
@@ -600,7 +604,7 @@ def test_each_record_takes_the_first_template_that_fits(settings, tmp_path, endi
     manifest = prepare(replace(settings, inputs=inputs, template=("{text}", TEMPLATE)))
     assert decoded(settings.output, "train") == [*TEXTS, "a text"]
     assert manifest.template == ["{text}", TEMPLATE]
-    with pytest.raises(ValueError, match=r"text\.jsonl, line 1: field 'other' is missing; there is title, text"):
+    with pytest.raises(ValueError, match=r"text\.jsonl, line 1: field 'other' is missing; the record has title, text"):
         prepare(replace(settings, inputs=inputs[1:], template=("{other}", TEMPLATE), overwrite=True))
 
 
@@ -631,7 +635,7 @@ def test_the_program_prepares_and_reports(settings):
         (["--input", "none.jsonl", "--vocab-size", "300"], "--input is none.jsonl: there is no such file"),
         (["--builtin", "10", "--vocab-size", "12"], "--vocab-size is 12"),
         (["--builtin", "ten", "--vocab-size", "300"], "invalid int value: 'ten'"),
-        (["--input", str(PROGRAM), "--vocab-size", "300"], "unknown kind: its name must end in .jsonl"),
+        (["--input", str(PROGRAM), "--vocab-size", "300"], "unknown format: its name must end in .jsonl"),
     ],
 )
 def test_a_bad_argument_is_one_line_before_anything_heavy(tmp_path, arguments, message):

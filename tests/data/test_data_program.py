@@ -70,7 +70,7 @@ def test_a_path_that_cannot_be_read_is_named_with_its_option(run, tmp_path, opti
     status, said = run(*prepared(**{option: path}))
     assert status == 2
     assert expected in said, said
-    assert f"--{option} is " in said or f"argument --{option}" in said or "unknown kind" in said, said
+    assert f"--{option} is " in said or f"argument --{option}" in said or "unknown format" in said, said
     assert not list(tmp_path.glob("*out*")) and not list(tmp_path.glob(".*"))
 
 
@@ -114,8 +114,8 @@ def test_a_home_is_meant_by_a_tilde(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"vocab-size": 262}, "--vocab-size is 262: the characters of the text need at least 2"),
-        ({"vocab-size": 5000}, "--vocab-size is 5000: there is text for at most "),
+        ({"vocab-size": 262}, "--vocab-size is 262: the characters of the text require at least 2"),
+        ({"vocab-size": 5000}, "--vocab-size is 5000: the text allows at most "),
         ({"vocab-size": 1 << 31}, "--vocab-size is 2147483648: it must be at least 261, and at most 2147483647"),
         ({"max-record-bytes": 0}, "--max-record-bytes is 0: it must be at least 1, and at most"),
         ({"max-record-bytes": 10**30}, f"--max-record-bytes is {10**30}: it must be at least 1, and at most"),
@@ -151,7 +151,7 @@ def test_a_malformed_record_is_one_line_or_skipped(run, tmp_path, record, place)
     (tmp_path / "in.jsonl").write_text(f"{LINES}{record}\n")
     limit = {"max-record-bytes": 1000}
     status, said = run(*prepared(**limit))
-    assert status == 1 and f"in.jsonl, {place}" in said and said.endswith("(--skip-malformed would go on)")
+    assert status == 1 and f"in.jsonl, {place}" in said and said.endswith("(--skip-malformed would skip it)")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl"]
     status, said = run(*prepared("--skip-malformed", **limit))
     assert status == 0 and json.loads(Path("out/manifest.json").read_text())["malformed"] == 1
@@ -184,7 +184,7 @@ def test_what_a_rerun_can_go_on_with_stays_and_nothing_else(run, tmp_path, monke
         (chunk,) = (tmp_path / ".out.partial" / "chunks").iterdir()
         chunk.write_bytes(b"damaged")
         with monkeypatch.context() as patch:  # damaged after it was looked at
-            patch.setattr("coe_megatron.data.prepare._is_there", lambda *_: True)
+            patch.setattr("coe_megatron.data.prepare._is_usable", lambda *_: True)
             status, said = run(*prepared())
         assert status == 1 and "000000.npz is damaged" in said
     assert run(*prepared())[0] == 0

@@ -44,7 +44,7 @@ PACKERS = {
         (b'{"text": "\xff"}', "not valid JSON ('utf-8' codec"),
         ('{"text": "\\ufeff"}', "is empty"),
         ('"text"', "not a JSON object"),
-        ('{"a\\nb": 1}', r"field 'text' is missing; there is a\nb"),
+        ('{"a\\nb": 1}', r"field 'text' is missing; the record has a\nb"),
     ],
 )
 def test_a_record_that_cannot_be_used_is_malformed(tmp_path, record, reason):
@@ -93,7 +93,7 @@ def test_another_encoding_is_said_in_one_line(tmp_path, encoding, name):
 def test_a_record_may_be_as_large_as_the_limit_and_no_larger(tmp_path):
     largest, larger = (json.dumps({"text": "x" * size}) for size in (87, 88))
     assert len(largest) == 99
-    lines = {"line 1": "a", "line 2": "x" * 87, "line 4": "b", "line 3": "(it has more than 99 bytes, as"}
+    lines = {"line 1": "a", "line 2": "x" * 87, "line 4": "b", "line 3": "(it has more than 99 bytes, the limit"}
     (tmp_path / "in.jsonl").write_text("\n".join(['{"text": "a"}', largest, larger, '{"text": "b"}', larger]))
     found = documents(tmp_path / "in.jsonl", 99)
     assert all(found[place].startswith(text) for place, text in lines.items())

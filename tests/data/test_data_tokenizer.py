@@ -88,7 +88,7 @@ def plain(model, text):
 
 
 def test_a_word_forgotten_is_found_again(model, monkeypatch):
-    monkeypatch.setattr("coe_megatron.data.tokenizer.REMEMBERED_WORDS", 3)
+    monkeypatch.setattr("coe_megatron.data.tokenizer.CACHED_WORDS", 3)
     assert Tokenizer(model).encode(TEXTS[0]).tolist() == plain(model, TEXTS[0])
 
 
@@ -141,11 +141,11 @@ def test_an_error_of_the_texts_comes_through(tmp_path):
 @pytest.mark.parametrize(
     ("texts", "size", "message"),
     [
-        (TEXTS[:20], 30_000, r"^--vocab-size is 30000: there is text for at most \d+$"),
-        (TEXTS[:20], 270, r"^--vocab-size is 270: the characters of the text need at least \d+$"),
-        ([], 300, "^--vocab-size is 300: there is too little text to learn any from$"),
-        (["\0", "\n\n"], 300, "^--vocab-size is 300: there is too little text to learn any from$"),
-        (["</s>"], 300, "^--vocab-size is 300: there is too little text to learn any from$"),
+        (TEXTS[:20], 30_000, r"^--vocab-size is 30000: the text allows at most \d+$"),
+        (TEXTS[:20], 270, r"^--vocab-size is 270: the characters of the text require at least \d+$"),
+        ([], 300, "^--vocab-size is 300: there is too little text to train any tokenizer$"),
+        (["\0", "\n\n"], 300, "^--vocab-size is 300: there is too little text to train any tokenizer$"),
+        (["</s>"], 300, "^--vocab-size is 300: there is too little text to train any tokenizer$"),
     ],
 )
 def test_a_size_that_does_not_suit_is_one_line(tmp_path, texts, size, message):
@@ -186,12 +186,12 @@ def test_what_is_no_model_is_refused(tmp_path):
 
 def test_a_long_text_is_encoded_in_parts_to_the_same_ids(model, tokenizer, monkeypatch):
     text = " ".join(TEXTS[:40]) + "  "
-    monkeypatch.setattr("coe_megatron.data.tokenizer.PART_LENGTH", 10)
+    monkeypatch.setattr("coe_megatron.data.tokenizer.SEGMENT_LENGTH", 10)
     assert Tokenizer(model).encode(text).tolist() == plain(model, text)
 
 
 def test_what_has_no_spaces_is_cut_loses_nothing_and_is_not_remembered(model, tokenizer, monkeypatch):
-    monkeypatch.setattr("coe_megatron.data.tokenizer.LONGEST_WORD", 1000)
+    monkeypatch.setattr("coe_megatron.data.tokenizer.MAX_WORD_LENGTH", 1000)
     words = ["".join(text.split()) for text in TEXTS[:30]]
     text = f"{''.join(words)} {''.join(words[::-1])}"
     cut = Tokenizer(model)

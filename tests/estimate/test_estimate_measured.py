@@ -104,7 +104,7 @@ def found_in(config: RunConfig, vocabulary: int = VOCABULARY) -> Found:
     for _ in range(2 if config.zero.stage == 3 else 1):
         with meter.step():
             passes.train_step(
-                engine, [batch] * count, evaluation.forward, evaluation.counted_loss, meter.after_backward
+                engine, [batch] * count, evaluation.forward, evaluation.masked_loss_sum, meter.after_backward
             )
     return memory(run, parallel_state.get_pipeline_model_parallel_rank()).measured, meter.measured()
 
@@ -128,9 +128,10 @@ def valid(cases: list[Case]) -> list[Case]:
     return [case for case in cases if case[1:3] != (0, "bf16")]
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_small_models_hold_what_is_foreseen(ranks: int) -> None:
+def test_small_models_hold_what_is_predicted(ranks: int) -> None:
     for case, *found in zip(FEW, *run_ranks(of_cases, ranks, FEW), strict=True):
         hold(case, found)
 
@@ -138,7 +139,7 @@ def test_small_models_hold_what_is_foreseen(ranks: int) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("size", SIZES)
-def test_every_size_stage_and_precision_holds_what_is_foreseen(size: str, ranks: int) -> None:
+def test_every_size_stage_and_precision_holds_what_is_predicted(size: str, ranks: int) -> None:
     cases = [case for case in valid(ALL) if case[0] == size]
     for case, *found in zip(cases, *run_ranks(of_cases, ranks, cases, seconds=1500), strict=True):
         hold(case, found)
@@ -157,13 +158,14 @@ def test_buckets_follow_the_model_and_a_json_goes_first(tmp_path: Path) -> None:
     assert said["peak"] == pytest.approx(measured["peak"], rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.parametrize(
     ("ranks", "expert", "tensor"),
     [(1, 1, 1), (2, 2, 1), (4, 2, 1), (2, 2, 2)],
     ids=["1", "2-ep2", "4-ep2", "2-ep2-tp2"],
 )
-def test_a_rank_holds_what_is_foreseen(ranks: int, expert: int, tensor: int) -> None:
+def test_a_rank_holds_what_is_predicted(ranks: int, expert: int, tensor: int) -> None:
     groups = {
         "expert_model_parallel_size": expert,
         "tensor_model_parallel_size": tensor,
@@ -180,7 +182,7 @@ def on_a_stage(parallel: ParallelSettings) -> Found:
 
 
 @pytest.mark.ranks
-def test_the_first_stage_of_a_pipeline_holds_what_is_foreseen() -> None:
+def test_the_first_stage_of_a_pipeline_holds_what_is_predicted() -> None:
     """Of the last one the schedule still holds the gradient of its input when all passes have ended."""
     (said, first), (_, last) = run_ranks(on_a_stage, 2, ParallelSettings(pipeline=2), pipeline_model_parallel_size=2)
     for kind in (*STATES, "activations", "peak"):

@@ -23,7 +23,7 @@ from coe_megatron.config import RunConfig
 from coe_megatron.files import set_aside
 from coe_megatron.run.exit_status import ExitStatus
 from coe_megatron.run.folder import OutputLost
-from coe_megatron.run.loss_plot import is_whole
+from coe_megatron.run.loss_plot import is_complete_png
 from coe_megatron.run.metrics_log import read_metrics
 
 RECORDS = ("run.json", "config.yaml", "metrics.jsonl", "loss.png")
@@ -99,7 +99,7 @@ def test_a_run_goes_on_whatever_its_records_hold(
     assert index.with_name(f"{index.name}.damaged").is_dir()
     assert losses(run)[-2:] == losses(whole)[-2:]
     attempts = json.loads((run / "run.json").read_text())["attempts"]
-    assert [each["outcome"] for each in attempts] == ["finished"] and is_whole(run / "loss.png")
+    assert [each["outcome"] for each in attempts] == ["finished"] and is_complete_png(run / "loss.png")
     before = contents(run)
     assert not [line for line in said_by(lambda: attempt(run_config(prepared, run))) if "damaged" in line]
     assert contents(run) == before
@@ -152,7 +152,7 @@ def test_what_is_put_among_checkpoints_while_a_run_goes_on_costs_none(
                 os.mkfifo(checkpoints / name)
 
     attempt(run_config(prepared, tmp_path, keep_checkpoints=1), act)
-    assert os.listdir(checkpoints) == ["step-00000004"] and listing.trouble(checkpoints / "step-00000004") is None
+    assert os.listdir(checkpoints) == ["step-00000004"] and listing.problem(checkpoints / "step-00000004") is None
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_an_output_that_is_gone_ends_the_run_and_nothing_is_made_in_its_place(
                 run.mkdir()
 
     def be_refused() -> None:
-        with pytest.raises(OutputLost, match=f"^output is {run}: it was removed or moved while the run went on"):
+        with pytest.raises(OutputLost, match=f"^output is {run}: it was removed or moved during the run"):
             attempt(run_config(prepared, run), act)
 
     assert not [line for line in said_by(be_refused) if "cannot" in line or "could not" in line]
@@ -194,6 +194,7 @@ def test_an_output_that_is_gone_at_the_very_end_is_no_key_error(
     assert not run.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.run
 def test_all_ranks_end_when_the_output_is_gone(config: Path, prepared: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
@@ -205,7 +206,7 @@ def test_all_ranks_end_when_the_output_is_gone(config: Path, prepared: Path, tmp
         run.rename(tmp_path / "moved")
         _, said = process.communicate(timeout=120)
     assert process.returncode == ExitStatus.OUTPUT_LOST and not run.exists(), said
-    line = f"output is {run}: it was removed or moved while the run went on"
+    line = f"output is {run}: it was removed or moved during the run"
     own = [each for each in said.splitlines() if each.startswith(line)]
     assert len(own) == 1, "one rank says it"
     assert re.search(

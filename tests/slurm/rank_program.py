@@ -40,7 +40,7 @@ def disturb() -> None:
     if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
         mended = "."
     stop, train_step = Path(os.environ["COE_ATTEMPT"]) / "stop", loop.Pretraining._train_step
-    asked = signals.Interruption.asked
+    status = signals.StopRequest.status
 
     def step(self: loop.Pretraining, number: int):
         while number + 1 >= int(waits_before) and not stop.exists() and not Path(let_go).exists():
@@ -51,11 +51,11 @@ def disturb() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return train_step(self, number)
 
-    def heard(self: signals.Interruption) -> ExitStatus:
-        return asked(self) if Path(mended).exists() else ExitStatus.DONE
+    def heard(self: signals.StopRequest) -> ExitStatus:
+        return status(self) if Path(mended).exists() else ExitStatus.DONE
 
     loop.Pretraining._train_step = step
-    signals.Interruption.asked = heard
+    signals.StopRequest.status = heard
 
 
 if __name__ == "__main__":

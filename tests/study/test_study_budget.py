@@ -45,10 +45,10 @@ def test_no_other_value_comes_nearer(
 ) -> None:
     study, solved = found(study_file(budget=budget(equal, key, bounds, multiple)))
     wanted = AMOUNTS.of(equal, study.baseline.config)
-    assert solved[study.baseline.name].off == 0
+    assert solved[study.baseline.name].deviation == 0
     for arm in study.arms[1:]:
         best = solved[arm.name]
-        assert AMOUNTS.of(equal, arm.config) == best.amount == pytest.approx(wanted * (1 + best.off))
+        assert AMOUNTS.of(equal, arm.config) == best.amount == pytest.approx(wanted * (1 + best.deviation))
         for value in range(-(-bounds[0] // multiple) * multiple, bounds[1] + 1, multiple):
             other = AMOUNTS.of(equal, study.with_setting(arm, key, value).config)
             assert abs(best.amount - wanted) <= abs(other - wanted), (arm.name, value)
@@ -135,7 +135,7 @@ def test_nearest_of_few_values_of_an_amount_with_jumps(wanted: float) -> None:
 @pytest.mark.parametrize("count", [1, 2, 3, 50])
 def test_nearest_of_few_values(count: int) -> None:
     if count == 1:
-        with pytest.raises(ValueError, match="the same with every value"):
+        with pytest.raises(ValueError, match="the same for every value"):
             nearest(float, range(5, 6), 5)
     else:
         assert nearest(float, range(5, 5 + count), 6) == 6
@@ -144,9 +144,9 @@ def test_nearest_of_few_values(count: int) -> None:
 @pytest.mark.parametrize(
     ("amount", "said"),
     [
-        (lambda value: abs(value - 300), "it shrinks on the way to"),
-        (lambda value: abs(value - 700), "it grows on the way to"),
-        (lambda value: 4, "it is the same with every value"),
+        (lambda value: abs(value - 300), "it is not monotone: it shrinks just below"),
+        (lambda value: abs(value - 700), "it is not monotone: it grows just below"),
+        (lambda value: 4, "it is the same for every value"),
     ],
 )
 def test_an_amount_that_is_not_monotone_is_refused(amount: Callable[[int], float], said: str) -> None:
@@ -158,20 +158,20 @@ MISTAKES = [
     (budget("flops", "training.stepz", [1, 9]), "training.stepz is not a setting; did you mean training.steps?"),
     (
         budget("flops", "optimizer.lr", [1, 9]),
-        "budget.solve is optimizer.lr: it must name a setting that is a whole number",
+        "budget.solve is optimizer.lr: it must name an integer setting",
     ),
     (budget("flops", "model.mla", [1, 9]), "model.mla is 1: it must hold keys of its own: kv_lora_rank"),
-    (budget("flops", "data.reset_at_documents", [1, 9]), "it must name a setting that is a whole number"),
+    (budget("flops", "data.reset_at_documents", [1, 9]), "it must name an integer setting"),
     (budget("flops", "training.log_every", [1, 9]), "flops cannot be solved for training.log_every: it is the same"),
-    (budget("flops", "training.steps", [7, 9], 5), "budget.range is [7, 9]: no multiple of 5 lies in it"),
+    (budget("flops", "training.steps", [7, 9], 5), "budget.range is [7, 9]: it contains no multiple of 5"),
     (
         budget("flops", "training.steps", [200, 400], 1, 0.1),
-        "arm coe-2-2-8_prenorm: training.steps 200 to 400 brings flops no nearer to the baseline's than +1",
+        "arm coe-2-2-8_prenorm: no training.steps from 200 to 400 matches the baseline's flops: the nearest is +1",
     ),
-    (budget("parameters", "moe.num_experts", [1, 9]), "budget.range leads to moe.num_experts 1: shape.topk is 2"),
+    (budget("parameters", "moe.num_experts", [1, 9]), "budget.range includes moe.num_experts 1: shape.topk is 2"),
     (  # within 2 % of the baseline whatever it is, for it changes next to nothing
         budget("memory", "model.vocab_size", [64, 66], 1, 0.02),
-        "% of what the range changes), with 66: budget.tolerance is 0.02, so widen that or budget.range",
+        "% of the change over the range, with 66; budget.tolerance is 0.02: widen it or budget.range",
     ),
     (
         budget("flops", "moe.ffn_hidden_size", [2, 63], 1, 0.3),
@@ -190,7 +190,7 @@ def test_a_mistake_is_one_line(study_file: Write, given: dict[str, Any], said: s
 
 def test_seconds_need_a_device(study_file: Write) -> None:
     study = make_study(read_study(study_file(budget=budget("wall_clock", "training.steps", [20, 400]))))
-    with pytest.raises(ConfigError, match="hours need a device"):
+    with pytest.raises(ConfigError, match="wall_clock requires a device"):
         solve(study, Amounts())
 
 
@@ -200,9 +200,9 @@ def test_seconds_need_a_device(study_file: Write) -> None:
         (
             "model.num_layers",
             2**31 - 1,
-            "budget.range leads to model.num_layers 2147483647: model.num_layers is 2147483647",
+            "budget.range includes model.num_layers 2147483647: model.num_layers is 2147483647",
         ),
-        ("chain.iterations", 2**31 - 1, "budget.range leads to chain.iterations 2147483647: chain.iterations is"),
+        ("chain.iterations", 2**31 - 1, "budget.range includes chain.iterations 2147483647: chain.iterations is"),
     ],
 )
 def test_a_range_that_no_run_can_have_is_refused_before_it_is_measured(

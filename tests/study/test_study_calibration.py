@@ -60,7 +60,7 @@ def on_its_ranks(config: RunConfig) -> RunConfig:
     return replace(config, parallel=replace(config.parallel, world_size=RANKS))
 
 
-def test_the_run_itself_is_foreseen(run: Write) -> None:
+def test_the_run_itself_is_predicted(run: Write) -> None:
     speed = calibrate(run(), HALF_ROWS)
     seconds = Amounts(speed).seconds(on_its_ranks(CONFIG))
     assert seconds.steps == pytest.approx(50 * A_STEP)
@@ -103,12 +103,12 @@ def test_of_a_run_in_several_attempts_only_steps_are_told(run: Write, how: dict[
 
 
 def test_what_is_no_calibration_is_one_line(run: Write, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"metrics\.jsonl has 2 logged steps, 3 or more are needed"):
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl has 2 logged steps; 3 are needed"):
         calibrate(run(until=20), HALF_ROWS)
     with pytest.raises(ConfigError, match=r"--calibration is .*none: there is no such folder"):
         calibrate(tmp_path / "none", HALF_ROWS)
     (tmp_path / "run.json").write_text('{"attempts": [{"outcome": "running"}]}')
-    with pytest.raises(ConfigError, match=r"its run\.json tells of no step"):
+    with pytest.raises(ConfigError, match=r"its run\.json has no attempt with a step"):
         calibrate(tmp_path, HALF_ROWS)
 
 
@@ -154,8 +154,8 @@ def test_steps_that_no_device_takes_are_one_line(run: Write, seconds: float) -> 
         change_metrics(folder, step, {"step_seconds": seconds})
     with pytest.raises(ConfigError) as error:
         calibrate(folder, HALF_ROWS)
-    said = f"its metrics.jsonl is damaged ({seconds:.3g} seconds a step on {RANKS} ranks would be "
-    assert said in str(error.value) and str(error.value).endswith(" FLOP/s each)")
+    said = f"its metrics.jsonl is damaged ({seconds:.3g} s per step on {RANKS} ranks would be "
+    assert said in str(error.value) and str(error.value).endswith(" FLOP/s per rank)")
 
 
 def test_times_that_were_not_finite_are_left_out(run: Write) -> None:

@@ -57,6 +57,18 @@ def wait_for_step(step: int, folder: Path, process: Program, but: tuple[str, ...
         time.sleep(0.02)
 
 
+def test_six_short_runs_and_their_report(program: Callable[[str], list[str]], tmp_path: Path) -> None:
+    study = [*program("short"), "training.steps=3", "training.evaluate_every=3"]
+    for command in (("run", *study, "--at-once", "2"), ("report", *study)):
+        done = python("launch/study.py", *command, seconds=500)
+        assert done.returncode == 0, done.stderr
+    logs = [read_metrics(path) for path in (tmp_path / "short").glob("*/seed-1/metrics.jsonl")]
+    assert [[line["step"] for line in log] for log in logs] == [[0, 1, 2, 3]] * 6
+    rows = csv.DictReader((tmp_path / "short" / "report" / "results.csv").open())
+    assert [row["state"] for row in rows] == ["finished"] * 6
+
+
+@pytest.mark.slow
 @pytest.mark.alone
 def test_killed_twice_a_study_gives_the_same_results(program: Callable[[str], list[str]], tmp_path: Path) -> None:
     undisturbed, disturbed = program("undisturbed"), program("disturbed")

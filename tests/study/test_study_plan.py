@@ -16,7 +16,7 @@ from coe_megatron.errors import ConfigError
 from coe_megatron.estimate.run_estimate import estimate
 from coe_megatron.estimate.run_shape import RunShape
 from coe_megatron.study.plan.arms import make_study
-from coe_megatron.study.plan.cost_table import make_plan, span
+from coe_megatron.study.plan.cost_table import format_duration, make_plan
 from coe_megatron.study.plan.study_file import read_study
 
 Write = Callable[..., Path]
@@ -127,21 +127,21 @@ def test_the_table_and_what_stands_below(study_file: Write) -> None:
     plan = make_plan(study_file(budget=budget), device="cpu", device_memory="1MiB", price=2.0)
     text = plan.table()
     header, *rows = text.splitlines()
-    assert "moe.ffn_hidden_size  off budget" in header
-    assert rows[0].startswith("moe-4-8_prenorm*") and rows[0].endswith("16      +0.00%")
+    assert "moe.ffn_hidden_size  deviation" in header
+    assert rows[0].startswith("moe-4-8_prenorm*") and rows[0].endswith("16     +0.00%")
     memory = text.partition("\n\n")[2].splitlines()
     assert " ".join(memory[0].split()) == (
-        "MiB a rank at its peak weights gradients optimizer communication buckets activations other together"
+        "peak MiB per rank weights gradients optimizer communication buckets activations other total"
     )
     for line, arm in zip(memory[1:4], plan.arms, strict=True):
         assert line.split() == [
             arm.arm.name,
             *(f"{size / 2**20:.1f}" for size in (*arm.components.values(), arm.memory)),
         ]
-    assert "6 runs: 3 arms, 2 seeds each; " in text and f", {plan.cost:,.2f} at 2 an hour" in text
+    assert "6 runs: 3 arms, 2 seeds each; " in text and f", {plan.cost:,.2f} at 2 per hour" in text
     assert "coe-2-2-8_prenorm does not fit: a rank needs" in text
-    assert "left out, at C = 1 it is prenorm: MoE(4/8) iteration_norm" in text
-    assert "flops as the baseline's, by moe.ffn_hidden_size" in text
+    assert "skipped, at C = 1 it is prenorm: MoE(4/8) iteration_norm" in text
+    assert "flops equal to the baseline's: moe.ffn_hidden_size is solved for it" in text
     assert len({len(row) for row in text.splitlines()[:4]}) == 1
 
 
@@ -170,8 +170,8 @@ def test_json_holds_every_arm_and_run(study_file: Write) -> None:
         ({"device": "h300"}, "--device is h300: it must be one of b200, h200, "),
         ({"device_memory": "80"}, "--device-memory '80' must be a number above 0 and one of GiB"),
         ({"device": "h200", "device_memory": "80"}, "--device-memory '80' must be"),
-        ({"calibration": Path("nowhere")}, "--calibration needs a device: name it in the study file (device) or"),
-        ({"overrides": ["moe.topk=2"]}, "moe.topk is set for all arms: axes.design decides it"),
+        ({"calibration": Path("nowhere")}, "--calibration requires a device: name it in the study file (device) or"),
+        ({"overrides": ["moe.topk=2"]}, "moe.topk is set for all arms: axes.design sets it too"),
         ({"overrides": ["training.steps"]}, "override 'training.steps': write it as key.sub=value"),
     ],
 )
@@ -197,7 +197,7 @@ def test_the_example_of_the_documents_is_a_study(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("seconds", "text"), [(59, "59 s"), (60, "1.0 min"), (5400, "1.5 h")])
 def test_spans(seconds: float, text: str) -> None:
-    assert span(seconds) == text
+    assert format_duration(seconds) == text
 
 
 def test_planning_needs_no_torch(study_file: Write) -> None:
@@ -214,7 +214,7 @@ def test_planning_needs_no_torch(study_file: Write) -> None:
 @pytest.mark.parametrize(
     ("changes", "options", "said"),
     [
-        ({"seeds": [1, 1]}, (), "study.py: error: seeds is [1, 1]: each must be another\n"),
+        ({"seeds": [1, 1]}, (), "study.py: error: seeds is [1, 1]: seeds must differ\n"),
         ({}, ("--jsno",), "study.py: error: unrecognized arguments: --jsno\n"),
         ({}, ("--price", "-1"), "study.py plan: error: argument --price: -1 must be a number of at least 0\n"),
     ],

@@ -14,10 +14,11 @@ from study_made_up import leave, leave_all
 from coe_megatron.errors import one_line
 from coe_megatron.study.plan.arms import Run
 from coe_megatron.study.plan.cost_table import Plan, make_plan
-from coe_megatron.study.report import figures
 from coe_megatron.study.report.comparison import compare
-from coe_megatron.study.report.figures import _looks, draw
-from coe_megatron.study.report.report import _drawn, as_markdown, write_report
+from coe_megatron.study.report.figures import draw as drawing_module
+from coe_megatron.study.report.figures.draw import draw
+from coe_megatron.study.report.figures.style import StudyFigure, arm_styles
+from coe_megatron.study.report.report import as_markdown, render, write_report
 from coe_megatron.study.report.results import collect, results_csv
 
 Write = Callable[..., Path]
@@ -104,8 +105,8 @@ def test_what_the_tables_say(plan: Plan, tmp_path: Path) -> None:
         "C4 prenorm", "2", "3.6750", "0.0636", "+0.3000", "+0.3000 to +0.3000", "-", "better"
     ]  # fmt: skip
     assert "**Better than the baseline:** C2 prenorm, C2 reference, C4 prenorm, C4 reference." in text
-    assert "5 tests without any difference give 0.25 verdicts of one." in text
-    _, _, first, *_ = as_table(text.partition("## What the arms cost")[2])
+    assert "5 tests without any true difference give 0.25 false verdicts." in text
+    _, _, first, *_ = as_table(text.partition("## Cost of the arms")[2])
     assert re.fullmatch(r"\d+ / 402", first[6].strip()) and first[7].strip().endswith(" s / 56 s")
 
 
@@ -142,7 +143,7 @@ def test_without_its_baseline_nothing_is_compared(plan: Plan) -> None:
     results = collect(plan)
     summaries = compare(results, plan.arms, "c1_prenorm")
     text = as_markdown(plan, "A study", results, summaries, [])
-    assert "The baseline has no finished run, so that nothing can be held against it." in text
+    assert "The baseline has no finished run, so no arm can be compared with it." in text
     assert {drawing.name for drawing in draw(results, summaries, "c1_prenorm")} == FIGURES - {"gains"}
 
 
@@ -198,9 +199,11 @@ def test_no_two_arms_look_alike_without_colours(study_file: Write, tmp_path: Pat
     }
     file = study_file(output=str(tmp_path / "out"), axes=axes, skip=None, baseline={"width": "w0", "length": "l0"})
     plan = make_plan(file)
-    looks = _looks(compare(collect(plan), plan.arms, "w0_l0")).values()
+    styles = arm_styles(compare(collect(plan), plan.arms, "w0_l0")).values()
     assert (
-        len({(look.mark, look.fill) for look in looks}) == len({(look.mark, look.dash) for look in looks}) == len(looks)
+        len({(style.mark, style.fill) for style in styles})
+        == len({(style.mark, style.dash) for style in styles})
+        == len(styles)
     )
 
 
@@ -235,7 +238,7 @@ def hostile(study_file: Write, tmp_path: Path) -> Plan:
     return plan
 
 
-def legend(drawing: figures.Drawing) -> list[str]:
+def legend(drawing: StudyFigure) -> list[str]:
     (found,) = drawing.figure.legends
     return [text.get_text() for text in found.get_texts()]
 
@@ -255,7 +258,7 @@ def test_figures_draw_labels_literally(hostile: Plan) -> None:
     rows = [axes.get_ylabel() for axes in found["followers"].figure.axes if axes.get_ylabel()]
     assert rows[: len(wanted)] == wanted
     for name in ("loss-against-memory", "gains"):
-        assert _drawn(found[name], "svg").startswith(b"<?xml")  # matplotlib reads formulas as it draws
+        assert render(found[name], "svg").startswith(b"<?xml")  # matplotlib reads formulas as it draws
 
 
 def test_a_report_holds_hostile_labels_whole_and_as_text(
@@ -266,7 +269,7 @@ def test_a_report_holds_hostile_labels_whole_and_as_text(
     shown = [one_line(label) for label in HOSTILE]
     assert set(shown) <= set(page.cells) and not {"b", "i", "a", "code", "em"} & set(page.tags)
     assert "$" not in text and text.startswith("# On &#36;x&#36; &#60;i&#62;&#92;n")
-    assert '"a, b"' in text and "Long labels are cut" in text
+    assert '"a, b"' in text and "Long labels are truncated" in text
 
 
 def test_csv_holds_labels_as_they_are_and_no_formulas(hostile: Plan) -> None:
@@ -277,10 +280,10 @@ def test_csv_holds_labels_as_they_are_and_no_formulas(hostile: Plan) -> None:
 
 
 def test_of_many_arms_figures_show_the_best_and_the_baseline(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "_MOST_ARMS", 3)
+    monkeypatch.setattr(drawing_module, "MAX_ARMS", 3)
     leave_all(plan.study.runs, loss_of)
     results = collect(plan)
     summaries = compare(results, plan.arms, "c1_prenorm")
     assert legend(next(draw(results, summaries, "c1_prenorm"))) == ["C1 prenorm", "C4 prenorm", "C4 reference"]
     text = as_markdown(plan, "A study", results, summaries, [])
-    assert "Of 6 arms they show the baseline and the 2 with the lowest loss." in text
+    assert "Of 6 arms, they show the baseline and the 2 with the lowest loss." in text

@@ -14,7 +14,7 @@ from study_made_up import leave, leave_all
 from coe_megatron.study.plan.arms import Run
 from coe_megatron.study.plan.cost_table import Plan, make_plan
 from coe_megatron.study.report.comparison import Summary, compare
-from coe_megatron.study.report.figures import pareto
+from coe_megatron.study.report.figures.memory import pareto
 from coe_megatron.study.report.results import _cell, collect, results_csv, timings_csv
 from coe_megatron.study.report.scaling_fit import fit
 
@@ -46,8 +46,8 @@ def test_a_row_for_every_run(plan: Plan) -> None:
     header, first, *_ = results_csv(collect(plan)).splitlines()
     assert header == (
         "arm,axis_design,axis_norm_placement,seed,state,parameters,active_parameters,steps,flops_per_token,flops,expert_flops,"
-        "memory_foreseen,memory_foreseen_weights,memory_foreseen_gradients,memory_foreseen_optimizer,"
-        "memory_foreseen_communication_buckets,memory_foreseen_activations,memory_foreseen_other,tokens,valid_loss,train_loss,best_valid_loss,routing_entropy,routing_load_max_over_mean,"
+        "memory_predicted,memory_predicted_weights,memory_predicted_gradients,memory_predicted_optimizer,"
+        "memory_predicted_communication_buckets,memory_predicted_activations,memory_predicted_other,tokens,valid_loss,train_loss,best_valid_loss,routing_entropy,routing_load_max_over_mean,"
         "routing_dead_experts,routing_dropped,routing_overlap"
     )
     assert first.startswith("moe-4-8_prenorm,MoE(4/8),prenorm,1,finished,")
@@ -171,7 +171,7 @@ def test_text_in_a_cell_is_no_formula_and_a_number_is_one(text: object, cell: ob
 
 
 def test_nothing_has_begun(plan: Plan) -> None:
-    assert {result.state for result in collect(plan)} == {"not begun"}
+    assert {result.state for result in collect(plan)} == {"not started"}
     assert [summary.mean for summary in by_name(plan).values()] == [None] * 3
 
 
@@ -179,10 +179,10 @@ def test_two_seeds_by_hand(plan: Plan) -> None:
     """Gains of 0.3 and 0.2: 0.25 on average, with a standard error of 0.05, and t(0.975, 1) is 12.7062."""
     leave_all(plan.study.runs, loss_of)
     found = by_name(plan)[COE]
-    assert found.mean == pytest.approx(3.8) and found.spread == pytest.approx(0.2 / math.sqrt(2))
+    assert found.mean == pytest.approx(3.8) and found.std == pytest.approx(0.2 / math.sqrt(2))
     assert found.gain == pytest.approx(0.25) and found.seeds == 2
     assert found.interval == pytest.approx((0.25 - 12.7062 * 0.05, 0.25 + 12.7062 * 0.05), abs=1e-5)
-    assert found.verdict == "no difference seen" and by_name(plan)[MOE].gain is None
+    assert found.verdict == "not significant" and by_name(plan)[MOE].gain is None
 
 
 def test_gains_are_scipys_paired_test(study_file: Write, tmp_path: Path) -> None:
@@ -200,13 +200,13 @@ def test_seeds_that_the_baseline_lacks_are_no_pairs(plan: Plan) -> None:
     leave_all([run for run in plan.study.runs if (run.arm, run.seed) != (MOE, 2)], loss_of)
     found = by_name(plan)[COE]
     assert (found.seeds, found.gain, found.interval, found.p) == (1, pytest.approx(0.3), None, None)
-    assert found.losses == {1: 3.7, 2: 3.9} and found.spread == stdev([3.7, 3.9]) and found.verdict == ""
+    assert found.losses == {1: 3.7, 2: 3.9} and found.std == stdev([3.7, 3.9]) and found.verdict == ""
 
 
 def test_an_arm_that_a_setting_without_effect_makes(plan: Plan) -> None:
     leave_all(plan.study.runs, lambda run: 4.0 + run.seed / 10)
     found = by_name(plan)[COE]
-    assert (found.gain, found.interval, found.p, found.verdict) == (0.0, (0.0, 0.0), None, "no difference seen")
+    assert (found.gain, found.interval, found.p, found.verdict) == (0.0, (0.0, 0.0), None, "not significant")
 
 
 def fitted_plan(study_file: Write, tmp_path: Path, designs: Mapping[str, Mapping[str, object]]) -> Plan:

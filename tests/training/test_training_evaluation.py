@@ -44,7 +44,7 @@ def test_losses_are_means_over_counted_tokens_and_sets_weigh_by_theirs() -> None
 
 
 def test_a_set_without_a_token_that_counts_is_named() -> None:
-    with pytest.raises(ValueError, match="validation set far holds no token"):
+    with pytest.raises(ValueError, match="validation set far has no token"):
         validate(Echo(), {"far": ValidationSet([_batch(([1, 2], 0))], 1.0)})
 
 

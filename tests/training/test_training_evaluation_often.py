@@ -28,7 +28,7 @@ from coe_megatron.config.settings import (
 from coe_megatron.distributed.process_groups import seed_dropout
 from coe_megatron.model import routing_stats as stats
 from coe_megatron.model.build import build_model
-from coe_megatron.training.evaluation import Batch, ValidationSet, counted_loss, forward, validate
+from coe_megatron.training.evaluation import Batch, ValidationSet, forward, masked_loss_sum, validate
 from coe_megatron.zero import engine as zero
 from coe_megatron.zero import optimizer_states as states
 from coe_megatron.zero import train_step as passes
@@ -114,12 +114,12 @@ def train(config: RunConfig, evaluate: bool, packed: bool) -> dict[str, Any]:
             found["valid"] += _evaluated(engine, validation)
         stats.reset_routing(engine.module)
         batches = [batch_of(10 * step + number, packed) for number in range(steps)]
-        loss = passes.train_step(engine, batches, forward, lambda losses, batch: counted_loss(losses, batch) / 100)
+        loss = passes.train_step(engine, batches, forward, lambda losses, batch: masked_loss_sum(losses, batch) / 100)
         stats.finish_step(engine.module)
         found["loss"].append(float(loss))
         found["norm"].append(zero.gradient_norm(engine))
     found["valid"].append(validate(engine, validation)["valid_loss"])
-    with states.gathered(engine):
+    with states.gathered_weights(engine):
         named = [*engine.module.named_parameters(), *engine.module.named_buffers()]
         return found | {"weights": {name: value.detach().clone() for name, value in named}}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from coe_megatron.training import watchdog as hang_watch
 
 hang_watch._SECONDS_FOR_OTHERS = 0.2
-hang_watch._TIMES_WITHOUT_ANY_THREAD = 4
+hang_watch._INTERPRETER_FACTOR = 4
 how, folder = sys.argv[1], Path(sys.argv[2])
 
 def stands_here(seconds):
@@ -29,7 +29,7 @@ def last_word(status, line):
 
 with hang_watch.HangDetector(folder, 3, None if how == "unwatched" else 0.5, last_word) as watch:
     for step in range(3):
-        watch.beat(f"step {step}")
+        watch.heartbeat(f"step {step}")
         time.sleep(0.3)
     if how == "suspended":
         is_suspended()

@@ -16,9 +16,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from coe_megatron.config import RunConfig, parse
 from coe_megatron.errors import ConfigError
-from coe_megatron.run.loss_plot import draw_loss, is_whole
+from coe_megatron.run.loss_plot import draw_loss, is_complete_png
 from coe_megatron.run.metrics_log import read_metrics
-from coe_megatron.training.metrics import Several, open_metrics
+from coe_megatron.training.metrics import CompositeMetrics, open_metrics
 
 
 def test_what_is_written_is_read_and_shown_in_tensorboard(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_going_back_forgets_what_lies_beyond(tmp_path: Path) -> None:
     writer = open_metrics(tmp_path, RunConfig())
     for step, loss in ((1, 1.0), (2, 2.0), (3, 3.0)):
         writer.write({"step": step, "train_loss": loss})
-    writer.go_back(1)
+    writer.rewind(1)
     writer.write({"step": 2, "train_loss": 9.0})
     writer.close()
     assert read_metrics(tmp_path / "metrics.jsonl") == [
@@ -178,7 +178,7 @@ def test_a_file_that_was_removed_meanwhile_begins_anew_and_that_is_said(
     (tmp_path / "metrics.jsonl").unlink()
     writer.write({"step": 2})
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 2}]
-    assert capsys.readouterr().err == f"{tmp_path / 'metrics.jsonl'} was removed: it begins anew with step 2\n"
+    assert capsys.readouterr().err == f"{tmp_path / 'metrics.jsonl'} was removed: it starts again with step 2\n"
 
 
 @pytest.mark.parametrize("damage", [b"", b"\0" * 100, b"garbage"])
@@ -204,7 +204,7 @@ def test_beginning_anew_keeps_the_old_file_aside(tmp_path: Path) -> None:
 
 
 def test_metrics_that_go_nowhere_may_be_written() -> None:
-    nowhere = Several()
+    nowhere = CompositeMetrics()
     nowhere.write({"step": 1})
     nowhere.close()
 
@@ -282,12 +282,12 @@ def test_the_picture_shows_every_validation_set(tmp_path: Path) -> None:
 def test_a_picture_is_told_from_a_torn_one(tmp_path: Path) -> None:
     path = draw_loss([{"step": 1, "tokens": 9, "train_loss": 2.0}], 5.2, "a run", tmp_path / "loss.png")
     content = path.read_bytes()
-    assert is_whole(path) and [each.name for each in tmp_path.iterdir()] == ["loss.png"]
+    assert is_complete_png(path) and [each.name for each in tmp_path.iterdir()] == ["loss.png"]
     nuls = bytearray(content)
     nuls[2000:2100] = bytes(100)
     for damaged in (b"", content[:-1], content + b"x", content[:3000], bytes(3000), b"GIF89a", bytes(nuls)):
         path.write_bytes(damaged)
-        assert not is_whole(path)
+        assert not is_complete_png(path)
 
 
 def test_names_that_are_no_formulas_and_numbers_that_are_no_losses_are_drawn_all_the_same(tmp_path: Path) -> None:
@@ -296,7 +296,7 @@ def test_names_that_are_no_formulas_and_numbers_that_are_no_losses_are_drawn_all
         {"step": 0}, {"step": 1, "tokens": 9, "train_loss": 1e300, "valid_loss": 2.0, "valid": sets},
         {"step": 2, "tokens": 18, "train_loss": 2.0, "valid": {"another": {"loss": None}, "third": {}}},
     ]  # fmt: skip
-    assert is_whole(draw_loss(lines, 5.2, r"$\\frac{", tmp_path / "loss.png"))
+    assert is_complete_png(draw_loss(lines, 5.2, r"$\\frac{", tmp_path / "loss.png"))
 
 
 @pytest.mark.parametrize("name", ["\x1b[31m\n\ud800", "\N{SNOWMAN WITHOUT SNOW}\U000f0000", "long " * 100_000])
@@ -304,5 +304,5 @@ def test_nothing_is_said_of_names_that_cannot_be_drawn(
     name: str, tmp_path: Path, recwarn: pytest.WarningsRecorder, caplog: pytest.LogCaptureFixture
 ) -> None:
     line = {"step": 1, "tokens": 9, "train_loss": 2.0, "valid_loss": 2.0, "valid": {name: {"loss": 2.0}}}
-    assert is_whole(draw_loss([line], 5.2, name, tmp_path / "loss.png"))
+    assert is_complete_png(draw_loss([line], 5.2, name, tmp_path / "loss.png"))
     assert not [each for each in recwarn if each.category is UserWarning] and not caplog.records

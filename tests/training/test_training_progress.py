@@ -14,7 +14,7 @@ def test_the_time_left_follows_from_the_steps_since_this_start(
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     progress = Progress(first_step=10, steps=50, visible=True)
     now[0] = 220.0  # 20 steps in 120 seconds
-    assert progress.seconds_left(30) == pytest.approx(120.0)
+    assert progress.eta_seconds(30) == pytest.approx(120.0)
     progress.step(30, {"loss": 1.5})
-    assert "left 0:02:00" in capsys.readouterr().err
-    assert progress.seconds_left(50) == 0.0
+    assert "eta 0:02:00" in capsys.readouterr().err
+    assert progress.eta_seconds(50) == 0.0

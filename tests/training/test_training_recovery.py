@@ -66,7 +66,8 @@ def test_a_nan_in_one_batch_leaves_one_step_out(
     assert [found[step]["skipped_steps"] for step in (3, 6, 9, 12)] == [0, 1, 1, 1]
     assert found[6]["train_loss"] is None and found[6]["grad_norm"] is None
     assert found[12]["train_loss"] < found[3]["train_loss"] and found[12]["data_offset"] == 0
-    assert "step 6 is left out, it changes nothing: its loss is nan; 1 in a row, of 5 (recovery.skips)" in said
+    skipped = "step 6 is skipped, it changes no weights: its loss is nan; 1 of 5 consecutive skips (recovery.skips)"
+    assert skipped in said
     assert (tmp_path / "loss.png").exists()
 
 
@@ -119,6 +120,7 @@ def test_a_run_rolls_back_and_goes_past_the_data(rollbacks: Path, prepared: Path
     assert event == {"from_step": 7, "to_step": 4, "samples": [32, 55], "losses": [None, None]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [5, 7, 8, 10], ids="killed before step {}".format)
 def test_killed_after_a_roll_back_it_goes_on_as_if_nothing_had_been(
     single_rank: None, step: int, rollbacks: Path, prepared: Path, tmp_path: Path
@@ -143,6 +145,7 @@ def test_killed_after_a_roll_back_it_goes_on_as_if_nothing_had_been(
             assert found.get(name) == expected.get(name), (found["step"], name)
 
 
+@pytest.mark.slow
 def test_stopped_in_the_midst_of_bad_steps_it_counts_on(
     single_rank: None, rollbacks: Path, prepared: Path, tmp_path: Path
 ) -> None:
@@ -161,6 +164,7 @@ def test_stopped_in_the_midst_of_bad_steps_it_counts_on(
     assert losses(tmp_path) == losses(rollbacks) and checkpoints(tmp_path) == [8, 12]
 
 
+@pytest.mark.slow
 def test_stopped_in_the_step_that_rolls_back_it_goes_on_behind_the_data(
     single_rank: None, rollbacks: Path, prepared: Path, tmp_path: Path
 ) -> None:
@@ -175,6 +179,7 @@ def test_stopped_in_the_step_that_rolls_back_it_goes_on_behind_the_data(
     assert losses(tmp_path) == losses(rollbacks)
 
 
+@pytest.mark.slow
 def test_after_as_many_roll_backs_as_are_allowed_a_run_gives_up(
     single_rank: None, prepared: Path, tmp_path: Path
 ) -> None:
@@ -184,10 +189,9 @@ def test_after_as_many_roll_backs_as_are_allowed_a_run_gives_up(
         with planted(everything), pytest.raises(recovery.Diverged) as caught:
             attempt(small(prepared, tmp_path, {"skips": 3, "rollbacks": 1}))
         assert str(caught.value) == (
-            "steps 9 to 11 were left out, their losses were not finite, not finite, not finite; recovery.rollbacks is "
-            "1, and the run has rolled back as often: a lower optimizer.lr may help, in another output "
-            "(training.warm_start begins with the weights of this one), or a larger recovery.rollbacks, which goes "
-            "past more data"
+            "steps 9 to 11 were skipped, their losses were not finite, not finite, not finite; the run has used all "
+            "its rollbacks (recovery.rollbacks is 1): try a lower optimizer.lr in a new output (training.warm_start "
+            "can load the weights of this run), or a larger recovery.rollbacks, which skips more data"
         )
         assert checkpoints(tmp_path) == [4, 8]
     with planted(everything):
@@ -210,7 +214,10 @@ def test_the_count_of_roll_backs_outlives_checkpoints_and_restarts(
 def test_without_a_checkpoint_there_is_nothing_to_roll_back_to(
     single_rank: None, prepared: Path, tmp_path: Path
 ) -> None:
-    with planted(dict.fromkeys(range(1, 20), NAN)), pytest.raises(recovery.Diverged, match="no checkpoint is older: a"):
+    with (
+        planted(dict.fromkeys(range(1, 20), NAN)),
+        pytest.raises(recovery.Diverged, match="there is no older checkpoint: try a"),
+    ):
         attempt(small(prepared, tmp_path, {"skips": 3}))
 
 
@@ -227,28 +234,29 @@ def test_an_exploding_loss_is_left_out_where_a_factor_is_given(
     assert [line["skipped_steps"] for line in skipped_steps[1:]] == [0] * 5 + [1] * 7
     assert skipped_steps[6]["train_loss"] == learned[6]["train_loss"] > 50 and skipped_steps[6]["grad_norm"] is None
     assert losses(folders[3.0])[5] == losses(folders[None])[5], "the watch changes no bit of what is learned"
-    assert sum("(recovery.loss_factor); 1 in a row" in line for line in said) == 1
+    assert sum("(recovery.loss_factor); 1 of 5" in line for line in said) == 1
 
 
 def test_a_state_without_a_position_is_one_line() -> None:
     state = asdict(TrainState(step=3, tokens=9))
     assert TrainState.of({**state, "tokenizer": "T"}) == TrainState(step=3, tokens=9)
     del state["data_offset"]
-    with pytest.raises(ConfigError, match=r"does not say where the run stood: data_offset is missing"):
+    with pytest.raises(ConfigError, match=r"is incomplete: data_offset is missing"):
         TrainState.of(state)
 
 
 def test_the_median_is_of_the_newest_steps_that_were_taken() -> None:
     settings, position = RecoverySettings(loss_factor=3.0), TrainState()
-    assert recovery.largest_loss(settings, position) is None
+    assert recovery.loss_limit(settings, position) is None
     for loss in [*[100.0] * 50, *[2.0] * 26]:
-        recovery.note_step(settings, position, loss, taken=True)
-    assert recovery.largest_loss(settings, position) == 6.0
+        recovery.record_step(settings, position, loss, taken=True)
+    assert recovery.loss_limit(settings, position) == 6.0
     for loss in [50.0] * 60:
-        recovery.note_step(settings, position, loss, taken=False)
-    assert recovery.largest_loss(settings, position) == 6.0 and len(position.losses) == 50
+        recovery.record_step(settings, position, loss, taken=False)
+    assert recovery.loss_limit(settings, position) == 6.0 and len(position.losses) == 50
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.parametrize("layout", ["expert", "pipeline"])
 def test_two_ranks_roll_back_together(layout: str, prepared: Path, tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""Templates of the built-in corpus, by family, each listed in its module's `TEMPLATES`; `stories` are put together."""
+"""Templates of the built-in corpus: each family lists its own in `TEMPLATES`; `stories` are composed of parts."""

@@ -1,4 +1,4 @@
-"""Worked arithmetic: an equation is evaluated from the very text that is shown, so it cannot be wrong."""
+"""Worked arithmetic: an equation is evaluated from the text that is shown, so it cannot be wrong."""
 
 import ast
 import operator
@@ -10,7 +10,7 @@ _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.m
 
 @dataclass(frozen=True)
 class Calc:
-    """One worked step. In a sentence the object itself reads as its result: `f"{calc}"` is "12".
+    """One worked step. Formatted, it is its result: `f"{calc}"` is "12".
 
     Attributes:
         expression: the left side as shown, such as "4 * 3".
@@ -52,12 +52,12 @@ def calc(expression: str) -> Calc:
 
 
 def part_of(whole: int | Calc, a: int, b: int) -> Calc:
-    """a/b of a whole, shown as one would write it: "60 / 4" for a quarter, "60 * 3 / 4" for three quarters."""
+    """a/b of a whole, in the usual form: "60 / 4" for a quarter, "60 * 3 / 4" for three quarters."""
     return calc(f"{whole} / {b}" if a == 1 else f"{whole} * {a} / {b}")
 
 
 def number(value: int | Fraction) -> str:
-    """A whole number or a decimal of at most two places; a template must not lead to any other."""
+    """A whole number or a decimal of at most two places; templates must not produce any other."""
     cents = Fraction(value) * 100
     assert cents.denominator == 1, f"{value} has more than two decimals"
     return f"{float(value):.2f}".rstrip("0").rstrip(".")

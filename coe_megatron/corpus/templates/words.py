@@ -1,4 +1,4 @@
-"""The words of the built-in corpus and the drawing of them: names with their pronouns, nouns with their plurals."""
+"""The words of the built-in corpus and how they are drawn: names with pronouns, nouns with plurals."""
 
 import random
 from collections.abc import Sequence
@@ -26,12 +26,12 @@ class Person:
 
     @property
     def He(self) -> str:
-        """The pronoun that opens a sentence."""
+        """The pronoun at the start of a sentence."""
         return self.he.capitalize()
 
     @property
     def His(self) -> str:
-        """The possessive that opens a sentence."""
+        """The possessive at the start of a sentence."""
         return self.his.capitalize()
 
 
@@ -72,7 +72,7 @@ def times(count: int) -> str:
 
 
 def names(text: str) -> tuple[str, ...]:
-    """Words of a text, in their order."""
+    """The words of a text, in order."""
     return tuple(text.split())
 
 
@@ -117,7 +117,7 @@ RELATIVES = ("sister", "brother", "cousin", "neighbor", "best friend", "classmat
 
 
 class Draw:
-    """Draws the parts of one problem from a random source; a template uses nothing else that is random."""
+    """Draws the parts of one problem from a random source, the only randomness of a template."""
 
     def __init__(self, source: random.Random) -> None:
         self._source = source

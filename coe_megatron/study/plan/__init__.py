@@ -1,1 +1,1 @@
-"""From a study file to arms and what they cost. Without torch."""
+"""The plan of a study: study file, arms, and predicted costs. Does not import torch."""

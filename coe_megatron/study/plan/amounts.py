@@ -1,8 +1,8 @@
-"""What a run comes to as a whole: FLOPs, parameters, memory, seconds. All that a budget can hold equal.
+"""Totals of a run that a budget can hold equal: FLOPs, parameters, memory, seconds.
 
-Seconds are estimated from FLOPs. An expert's weights are read once for all its rows, so few rows take as long
-as `half_rows` of them: a chain, with K rows a token and iteration instead of C·K at once, pays that C times. What ranks
-send each other and a pipeline's bubble are not in it.
+Seconds are estimated from FLOPs. Loading an expert's weights takes as long as computing `half_rows` rows with them. A
+chain pays this C times: it computes K rows per token in each iteration, where a MoE computes C·K rows at once.
+Communication and pipeline bubbles are not included.
 """
 
 from collections.abc import Iterator
@@ -25,13 +25,13 @@ from coe_megatron.study.plan.study_file import Quantity
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a run is.
+    """Speed of a run.
 
     Attributes:
-        rate: FLOP/s of a rank in products of many rows.
+        rate: FLOP/s of a rank in large matrix products.
         half_rows: see `estimate.devices.Device`.
-        startup: seconds before the first evaluation.
-        saving: seconds a checkpoint takes.
+        startup: seconds until the first evaluation.
+        saving: seconds per checkpoint.
     """
 
     rate: float
@@ -41,13 +41,13 @@ class Speed:
 
     @classmethod
     def of(cls, device: Device) -> "Speed":
-        """As the table has it, with nothing known of start-up and checkpoints."""
+        """The speed in the table of devices, with no time for start-up and checkpoints."""
         return cls(device.rate, device.half_rows)
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """Of a whole run, by what for."""
+    """Seconds of a whole run, by purpose."""
 
     startup: float
     steps: float
@@ -56,16 +56,16 @@ class Seconds:
 
     @property
     def total(self) -> float:
-        """All of them."""
+        """Total seconds."""
         return self.startup + self.steps + self.evaluations + self.checkpoints
 
 
 @dataclass
 class Amounts:
-    """Measures configs; what it reads of prepared data it reads once.
+    """Computes totals of configs; caches what it reads of prepared data.
 
     Attributes:
-        speed: for seconds; None where nothing is known of it.
+        speed: needed for seconds; None if unknown.
     """
 
     speed: Speed | None = None
@@ -73,10 +73,10 @@ class Amounts:
     _validation: dict[str, Manifest | None] = field(default_factory=dict)
 
     def of(self, quantity: Quantity, config: RunConfig) -> float:
-        """One amount of a whole run.
+        """One total of a whole run.
 
         Raises:
-            ConfigError: seconds are asked for without a speed; or of prepared data as `estimate.cost.vocabulary`.
+            ConfigError: seconds need a speed; or as `estimate.run_estimate.vocabulary`.
         """
         match quantity:
             case "parameters":
@@ -96,35 +96,35 @@ class Amounts:
         return RunShape.of(config, self._vocabulary(config))
 
     def shape(self, config: RunConfig) -> ModelShape:
-        """The run's model."""
+        """Shape of the run's model."""
         return self.run(config).model
 
     def flops(self, config: RunConfig) -> Flops:
-        """Of a token, forward and backward, without recomputation."""
+        """FLOPs per token, forward and backward, without recomputation."""
         return training_flops(self.shape(config))
 
     def seconds(self, config: RunConfig) -> Seconds:
-        """That the run takes; raises as `of`."""
+        """Predicted seconds of the run; raises as `of`."""
         if self.speed is None:
-            raise ConfigError("hours need a device: name it in the study file (device) or with --device")
+            raise ConfigError("wall_clock requires a device: name it in the study file (device) or with --device")
         speed = self.speed
-        a_position = self.weighted_flops(config, speed.half_rows) / speed.rate / layout(config).ranks
+        seconds_per_token = self.weighted_flops(config, speed.half_rows) / speed.rate / layout(config).world_size
         return Seconds(
             startup=speed.startup,
-            steps=tokens(config) * a_position,
-            evaluations=evaluations(config) * self.evaluated(config) * a_position / 3,
+            steps=tokens(config) * seconds_per_token,
+            evaluations=evaluations(config) * self.evaluated(config) * seconds_per_token / 3,
             checkpoints=saves(config) * speed.saving,
         )
 
     def weighted_flops(self, config: RunConfig, half_rows: float) -> float:
-        """FLOPs a position in training, recomputation among them, those of routed experts the dearer the fewer rows."""
+        """Training FLOPs per token with recomputation; routed experts cost more the fewer rows they have."""
         shape, flops, parallel = self.shape(config), self.flops(config), config.parallel
         positions = config.training.micro_batch * shape.seq_length * parallel.expert * parallel.expert_tensor
         rows = positions / parallel.tensor * shape.topk / shape.experts
         return flops.total + extra_flops(shape, config.moe.recompute) + flops.experts * half_rows / rows
 
     def evaluated(self, config: RunConfig) -> int:
-        """Positions that an evaluation passes; where data are not prepared yet, those that a limit allows."""
+        """Tokens per evaluation, padding included; if data are not prepared yet, the limit of `validation_samples`."""
         return sum(self._samples(config)) * config.model.seq_length
 
     def _samples(self, config: RunConfig) -> Iterator[int]:
@@ -148,21 +148,21 @@ class Amounts:
 
 
 def _manifest(folder: Path, name: str) -> Manifest | None:
-    """Of prepared data; None where there are none yet."""
+    """The manifest of prepared data; None if the folder does not exist yet."""
     return None if kind_of(folder, name) is None else Manifest.read(folder)
 
 
 def tokens(config: RunConfig) -> int:
-    """Positions of all steps of a run, padding among them."""
+    """Tokens of all steps of a run, padding included."""
     return config.training.steps * config.training.global_batch * config.model.seq_length
 
 
 def evaluations(config: RunConfig) -> int:
-    """How often a run evaluates: before the first step, every so many steps, and after the last one."""
+    """Number of evaluations: before the first step, every `evaluate_every` steps, and after the last step."""
     return 1 + -(-config.training.steps // config.training.evaluate_every)
 
 
 def saves(config: RunConfig) -> int:
-    """How many checkpoints it saves: every so many steps, at milestones, and after the last one."""
+    """Number of checkpoints: every `save_every` steps, at milestones, and after the last step."""
     steps, every = config.training.steps, config.training.save_every
     return -(-steps // every) + sum(step % every > 0 and step < steps for step in set(config.training.milestones))

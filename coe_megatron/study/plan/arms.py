@@ -1,4 +1,4 @@
-"""From a study file to its arms: axes crossed, combinations left out, names given, and each arm's config resolved."""
+"""The arms of a study: cross the axes, skip combinations, name the arms, and resolve each arm's config."""
 
 import hashlib
 import itertools
@@ -25,10 +25,10 @@ from coe_megatron.text import shortened
 
 Labels: TypeAlias = Mapping[str, str]  # by axis
 
-_OWN = {"training.seed": "seeds", "output": "output"}  # settings that a study decides by a key of its own
-_LONGEST_LABEL = 255  # bytes
-_MOST_ARMS, _MOST_RUNS = 1_000, 2_000  # an arm takes some 25 ms to resolve
-_NOT_FOR_ARMS = {"report"}  # folders of a study that are no arm's
+_OWN = {"training.seed": "seeds", "output": "output"}  # settings that have their own key in a study file
+_MAX_LABEL = 255  # bytes
+_MAX_ARMS, _MAX_RUNS = 1_000, 2_000  # resolving an arm takes about 25 ms
+_RESERVED_NAMES = {"report"}  # folders of a study that belong to no arm
 _SETTING = re.compile(r"[\w-]+(\.[\w-]+)*")
 
 
@@ -37,9 +37,9 @@ class Run:
     """One arm with one seed.
 
     Attributes:
-        arm: its name.
-        config: whole; `output` is the run's own folder.
-        overrides: the same as `key=value` over the study's base.
+        arm: name of the arm.
+        config: complete config; `output` is the run's own folder.
+        overrides: the same config as `key=value` over the study's base.
     """
 
     arm: str
@@ -53,10 +53,10 @@ class Arm:
     """One combination of labels.
 
     Attributes:
-        name: of its folder; no other arm has it.
-        labels: by axis.
-        config: as the seeds share it; `output` is the arm's folder.
-        overrides: the same as `key=value` over the study's base.
+        name: unique name, also of its folder.
+        labels: its label on each axis.
+        config: config that the seeds share; `output` is the arm's folder.
+        overrides: the same config as `key=value` over the study's base.
     """
 
     name: str
@@ -66,18 +66,18 @@ class Arm:
 
     @property
     def title(self) -> str:
-        """For tables and figures: its labels, on one line."""
+        """Its labels on one line, for tables and figures."""
         return title(self.labels)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of all settings but output and seed: another one means that the arm is no longer what it was."""
+        """Hash of all settings except output and seed; it changes if the arm changes."""
         values = asdict(self.config)
         del values["output"], values["training"]["seed"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     def runs(self, seeds: Sequence[int]) -> list[Run]:
-        """Once with each seed, in a folder `seed-S` of the arm's."""
+        """One run per seed, in the subfolder `seed-S` of the arm."""
         return [self._run(seed, f"{self.config.output}/seed-{seed}") for seed in seeds]
 
     def _run(self, seed: int, folder: str) -> Run:
@@ -90,10 +90,10 @@ class Study:
     """A study file, resolved.
 
     Attributes:
-        base: what all arms are overrides of, as OmegaConf holds it.
-        arms: in the order of the axes.
-        baseline: one of them.
-        skipped: combinations that are left out, and why.
+        base: OmegaConf config that all arms override.
+        arms: all arms, in the order of the axes.
+        baseline: one of the arms.
+        skipped: labels of skipped combinations, and the reasons.
     """
 
     settings: StudySettings
@@ -104,11 +104,11 @@ class Study:
 
     @cached_property
     def runs(self) -> list[Run]:
-        """Arm by arm."""
+        """All runs, arm by arm."""
         return [run for arm in self.arms for run in arm.runs(self.settings.seeds)]
 
     def with_setting(self, arm: Arm, key: str, value: Any) -> Arm:
-        """An arm with one setting more; raises as `make_study`."""
+        """An arm with one more setting; raises as `make_study`."""
         return _resolve(self.settings, self.base, arm.name, arm.labels, (*arm.overrides, override(key, value)))
 
 
@@ -116,7 +116,7 @@ def make_study(settings: StudySettings, overrides: Sequence[str] = ()) -> Study:
     """Cross the axes and resolve every arm.
 
     Args:
-        overrides: `key=value` of all arms, over the file's `set`; what an axis says wins over both.
+        overrides: `key=value` for all arms, over the file's `set`; axes override both.
 
     Raises:
         ConfigError: one line that names the key of the study, or the arm and its setting, and what would be valid.
@@ -142,7 +142,7 @@ def make_study(settings: StudySettings, overrides: Sequence[str] = ()) -> Study:
 
 
 def override(key: str, value: Any) -> str:
-    """`key=value` as a command line takes it; text is quoted only where YAML would read something else, or nothing."""
+    """`key=value` for a command line; text is quoted only if YAML would read something else."""
     plain = isinstance(value, str) and _reads_as_itself(value)
     return f"{key}={value if plain else json.dumps(value, ensure_ascii=False)}"
 
@@ -159,24 +159,24 @@ def _points(name: str, given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The labels of an axis, each with its settings."""
     where = f"axes.{shortened(name, 100)}"
     if not given:
-        raise ConfigError(f"{where} is empty: it needs labels, or settings with lists of values")
+        raise ConfigError(f"{where} is empty: provide labels, or settings with lists of values")
     values = list(given.values())
     if all(isinstance(value, dict) for value in values):
         points = {label: dict(settings) for label, settings in given.items()}
     elif all(isinstance(value, list) and value for value in values):
-        points = _in_step(where, given)
+        points = _zipped(where, given)
     else:
-        raise ConfigError(f"{where} must map labels to settings, or settings to lists of values, and nothing else")
+        raise ConfigError(f"{where} must map either labels to settings, or settings to lists of values")
     _check_labels(where, points)
     return points
 
 
-def _in_step(where: str, given: Mapping[str, list[Any]]) -> dict[str, dict[str, Any]]:
-    """The points of an axis of lists: the first values together, then the second ones."""
+def _zipped(where: str, given: Mapping[str, list[Any]]) -> dict[str, dict[str, Any]]:
+    """The points of an axis of lists: the first values together, then the second values, and so on."""
     lengths = {key: len(value) for key, value in given.items()}
     if len(set(lengths.values())) > 1:
-        said = ", ".join(f"{key} has {length}" for key, length in list(lengths.items())[:20])
-        raise ConfigError(f"{where}: {said} values: lists of one axis must be equally long")
+        details = ", ".join(f"{key} has {length}" for key, length in list(lengths.items())[:20])
+        raise ConfigError(f"{where}: {details} values: lists of one axis must have the same length")
     points: dict[str, dict[str, Any]] = {}
     for row in zip(*given.values(), strict=True):
         if (label := row_label(row)) in points:
@@ -186,46 +186,46 @@ def _in_step(where: str, given: Mapping[str, list[Any]]) -> dict[str, dict[str, 
 
 
 def _check_labels(where: str, points: Mapping[str, Any]) -> None:
-    """No label is empty, longer than a file's name, or could be taken for another."""
+    """Check that no label is empty, longer than a file name, or looks like another label."""
     seen: dict[str, str] = {}
     for label in points:
         if not label.strip():
-            raise ConfigError(f"{where} has the label {label!r}: it needs text that can be read")
-        if (size := len(label.encode(errors="replace"))) > _LONGEST_LABEL:
-            said = f"a label of {size} bytes ({shortened(label, 30)!a}), the longest name has {_LONGEST_LABEL}"
-            raise ConfigError(f"{where} has {said}")
+            raise ConfigError(f"{where} has the label {label!r}: a label must have visible text")
+        if (size := len(label.encode(errors="replace"))) > _MAX_LABEL:
+            details = f"a label of {size} bytes ({shortened(label, 30)!a}): it must have at most {_MAX_LABEL}"
+            raise ConfigError(f"{where} has {details}")
         if (other := seen.setdefault(looks_like(label), label)) != label:
-            said = " and ".join(ascii(shortened(each, 100)) for each in (other, label))
-            raise ConfigError(f"{where} has the labels {said}: nobody could tell them apart")
+            details = " and ".join(ascii(shortened(each, 100)) for each in (other, label))
+            raise ConfigError(f"{where} has the labels {details}: they look the same")
 
 
 def _check_keys(settings: StudySettings, axes: Mapping[str, Any], overrides: Sequence[str]) -> None:
-    """Each is a setting's name, and no setting is decided twice."""
-    decided: dict[str, str] = {}
+    """Check that each key is the name of a setting, and that no setting is set twice."""
+    set_by: dict[str, str] = {}
     for axis, points in axes.items():
         where = f"axes.{shortened(axis, 100)}"
         for point in points.values():
             _require_settings(where, point)
         keys = dict.fromkeys(key for point in points.values() for key in _all_keys(point))
         for key in keys:
-            if other := _overlapping(key, decided):
-                raise ConfigError(f"{where} sets {key}: {decided[other]} does so too; put both into one axis")
-        decided |= dict.fromkeys(keys, where)
+            if other := _overlapping(key, set_by):
+                raise ConfigError(f"{where} sets {key}: {set_by[other]} sets it too; put both into one axis")
+        set_by |= dict.fromkeys(keys, where)
     _require_settings("set", settings.set)
     everywhere = list(_all_keys(settings.set))
     given = [re.sub(r"\[([^\[\]]*)\]", r".\1", text.partition("=")[0]) for text in overrides]
     for key in (*everywhere, *given):
-        if other := _overlapping(key, decided):
-            raise ConfigError(f"{shortened(key, 100)} is set for all arms: {decided[other]} decides it")
-    for key in (*everywhere, *given, *decided):
+        if other := _overlapping(key, set_by):
+            raise ConfigError(f"{shortened(key, 100)} is set for all arms: {set_by[other]} sets it too")
+    for key in (*everywhere, *given, *set_by):
         if other := _overlapping(key, _OWN):
-            raise ConfigError(f"{shortened(key, 100)} is set for arms: the study's key {_OWN[other]} decides it")
-    if settings.budget and (other := _overlapping(key := settings.budget.solve, (taken := decided | _OWN))):
-        raise ConfigError(f"budget.solve is {key}: {taken[other]} decides it already; solve for another setting")
+            raise ConfigError(f"{shortened(key, 100)} is set for arms: use the study's key {_OWN[other]} instead")
+    if settings.budget and (other := _overlapping(key := settings.budget.solve, (used := set_by | _OWN))):
+        raise ConfigError(f"budget.solve is {key}: {used[other]} sets it already; solve for another setting")
 
 
 def _all_keys(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """The whole name of every setting, sections that are given as mappings opened."""
+    """The full names of all settings; nested mappings are flattened."""
     for key, value in settings.items():
         if isinstance(value, Mapping) and value:
             yield from _all_keys(value, f"{prefix}{key}.")
@@ -234,33 +234,33 @@ def _all_keys(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def _require_settings(where: str, given: Mapping[str, Any]) -> None:
-    """Text that is no name could be read as another setting's, or as a value."""
+    """Check that keys are names; other text could be read as another setting, or as a value."""
     for key in map(str, given):
         if not _SETTING.fullmatch(key):
             raise ConfigError(f"{where} has {shortened(key, 100)!r}: it must be a setting's name, such as moe.topk")
 
 
 def _overlapping(key: str, others: Mapping[str, str]) -> str | None:
-    """Of other settings the one that is this, or a part of it, or has it as a part."""
+    """The first of the other settings that equals, contains or is contained in this one."""
     found = (each for each in others if f"{each}.".startswith(f"{key}.") or f"{key}.".startswith(f"{each}."))
     return next(found, None)
 
 
 def _check_number(settings: StudySettings, axes: Mapping[str, Any]) -> None:
-    """That a study is one that can be planned, before its axes are crossed."""
+    """Check the number of arms and runs before crossing the axes."""
     arms = math.prod(map(len, axes.values()))
-    if arms > _MOST_ARMS:
-        raise ConfigError(f"axes cross to more than {_MOST_ARMS:,} arms: divide them among several studies")
-    if arms * len(settings.seeds) > _MOST_RUNS:
-        raise ConfigError(f"seeds and axes come to more than {_MOST_RUNS:,} runs: divide them among several studies")
+    if arms > _MAX_ARMS:
+        raise ConfigError(f"axes give more than {_MAX_ARMS:,} arms: divide them among several studies")
+    if arms * len(settings.seeds) > _MAX_RUNS:
+        raise ConfigError(f"seeds and axes give more than {_MAX_RUNS:,} runs: divide them among several studies")
 
 
 def _named(crossed: Iterator[dict[str, str]]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Combinations with the name that their folder has; it stays whatever is left out, or added at the end."""
-    taken = set(_NOT_FOR_ARMS)
+    """Combinations with their folder names, which do not depend on skipped or later combinations."""
+    used = set(_RESERVED_NAMES)
     for labels in crossed:
-        name = arm_name(list(labels.values()), taken)
-        taken.add(name)
+        name = arm_name(list(labels.values()), used)
+        used.add(name)
         yield name, labels
 
 
@@ -270,7 +270,7 @@ def _crossed(axes: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, str]]:
 
 
 def _skipped(settings: StudySettings, labels: Labels) -> str | None:
-    """The reason why a combination is left out, if it is."""
+    """The reason why a combination is skipped; None if it is not."""
     for skip in settings.skip:
         if all(labels.get(axis) in _labels(wanted) for axis, wanted in skip.where.items()):
             return skip.reason
@@ -280,7 +280,7 @@ def _skipped(settings: StudySettings, labels: Labels) -> str | None:
 def _check_skips(settings: StudySettings, axes: Mapping[str, Mapping[str, Any]]) -> None:
     for number, skip in enumerate(settings.skip):
         if not skip.where:
-            raise ConfigError(f"skip.{number}.where is {{}}: it would leave out every arm; name labels of axes")
+            raise ConfigError(f"skip.{number}.where is {{}}: it would skip every arm; name labels of axes")
         for axis, wanted in skip.where.items():
             for label in _labels(wanted):
                 _require_label(f"skip.{number}.where", axes, axis, label)
@@ -298,24 +298,24 @@ def _baseline_labels(settings: StudySettings, axes: Mapping[str, Mapping[str, An
 def _baseline(wanted: Labels, arms: Sequence[Arm]) -> Arm:
     found = next((arm for arm in arms if arm.labels == wanted), None)
     if found is None:
-        raise ConfigError(f"baseline is {joined(wanted)}: skip leaves that arm out")
+        raise ConfigError(f"baseline is {joined(wanted)}: skip excludes that arm")
     return found
 
 
 def _require_label(where: str, axes: Mapping[str, Mapping[str, Any]], axis: str, label: str) -> None:
     if axis not in axes:
-        raise ConfigError(f"{where}.{shortened(axis, 100)} is no axis; the axes are {listed(axes)}")
+        raise ConfigError(f"{where}.{shortened(axis, 100)} is not an axis; the axes are {listed(axes)}")
     if label not in axes[axis]:
         raise ConfigError(f"{where}.{axis} is {shortened(label, 100)!r}: it must be one of {listed(axes[axis])}")
 
 
 def _check_different(arms: Sequence[Arm]) -> None:
     if not arms:
-        raise ConfigError("skip leaves out every arm")
+        raise ConfigError("skip excludes every arm")
     first: dict[str, Arm] = {}
     for arm in arms:
         if (other := first.setdefault(arm.fingerprint, arm)) is not arm:
-            raise ConfigError(f"arms {other.name} and {arm.name} have the same settings: leave one out with skip")
+            raise ConfigError(f"arms {other.name} and {arm.name} have the same settings: exclude one with skip")
 
 
 def _resolve(settings: StudySettings, base: Any, name: str, labels: Labels, overrides: tuple[str, ...]) -> Arm:

@@ -1,10 +1,10 @@
-"""The budget: one setting, solved arm by arm so that one amount of the run comes nearest to the baseline's.
+"""The budget: solve for one setting in every arm, so that one total of the run is nearest to the baseline's.
 
-Of few values all are tried. Of many the best is sought by bisection, which is right only where the amount grows (or
-shrinks) all the way with the setting: it is measured at several values in between first, and anything else is refused.
+We try all values if there are few. Otherwise we use bisection, which requires a monotone amount: we check several
+values in between first, and refuse an amount that is not monotone.
 
-An arm must come near the baseline by what the setting can do about it: where the amount is mostly made of what the
-setting does not change, every value would be near enough.
+The tolerance is relative to what the setting can change: if most of the amount does not depend on the setting, every
+value would otherwise be within tolerance.
 """
 
 from collections.abc import Callable
@@ -19,29 +19,30 @@ from coe_megatron.study.plan.amounts import Amounts
 from coe_megatron.study.plan.arms import Study
 from coe_megatron.study.plan.study_file import Budget
 
-_FEW, _LOOKED_AT = 128, 32  # values of which all are tried; of more, so many evenly over the range
+_MAX_TRIED, _SAMPLES = 128, 32  # up to the first, we try all values; otherwise we sample the range
 
 
 @dataclass(frozen=True)
 class Solved:
-    """What an arm has of the budget.
+    """The solution of an arm.
 
     Attributes:
-        value: of the setting that was solved for.
-        amount: of what is held equal.
-        off: by how much more than the baseline has, as a share of that.
+        value: value of the setting that was solved for.
+        amount: resulting amount of the budgeted quantity.
+        deviation: relative deviation of the amount from the baseline's.
     """
 
     value: int
     amount: float
-    off: float
+    deviation: float
 
 
 def solve(study: Study, amounts: Amounts) -> tuple[Study, dict[str, Solved]]:
-    """The study with the solved setting in every arm, and what was found by arm; the baseline keeps its own.
+    """Solve the budget: returns the study with the setting in every arm, and the solutions by arm. The baseline keeps
+    its own value.
 
     Raises:
-        ConfigError: the setting is no whole number, or has no value with which an arm comes near enough; one line.
+        ConfigError: the setting is not an integer, or no value is within tolerance; one line.
     """
     budget = study.settings.budget
     if budget is None:
@@ -50,11 +51,11 @@ def solve(study: Study, amounts: Amounts) -> tuple[Study, dict[str, Solved]]:
     arms, found = [], {}
     for arm in study.arms:
         if arm is study.baseline:
-            own = _whole_number(study, budget, arm.config)
+            own = _integer_setting(study, budget, arm.config)
             found[arm.name] = Solved(own, wanted, 0.0)
         else:
             try:
-                _whole_number(study, budget, arm.config)
+                _integer_setting(study, budget, arm.config)
                 found[arm.name] = _solve(budget, arm.config, wanted, amounts)
             except ConfigError as error:
                 raise ConfigError(f"arm {arm.name}: {error}") from None
@@ -68,25 +69,25 @@ class NotSolvable(ValueError):
 
 
 def nearest(amount: Callable[[int], float], values: range, wanted: float) -> int:
-    """The value at which an amount comes nearest to what is wanted; of two as near the smaller one.
+    """The value whose amount is nearest to `wanted`; the smaller one of a tie.
 
     Raises:
-        NotSolvable: it is the same everywhere, or, of more values than are tried one by one, not monotone; one line.
+        NotSolvable: the amount is constant; or there are too many values to try all, and it is not monotone; one line.
     """
-    if len(values) <= _FEW:
+    if len(values) <= _MAX_TRIED:
         amounts = {value: amount(value) for value in values}
         if len(set(amounts.values())) == 1:
-            raise NotSolvable("it is the same with every value")
+            raise NotSolvable("it is the same for every value")
         return min(values, key=lambda value: abs(amounts[value] - wanted))
-    looked_at = sorted({values[len(values) * number // _LOOKED_AT] for number in range(_LOOKED_AT)} | {values[-1]})
-    seen = [amount(value) for value in looked_at]
+    samples = sorted({values[len(values) * number // _SAMPLES] for number in range(_SAMPLES)} | {values[-1]})
+    seen = [amount(value) for value in samples]
     grows = seen[0] <= seen[-1]
-    for before, after, value in zip(seen, seen[1:], looked_at[1:], strict=False):
+    for before, after, value in zip(seen, seen[1:], samples[1:], strict=False):
         if (before < after) if not grows else (before > after):
-            raise NotSolvable(f"it {'shrinks' if grows else 'grows'} on the way to {value}, and not elsewhere")
+            raise NotSolvable(f"it is not monotone: it {'shrinks' if grows else 'grows'} just below {value}")
     if seen[0] == seen[-1]:
-        raise NotSolvable("it is the same with every value")
-    low, high = 0, len(values) - 1  # the last index with no more than is wanted, or the first of all
+        raise NotSolvable("it is the same for every value")
+    low, high = 0, len(values) - 1  # the last index with at most `wanted`, or the first index
     while low < high:
         middle = (low + high + 1) // 2
         if (amount(values[middle]) <= wanted) == grows:
@@ -100,7 +101,7 @@ def _solve(budget: Budget, config: RunConfig, wanted: float, amounts: Amounts) -
     first = -(-budget.range[0] // budget.multiple_of) * budget.multiple_of
     values = range(first, budget.range[1] + 1, budget.multiple_of)
     if not values:
-        raise ConfigError(f"budget.range is {list(budget.range)}: no multiple of {budget.multiple_of} lies in it")
+        raise ConfigError(f"budget.range is {list(budget.range)}: it contains no multiple of {budget.multiple_of}")
 
     def changed(value: int) -> RunConfig:
         return _changed(config, budget.solve.split("."), value)
@@ -109,12 +110,12 @@ def _solve(budget: Budget, config: RunConfig, wanted: float, amounts: Amounts) -
         try:
             return amounts.of(budget.equal, changed(value))
         except ConfigError as error:
-            raise ConfigError(f"budget.range leads to {budget.solve} {value}: {error}") from error
+            raise ConfigError(f"budget.range includes {budget.solve} {value}: {error}") from error
 
     try:
-        check(parse(asdict(changed(values[-1]))))  # to measure what no run can have might take for ever
+        check(parse(asdict(changed(values[-1]))))  # computing amounts of an invalid config might never end
     except ConfigError as error:
-        raise ConfigError(f"budget.range leads to {budget.solve} {values[-1]}: {error}") from error
+        raise ConfigError(f"budget.range includes {budget.solve} {values[-1]}: {error}") from error
     try:
         value = nearest(amount, values, wanted)
     except NotSolvable as error:
@@ -124,28 +125,28 @@ def _solve(budget: Budget, config: RunConfig, wanted: float, amounts: Amounts) -
     return Solved(value, found, found / wanted - 1)
 
 
-def _require_near(budget: Budget, values: range, value: int, off: float, wanted: float, change: float) -> None:
-    """Refuse an arm that is off by more than `tolerance` of the baseline's, or of what the whole range changes."""
-    if abs(off) <= budget.tolerance * min(wanted, change):
+def _require_near(budget: Budget, values: range, value: int, deviation: float, wanted: float, change: float) -> None:
+    """Refuse a deviation of more than `tolerance` of the baseline's amount, or of the change over the range."""
+    if abs(deviation) <= budget.tolerance * min(wanted, change):
         return
-    of_change = f" ({abs(off) / change:.1%} of what the range changes)" if change < wanted else ""
+    of_change = f", {abs(deviation) / change:.1%} of the change over the range" if change < wanted else ""
     raise ConfigError(
-        f"{budget.solve} {values[0]} to {values[-1]} brings {budget.equal} no nearer to the baseline's than "
-        f"{off / wanted:+.1%}{of_change}, with {value}: budget.tolerance is {budget.tolerance}, so widen that or "
+        f"no {budget.solve} from {values[0]} to {values[-1]} matches the baseline's {budget.equal}: the nearest is "
+        f"{deviation / wanted:+.1%}{of_change}, with {value}; budget.tolerance is {budget.tolerance}: widen it or "
         "budget.range"
     )
 
 
-def _whole_number(study: Study, budget: Budget, config: RunConfig) -> int:
-    """The setting's value in a config; ConfigError if that is none, or nothing that a whole number can be put into."""
+def _integer_setting(study: Study, budget: Budget, config: RunConfig) -> int:
+    """The setting's value in a config; ConfigError if there is no such setting, or it is not an integer."""
     value: Any = config
     for name in budget.solve.split("."):
         value = getattr(value, name) if is_dataclass(value) and name in {each.name for each in fields(value)} else None
     if type(value) is int:
         return value
     if value is None:
-        study.with_setting(study.baseline, budget.solve, budget.range[0])  # says it if there is no such setting
-    raise ConfigError(f"budget.solve is {budget.solve}: it must name a setting that is a whole number")
+        study.with_setting(study.baseline, budget.solve, budget.range[0])  # raises if there is no such setting
+    raise ConfigError(f"budget.solve is {budget.solve}: it must name an integer setting")
 
 
 def _changed(config: Any, names: list[str], value: int) -> Any:

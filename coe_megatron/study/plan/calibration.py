@@ -1,4 +1,4 @@
-"""How fast a finished run was, out of its own files: what other runs will take follows by ratios of FLOPs."""
+"""Measure the speed of a finished run from its files; the time of other runs follows from ratios of FLOPs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,10 +15,10 @@ from coe_megatron.files import problem, read_limited, require_file, require_fold
 from coe_megatron.parsing import JSON_BYTES, first_of, parse_json
 from coe_megatron.run.metrics_log import read_metrics
 from coe_megatron.study.plan.amounts import Amounts, Speed, evaluations, saves
-from coe_megatron.study.run.metrics_check import damaged_times
+from coe_megatron.study.run.metrics_check import find_damaged_times
 
-_FASTEST = 1e21  # FLOP/s that no rank comes near
-_FEWEST = 3  # logged steps; the first is left out, for it has what a process does but once
+_MAX_RATE = 1e21  # FLOP/s, far above that of any rank
+_MIN_STEPS = 3  # logged steps; the first is excluded, since it includes one-time costs of a process
 
 
 class _Attempt(BaseModel):
@@ -32,7 +32,7 @@ class _Parameters(BaseModel):
 
 
 class _Record(BaseModel):
-    """What is read of a run.json."""
+    """The keys of a run.json that we use."""
 
     attempts: Annotated[list[_Attempt], Field(min_length=1)]
     ranks: Count
@@ -42,14 +42,14 @@ class _Record(BaseModel):
 def calibrate(folder: Path, half_rows: float) -> Speed:
     """The speed of the run in a folder.
 
-    A step's time is the median over the logged steps but the first. Start-up and checkpoints are told apart only where
-    one attempt made the whole run; they count as nothing otherwise.
+    The time of a step is the median over logged steps, except the first. Start-up and checkpoints can be measured only
+    if a single attempt made the whole run; otherwise they count as 0.
 
     Args:
-        half_rows: of its kind of device (see `estimate.devices.Device`).
+        half_rows: that of its kind of device (see `estimate.devices.Device`).
 
     Raises:
-        ConfigError: there is no run in the folder, or too little of one, or one of times that none takes.
+        ConfigError: the folder has no run, too few logged steps, or impossible times.
     """
     record, lines = _read(folder)
     try:
@@ -57,26 +57,26 @@ def calibrate(folder: Path, half_rows: float) -> Speed:
     except ConfigError as error:
         raise ConfigError(f"--calibration is {folder}: its config.yaml cannot be used: {error}") from None
     logged = [line for line in lines if (line.get("step_seconds") or 0) > 0]
-    if len(logged) < _FEWEST:
+    if len(logged) < _MIN_STEPS:
         raise ConfigError(
-            f"--calibration is {folder}: its metrics.jsonl has {len(logged)} logged steps, {_FEWEST} or more are needed"
+            f"--calibration is {folder}: its metrics.jsonl has {len(logged)} logged steps; {_MIN_STEPS} are needed"
         )
     amounts = Amounts()
-    a_step = median(line["step_seconds"] for line in logged[1:])
+    step_seconds = median(line["step_seconds"] for line in logged[1:])
     flops = amounts.weighted_flops(config, half_rows)
-    rate = flops * config.training.global_batch * config.model.seq_length / a_step / record.ranks
-    if not 1 <= rate < _FASTEST:
+    rate = flops * config.training.global_batch * config.model.seq_length / step_seconds / record.ranks
+    if not 1 <= rate < _MAX_RATE:
         raise ConfigError(
-            f"--calibration is {folder}: its metrics.jsonl is damaged ({a_step:.3g} seconds a step on {record.ranks:,} "
-            f"ranks would be {rate:.3g} FLOP/s each)"
+            f"--calibration is {folder}: its metrics.jsonl is damaged ({step_seconds:.3g} s per step on "
+            f"{record.ranks:,} ranks would be {rate:.3g} FLOP/s per rank)"
         )
     only = record.attempts[0]
     if len(record.attempts) > 1 or only.outcome != "finished" or only.began is None or only.ended is None:
         return Speed(rate, half_rows)
-    a_pass = flops / 3 * amounts.evaluated(config) / rate / record.ranks
-    a_save = _seconds_a_save(config, lines, a_pass)
-    known = seconds_in_steps(logged) + evaluations(config) * a_pass + saves(config) * a_save
-    return Speed(rate, half_rows, max(0.0, (only.ended - only.began).total_seconds() - known), a_save)
+    evaluation_seconds = flops / 3 * amounts.evaluated(config) / rate / record.ranks
+    save_seconds = _seconds_save_seconds(config, lines, evaluation_seconds)
+    known = seconds_in_steps(logged) + evaluations(config) * evaluation_seconds + saves(config) * save_seconds
+    return Speed(rate, half_rows, max(0.0, (only.ended - only.began).total_seconds() - known), save_seconds)
 
 
 def _read(folder: Path) -> tuple[_Record, list[dict[str, Any]]]:
@@ -90,9 +90,9 @@ def _read(folder: Path) -> tuple[_Record, list[dict[str, Any]]]:
     except (OSError, ValueError) as error:
         raise problem(folder, name, f"it must be the folder of a run ({error})") from None
     if not isinstance(record, dict) or not all(record.get(each) for each in ("attempts", "ranks", "parameters")):
-        raise problem(folder, name, "its run.json tells of no step")
-    if said := damaged_times(lines):
-        raise problem(folder, name, f"its metrics.jsonl is damaged ({said})")
+        raise problem(folder, name, "its run.json has no attempt with a step")
+    if reason := find_damaged_times(lines):
+        raise problem(folder, name, f"its metrics.jsonl is damaged ({reason})")
     try:
         return _Record.model_validate(record), lines
     except ValidationError as error:
@@ -100,21 +100,21 @@ def _read(folder: Path) -> tuple[_Record, list[dict[str, Any]]]:
 
 
 def _with_vocabulary(config: RunConfig, record: _Record) -> RunConfig:
-    """The config with the rows of the embedding that the run had, wherever its data may be now."""
+    """The config with the run's vocabulary size, so that its data are not needed."""
     rows = max(1, record.parameters.embedding // config.model.hidden_size)
     return replace(config, model=replace(config.model, vocab_size=rows))
 
 
 def seconds_in_steps(logged: Sequence[Mapping[str, Any]]) -> float:
-    """Seconds that the lines of logged steps tell of, without evaluations and checkpoints."""
+    """Total seconds in steps, from the lines of logged steps, without evaluations and checkpoints."""
     before = [0, *(line["step"] for line in logged)]
     return sum((line["step"] - earlier) * line["step_seconds"] for line, earlier in zip(logged, before, strict=False))
 
 
-def _seconds_a_save(config: RunConfig, lines: Sequence[Mapping[str, Any]], a_pass: float) -> float:
-    """What steps and evaluations leave of the time until a late step, over the checkpoints of that time.
+def _seconds_save_seconds(config: RunConfig, lines: Sequence[Mapping[str, Any]], evaluation_seconds: float) -> float:
+    """Seconds per checkpoint: the time until a late step, less steps and evaluations, divided by checkpoints.
 
-    `eta_seconds` is the time since before the first evaluation, over the steps done, times those left.
+    `eta_seconds` is the time since the first evaluation started, divided by the steps done, times the steps left.
     """
     steps, every = config.training.steps, config.training.save_every
     timed = [line for line in lines if (line.get("step_seconds") or 0) > 0 and 0 < line["step"] < steps]
@@ -125,4 +125,4 @@ def _seconds_a_save(config: RunConfig, lines: Sequence[Mapping[str, Any]], a_pas
         return 0.0
     took = done[-1]["eta_seconds"] * last / (steps - last)
     evaluated = 1 + sum("valid_loss" in line and 0 < line["step"] < last for line in lines)
-    return max(0.0, took - seconds_in_steps(done) - evaluated * a_pass) / saved
+    return max(0.0, took - seconds_in_steps(done) - evaluated * evaluation_seconds) / saved

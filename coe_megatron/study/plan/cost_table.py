@@ -1,4 +1,4 @@
-"""What a study will cost before anything runs: a row for each arm, and totals."""
+"""The predicted cost of a study: a row per arm, and totals."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,19 +22,19 @@ from coe_megatron.text import aligned
 
 @dataclass(frozen=True)
 class ArmPlan:
-    """What an arm comes to; amounts are of one run.
+    """Predicted costs of one run of an arm.
 
     Attributes:
-        parameters: of the model.
-        active_parameters: that a token can use.
-        flops_per_token: to train, forward and backward.
-        flops: of all steps.
-        expert_flops: the part of routed and shared experts.
-        components: bytes of the rank that holds most, by `estimate.memory.components`, when it holds most.
-        ranks: of a run.
-        seconds: estimated; None where nothing is known of the device.
-        solved: what it has of the budget; None without one.
-        too_large: why it does not fit the device, and what would; None if it fits or no memory is known.
+        parameters: parameters of the model.
+        active_parameters: parameters that a token uses.
+        flops_per_token: training FLOPs per token, forward and backward.
+        flops: training FLOPs of all steps.
+        expert_flops: the part of `flops` in routed and shared experts.
+        components: peak memory of the largest rank in bytes, by `estimate.memory.components`.
+        ranks: ranks of a run.
+        seconds: predicted time; None if the device is unknown.
+        solved: the solution of the budget; None without a budget.
+        too_large: why the arm does not fit the device, and what would fit; None if it fits or the memory is unknown.
     """
 
     arm: Arm
@@ -51,19 +51,19 @@ class ArmPlan:
 
     @property
     def memory(self) -> int:
-        """Bytes of that rank."""
+        """Peak memory of the largest rank in bytes."""
         return sum(self.components.values())
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A study and what it costs.
+    """A study and its predicted costs.
 
     Attributes:
-        study: with what its budget has solved.
-        arms: in its order.
-        speed: from which seconds were estimated, and what that speed is of; None where nothing was known.
-        price: of an hour of one device, in any currency.
+        study: the study, with its budget solved.
+        arms: costs of its arms, in order.
+        speed: the speed behind predicted seconds, and its source; None if unknown.
+        price: price per device hour, in any currency.
     """
 
     study: Study
@@ -73,21 +73,21 @@ class Plan:
 
     @property
     def device_seconds(self) -> float | None:
-        """Of all runs on all their ranks."""
-        seeds, estimated = len(self.study.settings.seeds), [arm.seconds for arm in self.arms]
-        if None in estimated:
+        """Device seconds of all runs."""
+        seeds, predicted = len(self.study.settings.seeds), [arm.seconds for arm in self.arms]
+        if None in predicted:
             return None
         return sum(seeds * arm.ranks * arm.seconds.total for arm in self.arms if arm.seconds)
 
     @property
     def cost(self) -> float | None:
-        """Of all runs, in the currency of the price."""
+        """Cost of all runs, in the currency of the price."""
         if self.price is None or self.device_seconds is None:
             return None
         return self.price * self.device_seconds / 3600
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, unrounded, for JSON."""
+        """Unrounded values, for JSON."""
         study, settings = self.study, self.study.settings
         return {
             "output": settings.output,
@@ -100,13 +100,13 @@ class Plan:
             "total": {
                 "runs": len(study.runs),
                 "device_seconds": self.device_seconds,
-                "price_an_hour": self.price,
+                "price_per_hour": self.price,
                 "cost": self.cost,
             },
         }
 
     def table(self) -> str:
-        """The same for a person."""
+        """The same as a text table."""
         study = self.study
         lines = aligned([_columns(study), *(self._cells(arm) for arm in self.arms)])
         notes = [f"* {study.baseline.name} is the baseline", *self._totals()]
@@ -114,13 +114,13 @@ class Plan:
         skipped: dict[str, list[str]] = {}
         for labels, reason in study.skipped:
             skipped.setdefault(reason, []).append(joined(labels))
-        notes += [f"left out, {reason}: {', '.join(names)}" for reason, names in skipped.items()]
+        notes += [f"skipped, {reason}: {', '.join(names)}" for reason, names in skipped.items()]
         return "\n".join([*lines, "", *self._memory(), "", *map(one_line, notes)])
 
     def _memory(self) -> list[str]:
-        """Of a rank at its peak, by component."""
+        """Rows of peak memory per rank, by component."""
         names = list(self.arms[0].components)
-        header = ["MiB a rank at its peak", *(name.replace("_", " ") for name in names), "together"]
+        header = ["peak MiB per rank", *(name.replace("_", " ") for name in names), "total"]
         rows = [[arm.arm.name, *map(_mib, arm.components.values()), _mib(arm.memory)] for arm in self.arms]
         return aligned([header, *rows])
 
@@ -128,29 +128,29 @@ class Plan:
         steps = plan.arm.config.training.steps
         cells = [
             plan.arm.name + "*" * (plan.arm is self.study.baseline),
-            count(plan.parameters),
-            count(plan.flops_per_token),
-            count(plan.flops),
-            count(plan.expert_flops),
+            format_count(plan.parameters),
+            format_count(plan.flops_per_token),
+            format_count(plan.flops),
+            format_count(plan.expert_flops),
             f"{steps:,}",
             size(plan.memory) + "!" * (plan.too_large is not None),
-            span(plan.seconds.total) if plan.seconds else "-",
+            format_duration(plan.seconds.total) if plan.seconds else "-",
         ]
         if plan.solved is None:
             return cells
-        solved = [f"{plan.solved.value:,}"] if _solves_apart(self.study) else []
-        return [*cells, *solved, f"{plan.solved.off:+.2%}"]
+        solved = [f"{plan.solved.value:,}"] if _has_solve_column(self.study) else []
+        return [*cells, *solved, f"{plan.solved.deviation:+.2%}"]
 
     def _totals(self) -> list[str]:
         arms, seeds, runs = len(self.arms), len(self.study.settings.seeds), len(self.study.runs)
         lines = [f"{runs} runs: {arms} arms, {seeds} seed{'s' * (seeds > 1)} each"]
         if self.speed is not None and self.device_seconds is not None:
             speed, whose = self.speed
-            lines[0] += f"; {span(self.device_seconds)} on one device"
-            lines[0] += f", {self.cost:,.2f} at {self.price:g} an hour" if self.cost is not None else ""
-            lines.append(f"at the speed of {whose}: {speed.rate / 1e12:.3g} TFLOP/s in products of many rows")
+            lines[0] += f"; {format_duration(self.device_seconds)} on one device"
+            lines[0] += f", {self.cost:,.2f} at {self.price:g} per hour" if self.cost is not None else ""
+            lines.append(f"speed of {whose}: {speed.rate / 1e12:.3g} TFLOP/s in large matrix products")
         if budget := self.study.settings.budget:
-            lines.append(f"{budget.equal.replace('_', ' ')} as the baseline's, by {budget.solve}")
+            lines.append(f"{budget.equal.replace('_', ' ')} equal to the baseline's: {budget.solve} is solved for it")
         return lines
 
 
@@ -162,14 +162,14 @@ def make_plan(
     device_memory: str | None = None,
     price: float | None = None,
 ) -> Plan:
-    """Read a study file, resolve its arms and say what they cost.
+    """Read a study file, resolve its arms and predict their costs.
 
     Args:
         overrides: `key=value` for all arms.
-        device: a name of `estimate.devices`; the study's own when None.
-        calibration: the folder of a finished run on such a device, whose speed counts then.
-        device_memory: such as `80GiB`; the device's when None.
-        price: of an hour of one device.
+        device: a name of `estimate.devices`; None for the study's own.
+        calibration: folder of a finished run on such a device, whose measured speed is used.
+        device_memory: such as `80GiB`; None for the device's.
+        price: price per device hour.
 
     Raises:
         ConfigError: one line that names the key of the study, the setting or the option, and what would be valid.
@@ -180,7 +180,7 @@ def make_plan(
     speed = None
     if calibration is not None:
         if found is None:
-            raise ConfigError("--calibration needs a device: name it in the study file (device) or with --device")
+            raise ConfigError("--calibration requires a device: name it in the study file (device) or with --device")
         speed = calibrate(calibration, found.half_rows), str(calibration)
     elif found is not None:
         speed = Speed.of(found), f"{device or study.settings.device}, not calibrated"
@@ -191,7 +191,7 @@ def make_plan(
 
 
 def _device(asked: str | None, own: str | None) -> Device | None:
-    """The one asked for, or the study's own."""
+    """The device of the option, or the study's own."""
     try:
         return device_named(name) if (name := asked or own) is not None else None
     except ConfigError as error:
@@ -216,15 +216,15 @@ def _plan(arm: Arm, amounts: Amounts, solved: Solved | None, memory: int | None)
         flops=amounts.of("flops", config),
         expert_flops=amounts.of("expert_compute", config),
         components=components(cost.memory),
-        ranks=run.layout.ranks,
+        ranks=run.layout.world_size,
         seconds=amounts.seconds(config) if amounts.speed else None,
         solved=solved,
         too_large=refusal(run, cost, memory) if memory is not None else None,
     )
 
 
-def span(seconds: float) -> str:
-    """A time for a person."""
+def format_duration(seconds: float) -> str:
+    """Seconds as text, in h, min or s."""
     for unit, length in (("h", 3600), ("min", 60)):
         if seconds >= length:
             return f"{seconds / length:,.1f} {unit}"
@@ -257,20 +257,20 @@ def _columns(study: Study) -> list[str]:
     columns = [
         "arm",
         "parameters",
-        "FLOPs a token",
-        "FLOPs a run",
-        "of experts",
+        "FLOPs per token",
+        "FLOPs per run",
+        "expert FLOPs",
         "steps",
-        "memory a rank",
-        "a run takes",
+        "memory per rank",
+        "time per run",
     ]
     if (budget := study.settings.budget) is None:
         return columns
-    return [*columns, *([budget.solve] if _solves_apart(study) else []), "off budget"]
+    return [*columns, *([budget.solve] if _has_solve_column(study) else []), "deviation"]
 
 
-def _solves_apart(study: Study) -> bool:
-    """Whether what is solved for has no column yet."""
+def _has_solve_column(study: Study) -> bool:
+    """Whether the solved setting needs its own column."""
     return study.settings.budget is not None and study.settings.budget.solve != "training.steps"
 
 
@@ -278,8 +278,8 @@ def _mib(amount: int) -> str:
     return f"{amount / 2**20:,.1f}"
 
 
-def count(number: float) -> str:
-    """Four digits of a large number."""
+def format_count(number: float) -> str:
+    """A large number with four digits and a unit prefix."""
     for unit, length in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("K", 1e3)):
         if number >= length:
             return f"{number / length:.4g} {unit}"

@@ -1,4 +1,4 @@
-"""The study file: what is compared, with which seeds, and what is held equal meanwhile."""
+"""The study file: what is compared, with which seeds, and what is held equal."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,17 +16,17 @@ from coe_megatron.files import expand_user
 from coe_megatron.study.plan.names import text_of
 from coe_megatron.text import shortened
 
-_MOST_BASES = 64
+_MAX_BASES = 64
 Quantity = Literal["expert_compute", "flops", "parameters", "memory", "wall_clock"]
 
 
 @dataclass(frozen=True)
 class Skip:
-    """Arms that are left out.
+    """Combinations that are skipped.
 
     Attributes:
-        where: a label, or a list of labels, of each axis named; of other axes any label.
-        reason: why; the plan shows it.
+        where: a label, or a list of labels, for each named axis; other axes match any label.
+        reason: the reason, which the plan shows.
     """
 
     where: dict[str, Any]
@@ -35,16 +35,16 @@ class Skip:
 
 @dataclass(frozen=True)
 class Budget:
-    """What all arms have equal to the baseline, and the setting that is solved for it, arm by arm.
+    """The quantity that is equal in all arms, and the setting that is solved for it in each arm.
 
     Attributes:
-        equal: of a whole run: `expert_compute`, FLOPs of routed and shared experts; `flops`, all FLOPs of training;
-            `parameters` of the model; `memory`, bytes of a rank; `wall_clock`, seconds estimated on the device.
-        solve: a setting that is a whole number, such as `training.steps`.
-        range: its smallest and its largest value.
-        multiple_of: it shall be a multiple of this.
-        tolerance: an arm that comes no nearer than this share of the baseline's amount is refused, or where that is
-            less, this share of what the amount changes by from one end of `range` to the other.
+        equal: total of a run: `expert_compute`, FLOPs of routed and shared experts; `flops`, all training FLOPs;
+            `parameters` of the model; `memory`, bytes per rank; `wall_clock`, predicted seconds on the device.
+        solve: an integer setting, such as `training.steps`.
+        range: its minimum and maximum.
+        multiple_of: it must be a multiple of this.
+        tolerance: maximum deviation, relative to the baseline's amount, or to the change of the amount over `range`
+            if that is less; an arm with a larger deviation is refused.
     """
 
     equal: Quantity
@@ -56,19 +56,19 @@ class Budget:
 
 @dataclass(frozen=True)
 class StudySettings:
-    """A study file, whole.
+    """A complete study file.
 
     Attributes:
-        base: run configs, of several the later wins.
+        base: run configs; later ones override earlier ones.
         output: folder of the study.
-        axes: by name; each either maps labels to settings (`MoE(8/64): {chain.iterations: 1, moe.topk: 8}`), or
-            settings to lists of values, of which the first belong together, then the second (`moe.topk: [4, 8]`).
-        baseline: the arm that others are held against: a label of every axis.
-        seeds: of `training.seed`; every arm runs once with each.
-        set: settings of all arms, over those of `base`.
-        skip: combinations of labels that are no arm.
+        axes: axes by name; an axis maps either labels to settings (`MoE(8/64): {chain.iterations: 1, moe.topk: 8}`),
+            or settings to lists of values, which are zipped (`moe.topk: [4, 8]`).
+        baseline: the arm that others are compared with: a label for every axis.
+        seeds: values of `training.seed`; every arm runs once with each.
+        set: settings for all arms, which override `base`.
+        skip: combinations of labels to skip.
         budget: what is held equal; null for nothing.
-        device: on which hours are estimated, and whose memory the arms must fit; a name of `estimate.devices`.
+        device: the device for predicted time and available memory; a name of `estimate.devices`.
     """
 
     base: list[str]
@@ -85,9 +85,8 @@ class StudySettings:
 def read_study(path: Path) -> StudySettings:
     """Read a study file.
 
-    The key `base_study` names one study file or a list of them, relative to this one, whose settings hold where this
-    one says nothing; so a study of other sizes need not repeat its axes. Paths in `base` are relative to the file in
-    which they stand.
+    The key `base_study` names a study file or a list of them, relative to this one. This file inherits their settings,
+    so that a study of another size need not repeat the axes. Paths in `base` are relative to the file that has them.
 
     Raises:
         ConfigError: one line that names the key, its value and what would be valid.
@@ -95,14 +94,14 @@ def read_study(path: Path) -> StudySettings:
     values = plain(read(path, key="base_study", prepare=_with_paths), str(path))
     settings = parse_as(StudySettings, _with_labels(values))
     if len(set(settings.seeds)) < len(settings.seeds):
-        raise ConfigError(f"seeds is {shortened(str(settings.seeds), 100)}: each must be another")
+        raise ConfigError(f"seeds is {shortened(str(settings.seeds), 100)}: seeds must differ")
     if (budget := settings.budget) and budget.range[0] > budget.range[1]:
-        raise ConfigError(f"budget.range is {list(budget.range)}: its first number must be the smaller one")
+        raise ConfigError(f"budget.range is {list(budget.range)}: the first number must not be larger than the second")
     return settings
 
 
 def _with_labels(values: dict[str, Any]) -> dict[str, Any]:
-    """Names of axes and labels as text, also where YAML reads a number; what else is wrong is told later."""
+    """Convert names of axes and labels to text, even if YAML reads numbers; other mistakes are reported later."""
     found = dict(values)
     for key in ("axes", "baseline"):
         found |= {key: _text_keys(key, values[key])} if key in values else {}
@@ -110,13 +109,13 @@ def _with_labels(values: dict[str, Any]) -> dict[str, Any]:
         found["axes"] = {axis: _text_keys(f"axes.{axis}", points) for axis, points in axes.items()}
     if isinstance(skips := values.get("skip"), list):
         found["skip"] = [
-            skip | {"where": _text_keys(f"skip.{number}.where", skip["where"])} if _has(skip, "where") else skip
+            skip | {"where": _text_keys(f"skip.{number}.where", skip["where"])} if _has_key(skip, "where") else skip
             for number, skip in enumerate(skips)
         ]
     return found
 
 
-def _has(value: Any, key: str) -> bool:
+def _has_key(value: Any, key: str) -> bool:
     return isinstance(value, Mapping) and key in value
 
 
@@ -131,15 +130,15 @@ def _text_keys(where: str, given: Any) -> Any:
 
 
 def _with_paths(path: Path, values: Any) -> Any:
-    """The `base` of a file, as paths from here."""
+    """Resolve the paths in `base` relative to the file."""
     if "base" in values:
         check_references(OmegaConf.to_container(values), str(path))
         given = values["base"]
         names = [given] if isinstance(given, str) else list(given) if OmegaConf.is_list(given) else None
         if not names or not all(isinstance(name, str) and name for name in names):
-            said = shortened(repr(given), 100)
-            raise ConfigError(f"{path}: base is {said}: it must name a run config or a list of them")
-        if len(set(names)) < len(names) or len(names) > _MOST_BASES:
-            raise ConfigError(f"{path}: base is {shortened(str(given), 100)}: at most {_MOST_BASES} files, none twice")
+            shown = shortened(repr(given), 100)
+            raise ConfigError(f"{path}: base is {shown}: it must name a run config or a list of them")
+        if len(set(names)) < len(names) or len(names) > _MAX_BASES:
+            raise ConfigError(f"{path}: base is {shortened(str(given), 100)}: at most {_MAX_BASES} files, none twice")
         values["base"] = [str(find(Path(expand_user(name)), path.parent)) for name in names]
     return values

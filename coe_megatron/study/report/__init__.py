@@ -1,1 +1,1 @@
-"""What the runs of a study came to: tables, tests, figures."""
+"""The report of a study: tables, tests, figures."""

@@ -1,4 +1,4 @@
-"""The report of a study: report.md with tables and figures, the same as one HTML file, and the numbers as CSV."""
+"""The report of a study: report.md with tables and figures, the same as a single HTML file, and CSV files."""
 
 import base64
 import html
@@ -13,11 +13,12 @@ import matplotlib
 
 from coe_megatron.errors import one_line
 from coe_megatron.files import read_limited, require_replaceable, require_writable, write_atomically
-from coe_megatron.study.plan.cost_table import Plan, count, span
+from coe_megatron.study.plan.cost_table import Plan, format_count, format_duration
 from coe_megatron.study.plan.names import joined
 from coe_megatron.study.report.comparison import Summary, compare
-from coe_megatron.study.report.figures import Drawing, arms_shown, draw, is_cut
-from coe_megatron.study.report.results import Result, collect, done, results_csv, timings_csv
+from coe_megatron.study.report.figures.draw import arms_shown, draw
+from coe_megatron.study.report.figures.style import StudyFigure, is_truncated
+from coe_megatron.study.report.results import Result, collect, finished_results, results_csv, timings_csv
 from coe_megatron.study.report.scaling_fit import Fit, fit
 
 _STYLE = """body { font: 16px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -28,81 +29,80 @@ img { max-width: 100% }
 @media print { body { max-width: none; font-size: 11px } img { break-inside: avoid; max-height: 95vh } }"""
 
 _TEXTS = ("report.md", "report.html", "results.csv", "timings.csv")
-_LARGEST = 1 << 26  # bytes of a report.md
+_MAX_BYTES = 1 << 26  # of a report.md
 
 
 def write_report(plan: Plan, title: str, folder: Path) -> list[Path]:
-    """Write everything into a folder, over what an earlier report left; returns the files.
+    """Write the report into a folder, replacing an earlier report; returns the files.
 
     Raises:
-        ConfigError: the folder, or a file in it, cannot be written, or is something else; one line that names it.
-        OSError: it could not be written after all, such as on a full disk.
+        ConfigError: the folder or a file in it cannot be written, or has another type; one line that names it.
+        OSError: writing failed, such as on a full disk.
     """
     check_folder(folder)
     results = collect(plan)
     summaries = compare(results, plan.arms, plan.study.baseline.name)
     folder.mkdir(parents=True, exist_ok=True)
-    _forget_figures(folder)
+    _remove_figures(folder)
     files = [_write(folder / "results.csv", results_csv(results)), _write(folder / "timings.csv", timings_csv(results))]
-    drawings, images = list(draw(results, summaries, plan.study.baseline.name)), dict[str, bytes]()
-    for drawing in drawings:
-        images[drawing.name] = _drawn(drawing, "svg")
-        files.append(_write(folder / f"{drawing.name}.svg", images[drawing.name]))
-        files.append(_write(folder / f"{drawing.name}.png", _drawn(drawing, "png")))
-    text = as_markdown(plan, title, results, summaries, drawings)
+    figures, images = list(draw(results, summaries, plan.study.baseline.name)), dict[str, bytes]()
+    for figure in figures:
+        images[figure.name] = render(figure, "svg")
+        files.append(_write(folder / f"{figure.name}.svg", images[figure.name]))
+        files.append(_write(folder / f"{figure.name}.png", render(figure, "png")))
+    text = as_markdown(plan, title, results, summaries, figures)
     files.append(_write(folder / "report.md", text))
     files.append(_write(folder / "report.html", as_html(title, text, images)))
     return files
 
 
 def check_folder(folder: Path) -> None:
-    """That a report can be written there, and what of an earlier one must be read; raises ConfigError otherwise."""
+    """Raise ConfigError unless a report can be written there, and an earlier one can be read."""
     require_writable(folder, "the report's folder", "folder")
     for name in _TEXTS:
         require_replaceable(folder / name, "a file of the report")
 
 
-def _forget_figures(folder: Path) -> None:
-    """Those of an earlier report, which may not be drawn any more."""
+def _remove_figures(folder: Path) -> None:
+    """Remove the figures of an earlier report, since not all of them may be drawn again."""
     earlier = folder / "report.md"
     if earlier.exists():
-        text = read_limited(earlier, "the earlier report", _LARGEST).decode(errors="replace")
+        text = read_limited(earlier, "the earlier report", _MAX_BYTES).decode(errors="replace")
         for name in re.findall(r"\]\(([\w-]+)\.svg\)", text):
             for kind in ("svg", "png"):
                 (folder / f"{name}.{kind}").unlink(missing_ok=True)
 
 
 def as_markdown(
-    plan: Plan, title: str, results: Sequence[Result], summaries: Sequence[Summary], drawings: Sequence[Drawing]
+    plan: Plan, title: str, results: Sequence[Result], summaries: Sequence[Summary], figures: Sequence[StudyFigure]
 ) -> str:
-    """The report as text; figures are files beside it."""
-    finished, study = done(results), plan.study
+    """The report as Markdown; figures are separate files."""
+    finished, study = finished_results(results), plan.study
     seeds = ", ".join(map(str, study.settings.seeds))
     parts = [
         f"# {_escaped(title)}",
         f"{len(finished)} of {len(results)} runs are finished: {_counted(plan.arms, 'arm')} with "
         f"{'the seeds' if len(study.settings.seeds) > 1 else 'the seed'} {seeds}. "
-        f"The baseline is {_name(plan, study.baseline.name)}. Losses are in nats a token, on the validation set, after "
-        "the last step.",
+        f"The baseline is {_name(plan, study.baseline.name)}. Losses are final validation losses in nats per token.",
         _budget(plan),
-        *_not_done(results),
+        *_unfinished(results),
     ]
     if finished:
         parts += [
             "## Losses",
-            _answer(summaries, study.baseline.name),
+            _conclusion(summaries, study.baseline.name),
             _losses(summaries, study.baseline.name),
-            _reading(summaries),
+            _explanation(summaries),
         ]
-        parts += ["## What the arms cost", _costs(plan, finished), "### Memory by component", _memory(plan, finished)]
-        parts += ["## Loss against parameters, FLOPs and recurrence", _fitted(fit(summaries))]
-        figures = (f"![{each.name}]({each.name}.svg)\n\n*{_escaped(each.caption)}*" for each in drawings)
-        parts += ["## Figures", _drawn_arms(summaries, study.baseline.name), *figures]
+        parts += ["## Cost of the arms", _costs(plan, finished), "### Memory by component", _memory(plan, finished)]
+        parts += ["## Loss against parameters, FLOPs and recurrence", _scaling_fit(fit(summaries))]
+        shown = (f"![{each.name}]({each.name}.svg)\n\n*{_escaped(each.caption)}*" for each in figures)
+        parts += ["## Figures", _arms_in_figures(summaries, study.baseline.name), *shown]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def as_html(title: str, text: str, images: Mapping[str, bytes]) -> str:
-    """The same as one page that needs no other file; `images` are the figures as SVG, by name."""
+    """The same as a self-contained HTML page; `images` has the figures as SVG, by name."""
     body = markdown.markdown(text, extensions=["tables"])
     for name, image in images.items():
         figure = base64.b64encode(image).decode()
@@ -111,25 +111,27 @@ def as_html(title: str, text: str, images: Mapping[str, bytes]) -> str:
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
 
 
-def _drawn_arms(summaries: Sequence[Summary], baseline: str) -> str:
-    """Which arms the figures leave out, and what became of their labels; nothing in most studies."""
+def _arms_in_figures(summaries: Sequence[Summary], baseline: str) -> str:
+    """A note if the figures exclude arms or truncate labels; empty in most studies."""
     names = arms_shown(summaries, baseline)
-    said = []
+    notes = []
     if len(names) < len(summaries):
-        said.append(f"Of {len(summaries)} arms they show the baseline and the {len(names) - 1} with the lowest loss.")
-    if any(is_cut(summary.arm.arm.title) for summary in summaries):
-        said.append("Long labels are cut (…); where that leaves two alike, the arm's number stands behind it.")
-    return " ".join(said)
+        notes.append(f"Of {len(summaries)} arms, they show the baseline and the {len(names) - 1} with the lowest loss.")
+    if any(is_truncated(summary.arm.arm.title) for summary in summaries):
+        notes.append("Long labels are truncated (…); if two become the same, the arm's number is appended.")
+    return " ".join(notes)
 
 
 def _budget(plan: Plan) -> str:
     budget = plan.study.settings.budget
     if budget is None:
-        return "Nothing is held equal by a budget; what the arms cost stands below."
-    return f"All arms have the baseline's {budget.equal.replace('_', ' ')}: `{budget.solve}` is solved for it."
+        return "No budget holds a quantity equal; the costs of the arms are below."
+    return (
+        f"All arms have the same {budget.equal.replace('_', ' ')} as the baseline; `{budget.solve}` is solved for this."
+    )
 
 
-def _not_done(results: Sequence[Result]) -> list[str]:
+def _unfinished(results: Sequence[Result]) -> list[str]:
     missing = [result for result in results if not result.finished]
     if not missing:
         return []
@@ -137,20 +139,20 @@ def _not_done(results: Sequence[Result]) -> list[str]:
     return ["Not in the tables and figures below:", _table(["arm", "seed", "state"], rows)]
 
 
-def _answer(summaries: Sequence[Summary], baseline: str) -> str:
-    """In a sentence, what was found."""
+def _conclusion(summaries: Sequence[Summary], baseline: str) -> str:
+    """The result in a sentence."""
     others = [summary for summary in summaries if summary.arm.arm.name != baseline]
     if not others:
         return "The baseline is the only arm."
     if not next(summary for summary in summaries if summary.arm.arm.name == baseline).losses:
-        return "The baseline has no finished run, so that nothing can be held against it."
-    told = {"better": "Better than the baseline", "worse": "Worse", "no difference seen": "No difference seen"}
-    told[""] = "Too few seeds to tell"
+        return "The baseline has no finished run, so no arm can be compared with it."
+    headings = {"better": "Better than the baseline", "worse": "Worse", "not significant": "No significant difference"}
+    headings[""] = "Too few seeds"
     found = {
         verdict: [_escaped(joined(each.arm.arm.labels)) for each in others if each.verdict == verdict]
-        for verdict in told
+        for verdict in headings
     }
-    return " ".join(f"**{told[verdict]}:** {', '.join(arms)}." for verdict, arms in found.items() if arms)
+    return " ".join(f"**{headings[verdict]}:** {', '.join(arms)}." for verdict, arms in found.items() if arms)
 
 
 def _losses(summaries: Sequence[Summary], baseline: str) -> str:
@@ -163,24 +165,24 @@ def _losses(summaries: Sequence[Summary], baseline: str) -> str:
                 _label(summary),
                 str(len(summary.losses)),
                 _number(summary.mean, ".4f"),
-                _number(summary.spread, ".4f"),
+                _number(summary.std, ".4f"),
                 gain,
                 interval,
                 "&lt; 0.001" if summary.p is not None and summary.p < 0.001 else _number(summary.p, ".3f"),
                 summary.verdict or "-",
             ]
         )
-    columns = ["arm", "seeds", "mean loss", "spread", "gain", "95 % interval", "p", "against the baseline"]
+    columns = ["arm", "seeds", "mean loss", "s.d.", "gain", "95 % CI", "p", "against the baseline"]
     return _table(columns, rows)
 
 
-def _reading(summaries: Sequence[Summary]) -> str:
+def _explanation(summaries: Sequence[Summary]) -> str:
     tested = sum(summary.interval is not None for summary in summaries)
     return (
-        "Spread is the standard deviation over seeds. Gain is the baseline's loss less the arm's, over the seeds that "
-        "both have finished; its interval and p come from a paired t-test over these (two-sided), and the verdict from "
-        "the interval. Nothing is corrected for the number of arms"
-        + (f": {tested} tests without any difference give {tested * 0.05:.2g} verdicts of one." if tested else ".")
+        "The standard deviation (s.d.) is over seeds. The gain is the baseline's loss minus the arm's, over the seeds "
+        "that both have finished. Its confidence interval (CI) and p come from a two-sided paired t-test over these "
+        "seeds, and the verdict from the interval. There is no correction for multiple comparisons"
+        + (f": {tested} tests without any true difference give {tested * 0.05:.2g} false verdicts." if tested else ".")
     )
 
 
@@ -190,25 +192,25 @@ def _costs(plan: Plan, finished: Sequence[Result]) -> str:
         runs = [result for result in finished if result.run.arm == arm.arm.name]
         if runs:
             measured = max(result.memory for result in runs)
-            took = sum(result.seconds for result in runs) / len(runs)
+            seconds = sum(result.seconds for result in runs) / len(runs)
             rows.append(
                 [
                     _name(plan, arm.arm.name),
-                    count(arm.parameters),
-                    count(arm.flops_per_token),
-                    count(arm.flops),
-                    count(arm.expert_flops),
+                    format_count(arm.parameters),
+                    format_count(arm.flops_per_token),
+                    format_count(arm.flops),
+                    format_count(arm.expert_flops),
                     f"{arm.arm.config.training.steps:,}",
                     f"{arm.memory / 2**20:,.0f} / {measured / 2**20:,.0f}",
-                    f"{span(arm.seconds.total) if arm.seconds else '-'} / {span(took)}",
+                    f"{format_duration(arm.seconds.total) if arm.seconds else '-'} / {format_duration(seconds)}",
                 ]
             )
-    columns = ["arm", "parameters", "FLOPs a token", "FLOPs", "of experts", "steps"]
-    return _table([*columns, "MiB a rank, estimated / measured", "time estimated / in steps"], rows)
+    columns = ["arm", "parameters", "FLOPs per token", "FLOPs", "expert FLOPs", "steps"]
+    return _table([*columns, "MiB per rank, predicted / measured", "time, predicted / in steps"], rows)
 
 
 def _memory(plan: Plan, finished: Sequence[Result]) -> str:
-    """What a rank holds at its peak, as the plan has it, and the measured peak beside it."""
+    """Predicted peak memory of a rank by component, and the measured peak."""
     rows = []
     for arm in plan.arms:
         if measured := [result.memory for result in finished if result.run.arm == arm.arm.name]:
@@ -217,14 +219,14 @@ def _memory(plan: Plan, finished: Sequence[Result]) -> str:
             rows.append([_name(plan, arm.arm.name), *cells, f"{arm.memory / max(measured) - 1:+.1%}"])
     names = [name.replace("_", " ") for name in plan.arms[0].components]
     text = (
-        "Peak memory of a rank within a step, in MiB, as predicted from the config, and the measured peak. "
-        "Gradients come as activations go, so that neither need be there in full at that moment; other is what "
-        "the optimizer takes for its step, and what ZeRO 3 and tensor parallelism gather."
+        "Peak memory of a rank within a step in MiB: predicted from the config, by component, and measured. "
+        "Gradients are allocated while activations are released, so at the peak neither need be complete. Other is "
+        "what the optimizer needs for its step, and what ZeRO 3 and tensor parallelism gather."
     )
-    return f"{text}\n\n{_table(['arm', *names, 'together', 'measured', 'estimated off by'], rows)}"
+    return f"{text}\n\n{_table(['arm', *names, 'total', 'measured', 'prediction error'], rows)}"
 
 
-def _fitted(found: Fit | None) -> str:
+def _scaling_fit(found: Fit | None) -> str:
     if found is None:
         return "Too few different arms for a fit."
     rows = [
@@ -232,16 +234,16 @@ def _fitted(found: Fit | None) -> str:
         for each in found.coefficients
     ]
     excluded = (
-        f" Left out, being nearly constant or nearly following from the others: {', '.join(found.excluded)}."
+        f" Excluded, since nearly constant or nearly a function of the others: {', '.join(found.excluded)}."
         if found.excluded
         else ""
     )
     text = (
-        f"log loss as a line in the logarithms of these, least squares over {found.points} arms, each the mean of its "
-        f"seeds; what the line leaves, to which all else that arms differ in adds, has a standard deviation of "
-        f"{found.residual:.2%}.{excluded} It is no law beyond these arms."
+        f"Least-squares fit of log loss, linear in the logarithms of these quantities, over {found.points} arms (means "
+        f"over seeds). The residuals, which include all other differences between arms, have a standard deviation of "
+        f"{found.residual:.2%}.{excluded} The fit does not extrapolate beyond these arms."
     )
-    return f"{text}\n\n{_table(['of', 'exponent', '95 % interval'], rows)}"
+    return f"{text}\n\n{_table(['quantity', 'exponent', '95 % CI'], rows)}"
 
 
 def _name(plan: Plan, arm: str) -> str:
@@ -261,9 +263,9 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Text that is none of ours, on one line, with nothing that Markdown or HTML takes for more than text.
+    """Text of a user on one line, escaped for Markdown and HTML.
 
-    Character references, which all dialects read alike: GitHub's knows formulas, strokes and more beside.
+    We use character references, which all dialects of Markdown support; GitHub's also has formulas and strikethrough.
     """
     return re.sub(r"[&<>\\`*\[\]|~$#{}]|(?<!\w)_|_(?!\w)", lambda found: f"&#{ord(found[0])};", one_line(text))
 
@@ -273,14 +275,14 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _drawn(drawing: Drawing, kind: str) -> bytes:
-    """A figure as an image; the same figure gives the same bytes."""
+def render(figure: StudyFigure, kind: str) -> bytes:
+    """A figure as an image of kind "svg" or "png"; the same figure gives the same bytes."""
     image = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": drawing.name}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # it is drawn as a box
+    with matplotlib.rc_context({"svg.hashsalt": figure.name}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # such a glyph is drawn as a box
         warnings.filterwarnings("ignore", "constrained_layout not applied")  # long labels leave no room for the axes
         metadata = {"Date": None} if kind == "svg" else None
-        drawing.figure.savefig(image, format=kind, dpi=150, metadata=metadata)
+        figure.figure.savefig(image, format=kind, dpi=150, metadata=metadata)
     return image.getvalue()
 
 

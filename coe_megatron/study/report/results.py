@@ -1,4 +1,4 @@
-"""What the runs of a study came to, read from their folders: a row for each run, which figures and statistics share."""
+"""Results of the runs of a study, read from their folders; figures and statistics use the same results."""
 
 import csv
 import io
@@ -16,24 +16,24 @@ from coe_megatron.run.metrics_log import read_metrics
 from coe_megatron.study.plan.arms import Run
 from coe_megatron.study.plan.calibration import seconds_in_steps
 from coe_megatron.study.plan.cost_table import ArmPlan, Plan
-from coe_megatron.study.run.metrics_check import damage
+from coe_megatron.study.run.metrics_check import find_damage
 from coe_megatron.study.run.runner import changed, stands
 
-_FORMULA = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n]")  # how a cell begins that spreadsheets compute
+_FORMULA = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n]")  # start of a cell that spreadsheets evaluate
 _NUMBER = re.compile(r"[-+]?\d+(\.\d*)?(e[-+]?\d+)?", re.IGNORECASE)
 _ROUTING = ("entropy", "load_max_over_mean", "dead_experts", "dropped", "overlap")
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one run left behind.
+    """The result of one run.
 
     Attributes:
-        arm: its plan.
-        lines: the objects of its metrics.jsonl, none of a run that has not begun.
-        attempts: how often it was started.
-        state: `finished`: it came to its last step with the settings that the study has, and has a validation loss
-            there; otherwise what is the matter, in one line.
+        arm: plan of its arm.
+        lines: the objects of its metrics.jsonl; empty if the run has not started.
+        attempts: number of starts.
+        state: `finished` if it reached the last step with the study's settings and has a validation loss there;
+            otherwise the reason why not, in one line.
     """
 
     arm: ArmPlan
@@ -44,7 +44,7 @@ class Result:
 
     @property
     def finished(self) -> bool:
-        """Whether figures and statistics count it."""
+        """Whether figures and statistics include it."""
         return self.state == "finished"
 
     @cached_property
@@ -54,46 +54,46 @@ class Result:
 
     @cached_property
     def steps(self) -> list[Mapping[str, Any]]:
-        """The lines of steps, without that before the first one."""
+        """The lines of steps, without the evaluation before the first step."""
         return [line for line in self.lines if "step_seconds" in line]
 
     @property
     def loss(self) -> float:
-        """The validation loss after the last step, in nats per counted token."""
+        """The final validation loss, in nats per token."""
         return float(self.lines[-1]["valid_loss"])
 
     @property
     def seconds(self) -> float:
-        """Spent in steps alone, evaluations and checkpoints not counted."""
+        """Seconds in steps, without evaluations and checkpoints."""
         return seconds_in_steps(self.steps)
 
     @property
     def memory(self) -> int:
-        """Bytes at the peak of the rank that reports, as measured."""
+        """Measured peak memory of rank 0 in bytes."""
         return max(line["memory"]["peak"] for line in self.steps)
 
 
 def collect(plan: Plan) -> list[Result]:
-    """Every run of the study, in its order, done or not."""
+    """Results of all runs of the study in order, finished or not."""
     by_name, now = {arm.arm.name: arm for arm in plan.arms}, time.time()
     return [_result(by_name[run.arm], run, now) for run in plan.study.runs]
 
 
-def done(results: Iterable[Result]) -> list[Result]:
-    """Those that are finished."""
+def finished_results(results: Iterable[Result]) -> list[Result]:
+    """The results of finished runs."""
     return [result for result in results if result.finished]
 
 
 def results_csv(results: Sequence[Result]) -> str:
-    """A row a run. The same runs give the same bytes, in how many attempts ever: what depends on those, or on the
-    machine, is in `timings_csv`.
+    """One row per run. The same runs give the same bytes: values that depend on the number of attempts, or on the
+    machine, are in `timings_csv`.
     """
     return _csv(_row(result) for result in results)
 
 
 def timings_csv(results: Sequence[Result]) -> str:
-    """How fast the finished runs were, and what memory they took; a row a run."""
-    return _csv(_timing(result) for result in done(results))
+    """Speed and memory of the finished runs; one row per run."""
+    return _csv(_timing(result) for result in finished_results(results))
 
 
 def _result(arm: ArmPlan, run: Run, now: float) -> Result:
@@ -101,22 +101,22 @@ def _result(arm: ArmPlan, run: Run, now: float) -> Result:
     try:
         lines = read_metrics(path)
     except (ValueError, OSError) as error:
-        said = one_line(str(error)).removeprefix(f"{path}, ")
-        return Result(arm, run, [], found.starts or 0, f"its metrics.jsonl cannot be read ({said})")
+        reason = one_line(str(error)).removeprefix(f"{path}, ")
+        return Result(arm, run, [], found.attempts or 0, f"its metrics.jsonl cannot be read ({reason})")
     state = found.state if found.reason is None else f"{found.state}: {found.reason}"
     if found.state == "no run":
-        state = "not begun"
-    elif said := changed(run):
-        state = said
+        state = "not started"
+    elif reason := changed(run):
+        state = reason
     elif found.state == "finished" and not _evaluated_at(run.config.training.steps, lines):
         state = "finished, but without a validation loss after the last step"
-    elif found.state == "finished" and (said := damage(lines, run.config.moe.num_experts)):
-        state = f"its metrics.jsonl is damaged ({said})"
-    return Result(arm, run, lines, found.starts or 0, state)
+    elif found.state == "finished" and (reason := find_damage(lines, run.config.moe.num_experts)):
+        state = f"its metrics.jsonl is damaged ({reason})"
+    return Result(arm, run, lines, found.attempts or 0, state)
 
 
 def _evaluated_at(step: int, lines: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the last line is of this step and has a loss; null stands for one that is not finite."""
+    """Whether the last line is of this step and has a finite loss (otherwise it is null)."""
     return bool(lines) and lines[-1]["step"] == step and lines[-1].get("valid_loss") is not None
 
 
@@ -126,8 +126,8 @@ def _row(result: Result) -> dict[str, Any]:
     row = {"arm": result.run.arm, **labels, "seed": result.run.seed, "state": result.state}
     row |= {"parameters": arm.parameters, "active_parameters": arm.active_parameters, "steps": steps}
     row |= {"flops_per_token": arm.flops_per_token, "flops": arm.flops, "expert_flops": arm.expert_flops}
-    row["memory_foreseen"] = arm.memory
-    row |= {f"memory_foreseen_{name}": amount for name, amount in arm.components.items()}
+    row["memory_predicted"] = arm.memory
+    row |= {f"memory_predicted_{name}": amount for name, amount in arm.components.items()}
     if not result.finished:
         return row
     last = result.steps[-1]
@@ -148,12 +148,12 @@ def _timing(result: Result) -> dict[str, Any]:
         "attempts": result.attempts,
         "memory_measured": result.memory,
         **{f"memory_measured_{name}": last["memory"].get(name) for name in MEASURED},
-        "seconds_foreseen": result.arm.seconds.total if result.arm.seconds else None,
+        "seconds_predicted": result.arm.seconds.total if result.arm.seconds else None,
     }
 
 
 def _cell(value: Any) -> Any:
-    """Text that a spreadsheet would take for a formula has a ' before it, which makes it text; a number is one."""
+    """Prefix text that a spreadsheet would evaluate as a formula with ', unless it is a number."""
     if isinstance(value, str) and _FORMULA.match(value) and not _NUMBER.fullmatch(value):
         return f"'{value}"
     return value

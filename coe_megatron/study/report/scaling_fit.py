@@ -1,9 +1,9 @@
-"""How loss depends on parameters, FLOPs and recurrence, over the arms of a study: a line in logarithms.
+"""Fit how loss depends on parameters, FLOPs and recurrence over the arms of a study, by least squares:
 
     log loss = b + b_P log parameters + b_F log FLOPs + b_C log C
 
-by least squares. A coefficient of -0.05 means that twice as much takes 3.4 % off the loss. It describes the arms that
-were run; it is no law beyond them.
+An exponent of -0.05 means that doubling the quantity reduces the loss by 3.4 %. The fit describes the arms of the study
+and does not extrapolate.
 """
 
 import math
@@ -17,14 +17,12 @@ from coe_megatron.study.plan.cost_table import ArmPlan
 from coe_megatron.study.report.comparison import Summary
 
 _CONFIDENCE = 0.95
-_VARIES = (
-    0.05  # what the other quantities leave of one's logarithm must range further, for an exponent to mean anything
-)
+_MIN_RANGE = 0.05  # of a quantity's logarithm, after regression on the other quantities, for a meaningful exponent
 
 
 @dataclass(frozen=True)
 class Coefficient:
-    """Of the logarithm of one quantity, with its interval of 95 % confidence."""
+    """The exponent of one quantity, with its 95 % confidence interval."""
 
     of: str
     value: float
@@ -33,12 +31,12 @@ class Coefficient:
 
 @dataclass(frozen=True)
 class Fit:
-    """What was found.
+    """The result of the fit.
 
     Attributes:
-        excluded: quantities that are nearly the same in all arms, or nearly follow from those before them.
-        residual: standard deviation of the logarithms that the line leaves.
-        points: arms it was fitted to.
+        excluded: quantities that are nearly constant, or nearly a function of those before them.
+        residual: standard deviation of the residuals of log loss.
+        points: number of arms.
     """
 
     coefficients: list[Coefficient]
@@ -48,10 +46,10 @@ class Fit:
 
 
 def fit(summaries: Sequence[Summary]) -> Fit | None:
-    """The line through the arms that have finished runs; None where they are at too few points for one.
+    """Fit the arms that have finished runs; None if there are too few different points.
 
-    An arm is one point, the mean of its seeds. Its seeds are no points of their own: what the line does not know of an
-    arm, all of them have, and the interval would come out too narrow.
+    Each arm is one point, the mean over its seeds. Seeds are no separate points: they share what the fit does not model
+    of their arm, so the interval would be too narrow.
     """
     known = [summary for summary in summaries if summary.mean is not None]
     design, used, excluded = _design([_logarithms(summary.arm) for summary in known])
@@ -76,12 +74,12 @@ def _logarithms(plan: ArmPlan) -> Mapping[str, float]:
 
 
 def _design(points: Sequence[Mapping[str, float]]) -> tuple[np.ndarray, list[str], list[str]]:
-    """A column of ones and one of each quantity that can be told from those before it; their names, the others'."""
+    """The design matrix: ones, and each quantity that those before do not explain; names of used and excluded ones."""
     design, used, excluded = np.ones((len(points), 1)), list[str](), list[str]()
     for name in points[0] if points else ():
         column = np.array([point[name] for point in points])
         explained, *_ = np.linalg.lstsq(design, column, rcond=None)
-        if np.ptp(column - design @ explained) > _VARIES:
+        if np.ptp(column - design @ explained) > _MIN_RANGE:
             design, used = np.column_stack([design, column]), [*used, name]
         else:
             excluded.append(name)

@@ -1,4 +1,4 @@
-"""Whether a run's metrics hold what is reckoned with beyond what every line of a run holds."""
+"""Check that a run's metrics have the values that a report uses, beyond those that every line has."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -8,13 +8,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from coe_megatron.parsing import first_of
 
-_Number = Annotated[float, Field(gt=-1e18, lt=1e18)]  # what arithmetic and figures take; neither NaN nor infinite
+_Number = Annotated[float, Field(gt=-1e18, lt=1e18)]  # finite, and small enough for arithmetic and figures
 _Amount = Annotated[float, Field(ge=0, lt=1e18)]
-_Seconds = Annotated[float, Field(ge=0, lt=1e12)]  # beside more of them a step's would be lost in a sum
+_Seconds = Annotated[float, Field(ge=0, lt=1e12)]  # a larger sum would lose the seconds of a step
 
 
 class _Timed(BaseModel):
-    """How long the steps of a line took; null stands for a number that was not finite."""
+    """Times of a line; null is a number that was not finite."""
 
     model_config = ConfigDict(strict=True)
 
@@ -29,7 +29,7 @@ class _Memory(BaseModel):
 
 
 class _Evaluation(BaseModel):
-    """A line; null stands for a number that was not finite."""
+    """A line; null is a number that was not finite."""
 
     model_config = ConfigDict(strict=True)
 
@@ -49,7 +49,7 @@ class _Step(_Evaluation):
 
 
 class _Place(BaseModel):
-    """A layer in an iteration; `load` has a number for each of N experts, `pairs` N by N."""
+    """A layer in an iteration; `load` has one number for each of N experts, `pairs` has N x N."""
 
     model_config = ConfigDict(strict=True)
 
@@ -68,21 +68,21 @@ class _LastStep(_Step):
     routing: Annotated[list[_Place], Field(min_length=1)]
 
 
-def damage(lines: Sequence[Mapping[str, Any]], experts: int) -> str:
-    """What of a report is wrong with the lines of a finished run, as `read_metrics` gives them; empty if nothing is.
+def find_damage(lines: Sequence[Mapping[str, Any]], experts: int) -> str:
+    """Find damage in the lines of a finished run, as returned by `read_metrics`; returns "" if there is none.
 
     Args:
-        experts: that a layer has.
+        experts: experts of a layer.
     """
-    if said := _out_of_order(lines):
-        return said
+    if reason := _out_of_order(lines):
+        return reason
     last = max((number for number, line in enumerate(lines) if "step_seconds" in line), default=None)
     if last is None:
         return "no line is of a step"
     for number, line in enumerate(lines):
         kind = _LastStep if number == last else _Step if "step_seconds" in line else _Evaluation
-        if said := _misfit(kind, line):
-            return said
+        if reason := _misfit(kind, line):
+            return reason
     for place in lines[last]["routing"]:
         rows = [place["load"], *(place.get("pairs") or [])]
         if {len(row) for row in rows} != {experts} or len(rows) not in (1, experts + 1):
@@ -90,8 +90,8 @@ def damage(lines: Sequence[Mapping[str, Any]], experts: int) -> str:
     return ""
 
 
-def damaged_times(lines: Sequence[Mapping[str, Any]]) -> str:
-    """What is wrong with how long the steps of a run took, finished or not; empty if nothing is."""
+def find_damaged_times(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Find damage in the step times of a run, finished or not; returns "" if there is none."""
     return _out_of_order(lines) or next(filter(None, (_misfit(_Timed, line) for line in lines)), "")
 
 

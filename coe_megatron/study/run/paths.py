@@ -1,4 +1,4 @@
-"""Where a study's runs leave what: OUTPUT/ARM/seed-S, with its whole config and its log beside it."""
+"""Paths of a study's runs: OUTPUT/ARM/seed-S, with its complete config and its log beside it."""
 
 from pathlib import Path
 from typing import Literal
@@ -16,21 +16,21 @@ from coe_megatron.study.plan.arms import Run, Study
 
 
 def config_of(run: Run) -> Path:
-    """The file that `write_config` writes."""
+    """Path of the file that `write_config` writes."""
     return Path(f"{run.config.output}.yaml")
 
 
 def log_of(run: Run) -> Path:
-    """What a run has said, in all its attempts."""
+    """Path of the log of all attempts of a run."""
     return Path(f"{run.config.output}.log")
 
 
 def write_config(run: Run) -> Path:
-    """The run's whole config as a file beside its folder, which repeats it: `pretrain_coe.py FILE`.
+    """Write the run's complete config to a file beside its folder; `pretrain_coe.py FILE` repeats the run.
 
     Raises:
-        ConfigError: there is something else, or it cannot be written there.
-        OSError: it cannot be written.
+        ConfigError: the path is no file, or cannot be written.
+        OSError: writing failed.
     """
     path = require_replaceable(config_of(run), "the run's config")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ def write_config(run: Run) -> Path:
 
 
 def check_places(study: Study, *, to_write: bool) -> None:
-    """That what a study's runs have left can be read, and with `to_write` that they can write there.
+    """Check that the files of a study's runs can be read, and with `to_write` also written.
 
     Raises:
         ConfigError: one line that names the path and what is wrong with it.

@@ -78,7 +78,7 @@ def submissions(
         raise ConfigError(f"--sbatch begins with {options[0]}: it must hold options, such as --time=1:00:00")
     by_ranks: dict[int, list[Run]] = {}
     for run in runs:
-        by_ranks.setdefault(layout(run.config).ranks, []).append(run)
+        by_ranks.setdefault(layout(run.config).world_size, []).append(run)
     return [_submission(group, ranks, ranks_per_node or ranks, at_once, options) for ranks, group in by_ranks.items()]
 
 

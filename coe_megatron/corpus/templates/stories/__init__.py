@@ -1,5 +1,5 @@
-"""Story problems put together from parts: a setting, an opening, two to four events and an ending that asks.
+"""Story problems composed of parts: a setting, an opening, two to four events, and an ending with the question.
 
-`kinds` is what can happen to a count and `frames` how that is worded; `people` and `places` are the settings, made
-by `settings`; `telling` puts a story together. A new row in any of these tables is a new part of every story it suits.
+`kinds` defines what can happen to a count, `frames` how it is worded; `people` and `places` define the settings, which
+`settings` builds; `telling` composes a story. A new row in any of these tables is used in every story that it fits.
 """

@@ -5,10 +5,10 @@
     PLACES   things come to a place and leave it    "There are 24 passengers on a bus."
     AMOUNTS  a place holds so much of a stuff       "A tank holds 60 liters of water."
 
-A table has one entry for each kind: how the question tells it => how the answer says its first step => its second.
-"|" separates wordings, one of which is drawn. Braces hold the letters of `kinds`, the words of a setting, or {eq},
-the equation of the step. "[gets ...]" and "[gives ...]" become a clause of the setting about what the brackets hold.
-"<name>" stands for the entry of that name in `_SHARED`.
+A table has one entry per kind: wording in the question => wording of its first step in the answer => of its second.
+"|" separates alternatives, one of which is drawn. Braces hold the letters of `kinds`, the words of a setting, or {eq},
+the equation of the step. "[gets ...]" and "[gives ...]" become a clause of the setting about the bracketed text.
+"<name>" is the entry of that name in `_SHARED`.
 """
 
 import re
@@ -23,8 +23,8 @@ class Wording:
     """The wordings of one kind.
 
     Attributes:
-        asked: how the question tells it.
-        lines: for each step, how the answer says it.
+        asked: alternatives in the question.
+        lines: for each step, alternatives in the answer.
     """
 
     asked: tuple[str, ...]
@@ -227,7 +227,7 @@ price: all of the {stuff} is sold for ${r} a {unit}. How many dollars is that? |
 
 
 def _frame(table: str) -> Frame:
-    """Read a table; an entry begins with its kind and goes on in indented lines."""
+    """Parse a table; an entry starts with its kind and continues on indented lines."""
     entries = (entry.partition(":") for entry in re.split(r"\n+(?=\w)", table.strip()))
     return {kind: _wording(" ".join(text.split())) for kind, _, text in entries}
 

@@ -1,4 +1,4 @@
-"""What can happen to a count in a story: the numbers that each kind draws and the steps that work it out.
+"""What can happen to a count in a story: the numbers that each kind draws, and its worked steps.
 
 Legend, the same in every expression and wording:
     v  the count so far            f  the count at the start      s  the result of the step before
@@ -15,7 +15,7 @@ from coe_megatron.corpus.templates.words import Draw
 
 
 class Sizes(NamedTuple):
-    """How large counts are: they start at low, low + step, ... or high, and no event leads beyond `most`."""
+    """Range of counts: they start at low, low + step, ... or high, and no event exceeds `most`."""
 
     low: int
     high: int
@@ -24,7 +24,7 @@ class Sizes(NamedTuple):
 
     @property
     def least(self) -> int:
-        """No event leads below it, so that a story does not run dry."""
+        """The lower limit after any event, so that something remains for the next one."""
         return max(3, self.low // 5)
 
 
@@ -34,7 +34,7 @@ class Kind:
 
     Attributes:
         letters: the numbers it draws.
-        steps: the expressions that work it out in turn; the last one's result is the new count.
+        steps: the expressions of its worked steps; the result of the last one is the new count.
     """
 
     letters: str
@@ -92,7 +92,7 @@ _DRAWN: dict[str, Callable[[Draw, Sizes, int], int]] = {
 
 
 def draw_numbers(d: Draw, kind: Kind, sizes: Sizes, count: int) -> dict[str, int]:
-    """The numbers of an opening, an event or an ending by their letters, after `count`."""
+    """Draw the numbers of an opening, an event or an ending, by letter, given the current count."""
     if kind.letters == "ab":
         return dict(zip("ab", d.choice(_FRACTIONS), strict=True))
     return {letter: _DRAWN[letter](d, sizes, count) for letter in kind.letters}

@@ -1,6 +1,6 @@
-"""What a setting of stories is, and makers of settings for each frame; `people` and `places` list them.
+"""The setting of a story, and constructors for each frame; `people` and `places` list the settings.
 
-In a clause, "~" stands for what comes or goes: "~ get off", "{he} loses ~". Braces hold the words of the person in
+In a clause, "~" is replaced by what comes or goes: "~ get off", "{he} loses ~". Braces hold the words of the person in
 the story (who, he, him, his, relative) and of the setting; "|" separates alternatives.
 """
 
@@ -19,10 +19,10 @@ class Setting:
 
     Attributes:
         name: its name.
-        frame: the frame it is told in.
-        sizes: of its counts.
+        frame: name of its frame.
+        sizes: range of its counts.
         clauses: "starts" (around "{count}"), "gets" and "gives" (around "~"), each with its alternatives.
-        words: what fills the braces of the frame.
+        words: values for the braces of the frame.
         kinds: the openings, events and endings that make sense here.
     """
 
@@ -49,7 +49,7 @@ def _setting(
 
 
 def owned(things: str, boxes: str, sizes: Sizes, starts: str, gets: str, gives: str, **words: str) -> Setting:
-    """A setting where somebody has things, packed in boxes; more words for the braces come by name."""
+    """A setting where somebody has things, packed in boxes; `words` adds values for the braces."""
     return _setting("owned", things, sizes, starts, gets, gives, boxes=boxes, **words)
 
 
@@ -82,7 +82,7 @@ def place(
 def amount(
     where: str, stuff: str, unit: str, boxes: str, sizes: Sizes, starts: str, gets: str, gives: str, **words: str
 ) -> Setting:
-    """A setting where a place holds so many units of a stuff, some in boxes."""
+    """A setting where a place holds an amount of a stuff in units, some in boxes."""
     at_place = words.pop("at_place", "in")
     words = {"split": f"all of the {stuff} is put into", **words}
     here = {"place": where, "at_place": at_place, "here": f"{at_place} the {where}"}

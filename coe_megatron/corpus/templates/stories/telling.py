@@ -1,8 +1,7 @@
-"""Puts a story together: draws numbers that come out whole, words the question and works the answer.
+"""Compose a story: draw numbers with whole results, and write the question and the worked answer.
 
-A story is a setting and a plot, the kinds of its events in their order, between an opening and an ending. Held-out
-plots are told by validation alone, in every setting: all parts of a validation story are known from training, but
-not their order.
+A story is a setting and a plot (the kinds of its events in order) between an opening and an ending. Only validation
+uses held-out plots, in every setting: training contains all parts of a validation story, but not in that order.
 """
 
 import re
@@ -23,12 +22,12 @@ from coe_megatron.data.manifest import Split
 Plot = tuple[str, ...]
 
 SETTINGS: tuple[Setting, ...] = people.SETTINGS + places.SETTINGS
-STEPS_OF_A_PLOT = (2, 2, 3, 3, 3, 3, 3, 4)  # that its events take; each as often as it stands here
-FULL = 3  # steps, beyond which opening and ending add none of their own
-HELD_OUT_SHARE = 1 / 8
-_UNDOING = ({"double", "halve"}, {"double", "triple"})  # no story has both
-_SMALLEST = 2  # of every result, so that nouns stand in the plural
-_TRIES = 20  # at the numbers of one event, before another story is drawn
+STEPS_OF_A_PLOT = (2, 2, 3, 3, 3, 3, 3, 4)  # number of steps of the events; one entry is drawn uniformly
+MAX_STEPS = 3  # with more steps than this, opening and ending add none
+HELD_OUT_FRACTION = 1 / 8
+_EXCLUSIVE = ({"double", "halve"}, {"double", "triple"})  # no story has both
+_MIN_RESULT = 2  # so that nouns are always plural
+_TRIES = 20  # to draw the numbers of one event, before we draw another story
 _CLAUSE = re.compile(r"\[(gets|gives) (.*?)\]")
 
 
@@ -41,13 +40,13 @@ class Beat(NamedTuple):
 
 
 def held_out(plot: Plot) -> bool:
-    """Whether validation alone tells stories of this plot; a hash of its kinds decides."""
-    return int.from_bytes(sha256(" ".join(plot).encode()).digest()[:8]) < HELD_OUT_SHARE * 2**64
+    """Whether only validation uses this plot; a hash of its kinds decides."""
+    return int.from_bytes(sha256(" ".join(plot).encode()).digest()[:8]) < HELD_OUT_FRACTION * 2**64
 
 
 @cache
 def plots(split: Split, kinds: frozenset[str], steps: int) -> tuple[Plot, ...]:
-    """The plots of a split: two or more different events of these kinds that take so many steps together."""
+    """The plots of a split: two or more different events of these kinds, with `steps` steps in total."""
     return tuple(plot for plot in _all_plots(kinds, steps) if held_out(plot) == (split == "valid"))
 
 
@@ -55,12 +54,12 @@ def _all_plots(kinds: frozenset[str], steps: int) -> Iterator[Plot]:
     possible = [kind for kind in EVENTS if kind in kinds]
     for events in range(2, steps + 1):
         for plot in permutations(possible, events):
-            if _steps(plot) == steps and not any(both.issubset(plot) for both in _UNDOING):
+            if _steps(plot) == steps and not any(both.issubset(plot) for both in _EXCLUSIVE):
                 yield plot
 
 
 def draw_story(d: Draw, split: Split) -> Problem:
-    """A story whose plot belongs to the split."""
+    """Draw a story with a plot of the split."""
     story = None
     while story is None:
         setting = d.choice(SETTINGS)
@@ -69,7 +68,7 @@ def draw_story(d: Draw, split: Split) -> Problem:
 
 
 def tell(d: Draw, setting: Setting, plot: Plot) -> Problem | None:
-    """A story of this plot with an opening and an ending that suit, or None if no numbers suit them."""
+    """Draw a story of this plot with a suitable opening and ending, or None if no suitable numbers are found."""
     opening = d.choice(_fitting(OPENINGS, setting, _steps(plot)))
     ending = d.choice(_fitting(ENDINGS, setting, _steps((opening, *plot))))
     beats = _work_out(d, setting, (opening, *plot, ending))
@@ -80,14 +79,14 @@ def _steps(kinds: Collection[str]) -> int:
     return sum(len(KINDS[kind].steps) for kind in kinds)
 
 
-def _fitting(choices: dict[str, Kind], setting: Setting, taken: int) -> list[str]:
-    """The openings or endings that a setting knows, with steps of their own only where there is room for them."""
+def _fitting(choices: dict[str, Kind], setting: Setting, used: int) -> list[str]:
+    """The openings or endings that a setting allows; those with steps only if they do not exceed MAX_STEPS."""
     possible = (name for name in choices if name in setting.kinds)
-    return [name for name in possible if not _steps((name,)) or taken + _steps((name,)) <= FULL]
+    return [name for name in possible if not _steps((name,)) or used + _steps((name,)) <= MAX_STEPS]
 
 
 def _work_out(d: Draw, setting: Setting, kinds: Plot) -> list[Beat] | None:
-    """Numbers and steps for each kind in turn, or None when one of them finds no numbers."""
+    """Numbers and steps of each kind in turn, or None if no suitable numbers are found for one."""
     beats: list[Beat] = []
     count = first = 0
     for name in kinds:
@@ -105,18 +104,18 @@ def _work_out(d: Draw, setting: Setting, kinds: Plot) -> list[Beat] | None:
 
 
 def _worked(kind: Kind, numbers: dict[str, int]) -> list[Calc] | None:
-    """The steps of a kind, or None when a result is not whole or too small for a plural."""
+    """The steps of a kind, or None if a result is not whole or is too small for a plural."""
     steps: list[Calc] = []
     for expression in kind.steps:
         step = calc(expression.format(**numbers, s=steps[-1] if steps else ""))
-        if step.value < _SMALLEST or step.value.denominator != 1:
+        if step.value < _MIN_RESULT or step.value.denominator != 1:
             return None
         steps.append(step)
     return steps
 
 
 def _word(d: Draw, setting: Setting, beats: list[Beat]) -> Problem:
-    """The question and the worked answer; the answer names the person once and goes on with the pronoun."""
+    """The question and the worked answer; the answer names the person once, then uses the pronoun."""
     frame, words = FRAMES[setting.frame], _words(d, setting)
     asked: list[str] = []
     lines: list[str] = []
@@ -141,7 +140,7 @@ def _words(d: Draw, setting: Setting) -> dict[str, str]:
 
 
 def _sentence(d: Draw, setting: Setting, text: str, words: dict[str, str]) -> str:
-    """A sentence from its wording: clauses and words put in, opened by a capital and closed."""
+    """Fill clauses and words into a wording, capitalize it and end it with a full stop."""
     text = _CLAUSE.sub(lambda found: d.choice(setting.clauses[found[1]]).replace("~", found[2]), text).format(**words)
     closed = text if text[-1] in ".?" else f"{text}."
     return closed[0].upper() + closed[1:]
