@@ -66,7 +66,7 @@ def _start_ranks_from(preloaded: Preloaded) -> None:
 
 
 if __name__ == "__main__":
-    # If one_host.py is killed, torchrun is killed too. The ranks then save and stop; torchrun would kill them after 30 s.
+    # If one_host.py is killed, torchrun is too: its ranks then save and stop, and it would kill them after 30 seconds.
     stop_with_parent(signal.SIGKILL)
     try:
         scratch.enter()
