@@ -34,7 +34,7 @@ def test_a_run_is_inspected_verified_and_averaged(run: Path) -> None:
 
     first, second = (run / "checkpoints" / name_of(step) for step in (1, 2))
     done = python(PROGRAM, "verify", run)
-    assert (done.returncode, done.stdout) == (0, f"{second}: whole\n{first}: whole\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, f"{second}: complete\n{first}: complete\n"), done.stderr
     made = run.parent / "mean"
     done = python(PROGRAM, "average", run, made, "--last", 2)
     assert done.returncode == 0 and done.stderr == "", done.stderr

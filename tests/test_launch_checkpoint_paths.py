@@ -120,7 +120,7 @@ def test_statuses_of_a_damaged_checkpoint(
     shown = capsys.readouterr()
     assert shown.err == ""
     name, other = (f"run/checkpoints/{name_of(step)}" for step in (2, 1))
-    assert shown.out == f"{name}: {trouble}\n{other}: whole\n"
+    assert shown.out == f"{name}: {trouble}\n{other}: complete\n"
     for command in (["inspect"], ["reshard", "out"], ["average", other, "out"]):
         assert program(monkeypatch, command[0], newest, *command[1:]) == 2
         require_line(capsys, trouble)

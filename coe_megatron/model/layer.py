@@ -135,7 +135,7 @@ class CoELayer(MoELayer):
         intermediate_tensors: None = None,
         padding_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, None]:
-        """Run the chain.
+        """Run the chain: x(0) = u, x(t) = F_t(x(t-1)) + r(t) for t = 1 .. C (paper eq. 5, 8 to 10).
 
         Args:
             hidden_states: [S, B, D]: u = norm(h), or h itself with `iteration_norm`.
