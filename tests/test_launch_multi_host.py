@@ -27,6 +27,7 @@ def launch(program: str, *arguments: str, **variables: str) -> subprocess.Comple
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -127,6 +128,7 @@ def test_a_mistake_on_one_host_is_one_line(arguments: tuple[str, ...], says: str
     assert says in done.stderr
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -191,6 +193,7 @@ def test_what_torchrun_does_not_take_is_one_line(arguments: tuple[str, ...], say
     assert done.returncode == ExitStatus.MISTAKE
 
 
+@pytest.mark.thorough
 def test_a_variable_that_torchrun_cannot_read_is_named() -> None:
     done = launch("one_host.py", "--", "--nproc-per-node", "1", "launch/status.py", PET_NNODES="abc")
     assert done.returncode == ExitStatus.MISTAKE

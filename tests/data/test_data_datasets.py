@@ -367,6 +367,7 @@ def test_ranks_share_one_index(data, folder, tmp_path):
     assert told == [expected, expected]
 
 
+@pytest.mark.thorough
 def test_importing_the_data_part_starts_no_engine():
     code = "import coe_megatron.data.datasets, sys; print({'megatron.core', 'deepspeed'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

@@ -629,6 +629,7 @@ def test_the_program_prepares_and_reports(settings):
     assert decoded(settings.output, "train") == TEXTS
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

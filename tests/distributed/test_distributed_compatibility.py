@@ -107,6 +107,7 @@ def as_it_is() -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.thorough
 def test_importing_the_package_loads_no_engine(as_it_is: dict) -> None:
     assert as_it_is["loaded by the package"] == []
     assert as_it_is["loaded by the modules"] == []

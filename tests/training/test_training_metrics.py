@@ -225,6 +225,7 @@ def wandb_offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     wandb.teardown()
 
 
+@pytest.mark.thorough
 def test_weights_and_biases_offline_goes_on_as_the_same_run(wandb_offline: None, tmp_path: Path) -> None:
     config = parse({"logging": {"wandb": True}})
     for step in (1, 2):
