@@ -28,8 +28,7 @@ from coe_megatron.run.exit_status import write_error_file
 
 folder, how, rank = Path(os.environ["TRIAL_FOLDER"]), os.environ["TRIAL_HOW"], os.environ["RANK"]
 asked = []
-signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
-for number in (signal.SIGTERM, signal.SIGUSR1):
+for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
     signal.signal(number, lambda *_: asked.append(1))
 if "TORCHELASTIC_RUN_ID" in os.environ:
     from coe_megatron.training.signals import stop_with_parent
@@ -56,18 +55,23 @@ end(3)
 """
 # What ssh is to a launcher: HOST COMMAND after options; what runs there outlives it, with its stdin at an end.
 SHELL = """#!{python}
-import os, subprocess, sys, threading
+import os, psutil, subprocess, sys, threading
+from pathlib import Path
 words = sys.argv[1:]
 while words[0].startswith("-"):
     words = words[2 if words[0] in ("-o", "-l", "-p") else 1 :]
 host, command = words[0], " ".join(words[1:])
 if host == "127.0.0.3":
     sys.exit("ssh: connect to host 127.0.0.3 port 22: Connection refused")
-if "pkill" in command:  # by a pattern, which might hit others: only noted
-    open(os.path.join(os.environ["TRIAL_FOLDER"], "pkill"), "a").write(command + chr(10))
+pid = Path(os.environ["TRIAL_FOLDER"], "on-" + host)
+if "pkill" in command:  # DeepSpeed's, by a pattern that might hit others: here by id
+    for process in psutil.Process(int(pid.read_text())).children():
+        if "deepspeed.launcher.launch" in process.cmdline():
+            process.terminate()
     sys.exit(0)
 command = command.replace("-m coe_megatron.cli.pretrain", "{rank}")
 there = subprocess.Popen(["sh", "-c", command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+pid.write_text(str(there.pid))
 
 def relay():
     for line in sys.stdin.buffer:
@@ -79,7 +83,7 @@ threading.Thread(target=relay, daemon=True).start()
 for line in there.stdout:
     sys.stdout.buffer.write(line)
     sys.stdout.buffer.flush()
-sys.exit(there.wait() % 256)
+os._exit(there.wait() % 256)  # the thread waits for stdin
 """
 HOSTS = ("127.0.0.1", "127.0.0.2")
 START, END = 300, 200  # seconds that a start and an end may take
@@ -160,12 +164,9 @@ def ctrl_c(trial: Trial) -> str:
 def killed(trial: Trial) -> str:
     trial.wait_for_ranks()
     trial.launcher.kill()
-    deadline = time.monotonic() + 90
-    while trial.ranks() and time.monotonic() < deadline:
-        time.sleep(0.5)
+    _, left = psutil.wait_procs(trial.seen, timeout=90)
     saved = len(list(trial.folder.glob("saved-*")))
-    others = [process for process in trial.seen if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
-    return f"90 s later {len(trial.ranks())} ranks and {len(others)} processes in all alive, {saved} of 2 saved"
+    return f"90 s later {len(trial.ranks())} ranks and {len(left)} processes in all alive, {saved} of 2 saved"
 
 
 def restarts(trial: Trial) -> str:

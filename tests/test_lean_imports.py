@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from coe_megatron import lean_imports
@@ -10,6 +11,7 @@ from coe_megatron import lean_imports
 LOOK = """
 import sys
 from coe_megatron.lean_imports import import_megatron
+import pytest
 import torch
 compile_now = torch.compile
 import_megatron()
@@ -25,6 +27,7 @@ import wandb
 """
 
 
+@pytest.mark.thorough
 def test_what_is_not_needed_is_not_imported() -> None:
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", LOOK], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -9,6 +9,7 @@ import shlex
 import signal
 import sys
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +44,8 @@ exit status: that of the ranks, by the first host to fail that says more than "f
 3 stopped and saved, 4 diverged, 5 not saved, 6 busy, 7 hung, 130 interrupted from the keyboard."""
 _MEETING = "import sys; from coe_megatron.launcher.network import *; print(address_towards(sys.argv[1]), free_port())"
 
+_ASKED_AT_ONCE = 64
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -68,6 +71,11 @@ class Plan:
         if len(said) < 2:
             raise ConfigError(f"host {self.hosts[0].name}: {self.shell[0]} has not run the command that it was given")
         return said[-2], whole_number(f"host {self.hosts[0].name}: its port", said[-1], 1, LARGEST_PORT)
+
+    def reach(self) -> None:
+        """That all hosts answer; ConfigError names the first that does not."""
+        with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
+            list(pool.map(lambda host: run_on_host(self.shell, host, "true"), self.hosts))
 
     def torchrun(self, address: str, port: int, run: str) -> dict[str, str]:
         """The command of each host that starts its ranks."""
@@ -205,6 +213,8 @@ def check(made: Plan) -> dict[str, str]:
 
 def run(made: Plan) -> int:
     """Train; returns the exit status."""
+    if made.options.min_hosts is None:
+        made.reach()
     commands = made.torchrun(*made.meeting(), uuid.uuid4().hex)
     asked, requests = list[int](), Requests()
 

@@ -78,6 +78,7 @@ class RemoteCommands:
         """
         self.processes = {name: _start([*shell, name, command]) for name, command in commands.items()}
         self.needed, self.failed, self._sent = needed, dict[str, int](), set[str]()
+        self._ended = set[str]()  # hosts that were told to end because others had failed: their status says nothing
         self.lines: dict[str, list[str]] = {name: [] for name in commands}
         self._speaking, self.reporting = threading.Lock(), reporting
         self._readers = [threading.Thread(target=self._copy, args=(name,), daemon=True) for name in commands]
@@ -124,7 +125,7 @@ class RemoteCommands:
         for name, process in self.processes.items():
             if (status := process.poll()) is None:
                 running[name] = process
-            elif status != 0 and name not in self.failed:
+            elif status != 0 and name not in self.failed and name not in self._ended:
                 self.failed[name] = status
                 _write_line(f"{name}: ended with status {status}\n", self._speaking)
         return running
@@ -136,6 +137,7 @@ class RemoteCommands:
         return first in self.failed or len(self.processes) - len(self.failed) < self.needed
 
     def _end(self, running: Mapping[str, subprocess.Popen]) -> None:
+        self._ended |= set(running)
         self._send("end")
         for process in running.values():
             try:

@@ -7,6 +7,7 @@ torchrun's arguments and, like torchrun, PET_ variables.
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 import uuid
@@ -65,7 +66,8 @@ def _start_ranks_from(preloaded: Preloaded) -> None:
 
 
 if __name__ == "__main__":
-    stop_with_parent()  # if one_host.py is killed, the ranks save and stop
+    # If one_host.py is killed, torchrun is too: its ranks then save and stop, and it would kill them after 30 seconds.
+    stop_with_parent(signal.SIGKILL)
     try:
         scratch.enter()
     except ConfigError as mistake:

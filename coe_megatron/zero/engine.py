@@ -40,7 +40,8 @@ Auxiliary losses, in the backward pass (MoEAuxLossAutoScaler):
 
 Gradients:
 
-* `zero.engine._sum_over_sequence_parts`: summed over tensor-parallel ranks, where these have other tokens; not divided.
+* `zero.engine._reduce_sequence_parallel_gradients`: summed over tensor-parallel ranks, where these have other tokens;
+  not divided.
 * DeepSpeed: summed over data-parallel ranks and divided by their number; an expert's over its replicas, and divided by
   the same number, since these have seen the tokens of all ranks.
 * DeepSpeed's clipping; with stage 0 `zero.grad_clip.clip`.

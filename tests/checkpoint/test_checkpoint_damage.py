@@ -39,6 +39,7 @@ def run(engine: DeepSpeedEngine, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.thorough
 def test_a_byte_changed_or_a_file_cut_is_always_found(
     engine: DeepSpeedEngine, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -68,6 +69,7 @@ def damages(whole: bytes) -> Iterator[bytes]:
         yield whole[:kept]
 
 
+@pytest.mark.thorough
 def test_no_byte_of_the_manifest_can_change(run: Path) -> None:
     """Also a blank for a line break, which JSON would not mind."""
     path = run / name_of(2) / MANIFEST
@@ -126,6 +128,7 @@ def test_a_list_of_tensors_that_runs_code_is_refused_unread(
     assert not proof.exists()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [

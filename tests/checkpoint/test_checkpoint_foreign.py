@@ -206,6 +206,7 @@ VOUCHED: dict[str, tuple[Change, str]] = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", VOUCHED)
 def test_what_a_list_of_files_vouches_for_is_looked_at_all_the_same(
     name: str, run: Path, capsys: pytest.CaptureFixture[str]

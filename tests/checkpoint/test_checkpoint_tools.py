@@ -114,6 +114,7 @@ def test_the_mean_is_that_of_the_masters(run: Path, single_rank: None, tmp_path:
     assert facts["state"]["step"] == 3 and facts["derived_from"] == [name_of(step) for step in (1, 2, 3)]
 
 
+@pytest.mark.thorough
 def test_what_a_checkpoint_holds(run: Path, single_rank: None) -> None:
     contents = tools.inspect(run)
     engine = make_engine(4, precision="bf16", layers=1)
@@ -127,6 +128,7 @@ def test_what_a_checkpoint_holds(run: Path, single_rank: None) -> None:
     assert "3, after 30 tokens" in shown and "world size 1, tensor 1" in shown and "exp_avg" not in shown
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("action", "said"),
     [

@@ -85,6 +85,7 @@ def test_the_first_host_that_fails_ends_the_others(shell: list[str], capfd: pyte
         (("exit 1", "exit 0"), 1, ExitStatus.FAILED),  # but not without the first, where the others meet
         (("exit 1", "sleep 0.1; exit 5"), 2, ExitStatus.NOT_SAVED),  # says more
         (("exit 255", "exit 0"), 2, ExitStatus.FAILED),  # the remote shell's own
+        (("exit 1", WAITS), 2, ExitStatus.FAILED),  # that the second was told to end is not how it failed
     ],
 )
 def test_the_status_of_all(commands: tuple[str, str], needed: int, status: ExitStatus, shell: list[str]) -> None:

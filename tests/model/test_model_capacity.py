@@ -133,6 +133,7 @@ def test_equals_the_loop_in_plain_sight(kind: str, iterations: int, gating: Gati
         assert min(dropped) > 0 and max(int(choice.sum(0).max()) for choice in kept) == CAPACITY
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("gating", get_args(Gating))
 @pytest.mark.parametrize("kind", KINDS)
 def test_more_padding_changes_nothing(kind: str, gating: Gating) -> None:

@@ -95,6 +95,7 @@ def differences(found: Named, truth: Named) -> list[str]:
     return [name for name in truth if not torch.equal(found[name], truth[name])]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("gating", get_args(Gating))
 @pytest.mark.parametrize("norm_placement", get_args(NormPlacement))
 def test_not_a_bit_changes(gating: Gating, norm_placement: NormPlacement) -> None:
@@ -107,6 +108,7 @@ def test_not_a_bit_changes(gating: Gating, norm_placement: NormPlacement) -> Non
             assert differences(found, truth) == [], (mode, chain)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("gating", get_args(Gating))
 @pytest.mark.parametrize("feature", FEATURES)
 def test_not_a_bit_changes_with(feature: str, gating: Gating) -> None:

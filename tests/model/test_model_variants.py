@@ -67,6 +67,7 @@ def test_differs_from_the_plain_chain(variant: str) -> None:
     assert any(not torch.equal(found[name], truth[name]) for name in truth)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_not_a_bit_changes_when_recomputed(variant: str) -> None:
     changes = FEATURES["losses, jitter, dropout"]
@@ -76,6 +77,7 @@ def test_not_a_bit_changes_when_recomputed(variant: str) -> None:
         assert differences(found, truth) == [], mode
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_comes_back_from_a_checkpoint_as_it_was(variant: str, tmp_path: Path) -> None:
     config, chain = make_config(), chain_of(variant, 3)
@@ -117,6 +119,7 @@ def test_no_token_goes_back_to_an_expert(changes: dict[str, Any], mode: Recomput
         assert loads.sum(0).tolist() == [SEQUENCE * BATCH] * EXPERTS
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("feature", FEATURES)
 def test_no_return_does_not_change_a_bit_when_recomputed_with(feature: str) -> None:
     chain, changes = ChainSettings(3, no_return=True), FEATURES[feature]

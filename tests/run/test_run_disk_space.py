@@ -85,6 +85,7 @@ def undisturbed(megatron_groups: None, prepared: Path, tmp_path_factory: pytest.
     return folder
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("background", [False, True], ids=["at once", "in the background"])
 def test_a_disk_that_is_full_for_a_while_costs_nothing(
     single_rank: None, background: bool, undisturbed: Path, prepared: Path, disk: Path, said: list[str]
@@ -113,6 +114,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(
     assert json.loads((run / "run.json").read_text())["attempts"][-1]["outcome"] == "finished"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("background", [False, True], ids=["at once", "in the background"])
 def test_a_disk_that_fills_while_a_checkpoint_is_written_loses_no_step(
     single_rank: None, background: bool, undisturbed: Path, prepared: Path, disk: Path, said: list[str],
@@ -129,6 +131,7 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written_loses_no_step(
     assert metrics(run) == metrics(undisturbed) and checkpoints(run) == ["0012"]
 
 
+@pytest.mark.thorough
 def test_at_the_end_there_is_no_later_try(single_rank: None, prepared: Path, disk: Path, said: list[str]) -> None:
     """It goes on from the old checkpoint once there is room."""
     run = disk / "run"
@@ -141,13 +144,14 @@ def test_at_the_end_there_is_no_later_try(single_rank: None, prepared: Path, dis
     assert checkpoints(run) == ["0012"]
 
 
+@pytest.mark.thorough
 def test_a_run_that_is_stopped_on_a_full_disk_says_that_it_is_not_saved(
     single_rank: None, prepared: Path, disk: Path
 ) -> None:
     def stop(run: Pretraining, step: int) -> None:
         if step == 6:
             fill(disk)
-            run.interruption._note(15, None)
+            run.interruption._handle(15, None)
 
     with pytest.raises(store.CheckpointNotSaved, match="step-00000006 could not be saved"):
         attempt(small(prepared, disk / "run"), stop)
@@ -206,6 +210,7 @@ SIZES = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", SIZES)
 def test_a_checkpoint_takes_what_was_predicted(single_rank: None, name: str, tmp_path: Path) -> None:
     config = SIZES[name]

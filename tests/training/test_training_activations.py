@@ -87,6 +87,7 @@ def measured_and_expected(config: RunConfig) -> tuple[int, int]:
     return kept_bytes(*built(config)), sum(expected(config).kept.values())
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("single_rank")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("model", ATTENTIONS, ids=range(len(ATTENTIONS)))
@@ -95,6 +96,7 @@ def test_what_attention_and_norms_keep(model: ModelSettings, precision: str) -> 
     assert closed == pytest.approx(measured, rel=0.005)
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("single_rank")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(("moe", "chain"), CHAINS, ids=range(len(CHAINS)))
@@ -109,6 +111,7 @@ def test_what_a_chain_keeps_and_what_recomputing_saves(moe: MoESettings, chain: 
         assert all(more > less for (more, _), (less, _) in pairwise(found))
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("single_rank")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("mode", MODES)

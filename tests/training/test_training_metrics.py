@@ -225,12 +225,14 @@ def wandb_offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     wandb.teardown()
 
 
+@pytest.mark.thorough
 def test_weights_and_biases_offline_goes_on_as_the_same_run(wandb_offline: None, tmp_path: Path) -> None:
     config = parse({"logging": {"wandb": True}})
     for step in (1, 2):
         writer = open_metrics(tmp_path, config, first_step=step - 1)
         writer.write({"step": step, "train_loss": 1.0 / step, "memory": {"parameters": 7}})
         writer.close()
+    wandb.teardown()  # ends its service, which may still be writing
     written = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
     assert {path.stem.removeprefix("run-") for path in written} == {(tmp_path / "wandb-id").read_text()}
     assert any(b"train_loss" in path.read_bytes() and b"memory/parameters" in path.read_bytes() for path in written)

@@ -128,6 +128,7 @@ def test_parameters_are_exact(seed: int) -> None:
     assert counted.gains == size("_gains."), config
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("seed", SEEDS)
 def test_flops_are_those_of_the_forward_pass(seed: int) -> None:
     config, vocabulary = draw(seed)
@@ -156,6 +157,7 @@ def test_flops_are_those_of_the_oracle(seed: int) -> None:
     assert both == pytest.approx(training_flops(shape).total * tokens.numel(), rel=0.01), config
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("seed", SEEDS[:6])
 def test_recomputing_costs_the_chains_forward_pass_again(seed: int) -> None:
     config, vocabulary = draw(seed)

@@ -26,7 +26,7 @@ from coe_megatron.study.plan.cost_table import format_duration
 from coe_megatron.study.run.paths import log_of, write_config
 from coe_megatron.text import shortened
 
-_LOOKS_EVERY = 0.2  # seconds
+_POLL_SECONDS = 0.2  # seconds
 _BEGINS = "study.py begins: "  # the first line of every attempt in a run's log
 _LAST_WORDS = re.compile(r"coe-[\w-]+: (?:error|ended with status \d+ \((?!STOPPED)\w+\), rank \d+): (.*)")
 _LOG_END = 1 << 20  # bytes of a log in which an error is looked for
@@ -149,7 +149,7 @@ class Runner:
                 for one in (*over, *self._bury_all(waiting)):
                     ended.append(one)
                     self._report(ended, len(runs))
-                time.sleep(_LOOKS_EVERY)
+                time.sleep(_POLL_SECONDS)
         finally:
             for child in self._children:
                 _say_to(child, "end")
