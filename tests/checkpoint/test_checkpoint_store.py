@@ -117,7 +117,7 @@ def test_torn_checkpoints_are_named_skipped_and_replaced(tmp_path: Path) -> None
 
 
 REASONS = {
-    "step-00000006.tmp": "saving it was not finished",
+    "step-00000006.tmp": "its save was not finished",
     "step-00000005": f"{MANIFEST} is missing",
     "step-00000004": f"{MANIFEST} cannot be read",
     "step-00000003": "tensors/__0_0.distcp has 1000 bytes instead of",
