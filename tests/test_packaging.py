@@ -187,7 +187,7 @@ def test_an_installed_wheel_trains_the_quickstart_and_runs_a_study(wheel: Path, 
     small = ("training.steps=2", "model.vocab_size=512", "model.num_layers=1")
     ranks = ("--nproc-per-node", "2", "-m", "coe_megatron.cli.pretrain", "quickstart.yaml")
     assert "validation loss" in call("coe-one-host", "--", *ranks, *small)
-    assert "complete" in call("coe-checkpoint", "verify", "runs/quickstart")
+    assert ": complete" in call("coe-checkpoint", "verify", "runs/quickstart")
     (place / "study.yaml").write_text(SMALL_STUDY)
     assert "2 of 2 runs are done" in call("coe-study", "run", "study.yaml")
     assert {row["state"] for row in json.loads(call("coe-status", "runs", "--json"))} == {"finished"}
