@@ -135,8 +135,8 @@ if len(sys.argv) == 1:
         print(inner.pid, flush=True)
         inner.wait()
 else:
-    print("loaded" if "wave" in sys.modules else "fresh", os.getppid(), flush=True)
     stop_with_parent()
+    print("loaded" if "wave" in sys.modules else "fresh", os.getppid(), flush=True)
     time.sleep(60)
 """
 
