@@ -47,7 +47,7 @@ def test_a_run_is_inspected_verified_and_averaged(run: Path) -> None:
     done = python(PROGRAM, "verify", run)
     assert done.returncode == 1
     unfinished, damaged = done.stdout.splitlines()
-    assert unfinished == f"{second}.tmp: saving it was not finished"
+    assert unfinished == f"{second}.tmp: its save was not finished"
     assert damaged.startswith(f"{first}: tensors/__0_0.distcp has ")
     done = python(PROGRAM, "average", run, made, "--last", 2, "--overwrite")
     assert done.returncode == 2
