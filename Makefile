@@ -1,8 +1,10 @@
 # The commands of this project. Each works from a fresh clone: what is missing is made first.
 #   make quickstart   train a small Chain-of-Experts model on two CPU ranks, and see what it learned
-#   make test         all tests but those that need a GPU, and a covering few of the many layouts
-#   make test-full    all layouts with all ZeRO stages (about an hour more)
 #   make check        format, lint, types (make lint) and the fast tests
+#   make test         the tests to run before a change is handed in
+#   make test-rest    the slow tests that make test leaves out
+#   make test-all     both: everything that needs no GPU, with a covering few of the many layouts
+#   make test-full    make test-all, and all layouts with all ZeRO stages (about an hour more)
 #   make format       format and fix what can be fixed; make docs: write docs/settings.md anew
 PYTHON ?= python3
 # Files of tests that run side by side, each with up to a few processes: one for a core is about right. Jobs with
@@ -14,7 +16,7 @@ SIDE_BY_SIDE := $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reord
 INSTALLED := .venv/installed
 export PYTHONUNBUFFERED := 1
 
-.PHONY: quickstart test test-full lint check format docs clean
+.PHONY: quickstart test test-rest test-all test-full lint check format docs clean
 
 quickstart: $(INSTALLED) data/builtin/manifest.json
 	OMP_NUM_THREADS=1 $(BIN)/python launch/one_host.py -- --nproc-per-node 2 launch/pretrain_coe.py configs/quickstart.yaml
@@ -24,12 +26,19 @@ data/builtin/manifest.json: $(INSTALLED) $(CORPUS)
 	$(BIN)/python launch/prepare_data.py --builtin 20000 --vocab-size 2048 --output data/builtin --overwrite
 
 test: $(INSTALLED)
-	$(SIDE_BY_SIDE) -m "not gpu and not full and not ($(ALONE))"
-	$(BIN)/pytest -m "($(ALONE)) and not full"
+	$(SIDE_BY_SIDE) -m "not gpu and not slow and not full and not ($(ALONE))"
+	$(BIN)/pytest -m "($(ALONE)) and not slow and not full"
 
-test-full: $(INSTALLED)
-	$(SIDE_BY_SIDE) -m "not gpu and not ($(ALONE))"
-	$(BIN)/pytest -m "$(ALONE)"
+test-rest: $(INSTALLED)
+	$(SIDE_BY_SIDE) -m "slow and not gpu and not full and not ($(ALONE))"
+	$(BIN)/pytest -m "slow and ($(ALONE)) and not full"
+
+test-all:
+	$(MAKE) test
+	$(MAKE) test-rest
+
+test-full: test-all
+	$(SIDE_BY_SIDE) -m "full and not gpu and not ($(ALONE))"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
@@ -37,7 +46,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 check: lint
-	$(SIDE_BY_SIDE) -q -m "not gpu and not ranks and not run and not slurm and not full"
+	$(SIDE_BY_SIDE) -q -m "not gpu and not thorough and not ranks and not run and not network and not slurm and not slow and not full"
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

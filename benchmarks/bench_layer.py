@@ -73,9 +73,9 @@ def _shapes(options: argparse.Namespace) -> list[ModelShape]:
 
 def _shape(sizes: Sizes, shared_ffn: int) -> ModelShape:
     if sizes.topk % 2:
-        raise ValueError(f"topk is {sizes.topk}: it must be even, for CoE-2 takes half of it in each iteration")
+        raise ConfigError(f"topk is {sizes.topk}: it must be even, for CoE-2 takes half of it in each iteration")
     if shared_ffn < 0:
-        raise ValueError(f"shared_ffn is {shared_ffn}: it must be at least 0")
+        raise ConfigError(f"shared_ffn is {shared_ffn}: it must be at least 0")
     return ModelShape(
         layers=1,
         vocab=1,

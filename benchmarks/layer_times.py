@@ -128,7 +128,7 @@ def benchmark_layers(
     Raises:
         LayersDifferError: our layer's output is not that of Megatron's.
     """
-    device = process_groups.start(ParallelSettings(), seed=1234, ranks=process_groups.DistributedEnv())
+    device = process_groups.start(ParallelSettings(), seed=1234, env=process_groups.DistributedEnv())
     try:
         results = []
         for index, shape in enumerate(shapes):

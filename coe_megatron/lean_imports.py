@@ -1,10 +1,10 @@
-"""Imports Megatron-Core without what it brings in passing, which is nearly half of a program's start.
+"""Imports Megatron-Core and DeepSpeed without what they bring in passing, which is half of a program's start.
 
 * `@torch.compile` over 41 functions imports Inductor at once, also where none of them is ever called (on a CPU, say):
   here the first call of a function does.
 * Megatron's inference imports Weights & Biases where that is installed; a run that uses it imports it itself.
 
-Programs call it, and what imports Megatron-Core late; importing the package changes nothing.
+Programs call it, and what imports these late; importing the package changes nothing.
 """
 
 import importlib
@@ -20,6 +20,12 @@ def import_megatron() -> None:
     if "megatron.core" not in sys.modules:
         with _compiling_later(), _without("wandb"):
             importlib.import_module("megatron.core")
+
+
+def import_deepspeed_muon() -> None:
+    """Import Muon, which `deepspeed.initialize` does whatever the optimizer is: it brings Inductor too."""
+    with _compiling_later():
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 
 
 @contextmanager

@@ -6,7 +6,7 @@ A row reads x1 s1 x2 s2 ..., where s_t = (s_{t-1} + x_t) mod 7. Only the sums ca
 import torch
 
 from coe_megatron.chain.language_model import ChainLanguageModel, ModelSettings, next_token_loss
-from coe_megatron.chain.method import RouterSettings
+from coe_megatron.chain.routing import RouterSettings
 from coe_megatron.chain.settings import ChainSettings
 
 MODULUS = 7

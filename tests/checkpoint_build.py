@@ -6,7 +6,7 @@ import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
 
 from coe_megatron.checkpoint import storage
-from coe_megatron.checkpoint.integrity import SEAL, seal
+from coe_megatron.checkpoint.integrity import MANIFEST, write_manifest
 from coe_megatron.checkpoint.metadata import METADATA, CheckpointMetadata, SavedLayout
 from coe_megatron.checkpoint.names import name_of
 
@@ -32,11 +32,11 @@ def make_checkpoint(folder: Path, step: int) -> Path:
     torch.save({"cpu": torch.get_rng_state()}, checkpoint / "random" / "00000.pt")
     facts = CheckpointMetadata(SavedLayout(1, 1, 1, 1, 1, 1), 1, {"step": step, "tokens": 10 * step, "tokenizer": "T"})
     (checkpoint / METADATA).write_text(facts.as_json())
-    seal(checkpoint)
+    write_manifest(checkpoint)
     return checkpoint
 
 
-def reseal(checkpoint: Path) -> None:
+def rewrite_manifest(checkpoint: Path) -> None:
     """Vouch for whatever is there now."""
-    (checkpoint / SEAL).unlink()
-    seal(checkpoint)
+    (checkpoint / MANIFEST).unlink()
+    write_manifest(checkpoint)

@@ -21,6 +21,7 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(trylast=True)  # when only those that will run are left
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with most slow tests first: of several workers, which take a file each, none is left with a long one."""
     slow = Counter(item.path for item in items for marker in SLOW if item.get_closest_marker(marker))

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
 
 from coe_megatron.checkpoint import listing, save_load, storage, tools
-from coe_megatron.checkpoint.integrity import SEAL, seal
+from coe_megatron.checkpoint.integrity import MANIFEST, write_manifest
 
 
 class Checkpoint(Target):
-    """A run with a checkpoint: looked at, verified, written anew; its files sealed again or not."""
+    """A run with a checkpoint: looked at, verified, written anew; its files manifest again or not."""
 
     names: Collection[str] = ("checkpoint", "run")
     folder = "run/checkpoints/step-00000001"
@@ -35,14 +35,14 @@ class Checkpoint(Target):
         (checkpoint / "tensors/metadata.json").write_text('{"sharded_backend": "torch_dist"}')
         torch.save({"cpu": torch.get_rng_state()}, checkpoint / "random/00000.pt")
         (checkpoint / "state.json").write_text(json.dumps(_SAVED, indent=1))
-        seal(checkpoint)
+        write_manifest(checkpoint)
         paths = [path for path in checkpoint.rglob("*") if path.is_file()]
         self.contents = {str(path.relative_to(checkpoint)): path.read_bytes() for path in paths}
         self.names = (*self.names, *self.contents)
 
     def cases(self) -> st.SearchStrategy[Case]:
         changes = {name: values.damaged(st.just(content)) for name, content in self.contents.items()}
-        for name in (SEAL, "state.json", "tensors/metadata.json"):
+        for name in (MANIFEST, "state.json", "tensors/metadata.json"):
             changes[name] = values.files(
                 [self.contents[name]], [json.loads(self.contents[name])], [values.json_indented]
             )
@@ -52,28 +52,29 @@ class Checkpoint(Target):
         contents = {f"{self.folder}/{name}": values.file_or_not(content) for name, content in changes.items()}
         names = st.lists(st.sampled_from(sorted(contents)), max_size=2, unique=True)
         chosen = names.flatmap(lambda some: st.fixed_dictionaries({name: contents[name] for name in some}))
-        return st.builds(Case, chosen, st.fixed_dictionaries({"sealed": st.booleans()}))
+        return st.builds(Case, chosen, st.fixed_dictionaries({"rewritten": st.booleans()}))
 
     def act(self, folder: Path, case: Case) -> list[str]:
         run, checkpoint = folder / "run", folder / self.folder
-        sealed = self.contents[SEAL] if case.options.get("sealed") and not (checkpoint / SEAL).is_symlink() else None
-        if sealed is not None:
-            (checkpoint / SEAL).unlink(missing_ok=True)
-            seal(checkpoint)
+        rewritten = case.options.get("rewritten") and not (checkpoint / MANIFEST).is_symlink()
+        manifest = self.contents[MANIFEST] if rewritten else None
+        if manifest is not None:
+            (checkpoint / MANIFEST).unlink(missing_ok=True)
+            write_manifest(checkpoint)
         try:
             return self._use(folder, run, checkpoint)
         finally:
-            if sealed is not None:
-                (checkpoint / SEAL).write_bytes(sealed)
+            if manifest is not None:
+                (checkpoint / MANIFEST).write_bytes(manifest)
 
     def _use(self, folder: Path, run: Path, checkpoint: Path) -> list[str]:
         refusals = attempt(lambda: self._look(run)) + attempt(lambda: self._look(checkpoint))
-        trouble = listing.trouble(checkpoint)
+        trouble = listing.problem(checkpoint)
         assert list(tools.verify(run)) == [(checkpoint, trouble)]
         refusals += [trouble] if trouble else []
         refusals += attempt(lambda: self._anew(checkpoint, folder / "anew"))
         if (checkpoint / "random/00000.pt").is_file() and not trouble:
-            refusals += attempt(lambda: save_load._set_random_states(checkpoint / "random/00000.pt"))
+            refusals += attempt(lambda: save_load._load_rng_states(checkpoint / "random/00000.pt"))
         assert not EXECUTED, "what was read has run code"
         return refusals
 
@@ -83,7 +84,7 @@ class Checkpoint(Target):
 
     def _anew(self, checkpoint: Path, out: Path) -> None:
         made = tools.reshard(checkpoint, out, overwrite=True)
-        assert listing.trouble(made) is None
+        assert listing.problem(made) is None
         secrets = [path for path in made.rglob("*") if path.is_file() and b"a secret" in path.read_bytes()]
         assert not secrets, "a file from outside the checkpoint was copied"
 
@@ -108,7 +109,7 @@ PICKLES = st.one_of(
     ),
 )  # fmt: skip
 _SAVED = {
-    "layout": {"ranks": 1, "tensor": 1, "pipeline": 1, "expert": 1, "expert_tensor": 1, "zero_stage": 1},
+    "layout": {"world_size": 1, "tensor": 1, "pipeline": 1, "expert": 1, "expert_tensor": 1, "zero_stage": 1},
     "optimizer_steps": 1,
     "state": {"step": 1, "tokens": 96, "tokenizer": "0" * 64},
 }

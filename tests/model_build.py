@@ -17,7 +17,8 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from coe_megatron.chain.method import ChainOfExperts, RouterSettings
+from coe_megatron.chain.method import ChainOfExperts
+from coe_megatron.chain.routing import RouterSettings
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.model import CoELayer, coe_layer_spec
 
@@ -126,8 +127,7 @@ def parts_of(layer: TransformerLayer) -> dict[str, torch.nn.Parameter]:
     routers = [router for router in mlp.routers if hasattr(router, "weight")]
     parts = {f"router_weights.{t}": router.weight for t, router in enumerate(routers)}
     parts |= {f"norm_gains.{t}": norm.weight for t, norm in enumerate(norms)}
-    parts |= {f"increment_gains.{t}": gain for t, gain in enumerate(mlp.increment_gains)}
-    parts |= {f"state_gains.{t}": gain for t, gain in enumerate(mlp.state_gains)}
+    parts |= {f"variants.{name}": gain for name, gain in mlp.variants.named_parameters()}
     parts |= {"w1": mlp.experts.weight1, "w2": mlp.experts.weight2}
     if mlp.use_shared_expert:
         parts["shared_w1"] = mlp.shared_experts.linear_fc1.weight

@@ -13,24 +13,15 @@ from coe_megatron.chain.settings import ChainSettings, Gating, NormPlacement, Re
 ITERATIONS = (1, 2, 3, 4)
 CHAINS = list(product(get_args(Gating), get_args(Residual), get_args(NormPlacement)))
 VARIANTS: dict[str, dict[str, Any]] = {
-    "scaled": {"increment_scale": 0.5, "residual": "init"},
-    "learned scale": {"learned_scale": True, "increment_scale": 0.1},
-    "learned scale, outer, norms": {"learned_scale": True, "residual": "outer", "norm_placement": "iteration_norm"},
+    "learned scale": {"learned_scale": 0.1},
+    "learned scale, init": {"learned_scale": 0.5, "residual": "init"},
+    "learned scale, outer, norms": {"learned_scale": 1.0, "residual": "outer", "norm_placement": "iteration_norm"},
     "conditioned": {"conditioned": True},
     "conditioned, shared router, outer": {"conditioned": True, "gating": "shared_router", "residual": "outer"},
-    "conditioned, learned scale": {"conditioned": True, "learned_scale": True, "gating": "fixed", "residual": "init"},
-    "shared once": {"shared_once": True},
-    "shared once, fixed, init, scaled": {
-        "shared_once": True,
-        "gating": "fixed",
-        "residual": "init",
-        "increment_scale": 0.7,
-    },
+    "conditioned, learned scale": {"conditioned": True, "learned_scale": 1.0, "gating": "fixed", "residual": "init"},
     "no return": {"no_return": True, "residual": "init"},
-    "no return, one router": {"no_return": True, "gating": "shared_router", "shared_once": True},
-    "joint": {"aux_loss_reduction": "joint"},
-    "joint, one router, no return": {"aux_loss_reduction": "joint", "gating": "shared_router", "no_return": True},
-    "learned scale, reference, fixed": {"learned_scale": True, "norm_placement": "reference", "gating": "fixed"},
+    "no return, one router": {"no_return": True, "gating": "shared_router"},
+    "learned scale, reference, fixed": {"learned_scale": 1.0, "norm_placement": "reference", "gating": "fixed"},
 }
 
 

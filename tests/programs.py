@@ -1,4 +1,8 @@
-"""Runs the project's programs as a user does, in processes of their own that never outlive their test."""
+"""Runs the project's programs as a user does, in processes of their own that never outlive their test.
+
+On CPU they are forked from one process for each worker that has imported torch, Megatron-Core and DeepSpeed once, where
+a test does not ask for a fresh interpreter.
+"""
 
 import contextlib
 import os
@@ -6,34 +10,47 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from coe_megatron.launcher.preloaded import PICTURES, TRAINING, Popen, Preloaded, without_gpu
+from coe_megatron.launcher.torchrun_supervisor import living_ranks
 from coe_megatron.run.metrics_log import read_metrics
 
 ROOT = Path(__file__).parents[1]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+TORCHRUN = [sys.executable, "-m", "coe_megatron.launcher.torchrun", "--standalone", "--nproc-per-node"]
+PLAIN_TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 
-class Program(subprocess.Popen):
+class Program(Popen):
     """A program in the project's root; at the end of its `with` block nothing of it is left."""
 
-    def __init__(self, command: list[str], **more: Any) -> None:
-        super().__init__(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **more)
+    def __init__(self, command: list[str], *, fresh: bool = False, **more: Any) -> None:
+        start_from = None if fresh else preloaded()
+        super().__init__(command, start_from, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **more)
 
     def __exit__(self, *details: Any) -> None:
         kill(self)
         super().__exit__(*details)
 
 
-def python(*arguments: object, seconds: float = 120) -> subprocess.CompletedProcess[str]:
+@cache
+def preloaded() -> Preloaded | None:
+    """The process that programs are forked from, until this one ends."""
+    return Preloaded((*TRAINING, *PICTURES)) if without_gpu() else None
+
+
+def python(*arguments: object, seconds: float = 120, fresh: bool = False) -> subprocess.CompletedProcess[str]:
     """`python ARGUMENTS` in the project's root."""
-    return _run([sys.executable, *map(str, arguments)], seconds)
+    return _run([sys.executable, *map(str, arguments)], seconds, fresh)
 
 
-def torchrun(*arguments: object, ranks: int = 2, seconds: float = 600) -> subprocess.CompletedProcess[str]:
-    """`torchrun --nproc-per-node RANKS ARGUMENTS` in the project's root."""
-    return _run([*TORCHRUN, str(ranks), *map(str, arguments)], seconds)
+def torchrun(
+    *arguments: object, ranks: int = 2, seconds: float = 600, fresh: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """`torchrun --nproc-per-node RANKS ARGUMENTS` in the project's root; torch's own where it has to be fresh."""
+    return _run([*(PLAIN_TORCHRUN if fresh else TORCHRUN), str(ranks), *map(str, arguments)], seconds, fresh)
 
 
 def start_torchrun(*arguments: object) -> Program:
@@ -55,8 +72,8 @@ def kill(process: subprocess.Popen) -> None:
 
 
 def children(process: subprocess.Popen) -> list[int]:
-    """The processes that a program has started itself: of torchrun the ranks."""
-    return [child for child, parent in _parents().items() if parent == process.pid]
+    """The ranks that torchrun has started itself: its children that lead a session."""
+    return [rank.pid for rank in living_ranks(process.pid)]
 
 
 def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
@@ -84,7 +101,7 @@ def _descendants(pid: int) -> list[int]:
     return found[1:]
 
 
-def _run(command: list[str], seconds: float) -> subprocess.CompletedProcess[str]:
-    with Program(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+def _run(command: list[str], seconds: float, fresh: bool) -> subprocess.CompletedProcess[str]:
+    with Program(command, fresh=fresh, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         out, err = process.communicate(timeout=seconds)
     return subprocess.CompletedProcess(command, process.returncode, out, err)

@@ -66,7 +66,7 @@ def main() -> int:
         kind = KINDS[done.total() % len(KINDS)]
         trouble += killed_once(command("soaked"), folder, kind, draw)
         done[kind] += 1
-        newest = listing.newest_whole(folder / "checkpoints")
+        newest = listing.latest_complete(folder / "checkpoints")
         print(f"{done.total()} of {options.kills}: {kind}; newest checkpoint {newest and newest.name}", flush=True)
     if not trouble:
         with Program(command("soaked")) as process:

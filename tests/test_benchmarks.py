@@ -26,6 +26,7 @@ SHAPE = ModelShape(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.run
 def test_a_tiny_shape_from_start_to_end(tmp_path: Path) -> None:
     file = tmp_path / "times.json"

@@ -129,6 +129,7 @@ class Planted(Target):
         return PLANTED[kind]() if kind else []
 
 
+@pytest.mark.slow
 @pytest.mark.run
 def test_it_goes_on_after_every_finding_and_saves_the_smallest_input(tmp_path: Path) -> None:
     soak = fuzz.Soak(fuzz.Summary("test_fuzz:Planted", 1), tmp_path)
@@ -143,6 +144,7 @@ def test_it_goes_on_after_every_finding_and_saves_the_smallest_input(tmp_path: P
     assert "KeyError: 'b'" in path.with_suffix(".txt").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.run
 @pytest.mark.parametrize("target", fuzz.TARGETS)
 def test_some_seconds_find_nothing(target: str, tmp_path: Path) -> None:

@@ -23,16 +23,18 @@ def run(single_rank: None, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_is_inspected_verified_and_averaged(run: Path) -> None:
     shown, as_json = python(PROGRAM, "inspect", run), python(PROGRAM, "inspect", run, "--json")
     assert shown.returncode == as_json.returncode == 0, shown.stderr
     assert "2, after 2,000 tokens" in shown.stdout and "1 x 8 x 48 x 32" in shown.stdout
     contents = json.loads(as_json.stdout)
-    assert contents["facts"]["layout"]["ranks"] == 1 and contents["tensors"]["output_layer.weight"]["shape"] == [64, 32]
+    assert contents["metadata"]["layout"]["world_size"] == 1
+    assert contents["tensors"]["output_layer.weight"]["shape"] == [64, 32]
 
     first, second = (run / "checkpoints" / name_of(step) for step in (1, 2))
     done = python(PROGRAM, "verify", run)
-    assert (done.returncode, done.stdout) == (0, f"{second}: whole\n{first}: whole\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, f"{second}: complete\n{first}: complete\n"), done.stderr
     made = run.parent / "mean"
     done = python(PROGRAM, "average", run, made, "--last", 2)
     assert done.returncode == 0 and done.stderr == "", done.stderr
@@ -45,11 +47,11 @@ def test_a_run_is_inspected_verified_and_averaged(run: Path) -> None:
     done = python(PROGRAM, "verify", run)
     assert done.returncode == 1
     unfinished, damaged = done.stdout.splitlines()
-    assert unfinished == f"{second}.tmp: saving it was not finished"
+    assert unfinished == f"{second}.tmp: its save was not finished"
     assert damaged.startswith(f"{first}: tensors/__0_0.distcp has ")
     done = python(PROGRAM, "average", run, made, "--last", 2, "--overwrite")
     assert done.returncode == 2
-    assert done.stderr == f"checkpoint.py: error: {run} holds 1 finished checkpoints, and 2 are asked for\n"
+    assert done.stderr == f"checkpoint.py: error: {run} holds 1 finished checkpoints, but 2 are requested\n"
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def test_a_place_where_nothing_can_be_written_is_one_line(
             require_line(capsys, "OUT is ", said)
     for out in ("empty", "run"):
         assert program(monkeypatch, *command[:2], out, *command[2:], *overwrite) == 2
-        require_line(capsys, "is no checkpoint, and is not replaced" if overwrite else "exists: name another folder")
+        require_line(capsys, "is not a checkpoint and will not be" if overwrite else "exists: name another folder")
     assert sorted(Path.cwd().rglob("*")) == before
 
 
@@ -120,10 +120,10 @@ def test_statuses_of_a_damaged_checkpoint(
     shown = capsys.readouterr()
     assert shown.err == ""
     name, other = (f"run/checkpoints/{name_of(step)}" for step in (2, 1))
-    assert shown.out == f"{name}: {trouble}\n{other}: whole\n"
+    assert shown.out == f"{name}: {trouble}\n{other}: complete\n"
     for command in (["inspect"], ["reshard", "out"], ["average", other, "out"]):
         assert program(monkeypatch, command[0], newest, *command[1:]) == 2
         require_line(capsys, trouble)
     assert program(monkeypatch, "reshard", "run", "out") == 0
-    assert capsys.readouterr().err.count("\n") == 1 and listing.trouble(Path("out")) is None
+    assert capsys.readouterr().err.count("\n") == 1 and listing.problem(Path("out")) is None
     assert Path("out/state.json").read_text() == (older / "state.json").read_text()

@@ -17,7 +17,7 @@ TORCHRUN = {
 }
 
 
-def test_nothing_set_is_one_process() -> None:
+def test_an_empty_environment_is_a_single_process() -> None:
     for environment in ({}, {"LOCAL_RANK": "0", "MASTER_ADDR": "n1"}, {"CUDA_VISIBLE_DEVICES": ""}):
         assert DistributedEnv.from_environment(environment) == DistributedEnv()
     assert DistributedEnv.from_environment({"RANK": "0", "WORLD_SIZE": "1"}) == DistributedEnv()
@@ -26,20 +26,31 @@ def test_nothing_set_is_one_process() -> None:
 def test_what_torchrun_sets_is_read() -> None:
     logs = "/logs/ranks/node-0/1"
     found = DistributedEnv.from_environment({**TORCHRUN, "TORCHELASTIC_ERROR_FILE": f"{logs}/error.json"})
-    assert (found.rank, found.world_size, found.local_rank, found.node) == (5, 8, 1, 1)
-    assert (found.address, found.port, found.served, found.one_host, found.launched) == ("n1", 1, True, False, True)
-    assert (found.logs, found.meeting, found.patience) == (Path(logs), "", 600)
+    assert (found.rank, found.world_size, found.local_rank, found.node_rank) == (5, 8, 1, 1)
+    assert (found.master_addr, found.master_port, found.agent_store, found.single_node, found.launched) == (
+        "n1",
+        1,
+        True,
+        False,
+        True,
+    )
+    assert (found.log_dir, found.store_prefix, found.rendezvous_timeout) == (Path(logs), "", 600)
     one_node = {"GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "8", "LOCAL_RANK": "5"}
     found = DistributedEnv.from_environment({**TORCHRUN, **one_node, "TORCHELASTIC_RESTART_COUNT": "3"})
-    assert (found.meeting, found.one_host) == ("start 3", True)
+    assert (found.store_prefix, found.single_node) == ("start 3", True)
 
 
-def test_what_is_set_by_hand_has_less_patience_unless_it_says_more() -> None:
+def test_variables_set_by_hand_have_a_shorter_default_timeout() -> None:
     found = DistributedEnv.from_environment(PAIR)
-    assert (found.address, found.port, found.patience, found.launched) == ("localhost", 29500, 60, False)
-    assert found.one_host  # whoever can connect there is on this host
-    assert DistributedEnv.from_environment({**PAIR, "COE_MEET_SECONDS": "7"}).patience == 7
-    assert not DistributedEnv.from_environment({**PAIR, "MASTER_ADDR": "localhost.example.org"}).one_host
+    assert (found.master_addr, found.master_port, found.rendezvous_timeout, found.launched) == (
+        "localhost",
+        29500,
+        60,
+        False,
+    )
+    assert found.single_node  # whoever can connect there is on this host
+    assert DistributedEnv.from_environment({**PAIR, "COE_RENDEZVOUS_TIMEOUT": "7"}).rendezvous_timeout == 7
+    assert not DistributedEnv.from_environment({**PAIR, "MASTER_ADDR": "localhost.example.org"}).single_node
 
 
 NUMBERS = [
@@ -62,7 +73,7 @@ NUMBERS = [
 COUNTED = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "MASTER_PORT"]
 
 
-@pytest.mark.parametrize("name", [*COUNTED, "TORCHELASTIC_RESTART_COUNT", "COE_MEET_SECONDS", "OMP_NUM_THREADS"])
+@pytest.mark.parametrize("name", [*COUNTED, "TORCHELASTIC_RESTART_COUNT", "COE_RENDEZVOUS_TIMEOUT", "OMP_NUM_THREADS"])
 @pytest.mark.parametrize("value", NUMBERS)
 def test_what_is_no_number_is_named(name: str, value: str) -> None:
     for environment in (TORCHRUN, {}):
@@ -133,4 +144,4 @@ def test_a_file_for_errors_that_cannot_be_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^TORCHELASTIC_ERROR_FILE is '.*: it must be the path of a file"):
         DistributedEnv.from_environment({**alone, "TORCHELASTIC_ERROR_FILE": str(tmp_path / "loop" / "error.json")})
     found = DistributedEnv.from_environment({**alone, "TORCHELASTIC_ERROR_FILE": "/error.json"})
-    assert found.logs == Path("/")
+    assert found.log_dir == Path("/")

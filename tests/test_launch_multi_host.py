@@ -6,15 +6,18 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 from programs import ROOT, Program
 
 from coe_megatron.run.exit_status import ExitStatus
 
 CONFIG = "configs/quickstart.yaml"
+DOWN = """sh -c 'test "$0" != down || { echo "no route to host $0" >&2; exit 255; }'"""
 
 
 def launch(program: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -24,14 +27,15 @@ def launch(program: str, *arguments: str, **variables: str) -> subprocess.Comple
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         ((CONFIG,), "one of the arguments --hosts --hostfile is required"),
-        (("--hosts", "a,a", CONFIG), "--hosts is 'a,a': a stands there twice"),
+        (("--hosts", "a,a", CONFIG), "--hosts is 'a,a': a is given twice"),
         (("--hostfile", "nowhere", CONFIG), "--hostfile is nowhere: there is no such file"),
         (("--hosts=--", CONFIG), "argument --hosts: -- is no value"),
-        (("--hosts", "a@b@c", CONFIG), "'a@b@c' is no name of a host"),
+        (("--hosts", "a@b@c", CONFIG), "'a@b@c' is not a host name"),
         (("--hosts", "a:" + "9" * 5000, CONFIG), "it must be a whole number from 1 to 4096"),
         (("--hosts", "a,b", "--remote-shell", "'", CONFIG), "No closing quotation"),
         (("--hosts", "a,b", "--remote-shell", "true", CONFIG), "host a: true has not run the command"),
@@ -56,7 +60,11 @@ def launch(program: str, *arguments: str, **variables: str) -> subprocess.Comple
         (("--hosts", "a,b", "~no-such-user/o.yaml"), "~no-such-user/o.yaml: there is no such user here"),
         (("--hosts", "a,b", "--export", "NONE_SUCH", CONFIG), "--export is NONE_SUCH: there is no such variable"),
         (("--hosts", "a,b", "--remote-shell", "nowhere/ssh", CONFIG), "--remote-shell is 'nowhere/ssh': No such file"),
-        (("--hosts", "a,b", "--remote-shell", "false", CONFIG), "host a: false ended with status 1: no word"),
+        (("--hosts", "a,b", "--remote-shell", "false", CONFIG), "host a: false ended with status 1: no output"),
+        (
+            ("--hosts", "a,down", "--remote-shell", DOWN, CONFIG),
+            "host down: sh ended with status 255: no route to host down",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(arguments: tuple[str, ...], says: str) -> None:
@@ -120,6 +128,7 @@ def test_a_mistake_on_one_host_is_one_line(arguments: tuple[str, ...], says: str
     assert says in done.stderr
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -184,6 +193,7 @@ def test_what_torchrun_does_not_take_is_one_line(arguments: tuple[str, ...], say
     assert done.returncode == ExitStatus.MISTAKE
 
 
+@pytest.mark.thorough
 def test_a_variable_that_torchrun_cannot_read_is_named() -> None:
     done = launch("one_host.py", "--", "--nproc-per-node", "1", "launch/status.py", PET_NNODES="abc")
     assert done.returncode == ExitStatus.MISTAKE
@@ -194,9 +204,9 @@ def test_a_variable_that_torchrun_cannot_read_is_named() -> None:
 RANK = """
 import os, sys
 sys.path.insert(0, os.getcwd())
-from coe_megatron.run.exit_status import leave_error_file
+from coe_megatron.run.exit_status import write_error_file
 status = {0: 1, 1: 4}[int(os.environ["TORCHELASTIC_RESTART_COUNT"])]
-leave_error_file(status, "so it is", environment=os.environ)
+write_error_file(status, "so it is", environment=os.environ)
 sys.exit(status)
 """
 
@@ -220,6 +230,7 @@ time.sleep(2)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.run
 def test_under_nohup_a_terminal_that_is_closed_ends_nothing(tmp_path: Path) -> None:
     rank = tmp_path / "rank.py"
@@ -236,6 +247,38 @@ def test_under_nohup_a_terminal_that_is_closed_ends_nothing(tmp_path: Path) -> N
         for action in (signal.SIG_IGN, signal.SIG_DFL)
     }
     assert ended[signal.SIG_IGN] == ExitStatus.DONE != ended[signal.SIG_DFL]
+
+
+# A rank that takes its time to save when torchrun, its parent, has ended.
+SAVES = """
+import signal, sys, time
+from pathlib import Path
+from coe_megatron.training.signals import stop_with_parent
+signal.signal(signal.SIGTERM, lambda *_: (time.sleep(5), Path(sys.argv[1], "saved").touch(), sys.exit(3)))
+stop_with_parent()
+Path(sys.argv[1], "began").touch()
+time.sleep(200)
+"""
+
+
+@pytest.mark.run
+def test_ranks_of_a_launcher_that_was_killed_save_without_torchruns_time_limit(tmp_path: Path) -> None:
+    """Torchrun is gone at once, so that it does not kill them 30 seconds later."""
+    rank = tmp_path / "rank.py"
+    rank.write_text(SAVES)
+    command = [sys.executable, "launch/one_host.py", "--", "--nproc-per-node", "1", str(rank), str(tmp_path)]
+    with Program(command) as launcher:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "began").exists():
+            assert launcher.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        (torchrun,) = psutil.Process(launcher.pid).children()
+        ranks = torchrun.children()
+        launcher.kill()
+        psutil.wait_procs([torchrun], timeout=30)
+        assert not torchrun.is_running() and ranks and not (tmp_path / "saved").exists()
+        psutil.wait_procs(ranks, timeout=60)
+    assert (tmp_path / "saved").exists()
 
 
 # A remote shell that answers where to meet, and whose ranks wait for a word from the launcher.

@@ -86,7 +86,13 @@ def test_a_launch_environment_in_part_is_one_line(
 @pytest.mark.run
 def test_a_rank_that_others_leave_alone_ends_in_one_line(arguments: list[str]) -> None:
     port = str(free_port())
-    pair = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port, "COE_MEET_SECONDS": "2"}
+    pair = {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": port,
+        "COE_RENDEZVOUS_TIMEOUT": "2",
+    }
     command = [sys.executable, str(PROGRAM), *arguments]
     environment = {**os.environ, **pair}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
@@ -95,6 +101,7 @@ def test_a_rank_that_others_leave_alone_ends_in_one_line(arguments: list[str]) -
     assert (done.returncode, done.stderr) == (2, said)
 
 
+@pytest.mark.slow
 @pytest.mark.run
 def test_nobody_beyond_this_host_can_connect_and_a_killed_launcher_leaves_nothing(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from coe_megatron import lean_imports
@@ -10,17 +11,23 @@ from coe_megatron import lean_imports
 LOOK = """
 import sys
 from coe_megatron.lean_imports import import_megatron
+import pytest
 import torch
 compile_now = torch.compile
 import_megatron()
 assert torch.compile is compile_now
 import coe_megatron.training.loop
+from coe_megatron.lean_imports import import_deepspeed_muon
+import_deepspeed_muon()
+from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+assert torch.compile is compile_now
 heavy = {"torch._inductor", "torch._dynamo", "wandb", "matplotlib"} & sys.modules.keys()
 assert not heavy, heavy
 import wandb
 """
 
 
+@pytest.mark.thorough
 def test_what_is_not_needed_is_not_imported() -> None:
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", LOOK], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -156,7 +156,7 @@ seeds: [1]
 
 
 @pytest.mark.run
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_an_installed_wheel_trains_the_quickstart_and_runs_a_study(wheel: Path, tmp_path: Path) -> None:
     """In an environment of its own, which has the other packages from that of these tests, but not the checkout."""
     place = tmp_path / "place"
@@ -179,14 +179,19 @@ def test_an_installed_wheel_trains_the_quickstart_and_runs_a_study(wheel: Path, 
     where = [bin / "python", "-c", "import coe_megatron; print(coe_megatron.__file__)"]
     found = subprocess.run(where, cwd=place, env=own, capture_output=True, text=True, check=True).stdout
     assert Path(found).is_relative_to(packages)
-    for name in PROJECT["scripts"]:
-        assert call(name, "--help").startswith(f"usage: {name} ")
+    assert {path.name for path in bin.glob("coe-*")} == set(PROJECT["scripts"])
+    assert call("coe-check-nodes", "--help").startswith("usage: coe-check-nodes ")
+    assert "-m coe_megatron.cli.pretrain" in call("coe-multi-host", "--hosts=a,b", "--dry-run", "quickstart.yaml")
+    assert "parameters" in call("coe-pretrain", "quickstart.yaml", "--dry-run")
     call("coe-prepare", "--builtin", "100", "--vocab-size", "512", "--output", "data/builtin")
     small = ("training.steps=2", "model.vocab_size=512", "model.num_layers=1")
     ranks = ("--nproc-per-node", "2", "-m", "coe_megatron.cli.pretrain", "quickstart.yaml")
     assert "validation loss" in call("coe-one-host", "--", *ranks, *small)
+    assert ": complete" in call("coe-checkpoint", "verify", "runs/quickstart")
     (place / "study.yaml").write_text(SMALL_STUDY)
     assert "2 of 2 runs are done" in call("coe-study", "run", "study.yaml")
     assert {row["state"] for row in json.loads(call("coe-status", "runs", "--json"))} == {"finished"}
-    planned = call("coe-study", "submit", "study.yaml", "--dry-run", "training.steps=3", "output=runs/other")
-    assert str(packages / "coe_megatron/slurm/scripts/study.sbatch") in planned
+    (place / "other.yaml").write_text(SMALL_STUDY.replace("runs/study", "runs/other"))
+    planned = call("coe-study", "submit", "other.yaml", "--dry-run")
+    assert f"COE_PYTHON={bin / 'python'}" in planned
+    assert f" {packages / 'coe_megatron/slurm/scripts/pretrain.sbatch'} runs/other/" in planned

@@ -33,7 +33,7 @@ def test_the_megatron_example_runs_as_pasted_and_builds_a_chain_that_learns(tmp_
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     program = tmp_path / "pasted.py"
     program.write_text(code + _TRAIN)
-    done = python(program)
+    done = python(program, fresh=True)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
     assert said["routers"] == [2, 2]
@@ -52,10 +52,10 @@ def test_the_commands_for_ones_own_text_train_and_cut_no_document(tmp_path: Path
         prepare = prepare.replace(f"{name}.jsonl", str(tmp_path / f"{name}.jsonl"))
     prepared, run = tmp_path / "data", tmp_path / "run"
     words = prepare.replace("data/mine", str(prepared)).replace("16000", "400").split()
-    done = python(*words)
+    done = python(*words, fresh=True)
     assert done.returncode == 0, done.stderr
     words = train.replace("\\\n", " ").replace("data/mine", str(prepared)).replace("runs/mine", str(run)).split()
-    done = python(*words, "training.steps=2", seconds=280)
+    done = python(*words, "training.steps=1", "model.num_layers=1", seconds=280, fresh=True)
     assert done.returncode == 0, done.stderr
     assert json.loads((run / "run.json").read_text())["truncated_fraction"] == 0
 
@@ -65,7 +65,8 @@ def test_the_commands_for_ones_own_text_train_and_cut_no_document(tmp_path: Path
 def test_the_example_in_megatron_learns(layout: str) -> None:
     command = f"examples/chain_in_megatron.py {layout}".strip()
     assert command in README
-    done = torchrun(*command.split()) if layout else python(command)
+    words = command.split()
+    done = torchrun(*words, fresh=True) if layout else python(*words, fresh=True)
     assert done.returncode == 0, done.stderr
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", done.stdout)]
     assert losses[0] == pytest.approx(math.log(512), abs=0.5) and losses[-1] < 0.5

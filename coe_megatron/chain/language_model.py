@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from coe_megatron.chain.method import Activation, ChainOfExperts, ChainOutput, RouterSettings
+from coe_megatron.chain.method import Activation, ChainOfExperts, ChainOutput
+from coe_megatron.chain.routing import RouterSettings
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.errors import ConfigError
 

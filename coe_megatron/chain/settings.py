@@ -10,14 +10,14 @@ Gating = Literal["independent", "shared_router", "fixed"]
 Residual = Literal["inner", "outer", "init"]
 NormPlacement = Literal["prenorm", "reference", "iteration_norm"]
 Recompute = Literal["none", "experts", "iteration", "layer"]
-AuxLossReduction = Literal["sum", "mean", "joint"]
+AuxLossReduction = Literal["sum", "mean"]
 
 
 @dataclass(frozen=True)
 class ChainSettings:
     """Settings of the chain; everything else about the layer (N, K, sizes) belongs to the layer itself.
 
-    What comes after `aux_loss_reduction` are variants that the paper does not have; by default they are off.
+    The last four are variants that the paper does not have (`chain.variants`); by default they are off.
 
     Attributes:
         iterations: C, how often tokens pass through the layer's experts; C = 1 is a mixture of experts.
@@ -27,25 +27,14 @@ class ChainSettings:
         norm_placement: what leaves the sub-layer: `prenorm` h + Δ, `reference` u + Δ as in the authors' code,
             `iteration_norm` every iteration a pre-norm sub-layer with a norm gain of its own.
         aux_loss_reduction: how the coefficients of auxiliary and z-losses scale with C: `sum` gives each iteration
-            the full coefficient (the authors' code), `mean` gives each 1/C of it. `joint` has one auxiliary loss
-            N Σ_i f_i P_i with the full coefficient, of the summed load: f_i is the share of expert i in all C·S·K
-            choices of a sequence, P_i its mean score over all C·S, so that an expert used twice counts twice; it is
-            noted at the last iteration, and the z-losses get 1/C each. The three are one at C = 1.
-        increment_scale: s in x(t) = s F_t(x(t-1)) + r(t), a constant of every increment, such as 0.707 for C = 2.
+            the full coefficient (the authors' code), `mean` gives each 1/C of it. They are one at C = 1.
         learned_scale: x(t) = a_t ⊙ F_t(x(t-1)) + r(t) with a learned gain a_t [D] for each iteration, which starts at
-            `increment_scale`, here also at 0 (as in ReZero, arXiv 2003.04887, and LayerScale, arXiv 2103.17239).
+            this number, also at 0 (as in ReZero, arXiv 2003.04887, and LayerScale, arXiv 2103.17239); null for none.
         conditioned: x(t) = F_t(c_t ⊙ x(t-1)) + r(t): router and experts of iteration t see the state through a learned
             gain c_t [D], 1 at first; not with `iteration_norm`, whose norms have gains of their own.
-        shared_once: F_t(x) = Σ_i g[t,i] E_i(x) for t > 1: the shared experts act in iteration 1 alone, so that
-            CoE-2(4)+1 has the expert FLOPs of MoE(8)+1.
         no_return: logits[t,i] = -inf before scores are taken, for every expert i that has had the token in iterations
             1 to t-1 (an expert that turned it away, being full, has not); needs C·K <= N, and neither `fixed` gating
             nor groups of experts.
-        routers_apart: W_t, t = 0 .. C-1, starts as W_0 with its rows rolled by ⌊t·N/C⌋, so that the same state would
-            choose other experts in a later iteration; `independent` gating only. It touches initial weights alone.
-        scaled_init: W_2 of routed and shared experts starts with a deviation √C times smaller, so that an inner chain's
-            increments, which C iterations add up, start about as large as one of them would be (as Megatron's division
-            by √(2L) has it for L layers). It touches initial weights alone.
         layers: numbers, from 1, of the layers that are chains; the other layers with experts are Megatron's MoE layer,
             pre-norm, with C·K of N experts a token, which costs about the same. null makes all of them chains.
 
@@ -58,13 +47,9 @@ class ChainSettings:
     residual: Residual = "inner"
     norm_placement: NormPlacement = "prenorm"
     aux_loss_reduction: AuxLossReduction = "sum"
-    increment_scale: float = 1.0
-    learned_scale: bool = False
+    learned_scale: float | None = None
     conditioned: bool = False
-    shared_once: bool = False
     no_return: bool = False
-    routers_apart: bool = False
-    scaled_init: bool = False
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -76,17 +61,14 @@ class ChainSettings:
                 raise ConfigError(f"chain.{field.name} is {value!r}: it must be one of {', '.join(valid)}")
             if field.type is bool and not isinstance(value, bool):
                 raise ConfigError(f"chain.{field.name} is {value!r}: it must be true or false")
-        scale = self.increment_scale
-        if not isinstance(scale, int | float) or isinstance(scale, bool) or not math.isfinite(scale):
-            raise ConfigError(f"chain.increment_scale is {scale!r}: it must be a finite number")
-        if scale == 0 and not self.learned_scale:
-            raise ConfigError(f"chain.increment_scale is {scale!r}: without chain.learned_scale it must not be 0")
+        scale = self.learned_scale
+        is_number = isinstance(scale, int | float) and not isinstance(scale, bool) and math.isfinite(scale)
+        if scale is not None and not is_number:
+            raise ConfigError(f"chain.learned_scale is {scale!r}: it must be a finite number, or null")
         if self.no_return and self.gating == "fixed":
             raise ConfigError(
                 "chain.no_return is true: chain.gating fixed sends tokens back to the same experts, take another"
             )
-        if self.routers_apart and self.gating != "independent":
-            raise ConfigError(f"chain.routers_apart is true: chain.gating must be independent, not {self.gating}")
         if self.conditioned and self.norm_placement == "iteration_norm":
             raise ConfigError(
                 "chain.conditioned is true: with chain.norm_placement iteration_norm, whose norms have gains, "

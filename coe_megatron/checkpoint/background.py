@@ -1,4 +1,4 @@
-"""Work that goes on beside training, in a thread of each rank."""
+"""Runs work in a background thread of each rank while training continues."""
 
 import sys
 import threading
@@ -10,10 +10,11 @@ from coe_megatron.distributed.collectives import Group, is_rank0
 
 
 class Background:
-    """Does one thing at a time in a thread of this process: no process is forked, and none can be left over.
+    """Runs one task at a time in a thread of this process. It forks no process, so none can be left behind.
 
-    Its ranks talk over a process group of their own (gloo), since training uses the others at the same time. To be made
-    by all ranks together, and waited for before the process ends: Python's way out aborts while torch is in a thread.
+    The threads communicate over their own gloo group, since training uses the other groups at the same time. All ranks
+    must create this together and call `wait` before the process ends: the interpreter aborts if it exits while torch
+    runs in a thread.
     """
 
     def __init__(self) -> None:
@@ -22,17 +23,17 @@ class Background:
         self._error: BaseException | None = None
 
     def start(self, work: Callable[[Group], None]) -> None:
-        """Begin with `work(process group)`, a collective call; nothing else may be under way."""
+        """Start `work(process group)`; collective. No other task may be running."""
         assert self._thread is None
         self._thread = threading.Thread(target=self._run, args=(work,), name="checkpoint", daemon=True)
         self._thread.start()
 
     def is_done(self) -> bool:
-        """Whether nothing is under way on this rank; what went wrong `wait` says."""
+        """Whether no task is running on this rank; `wait` raises its error, if any."""
         return self._thread is None or not self._thread.is_alive()
 
     def wait(self) -> None:
-        """Return when nothing is under way any more, and raise what went wrong (as a rule on all ranks)."""
+        """Wait for the running task and raise its error, if any (usually on all ranks)."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -43,7 +44,7 @@ class Background:
     def _run(self, work: Callable[[Group], None]) -> None:
         try:
             work(self._group)
-        except BaseException as error:  # torch's CheckpointException is no Exception
+        except BaseException as error:  # torch's CheckpointException is not an Exception
             self._error = error
-            if is_rank0():  # whoever waits learns it too, but that may be much later
+            if is_rank0():  # `wait` raises it too, but possibly much later
                 print(error, file=sys.stderr, flush=True)

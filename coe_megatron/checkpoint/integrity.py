@@ -1,6 +1,6 @@
-"""Tells a whole checkpoint from a torn one: a file that lists every other file with its size and SHA-256.
+"""Detects incomplete and damaged checkpoints: a manifest lists every other file with its size and SHA-256.
 
-All ranks share the reading; the folder has to be on storage that all of them see.
+The ranks divide the reading among them; the folder must be on storage that all ranks share.
 """
 
 import hashlib
@@ -16,71 +16,71 @@ from coe_megatron.errors import ConfigError
 from coe_megatron.files import read_limited, write_atomically
 from coe_megatron.parsing import parse_json
 
-SEAL = "complete.json"
-PARTS = ".distcp"  # ends the names of files with tensors' numbers, which alone may be large
-_LARGEST = 1 << 26  # bytes of any other
-_LARGEST_SEAL = 1 << 22  # of 4,096 ranks it has a quarter of these bytes
+MANIFEST = "complete.json"
+SHARD_SUFFIX = ".distcp"  # of the files with tensor data; only these may be large
+_MAX_FILE_BYTES = 1 << 26  # of any other file
+_MAX_MANIFEST_BYTES = 1 << 22  # four times what 4,096 ranks need
 Entry: TypeAlias = dict[str, Any]  # "bytes" and "sha256" of a file
 
 
-def seal(folder: Path, group: Group = None) -> None:
-    """Write the list of a folder's files into it; collective, after all ranks have written theirs."""
+def write_manifest(folder: Path, group: Group = None) -> None:
+    """Write the manifest of a folder; collective, after all ranks have written their files."""
     files = run_on_rank0(lambda: _files(folder), group)
     own: list[tuple[str, Entry]] = []
     run_on_all(lambda: own.extend((name, _describe(folder / name)) for name in shard(files)), group)
     entries = dict(sorted(all_gather(own, group)))
-    run_on_rank0(lambda: write_atomically(folder / SEAL, _sealed(entries)), group)
+    run_on_rank0(lambda: write_atomically(folder / MANIFEST, _manifest_text(entries)), group)
 
 
 def problem(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, None if it is whole; collective, the same answer on all ranks."""
+    """What is wrong with a checkpoint; None if it is complete. Collective, the same result on all ranks."""
     try:
-        files = run_on_rank0(lambda: listed(folder))
+        files = run_on_rank0(lambda: manifest_files(folder))
     except ConfigError as error:
         return str(error)
     found = [_difference(folder / name, name, files[name]) for name in shard(sorted(files))]
     return next((difference for difference in all_gather(found) if difference), None)
 
 
-def listed(folder: Path) -> dict[str, Entry]:
-    """The files of a checkpoint, by their paths in it; that they are plain files, and all there are. Not collective.
+def manifest_files(folder: Path) -> dict[str, Entry]:
+    """The files in a checkpoint's manifest, by relative path; checks that exactly these exist. Not collective.
 
     Raises:
-        ConfigError: the list cannot be read or has changed, or there is something else than it says.
+        ConfigError: the manifest cannot be read or was changed, or a file is missing, additional or not a regular file.
     """
-    files = _read_seal(folder)
+    files = _read_manifest(folder)
     folders = {name.rpartition("/")[0] for name in files}
     missing = set(files)
-    for inner in sorted({"", *folders}):  # the checkpoint's own folder first, so that no link is followed
-        missing -= _plain_files(folder, inner, files, folders)
+    for inner in sorted({"", *folders}):  # the checkpoint itself first, so that no link is followed
+        missing -= _regular_files(folder, inner, files, folders)
     if missing:
         raise ConfigError(f"{min(missing)} is missing")
     return files
 
 
-def _plain_files(folder: Path, inner: str, files: Container[str], folders: Container[str]) -> set[str]:
-    """The files in one of a checkpoint's folders, which has to hold nothing that is not listed."""
+def _regular_files(folder: Path, inner: str, files: Container[str], folders: Container[str]) -> set[str]:
+    """The files in one folder of a checkpoint; refuses what the manifest does not list."""
     found = set()
     try:
         with os.scandir(folder / inner) as entries:
             for entry in entries:
                 name = f"{inner}/{entry.name}".lstrip("/")
                 if name in files:
-                    found.add(_own(name, "file", entry.is_file(follow_symlinks=False)))
+                    found.add(_require_regular(name, "file", entry.is_file(follow_symlinks=False)))
                 elif name in folders:
-                    _own(name, "folder", entry.is_dir(follow_symlinks=False))
-                elif name != SEAL:
-                    raise ConfigError(f"it holds {name}, which {SEAL} does not list")
+                    _require_regular(name, "folder", entry.is_dir(follow_symlinks=False))
+                elif name != MANIFEST:
+                    raise ConfigError(f"it holds {name}, which {MANIFEST} does not list")
     except FileNotFoundError:
-        pass  # its files are missing
+        pass  # the caller reports its files as missing
     except OSError as error:
         raise ConfigError(f"{inner or 'it'} cannot be read: {(error.strerror or str(error)).lower()}") from None
     return found
 
 
-def _own(name: str, kind: str, met: bool) -> str:
-    if not met:
-        raise ConfigError(f"{name} is a link or of another kind, and no plain {kind} of the checkpoint's own")
+def _require_regular(name: str, kind: str, is_regular: bool) -> str:
+    if not is_regular:
+        raise ConfigError(f"{name} is a link or special file, not a regular {kind}")
     return name
 
 
@@ -88,49 +88,49 @@ def _files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def _sealed(files: dict[str, Entry]) -> str:
-    """The seal's own text. It vouches for itself as well: one of other words, digits or blanks is not this one."""
+def _manifest_text(files: dict[str, Entry]) -> str:
+    """The manifest's text, including a checksum of its entries; changed text is refused."""
     digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
     return json.dumps({"files": files, "sha256": digest}, indent=1)
 
 
-def _read_seal(folder: Path) -> dict[str, Entry]:
-    """The files a checkpoint should have, from a list that is as it was written."""
+def _read_manifest(folder: Path) -> dict[str, Entry]:
+    """The entries of a checkpoint's manifest, after checking the manifest's own checksum."""
     try:
-        _own(SEAL, "file", stat.S_ISREG(os.lstat(folder / SEAL).st_mode))
+        _require_regular(MANIFEST, "file", stat.S_ISREG(os.lstat(folder / MANIFEST).st_mode))
     except FileNotFoundError:
-        raise ConfigError(f"{SEAL} is missing") from None
+        raise ConfigError(f"{MANIFEST} is missing") from None
     except OSError as error:
-        raise ConfigError(f"{SEAL} cannot be read: {(error.strerror or str(error)).lower()}") from None
-    content = read_limited(folder / SEAL, SEAL, _LARGEST_SEAL)
+        raise ConfigError(f"{MANIFEST} cannot be read: {(error.strerror or str(error)).lower()}") from None
+    content = read_limited(folder / MANIFEST, MANIFEST, _MAX_MANIFEST_BYTES)
     try:
         found = parse_json(content)
     except ValueError as error:
-        raise ConfigError(f"{SEAL} cannot be read: {error}") from None
+        raise ConfigError(f"{MANIFEST} cannot be read: {error}") from None
     files = found.get("files") if type(found) is dict else None
     if type(files) is not dict or not all(_is_entry(name, entry) for name, entry in files.items()):
-        raise ConfigError(f"{SEAL} cannot be read: it is no list of a checkpoint's files")
-    if content != _sealed(files).encode():
-        raise ConfigError(f"the content of {SEAL} has changed")
+        raise ConfigError(f"{MANIFEST} cannot be read: it is not a list of checkpoint files")
+    if content != _manifest_text(files).encode():
+        raise ConfigError(f"the content of {MANIFEST} has changed")
     return files
 
 
 def _is_entry(name: str, entry: Any) -> bool:
-    """A file in the checkpoint's folder or in one of its folders, with size and SHA-256."""
+    """Whether an entry names a file in the checkpoint or a subfolder of it, with size and SHA-256."""
     parts = name.split("/")
-    inside = len(parts) <= 2 and name.isprintable() and not {"", ".", "..", SEAL} & {*parts}
+    inside = len(parts) <= 2 and name.isprintable() and not {"", ".", "..", MANIFEST} & {*parts}
     described = type(entry) is dict and entry.keys() == {"bytes", "sha256"}
     return inside and described and type(entry["bytes"]) is int and type(entry["sha256"]) is str
 
 
 def _difference(path: Path, name: str, entry: Entry) -> str | None:
-    """How a file differs from what was written; its content is only read if its size is right."""
+    """How a file differs from its manifest entry; reads the content only if the size is right."""
     try:
         size = path.lstat().st_size
         if size != entry["bytes"]:
             return f"{name} has {size} bytes instead of {entry['bytes']}"
-        if size > _LARGEST and not name.endswith(PARTS):
-            return f"{name} has {size} bytes, which is too much for what it should hold"
+        if size > _MAX_FILE_BYTES and not name.endswith(SHARD_SUFFIX):
+            return f"{name} has {size} bytes, which is too large for its kind"
         return None if _describe(path) == entry else f"the content of {name} has changed"
     except OSError as error:
         return f"{name} cannot be read: {(error.strerror or str(error)).lower()}"

@@ -1,4 +1,4 @@
-"""`state.json` of a checkpoint: the layout that saved, and where the run stands in the training loop's own words."""
+"""`state.json` of a checkpoint: the layout that saved it and the state of the training loop."""
 
 import json
 from dataclasses import asdict, dataclass, field, replace
@@ -21,7 +21,7 @@ _Loss: TypeAlias = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 @dataclass(frozen=True)
 class _State:
-    """Types of what is known of the training loop's words: `training.continuation.TrainState`, and the tokenizer."""
+    """Field types of the training loop's state: `checkpoint.manager.TrainState`, and the tokenizer."""
 
     step: Count = 0
     tokens: Count = 0
@@ -35,30 +35,30 @@ class _State:
 
 @dataclass(frozen=True)
 class SavedLayout:
-    """How the ranks that saved divided the work; any other can load."""
+    """The layout of the ranks that saved; any other layout can load the checkpoint."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    ranks: _Size
+    world_size: _Size
     tensor: _Size
     pipeline: _Size
     expert: _Size
     expert_tensor: _Size
     zero_stage: Annotated[int, Field(strict=True, ge=0, le=3)]
 
-    def has_ranks_of(self, other: "SavedLayout") -> bool:
-        """Whether each rank is there to do the same: any ZeRO stage draws the same random numbers."""
+    def same_ranks(self, other: "SavedLayout") -> bool:
+        """Whether each rank has the same role; the ZeRO stage may differ, as it does not change random numbers."""
         return replace(self, zero_stage=other.zero_stage) == other
 
 
 @dataclass(frozen=True)
 class CheckpointMetadata:
-    """All of it.
+    """The contents of `state.json`.
 
     Attributes:
-        optimizer_steps: that AdamW has taken; None where its moments are not there.
+        optimizer_steps: AdamW's step count; None if the checkpoint has no moments.
         state: of the training loop.
-        made_of: names of the checkpoints that this one was made of, without a run.
+        derived_from: names of the checkpoints that a tool made this one from.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -66,30 +66,30 @@ class CheckpointMetadata:
     layout: SavedLayout
     optimizer_steps: Count | None
     state: dict[_Text, Any]
-    made_of: list[_Text] | None = None
+    derived_from: list[_Text] | None = None
 
     @classmethod
     def read(cls, checkpoint: Path) -> "CheckpointMetadata":
-        """Of a checkpoint.
+        """Read `state.json` of a checkpoint.
 
         Raises:
-            ConfigError: they cannot be read, or are of another shape.
+            ConfigError: it cannot be read, or has missing, unknown or invalid fields.
         """
         content = read_limited(checkpoint / METADATA, METADATA, _MOST_BYTES)
         try:
-            found = _FACTS.validate_python(parse_json(content))
+            found = _METADATA.validate_python(parse_json(content))
             _STATE.validate_python(found.state)
             return found
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False, include_context=False)[0]
             place, wanted = ".".join(map(str, first["loc"]))[:100], first["msg"].lower().partition(" or an instance")[0]
-            raise ConfigError(f"{METADATA} is of another shape: {place or 'all of it'}: {wanted}") from None
+            raise ConfigError(f"{METADATA} is invalid: {place or 'top level'}: {wanted}") from None
         except ValueError as error:
             raise ConfigError(f"{METADATA} cannot be read: {error}") from None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {name: value for name, value in asdict(self).items() if name != "made_of" or value is not None}
+        """As JSON values."""
+        return {name: value for name, value in asdict(self).items() if name != "derived_from" or value is not None}
 
     def as_json(self) -> str:
         """The file's content.
@@ -100,4 +100,4 @@ class CheckpointMetadata:
         return json.dumps(self.as_dict(), indent=1, allow_nan=False)
 
 
-_FACTS, _STATE = TypeAdapter(CheckpointMetadata), TypeAdapter(_State)
+_METADATA, _STATE = TypeAdapter(CheckpointMetadata), TypeAdapter(_State)

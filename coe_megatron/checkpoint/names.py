@@ -1,23 +1,23 @@
-"""The names of checkpoints, without torch: `step-00000200`, and `step-00000200.tmp` while it is being saved."""
+"""Names of checkpoints: `step-00000200`, and `step-00000200.tmp` while it is being saved. Without torch."""
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 _NAME = re.compile(r"step-([0-9]+)(\.tmp)?")
-_BESIDE = re.compile(r"\.step-[0-9]+\.(partial|replaced)")
+_TEMPORARY = re.compile(r"\.step-[0-9]+\.(partial|replaced)")
 
 
 @dataclass(frozen=True)
 class CheckpointName:
-    """What the name of a checkpoint's folder says: its step, and whether saving it was finished."""
+    """The name of a checkpoint's folder: its step, and whether its save was finished."""
 
     step: int
     finished: bool = True
 
     @classmethod
     def parse(cls, name: str) -> "CheckpointName | None":
-        """None of a name that no run gives."""
+        """Parse a name; None if it is not that of a checkpoint."""
         match = _NAME.fullmatch(name)
         return match and cls(int(match[1]), match[2] is None)
 
@@ -31,35 +31,35 @@ def name_of(step: int) -> str:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step of a checkpoint that has a name of ours."""
+    """The step in the name of a checkpoint, finished or not."""
     found = CheckpointName.parse(checkpoint.name)
     assert found is not None, checkpoint
     return found.step
 
 
 def is_ours(name: str) -> bool:
-    """Whether a checkpoint may have the name, or what is written and renamed on the way to one."""
-    return CheckpointName.parse(name) is not None or _BESIDE.fullmatch(name) is not None
+    """Whether the name is that of a checkpoint or of a temporary folder of one."""
+    return CheckpointName.parse(name) is not None or _TEMPORARY.fullmatch(name) is not None
 
 
 def is_finished(name: str) -> bool:
-    """Whether it is the name of a checkpoint whose saving was finished."""
+    """Whether the name is that of a checkpoint whose save was finished."""
     found = CheckpointName.parse(name)
     return found is not None and found.finished
 
 
 def partial_name(name: str) -> str:
-    """What a checkpoint of any name is called while a tool makes it."""
+    """The temporary name of a checkpoint while a tool writes it."""
     return f".{name}.partial"
 
 
 def replaced_name(name: str) -> str:
-    """What one of any name is called when another takes its place, until it is deleted."""
+    """The temporary name of a checkpoint that was replaced, until it is deleted."""
     return f".{name}.replaced"
 
 
 def finished_steps(folder: Path) -> list[int]:
-    """Steps of the finished checkpoints in a folder of checkpoints, rising; none if there is no such folder.
+    """Steps of the finished checkpoints in a folder, ascending; empty if there is no such folder.
 
     Raises:
         OSError: it cannot be listed.

@@ -1,7 +1,7 @@
-"""Pickles from anywhere, read without Python's unpickler: no code runs, and time and memory follow from the size alone.
+"""Reads untrusted pickles without Python's unpickler: no code runs, and size bounds time and memory.
 
-Python's own makes its memo as long as an index in the pickle says (eight bytes can ask for 64 GB), and hashes whatever
-is made a key (nested tuples of a hundred bytes can take years).
+Python's unpickler makes its memo as long as an index in the pickle demands (eight bytes can allocate 64 GB), and hashes
+any key (nested tuples of a hundred bytes can take years).
 """
 
 import pickletools
@@ -9,23 +9,23 @@ from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any, ClassVar
 
-_DEEPEST = 10_000  # values on the stack: pickle sets a thousand items at once, and nests them a few levels
+_MAX_STACK = 10_000  # values: pickle sets a thousand items at once, and nests them a few levels deep
 
-_NONE = "it is no pickle of plain data"
+_INVALID = "it is not a pickle of plain data"
 
 
-class Refused(ValueError):
-    """A pickle asks for something that is not on the list."""
+class Disallowed(ValueError):
+    """A pickle needs a name or file that is not on the allow-list."""
 
 
 class Unpickler:
-    """The few opcodes that plain data are made of. Subclasses say which names a pickle may use, and how.
+    """Implements the few opcodes of plain data. Subclasses define the names that a pickle may use.
 
     Attributes:
-        names: what a pickle finds under "module name": a constant; a function, which it may call; or a class, of which
-            it may make empty instances, to be filled by `build`.
-        keys: types of keys; how their instances are hashed must not depend on more than `build` has checked.
-        items: types of what lists hold.
+        names: by "module name", what a pickle may use: a constant, a function that it may call, or a class of which it
+            may create empty instances, which `build` fills.
+        keys: types of dict keys; their hash must depend only on what `build` has checked.
+        items: types of list items.
     """
 
     names: ClassVar[Mapping[str, Any]] = {}
@@ -36,31 +36,31 @@ class Unpickler:
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
-        self._empty = 0  # instances that are not filled yet
+        self._empty = 0  # instances that `build` has not filled yet
 
     def load(self, content: bytes) -> Any:
-        """What the pickle holds.
+        """Load a pickle.
 
         Raises:
-            Refused: it asks for a name that is not among `names`.
-            ValueError: it is no pickle, or more than plain data.
+            Disallowed: it uses a name that is not in `names`.
+            ValueError: it is not a pickle, or has more than plain data.
         """
         try:
             for operation, argument, _ in pickletools.genops(content):
                 _ACTIONS[operation.name](self, argument)
-                _require(len(self._stack) <= _DEEPEST)
+                _require(len(self._stack) <= _MAX_STACK)
             _require(self._empty == 0 and len(self._stack) == 1)
-        except (LookupError, TypeError, AttributeError) as error:  # nothing there, or of another type
-            raise ValueError(_NONE) from error
+        except (LookupError, TypeError, AttributeError) as error:  # an empty stack, or a wrong type
+            raise ValueError(_INVALID) from error
         return self._stack[0]
 
     def build(self, made: Any, state: Any) -> None:
-        """Fill an empty instance. Raises ValueError for a state that does not suit it."""
+        """Fill an empty instance. Raises ValueError for an invalid state."""
         raise ValueError(f"a {type(made).__name__} cannot be filled")
 
     def persistent_load(self, identity: Any) -> Any:
-        """What lies outside the pickle."""
-        raise ValueError("nothing lies outside")
+        """Resolve a persistent id: data outside the pickle."""
+        raise ValueError("it refers to data outside the pickle")
 
     def _push(self, value: Any) -> None:
         self._stack.append(value)
@@ -95,7 +95,7 @@ class Unpickler:
 
     def _global(self, name: str) -> None:
         if name not in self.names:
-            raise Refused(name.replace(" ", "."))
+            raise Disallowed(name.replace(" ", "."))
         self._push(self.names[name])
 
     def _stack_global(self, _: None) -> None:
@@ -116,7 +116,7 @@ class Unpickler:
 
     def _build(self, _: None) -> None:
         (state,) = self._pop(1)
-        _require(not vars(self._stack[-1]))  # of those it is filled once
+        _require(not vars(self._stack[-1]))  # each instance is filled once
         self.build(self._stack[-1], state)
         self._empty -= 1
 
@@ -124,9 +124,9 @@ class Unpickler:
         self._push(self.persistent_load(*self._pop(1)))
 
 
-def _require(met: bool) -> None:
-    if not met:
-        raise ValueError(_NONE)
+def _require(condition: bool) -> None:
+    if not condition:
+        raise ValueError(_INVALID)
 
 
 _ACTIONS: dict[str, Callable[[Unpickler, Any], None]] = {

@@ -1,16 +1,16 @@
-"""Saves a run and takes it up again: a folder of checkpoints that are either whole or not counted.
+"""Saves and loads a run: a folder of checkpoints, of which only complete ones are used.
 
     checkpoints/
       step-00000200/
         tensors/        weights and optimizer states, Megatron's distributed format (torch_dist)
-        random/         the generators' states, a file a rank
-        state.json      the layout that saved, and where the run stands in the training loop's own words
-        complete.json   written last: every other file with its size and SHA-256
+        random/         RNG states, one file per rank
+        state.json      the layout that saved it, and the state of the training loop
+        complete.json   the manifest, written last: every other file with its size and SHA-256
       step-00000400.tmp/    a save that was not finished
 
-A checkpoint is written under a temporary name and renamed when it is whole, so that a run killed in the middle finds
-the one before. All functions are collective, and the folder must be seen by all ranks. A resumed run goes on bit by bit
-as if it had never stopped, on the same layout; on another one only the random numbers (dropout) differ.
+A checkpoint is written under a temporary name and renamed when it is complete, so that a run killed during a save
+resumes from the one before. All functions are collective, and all ranks must see the folder. In the same layout a
+resumed run is bit-identical to an uninterrupted one; in another layout only the random numbers (dropout) differ.
 """
 
 import io
@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from coe_megatron.checkpoint import listing, sharding
 from coe_megatron.checkpoint.background import Background
-from coe_megatron.checkpoint.integrity import SEAL, seal
+from coe_megatron.checkpoint.integrity import MANIFEST, write_manifest
 from coe_megatron.checkpoint.metadata import METADATA, CheckpointMetadata, SavedLayout
 from coe_megatron.checkpoint.names import CheckpointName, name_of, step_of
 from coe_megatron.checkpoint.storage import cause_of
@@ -41,7 +41,7 @@ from coe_megatron.zero.engine import Engine
 
 
 class CheckpointNotSaved(Exception):
-    """A checkpoint could not be written, on one rank at least; those before it are as they were."""
+    """At least one rank could not write its part of a checkpoint; earlier checkpoints are unchanged."""
 
 
 def save(
@@ -53,23 +53,23 @@ def save(
     milestones: Collection[int] = (),
     background: Background | None = None,
 ) -> Path:
-    """Save a run between two steps, and delete what is older than the newest `keep` checkpoints up to this one.
+    """Save a run between two steps, then delete all but the most recent `keep` checkpoints up to this one.
 
-    What lies beyond `step` stays: a run that goes on from an earlier step found it damaged. So do checkpoints of the
-    steps in `milestones`, which do not count as one of the newest; name there also what was found damaged.
+    Checkpoints after `step` stay: a run that resumed from an earlier step has found them damaged. Checkpoints of the
+    steps in `milestones` also stay and do not count towards `keep`; pass damaged ones there too.
 
     Args:
-        folder: where the checkpoints of this run lie; made if needed.
+        folder: of this run's checkpoints; created if needed.
         step: steps done.
-        state: what the training loop wants back from `load_latest`; goes into JSON.
-        background: writes while training goes on; until it is done the copies take host memory (`states.take_tensors`
-            says how much). What it was given before is waited for first, so that there is one copy at a time.
+        state: of the training loop, as `load_latest` will return it; must be JSON values.
+        background: writes while training continues; until it is done, the copies take host memory (see
+            `sharding.copy_to_host`). This waits for its previous task first, so that there is only one copy at a time.
 
     Returns:
-        The checkpoint's folder. One of the same step is replaced.
+        The checkpoint's folder. An existing checkpoint of the same step is replaced.
 
     Raises:
-        CheckpointNotSaved: on all ranks; by `background` the next time it is waited for.
+        CheckpointNotSaved: on all ranks; with `background`, from its next `wait`.
     """
     final = folder / name_of(step)
     if background is not None:
@@ -81,61 +81,61 @@ def save(
         run_on_rank0(lambda: _prune(folder, step, keep, milestones), group)
 
     if background is None:
-        _unless_not_saved(final, write)
+        _or_not_saved(final, write)
     else:
-        background.start(lambda group: _unless_not_saved(final, write, group))
+        background.start(lambda group: _or_not_saved(final, write, group))
     return final
 
 
 def load_latest(folder: Path, engine: Engine) -> dict[str, Any] | None:
-    """Take up the newest whole checkpoint: weights, optimizer states, generators.
+    """Resume from the most recent complete checkpoint: weights, optimizer states, RNG states.
 
-    What is unfinished or damaged is named on stderr, and left where it is.
+    Unfinished and damaged checkpoints are reported on stderr and not deleted.
 
     Returns:
         The `state` that was saved with it; None if no save was ever finished.
 
     Raises:
-        ConfigError: there are checkpoints, but none is whole; or the newest whole one is of another model.
+        ConfigError: there are checkpoints, but none is complete; or the most recent complete one is of another model.
     """
     try:
-        checkpoint = listing.newest_whole(folder)
+        checkpoint = listing.latest_complete(folder)
     except ConfigError as error:
-        raise ConfigError(f"{error}: choose another output, or delete that folder to begin anew") from error
+        raise ConfigError(f"{error}: choose another output, or delete that folder to start from scratch") from error
     if checkpoint is not None:
         return load(checkpoint, engine)
     if is_rank0() and listing.newest_first(folder):
-        print(f"no save in {folder} was ever finished: the run begins anew", file=sys.stderr)
+        print(f"no save in {folder} was finished: the run starts from scratch", file=sys.stderr)
     return None
 
 
 def load(checkpoint: Path, engine: Engine) -> dict[str, Any]:
-    """Take up one whole checkpoint: weights, optimizer states, generators; returns the `state` saved with it.
+    """Load a complete checkpoint: weights, optimizer states, RNG states. Returns the `state` saved with it.
 
     Raises:
-        ConfigError: it is of another model, or holds weights alone.
+        ConfigError: it is of another model, or holds weights only.
     """
-    facts = run_on_rank0(lambda: CheckpointMetadata.read(checkpoint))
-    if facts.optimizer_steps is None:
-        raise ConfigError(f"checkpoint {checkpoint} holds weights alone: begin a run with it as training.warm_start")
+    metadata = run_on_rank0(lambda: CheckpointMetadata.read(checkpoint))
+    if metadata.optimizer_steps is None:
+        raise ConfigError(f"checkpoint {checkpoint} holds weights only: start a run from it with training.warm_start")
     sharding.load_tensors(engine, checkpoint / "tensors")
-    optimizer_states.set_steps(engine, facts.optimizer_steps)
-    if facts.layout.has_ranks_of(_layout(engine)):  # else no rank's generators suit one that saved
-        _set_random_states(listing.random_file(checkpoint, dist.get_rank()))
-    return facts.state
+    optimizer_states.set_steps(engine, metadata.optimizer_steps)
+    if metadata.layout.same_ranks(_layout(engine)):  # otherwise the RNG states belong to no rank of this layout
+        _load_rng_states(listing.rng_file(checkpoint, dist.get_rank()))
+    return metadata.state
 
 
 def load_weights(source: Path, engine: Engine) -> tuple[Path, dict[str, Any]]:
-    """Take up the weights of another run alone, its fp32 masters included; optimizer moments and generators stay.
+    """Load only the weights of another run, with their fp32 masters; optimizer moments and RNG states stay.
 
     Args:
-        source: a checkpoint, or the folder of a run or its `checkpoints` for the newest whole one.
+        source: a checkpoint, or the folder of a run or its `checkpoints` for the most recent complete one.
 
     Returns:
         The checkpoint's folder, and the `state` that was saved with it.
 
     Raises:
-        ConfigError: there is no whole checkpoint, or it is of another model.
+        ConfigError: there is no complete checkpoint, or it is of another model.
     """
     checkpoint = listing.find(source)
     sharding.load_tensors(engine, checkpoint / "tensors", kinds=(optimizer_states.MASTER,))
@@ -144,23 +144,23 @@ def load_weights(source: Path, engine: Engine) -> tuple[Path, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """A run between two steps, copied into this rank's memory: what it has to write."""
+    """A copy of what this rank has to write, taken between two steps, in host memory."""
 
     tensors: sharding.Tensors
-    random: bytes
-    facts: CheckpointMetadata
+    rng: bytes
+    metadata: CheckpointMetadata
 
     @classmethod
     def take(cls, engine: Engine, state: dict[str, Any]) -> "_Snapshot":
-        random = io.BytesIO()
-        torch.save(sharding.random_states(), random)
-        facts = CheckpointMetadata(_layout(engine), optimizer_states.steps(engine), state)
-        return cls(sharding.take_tensors(engine), random.getvalue(), facts)
+        rng = io.BytesIO()
+        torch.save(sharding.rng_states(), rng)
+        metadata = CheckpointMetadata(_layout(engine), optimizer_states.steps(engine), state)
+        return cls(sharding.copy_to_host(engine), rng.getvalue(), metadata)
 
 
 def _layout(engine: Engine) -> SavedLayout:
     return SavedLayout(
-        ranks=dist.get_world_size(),
+        world_size=dist.get_world_size(),
         tensor=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline=parallel_state.get_pipeline_model_parallel_world_size(),
         expert=parallel_state.get_expert_model_parallel_world_size(),
@@ -169,10 +169,10 @@ def _layout(engine: Engine) -> SavedLayout:
     )
 
 
-def _unless_not_saved(final: Path, write: Callable[..., None], *group: Group) -> None:
-    """Whatever is in the way of writing becomes one line; the cause stays with it, and room is made again.
+def _or_not_saved(final: Path, write: Callable[..., None], *group: Group) -> None:
+    """Call `write`; if it fails, delete the partial checkpoint and raise `CheckpointNotSaved`, a single line.
 
-    A RuntimeError is none of that: another rank is gone, which says nothing about the disk, and starting again helps.
+    A RuntimeError passes through: it means that another rank is gone, not that the disk is full, and a restart helps.
     """
     try:
         write(*group)
@@ -187,16 +187,16 @@ def _write(snapshot: _Snapshot, final: Path, group: Group) -> None:
     partial = _partial(final)
     run_on_rank0(lambda: _make_empty(partial), group)
     sharding.write_tensors(snapshot.tensors, partial / "tensors", group)
-    run_on_all(lambda: write_atomically(listing.random_file(partial, dist.get_rank()), snapshot.random), group)
-    run_on_rank0(lambda: write_atomically(partial / METADATA, snapshot.facts.as_json()), group)
-    seal(partial, group)
+    run_on_all(lambda: write_atomically(listing.rng_file(partial, dist.get_rank()), snapshot.rng), group)
+    run_on_rank0(lambda: write_atomically(partial / METADATA, snapshot.metadata.as_json()), group)
+    write_manifest(partial, group)
     run_on_rank0(lambda: listing.publish(partial, final), group)
 
 
-def _set_random_states(path: Path) -> None:
+def _load_rng_states(path: Path) -> None:
     try:
-        sharding.set_random_states(torch.load(path, map_location="cpu", weights_only=True))
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:  # of a file that was looked into before
+        sharding.set_rng_states(torch.load(path, map_location="cpu", weights_only=True))
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:  # although the file has passed its check
         raise ConfigError(f"random/{path.name} of checkpoint {path.parents[1]} cannot be used: {error}") from error
 
 
@@ -205,21 +205,21 @@ def _partial(final: Path) -> Path:
 
 
 def _make_empty(partial: Path) -> None:
-    for unfinished in listing.unfinished(partial.parent):  # they only take room: no two runs write into one folder
+    for unfinished in listing.unfinished(partial.parent):  # leftovers: no two runs write into the same folder
         remove(unfinished, ignore_errors=True)
     for part in ("tensors", "random"):
         (partial / part).mkdir(parents=True)
 
 
 def _prune(folder: Path, step: int, keep: int, milestones: Collection[int]) -> None:
-    """Of what is not newer than `step`, leave the newest `keep` checkpoints with a seal, and what is among them.
+    """Delete checkpoints up to `step` that are older than the most recent `keep` with a manifest.
 
-    What cannot be deleted is said and stays: the checkpoint that was just saved is whole all the same.
+    One that cannot be deleted is reported and stays: the checkpoint that was just saved is complete all the same.
     """
     listed = [(entry, step_of(entry)) for entry in listing.newest_first(folder)]
     entries = [entry for entry, its_step in listed if its_step <= step and its_step not in milestones]
-    sealed = [entry for entry in entries if listing.finished(entry) and os.path.exists(entry / SEAL)]
-    for entry in entries[entries.index(sealed[keep - 1]) + 1 :] if len(sealed) >= keep else []:
+    complete = [entry for entry in entries if listing.finished(entry) and os.path.exists(entry / MANIFEST)]
+    for entry in entries[entries.index(complete[keep - 1]) + 1 :] if len(complete) >= keep else []:
         try:
             listing.delete(entry)
         except OSError as error:

@@ -1,8 +1,8 @@
-"""What a checkpoint holds, as Megatron shards: the weights, and for each parameter AdamW's states in its very sharding.
+"""Contents of a checkpoint as Megatron shards: weights, and AdamW's states sharded like their parameters.
 
-ZeRO's flat partitions have no place in Megatron's format and depend on the number of ranks. So every parameter's master
-weight and moments are put together and saved like the parameter itself, under `optimizer.<kind>.<key of the weight>`:
-experts one by one, layers along an axis. Any layout can read them.
+Megatron's format has no place for ZeRO's flat partitions, which depend on the number of ranks. So this module gathers
+each parameter's master weight and moments and saves them like the parameter itself, under
+`optimizer.<kind>.<key of the weight>`: experts one by one, layers along an axis. Any layout can read them.
 """
 
 import warnings
@@ -36,7 +36,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
 from coe_megatron.checkpoint.storage import OPTIMIZER, Reader, Writer, cause_of, write_for_megatron
-from coe_megatron.checkpoint.tensor_index import Listed
+from coe_megatron.checkpoint.tensor_index import TensorIndex
 from coe_megatron.distributed.collectives import Group, all_gather, run_on_rank0
 from coe_megatron.errors import ConfigError
 from coe_megatron.text import shortened
@@ -45,34 +45,35 @@ from coe_megatron.zero.engine import Engine
 
 Shard: TypeAlias = ShardedTensor | ShardedTensorFactory
 Shards = dict[str, Shard]
-Random = dict[str, torch.Tensor]
+RngStates = dict[str, torch.Tensor]
 Tensors = dict[str, Any]
 _TRACKED = "tracker."
-_LONGEST_LINE = 500  # of an error
+_MAX_LINE = 500  # characters of an error
 
 
-def take_tensors(engine: Engine) -> Tensors:
-    """Copy weights and optimizer states into host memory, each rank what it will write; collective.
+def copy_to_host(engine: Engine) -> Tensors:
+    """Copy to host memory the weights and optimizer states that this rank will write; collective.
 
-    What several ranks have in common is spread over them, evenly by bytes. A copy takes as much host memory as a rank
-    writes: 16 bytes a parameter (14 with bf16) over the number of ranks that share it. With ZeRO stage 3 it also needs
-    the device's memory for the rank's whole weights.
+    Replicated tensors are divided among their ranks, evenly by bytes. The copy takes as much host memory as the rank
+    writes: 16 bytes per parameter (14 with bf16) divided by the number of ranks that share it. ZeRO stage 3 also needs
+    device memory for the rank's full weights.
     """
-    with torch.no_grad(), optimizer_states.gathered(engine), _deprecations_unsaid():
-        planned = {name: _parts(shard) for name, shard in _saved(engine.module, _no_data)}
-        _spread(planned)
-        for name, shard in _saved(engine.module, lambda *of: optimizer_states.read(engine, *of)):
+    with torch.no_grad(), optimizer_states.gathered_weights(engine), _no_deprecation_warnings():
+        planned = {name: _parts(shard) for name, shard in _all_shards(engine.module, _no_data)}
+        _assign_writers(planned)
+        for name, shard in _all_shards(engine.module, lambda *of: optimizer_states.read(engine, *of)):
             for target, part in zip(planned[name], _parts(shard), strict=True):
-                target.data = _copied(part.data) if is_main_replica(target.replica_id) else None
+                target.data = _to_host(part.data) if is_main_replica(target.replica_id) else None
         by_key, *_ = _replace_state_dict_keys_with_sharded_keys(planned, keep_only_main_replica=True)
         return mcore_to_pyt_state_dict(by_key, is_loading=False)
 
 
 def write_tensors(tensors: Tensors, folder: Path, group: Group = None) -> None:
-    """Write what `take_tensors` copied into an empty folder, in Megatron's torch_dist format; collective.
+    """Write the tensors of `copy_to_host` into an empty folder, in Megatron's torch_dist format; collective.
 
-    Every rank writes a file. Megatron's own way forks the rank to write, and starts a helper process that imports the
-    program again: seconds a save, a hang for programs without a `__main__` guard, and forks of processes that use CUDA.
+    Every rank writes one file. Megatron's own writer forks the rank and starts a helper process that imports the
+    program again. That takes seconds per save, hangs programs without a `__main__` guard, and forks processes that use
+    CUDA.
     """
     planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
     dcp.save(tensors, storage_writer=Writer(folder), planner=planner, process_group=group)
@@ -80,40 +81,42 @@ def write_tensors(tensors: Tensors, folder: Path, group: Group = None) -> None:
 
 
 def load_tensors(engine: Engine, folder: Path, kinds: Sequence[str] = optimizer_states.KINDS) -> None:
-    """Read a checkpoint of any layout; collective. It takes 4 bytes of host memory for each of a rank's parameters.
+    """Load weights and optimizer states from a checkpoint of any layout; collective.
+
+    Takes 4 bytes of host memory per parameter of this rank.
 
     Args:
-        kinds: which of the optimizer's states to read; fp32 master weights alone leave the moments as they are.
+        kinds: the optimizer states to load; with fp32 master weights only, the moments stay as they are.
 
     Raises:
-        ConfigError: the checkpoint holds other tensors than the model, or something that is no tensor.
+        ConfigError: the checkpoint's tensors do not match the model, or it holds something other than tensors.
     """
-    model, reader = engine.module, Reader(folder, run_on_rank0(lambda: Listed.read(folder)))
-    with optimizer_states.gathered(engine):
+    model, reader = engine.module, Reader(folder, run_on_rank0(lambda: TensorIndex.read(folder)))
+    with optimizer_states.gathered_weights(engine):
         _refuse_other_model(model, reader, kinds)
         weights = _load(_weights(model), reader)
     for name, parameter in model.named_parameters():
         optimizer_states.write_weight(engine, parameter, weights.pop(name))
-    unknown = model.load_state_dict(weights, strict=False).unexpected_keys  # what is left are buffers
+    unknown = model.load_state_dict(weights, strict=False).unexpected_keys  # the rest are buffers
     assert not unknown, unknown
     for kind in kinds:
-        with optimizer_states.gathered(engine):
+        with optimizer_states.gathered_weights(engine):
             shards = dict(_optimizer_states(model, kind, _allocate))
         loaded = _load(shards, reader)
         for name, parameter in model.named_parameters():
             optimizer_states.write(engine, parameter, kind, loaded[_state_name(kind, name)])
 
 
-def random_states() -> Random:
-    """The states of this rank's generators: torch's on CPU and, where there is one, CUDA, and Megatron's."""
+def rng_states() -> RngStates:
+    """The RNG states of this rank: torch's on CPU and, if present, CUDA, and those of Megatron's tracker."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     return states | {_TRACKED + name: state for name, state in get_cuda_rng_tracker().get_states().items()}
 
 
-def set_random_states(states: Random) -> None:
-    """Undo what happened to the generators since `random_states`."""
+def set_rng_states(states: RngStates) -> None:
+    """Restore the RNG states that `rng_states` returned."""
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
@@ -122,7 +125,7 @@ def set_random_states(states: Random) -> None:
 
 
 def _weights(model: torch.nn.Module) -> Shards:
-    """The model's parameters and buffers by name. Pickled `_extra_state` objects, empty in our models, stay out."""
+    """The model's parameters and buffers by name, without `_extra_state` objects, which are empty in these models."""
     shards = model.sharded_state_dict()  # type: ignore[operator]
     return {name: shard for name, shard in shards.items() if isinstance(shard, Shard)}
 
@@ -130,8 +133,8 @@ def _weights(model: torch.nn.Module) -> Shards:
 Value = Callable[[torch.nn.Parameter, str], torch.Tensor]
 
 
-def _saved(model: torch.nn.Module, value: Value) -> Iterator[tuple[str, Shard]]:
-    """All that a checkpoint holds, one after the other."""
+def _all_shards(model: torch.nn.Module, value: Value) -> Iterator[tuple[str, Shard]]:
+    """All shards of a checkpoint: weights, then each kind of optimizer state."""
     yield from _weights(model).items()
     for kind in optimizer_states.KINDS:
         yield from _optimizer_states(model, kind, value)
@@ -156,32 +159,32 @@ def _with_data(shard: Shard, kind: str, data: torch.Tensor) -> Shard:
 
 
 def _no_data(parameter: torch.nn.Parameter, _kind: str) -> torch.Tensor:
-    """Something of a state's shape that takes no memory."""
+    """A tensor of the state's shape that takes no memory."""
     return torch.zeros(()).expand(parameter.shape)
 
 
 def _parts(shard: Shard) -> list[ShardedTensor]:
-    """A parameter as it is stored: experts one by one."""
+    """The stored parts of a parameter: experts one by one."""
     return [shard] if isinstance(shard, ShardedTensor) else list(nested_values(shard.build()))
 
 
-def _spread(planned: dict[str, list[ShardedTensor]]) -> None:
-    """Decide who writes what: of several ranks that have a part, the one with least to write until then."""
+def _assign_writers(planned: dict[str, list[ShardedTensor]]) -> None:
+    """Assign each part to one of the ranks that hold it: the one with the least to write so far."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     distribution = determine_main_replica_uniform_distribution(planned, group)
     distribute_main_replicas_with_precomputed_distribution(planned, group, distribution)
     validate_sharding_integrity(determine_global_metadata(planned)[1])
 
 
-def _copied(data: torch.Tensor) -> torch.Tensor:
-    """In host memory of its own, with nothing around it."""
+def _to_host(data: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy in host memory, with storage of its own."""
     return torch.empty(data.shape, dtype=data.dtype).copy_(data)
 
 
 def _refuse_other_model(model: torch.nn.Module, reader: Reader, kinds: Sequence[str]) -> None:
-    """Compare names and sizes: Megatron's own message is a page long, and it is silent on what is left over."""
+    """Compare names and sizes; Megatron's own message is a page long and does not mention surplus tensors."""
     read = tuple(_state_name(kind, "") for kind in kinds)
-    held = {
+    stored = {
         key: list(entry.size)
         for key, entry in reader.entries.items()
         if key.startswith(read) or not key.startswith(OPTIMIZER)
@@ -190,9 +193,9 @@ def _refuse_other_model(model: torch.nn.Module, reader: Reader, kinds: Sequence[
     for kind in kinds:
         shards += [shard for _, shard in _optimizer_states(model, kind, _no_data)]
     wanted = dict(all_gather([(part.key, list(part.global_shape)) for shard in shards for part in _parts(shard)]))
-    for key in sorted(held.keys() | wanted.keys()):
-        if held.get(key) != wanted.get(key):
-            sizes = f"{held.get(key, 'missing')} in the checkpoint and {wanted.get(key, 'missing')} in the model"
+    for key in sorted(stored.keys() | wanted.keys()):
+        if stored.get(key) != wanted.get(key):
+            sizes = f"{stored.get(key, 'missing')} in the checkpoint and {wanted.get(key, 'missing')} in the model"
             raise ConfigError(f"checkpoint {reader.folder.parent} is of another model: {key} is {sizes}")
 
 
@@ -201,26 +204,26 @@ def _allocate(parameter: torch.nn.Parameter, _kind: str) -> torch.Tensor:
 
 
 def _load(shards: Shards, reader: Reader) -> dict[str, torch.Tensor]:
-    """What `dist_checkpointing.load` does, but all that is unpickled on the way goes through `Reader`."""
-    with _deprecations_unsaid():
+    """Does what `dist_checkpointing.load` does, but unpickles only through `Reader`."""
+    with _no_deprecation_warnings():
         stored, _, factories = load_preprocess(shards)
         by_key, *names = _replace_state_dict_keys_with_sharded_keys(stored)
         tensors = mcore_to_pyt_state_dict(by_key, is_loading=True)
         planner = MCoreLoadPlanner(shapes_validation_sharded_tensors=list(nested_values(stored)))
         try:
             dcp.load(tensors, storage_reader=reader, planner=planner)
-        except CheckpointException as error:  # it has a traceback of every rank in it
+        except CheckpointException as error:  # its text has a traceback of every rank
             if not isinstance(cause := cause_of(error), ConfigError | OSError):
                 raise cause from error
-            said = f"checkpoint {reader.folder.parent} cannot be read: {shortened(str(cause), _LONGEST_LINE)}"
-            raise ConfigError(said) from error
+            message = f"checkpoint {reader.folder.parent} cannot be read: {shortened(str(cause), _MAX_LINE)}"
+            raise ConfigError(message) from error
         parts = {key: _unwrap_pyt_sharded_tensor(tensor) for key, tensor in tensors.items()}
         return apply_factory_merges(_replace_sharded_keys_with_state_dict_keys(parts, *names), factories)
 
 
 @contextmanager
-def _deprecations_unsaid() -> Iterator[None]:
-    """Torch warns of the calls Megatron-Core 0.16 makes; to the user of a program that says nothing."""
+def _no_deprecation_warnings() -> Iterator[None]:
+    """Hide torch's deprecation warnings about calls that Megatron-Core 0.16 makes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield

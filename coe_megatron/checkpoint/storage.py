@@ -1,9 +1,9 @@
 """Folders of tensors in torch's distributed format (Megatron's torch_dist), part by part and without process groups.
 
-    .metadata         every tensor's shape, type and parts, and where each part lies (`tensor_list.py`)
+    .metadata         every tensor's shape, dtype and parts, and the file of each part (`tensor_index.py`)
     __R_F.distcp      parts, one after the other: file F of rank R
 
-The parts are tensors for `torch.load(weights_only=True)`, each looked into before (`saved.py`).
+`torch.load(weights_only=True)` reads each part after `torch_file_check.py` has checked it.
 """
 
 import io
@@ -28,14 +28,14 @@ from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWrite
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.futures import Future
 
-from coe_megatron.checkpoint.tensor_index import Listed
-from coe_megatron.checkpoint.torch_file_check import SavedTensor, look_into
+from coe_megatron.checkpoint.tensor_index import TensorIndex
+from coe_megatron.checkpoint.torch_file_check import SavedTensor, inspect_saved
 from coe_megatron.distributed.collectives import os_error_of
 from coe_megatron.errors import ConfigError
 
 OPTIMIZER = "optimizer."  # AdamW's states are named `optimizer.<kind>.<key of the weight>`
 MASTER = f"{OPTIMIZER}fp32_param."
-_LONGEST_LINE = 500  # of an error; torch explains at length
+_MAX_LINE = 500  # characters of an error; torch's are long
 _FOR_MEGATRON = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -47,55 +47,55 @@ Entries = Mapping[str, TensorStorageMetadata]
 
 
 class Reader(dcp.FileSystemReader):
-    """Reads a folder of tensors, through torch's and Megatron's own calls too; `.metadata` goes through the allow-list.
+    """Reads a folder of tensors, also for torch's and Megatron's loaders; reads `.metadata` with an allow-list.
 
     Args:
-        listed: where another rank has read it for all.
+        index: the index, if another rank has read it already.
 
     Raises:
-        ConfigError: `.metadata` cannot be read, asks for more than a list of tensors needs, or does not suit the files.
+        ConfigError: `.metadata` cannot be read, needs names that are not allowed, or does not match the files.
     """
 
-    def __init__(self, folder: Path, listed: Listed | None = None) -> None:
+    def __init__(self, folder: Path, index: TensorIndex | None = None) -> None:
         super().__init__(folder)
         self.folder = folder
-        self._metadata = (listed or Listed.read(folder)).parsed()
+        self._metadata = (index or TensorIndex.read(folder)).parse()
         self.storage_data = self._metadata.storage_data
         self.entries: dict[str, TensorStorageMetadata] = self._metadata.state_dict_metadata  # type: ignore[assignment]
 
     def read_metadata(self) -> Metadata:
-        """What torch's own reader unpickles here."""
+        """The parsed index; torch's own reader would unpickle it here."""
         return self._metadata
 
     def parts(self) -> list[tuple[str, ChunkStorageMetadata]]:
-        """All that are stored."""
+        """All stored parts: key of the tensor, and chunk."""
         return [(key, chunk) for key, entry in self.entries.items() for chunk in entry.chunks]
 
     def problem(self, key: str, chunk: ChunkStorageMetadata) -> str | None:
-        """Why a stored part is not what the list says, None if it is; its numbers are not read."""
+        """How a stored part differs from the index; None if it does not. Does not read its data."""
         place = self.storage_data[MetadataIndex(key, chunk.offsets)]
         try:
             with (self.folder / place.relative_path).open("rb") as file:
-                found = look_into(file, place.length, place.offset)
+                found = inspect_saved(file, place.length, place.offset)
             if found != SavedTensor(self.entries[key].properties.dtype, chunk.sizes):
-                raise ValueError("it is of another type or shape")
+                raise ValueError("it has another dtype or shape")
         except (OSError, ValueError) as error:
             return f"{self.folder.name}/{place.relative_path}: a part of {key} is damaged: {error}"
         return None
 
     def read_data(self, plan: LoadPlan, planner: dcp.LoadPlanner) -> Future[None]:
-        """What torch does, with its errors about files in one line.
+        """As torch does, with errors about files in one line.
 
         Raises:
-            ConfigError: the files hold something else than was written.
+            ConfigError: the files cannot be read or have changed.
         """
         try:
             return super().read_data(plan, planner)
         except (RuntimeError, pickle.UnpicklingError, OSError) as error:
-            raise ConfigError(f"a part in {self.folder} cannot be read: {error}"[:_LONGEST_LINE]) from error
+            raise ConfigError(f"a part in {self.folder} cannot be read: {error}"[:_MAX_LINE]) from error
 
     def part(self, key: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
-        """Any part of a tensor, in whatever parts it is stored; each of those it touches is in memory once."""
+        """Read any part of a tensor, however it is stored; loads each stored part that it overlaps once."""
         entry = self.entries[key]
         out = torch.empty(chunk.sizes, dtype=entry.properties.dtype)
         items = create_read_items_for_chunk_list(key, entry, [chunk])
@@ -104,21 +104,21 @@ class Reader(dcp.FileSystemReader):
 
 
 class Writer(dcp.FileSystemWriter):
-    """torch's writer, but two saves of equal tensors are equal files, and no error is lost.
+    """torch's writer, but equal tensors give equal files, and no error is lost.
 
-    torch notes the path and a random number in `.metadata`; and what goes wrong in a thread of its own it forgets, so
-    that a full disk would leave a list of tensors that are not there. Hence no such threads.
+    torch writes the path and a random number into `.metadata`. It also loses errors in its writer threads, so that a
+    full disk would leave an index of tensors that were never written; so this writer uses no threads.
     """
 
     def __init__(self, folder: Path, files: int = 1) -> None:
         super().__init__(folder, thread_count=files, sync_files=True, per_thread_copy_ahead=0)
 
     def storage_meta(self) -> StorageMeta:
-        """Nothing about this save."""
+        """Empty, so that `.metadata` does not depend on the save."""
         return StorageMeta()
 
     def _write_data(self, planner: Any, file_queue: Any) -> Any:
-        self.thread_count = 1  # until here it was the number of files
+        self.thread_count = 1  # torch uses it for the number of files as well
         try:
             return super()._write_data(planner, file_queue)
         except RuntimeError as error:
@@ -126,7 +126,7 @@ class Writer(dcp.FileSystemWriter):
 
 
 def write_for_megatron(folder: Path) -> None:
-    """What Megatron's own way of loading looks for beside the tensors; ours needs neither."""
+    """Write the extra files that Megatron's own loader expects; this project reads neither."""
     common = io.BytesIO()
     torch.save({}, common)
     (folder / "common.pt").write_bytes(common.getvalue())
@@ -134,12 +134,12 @@ def write_for_megatron(folder: Path) -> None:
 
 
 def write(folder: Path, entries: Entries, make: Make, files: int = 1) -> None:
-    """Write tensors whose parts `make(key, chunk)` hands out one by one; no more than one of each tensor is kept.
+    """Write tensors whose parts `make(key, chunk)` produces one by one; only one part is in memory at a time.
 
     Args:
-        folder: an empty one.
-        entries: shape, type and parts of every tensor.
-        files: over how many files the parts are spread, evenly by size.
+        folder: is empty.
+        entries: shape, dtype and parts of every tensor.
+        files: number of files, filled evenly by size.
 
     Raises:
         OSError: they cannot be written.
@@ -150,18 +150,18 @@ def write(folder: Path, entries: Entries, make: Make, files: int = 1) -> None:
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
             dcp.save({}, storage_writer=writer, planner=_PartByPart(entries, make), no_dist=True)
-        except CheckpointException as error:  # no Exception, and it has tracebacks in its text
+        except CheckpointException as error:  # not an Exception; its text has tracebacks
             raise cause_of(error) from error
     write_for_megatron(folder)
 
 
 def cause_of(error: CheckpointException) -> BaseException:
-    """What went wrong on the first of the ranks where something did."""
+    """The error of the first rank that failed."""
     return next(iter(error.failures.values()))[0]
 
 
 class _Into(dcp.DefaultLoadPlanner):
-    """What is read goes into one tensor."""
+    """Reads into a single tensor."""
 
     def __init__(self, out: torch.Tensor) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ class _Into(dcp.DefaultLoadPlanner):
 
 
 class _PartByPart(dcp.DefaultSavePlanner):
-    """A part is made when its turn comes to be written."""
+    """Produces each part only when it is written."""
 
     def __init__(self, entries: Entries, make: Make) -> None:
         super().__init__(flatten_state_dict=False)

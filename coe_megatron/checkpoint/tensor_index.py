@@ -1,8 +1,8 @@
-"""`.metadata` of a folder of tensors: every tensor's shape, type and parts, and where each part lies.
+"""`.metadata` of a torch_dist folder: every tensor's shape, dtype and parts, and the file of each part.
 
-It is a pickle, and unpickling can run any code. It is read (`pickles.py`) with the few classes that such a list is made
-of; one that asks for another is refused. That keeps out byte entries as well, which torch would unpickle without a
-list. What it says has to suit the files beside it: parts lie in them, and make up each tensor without gap or overlap.
+It is a pickle, and unpickling can run any code, so `safe_unpickler.py` reads it with an allow-list of the few classes
+that it needs. This also excludes byte entries, which torch would unpickle without a list. The index must match the
+files next to it: each part is inside a file, and the parts cover each tensor without gap or overlap.
 """
 
 import math
@@ -25,57 +25,56 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.serialization import _get_layout
 
-from coe_megatron.checkpoint.integrity import PARTS
-from coe_megatron.checkpoint.safe_unpickler import Refused, Unpickler
+from coe_megatron.checkpoint.integrity import SHARD_SUFFIX
+from coe_megatron.checkpoint.safe_unpickler import Disallowed, Unpickler
 from coe_megatron.checkpoint.torch_file_check import MOST_DIMENSIONS, STORED_DTYPES
 from coe_megatron.errors import ConfigError
 from coe_megatron.files import read_limited
 from coe_megatron.text import shortened
 
-LIST = ".metadata"
-# A part takes some 200 bytes in the list, and 1,600 more than its numbers in a file.
-_SMALLEST_LIST, _LARGEST_LIST = 1 << 16, 1 << 26  # bytes
-_LONGEST_KEY = 500  # characters
+INDEX = ".metadata"
+# A part takes some 200 bytes in the index, and 1,600 bytes besides its data in a file.
+_MIN_INDEX, _MAX_INDEX = 1 << 16, 1 << 26  # bytes
+_MAX_KEY = 500  # characters
 
 
 @dataclass(frozen=True)
-class Listed:
-    """A folder's `.metadata`, not yet parsed, and the size of each file of parts."""
+class TensorIndex:
+    """A folder's `.metadata`, not parsed yet, and the size of each data file."""
 
-    shown: str
+    path: str
     content: bytes
     sizes: dict[str, int]
 
     @classmethod
-    def read(cls, folder: Path) -> "Listed":
-        """Of a folder.
+    def read(cls, folder: Path) -> "TensorIndex":
+        """Read the index of a folder.
 
         Raises:
-            ConfigError: it cannot be read, or is larger than parts of that size need.
+            ConfigError: it cannot be read, or is larger than data files of this size need.
         """
         try:
-            sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.suffix == PARTS}
+            sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.suffix == SHARD_SUFFIX}
         except OSError as error:
             raise ConfigError(f"{folder.name} cannot be read: {(error.strerror or str(error)).lower()}") from None
-        shown, most = f"{folder.name}/{LIST}", min(_LARGEST_LIST, _SMALLEST_LIST + sum(sizes.values()) // 4)
-        return cls(shown, read_limited(folder / LIST, shown, most), sizes)
+        path, most = f"{folder.name}/{INDEX}", min(_MAX_INDEX, _MIN_INDEX + sum(sizes.values()) // 4)
+        return cls(path, read_limited(folder / INDEX, path, most), sizes)
 
-    def parsed(self) -> Metadata:
-        """What torch would unpickle.
+    def parse(self) -> Metadata:
+        """The index that torch would unpickle.
 
         Raises:
-            ConfigError: it asks for more than a list of tensors needs, is none, or does not suit the files.
+            ConfigError: it is not an index, needs names that are not allowed, or does not match the files.
         """
         try:
             found = _Unpickler().load(self.content)
             if type(found) is not Metadata:
-                raise ValueError("it holds something else")
+                raise ValueError("it has other contents")
             _require_parts(found, self.sizes)
-        except Refused as error:
-            asked = shortened(str(error))
-            raise ConfigError(f"{self.shown} asks for {asked}, of which no list of tensors is made") from error
+        except Disallowed as error:
+            raise ConfigError(f"{self.path} needs {shortened(str(error))}, which no tensor index needs") from error
         except ValueError as error:
-            raise ConfigError(f"{self.shown} is no list of tensors: {shortened(str(error))}") from error
+            raise ConfigError(f"{self.path} is not a tensor index: {shortened(str(error))}") from error
         return found
 
 
@@ -83,37 +82,37 @@ def _require_parts(found: Metadata, sizes: Mapping[str, int]) -> None:
     parts = 0
     for key, entry in found.state_dict_metadata.items():
         if type(key) is not str or type(entry) is not TensorStorageMetadata:
-            raise ValueError("it lists something else than tensors")
-        if not key.isprintable() or len(key) > _LONGEST_KEY:
-            raise ValueError("the name of a tensor is too long, or no terminal shows it")
-        if not _tile(entry.chunks, entry.size):
-            raise ValueError(f"the parts of {key} leave gaps, overlap, or are of another shape")
+            raise ValueError("it lists something other than tensors")
+        if not key.isprintable() or len(key) > _MAX_KEY:
+            raise ValueError("the name of a tensor is too long or not printable")
+        if not _covers(entry.chunks, entry.size):
+            raise ValueError(f"the parts of {key} have gaps, overlap, or have another shape")
         for chunk in entry.chunks:
             _require_place(found.storage_data.get(MetadataIndex(key, chunk.offsets)), key, entry, chunk, sizes)
         parts += len(entry.chunks)
     if not parts or parts != len(found.storage_data):
-        raise ValueError("it lists no tensors, or parts of none")
+        raise ValueError("it lists no tensors, or parts of unlisted ones")
 
 
 def _require_place(
     place: Any, key: str, entry: TensorStorageMetadata, chunk: ChunkStorageMetadata, sizes: Mapping[str, int]
 ) -> None:
-    """A part has to lie within a file, with room for all its numbers."""
+    """Check that a part is inside a file and large enough for its data."""
     if type(place) is not _StorageInfo:
-        raise ValueError(f"a part of {key} lies nowhere")
+        raise ValueError(f"a part of {key} has no location")
     if Path(place.relative_path).name != place.relative_path:
-        raise Refused(f"the file {place.relative_path}")
+        raise Disallowed(f"the file {place.relative_path}")
     if place.relative_path not in sizes:
-        raise ValueError(f"a part of {key} lies in {place.relative_path}, which is missing")
+        raise ValueError(f"a part of {key} is in {place.relative_path}, which is missing")
     needed = math.prod(chunk.sizes) * entry.properties.dtype.itemsize
     if place.length < needed or not 0 <= place.offset <= sizes[place.relative_path] - place.length:
-        raise ValueError(f"a part of {key} lies in {place.relative_path}, which is too short for it")
+        raise ValueError(f"a part of {key} is in {place.relative_path}, which is too short for it")
 
 
-def _tile(chunks: Sequence[ChunkStorageMetadata], size: torch.Size, dimension: int = 0) -> bool:
-    """Whether chunks make up a tensor without gap or overlap: cut along the first dimension, each slab along the next.
+def _covers(chunks: Sequence[ChunkStorageMetadata], size: torch.Size, dimension: int = 0) -> bool:
+    """Whether chunks cover a tensor without gap or overlap: split along the first dimension, each slab along the next.
 
-    All that Megatron writes is cut so.
+    Megatron splits every tensor in this way.
     """
     if dimension == len(size):
         return len(chunks) == 1
@@ -124,7 +123,7 @@ def _tile(chunks: Sequence[ChunkStorageMetadata], size: torch.Size, dimension: i
         slabs.setdefault((chunk.offsets[dimension], chunk.sizes[dimension]), []).append(chunk)
     end = 0
     for (offset, length), slab in sorted(slabs.items(), key=lambda each: each[0]):
-        if offset != end or not _tile(slab, size, dimension + 1):
+        if offset != end or not _covers(slab, size, dimension + 1):
             return False
         end += length
     return end == size[dimension]
@@ -132,7 +131,7 @@ def _tile(chunks: Sequence[ChunkStorageMetadata], size: torch.Size, dimension: i
 
 def _size(items: Any) -> torch.Size:
     if type(items) is not tuple or not all(type(item) is int and 0 <= item < 2**62 for item in items):
-        raise ValueError("a size is none")
+        raise ValueError("a size is invalid")
     if len(items) > MOST_DIMENSIONS:
         raise ValueError(f"a size has more than {MOST_DIMENSIONS} dimensions")
     return torch.Size(items)
@@ -150,7 +149,7 @@ def _memory_format(number: Any) -> _MEM_FORMAT_ENCODING:
     return _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
 
 
-# What instances hold: the types that each field may have.
+# The types that each field of an instance may have.
 _FIELDS: dict[type, dict[str, tuple[type, ...]]] = {
     Metadata: {
         "state_dict_metadata": (dict,), "storage_data": (dict,), "storage_meta": (StorageMeta, NoneType),
@@ -186,5 +185,5 @@ class _Unpickler(Unpickler):
             suits = type(state) is dict and fields.keys() - state.keys() <= {"transform_descriptors"}
             suits = suits and all(type(value) in fields.get(name, ()) for name, value in state.items())
         if not suits:
-            raise ValueError(f"a {type(made).__name__} is of another shape")
+            raise ValueError(f"a {type(made).__name__} has invalid fields")
         made.__setstate__(state) if type(made) is TensorProperties else vars(made).update(state)

@@ -1,7 +1,7 @@
-"""What `torch.save` wrote, looked into before torch reads it.
+"""Checks files written by `torch.save` before torch reads them.
 
-`torch.load(weights_only=True)` runs no code, but inflates what is compressed, makes a `bytearray` of any length, and
-makes a tensor as large as the file says. Here nothing is read but the list of what is in the file.
+`torch.load(weights_only=True)` runs no code, but it inflates compressed data, allocates a `bytearray` of any length,
+and allocates a tensor as large as the file claims. This module reads only the description of the tensors.
 """
 
 import io
@@ -14,11 +14,11 @@ from typing import IO, Any, ClassVar
 
 import torch
 
-from coe_megatron.checkpoint.safe_unpickler import Refused, Unpickler
+from coe_megatron.checkpoint.safe_unpickler import Disallowed, Unpickler
 
-_MOST_AT_ONCE = 1 << 16  # bytes; the pickle of a tensor takes 160, that of a rank's generators 500
+_MAX_READ = 1 << 16  # bytes; the pickle of a tensor takes 160, that of a rank's RNG states 500
 _CUDA_STATE = 16  # bytes
-_NONE = "it is no file of torch's"
+_INVALID = "it was not written by torch.save"
 MOST_DIMENSIONS = 16
 STORED_DTYPES: dict[str, torch.dtype] = {
     "torch FloatStorage": torch.float32,
@@ -36,51 +36,51 @@ STORED_DTYPES: dict[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class SavedTensor:
-    """Type and shape of a tensor whose bytes are all there."""
+    """Dtype and shape of a tensor whose data is complete."""
 
     dtype: torch.dtype
     sizes: torch.Size
 
 
-def look_into(file: IO[bytes], size: int, start: int = 0) -> Any:
-    """Tensors, or dicts of them by name, each as a `SavedTensor`.
+def inspect_saved(file: IO[bytes], size: int, start: int = 0) -> Any:
+    """Describe a saved tensor, or dict of tensors by name, each as a `SavedTensor`.
 
     Args:
-        file: from `start` on so many bytes of it (`size`) are what `torch.save` wrote.
+        file: `torch.save` wrote its `size` bytes from `start` on.
 
     Raises:
-        ValueError: it is no file of torch's, holds more than tensors, or less than it says.
+        ValueError: it was not written by `torch.save`, holds more than tensors, or less data than it claims.
     """
     try:
         with zipfile.ZipFile(_Window(file, start, size)) as archive:
             _require_plain(archive, size)
             pickled = [name for name in archive.namelist() if name.endswith("/data.pkl")]
             if len(pickled) != 1:
-                raise ValueError(_NONE)
+                raise ValueError(_INVALID)
             folder = pickled[0].removesuffix("data.pkl")
             if archive.read(f"{folder}byteorder") != b"little":
                 raise ValueError("its numbers are not little-endian")
             return _Saved(archive, folder).load(archive.read(pickled[0]))
-    except Refused as error:
-        raise ValueError(f"it asks for {str(error)[:100]}, of which no tensor is made") from error
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, KeyError) as error:  # also a kind of zip not known
-        raise ValueError(_NONE) from error
+    except Disallowed as error:
+        raise ValueError(f"it needs {str(error)[:100]}, which no tensor needs") from error
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, KeyError) as error:  # the second: an unknown kind of zip
+        raise ValueError(_INVALID) from error
 
 
 def saved_problem(path: Path, is_right: Callable[[Any], bool]) -> str | None:
-    """Why a file is none of torch's with the right things in it (as `look_into` returns them), None if it is."""
+    """What is wrong with a file of `torch.save`; None if `is_right` accepts what `inspect_saved` returns for it."""
     try:
         with path.open("rb") as file:
-            found = look_into(file, path.stat().st_size)
+            found = inspect_saved(file, path.stat().st_size)
         if not is_right(found):
-            raise ValueError("it holds something else")
+            raise ValueError("it has other contents")
     except (OSError, ValueError) as error:
         return f"{path.parent.name}/{path.name} is damaged: {error}"
     return None
 
 
-def generators_problem(path: Path) -> str | None:
-    """The same for the states of a rank's generators, by name."""
+def rng_states_problem(path: Path) -> str | None:
+    """What is wrong with a file of a rank's RNG states, by name; None if nothing is."""
     kinds = [SavedTensor(torch.uint8, size) for size in (torch.get_rng_state().size(), torch.Size([_CUDA_STATE]))]
 
     def are_states(found: Any) -> bool:
@@ -90,7 +90,7 @@ def generators_problem(path: Path) -> str | None:
 
 
 class _Window:
-    """Some bytes of a file as a file, never more of them at once than a list of tensors needs, whatever it claims."""
+    """A byte range of a file as a file object that limits the size of a single read."""
 
     def __init__(self, file: IO[bytes], start: int, size: int) -> None:
         self._file, self._start, self._size, self._at = file, start, size, 0
@@ -108,19 +108,19 @@ class _Window:
     def read(self, count: int = -1) -> bytes:
         left = max(0, self._size - self._at)
         count = left if count < 0 else min(count, left)
-        if count > _MOST_AT_ONCE:
-            raise ValueError(f"it has more than {_MOST_AT_ONCE:,} bytes beside its numbers")
+        if count > _MAX_READ:
+            raise ValueError(f"it has more than {_MAX_READ:,} bytes besides tensor data")
         self._file.seek(self._start + self._at)
         self._at += count
         return self._file.read(count)
 
 
 def _require_plain(archive: zipfile.ZipFile, size: int) -> None:
-    """Nothing compressed, encrypted or twice there (torch's reader tells no capital letters), nothing around it."""
+    """Refuse compressed, encrypted and duplicate entries (torch's reader ignores case), and data around the archive."""
     entries = archive.infolist()
-    alone = not archive.comment and min((entry.header_offset for entry in entries), default=1) == 0
-    if not alone or len({entry.filename.lower() for entry in entries}) != len(entries):
-        raise ValueError(_NONE)
+    nothing_around = not archive.comment and min((entry.header_offset for entry in entries), default=1) == 0
+    if not nothing_around or len({entry.filename.lower() for entry in entries}) != len(entries):
+        raise ValueError(_INVALID)
     if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in entries):
         raise ValueError("it is compressed or encrypted")
     if sum(entry.file_size for entry in entries) > size:
@@ -134,20 +134,20 @@ class _Storage:
 
 
 def _tensor(storage: Any, offset: Any, sizes: Any, strides: Any, *_: Any) -> SavedTensor:
-    """For torch's `_rebuild_tensor_v2`."""
+    """Stands in for torch's `_rebuild_tensor_v2`."""
     numbers = (offset, *sizes, *strides)
     if type(storage) is not _Storage or not all(type(number) is int and number >= 0 for number in numbers):
-        raise ValueError("a tensor in it is none")
+        raise ValueError("a tensor in it is invalid")
     if len(sizes) != len(strides) or len(sizes) > MOST_DIMENSIONS:
-        raise ValueError("a tensor in it has a shape that is none")
+        raise ValueError("a tensor in it has an invalid shape")
     last = offset + sum((length - 1) * stride for length, stride in zip(sizes, strides, strict=True))
     if math.prod(sizes) and last >= storage.count:
-        raise ValueError("a tensor in it claims more bytes than there are")
+        raise ValueError("a tensor in it claims more data than there is")
     return SavedTensor(storage.dtype, torch.Size(sizes))
 
 
 def _no_hooks(*items: Any) -> None:
-    """For the ordered dict of a tensor's hooks, which is empty."""
+    """Stands in for the OrderedDict of a tensor's hooks, which must be empty."""
     if items:
         raise ValueError("a tensor in it has hooks")
 
@@ -164,10 +164,10 @@ class _Saved(Unpickler):
         self._archive, self._folder = archive, folder
 
     def persistent_load(self, identity: Any) -> _Storage:
-        """Bytes that lie in a file of their own in the archive."""
+        """The storage of a tensor, a separate file in the archive."""
         kind, dtype, name, _location, count = identity
         if kind != "storage" or type(dtype) is not torch.dtype or type(name) is not str or type(count) is not int:
-            raise ValueError("a tensor in it is none")
+            raise ValueError("a tensor in it is invalid")
         if self._archive.getinfo(f"{self._folder}data/{name}").file_size != count * dtype.itemsize:
-            raise ValueError("a tensor in it has another size than its bytes")
+            raise ValueError("the size of a tensor in it does not match its data")
         return _Storage(dtype, count)

@@ -25,9 +25,9 @@ first node.
 
 A node is bad when it does not answer, when memory, disk or clock are beyond a limit, when --output cannot be written,
 when it has other devices than most, or when it talks slowly even with the better of its two neighbours in the list
-(beyond two nodes; of two the slow one cannot be told, so give --bandwidth). --report has {"nodes": {NAME: {...}},
-"bad": {NAME: REASON}, "together": {...}}, with GB/s of 1e9 bytes: all-to-all by what leaves a node, all-reduce by twice
-the message's part that does.
+(with only two nodes, the check cannot tell which one is slow, so give --bandwidth). --report has
+{"nodes": {NAME: {...}}, "bad": {NAME: REASON}, "all_nodes": {...}}, with GB/s of 1e9 bytes: all-to-all by what leaves a
+node, all-reduce by twice the message's part that does.
 
 exit status: 0 all nodes are good, 1 at least one is bad (at nodes but the first: the first does not answer), 2 a bad
 argument."""
@@ -133,8 +133,8 @@ def _expanded(environment: Mapping[str, str]) -> tuple[str, ...]:
 def meeting(said: str | None, first: str, environment: Mapping[str, str]) -> tuple[str, int, bool]:
     """Address and port, and whether torchrun serves a store there; ConfigError if they are none."""
     if said is None:
-        ranks = DistributedEnv.from_environment(environment)
-        return (ranks.address, ranks.port, ranks.served) if ranks.address else (first, _PORT, False)
+        env = DistributedEnv.from_environment(environment)
+        return (env.master_addr, env.master_port, env.agent_store) if env.master_addr else (first, _PORT, False)
     address, _, port = said.rpartition(":")
     try:
         number = whole_number("the port", port, 1, LARGEST_PORT)
@@ -178,13 +178,13 @@ def main() -> int:
         program.error(str(error))
     use_interface(names, index, address)
     os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"  # so that a collective that does not end raises
-    from coe_megatron.launcher.node_check import Limits, Place, check  # torch takes seconds
+    from coe_megatron.launcher.node_check import Limits, NodeEnv, check  # torch takes seconds
 
     limits = Limits(**{name.replace("-", "_"): value for name, value in chosen.items() if value is not None})
     last = f"{program.prog}: {names[index]}: no end after {AT_MOST * limits.timeout:g} s"
     threading.Timer(AT_MOST * limits.timeout, leave, args=(1, last)).start()
     try:
-        report = check(Place(index, names, address, port, served), options.output, limits)
+        report = check(NodeEnv(index, names, address, port, served), options.output, limits)
     except TimeoutError as error:
         leave(1, f"{program.prog}: {names[index]}: {error}")
     if report is None:

@@ -16,19 +16,19 @@ EPILOG = """examples:
   %(prog)s reshard runs/big published --weights-only
   %(prog)s average runs/big averaged --last 4
 
-DIR is a checkpoint, or the folder of a run for its newest one (reshard and average: that is whole). What is written is
-a checkpoint too: a run begins with it by training.warm_start, and goes on from it if it lies among that run's
-checkpoints and has its states.
+DIR is a checkpoint, or the folder of a run: its most recent checkpoint (reshard, average: most recent complete one).
+The result is a checkpoint too. A run can start from it with training.warm_start, or resume from it if it is among the
+run's checkpoints and has optimizer states.
 
 exit status: 0 done, 1 verify found a damaged checkpoint, 2 a mistake or what cannot be done (one line on stderr says
 which, and nothing was written), 130 interrupted."""
 
 COMMANDS = {
-    "inspect": "Say what a checkpoint holds; its files are not verified.",
+    "inspect": "Describe a checkpoint, without verifying its files.",
     "verify": "Read every byte of a checkpoint, or of all checkpoints of a run.",
-    "reshard": "Write a checkpoint anew: in few files instead of one a rank, or without AdamW's moments. Loading never "
-    "needs it: any layout and ZeRO stage reads what any other has saved.",
-    "average": "Write the mean of the weights of several checkpoints, to begin another run with.",
+    "reshard": "Rewrite a checkpoint: in few files instead of one per rank, or without AdamW's moments. Loading never "
+    "needs this: any layout and ZeRO stage can load the checkpoints of any other.",
+    "average": "Average the weights of several checkpoints, to start another run from.",
 }
 
 
@@ -46,7 +46,7 @@ def parser() -> Parser:
         command.add_argument("--overwrite", action="store_true", help="replace the checkpoint OUT")
     reshard.add_argument("--files", type=int, default=1, metavar="N", help="that the tensors go into (default: 1)")
     reshard.add_argument("--weights-only", action="store_true", help="weights and fp32 masters, for a warm start")
-    average.add_argument("--last", type=int, metavar="N", help="DIR is a run: take its newest N checkpoints")
+    average.add_argument("--last", type=int, metavar="N", help="DIR is a run: average its most recent N checkpoints")
     return made
 
 
@@ -83,7 +83,7 @@ def act(options: argparse.Namespace) -> int:
         case "average":
             sources = options.sources
             if options.last is not None:
-                sources = tools.newest(sources[0], options.last)
+                sources = tools.latest(sources[0], options.last)
             made = tools.average(sources, options.out, options.overwrite)
             write_out(one_line(f"written: {made}"))
     return 0
@@ -93,9 +93,9 @@ def verify(source: Path) -> int:
     from coe_megatron.checkpoint import listing, tools
 
     damaged = False
-    for checkpoint, trouble in tools.verify(source):
-        damaged |= trouble is not None and listing.finished(checkpoint)
-        write_out(one_line(f"{checkpoint}: {trouble or 'whole'}"))
+    for checkpoint, problem in tools.verify(source):
+        damaged |= problem is not None and listing.finished(checkpoint)
+        write_out(one_line(f"{checkpoint}: {problem or 'complete'}"))
     return 1 if damaged else 0
 
 

@@ -9,6 +9,7 @@ import shlex
 import signal
 import sys
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from coe_megatron.distributed.environment import LARGEST_PORT, MOST_RANKS, whole
 from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.files import as_argument, user_path
 from coe_megatron.launcher.hosts import MOST_SLOTS, Host, from_file, from_list, ranks_per_node
-from coe_megatron.launcher.ssh_launcher import EXPORTED, RemoteCommands, ask, command_string, exported
+from coe_megatron.launcher.ssh_launcher import EXPORTED, RemoteCommands, command_string, exported, run_on_host
 from coe_megatron.launcher.torchrun_supervisor import Requests
 from coe_megatron.run.exit_status import ExitStatus
 from coe_megatron.slurm.spare_nodes import bad_in
@@ -43,6 +44,8 @@ exit status: that of the ranks, by the first host to fail that says more than "f
 3 stopped and saved, 4 diverged, 5 not saved, 6 busy, 7 hung, 130 interrupted from the keyboard."""
 _MEETING = "import sys; from coe_megatron.launcher.network import *; print(address_towards(sys.argv[1]), free_port())"
 
+_ASKED_AT_ONCE = 64
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -64,10 +67,15 @@ class Plan:
     def meeting(self) -> tuple[str, int]:
         """Address and free port of the first host, as it says itself."""
         peer = self.hosts[min(1, len(self.hosts) - 1)]
-        said = ask(self.shell, self.hosts[0], self.command("-c", _MEETING, peer.address)).split()
+        said = run_on_host(self.shell, self.hosts[0], self.command("-c", _MEETING, peer.address)).split()
         if len(said) < 2:
             raise ConfigError(f"host {self.hosts[0].name}: {self.shell[0]} has not run the command that it was given")
         return said[-2], whole_number(f"host {self.hosts[0].name}: its port", said[-1], 1, LARGEST_PORT)
+
+    def reach(self) -> None:
+        """That all hosts answer; ConfigError names the first that does not."""
+        with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
+            list(pool.map(lambda host: run_on_host(self.shell, host, "true"), self.hosts))
 
     def torchrun(self, address: str, port: int, run: str) -> dict[str, str]:
         """The command of each host that starts its ranks."""
@@ -129,7 +137,7 @@ def parser() -> Parser:
 
 
 def plan(options: argparse.Namespace) -> Plan:
-    """The plan that the arguments ask for; ConfigError if there is none."""
+    """The plan that the arguments describe; ConfigError if there is none."""
     hosts = from_list(options.hosts) if options.hosts is not None else from_file(options.hostfile)
     asked = options.ranks_per_node
     ranks = ranks_per_node(hosts, asked and whole_number("--ranks-per-node", asked, 1, MOST_SLOTS))
@@ -205,6 +213,8 @@ def check(made: Plan) -> dict[str, str]:
 
 def run(made: Plan) -> int:
     """Train; returns the exit status."""
+    if made.options.min_hosts is None:
+        made.reach()
     commands = made.torchrun(*made.meeting(), uuid.uuid4().hex)
     asked, requests = list[int](), Requests()
 

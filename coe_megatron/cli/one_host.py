@@ -101,7 +101,7 @@ def towards(host: str, environment: dict[str, str]) -> list[str]:
 
 def kubeflow(status: ExitStatus) -> int:
     """The status as Kubeflow's restart policy ExitCode reads it: from 128 on a pod is started again."""
-    return 128 + status if status.again else min(status, 127)
+    return 128 + status if status.retryable else min(status, 127)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from coe_megatron.estimate.run_estimate import estimate, vocabulary
 from coe_megatron.estimate.run_shape import RunShape
 from coe_megatron.files import kind_of, problem, require_folder, user_path
 from coe_megatron.lean_imports import import_megatron
-from coe_megatron.run.exit_status import ExitStatus, leave_error_file
+from coe_megatron.run.exit_status import ExitStatus, write_error_file
 from coe_megatron.run.lock import FolderInUse
 from coe_megatron.run.output_check import require_output
 from coe_megatron.training.signals import StopRequest, stop_with_parent
@@ -128,7 +128,7 @@ def _pretrain(parser: Parser, ranks: DistributedEnv, checked: RunConfig | None, 
     """Args: what rank 0 has, which alone reads files at the start: a thousand ranks would read them all at once."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         stop_with_parent()
-    torchruns = ranks.logs.parents[2:3] if ranks.logs and ranks.local_rank == 0 else ()
+    torchruns = ranks.log_dir.parents[2:3] if ranks.log_dir and ranks.local_rank == 0 else ()
     scratch.enter(next(iter(torchruns), None))
     # Imported here: the stack takes seconds, and a mistake in config or data should not.
     from coe_megatron.training.console import quiet_libraries
@@ -137,20 +137,20 @@ def _pretrain(parser: Parser, ranks: DistributedEnv, checked: RunConfig | None, 
     import_megatron()
     from coe_megatron.checkpoint.save_load import CheckpointNotSaved
     from coe_megatron.data.token_file import DamagedTokens
-    from coe_megatron.distributed.rendezvous import NotMet, meet
+    from coe_megatron.distributed.rendezvous import RendezvousError, rendezvous
     from coe_megatron.run.folder import OutputLost
     from coe_megatron.training.loop import Interrupted, train
 
     try:
-        store = meet(ranks)
-    except NotMet as error:  # a mistake by hand; where a launcher has set the variables, a node may be lost
+        store = rendezvous(ranks)
+    except RendezvousError as error:  # a mistake by hand; where a launcher has set the variables, a node may be lost
         parser.refuse(ExitStatus.FAILED if ranks.launched else ExitStatus.MISTAKE, str(error), aloud=True)
     if checked is not None:
         store.set("config", json.dumps(asdict(checked)))
     config = parse(json.loads(store.get("config")))
     interruption = StopRequest(stop_file)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on there is a run, which notes how it ended
-    last_word = partial(leave_error_file, environment=os.environ)
+    last_word = partial(write_error_file, environment=os.environ)
     try:
         outcome = train(config, ranks, store, interruption, last_word)
     except KeyboardInterrupt:

@@ -124,7 +124,8 @@ def submit(plan: Plan, options: argparse.Namespace) -> ExitStatus:
             write_out(str(array))
             continue
         _write_configs(array.runs)
-        say(f"job {array.submit(os.environ)}: {len(array.runs)} runs of {layout(array.runs[0].config).ranks} ranks")
+        ranks = layout(array.runs[0].config).world_size
+        say(f"job {array.submit(os.environ)}: {len(array.runs)} runs of {ranks} ranks")
     return ExitStatus.DONE
 
 

@@ -13,7 +13,7 @@ from typing import Any, Never
 from coe_megatron.distributed.environment import rank_of
 from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.files import expand_user, user_path
-from coe_megatron.run.exit_status import ExitStatus, leave_error_file
+from coe_megatron.run.exit_status import ExitStatus, write_error_file
 
 _SECONDS_FOR_RANK_0 = 10
 _DASHED = re.compile(r"(?<=unrecognized arguments: )--(output|[a-z_]+(?:\.\w+)+)(?:[= ](\S+))?")
@@ -53,7 +53,7 @@ class Parser(argparse.ArgumentParser):
         Args:
             aloud: also on ranks other than 0: it is this rank's own matter.
         """
-        leave_error_file(status, one_line(message), environment=os.environ)
+        write_error_file(status, one_line(message), environment=os.environ)
         silent = self._silent and not aloud
         if silent:  # the first rank to end makes torchrun kill the others, rank 0 before it has spoken
             time.sleep(_SECONDS_FOR_RANK_0)

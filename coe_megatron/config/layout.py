@@ -17,13 +17,14 @@ class Layout:
     """Sizes that multiply to the number of ranks.
 
     Attributes:
+        world_size: number of ranks.
         tensor: TP, ranks that cut attention, shared experts, embedding and, between these, the sequence.
         pipeline: PP, stages of consecutive layers.
         expert: EP, ranks that divide the experts of a layer among them.
         expert_tensor: ETP, ranks that cut every expert.
     """
 
-    ranks: int
+    world_size: int
     tensor: int = 1
     pipeline: int = 1
     expert: int = 1
@@ -32,12 +33,12 @@ class Layout:
     @property
     def data(self) -> int:
         """Replicas of the dense parameters; each has micro-batches of its own."""
-        return self.ranks // (self.tensor * self.pipeline)
+        return self.world_size // (self.tensor * self.pipeline)
 
     @property
     def expert_data(self) -> int:
         """Replicas of an expert."""
-        return self.ranks // (self.expert_tensor * self.expert * self.pipeline)
+        return self.world_size // (self.expert_tensor * self.expert * self.pipeline)
 
     def __str__(self) -> str:
         """Such as `data 4, tensor 2, expert 2`; what is 1 is left out, but for data."""
@@ -53,8 +54,8 @@ def layout(config: RunConfig, world_size: int | None = None) -> Layout:
         world_size: number of ranks; when None `parallel.world_size`, or as few as the other sizes allow.
     """
     parallel = config.parallel
-    ranks = world_size or parallel.world_size or _unit(config)
-    return Layout(ranks, parallel.tensor, parallel.pipeline, parallel.expert, parallel.expert_tensor)
+    size = world_size or parallel.world_size or _unit(config)
+    return Layout(size, parallel.tensor, parallel.pipeline, parallel.expert, parallel.expert_tensor)
 
 
 def moe_pattern(config: RunConfig) -> tuple[int, ...]:
@@ -157,13 +158,13 @@ def _ranks(config: RunConfig, world_size: int | None) -> Iterator[str]:
     if None not in (meant, world_size) and meant != world_size:
         yield f"parallel.world_size is {meant}: {world_size} ranks were started, start as many or leave it null"
     found = layout(config, meant or world_size)
-    if found.ranks % unit:
+    if found.world_size % unit:
         sizes = {name: getattr(config.parallel, name) for name in ("tensor", "pipeline", "expert", "expert_tensor")}
         which = [name for name, size in sizes.items() if size > 1]
         yield (
             f"{' and '.join(f'parallel.{name} is {sizes[name]}' for name in which)}: the number of ranks "
-            f"({found.ranks}) must be a multiple of {unit}; start so many (torchrun --nproc-per-node {unit}) or give "
-            f"{' '.join(f'parallel.{name}=1' for name in which)}"
+            f"({found.world_size}) must be a multiple of {unit}; start so many (torchrun --nproc-per-node {unit}) or "
+            f"give {' '.join(f'parallel.{name}=1' for name in which)}"
         )
         return
     rows = training.micro_batch * found.data

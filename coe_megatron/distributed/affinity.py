@@ -1,4 +1,4 @@
-"""Keeps a rank on the processors near its GPU, as far as those who started it allow."""
+"""Binds a rank to the CPUs of its GPU's NUMA node, within the CPUs it was given."""
 
 import os
 from contextlib import suppress
@@ -9,22 +9,22 @@ import torch
 _PCI_DEVICES = Path("/sys/bus/pci/devices")
 
 
-def bind_near(device: torch.device) -> None:
-    """Leave this process, with the threads that it has, those of its processors alone that are near a CUDA device.
+def set_cpu_affinity(device: torch.device) -> None:
+    """Bind all threads of this process to those of its CPUs that are local to a CUDA device.
 
-    Nothing changes where the kernel does not say which these are, or where a scheduler has given it none of them.
-    `torchrun --numa-binding` refuses to start a rank in both cases, and wherever the program numactl is missing.
+    Does nothing if the kernel does not report these CPUs, or if the scheduler gave this process none of them.
+    `torchrun --numa-binding` refuses to start a rank in both cases, and also if numactl is not installed.
     """
     found = torch.cuda.get_device_properties(device)
     name = f"{found.pci_domain_id:04x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"  # type: ignore[attr-defined]
-    if near := processors_near(_PCI_DEVICES / name) & os.sched_getaffinity(0):
+    if near := local_cpus(_PCI_DEVICES / name) & os.sched_getaffinity(0):
         for thread in os.listdir("/proc/self/task"):
-            with suppress(ProcessLookupError):  # it has just ended
+            with suppress(ProcessLookupError):  # the thread has just ended
                 os.sched_setaffinity(int(thread), near)
 
 
-def processors_near(pci_device: Path) -> set[int]:
-    """Which processors the kernel says are near a PCI device, by the device's folder in sysfs; none if it is silent."""
+def local_cpus(pci_device: Path) -> set[int]:
+    """The CPUs that the kernel reports as local to a PCI device, by its folder in sysfs; empty if it reports none."""
     try:
         ranges = (pci_device / "local_cpulist").read_text().strip()
     except OSError:

@@ -1,6 +1,6 @@
-"""What the ranks do together around files, over any process group of all ranks (the default one when None).
+"""Collectives on Python objects, over any process group of all ranks (the default group when None).
 
-Without process groups this process is alone.
+If process groups are not initialised, this process is treated as the only rank.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ Result = TypeVar("Result")
 
 
 def broadcast(value: Any, group: Group = None) -> Any:
-    """The first rank's value on all ranks."""
+    """Rank 0's value on all ranks."""
     box = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(box, group=group)
@@ -23,14 +23,14 @@ def broadcast(value: Any, group: Group = None) -> Any:
 
 
 def run_on_rank0(action: Callable[[], Result], group: Group = None, *, shared: bool = True) -> Result:
-    """What `action` returns on the first rank, which alone calls it: a thousand ranks would read one file all at once.
+    """Call `action` on rank 0 only and return its result on all ranks, so that not every rank reads the same file.
 
     Args:
-        action: without a collective call in it; its errors can be pickled, and its result if it is shared.
-        shared: False keeps the result on the first rank; the others have None, which `Result` should allow for.
+        action: makes no collective call; its exceptions can be pickled, and also its result if `shared`.
+        shared: False keeps the result on rank 0; other ranks return None, which `Result` should allow.
 
     Raises:
-        Exception: on all ranks what `action` raised; the others would wait for the first and end in an error of theirs.
+        Exception: what `action` raised, on all ranks.
     """
     result: Any = None
     error: Exception | None = None
@@ -40,13 +40,13 @@ def run_on_rank0(action: Callable[[], Result], group: Group = None, *, shared: b
         except Exception as raised:
             error = raised
     there, failed = broadcast((result if shared else None, error), group)
-    if error := error or failed:  # on the first rank with its traceback
+    if error := error or failed:  # rank 0 keeps the traceback
         raise error
     return there if shared else result
 
 
 def all_gather(items: list, group: Group = None) -> list:
-    """What all ranks have, in one list."""
+    """The items of all ranks in one list, in rank order."""
     lists: list[Any] = [items]
     if dist.is_initialized():
         lists = [None] * dist.get_world_size()
@@ -55,35 +55,35 @@ def all_gather(items: list, group: Group = None) -> list:
 
 
 def is_rank0() -> bool:
-    """Whether this rank does what one rank has to do for all."""
+    """Whether this is rank 0, or process groups are not initialised."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def shard(items: Sequence) -> Sequence:
-    """This rank's part of a list that all ranks have."""
+    """This rank's shard of a list that is equal on all ranks: every world_size-th item."""
     return items[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else items
 
 
 def run_on_all(work: Callable[[], None], group: Group) -> None:
-    """Do something on every rank and wait for all; what fails on one is raised on all.
+    """Call `work` on every rank and wait for all; if one rank fails, all ranks raise.
 
     Args:
-        work: without a collective call in it.
+        work: makes no collective call.
 
     Raises:
-        OSError: what the disk said first.
+        OSError: the first rank's error.
     """
     failure = None
     try:
         work()
-    except (OSError, RuntimeError, ConfigError) as error:  # torch.save makes the second of the first
+    except (OSError, RuntimeError, ConfigError) as error:  # torch.save turns an OSError into a RuntimeError
         failure = str(os_error_of(error))
     if failures := [found for found in all_gather([failure], group) if found]:
         raise OSError(failures[0])
 
 
 def os_error_of(error: BaseException) -> BaseException:
-    """Of an error of torch's writers the OSError before it, whose text says more (`No space left on device`)."""
+    """The OSError behind an error of torch's writers, whose text says more (`No space left on device`)."""
     before: BaseException | None = error
     while before is not None and not isinstance(before, OSError):
         before = before.__cause__ or before.__context__

@@ -1,4 +1,4 @@
-"""Starts and ends a rank: device, process groups, seeds. Answers what DeepSpeed asks of Megatron's groups, too."""
+"""Initialises a rank: device, process groups, seeds. Also gives DeepSpeed Megatron's groups as its `mpu`."""
 
 import math
 import os
@@ -13,51 +13,51 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from coe_megatron.config.settings import ParallelSettings
 from coe_megatron.distributed import affinity
 from coe_megatron.distributed.environment import DistributedEnv
-from coe_megatron.distributed.rendezvous import LOOPBACK, meet
+from coe_megatron.distributed.rendezvous import LOOPBACK, rendezvous
 from coe_megatron.errors import ConfigError
 from coe_megatron.launcher import network
 from coe_megatron.local_backend import megatron_compat, without_cuda
 
-# Megatron derives the seeds of its generators by adding up to a few thousand (2718 + TP rank, 1024 + 100 x EP rank).
-_SEEDS_OF_A_RANK = 10_000
+# Megatron adds up to a few thousand to the seed for each of its generators (2718 + TP rank, 1024 + 100 x EP rank).
+_SEED_STRIDE = 10_000
 
 
 def start(
     parallel: ParallelSettings,
     seed: int,
-    ranks: DistributedEnv | None = None,
+    env: DistributedEnv | None = None,
     timeout: timedelta | None = None,
     store: dist.Store | None = None,
 ) -> torch.device:
-    """Make this process a rank: compatibility parts, device with its processors, process groups, and seeds.
+    """Initialise this rank: local backend, device and CPU affinity, process groups, and seeds.
 
-    Equal seeds let replicas build equal weights; each pipeline stage has a seed of its own, or its layers would be
-    those of the first. Call `seed_dropout` when the model is built.
+    All replicas get the same seed and so build equal weights; each pipeline stage gets its own, so that its layers
+    differ from those of the first stage. Call `seed_dropout` after the model is built.
 
     Args:
-        ranks: which rank this is; what torchrun says when None.
-        timeout: after which a collective that waits for others is an error; torch's and Megatron's own when None.
-        store: from `meet`, which is called when None.
+        env: rank and world size of this process; read from the environment when None.
+        timeout: of collectives; torch's and Megatron's defaults when None.
+        store: from `rendezvous`, which is called when None.
 
-    Where all ranks are on one host, gloo and NCCL listen at its loopback interface alone.
+    If all ranks are on one host, gloo and NCCL use only its loopback interface.
 
     Returns:
-        The rank's device: its CUDA device (with NCCL), or the CPU (with gloo) where there is no CUDA.
+        The rank's device: its CUDA device (with NCCL), or the CPU (with gloo) if there is no CUDA.
     """
-    ranks = DistributedEnv.from_environment(os.environ) if ranks is None else ranks
+    env = DistributedEnv.from_environment(os.environ) if env is None else env
     megatron_compat.install()
     without_cuda.install()
-    device = _device(ranks)
-    if ranks.one_host:
+    device = _device(env)
+    if env.single_node:
         with suppress(ConfigError):  # a container may have no such interface
             network.use_interface_towards(LOOPBACK, os.environ)
     backend = "nccl" if device.type == "cuda" else "gloo"
     own = device if device.type == "cuda" else None  # lets NCCL connect at once, to the right device
     dist.init_process_group(
         backend,
-        store=store or meet(ranks),
-        rank=ranks.rank,
-        world_size=ranks.world_size,
+        store=store or rendezvous(env),
+        rank=env.rank,
+        world_size=env.world_size,
         device_id=own,
         timeout=timeout,
     )
@@ -73,16 +73,16 @@ def start(
 
 
 def stop() -> None:
-    """End what `start` began, on all ranks together."""
+    """Destroy the process groups; collective."""
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 
 
 def seed_dropout(seed: int) -> None:
-    """Give every replica of the model random numbers of its own, so that dropout masks differ where the data differ.
+    """Give each replica of the model its own seed, so that dropout masks differ where the data differ.
 
-    Ranks of tensor parallelism go on sharing a seed: what has to differ between them Megatron takes from its own
-    generators. To be called when the weights are made.
+    Tensor-parallel ranks keep sharing a seed: Megatron draws what must differ between them from its own generators.
+    Call this after the weights are initialised.
     """
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     replica, stage = parallel_state.get_data_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
@@ -90,25 +90,25 @@ def seed_dropout(seed: int) -> None:
 
 
 def _seed(seed: int, which: int) -> None:
-    own = seed + _SEEDS_OF_A_RANK * which
+    own = seed + _SEED_STRIDE * which
     torch.manual_seed(own)
     model_parallel_cuda_manual_seed(own)
 
 
-def _device(ranks: DistributedEnv) -> torch.device:
+def _device(env: DistributedEnv) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", ranks.local_rank)
+    device = torch.device("cuda", env.local_rank)
     torch.cuda.set_device(device)
-    affinity.bind_near(device)
+    affinity.set_cpu_affinity(device)
     return device
 
 
 class MegatronGroups:
-    """Megatron's groups under the names that DeepSpeed looks for on its `mpu` (parallel_state alone lacks some).
+    """Megatron's groups under the names that DeepSpeed expects on its `mpu`; parallel_state itself lacks some.
 
-    The model-parallel group is TP x PP: over it DeepSpeed adds up gradient norms, and with TP alone every pipeline
-    stage would clip by the norm of its own parameters.
+    The model-parallel group is TP x PP: DeepSpeed sums gradient norms over it, and with TP alone every pipeline stage
+    would clip by the norm of its own parameters.
     """
 
     get_model_parallel_group = staticmethod(parallel_state.get_model_parallel_group)
@@ -124,12 +124,12 @@ class MegatronGroups:
 
     @staticmethod
     def get_model_parallel_world_size() -> int:
-        """Ranks that hold one whole model between them."""
+        """Number of ranks that together hold one model."""
         return parallel_state.get_model_parallel_group().size()
 
     @staticmethod
     def get_model_parallel_rank() -> int:
-        """This rank's place among them."""
+        """This rank's index in that group."""
         return parallel_state.get_model_parallel_group().rank()
 
     @staticmethod

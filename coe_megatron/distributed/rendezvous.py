@@ -1,7 +1,7 @@
-"""Where ranks meet before they are groups: a store that rank 0 or torchrun serves, and waits that have an end.
+"""Rendezvous of the ranks before process groups exist: a store hosted by rank 0 or torchrun, with bounded waits.
 
-Ranks on one host meet at its loopback address, which no other host can reach. Torch's own server listens on all
-interfaces, and its client fills stderr while it waits; so the socket, and the waiting for it, are ours.
+Ranks on a single node connect to its loopback address, which no other host can reach. Torch's own server listens on all
+interfaces, and its client floods stderr while it waits, so this module opens the socket and waits for it itself.
 """
 
 import socket
@@ -16,49 +16,49 @@ from coe_megatron.distributed.environment import DistributedEnv
 
 LOOPBACK = "127.0.0.1"
 _BACKLOG = 4096
-_LOOKS_EVERY = 0.2  # seconds
-_NAME_KNOWN_WITHIN = 10  # seconds: in a cluster that is being set up a name may come late
+_POLL_SECONDS = 0.2
+_DNS_TIMEOUT = 10  # seconds: while a cluster is being set up, a name may be registered late
 _ALL_HERE = "all here"
-_NAMED = 8  # missing ranks that a message names
+_NAMED = 8  # most missing ranks that a message names
 
 
-class NotMet(Exception):
-    """Ranks have not come together in time; its text is one line that names the place."""
+class RendezvousError(Exception):
+    """The ranks did not find each other in time; its text is one line that names the address."""
 
 
-def meet(ranks: DistributedEnv) -> dist.Store:
-    """What the ranks of one attempt have in common before they are groups; a rank on its own needs no place for it.
+def rendezvous(env: DistributedEnv) -> dist.Store:
+    """Wait for all ranks of this attempt and return the store they share; a single process gets a local store.
 
-    Several ranks meet where their launcher tells them to (MASTER_ADDR, MASTER_PORT), and wait for each other there.
+    Several ranks connect to the address that their launcher gives (MASTER_ADDR, MASTER_PORT).
 
     Raises:
-        NotMet: rank 0 does not answer, or others have not come, within `ranks.patience` seconds.
+        RendezvousError: rank 0 does not answer, or ranks are missing, after `env.rendezvous_timeout` seconds.
     """
-    if ranks.world_size == 1:
+    if env.world_size == 1:
         return dist.HashStore()
-    deadline = time.monotonic() + ranks.patience
-    address = LOOPBACK if ranks.one_host and not ranks.served else ranks.address
-    place = f"MASTER_ADDR is {ranks.address}, MASTER_PORT {ranks.port}"
-    with _told(place):
-        if ranks.rank == 0 and not ranks.served:
-            store = serve(address, ranks.port)
+    deadline = time.monotonic() + env.rendezvous_timeout
+    address = LOOPBACK if env.single_node and not env.agent_store else env.master_addr
+    place = f"MASTER_ADDR is {env.master_addr}, MASTER_PORT {env.master_port}"
+    with _one_line_errors(place):
+        if env.rank == 0 and not env.agent_store:
+            store = serve_store(address, env.master_port)
         else:
-            store = join(address, ranks.port, ranks.patience)
-    store = dist.PrefixStore(ranks.meeting, store) if ranks.meeting else store
+            store = connect_store(address, env.master_port, env.rendezvous_timeout)
+    store = dist.PrefixStore(env.store_prefix, store) if env.store_prefix else store
     try:
-        _gather(ranks, store, deadline)
+        _gather(env, store, deadline)
     except dist.DistError:
-        raise NotMet(f"{place}: whoever listened there has gone before all ranks had come") from None
+        raise RendezvousError(f"{place}: the store there closed before all ranks had connected") from None
     except TimeoutError as error:
-        raise NotMet(f"{place}: {error} within {ranks.patience} s (COE_MEET_SECONDS)") from None
+        raise RendezvousError(f"{place}: {error} within {env.rendezvous_timeout} s (COE_RENDEZVOUS_TIMEOUT)") from None
     return store
 
 
-def serve(address: str, port: int) -> dist.Store:
-    """A store for others, on the loopback interface if that is the address, else on all interfaces.
+def serve_store(address: str, port: int) -> dist.Store:
+    """Host a store: on the loopback interface if that is the address, otherwise on all interfaces.
 
     Raises:
-        OSError: the port cannot be had.
+        OSError: the port cannot be bound.
     """
     if address == LOOPBACK:
         listener = socket.create_server((LOOPBACK, port), backlog=_BACKLOG)
@@ -76,62 +76,64 @@ def serve(address: str, port: int) -> dist.Store:
     )
 
 
-def join(address: str, port: int, seconds: float) -> dist.Store:
-    """The store that somebody serves, or will serve in time.
+def connect_store(address: str, port: int, seconds: float) -> dist.Store:
+    """Connect to a store that another process hosts, or will host within `seconds`.
 
     Raises:
-        OSError: nobody does; a name that nobody knows, after ten seconds.
+        OSError: nobody answers in time; for a host name that does not resolve, after ten seconds.
     """
-    end = time.monotonic() + seconds
-    known_by = time.monotonic() + min(seconds, _NAME_KNOWN_WITHIN)
+    deadline = time.monotonic() + seconds
+    dns_deadline = time.monotonic() + min(seconds, _DNS_TIMEOUT)
     while True:
-        left = end - time.monotonic()
+        left = deadline - time.monotonic()
         try:
-            with socket.create_connection((address, port), timeout=max(left, _LOOKS_EVERY)) as probe:
+            with socket.create_connection((address, port), timeout=max(left, _POLL_SECONDS)) as probe:
                 found = str(probe.getpeername()[0])
             break
-        except (OSError, UnicodeError) as error:  # UnicodeError: no name at all, such as one with an empty part
+        except (OSError, UnicodeError) as error:  # UnicodeError: an invalid name, such as one with an empty label
             unknown = isinstance(error, socket.gaierror | UnicodeError)
-            if time.monotonic() > (known_by if unknown else end) or isinstance(error, UnicodeError):
-                raise OSError(_why(error, seconds)) from None
-            time.sleep(_LOOKS_EVERY)
+            if time.monotonic() > (dns_deadline if unknown else deadline) or isinstance(error, UnicodeError):
+                raise OSError(_reason(error, seconds)) from None
+            time.sleep(_POLL_SECONDS)
     return dist.TCPStore(found, port, is_master=False, timeout=default_pg_timeout, wait_for_workers=False)
 
 
-def _why(error: OSError | UnicodeError, seconds: float) -> str:
+def _reason(error: OSError | UnicodeError, seconds: float) -> str:
     if isinstance(error, UnicodeError):
-        return "it is no name of a host"
+        return "it is not a valid host name"
     if isinstance(error, socket.gaierror):
-        return f"no host of this name is known here ({error.strerror})"
+        return f"this host name does not resolve here ({error.strerror})"
     return f"nobody answers there within {seconds:g} s ({error.strerror or error})"
 
 
 @contextmanager
-def _told(place: str) -> Iterator[None]:
+def _one_line_errors(place: str) -> Iterator[None]:
     try:
         yield
     except dist.DistError as error:
-        raise NotMet(f"{place}: what answers there is no store of ranks ({str(error).splitlines()[0]})") from None
+        raise RendezvousError(
+            f"{place}: the process that answers there is not a rendezvous store ({str(error).splitlines()[0]})"
+        ) from None
     except OSError as error:
-        raise NotMet(f"{place}: {error.strerror or error}") from None
+        raise RendezvousError(f"{place}: {error.strerror or error}") from None
 
 
-def _gather(ranks: DistributedEnv, store: dist.Store, deadline: float) -> None:
-    """Wait until all are here. Rank 0 counts them; the others wait for its word.
+def _gather(env: DistributedEnv, store: dist.Store, deadline: float) -> None:
+    """Wait for all ranks. Rank 0 counts them; the others wait for its signal.
 
-    Asking again and again is what torch's own waiting does not replace: that one writes warnings when time runs out.
+    This polls because torch's own `wait` prints warnings when the time runs out.
     """
-    store.set(f"here/{ranks.rank}", "")
-    if ranks.rank != 0:
+    store.set(f"here/{env.rank}", "")
+    if env.rank != 0:
         if not _wait(store, [_ALL_HERE], deadline):
-            raise TimeoutError("rank 0 is there, but not all other ranks came")
+            raise TimeoutError("rank 0 is there, but not all other ranks connected")
         return
-    names = [f"here/{rank}" for rank in range(ranks.world_size)]
+    names = [f"here/{rank}" for rank in range(env.world_size)]
     if not _wait(store, names, deadline):
         absent = [rank for rank, name in enumerate(names) if not store.check([name])]
         more = f" and {len(absent) - _NAMED} more" if len(absent) > _NAMED else ""
         named = ", ".join(map(str, absent[:_NAMED]))
-        raise TimeoutError(f"WORLD_SIZE is {ranks.world_size}, but of these ranks {named}{more} did not come")
+        raise TimeoutError(f"WORLD_SIZE is {env.world_size}, but ranks {named}{more} did not connect")
     store.set(_ALL_HERE, "")
 
 
@@ -139,5 +141,5 @@ def _wait(store: dist.Store, keys: list[str], deadline: float) -> bool:
     while not store.check(keys):
         if time.monotonic() > deadline:
             return False
-        time.sleep(_LOOKS_EVERY)
+        time.sleep(_POLL_SECONDS)
     return True

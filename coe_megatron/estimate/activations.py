@@ -208,12 +208,8 @@ def _chain(shape: ModelShape, run: Pass) -> dict[str, int]:
         return kept | {"state": state, "routers": routes}
     if run.recompute == "iteration":
         given = tokens * shape.experts * (_FP32 + 1) if c > shape.routings else 0
-        visited = tokens * shape.experts * (c - 1) if shape.chain.no_return else 0
-        if (
-            shape.chain.aux_loss_reduction == "joint" and run.balanced
-        ):  # scores and choices, for the last iteration's loss
-            given += (shape.routings - 1) * tokens * shape.experts * (_FP32 + 1)
-        return kept | {"state": c * state, "routers": routes + given + visited}
+        masked = tokens * shape.experts * (c - 1) if shape.chain.no_return else 0
+        return kept | {"state": c * state, "routers": routes + given + masked}
     for kind_of_iteration, times in _iterations(shape).items():
         for kind, size in _iteration(shape, run, kind_of_iteration).items():
             kept[kind] += times * size
@@ -226,21 +222,17 @@ class _Iteration:
 
     Attributes:
         routes: or uses a routing again.
-        shared: has shared experts.
-        sums: knows of two or more earlier iterations where tokens have been; of one it is that one's own choice.
+        masks: keeps a mask of its own, of two or more earlier iterations; of one it is that one's own choice.
     """
 
     routes: bool
-    shared: bool
-    sums: bool
+    masks: bool
 
 
 def _iterations(shape: ModelShape) -> Counter[_Iteration]:
     """How many iterations of each kind a chain has."""
-    shared = shape.shared_passes if shape.shared_ffn else 0
     return Counter(
-        _Iteration(t < shape.routings, t < shared, t > 1 and shape.chain.no_return)
-        for t in range(shape.chain.iterations)
+        _Iteration(t < shape.routings, t > 1 and shape.chain.no_return) for t in range(shape.chain.iterations)
     )
 
 
@@ -276,16 +268,16 @@ def _iteration(shape: ModelShape, run: Pass, kind: _Iteration) -> dict[str, int]
     Its input is kept for the first products of router and shared experts; who routes copies of it alone does not.
     """
     tokens, b = _tokens(shape, run), run.element
-    reads_input = kind.shared or (kind.routes and not run.jitter)
+    reads_input = bool(shape.shared_ffn) or (kind.routes and not run.jitter)
     jittered = 2 * b * shape.hidden if kind.routes and run.jitter else 0
     own_norm = shape.chain.norm_placement == "iteration_norm"
-    states = reads_input + shape.chain.learned_scale + shape.chain.conditioned  # F_t and x, for their gains' gradients
+    states = reads_input + shape.gains // shape.chain.iterations  # F_t and x, for their gains' gradients
     return {
         "norms": tokens * _norm(shape, run, shape.hidden) if own_norm else 0,
         "state": states * tokens * b * shape.hidden,
-        "routers": tokens * (jittered + _router(shape, run, kind.routes) + shape.experts * kind.sums),
+        "routers": tokens * (jittered + _router(shape, run, kind.routes) + shape.experts * kind.masks),
         "experts": tokens * shape.topk * _row(shape, run),
-        "shared": tokens * b * _feed_forward(shape, shape.shared_ffn) if kind.shared else 0,
+        "shared": tokens * b * _feed_forward(shape, shape.shared_ffn) if shape.shared_ffn else 0,
     }
 
 

@@ -53,7 +53,7 @@ def cheapest_change(run: RunShape, device_memory: int) -> tuple[Changes, int] | 
     """The first that fits, of single changes and then of pairs, and what a rank would need with it."""
     for changes in _in_order_of_cost(list(_candidates(run.config))):
         changed = _apply(run.config, changes)
-        if next(problems(changed, run.layout.ranks), None) is None:
+        if next(problems(changed, run.layout.world_size), None) is None:
             needed = estimate(run.changed(changed)).needed
             if needed <= device_memory:
                 return changes, needed

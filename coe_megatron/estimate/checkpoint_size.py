@@ -15,7 +15,7 @@ _BYTES_A_RANK = 23_000  # the states of its generators, on the CPU
 def checkpoint_bytes(run: RunShape) -> int:
     """Bytes of one checkpoint."""
     of_tensors = (run.element_bytes + _MASTER_AND_MOMENTS) * closed_forms.parameters(run.model).total
-    return of_tensors + _KINDS * _parts(run.model, run.layout) * _BYTES_A_PART + run.layout.ranks * _BYTES_A_RANK
+    return of_tensors + _KINDS * _parts(run.model, run.layout) * _BYTES_A_PART + run.layout.world_size * _BYTES_A_RANK
 
 
 def _parts(shape: ModelShape, ranks: Layout) -> int:

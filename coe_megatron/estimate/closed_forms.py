@@ -145,12 +145,7 @@ class ModelShape:
     @property
     def gains(self) -> int:
         """Learned gains of a chain, [D] each: one an iteration with `learned_scale`, and one with `conditioned`."""
-        return self.chain.iterations * (self.chain.learned_scale + self.chain.conditioned)
-
-    @property
-    def shared_passes(self) -> int:
-        """How often a token passes through the shared experts of a layer: C times, or once with `shared_once`."""
-        return 1 if self.chain.shared_once else self.chain.iterations
+        return self.chain.iterations * ((self.chain.learned_scale is not None) + self.chain.conditioned)
 
     @property
     def ffn_matrices(self) -> int:
@@ -275,7 +270,7 @@ class Flops:
         attention_scores: queries times keys and weights times values, over all S positions.
         routers: R routings a layer.
         experts: C·K experts a layer.
-        shared: C passes a layer through the shared experts, or one with `shared_once`.
+        shared: C passes a layer through the shared experts.
         dense: feed-forward of layers that are not MoE.
         output: hidden state to vocabulary; tied or not.
     """
@@ -307,7 +302,7 @@ def forward_flops(shape: ModelShape) -> Flops:
         attention_scores=2 * shape.layers * shape.seq_length * _score_width(shape),
         routers=2 * sum(count * kind.routings for count, kind in kinds) * shape.experts * shape.hidden,
         experts=shape.num_moe_layers * shape.chain.iterations * shape.topk * feed_forward * shape.expert_ffn,
-        shared=sum(count * kind.shared_passes for count, kind in kinds) * feed_forward * shape.shared_ffn,
+        shared=sum(count * kind.chain.iterations for count, kind in kinds) * feed_forward * shape.shared_ffn,
         dense=dense * feed_forward * shape.dense_ffn,
         output=2 * shape.vocab * shape.hidden,
     )

@@ -22,7 +22,7 @@ def needless_crossing(run: RunShape, cost: RunEstimate) -> str | None:
     config = run.config
     for count in range(config.parallel.expert - 1, 0, -1):
         changed = replace(config, parallel=replace(config.parallel, expert=count))
-        if next(problems(changed, run.layout.ranks), None) is None:
+        if next(problems(changed, run.layout.world_size), None) is None:
             other = estimate(run.changed(changed))
             if not other.communication["all_to_all"].across_nodes:
                 return (

@@ -97,7 +97,7 @@ class RunEstimate:
         counted, flops = self.parameters, self.flops_per_token
         of_stage = f" (pipeline stage {self.stage + 1} of {self.layout.pipeline})" if self.layout.pipeline > 1 else ""
         rows = {
-            "layout": f"{self.layout.ranks:,} ranks: {self.layout}; each expert on {self.layout.expert_data:,}",
+            "layout": f"{self.layout.world_size:,} ranks: {self.layout}; each expert on {self.layout.expert_data:,}",
             "batches": f"{self.micro_batches:,} micro-batches of {self.micro_batch} a step"
             + (f", pipeline bubble {self.bubble:.1%}" if self.bubble else ""),
             "parameters": f"{counted.total:,} in all, {counted.active:,} active for a token, "

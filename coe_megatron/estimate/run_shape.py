@@ -33,7 +33,7 @@ class RunShape:
 
     def changed(self, config: RunConfig) -> "RunShape":
         """The same ranks and vocabulary with another config."""
-        return RunShape.of(config, self.vocab_size, self.layout.ranks)
+        return RunShape.of(config, self.vocab_size, self.layout.world_size)
 
     @property
     def micro_batches(self) -> int:

@@ -99,9 +99,9 @@ def groups(ranks: Layout, ranks_per_node: int) -> dict[str, Group]:
         "expert_tensor": (ranks.expert_tensor, 1),
         "expert": (ranks.expert, ranks.expert_tensor),
         "expert_data": (ranks.expert_data, ranks.expert_tensor * ranks.expert),
-        "pipeline": (ranks.pipeline, ranks.ranks // ranks.pipeline),
+        "pipeline": (ranks.pipeline, ranks.world_size // ranks.pipeline),
     }
-    return {name: group(ranks.ranks, size, stride, ranks_per_node) for name, (size, stride) in strides.items()}
+    return {name: group(ranks.world_size, size, stride, ranks_per_node) for name, (size, stride) in strides.items()}
 
 
 def traffic(run: RunShape, stage: int) -> dict[str, Sent]:
@@ -134,7 +134,7 @@ def _of_experts(run: RunShape, shape: ModelShape, links: dict[str, Group]) -> di
     states = _states(run)
     if run.config.moe.dispatcher == "allgather":
         size = ranks.expert * ranks.expert_tensor
-        both = group(ranks.ranks, size, 1, run.config.parallel.ranks_per_node)
+        both = group(ranks.world_size, size, 1, run.config.parallel.ranks_per_node)
         return {"all_to_all": both.ring(passes * states * size, 1), "expert_tensor": Sent(0, 0)}
     # Layers that are no chains send as many copies, at once.
     rows = shape.num_moe_layers * shape.chain.iterations * 2 * (forward + 1) * states * shape.topk
@@ -160,7 +160,7 @@ def _of_tensor_parallelism(run: RunShape, stage: int, link: Group) -> Sent:
     attention = pair
     if shape.attention == "mla":  # queries, keys with values, and the products behind the latents
         attention += 3 * (shape.hidden + shape.kv_lora_rank + (shape.q_lora_rank or 0))
-    shared = sum(count * kind.shared_passes for count, kind in shape.moe_kinds) if shape.shared_ffn else 0
+    shared = sum(count * kind.chain.iterations for count, kind in shape.moe_kinds) if shape.shared_ffn else 0
     width = shape.layers * attention + shared * (pair + (forward - 1) * 2 * shape.hidden)
     width += (shape.layers - shape.num_moe_layers) * pair
     width += 2 * shape.hidden if stage == 0 else 0  # the embedding scatters, and gathers in the backward pass

@@ -1,1 +1,1 @@
-"""Starts ranks on one host or several, and looks at nodes beforehand. Without torch."""
+"""Starts ranks on one host or several, and checks nodes before a run. Without torch, except `node_check`."""

@@ -1,42 +1,37 @@
-"""Addresses, interfaces and ports of this host, as a launcher needs them. Without torch.
-
-python -m coe_megatron.launcher.network hold            a free port, held until stdin is closed
-python -m coe_megatron.launcher.network towards HOST    the interface that leads to a host
-"""
+"""Addresses, interfaces and ports of this host, for launchers. Without torch."""
 
 import socket
-import sys
 from collections.abc import MutableMapping
 
 import psutil
 
 from coe_megatron.errors import ConfigError
 
-_ANY_PORT = 9  # nothing is sent: connecting a UDP socket only asks the kernel for the route
+_ANY_PORT = 9  # connecting a UDP socket sends nothing, it only looks up the route
 
 
 def address_towards(host: str) -> str:
-    """The address of this machine that packets to `host` (a name or an address) carry.
+    """The source address of packets from this host to `host`, a name or an address.
 
     Raises:
-        ConfigError: the name is not known here, or no route leads to it.
+        ConfigError: the name does not resolve here, or there is no route.
     """
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, _ANY_PORT, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
             probe.connect(address)
             return str(probe.getsockname()[0])
-    except (OSError, UnicodeError) as error:  # UnicodeError: no name at all, such as one with an empty part
+    except (OSError, UnicodeError) as error:  # UnicodeError: an invalid name, such as one with an empty label
         raise ConfigError(f"host {host!r} cannot be reached from {socket.gethostname()}: {error}") from error
 
 
 def interface_towards(host: str) -> str:
-    """The network interface through which packets to `host` leave this machine, such as `eth0` or `ib0`.
+    """The network interface for packets from this host to `host`, such as `eth0` or `ib0`.
 
-    Gloo and NCCL would otherwise choose by themselves, and may take one that leads nowhere (a bridge of containers).
+    By default gloo and NCCL choose one themselves, possibly without a connection to other hosts (a container bridge).
 
     Raises:
-        ConfigError: the name is not known here, no route leads to it, or no interface has the route's address.
+        ConfigError: the name does not resolve here, there is no route, or no interface has the route's address.
     """
     address = address_towards(host)
     for name, addresses in psutil.net_if_addrs().items():
@@ -46,22 +41,22 @@ def interface_towards(host: str) -> str:
 
 
 def use_interface_towards(host: str, environment: MutableMapping[str, str]) -> None:
-    """Have gloo and NCCL talk through the interface that leads to `host`; what is set in the environment wins.
+    """Make gloo and NCCL use the interface of the route to `host`, unless the environment already sets one.
 
     Raises:
-        ConfigError: as `interface_towards` does.
+        ConfigError: as in `interface_towards`.
     """
     interface = interface_towards(host)
-    # NCCL takes a name for the beginning of names, unless it stands behind `=`; gloo takes it as it is.
+    # NCCL matches names by prefix unless `=` is in front; gloo takes the exact name.
     for name, value in (("GLOO_SOCKET_IFNAME", interface), ("NCCL_SOCKET_IFNAME", f"={interface}")):
         environment[name] = environment.get(name) or value
 
 
 def hold_port() -> socket.socket:
-    """A port on all interfaces that the kernel gives to nobody else for as long as the returned socket is open.
+    """Reserve a free port on all interfaces for as long as the returned socket is open.
 
-    It is bound but does not listen, so a server that allows its address to be used again (torch's TCPStore does) can
-    listen there meanwhile; whoever asks the kernel for any free port, another job too, gets another one.
+    The socket is bound but does not listen. A server with SO_REUSEADDR, such as torch's TCPStore, can listen on the
+    port in the meantime, while the kernel gives it to no other process that asks for any free port.
     """
     holder = socket.socket()
     holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -70,29 +65,6 @@ def hold_port() -> socket.socket:
 
 
 def free_port() -> int:
-    """A port that is free at this moment; where others choose ports too, `hold_port` is the safe way."""
+    """A port that is free at this moment; if other processes choose ports too, use `hold_port`."""
     with hold_port() as holder:
         return int(holder.getsockname()[1])
-
-
-def main(arguments: list[str]) -> int:
-    """What the scripts in launch/ ask; returns the exit status."""
-    match arguments:
-        case ["hold"]:
-            with hold_port() as holder:
-                print(holder.getsockname()[1], flush=True)
-                sys.stdin.read()
-        case ["towards", host]:
-            try:
-                print(interface_towards(host))
-            except ConfigError as error:
-                print(error, file=sys.stderr)
-                return 1
-        case _:
-            print(__doc__, file=sys.stderr)
-            return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""A command on each of several hosts through a remote shell: their output, what they are told, and how they end."""
+"""Runs a command on each of several hosts through a remote shell, with their output, requests and exit statuses."""
 
 import shlex
 import subprocess
@@ -13,17 +13,17 @@ from typing import Any
 from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.launcher.hosts import Host
 from coe_megatron.launcher.torchrun_supervisor import Requests
-from coe_megatron.run.exit_status import ExitStatus, known_status, verdict
+from coe_megatron.run.exit_status import ExitStatus, known_status, root_status
 
-# What a command on another host gets of this one's environment, by the beginning of its name.
+# Environment variables that commands on other hosts inherit, by prefix.
 EXPORTED = ("GLOO_", "LD_LIBRARY_PATH", "NCCL_", "OMP_NUM_THREADS", "PYTHONPATH", "UCX_", "WANDB_")
-_LOOKS_EVERY = 0.2  # seconds
-_OTHERS_FOLLOW = 15.0  # seconds that other hosts have to end by themselves when one has failed
-_TOLD_TO_END = 10.0  # seconds that they have when they are told to
+_POLL_SECONDS = 0.2
+_PEER_GRACE_SECONDS = 15.0  # for other hosts to end by themselves after one has failed
+_END_GRACE_SECONDS = 10.0  # for hosts to end after an `end` request
 
 
 def exported(environment: Mapping[str, str], more: Sequence[str] = ()) -> dict[str, str]:
-    """The part of an environment that goes to other hosts: `EXPORTED`, and more variables by name.
+    """The environment variables for other hosts: those of `EXPORTED`, and `more` by name.
 
     Raises:
         ConfigError: one of `more` is not set.
@@ -35,16 +35,16 @@ def exported(environment: Mapping[str, str], more: Sequence[str] = ()) -> dict[s
 
 
 def command_string(command: Sequence[str], folder: Path, variables: Mapping[str, str]) -> str:
-    """What a remote shell is given: the command, in the same folder, with these variables."""
+    """The command line for a remote shell: the command, in the same folder, with these variables."""
     settings = [f"{name}={value}" for name, value in variables.items()]
     return f"cd {shlex.quote(str(folder))} && exec {shlex.join(['env', *settings, *command])}"
 
 
-def ask(shell: Sequence[str], host: Host, command: str, seconds: float = 60) -> str:
-    """What a command prints on a host.
+def run_on_host(shell: Sequence[str], host: Host, command: str, seconds: float = 60) -> str:
+    """Run a command on a host and return its stdout.
 
     Raises:
-        ConfigError: one line that names the host, when it cannot be reached or the command fails.
+        ConfigError: the host cannot be reached or the command fails; one line that names the host.
     """
     try:
         done = subprocess.run(
@@ -60,24 +60,25 @@ def ask(shell: Sequence[str], host: Host, command: str, seconds: float = 60) -> 
     except OSError as error:
         raise ConfigError(f"--remote-shell is {shlex.join(shell)!r}: {error.strerror}") from None
     if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["no word"])[-1]
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise ConfigError(f"host {host.name}: {shell[0]} ended with status {done.returncode}: {one_line(last)}")
     return done.stdout
 
 
 class RemoteCommands:
-    """One running command a host. They end when told so on stdin, and by themselves when their stdin does."""
+    """One running command per host. The commands end on request through stdin, or when their stdin closes."""
 
     def __init__(self, shell: Sequence[str], commands: Mapping[str, str], needed: int, reporting: bool = False) -> None:
-        """Start them.
+        """Start the commands.
 
         Args:
-            commands: the command string of each host; the first host is needed in any case.
-            needed: with fewer hosts than this, or without the first, all are ended.
-            reporting: the first host reports on all, some of which may fail; its end is the end, and `lines` are kept.
+            commands: the command string of each host; the first host is always required.
+            needed: if fewer hosts than this remain, or the first one fails, all are ended.
+            reporting: only the first host counts: when it ends, the others are ended, and `lines` of output are kept.
         """
         self.processes = {name: _start([*shell, name, command]) for name, command in commands.items()}
-        self.needed, self.failed, self._told = needed, dict[str, int](), set[str]()
+        self.needed, self.failed, self._sent = needed, dict[str, int](), set[str]()
+        self._ended = set[str]()  # hosts that were told to end because others had failed: their status says nothing
         self.lines: dict[str, list[str]] = {name: [] for name in commands}
         self._speaking, self.reporting = threading.Lock(), reporting
         self._readers = [threading.Thread(target=self._copy, args=(name,), daemon=True) for name in commands]
@@ -85,37 +86,37 @@ class RemoteCommands:
             reader.start()
 
     def wait(self, requests: Requests | None = None) -> ExitStatus:
-        """Until all have ended; the first failure that too few hosts are left after ends the others, in seconds.
+        """Wait until all have ended; once too few hosts remain, end the others within seconds.
 
         Args:
-            requests: are passed on to all hosts. A signal handler sets them and does no more: it may have interrupted a
-                write to the very pipes that it would write to.
+            requests: are forwarded to all hosts. A signal handler only sets them: it may have interrupted a write to
+                the same pipes.
         """
         ending: float | None = None
         while running := self._running():
-            self._pass_on(requests)
+            self._forward(requests)
             if ending is None and self._too_few():
-                ending = time.monotonic() + _OTHERS_FOLLOW
+                ending = time.monotonic() + _PEER_GRACE_SECONDS
             if ending is not None and time.monotonic() > ending:
                 self._end(running)
-            time.sleep(_LOOKS_EVERY)
+            time.sleep(_POLL_SECONDS)
         for reader in self._readers:
-            reader.join(timeout=_TOLD_TO_END)  # a process elsewhere may hold the other end open
+            reader.join(timeout=_END_GRACE_SECONDS)  # a process on the host may hold the other end open
         return self._status()
 
-    def _pass_on(self, requests: Requests | None) -> None:
+    def _forward(self, requests: Requests | None) -> None:
         if requests is None:
             return
         for word, request in (("stop", requests.stop), ("end", requests.end)):
-            if request.is_set() and word not in self._told:
-                self._tell(word)
+            if request.is_set() and word not in self._sent:
+                self._send(word)
 
-    def _tell(self, word: str) -> None:
-        """Say a word to all that still run."""
-        self._told.add(word)
+    def _send(self, word: str) -> None:
+        """Send a word to all running commands."""
+        self._sent.add(word)
         for process in self.processes.values():
             if process.stdin and process.poll() is None:
-                with suppress(OSError):  # it has just ended
+                with suppress(OSError):  # the command has just ended
                     process.stdin.write(f"{word}\n")
                     process.stdin.flush()
 
@@ -124,9 +125,9 @@ class RemoteCommands:
         for name, process in self.processes.items():
             if (status := process.poll()) is None:
                 running[name] = process
-            elif status != 0 and name not in self.failed:
+            elif status != 0 and name not in self.failed and name not in self._ended:
                 self.failed[name] = status
-                _say(f"{name}: ended with status {status}\n", self._speaking)
+                _write_line(f"{name}: ended with status {status}\n", self._speaking)
         return running
 
     def _too_few(self) -> bool:
@@ -136,12 +137,13 @@ class RemoteCommands:
         return first in self.failed or len(self.processes) - len(self.failed) < self.needed
 
     def _end(self, running: Mapping[str, subprocess.Popen]) -> None:
-        self._tell("end")
+        self._ended |= set(running)
+        self._send("end")
         for process in running.values():
             try:
-                process.wait(timeout=_TOLD_TO_END)
+                process.wait(timeout=_END_GRACE_SECONDS)
             except subprocess.TimeoutExpired:
-                process.kill()  # its host does not answer; what runs there ends with its stdin
+                process.kill()  # its host does not answer; the remote command ends when its stdin closes
 
     def _copy(self, name: str) -> None:
         source = self.processes[name].stdout
@@ -149,22 +151,22 @@ class RemoteCommands:
         for line in source:
             if self.reporting:
                 self.lines[name].append(line)
-            _say(f"{name}: {line.rstrip()}\n", self._speaking)
+            _write_line(f"{name}: {line.rstrip()}\n", self._speaking)
 
     def _status(self) -> ExitStatus:
-        """By the first host to fail that says more than "failed"."""
+        """The status of the first failed host with a status other than FAILED."""
         if not self._too_few():
             return ExitStatus.DONE
-        return verdict(known_status(status) for status in self.failed.values())
+        return root_status(known_status(status) for status in self.failed.values())
 
 
 def _start(command: Sequence[str]) -> subprocess.Popen:
-    """In a session of its own, so that Ctrl-C does not break the connection while ranks are saving."""
+    """Start a command in its own session, so that Ctrl-C does not cut the connection while ranks save."""
     more: dict[str, Any] = {"text": True, "errors": "replace", "bufsize": 1, "start_new_session": True}
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **more)
 
 
-def _say(line: str, lock: threading.Lock) -> None:
+def _write_line(line: str, lock: threading.Lock) -> None:
     with lock, suppress(BrokenPipeError):
         sys.stdout.write(line)
         sys.stdout.flush()

@@ -1,56 +1,73 @@
-"""Torchrun as our launchers start it: on one host it opens no port, and a mistake in its arguments is one line.
+"""Starts torchrun without open ports on a single host, and reports errors in its arguments in one line.
 
-Torchrun's rendezvous and the store that it serves listen on all interfaces, on one host too (`--standalone`). A file
-does for one host; the ranks then meet at a store that rank 0 serves on the loopback interface. Arguments are those of
-torchrun, which reads PET_ variables too.
+Torchrun's rendezvous and its store listen on all interfaces, even on a single host (`--standalone`). This module uses a
+file for the rendezvous on a single host; rank 0 then hosts the ranks' store on the loopback interface. It takes
+torchrun's arguments and, like torchrun, PET_ variables.
 """
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 import uuid
+from functools import partial
 from pathlib import Path
 
 from coe_megatron import scratch
 from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.files import require_file
+from coe_megatron.launcher.preloaded import Popen, Preloaded, is_loaded, load, without_gpu
 from coe_megatron.run.exit_status import ExitStatus
 from coe_megatron.training.signals import stop_with_parent
 
+_TRAINING = ("pretrain_coe.py", "coe_megatron.cli.pretrain")
 
-def stay_on_host(options: argparse.Namespace) -> None:
-    """Have torchrun's own arguments say that the ranks of this one host meet by a file."""
+
+def use_file_rendezvous(options: argparse.Namespace) -> None:
+    """Set torchrun's arguments for a rendezvous by a file on this host."""
     options.standalone = False
     options.rdzv_backend, options.rdzv_conf = "c10d", "store_type=file"
     options.rdzv_endpoint = str(Path(tempfile.gettempdir(), f"rendezvous-{uuid.uuid4().hex[:8]}"))
     options.rdzv_id = uuid.uuid4().hex if options.rdzv_id == "none" else options.rdzv_id
     options.local_addr = "127.0.0.1"
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # or torchrun would serve a second store
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # otherwise torchrun hosts a second store
 
 
 def main(arguments: list[str]) -> None:
-    """Parse as torchrun does, and run the ranks."""
+    """Parse torchrun's arguments and run the ranks."""
     from torch.distributed import run  # takes seconds
     from torch.distributed.elastic.multiprocessing.errors import record
 
     options = run.parse_args(arguments)
     try:
         if options.standalone or run.parse_min_max_nnodes(options.nnodes)[1] == 1:
-            stay_on_host(options)
+            use_file_rendezvous(options)
         if not (options.module or options.no_python):
             require_file(Path(options.training_script), "the program")
-        options.master_port = options.master_port or 29500  # as torchrun has it; for --rdzv-backend static alone
+        options.master_port = options.master_port or 29500  # torchrun's default; only for --rdzv-backend static
         config, entry, words = run.config_from_args(options)
-    except (ValueError, RuntimeError, AssertionError) as error:  # torchrun's own, of numbers such as 1:2:3 and 2:1
+    except (ValueError, RuntimeError, AssertionError) as error:  # raised by torchrun, for values such as 1:2:3 and 2:1
         own = ", ".join(f"{name} is {value!r:.100}" for name, value in os.environ.items() if name.startswith("PET_"))
         sys.stderr.write(f"torchrun: error: {one_line(str(error))}{f' ({own})' if own else ''}\n")
         sys.exit(ExitStatus.MISTAKE)
+    if not is_loaded() and without_gpu() and Path(options.training_script).name in _TRAINING:
+        load()  # once, instead of once a rank
+    if is_loaded():
+        _start_ranks_from(Preloaded())
     record(lambda: run.elastic_launch(config=config, entrypoint=entry)(*words))()
 
 
+def _start_ranks_from(preloaded: Preloaded) -> None:
+    """Have torchrun fork its ranks from there."""
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+    subprocess_handler.Popen = partial(Popen, preloaded=preloaded)  # type: ignore[misc,assignment]
+
+
 if __name__ == "__main__":
-    stop_with_parent()  # when one_host.py is killed, the ranks save and stop
+    # If one_host.py is killed, torchrun is too: its ranks then save and stop, and it would kill them after 30 seconds.
+    stop_with_parent(signal.SIGKILL)
     try:
         scratch.enter()
     except ConfigError as mistake:

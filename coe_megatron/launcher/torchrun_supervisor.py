@@ -1,34 +1,36 @@
-"""Torchrun on this host, watched: it ends with its ranks' own status, can be asked to stop, and leaves nothing behind.
+"""Supervises torchrun on this host: exits with the ranks' status, forwards stop requests, leaves no process behind.
 
-Torchrun by itself exits with 1 whatever its ranks did, starts ranks again that have nothing more to do, kills ranks 30
-seconds after a signal however long their checkpoint takes, and leaves them as orphans when it is killed.
+Torchrun itself exits with 1 whatever its ranks did, restarts ranks that cannot succeed, kills ranks 30 seconds after a
+signal however long their save takes, and leaves them as orphans when it is killed.
 """
 
 import ctypes
+import os
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from coe_megatron.run.exit_status import ExitStatus, read_error_file, verdict
+from coe_megatron.launcher.preloaded import Popen, Preloaded, is_loaded
+from coe_megatron.run.exit_status import ExitStatus, read_error_file, root_status
 
-_LOOKS_EVERY = 0.2  # seconds
-_TORCHRUN_ENDS_ITS_RANKS = 35.0  # seconds; it gives them 30 between SIGTERM and SIGKILL
-_TORCHRUN_ENDS_ITSELF = 5.0  # seconds after its last rank; cut off from its peers it would wait for them much longer
-_KILLED_WITHIN = 30.0  # seconds
+_POLL_SECONDS = 0.2
+_RANKS_END_SECONDS = 35.0  # torchrun gives its ranks 30 between SIGTERM and SIGKILL
+_TORCHRUN_END_SECONDS = 5.0  # after its last rank; if cut off from its peers, torchrun waits much longer
+_KILL_SECONDS = 30.0
 _PR_SET_CHILD_SUBREAPER = 36
 
 
 @dataclass(frozen=True)
 class Report:
-    """How a rank failed, by its own error file; `attempt` counts torchrun's starts of the ranks from 0."""
+    """How a rank failed, from its error file; `attempt` counts torchrun's starts of the ranks from 0."""
 
     rank: int
     attempt: int
@@ -38,14 +40,14 @@ class Report:
 
 
 class Requests:
-    """What others ask of a running torchrun; may be set from a signal handler or a thread."""
+    """Requests to a running torchrun; may be set from a signal handler or a thread."""
 
     def __init__(self) -> None:
-        self.stop = threading.Event()  # after the step at hand, with a checkpoint
-        self.end = threading.Event()  # at once
+        self.stop = threading.Event()  # after the current step, with a checkpoint
+        self.end = threading.Event()  # immediately
 
     def more(self) -> None:
-        """Asked once: stop; asked again: end."""
+        """First request: stop. Second request: end."""
         (self.end if self.stop.is_set() else self.stop).set()
 
 
@@ -55,48 +57,49 @@ def supervise(
     """Run torchrun until it ends or is ended.
 
     Args:
-        command: torchrun's, with `--log-dir` being `logs` and `--max-restarts` being `max_restarts`.
-        logs: an empty folder, where the ranks' error files come to lie.
+        command: of torchrun, with `--log-dir` set to `logs` and `--max-restarts` set to `max_restarts`.
+        logs: an empty folder for the ranks' error files.
 
     Returns:
-        The status of the ranks, and the report it comes from, None where no rank has left one.
+        The status of the ranks, and the report that it comes from, None if there is no report.
     """
     adopt_orphans()
     others = frozenset(psutil.Process().children(recursive=True))
-    # A session of its own: Ctrl-C in a terminal is for the caller, who asks torchrun's ranks to stop.
-    torchrun = subprocess.Popen(command, env=dict(environment), start_new_session=True)
+    # In its own session: the caller handles Ctrl-C and asks the ranks to stop.
+    with Preloaded() if is_loaded() else nullcontext() as preloaded:
+        torchrun = Popen(command, preloaded, env=dict(environment), start_new_session=True)
     try:
-        return _Watch(torchrun, logs, max_restarts, requests).until_the_end()
+        return _Supervisor(torchrun, logs, max_restarts, requests).run()
     finally:
         kill_descendants(others)
 
 
-class _Watch:
+class _Supervisor:
     def __init__(self, torchrun: subprocess.Popen, logs: Path, max_restarts: int, requests: Requests) -> None:
         self.torchrun, self.logs, self.max_restarts, self.requests = torchrun, logs, max_restarts, requests
         self.signalled: set[int] = set()
-        self.over_since: float | None = None  # when a rank had failed for good
-        self.gone_since: float | None = None  # when all ranks had ended
+        self.failed_since: float | None = None  # when a rank failed without a restart to follow
+        self.ended_since: float | None = None  # when all ranks had ended
 
-    def until_the_end(self) -> tuple[ExitStatus, Report | None]:
+    def run(self) -> tuple[ExitStatus, Report | None]:
         while self.torchrun.poll() is None:
             if self.requests.end.is_set():
                 return ExitStatus.INTERRUPTED, None
-            ranks = living_children(self.torchrun.pid)
-            if self.requests.stop.is_set() and not self._pass_on(ranks):
+            ranks = living_ranks(self.torchrun.pid)
+            if self.requests.stop.is_set() and not self._request_stop(ranks):
                 return ExitStatus.STOPPED, None
             if self._is_over(bool(ranks)):
                 break
-            time.sleep(_LOOKS_EVERY)
+            time.sleep(_POLL_SECONDS)
         if self.torchrun.returncode == 0:
             return ExitStatus.DONE, None
-        cause = most_telling(reports(self.logs))
+        cause = root_cause(read_reports(self.logs))
         if cause is None and self.torchrun.returncode == ExitStatus.MISTAKE:  # in torchrun's own arguments
             return ExitStatus.MISTAKE, None
         return (cause.status if cause else ExitStatus.FAILED), cause
 
-    def _pass_on(self, ranks: list[psutil.Process]) -> bool:
-        """Ask each rank to stop, once; False if none has been started yet, so that there is nothing to save."""
+    def _request_stop(self, ranks: list[psutil.Process]) -> bool:
+        """Ask each rank to stop, once; False if no rank has been started yet, so that there is nothing to save."""
         for rank in ranks:
             if rank.pid not in self.signalled and catches(rank.pid, signal.SIGUSR1):
                 self.signalled.add(rank.pid)
@@ -104,58 +107,68 @@ class _Watch:
         return bool(ranks or self.signalled)
 
     def _is_over(self, ranks_live: bool) -> bool:
-        """Whether torchrun has had its time since its ranks failed in a way that no restart follows.
+        """Whether torchrun's time is up after a rank failed in a way that calls for no restart.
 
-        Torchrun itself restarts after any failure as long as it may: then it is told to end.
+        Torchrun itself restarts after any failure while `--max-restarts` allows it; in this case this terminates it.
         """
-        cause = most_telling(reports(self.logs))
+        cause = root_cause(read_reports(self.logs))
         if cause is None or (cause.attempt < self.max_restarts and may_restart(cause.status)):
             return False
-        if self.over_since is None:
-            self.over_since = time.monotonic()
+        if self.failed_since is None:
+            self.failed_since = time.monotonic()
             if cause.attempt < self.max_restarts:
                 self.torchrun.terminate()
         if ranks_live:
-            self.gone_since = None
-            return time.monotonic() - self.over_since > _TORCHRUN_ENDS_ITS_RANKS
-        self.gone_since = self.gone_since or time.monotonic()
-        return time.monotonic() - self.gone_since > _TORCHRUN_ENDS_ITSELF
+            self.ended_since = None
+            return time.monotonic() - self.failed_since > _RANKS_END_SECONDS
+        self.ended_since = self.ended_since or time.monotonic()
+        return time.monotonic() - self.ended_since > _TORCHRUN_END_SECONDS
 
 
 def may_restart(status: ExitStatus) -> bool:
-    """Whether starting the ranks again at once, on the same hosts, can help."""
+    """Whether an immediate restart of the ranks on the same hosts can help."""
     return status in {ExitStatus.FAILED, ExitStatus.HUNG}
 
 
-def reports(logs: Path) -> list[Report]:
-    """What ranks have left in torchrun's `--log-dir`; files of others than our ranks (torch's own) count as FAILED."""
+def read_reports(logs: Path) -> list[Report]:
+    """The error files of ranks in torchrun's `--log-dir`; those that torch itself wrote count as FAILED."""
     found = []
     for file in logs.glob("*/attempt_*/*/error.json"):
         attempt = int(file.parents[1].name.removeprefix("attempt_"))
-        if (said := read_error_file(file)) is not None:
-            found.append(Report(said.rank, attempt, said.time, said.status, said.message))
+        if (error := read_error_file(file)) is not None:
+            found.append(Report(error.rank, attempt, error.time, error.status, error.message))
     return found
 
 
-def most_telling(found: list[Report]) -> Report | None:
-    """Of the last attempt's reports the first one with its `verdict`; None where there is none."""
+def root_cause(found: list[Report]) -> Report | None:
+    """The first report of the last attempt with its `root_status`; None if there is no report."""
     last = max((report.attempt for report in found), default=0)
-    those = sorted((report for report in found if report.attempt == last), key=lambda report: report.time)
-    status = verdict(report.status for report in those)
-    return next((report for report in those if report.status is status), None)
+    of_last = sorted((report for report in found if report.attempt == last), key=lambda report: report.time)
+    status = root_status(report.status for report in of_last)
+    return next((report for report in of_last if report.status is status), None)
 
 
-def living_children(pid: int) -> list[psutil.Process]:
-    """The children of a process that have not ended; torchrun leaves those that have unburied while it waits."""
+def living_ranks(torchrun: int) -> list[psutil.Process]:
+    """The children of torchrun that lead a session, as its ranks do, and have not ended.
+
+    Torchrun does not reap the others while it waits.
+    """
     try:
-        children = psutil.Process(pid).children()
-        return [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
+        children = psutil.Process(torchrun).children()
+        return [child for child in children if child.status() != psutil.STATUS_ZOMBIE and _leads_session(child.pid)]
     except psutil.NoSuchProcess:
         return []
 
 
+def _leads_session(pid: int) -> bool:
+    try:
+        return os.getsid(pid) == pid
+    except ProcessLookupError:
+        return False
+
+
 def catches(pid: int, number: signal.Signals) -> bool:
-    """Whether a process has a handler for a signal, which would kill it otherwise; False if it is no more."""
+    """Whether a process has a handler for a signal, which would kill it otherwise; False if it has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -165,28 +178,28 @@ def catches(pid: int, number: signal.Signals) -> bool:
 
 
 def adopt_orphans(adopt: bool = True) -> None:
-    """Become the parent of all processes below this one that lose theirs, so that none of them can be lost sight of."""
+    """Make this process the subreaper of its descendants, so that orphaned ones become its children."""
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(adopt), 0, 0, 0)
 
 
 def kill_descendants(others: frozenset[psutil.Process]) -> None:
-    """SIGKILL to all processes below this one that are not among these others, until there are none.
+    """SIGKILL all descendants of this process except `others`, until none is left.
 
-    One that waits for a disk or a device (state D) does not end before that answers: after `_KILLED_WITHIN` seconds a
-    line on stderr names what is left, and this goes on without it.
+    A process that waits for a disk or device (state D) ends only when that answers. After `_KILL_SECONDS` this reports
+    the remaining processes on stderr and returns.
     """
-    deadline = time.monotonic() + _KILLED_WITHIN
+    deadline = time.monotonic() + _KILL_SECONDS
     while left := set(psutil.Process().children(recursive=True)) - others:
         if time.monotonic() > deadline:
             named = ", ".join(
                 f"{process.pid} ({_name(process)})" for process in sorted(left, key=lambda each: each.pid)
             )
-            print(f"processes that do not end when killed stay: {named}", file=sys.stderr, flush=True)
+            print(f"these processes did not end after SIGKILL: {named}", file=sys.stderr, flush=True)
             return
         for process in left:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(list(left), timeout=_LOOKS_EVERY)
+        psutil.wait_procs(list(left), timeout=_POLL_SECONDS)
 
 
 def _name(process: psutil.Process) -> str:

@@ -1,1 +1,1 @@
-"""What stands in for Transformer Engine and for CUDA: experts, attention, norms, and the two compatibility parts."""
+"""Replacements for Transformer Engine and CUDA: experts, attention, norms, and patches of Megatron-Core."""

@@ -1,6 +1,6 @@
-"""Core attention over torch's scaled_dot_product_attention: no S x S scores in memory, on CPU and CUDA alike.
+"""Core attention with torch's scaled_dot_product_attention, without S x S scores in memory on CPU and CUDA.
 
-The exception is attention dropout on the CPU, which torch computes step by step.
+Attention dropout on the CPU is the exception: torch computes it without a fused kernel.
 
 S: sequence, B: batch, A: heads on this rank, G: key/value heads on this rank, H: query/key head size, V: value head
 size. Multi-latent attention uses V different from H; grouped-query attention G smaller than A.
@@ -20,15 +20,15 @@ from coe_megatron.errors import ConfigError
 
 
 class SDPACoreAttention(MegatronModule):
-    """Takes the place of Megatron's `DotProductAttention` and, with `k_channels`/`v_channels`, serves its MLA too.
+    """Replaces Megatron's `DotProductAttention`; also supports MLA with `k_channels` and `v_channels`.
 
     Args:
         softmax_scale: factor of the scores; 1/sqrt(H) when None.
-        attention_dropout: dropout of the attention weights; the config's when None.
+        attention_dropout: dropout of the attention weights; from the config when None.
 
     Raises:
-        ConfigError: the config asks for what torch's attention does not do (context parallelism, sliding window,
-            query-key layer scaling, a softmax other than the plain one).
+        ConfigError: the config needs something that torch's attention does not support (context parallelism, sliding
+            window, query-key layer scaling, a non-standard softmax).
     """
 
     def __init__(
@@ -60,11 +60,11 @@ class SDPACoreAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: object | None = None,
     ) -> torch.Tensor:
-        """Attend; as in Megatron's own core, a given mask stands alone and without one the mask type decides.
+        """Attention; as in Megatron, a given mask replaces the mask type, which applies otherwise.
 
         Args:
             query: [S, B, A, H]; key: [S, B, G, H]; value: [S, B, G, V].
-            attention_mask: bool, broadcastable to [B, A, S, S], True where attention is forbidden; or None.
+            attention_mask: bool, broadcastable to [B, A, S, S], True where attention is masked; or None.
 
         Returns:
             [S, B, A * V].
@@ -74,11 +74,11 @@ class SDPACoreAttention(MegatronModule):
         mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
         value_size = value.shape[3]
         if value_size < key.shape[3] and not value.is_cuda:
-            # On CPU torch has no fused kernel for heads of two sizes and would keep all S x S weights.
+            # On CPU torch has no fused kernel for V != H and would materialise all S x S weights.
             value = F.pad(value, (0, key.shape[3] - value_size))
         query_BASH, key_BGSH, value_BGSV = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         dropout = self.dropout if self.training else 0.0
-        # With sequence parallelism Megatron's block has entered the fork, and leaving another one would set it back.
+        # With sequence parallelism Megatron's block has already entered the fork; leaving a nested one would reset it.
         fork = dropout and not self.config.sequence_parallel
         with get_cuda_rng_tracker().fork() if fork else nullcontext():
             out_BASV = F.scaled_dot_product_attention(
@@ -103,9 +103,9 @@ def _refuse_unsupported(config: TransformerConfig) -> None:
         "qk_clip": config.qk_clip,
         "log_max_attention_logit": config.log_max_attention_logit,
     }
-    for name, asked in unsupported.items():
-        if asked:
+    for name, is_set in unsupported.items():
+        if is_set:
             raise ConfigError(
-                f"{name} is {getattr(config, name)!r}: scaled_dot_product_attention does not offer it; "
+                f"{name} is {getattr(config, name)!r}: scaled_dot_product_attention does not support it; "
                 "leave it at Megatron's default or use Transformer Engine's attention"
             )

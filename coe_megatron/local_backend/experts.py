@@ -2,10 +2,10 @@
 
 T: rows (token copies) on this rank, sorted by expert; E: experts on this rank; D: hidden; F: expert ffn on this rank.
 
-How the weights lie: `weight1` [E, 2F, D] (gate rows above value rows; [E, F, D] without gating) and `weight2`
-[E, D, F], each expert in the orientation of `torch.nn.Linear`. Checkpoints hold them under the keys, shapes and shards
-of Megatron's `SequentialMLP` and `TEGroupedMLP` (`experts.experts.linear_fc1.weight`, one slice per expert, gate and
-value apart), so either reads the other's.
+Weight layout: `weight1` [E, 2F, D] (gate rows above value rows; [E, F, D] without gating) and `weight2` [E, D, F],
+each expert in the orientation of `torch.nn.Linear`. Checkpoints hold them under the keys, shapes and shards of
+Megatron's `SequentialMLP` and `TEGroupedMLP` (`experts.experts.linear_fc1.weight`, one slice per expert, gate and
+value separate), so each can load the other's.
 """
 
 from collections.abc import Callable
@@ -29,19 +29,19 @@ Activate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class GroupedExperts(MegatronModule):
-    """E experts over `torch.nn.functional.grouped_mm`; takes the place of Megatron's `SequentialMLP`.
+    """E experts with `torch.nn.functional.grouped_mm`; replaces Megatron's `SequentialMLP`.
 
-    Initialisation does not depend on the layout: expert i of a layer starts with the same weights on whichever rank it
-    lives and however it is cut by expert tensor parallelism, given the same torch seed on all ranks.
+    Initialisation does not depend on the layout: with the same torch seed on all ranks, expert i of a layer starts with
+    the same weights on any rank and with any expert tensor parallelism.
 
     Args:
         num_local_experts: E.
         submodules: ignored; accepted because Megatron passes it.
         pg_collection: groups `ep`, `expt_tp`, `expt_dp`.
-        recompute: keep the rows and the first product alone; what lies between the products is computed again in the
-            backward pass. Of D + 5F numbers a row (D + 4F without gating) D + 2F (D + F) are left, for elementwise work
-            and no matrix product. The next step down, D, would cost the first product again, two thirds of an expert's
-            forward pass: who needs it saves more with a whole iteration.
+        recompute: keep only the rows and the first product, and recompute the activation in the backward pass. This
+            keeps D + 2F instead of D + 5F numbers per row (without gating D + F instead of D + 4F), at the cost of
+            elementwise work. Keeping only D would also recompute the first product, two thirds of an expert's forward
+            pass; recomputing the whole iteration then saves more.
 
     Raises:
         ConfigError: the config asks for what grouped products do not offer here.
@@ -78,43 +78,43 @@ class GroupedExperts(MegatronModule):
             device=torch.cuda.current_device(),
         )
         parameter = torch.nn.Parameter(weight)
-        if self.config.tensor_model_parallel_size > 1:  # norms of gradients count on one rank what is not marked
+        if self.config.tensor_model_parallel_size > 1:  # gradient norms count unmarked parameters on one rank only
             set_tensor_model_parallel_attributes(parameter, True, dim=tp_axis + 1, stride=1)
-        # Megatron's mark for gradients that are reduced over the replicas of an expert: these are not those of dense
-        # parameters either where one of both kinds is cut by tensor parallelism and the other is not.
+        # Megatron's mark for gradients that are reduced over the replicas of an expert. These differ from the replicas
+        # of dense parameters also when ETP differs from TP.
         dense = self.ep_group.size() == 1 and self.tp_group.size() == self.config.tensor_model_parallel_size
         parameter.allreduce = dense  # type: ignore[attr-defined]
         return parameter
 
     @torch.no_grad()
     def _initialise(self, ffn: int, halves: int) -> None:
-        """Draw each expert's whole weights from a seed of its own and keep this rank's part."""
+        """Draw each expert's full weights from its own seed and keep this rank's shard."""
         layer_seed = int(torch.randint(2**62, (), device="cpu"))  # the same on all ranks
         first, tp, rank = (
             self.ep_group.rank() * self.num_local_experts,
             self.tp_group.size(),
             self.tp_group.rank(),
         )
-        whole1 = self.weight1.new_empty(halves * ffn, self.config.hidden_size)
-        whole2 = self.weight2.new_empty(self.config.hidden_size, ffn)
+        full1 = self.weight1.new_empty(halves * ffn, self.config.hidden_size)
+        full2 = self.weight2.new_empty(self.config.hidden_size, ffn)
         devices = [self.weight1.device] if self.weight1.is_cuda else []
         with torch.random.fork_rng(devices=devices):
             for local in range(self.num_local_experts):
                 torch.manual_seed(layer_seed + first + local)
-                self.config.init_method(whole1)
-                self.config.output_layer_init_method(whole2)
-                parts = [half.chunk(tp)[rank] for half in whole1.chunk(halves)]
+                self.config.init_method(full1)
+                self.config.output_layer_init_method(full2)
+                parts = [half.chunk(tp)[rank] for half in full1.chunk(halves)]
                 self.weight1[local].copy_(torch.cat(parts))
-                self.weight2[local].copy_(whole2.chunk(tp, dim=1)[rank])
+                self.weight2[local].copy_(full2.chunk(tp, dim=1)[rank])
 
     def forward(
         self, hidden_TD: torch.Tensor, tokens_per_expert: torch.Tensor, probs_T: torch.Tensor
     ) -> tuple[torch.Tensor, None]:
-        """Apply each expert to its rows, weighted by their gates (before the second product, as Megatron does).
+        """Apply each expert to its rows, weighted by their gates before the second product, as in Megatron.
 
         Args:
             hidden_TD: rows sorted by expert.
-            tokens_per_expert: [E] integers that add up to T; zeros are fine.
+            tokens_per_expert: [E] integers with sum T; may contain zeros.
             probs_T: the gate g[t,i] of each row (paper eq. 7).
 
         Returns:
@@ -127,7 +127,7 @@ class GroupedExperts(MegatronModule):
         return GroupedLinear.apply(self._activate(inner_TF, probs_T), self.weight2, ends), None
 
     def _activate(self, inner_TF: torch.Tensor, probs_T: torch.Tensor) -> torch.Tensor:
-        """Between the products: [T, 2F] (or [T, F] without gating) -> [T, F], weighted by the gates of the router."""
+        """The activation: [T, 2F] (or [T, F] without gating) -> [T, F], weighted by the gates of the router."""
         if self.config.gated_linear_unit:
             gate_TF, value_TF = inner_TF.chunk(2, dim=-1)
             active_TF = self.config.activation_func(gate_TF) * value_TF
@@ -151,13 +151,13 @@ class GroupedExperts(MegatronModule):
         }
 
     def get_extra_state(self) -> None:
-        """Nothing; Megatron's linear layers have an extra state for Transformer Engine's sake."""
+        """None; Megatron's linear layers have an extra state for Transformer Engine."""
 
     def set_extra_state(self, state: object) -> None:
         """Ignored."""
 
     def _extra_states(self, prefix: str, offsets: tuple) -> list[ShardedObject]:
-        """The empty extra states of Megatron's experts: it does not load a checkpoint without them."""
+        """The empty extra states of Megatron's experts, which refuse a checkpoint without them."""
         experts = self.ep_group.size() * self.num_local_experts
         first = self.ep_group.rank() * self.num_local_experts
         replica = (0, self.tp_group.rank(), self.dp_group.rank())
@@ -175,11 +175,11 @@ class GroupedExperts(MegatronModule):
     def _factory(
         self, key: str, weight: torch.Tensor, halves: int, tp_axis: int, offsets: tuple
     ) -> ShardedTensorFactory:
-        """Cuts a weight [E, rows, columns] into Megatron's shards for saving and puts loaded ones together again."""
+        """Splits a weight [E, rows, columns] into Megatron's shards for saving, and merges loaded shards."""
         experts = self.ep_group.size() * self.num_local_experts
         first = self.ep_group.rank() * self.num_local_experts
         tp, rank = self.tp_group.size(), self.tp_group.rank()
-        axes, shape = len(offsets), weight.shape  # of now: later ZeRO-3 may have let go of the weight
+        axes, shape = len(offsets), weight.shape  # taken now: ZeRO-3 may release the weight later
 
         def build(key: str, weight: torch.Tensor, replica_id: tuple, _range: object) -> list[ShardedTensor]:
             return [
@@ -214,10 +214,10 @@ def _require_aligned(name: str, size: int, parts: int, dtype: torch.dtype) -> No
 
 
 class GroupedLinear(torch.autograd.Function):
-    """y = x W_e^T for the rows x of each expert e: what autograd would do, but for two costs of the transposed view.
+    """y = x W_e^T for the rows x of each expert e, like autograd but without two costs of the transposed view.
 
-    Autograd's gradient of W is a view too, and such gradients are added up over the iterations of a chain into fresh
-    memory each time, and not in place. And a saved view keeps weights alive that ZeRO-3 has let go of.
+    Autograd's gradient of W would also be a view, and autograd accumulates such gradients over the iterations of a
+    chain in new memory each time, not in place. And a saved view keeps weights alive that ZeRO-3 has released.
     """
 
     @staticmethod
@@ -238,10 +238,9 @@ class GroupedLinear(torch.autograd.Function):
 
 
 class RecomputedLinear(torch.autograd.Function):
-    """GroupedLinear of activate(inner, probs), which is computed again in the backward pass instead of kept.
+    """GroupedLinear of activate(inner, probs); the backward pass recomputes the activation.
 
-    A checkpoint around both would compute the product again as well: its input is what it keeps, so the input is known
-    only when the product is done.
+    Activation checkpointing around both would have to run the product again as well.
     """
 
     @staticmethod
@@ -275,9 +274,9 @@ def _refuse_unsupported(config: TransformerConfig) -> None:
         "fine_grained_activation_offloading": config.fine_grained_activation_offloading,
         "init_model_with_meta_device": config.init_model_with_meta_device,
     }
-    for name, asked in unsupported.items():
-        if asked:
+    for name, is_set in unsupported.items():
+        if is_set:
             raise ConfigError(
-                f"{name} is {getattr(config, name)!r}: grouped experts over torch do not offer it; "
+                f"{name} is {getattr(config, name)!r}: grouped experts in torch do not support it; "
                 "leave it at Megatron's default or use Transformer Engine's experts"
             )

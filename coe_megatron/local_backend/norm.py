@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm of torch with what Megatron-Core needs of a norm: its constructor and its gradient marks."""
+"""torch's RMSNorm and LayerNorm with the constructor and parameter marks that Megatron-Core expects."""
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -11,11 +11,11 @@ _NORMS = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}
 class Norm:
     """Builds torch's norm for a Megatron config; works with sequence parallelism, unlike Megatron's own wrapper.
 
-    With sequence parallelism every tensor-parallel rank sees a part of the tokens, so the gain's gradient has to be
-    summed over these ranks: `gain.sequence_parallel` tells whoever reduces gradients.
+    With sequence parallelism every tensor-parallel rank sees a part of the tokens, so the gradient of the gain must be
+    summed over these ranks. `gain.sequence_parallel` marks it for this reduction.
 
     Raises:
-        ConfigError: `config.normalization` is neither RMSNorm nor LayerNorm, or asks for a zero-centred gain.
+        ConfigError: `config.normalization` is neither RMSNorm nor LayerNorm, or the config needs a zero-centred gain.
     """
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):

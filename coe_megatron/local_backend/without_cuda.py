@@ -1,18 +1,18 @@
-"""Lets Megatron-Core run where there is no CUDA device. Programs call `install()`; importing does nothing.
+"""Lets Megatron-Core run without a CUDA device. Programs call `install()`; importing does nothing.
 
-What is replaced, and why (Megatron-Core 0.16.1):
+Replacements and reasons (Megatron-Core 0.16.1):
 
-* `torch.cuda.current_device`: Megatron allocates with `device=torch.cuda.current_device()` in some thirty places. Where
-  there is no CUDA the call can only raise; it now answers the CPU.
-* `torch.cuda.synchronize`: called when a distributed checkpoint is saved; without CUDA there is nothing to wait for.
-* `random._get_cuda_rng_state`, `random._set_cuda_rng_state`, `random.CudaRNGStatesTracker`: the generators that
-  Megatron forks for dropout, initialisation and recompute are CUDA's; here they are states of the CPU generator.
-* `MoEAlltoAllTokenDispatcher.cuda_dtoh_stream` and `._maybe_dtoh_and_synchronize`: split sizes travel to the host on a
-  CUDA stream and stay tensors otherwise, which `all_to_all_single` refuses; here they become lists at once.
+* `torch.cuda.current_device`: Megatron allocates with `device=torch.cuda.current_device()` in some thirty places.
+  Without CUDA the call would raise; it now returns the CPU.
+* `torch.cuda.synchronize`: called when a distributed checkpoint is saved; without CUDA it does nothing.
+* `random._get_cuda_rng_state`, `random._set_cuda_rng_state`, `random.CudaRNGStatesTracker`: Megatron
+  forks CUDA generators for dropout, initialisation and recompute; these use states of the CPU generator instead.
+* `MoEAlltoAllTokenDispatcher.cuda_dtoh_stream` and `._maybe_dtoh_and_synchronize`: these copy split sizes to the
+  host on a CUDA stream; without it they stay tensors, which `all_to_all_single` refuses. They now become lists at once.
 * `pipeline_parallel.schedules.torch`: all three schedules count tokens in a `torch.zeros(..., device="cuda")`. In that
-  module alone the name `torch` now stands for torch with another `zeros`, which takes "cuda" for the current device.
-* `tensor_parallel.mappings._gather_along_first_dim`: experts both divided and cut gather as many rows from each
-  rank as it has got, and gloo's all-gather wants equally many. Rows of unequal number now come by an all-to-all.
+  module only, `torch` is now a wrapper whose `zeros` treats "cuda" as the current device.
+* `tensor_parallel.mappings._gather_along_first_dim`: with EP and ETP together, ranks gather unequal numbers of rows,
+  but gloo's all-gather requires equal numbers. Unequal ones now use an all-to-all.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 
 def install() -> None:
-    """Apply the replacements where CUDA is missing; does nothing on a machine that has it."""
+    """Apply the replacements if CUDA is missing; otherwise do nothing."""
     if torch.cuda.is_available():
         return
     from megatron.core.pipeline_parallel import schedules
@@ -32,21 +32,21 @@ def install() -> None:
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
     torch.cuda.current_device = _cpu_device  # type: ignore[assignment]
-    torch.cuda.synchronize = _nothing_to_wait_for  # type: ignore[assignment]
+    torch.cuda.synchronize = _no_synchronize  # type: ignore[assignment]
     random._get_cuda_rng_state = _get_rng_state
     random._set_cuda_rng_state = _set_rng_state
     random.CudaRNGStatesTracker = _cpu_tracker(random.CudaRNGStatesTracker)
-    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = "none: the split sizes are on the host already"
+    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = "unused: split sizes are already on the host"
     MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = _splits_to_lists
     schedules.torch = _TorchOfSchedules()
-    mappings._gather_along_first_dim = _gathering_unequal_rows(mappings._gather_along_first_dim)
+    mappings._gather_along_first_dim = _gather_unequal_rows(mappings._gather_along_first_dim)
 
 
 def _cpu_device() -> torch.device:
     return torch.device("cpu")
 
 
-def _nothing_to_wait_for(_device: object = None) -> None:
+def _no_synchronize(_device: object = None) -> None:
     pass
 
 
@@ -59,14 +59,14 @@ def _set_rng_state(new_state: torch.Tensor, *_args, **_kwargs) -> None:
 
 
 def _cpu_tracker(base: type) -> type:
-    """A tracker like Megatron's whose named states are states of the CPU generator."""
+    """A subclass of Megatron's tracker whose named states are those of the CPU generator."""
     if base.__name__ == "CpuRNGStatesTracker":
         return base
 
     class CpuRNGStatesTracker(base):
         def add(self, name: str, seed: int) -> None:
             if name in self.states_:
-                raise ValueError(f"the generator state {name!r} exists already")
+                raise ValueError(f"the generator state {name!r} already exists")
             self.states_[name] = torch.Generator().manual_seed(seed).get_state()
 
         @contextlib.contextmanager
@@ -88,7 +88,7 @@ def _cpu_tracker(base: type) -> type:
 
 
 def _splits_to_lists(self, point: str, tokens_per_expert: torch.Tensor) -> torch.Tensor:
-    """The CPU form of the dispatcher's copy to the host: what `all_to_all_single` reads becomes a list of int."""
+    """Replaces the dispatcher's copy to the host: split sizes for `all_to_all_single` become lists of int."""
     if not self.drop_and_pad and point == self.cuda_dtoh_point:
         for name in ("input_splits", "output_splits"):
             value = getattr(self, name)
@@ -97,7 +97,7 @@ def _splits_to_lists(self, point: str, tokens_per_expert: torch.Tensor) -> torch
     return tokens_per_expert
 
 
-def _gathering_unequal_rows(stock: Callable) -> Callable:
+def _gather_unequal_rows(stock: Callable) -> Callable:
     """Megatron's gather of rows [T_r, ...] of all ranks r -> [sum of T_r, ...], where T_r may differ."""
     if stock.__name__ == "gather_along_first_dim":
         return stock
@@ -118,7 +118,7 @@ def _gathering_unequal_rows(stock: Callable) -> Callable:
 
 
 class _TorchOfSchedules:
-    """torch, but for a `zeros` that makes on the current device what is asked for on "cuda"."""
+    """torch, except that `zeros(device="cuda")` allocates on the current device."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)

@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from coe_megatron.config.settings import MLASettings, ModelSettings, MoESettings, RunConfig
 from coe_megatron.model import coe_block_spec
-from coe_megatron.model.routing_stats import layers, routers
+from coe_megatron.model.routing_stats import routers
 
 
 def build_model(config: RunConfig, vocab_size: int) -> GPTModel:
@@ -35,10 +35,8 @@ def build_model(config: RunConfig, vocab_size: int) -> GPTModel:
     )
     if config.moe.router_init == "kaiming_uniform":
         for _, _, router in routers(model):
-            if router.leader is None:
+            if router.tied_to is None:
                 torch.nn.init.kaiming_uniform_(router.weight, a=math.sqrt(5))
-        for layer in layers(model):
-            layer.set_routers_apart()
     return model
 
 

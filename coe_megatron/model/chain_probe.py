@@ -12,7 +12,7 @@ class ChainProbe:
     """Follows the tokens of a layer through its iterations.
 
     Attributes:
-        sums: [C, 6] float64, over this rank's counted tokens since the watch was made: tokens, their copies that
+        sums: [C, 6] float64, over this rank's counted tokens since the probe was made: tokens, their copies that
             reached an expert, the copies among these whose expert the token had been at in an earlier iteration, and
             the squared norms of x(t-1), F_t (times its gain, if it has one) and x(t).
         pairs: [C, N, N] float64: how often a token reached expert i in the iteration before and expert j in this one;
@@ -29,7 +29,8 @@ class ChainProbe:
         self._visited_TN: torch.Tensor | None = None
         self._before_TN: torch.Tensor | None = None
 
-    def note(
+    @torch.no_grad()
+    def record(
         self,
         t: int,
         visits_TN: torch.Tensor,
@@ -38,7 +39,7 @@ class ChainProbe:
         after: torch.Tensor,
         padding: torch.Tensor | None,
     ) -> None:
-        """Add iteration t (from 0) of one micro-batch, without gradients; the iterations of a pass come in their order.
+        """Add iteration t (from 0) of one micro-batch; the iterations of a pass come in their order.
 
         Args:
             visits_TN: bool, the experts that each token reaches.

@@ -1,18 +1,34 @@
-"""Megatron's all-to-all dispatcher, without the work that has no effect where one rank holds every expert.
+"""Megatron's token dispatchers: one for each pass, and all-to-all without work that has no effect on a single rank.
 
 After the all-to-all, rows lie by source rank and within it by expert, and Megatron sorts them by expert: it cuts them
 into (ranks x experts) chunks and joins these in another order. With one rank (expert parallel x expert tensor parallel
 size 1) the order is right already, but cutting and joining copies every row twice each way.
+
+T: tokens, T': rows, the copies of tokens for this rank's experts, D: hidden, N: experts.
 """
 
+from copy import copy
+
 import torch
-from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher, MoETokenDispatcher
 
 from coe_megatron.model.capacity import rows_per_expert
 
 
+def for_one_pass(dispatcher: MoETokenDispatcher) -> MoETokenDispatcher:
+    """A copy that one pass through the experts may write its state on; the state goes with the copy.
+
+    Megatron's dispatchers keep routing map, counts and splits on themselves from dispatch to combine, the flex
+    dispatcher on its communication manager.
+    """
+    own = copy(dispatcher)
+    if hasattr(own, "_comm_manager"):
+        own._comm_manager = copy(own._comm_manager)
+    return own
+
+
 class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
-    """Same results and same state as Megatron's dispatcher; one object serves one iteration of a chain."""
+    """Same results and same state as Megatron's dispatcher."""
 
     tokens_per_expert: torch.Tensor | None
     capacity: int | None
@@ -48,13 +64,3 @@ class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
     def combine_preprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Expert outputs [T', D] back into the order in which they came."""
         return hidden_states if self._is_sorted else super().combine_preprocess(hidden_states)
-
-    def combine_postprocess(self, permutated_local_input_tokens: torch.Tensor) -> torch.Tensor:
-        """Expert outputs in the order in which they were sent -> [S, B, D], each token's copies added up.
-
-        Nothing of the pass stays on the dispatcher: until its next one it would keep alive what is to be recomputed.
-        """
-        try:
-            return super().combine_postprocess(permutated_local_input_tokens)
-        finally:  # checkpointing leaves a pass that it recomputes by an exception
-            self.probs = self.routing_map = self.reversed_local_input_permutation_mapping = None

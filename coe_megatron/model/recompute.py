@@ -1,6 +1,6 @@
-"""What the backward pass computes again instead of keeping it: the modes, the second pass, and the routes it follows.
+"""What the backward pass computes again instead of keeping it: the modes, the second pass, and the choices it follows.
 
-Megatron's `recompute_granularity="full"` recomputes transformer layers from outside: it works, but without routes.
+Megatron's `recompute_granularity="full"` recomputes transformer layers from outside: it works, but without records.
 
 T: tokens, N: experts, K: chosen for a token.
 """
@@ -16,10 +16,12 @@ import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.moe.router_replay import RouterReplay
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from coe_megatron.chain.settings import Recompute
 from coe_megatron.errors import ConfigError
+from coe_megatron.model.unsupported import refuse_unrecorded
 
 
 def recompute_mode(config: TransformerConfig, recompute: Recompute) -> Recompute:
@@ -36,18 +38,8 @@ def recompute_mode(config: TransformerConfig, recompute: Recompute) -> Recompute
         raise ConfigError(f"recompute is {recompute!r}: recompute_modules asks for {asked!r} already, leave it at none")
     recompute = asked if recompute == "none" else recompute
     if recompute in ("iteration", "layer"):
-        _refuse_unknown_routes(config, recompute)
+        refuse_unrecorded(config, f"recompute {recompute!r}")
     return recompute
-
-
-def _refuse_unknown_routes(config: TransformerConfig, recompute: Recompute) -> None:
-    """What chooses experts where no Route can listen, and so might choose others when it is recomputed."""
-    if config.moe_router_fusion:
-        raise ConfigError(f"moe_router_fusion is True: with recompute {recompute!r} it must be False")
-    if config.moe_router_load_balancing_type == "sinkhorn":
-        raise ConfigError(
-            f"moe_router_load_balancing_type is 'sinkhorn': with recompute {recompute!r} use an auxiliary loss"
-        )
 
 
 @dataclass
@@ -55,44 +47,55 @@ class RoutingRecord:
     """What one router decided in one forward pass: empty at first, written once, followed when the pass is recomputed.
 
     Recomputed logits can differ in their last bits (sums on CUDA have no fixed order), and a token between two experts
-    would go elsewhere: its gradient would be that of another function, and tensors would change their shapes. A route
+    would go elsewhere: its gradient would be that of another function, and tensors would change their shapes. A record
     belongs to a call and not to the router, so that several calls may wait for their backward passes.
 
     Attributes:
         experts_TK: int64, the experts of each token, in the order of the choice.
         kept_TN: bool, with a capacity: the choices that it did not turn away.
         counted: what the global auxiliary loss had counted before: token copies by expert, and micro-batches.
-        stock: Megatron's own replay of recorded routes, to ask in the first pass; None if it is off.
-        masked_TN: bool, experts that a token must not be sent to; None, also between calls, for none.
     """
 
     experts_TK: torch.Tensor | None = None
     kept_TN: torch.Tensor | None = None
     counted: tuple[torch.Tensor, torch.Tensor] | None = None
-    stock: RouterReplay | None = None
-    masked_TN: torch.Tensor | None = None
 
     @property
     def is_known(self) -> bool:
         """Whether the first pass has been."""
         return self.experts_TK is not None
 
+
+@dataclass(frozen=True)
+class Choice:
+    """What Megatron's top-k routing asks in one call, where it would ask its own RouterReplay.
+
+    Attributes:
+        record: followed if it is known, else written.
+        masked_TN: bool, experts that a token must not be sent to; None for none.
+        stock: Megatron's own replay of recorded choices, to ask in the first pass; None if it is off.
+    """
+
+    record: RoutingRecord
+    masked_TN: torch.Tensor | None
+    stock: RouterReplay | None
+
     def get_replay_topk(self, scores_TN, topk, num_groups, group_topk, choose) -> tuple[torch.Tensor, torch.Tensor]:
-        """The chosen scores and experts [T, K]; Megatron's top-k routing calls this where it would its RouterReplay.
+        """The chosen scores and experts [T, K].
 
         Both passes gather the scores, so that both keep the same tensors, as checkpointing requires.
         """
-        if self.experts_TK is None:
+        if self.record.experts_TK is None:
             if self.stock is not None:
                 choose = partial(self.stock.get_replay_topk, default_compute_topk=choose)
             ranking_TN = scores_TN.detach()
             if self.masked_TN is not None:  # a score of 0 is not enough: others may be 0 too, and a bias lifts it
                 ranking_TN = ranking_TN.masked_fill(self.masked_TN, -math.inf)
-            _, self.experts_TK = choose(ranking_TN, topk, num_groups, group_topk)
-        return scores_TN.gather(1, self.experts_TK), self.experts_TK
+            _, self.record.experts_TK = choose(ranking_TN, topk, num_groups, group_topk)
+        return scores_TN.gather(1, self.record.experts_TK), self.record.experts_TK
 
 
-def replayed(function: Callable, *args: Any, to_the_end: bool = False) -> Any:
+def recomputed(function: Callable, *args: Any, to_the_end: bool = False) -> Any:
     """`function(*args)`, of which only the arguments are kept: the backward pass calls it a second time.
 
     torch's checkpoint rather than Megatron's, which runs a backward pass of its own inside the backward pass: a weight
@@ -102,10 +105,20 @@ def replayed(function: Callable, *args: Any, to_the_end: bool = False) -> Any:
     generators are restored here.
 
     Args:
+        args: tensors, also within tuples, which torch's checkpoint gets one by one so that it knows them; or anything.
         to_the_end: the second pass goes on when all that is needed is there.
     """
+    leaves, structure = tree_flatten(args)
+
+    def with_structure(*leaves: Any) -> Any:
+        return function(*tree_unflatten(leaves, structure))
+
     return checkpoint(
-        function, *args, use_reentrant=False, context_fn=_restoring_named_generators, early_stop=not to_the_end
+        with_structure,
+        *leaves,
+        use_reentrant=False,
+        context_fn=_restoring_named_generators,
+        early_stop=not to_the_end,
     )
 
 

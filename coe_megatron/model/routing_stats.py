@@ -1,4 +1,4 @@
-"""Reads what routers and chains noted during a step: by (layer, iteration), over all ranks."""
+"""Reads what routers and chains recorded during a step: by (layer, iteration), over all ranks."""
 
 import math
 from collections.abc import Iterator
@@ -11,7 +11,8 @@ from megatron.core.transformer.moe.moe_utils import get_updated_expert_bias
 
 from coe_megatron.model.chain_probe import ChainProbe
 from coe_megatron.model.layer import CoELayer
-from coe_megatron.model.router import CoERouter, RoutingStats
+from coe_megatron.model.router import CoERouter
+from coe_megatron.model.router_stats import RouterStats
 
 
 @dataclass(frozen=True)
@@ -71,22 +72,22 @@ def routers(model: torch.nn.Module) -> Iterator[tuple[int, int, CoERouter]]:
             yield layer.layer_number, t + 1, router
 
 
-def reset_routing(model: torch.nn.Module, watch: bool = False, pairs: bool = False) -> None:
-    """Forget what was noted; call it before each step.
+def reset_routing(model: torch.nn.Module, detailed: bool = False, pairs: bool = False) -> None:
+    """Forget what was recorded; call it before each step.
 
     Args:
-        watch: a report of it is wanted, which takes time.
+        detailed: a report of the step is wanted, which takes time.
         pairs: with pairs of experts in it, which are N x N numbers for each iteration after the first.
     """
     for layer in layers(model):
         experts = layer.config.num_moe_experts if pairs else None
-        layer.watch = ChainProbe(layer.chain.iterations, experts) if watch else None
+        layer.probe = ChainProbe(layer.chain.iterations, experts) if detailed else None
         for router in layer.routers:
-            router.stats = RoutingStats(watched=watch)
+            router.stats = RouterStats(detailed=detailed)
 
 
 def report_routing(model: torch.nn.Module) -> list[RoutingReport]:
-    """What was noted in a watched step, by layer and iteration, of all layers on all ranks; collective."""
+    """What was recorded in a detailed step, by layer and iteration, of all layers on all ranks; collective."""
     stages = parallel_state.get_pipeline_model_parallel_group()
     reports: list[list[RoutingReport]] = [[]] * stages.size()
     torch.distributed.all_gather_object(reports, _report_stage(model), group=stages)
@@ -98,11 +99,11 @@ def _report_stage(model: torch.nn.Module) -> list[RoutingReport]:
     found = [(layer, t) for layer in layers(model) for t in range(layer.chain.iterations)]
     if not found:
         return []
-    noted = [_as_vector(layer, t) for layer, t in found]
-    together = torch.cat(noted)
+    recorded = [_as_vector(layer, t) for layer, t in found]
+    together = torch.cat(recorded)
     group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
     torch.distributed.all_reduce(together, group=group)
-    summed = together.cpu().split([len(vector) for vector in noted])
+    summed = together.cpu().split([len(vector) for vector in recorded])
     return [_report(*place, vector.tolist()) for place, vector in zip(found, summed, strict=True)]
 
 
@@ -151,13 +152,13 @@ def _router(layer: CoELayer, t: int) -> CoERouter:
 
 
 def _as_vector(layer: CoELayer, t: int) -> torch.Tensor:
-    """The losses by name, the number of calls, the entropy, the watch's sums, the N loads, and the pairs; float64."""
+    """The losses by name, the number of calls, the entropy, the probe's sums, the N loads, and the pairs; float64."""
     stats = _router(layer, t).stats
-    assert layer.watch is not None and stats.load is not None, "no watched training step since reset_routing"
-    noted = [*(stats.losses[name] for name in sorted(stats.losses)), stats.calls, stats.entropy]
-    scalars = [torch.as_tensor(value).to(stats.load).view(1) for value in noted]
-    pairs = () if layer.watch.pairs is None or t == 0 else (layer.watch.pairs[t].flatten(),)
-    return torch.cat([*scalars, layer.watch.sums[t], stats.load, *pairs])
+    assert layer.probe is not None and stats.load is not None, "no detailed training step since reset_routing"
+    recorded = [*(stats.losses[name] for name in sorted(stats.losses)), stats.calls, stats.entropy]
+    scalars = [torch.as_tensor(value).to(stats.load).view(1) for value in recorded]
+    pairs = () if layer.probe.pairs is None or t == 0 else (layer.probe.pairs[t].flatten(),)
+    return torch.cat([*scalars, layer.probe.sums[t], stats.load, *pairs])
 
 
 def _report(layer: CoELayer, t: int, summed: list[float]) -> RoutingReport:

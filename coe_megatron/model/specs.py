@@ -25,11 +25,10 @@ from coe_megatron.chain.settings import ChainSettings, Recompute
 from coe_megatron.errors import ConfigError
 from coe_megatron.local_backend.attention import SDPACoreAttention
 from coe_megatron.local_backend.experts import GroupedExperts
-from coe_megatron.local_backend.megatron_compat import has_transformer_engine
 from coe_megatron.local_backend.norm import Norm
 from coe_megatron.model.layer import CoELayer
 from coe_megatron.model.recompute import recompute_mode
-from coe_megatron.model.unsupported import refuse_for_specs
+from coe_megatron.model.unsupported import refuse_dense_layers, refuse_for_specs, refuse_missing_engine
 
 
 def coe_layer_spec(
@@ -57,9 +56,9 @@ def coe_layer_spec(
         raise ConfigError("num_moe_experts is None: a Chain-of-Experts layer needs at least one routed expert")
     if chain is not None and chain.layers is not None:
         raise ConfigError(f"chain.layers is {list(chain.layers)}: for layers that differ take coe_block_spec")
-    _refuse_dense_layers(config)
+    refuse_dense_layers(config)
     refuse_for_specs(config)
-    _refuse_missing_engine(config, use_transformer_engine)
+    refuse_missing_engine(config, use_transformer_engine)
     if use_transformer_engine:
         spec = get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts,
@@ -95,7 +94,7 @@ def coe_block_spec(
     """
     chain = chain or ChainSettings()
     refuse_for_specs(config)
-    _refuse_missing_engine(config, use_transformer_engine)
+    refuse_missing_engine(config, use_transformer_engine)
     if chain.layers is not None:
         chain.require_experts(config.num_moe_experts or 0, config.moe_router_topk, config.moe_router_num_groups)
         if not config.hetereogenous_dist_checkpoint:
@@ -117,28 +116,6 @@ def coe_block_spec(
     ]
     layer_norm = block.layer_norm if use_transformer_engine else Norm
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=layer_norm)
-
-
-def _refuse_dense_layers(config: TransformerConfig) -> None:
-    frequency = config.moe_layer_freq
-    has_dense = 0 in frequency if isinstance(frequency, list) else frequency != 1
-    if has_dense:
-        raise ConfigError(
-            f"moe_layer_freq is {frequency!r}: coe_layer_spec makes every layer a chain; take coe_block_spec, which "
-            "follows it"
-        )
-
-
-def _refuse_missing_engine(config: TransformerConfig, use_transformer_engine: bool) -> None:
-    if use_transformer_engine and not has_transformer_engine():
-        raise ConfigError("use_transformer_engine is True: Transformer Engine is not installed, set it to False")
-    tensor = config.tensor_model_parallel_size
-    if config.multi_latent_attention and tensor > 1 and not use_transformer_engine:
-        # The rotary part of the keys goes into every head; its gradients from the ranks' heads are not added up.
-        raise ConfigError(
-            f"tensor_model_parallel_size is {tensor}: with multi_latent_attention it must be 1 without Transformer "
-            "Engine, because Megatron-Core 0.16.1 then leaves out a part of the gradients"
-        )
 
 
 def _recompute(config: TransformerConfig, recompute: Recompute, use_transformer_engine: bool) -> Recompute:

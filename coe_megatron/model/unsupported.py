@@ -5,7 +5,9 @@ What single parts do not offer, these refuse themselves: experts, core attention
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.errors import ConfigError
+from coe_megatron.local_backend.megatron_compat import has_transformer_engine
 
 _NARROW = "a chain has no FP8 or FP4, leave it at Megatron's default"
 _SCHEDULED = "Megatron then calls the parts of a MoE layer itself, each once and not C times; it must be False"
@@ -45,6 +47,50 @@ def refuse_for_specs(config: TransformerConfig) -> None:
     """The same, also for what `coe_layer_spec` and `coe_block_spec` alone would ignore."""
     refuse_for_layer(config)
     _refuse(config, _BY_SPECS)
+
+
+def refuse_for_chain(config: TransformerConfig, chain: ChainSettings) -> None:
+    """Raise a ConfigError if a layer of this config cannot have this chain."""
+    chain.require_experts(config.num_moe_experts, config.moe_router_topk, config.moe_router_num_groups)
+    if chain.no_return:
+        refuse_unrecorded(config, "chain.no_return")
+    if chain.iterations > 1 and config.moe_shared_expert_overlap:
+        raise ConfigError(
+            "moe_shared_expert_overlap is True: the shared experts keep the state of one pass, so with more than one "
+            "iteration it must be False"
+        )
+
+
+def refuse_unrecorded(config: TransformerConfig, feature: str) -> None:
+    """Raise a ConfigError if experts are chosen where no RoutingRecord can listen, which the feature needs."""
+    if config.moe_router_fusion:
+        raise ConfigError(f"moe_router_fusion is True: with {feature} it must be False")
+    if config.moe_router_load_balancing_type == "sinkhorn":
+        raise ConfigError(f"moe_router_load_balancing_type is 'sinkhorn': with {feature} use an auxiliary loss")
+
+
+def refuse_dense_layers(config: TransformerConfig) -> None:
+    """Raise a ConfigError if some layers are to have no experts, which `coe_layer_spec` cannot do."""
+    frequency = config.moe_layer_freq
+    has_dense = 0 in frequency if isinstance(frequency, list) else frequency != 1
+    if has_dense:
+        raise ConfigError(
+            f"moe_layer_freq is {frequency!r}: coe_layer_spec makes every layer a chain; take coe_block_spec, which "
+            "follows it"
+        )
+
+
+def refuse_missing_engine(config: TransformerConfig, use_transformer_engine: bool) -> None:
+    """Raise a ConfigError if Transformer Engine is asked for and not there, or needed and not asked for."""
+    if use_transformer_engine and not has_transformer_engine():
+        raise ConfigError("use_transformer_engine is True: Transformer Engine is not installed, set it to False")
+    tensor = config.tensor_model_parallel_size
+    if config.multi_latent_attention and tensor > 1 and not use_transformer_engine:
+        # The rotary part of the keys goes into every head; its gradients from the ranks' heads are not added up.
+        raise ConfigError(
+            f"tensor_model_parallel_size is {tensor}: with multi_latent_attention it must be 1 without Transformer "
+            "Engine, because Megatron-Core 0.16.1 then leaves out a part of the gradients"
+        )
 
 
 def _refuse(config: TransformerConfig, unsupported: dict[str, str]) -> None:

@@ -1,1 +1,1 @@
-"""A run's folder: who may write, what it holds, how it is read back. Without torch."""
+"""The folder of a run: its lock, contents and readers. Without torch."""

@@ -1,6 +1,6 @@
-"""Whether the disk will take a run's checkpoints: asked before the run costs anything, and before a checkpoint is lost.
+"""Checks that the disk has space for a run's checkpoints, before the run starts and before each save. Without torch.
 
-Without torch. A quota shows in no number that a file system gives; only writing meets it.
+No file system reports a user's quota, so this also tries to write.
 """
 
 import os
@@ -15,24 +15,24 @@ from coe_megatron.estimate.checkpoint_size import checkpoint_bytes
 from coe_megatron.estimate.run_estimate import size
 from coe_megatron.estimate.run_shape import RunShape
 
-_PROBE = ".room"
+_PROBE = ".disk-probe"
 _PROBE_BYTES = 1 << 16
-_MARGIN = 1.05  # for what is written beside a checkpoint: metrics, TensorBoard
+_MARGIN = 1.05  # for other files of the run: metrics, TensorBoard
 
 
 def require(run: RunShape) -> str:
-    """Before a run begins: its folder takes what is written, and at least one checkpoint; called by one process.
+    """Check that the run's folder is writable and has space for at least one checkpoint. One process calls this.
 
     Returns:
-        A warning if there is not room for all checkpoints that the run will keep, else nothing.
+        A warning if there is no space for all checkpoints that the run will keep, otherwise an empty string.
 
     Raises:
-        ConfigError: it does not; one line with the folder, and bytes needed and free.
+        ConfigError: it is not writable or has too little space; one line with the folder, bytes needed and free.
     """
     config, one = run.config, checkpoint_bytes(run)
     folder = Path(config.output)
     try:
-        reason, available, done = _refusal(folder), _free(folder), finished_steps(folder / "checkpoints")
+        reason, available, done = _write_problem(folder), _free(folder), finished_steps(folder / "checkpoints")
     except OSError as error:
         raise ConfigError(f"output is {folder}: {error}") from error
     if reason:
@@ -40,19 +40,21 @@ def require(run: RunShape) -> str:
     if not (more := _checkpoints_to_come(config, done)):
         return ""
     if available < one * _MARGIN:
-        raise ConfigError(f"output is {folder}: {_too_little(one, available)}; make room, or choose another output")
+        raise ConfigError(
+            f"output is {folder}: {_too_little(one, available)}; free some space, or choose another output"
+        )
     if available >= more * one * _MARGIN:
         return ""
     return (
-        f"output is {folder}: {_too_little(one, available)}; the run will have {more} more there at once "
-        "(training.keep_checkpoints, training.milestones, and the one being written)"
+        f"output is {folder}: {_too_little(one, available)}; the run will store up to {more} more at the same time "
+        "(training.keep_checkpoints, training.milestones, and one being written)"
     )
 
 
-def trouble(folder: Path, needed: int) -> str:
-    """Why a run's folder will not take a checkpoint of `needed` bytes; nothing if it will, as far as can be seen."""
+def problem(folder: Path, needed: int) -> str:
+    """Why a checkpoint of `needed` bytes cannot be written; empty if no problem is found."""
     try:
-        if reason := _refusal(folder):
+        if reason := _write_problem(folder):
             return reason
         available = _free(folder)
     except OSError as error:
@@ -61,17 +63,17 @@ def trouble(folder: Path, needed: int) -> str:
 
 
 def _checkpoints_to_come(config: RunConfig, done: list[int]) -> int:
-    """By how many more there will be at most than there are now."""
-    training, newest = config.training, max(done, default=0)
-    milestones = [step for step in training.milestones if step > newest]
-    saves = -(-training.steps // training.save_every) - newest // training.save_every
+    """The largest number of checkpoints that will exist in addition to those there now."""
+    training, latest = config.training, max(done, default=0)
+    milestones = [step for step in training.milestones if step > latest]
+    saves = -(-training.steps // training.save_every) - latest // training.save_every
     most = training.keep_checkpoints + 1 + len(milestones) - len(done)
-    return 0 if newest >= training.steps else max(1, min(most, saves + len(milestones)))
+    return 0 if latest >= training.steps else max(1, min(most, saves + len(milestones)))
 
 
-def _refusal(folder: Path) -> str:
-    """Why nothing can be written: of a full disk, a quota, or a file system that has become read-only."""
-    place = _where(folder)
+def _write_problem(folder: Path) -> str:
+    """Why nothing can be written (full disk, quota, read-only file system); empty if something can."""
+    place = _checkpoint_folder(folder)
     try:
         with TemporaryFile(dir=place, prefix=_PROBE) as file:
             file.write(os.urandom(_PROBE_BYTES))
@@ -82,16 +84,18 @@ def _refusal(folder: Path) -> str:
     return ""
 
 
-def _where(folder: Path) -> Path:
-    """Where the checkpoints lie, which may be on another disk than the run's folder."""
+def _checkpoint_folder(folder: Path) -> Path:
+    """The folder of the checkpoints, which may be on another disk than the run's folder."""
     checkpoints = folder / "checkpoints"
     return checkpoints if checkpoints.is_dir() else folder
 
 
 def _free(folder: Path) -> int:
-    """Bytes free to this user, with those of unfinished saves, which the next one clears away."""
-    place = _where(folder)
-    return shutil.disk_usage(place).free + sum(_held(found) for found in place.iterdir() if _is_unfinished(found.name))
+    """Bytes free for this user, including those of unfinished saves, which the next save deletes."""
+    place = _checkpoint_folder(folder)
+    return shutil.disk_usage(place).free + sum(
+        _allocated_bytes(found) for found in place.iterdir() if _is_unfinished(found.name)
+    )
 
 
 def _is_unfinished(name: str) -> bool:
@@ -99,7 +103,7 @@ def _is_unfinished(name: str) -> bool:
     return found is not None and not found.finished
 
 
-def _held(folder: Path) -> int:
+def _allocated_bytes(folder: Path) -> int:
     return sum(path.lstat().st_blocks * 512 for path in folder.rglob("*"))
 
 

@@ -1,7 +1,7 @@
-"""How a run ended, in words that schedulers and scripts act on: exit statuses, and torchrun's error files.
+"""Exit statuses for schedulers and scripts, and torchrun's error files.
 
-Torchrun itself exits with 1 whatever its ranks did. Each rank that fails therefore leaves its status in the file that
-torchrun names in TORCHELASTIC_ERROR_FILE (torch's own format, which torchrun reads for its report).
+Torchrun exits with 1 whatever its ranks did. So each rank that fails writes its status to the file that torchrun names
+in TORCHELASTIC_ERROR_FILE, in torch's own format, which torchrun reads for its report.
 """
 
 import json
@@ -20,39 +20,39 @@ from coe_megatron.parsing import JSON_BYTES, parse_json
 
 
 class ExitStatus(IntEnum):
-    """Exit statuses of `launch/pretrain_coe.py`; `again` says what a scheduler needs to know."""
+    """Exit statuses of `launch/pretrain_coe.py`; `retryable` tells a scheduler whether to restart."""
 
     DONE = 0
     FAILED = 1  # with an unexpected error; also what torchrun makes of all others
     MISTAKE = 2  # in the config, the data or the command line
-    STOPPED = 3  # it was asked to, and has saved
-    DIVERGED = 4  # the loss, and nothing that `recovery` allows has helped
+    STOPPED = 3  # on request, after a save
+    DIVERGED = 4  # the loss diverged, and `recovery` has used up its rollbacks
     NOT_SAVED = 5  # a checkpoint could not be written
-    BUSY = 6  # another process writes the output folder
-    HUNG = 7  # no progress for `recovery.hang_after` seconds; the stacks are written
-    OUTPUT_LOST = 8  # the output folder was removed or moved while the run went on
+    BUSY = 6  # another process has locked the output folder
+    HUNG = 7  # no progress for `recovery.hang_after` seconds; stack traces are written
+    OUTPUT_LOST = 8  # the output folder was removed or moved during the run
     INTERRUPTED = 130  # from the keyboard
 
     @property
-    def again(self) -> bool:
-        """Whether the same command, started again by nobody's decision, may go on."""
-        return self in _MAY_GO_ON
+    def retryable(self) -> bool:
+        """Whether the same command may succeed when it is restarted automatically."""
+        return self in _RETRYABLE
 
 
-_MAY_GO_ON = {ExitStatus.FAILED, ExitStatus.STOPPED, ExitStatus.BUSY, ExitStatus.HUNG}
+_RETRYABLE = {ExitStatus.FAILED, ExitStatus.STOPPED, ExitStatus.BUSY, ExitStatus.HUNG}
 
 
-def verdict(statuses: Iterable[ExitStatus]) -> ExitStatus:
-    """How a run failed, by the statuses of those that did, the first one first.
+def root_status(statuses: Iterable[ExitStatus]) -> ExitStatus:
+    """The status of a failed run, given those of its failed ranks in order of time.
 
-    That is the first that says more than FAILED, which may be but the loss of a peer.
+    This is the first one other than FAILED, since FAILED may only mean that a peer was lost.
     """
     return next((status for status in statuses if status is not ExitStatus.FAILED), ExitStatus.FAILED)
 
 
 @dataclass(frozen=True)
-class LastWords:
-    """What a rank's error file says; `time` is in seconds since 1970, by the clock of its host."""
+class RankError:
+    """The contents of a rank's error file; `time` is in seconds since 1970, by the clock of its host."""
 
     rank: int
     host: str
@@ -61,13 +61,13 @@ class LastWords:
     message: str
 
 
-def leave_error_file(status: int, message: str, stack: str = "", *, environment: Mapping[str, str]) -> None:
-    """Write how this rank failed where torchrun, and whoever reads its logs, looks for it; nothing without torchrun.
+def write_error_file(status: int, message: str, stack: str = "", *, environment: Mapping[str, str]) -> None:
+    """Write this rank's error to the file that torchrun has named; does nothing without torchrun.
 
     Args:
         message: one line.
-        stack: the traceback, empty for what is no surprise.
-        environment: TORCHELASTIC_ERROR_FILE and RANK are read.
+        stack: the traceback; empty for expected errors.
+        environment: provides TORCHELASTIC_ERROR_FILE and RANK.
     """
     if not (name := environment.get("TORCHELASTIC_ERROR_FILE")):
         return
@@ -75,15 +75,15 @@ def leave_error_file(status: int, message: str, stack: str = "", *, environment:
     details = {"py_callstack": stack or message, "timestamp": str(int(now)), "time": now}
     details |= {"rank": rank_of(environment), "host": platform.node()}
     record = {"message": {"message": message, "errorCode": int(status), "extraInfo": details}}
-    with suppress(OSError):  # the run's own error is the one to tell
+    with suppress(OSError):  # report the run's own error instead
         write_atomically(Path(name), json.dumps(record))
 
 
-def read_error_file(path: Path) -> LastWords | None:
-    """What a rank has left by `leave_error_file`; None of a file that is half written, or gone.
+def read_error_file(path: Path) -> RankError | None:
+    """Read a file of `write_error_file`; None if it is incomplete or gone.
 
-    Torch's own, of a rank that failed before ours could speak, say less: FAILED, the rank by its folder's name, the
-    time by the file's.
+    Files that torch wrote, for a rank that failed before `write_error_file` could run, say less: the status is FAILED,
+    the rank comes from the folder's name, and the time is the file's.
     """
     rank = int(path.parent.name) if path.parent.name.isdecimal() else 0
     try:
@@ -92,16 +92,16 @@ def read_error_file(path: Path) -> LastWords | None:
     except (OSError, ValueError):
         return None
     try:
-        said: Any = content["message"]
-        extra = said["extraInfo"]
+        record: Any = content["message"]
+        extra = record["extraInfo"]
         moment = float(extra["time"] if "time" in extra else extra["timestamp"])
         rank, host = int(extra.get("rank", rank)), str(extra.get("host", "unknown host"))
-        return LastWords(rank, host, moment, known_status(said.get("errorCode")), str(said.get("message", "")))
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):  # no word of ours
-        said = content.get("message") if isinstance(content, dict) else None
-        return LastWords(rank, "unknown host", written, ExitStatus.FAILED, said if isinstance(said, str) else "")
+        return RankError(rank, host, moment, known_status(record.get("errorCode")), str(record.get("message", "")))
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):  # not written by `write_error_file`
+        message = content.get("message") if isinstance(content, dict) else None
+        return RankError(rank, "unknown host", written, ExitStatus.FAILED, message if isinstance(message, str) else "")
 
 
 def known_status(code: object) -> ExitStatus:
-    """The status that a number stands for; FAILED for any other."""
+    """The status with this number; FAILED for an unknown one."""
     return ExitStatus(code) if code in list(ExitStatus) else ExitStatus.FAILED  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
-"""The folder of a run: config.yaml, run.json, the summary and the picture of the loss. Rank 0 alone writes it.
+"""The folder of a run: config.yaml, run.json, the summary and the loss plot. Only rank 0 writes it.
 
-Files are written under another name and renamed. What is damaged when the run starts is set aside under a name of its
-own and made anew: a run whose checkpoints are whole goes on. A finished run that has nothing to do leaves all as it is.
+Files are written under a temporary name and renamed. A file that is damaged when the run starts is renamed out of the
+way and replaced, so that a run with complete checkpoints can resume. A finished run with nothing to do changes no file.
 """
 
 import json
@@ -24,13 +24,13 @@ from coe_megatron.errors import ConfigError
 from coe_megatron.estimate.run_shape import padded_vocabulary
 from coe_megatron.files import set_aside, write_atomically
 from coe_megatron.run import lock as folder_lock
-from coe_megatron.run.loss_plot import draw_loss, is_whole
-from coe_megatron.run.metrics_log import mend_metrics, parse_line
+from coe_megatron.run.loss_plot import draw_loss, is_complete_png
+from coe_megatron.run.metrics_log import parse_line, repair_metrics
 from coe_megatron.run.output_check import (
     CHECKPOINTS,
     CONFIG,
+    LOSS_PLOT,
     METRICS,
-    PICTURE,
     RECORD,
     TENSORBOARD,
     require_output,
@@ -41,11 +41,11 @@ from coe_megatron.text import aligned_facts
 
 _PACKAGES = ("coe-megatron", "torch", "megatron-core", "deepspeed")
 _FINISHED = "finished"
-_DIED = "died"  # without a word: it was killed, or the machine went down
+_DIED = "died"  # without a record of its end: it was killed, or the machine went down
 
 
 class OutputLost(Exception):
-    """The output folder was removed or moved while the run went on; its text is one line."""
+    """The output folder was removed or moved during the run; its text is one line."""
 
 
 _GIT_SECONDS = 5
@@ -53,29 +53,29 @@ _GIT_SECONDS = 5
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished run came to; `summary()` says it to a person.
+    """The result of a finished run.
 
     Attributes:
-        facts: of run.json.
-        evaluations: the lines of metrics.jsonl with a validation loss; none where the file was lost.
-        checkpoint: the newest one; None if all were deleted meanwhile.
-        picture: None if it could not be drawn.
+        record: the contents of run.json.
+        evaluations: the lines of metrics.jsonl with a validation loss; empty if the file was lost.
+        checkpoint: the most recent one; None if all were deleted.
+        loss_plot: None if it could not be drawn.
     """
 
     folder: Path
-    facts: Mapping[str, Any]
+    record: Mapping[str, Any]
     evaluations: Sequence[Mapping[str, Any]]
     checkpoint: Path | None
-    picture: Path | None
+    loss_plot: Path | None
 
     def summary(self) -> str:
-        """Lines for the terminal: what was trained, what it learned, how fast, and where everything lies."""
-        parameters = self.facts["parameters"]
+        """Lines for the terminal: the model, its validation loss, the speed, and the files."""
+        parameters = self.record["parameters"]
         rows = {
-            "model": self.facts["model"],
-            "parameters": f"{parameters['total']:,} in all, {parameters['active']:,} active for a token",
+            "model": self.record["model"],
+            "parameters": f"{parameters['total']:,} in all, {parameters['active']:,} active per token",
             **self._learned(),
-            "picture": self.picture or "none",
+            "loss plot": self.loss_plot or "none",
             "metrics": self.folder / METRICS,
             "TensorBoard": f"tensorboard --logdir {self.folder / TENSORBOARD}",
             "checkpoint": self.checkpoint or "none",
@@ -84,39 +84,39 @@ class Outcome:
 
     def _learned(self) -> dict[str, str]:
         if not self.evaluations:
-            return {"validation loss": "not known: metrics.jsonl has none"}
+            return {"validation loss": "unknown: metrics.jsonl has none"}
         first, last = self.evaluations[0], self.evaluations[-1]
         best = min(self.evaluations, key=lambda line: line["valid_loss"])
         speed = last.get("tokens_per_second")
-        losses = [line["valid_loss"] for line in (first, last, best)] + [self.facts["unigram_entropy"]]
+        losses = [line["valid_loss"] for line in (first, last, best)] + [self.record["unigram_entropy"]]
         at_first, at_last, lowest, entropy = (as_text(loss, "{:.3f}") for loss in losses)
         return {
             "validation loss": f"{at_first} at first, {at_last} at step {last['step']}, best {lowest} at step "
             f"{best['step']} (token frequencies alone: {entropy})",
-            "speed": "not known" if speed is None else f"{as_text(speed, '{:,.0f}')} tokens a second",
+            "speed": "unknown" if speed is None else f"{as_text(speed, '{:,.0f}')} tokens per second",
         }
 
 
 def begin(config: RunConfig, logs: Path | None = None) -> "RunFolder":
-    """Make the output folder, lock it and note this attempt in run.json, before anything costs time.
+    """Create and lock the output folder and record this attempt in run.json, before anything costs time.
 
     Args:
-        logs: where whoever started this rank keeps its logs.
+        logs: the folder in which the launcher keeps this rank's logs.
 
     Raises:
-        ConfigError: the folder cannot be made or written.
-        FolderInUse: another run has locked it; its files stay as they are.
+        ConfigError: the folder cannot be created or written.
+        FolderInUse: another run has locked it; its files do not change.
     """
     folder = Path(config.output)
     require_output(config)
-    made = not folder.exists()
+    created = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = folder_lock.take(folder)
     except OSError as error:
         raise _unusable(folder, error) from error
     try:
-        return RunFolder(config, lock, _attempt(logs), made)
+        return RunFolder(config, lock, _attempt(logs), created)
     except BaseException as error:
         lock.close()
         if isinstance(error, OSError):
@@ -125,28 +125,28 @@ def begin(config: RunConfig, logs: Path | None = None) -> "RunFolder":
 
 
 class RunFolder:
-    """A run's folder for as long as this process has it locked: as a context, or until `close`.
+    """A run's folder, locked by this process: a context manager, or until `close`.
 
-    What run.json holds is kept in memory, so that it is whole whatever happens to the file meanwhile.
+    The contents of run.json are kept in memory, so that it stays complete whatever happens to the file.
 
     Args:
         lock: of the folder.
-        attempt: what run.json is to say of this attempt.
-        made: the folder was not there before.
+        attempt: the entry of this attempt in run.json.
+        created: the folder did not exist before.
     """
 
-    def __init__(self, config: RunConfig, lock: TextIO, attempt: dict[str, Any], made: bool) -> None:
-        self.path, self._lock, self._made = Path(config.output), lock, made
-        self._new = set[str]()  # files that were not there before
+    def __init__(self, config: RunConfig, lock: TextIO, attempt: dict[str, Any], created: bool) -> None:
+        self.path, self._lock, self._created = Path(config.output), lock, created
+        self._new = set[str]()  # files that did not exist before
         self._record = self._read()
         attempts = [{**old, "outcome": _DIED} if old["outcome"] == "running" else old for old in self._attempts]
         finished = bool(attempts) and attempts[-1]["outcome"] == _FINISHED
         self._record["attempts"] = [*attempts, attempt]
-        # As the records have it there is nothing to do: they stay as they are unless it turns out otherwise.
-        self._untouched = finished and max(self._steps(), default=-1) >= config.training.steps
-        if not self._untouched:
+        # According to run.json there is nothing to do, so nothing is written unless this turns out to be wrong.
+        self._unchanged = finished and max(self._steps(), default=-1) >= config.training.steps
+        if not self._unchanged:
             self._replace(RECORD, self._as_json())
-        if not (self.path / CHECKPOINTS).exists():  # otherwise the checkpoints' config stays until it is compared
+        if not (self.path / CHECKPOINTS).exists():  # otherwise config.yaml stays until it is compared
             self._has_config()
             self._replace(CONFIG, dump(config))
 
@@ -157,61 +157,61 @@ class RunFolder:
         self.close()
 
     def close(self) -> None:
-        """Give the folder free."""
+        """Release the lock."""
         self._lock.close()
 
     def require_present(self) -> None:
-        """To be called before a write, so that nothing is made anew where the folder was.
+        """Call this before a write, so that nothing is created where the folder was.
 
         Raises:
-            OutputLost: it was removed or moved since the run began.
+            OutputLost: the folder was removed or moved during the run.
         """
         if not folder_lock.is_in_place(self._lock, self.path):
             raise OutputLost(
-                f"output is {self.path}: it was removed or moved while the run went on, and nothing is written there "
-                "any more; move it back and give the same command to go on from its newest checkpoint"
+                f"output is {self.path}: it was removed or moved during the run, and nothing more is written there; "
+                "move it back and repeat the command to resume from its most recent checkpoint"
             )
 
-    def describe(self, facts: Mapping[str, Any], config: RunConfig, done: bool) -> None:
-        """Add to run.json what is known once data and model stand; config.yaml is from now on this attempt's.
+    def describe(self, entries: Mapping[str, Any], config: RunConfig, done: bool) -> None:
+        """Add to run.json what is known once data and model exist, and write this attempt's config.yaml.
 
         Args:
-            done: no step is left to do; the records of a run that has finished are not touched then.
+            done: no step is left to do; the files of a finished run do not change then.
         """
-        known = all(self._record.get(name) is not None for name in facts)
-        self._untouched = self._untouched and done and known
+        known = all(self._record.get(name) is not None for name in entries)
+        self._unchanged = self._unchanged and done and known
         has_config = self._has_config()
-        if not self._untouched:
-            self.note(facts)
-        if not self._untouched or not has_config:
+        if not self._unchanged:
+            self.record(entries)
+        if not self._unchanged or not has_config:
             self._try_to_replace(CONFIG, dump(config))
 
-    def note(self, facts: Mapping[str, Any]) -> None:
-        """Add to run.json what has happened on the way; where the disk does not take it, that is said and no error."""
-        self._record |= facts
+    def record(self, entries: Mapping[str, Any]) -> None:
+        """Add entries to run.json; a write error is only reported on stderr."""
+        self._record |= entries
         self._try_to_replace(RECORD, self._as_json())
 
     def withdraw(self) -> None:
-        """Forget this attempt, which was refused before it began; what it made in the folder goes too."""
-        if self._untouched or not folder_lock.is_in_place(self._lock, self.path):
+        """Remove this attempt, which was refused before it began, from run.json, and the files that it created."""
+        if self._unchanged or not folder_lock.is_in_place(self._lock, self.path):
             return
         if earlier := self._attempts[:-1]:
-            return self.note({"attempts": earlier})
+            return self.record({"attempts": earlier})
         for name in (*self._new, folder_lock.NAME):
             (self.path / name).unlink(missing_ok=True)
-        if self._made:
-            with suppress(OSError):  # there is something else in it
+        if self._created:
+            with suppress(OSError):  # the folder is not empty
                 self.path.rmdir()
 
     def end(self, outcome: str) -> None:
-        """Note in run.json how this attempt ended: `finished`, `interrupted` or `failed: ...`."""
-        if self._untouched or not folder_lock.is_in_place(self._lock, self.path):
+        """Record in run.json how this attempt ended: `finished`, `interrupted` or `failed: ...`."""
+        if self._unchanged or not folder_lock.is_in_place(self._lock, self.path):
             return
         *earlier, last = self._attempts
-        self.note({"attempts": [*earlier, {**last, "outcome": outcome, "ended": _now()}]})
+        self.record({"attempts": [*earlier, {**last, "outcome": outcome, "ended": _now()}]})
 
     def finish(self) -> Outcome:
-        """Of a run that came to its last step: note it, draw the loss, and gather what the summary says.
+        """Record that the run has finished, draw the loss plot, and collect what the summary needs.
 
         Raises:
             OutputLost: the folder is gone.
@@ -221,8 +221,8 @@ class RunFolder:
         lines = [parse_line(line) for line in self._logged()]
         evaluations = [line for line in lines if line.get("valid_loss") is not None]
         steps = self._steps()
-        newest = self.path / CHECKPOINTS / name_of(steps[-1]) if steps else None
-        return Outcome(self.path, self._record, evaluations, newest, self._picture(lines))
+        latest = self.path / CHECKPOINTS / name_of(steps[-1]) if steps else None
+        return Outcome(self.path, self._record, evaluations, latest, self._draw_loss_plot(lines))
 
     @property
     def _attempts(self) -> list[dict[str, Any]]:
@@ -236,7 +236,7 @@ class RunFolder:
             return {}
 
     def _as_json(self) -> str:
-        return json.dumps(self._record, indent=2, allow_nan=False) + "\n"  # `read_record` takes nothing else
+        return json.dumps(self._record, indent=2, allow_nan=False) + "\n"  # `read_record` accepts only finite numbers
 
     def _replace(self, name: str, content: str) -> None:
         if not (self.path / name).exists():
@@ -250,7 +250,7 @@ class RunFolder:
             print(f"{self.path / name} cannot be written: {error.strerror}", file=sys.stderr)
 
     def _has_config(self) -> bool:
-        """Whether there is a config.yaml that can be used; one that cannot is set aside."""
+        """Whether there is a valid config.yaml; an invalid one is renamed out of the way."""
         try:
             return _saved_config(self.path) is not None
         except ConfigError as error:
@@ -262,19 +262,19 @@ class RunFolder:
 
     def _logged(self) -> list[bytes]:
         try:
-            return mend_metrics(self.path / METRICS)
+            return repair_metrics(self.path / METRICS)
         except (OSError, ConfigError) as error:
             print(f"{self.path / METRICS} cannot be read: {error}", file=sys.stderr)
             return []
 
-    def _picture(self, lines: list[dict[str, Any]]) -> Path | None:
-        """The picture of the loss; of an untouched run the one that is there, if it is whole."""
-        path = self.path / PICTURE
+    def _draw_loss_plot(self, lines: list[dict[str, Any]]) -> Path | None:
+        """Draw the loss plot; for a finished run keep the existing one, if it is complete."""
+        path = self.path / LOSS_PLOT
         try:
-            if self._untouched and path.exists():
-                if is_whole(path):
+            if self._unchanged and path.exists():
+                if is_complete_png(path):
                     return path
-                set_aside(path, "is no whole picture")
+                set_aside(path, "is not a complete PNG")
             return draw_loss(lines, self._record["unigram_entropy"], self._record["model"], path)
         except OSError as error:
             print(f"{path} cannot be written: {error.strerror}", file=sys.stderr)
@@ -282,18 +282,18 @@ class RunFolder:
 
 
 def check_same_run(folder: Path, config: RunConfig, tokenizer_size: int) -> str:
-    """Refuse to go on from checkpoints that another config made; returns what a user should know, if anything.
+    """Refuse to resume from checkpoints of another config; returns a remark for the user, possibly empty.
 
     Args:
-        tokenizer_size: pieces; an embedding of as many rows as `model.vocab_size` null gives is no other one.
+        tokenizer_size: number of pieces; an explicit `model.vocab_size` equal to the default for it is no difference.
 
     Raises:
-        ConfigError: names a setting that differs, its value then and now.
+        ConfigError: names a setting that differs, with its earlier and present value.
     """
     try:
         saved = _saved_config(folder)
     except ConfigError as error:
-        return f"; settings could not be compared with those of its checkpoints ({error})"
+        return f"; its settings could not be compared with those of its checkpoints ({error})"
     if saved is None:
         return ""
     then, now = flat(saved), flat(config)
@@ -303,12 +303,12 @@ def check_same_run(folder: Path, config: RunConfig, tokenizer_size: int) -> str:
         if then.get(name) != value and not may_change(name):
             raise ConfigError(
                 f"{name} is {shown(value)}: the checkpoints in {folder} were made with {shown(then.get(name))}; "
-                "choose another output, or that value"
+                "choose another output, or use that value"
             )
     was, steps = then["training.steps"], config.training.steps
     if was == steps or config.optimizer.decay == "constant":
         return ""
-    return f"; training.steps was {was} and is {steps}, so that the learning rate is another from here on"
+    return f"; training.steps was {was} and is now {steps}, which changes the learning rate schedule from here on"
 
 
 def _rows(config: RunConfig, tokenizer_size: int) -> int:
@@ -342,7 +342,7 @@ def _attempt(logs: Path | None) -> dict[str, Any]:
 
 
 def _log(logs: Path | None) -> str | None:
-    """The file that stderr goes to, by way of a pipe too if it has torchrun's name for it; None if it is not known."""
+    """The file that stderr is written to, also through torchrun's pipe; None if it is unknown."""
     places = (Path("/proc/self/fd/2").resolve(), *([logs / "stderr.log"] if logs else []))
     return next((str(place) for place in places if place.is_file()), None)
 
@@ -352,7 +352,7 @@ def _now() -> str:
 
 
 def _git_commit() -> str | None:
-    """The commit of the code that runs; None where it does not lie in a checkout of its own."""
+    """The git commit of the running code; None if it is not in a git checkout."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None

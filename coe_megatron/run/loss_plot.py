@@ -1,4 +1,4 @@
-"""The picture of a run: training and validation loss against tokens seen."""
+"""The loss plot of a run: training and validation loss over tokens seen."""
 
 import io
 import logging
@@ -16,25 +16,25 @@ from coe_megatron.files import read_limited, write_atomically
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#666666"  # apart for colour-blind readers and in print
+_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#666666"  # distinct for colour-blind readers and in print
 _SIGNATURE, _LAST = b"\x89PNG\r\n\x1a\n", b"IEND"  # a PNG's beginning, and its last chunk
 _MOST_BYTES = 1 << 26
-_HIGHEST = 1e9  # nats that are drawn; more is no loss, and makes no axis
-_LONGEST_NAME = 200  # characters
-_DASHES = ("--", ":", "-.")  # of single validation sets, in the colour of all
+_MAX_LOSS = 1e9  # nats; larger values are not drawn
+_MAX_NAME = 200  # characters
+_DASHES = ("--", ":", "-.")  # of single validation sets, in the colour of the validation loss
 
 
 def draw_loss(lines: Sequence[Mapping[str, Any]], entropy: float, title: str, path: Path) -> Path:
-    """Draw what metrics.jsonl holds.
+    """Draw the losses in metrics.jsonl.
 
     Args:
-        lines: its objects; losses that are null or beyond any meaning are left out.
-        entropy: entropy in nats of the token frequencies, drawn as the line to get below.
-        title: what was trained.
+        lines: its objects; null and absurdly large losses are skipped.
+        entropy: of the token frequencies in nats, drawn as a baseline.
+        title: name of the model.
         path: the PNG to write; returned.
 
     Raises:
-        OSError: it cannot be written; the one before is there still.
+        OSError: it cannot be written; an existing one does not change.
     """
     with _silent():
         content = _drawn(lines, entropy, title)
@@ -72,7 +72,7 @@ def _drawn(lines: Sequence[Mapping[str, Any]], entropy: float, title: str) -> by
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Nothing is said of fonts that lack a sign, or of text that leaves no room: it is drawn all the same."""
+    """Hide warnings about missing glyphs and cramped layout: the plot is drawn all the same."""
     logger = logging.getLogger("matplotlib")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -85,12 +85,12 @@ def _silent() -> Iterator[None]:
 
 
 def _name(text: str) -> str:
-    """A name that somebody has given, as it is drawn."""
-    return one_line(text[:_LONGEST_NAME])
+    """A name given by the user, as it is drawn."""
+    return one_line(text[:_MAX_NAME])
 
 
-def is_whole(path: Path) -> bool:
-    """Whether a file is a PNG from its first to its last byte, by the checksum of each of its chunks."""
+def is_complete_png(path: Path) -> bool:
+    """Whether a file is a complete PNG, by the checksums of its chunks."""
     try:
         content = read_limited(path, path.name, _MOST_BYTES)
     except ValueError:
@@ -105,11 +105,11 @@ def is_whole(path: Path) -> bool:
 
 
 def _points(values: Iterable[tuple[Mapping[str, Any], float | None]]) -> list[tuple[float, float]]:
-    """(tokens, loss) of those lines that have both."""
+    """(tokens, loss) of the lines that have both."""
     return [
         (line["tokens"], loss)
         for line, loss in values
-        if "tokens" in line and loss is not None and abs(loss) < _HIGHEST
+        if "tokens" in line and loss is not None and abs(loss) < _MAX_LOSS
     ]
 
 

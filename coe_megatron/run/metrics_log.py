@@ -1,7 +1,4 @@
-"""Reads what a run has logged, and tells its lines from what a power cut or somebody else left among them.
-
-Without torch.
-"""
+"""Reads metrics.jsonl, and separates intact lines from damaged ones (power cut, other programs). Without torch."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,12 +9,12 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from coe_megatron.files import kind_of, require_file, set_aside, write_atomically
 from coe_megatron.parsing import first_of, parse_json
 
-_LONGEST_LINE = 1 << 28  # bytes; the last line of a run with many experts holds N x N numbers for each router
+_MAX_LINE = 1 << 28  # bytes; with N experts the last line has N x N numbers for each router
 _Number = FiniteFloat | None
 
 
 class _Line(BaseModel):
-    """A logged step: what is read back of it has these types; other keys are free."""
+    """A logged step: types of the keys that are read back; other keys are not checked."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -36,10 +33,10 @@ class _Line(BaseModel):
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The objects of a metrics.jsonl; none if the file is missing, and a last line that was cut off is left out.
+    """The objects of a metrics.jsonl, without an incomplete last line; empty if the file is missing.
 
     Raises:
-        ValueError: it cannot be read, or a line is none of a run; one line with its number.
+        ValueError: it cannot be read, or a line is invalid; one line with its number.
     """
     lines = []
     for number, line in enumerate(_lines(path), 1):
@@ -51,42 +48,42 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def salvage(path: Path, up_to: int | None = None) -> tuple[list[bytes], str]:
-    """The whole lines of a metrics.jsonl as they are, by rising step.
+def intact_lines(path: Path, up_to: int | None = None) -> tuple[list[bytes], str]:
+    """The intact lines of a metrics.jsonl, unchanged, in order of steps.
 
     Args:
-        up_to: lines of later steps are left out, and are no damage; nor is a last line that was cut off.
+        up_to: skip lines of later steps. These do not count as damage, nor does an incomplete last line.
 
     Returns:
-        The lines with their ends, and what is wrong with the others: a line of text, empty if nothing is.
+        The lines with their line ends, and what is wrong with the others: one line, empty if nothing is.
     """
     good: dict[int, bytes] = {}
-    wrong, newest = "", -1
+    wrong, latest = "", -1
     for number, line in enumerate(_lines(path), 1):
         if not line.endswith(b"\n"):
-            cut_off = line.startswith(b"{") and b"\0" not in line and len(line) < _LONGEST_LINE
-            wrong = wrong or ("" if cut_off else f"line {number} is too long, or no line of a run")
+            cut_off = line.startswith(b"{") and b"\0" not in line and len(line) < _MAX_LINE
+            wrong = wrong or ("" if cut_off else f"line {number} is too long, or not a logged step")
             continue
         try:
             step = parse_line(line)["step"]
         except ValueError as error:
             wrong = wrong or f"line {number}: {error}"
             continue
-        if step <= newest:
-            wrong = wrong or f"line {number}: its step {step} follows step {newest}"
-        good[step], newest = line, max(newest, step)
+        if step <= latest:
+            wrong = wrong or f"line {number}: its step {step} follows step {latest}"
+        good[step], latest = line, max(latest, step)
     return [good[step] for step in sorted(good) if up_to is None or step <= up_to], wrong
 
 
-def mend_metrics(path: Path, up_to: int | None = None) -> list[bytes]:
-    """`salvage`, and leave a file of these lines alone; a damaged one is set aside as a whole, which is said.
+def repair_metrics(path: Path, up_to: int | None = None) -> list[bytes]:
+    """Rewrite a metrics.jsonl to hold only its `intact_lines`, and return these.
 
-    A file that has nothing but these lines is not touched.
+    A damaged file is first renamed out of the way and reported on stderr. A file of intact lines only does not change.
 
     Raises:
-        OSError: it cannot be written; it is as it was then, or set aside.
+        OSError: it cannot be written; the original is unchanged or renamed.
     """
-    lines, wrong = salvage(path, up_to)
+    lines, wrong = intact_lines(path, up_to)
     if wrong:
         set_aside(path, f"is damaged ({wrong})")
     if wrong or (path.exists() and path.stat().st_size != sum(map(len, lines))):
@@ -95,10 +92,10 @@ def mend_metrics(path: Path, up_to: int | None = None) -> list[bytes]:
 
 
 def parse_line(line: bytes) -> dict[str, Any]:
-    """One logged step.
+    """Parse one logged step.
 
     Raises:
-        ValueError: it is none; the reason in one line.
+        ValueError: it is invalid; the reason in one line.
     """
     values = parse_json(line, deepest=None)
     try:
@@ -109,11 +106,11 @@ def parse_line(line: bytes) -> dict[str, Any]:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """With their ends, no more of any than `_LONGEST_LINE` bytes; none of a file that is missing."""
+    """Lines with their ends, at most `_MAX_LINE` bytes of each; none if the file is missing."""
     if kind_of(path, path.name) is None:
         return
     with require_file(path, path.name).open("rb") as file:
-        while line := file.readline(_LONGEST_LINE):
+        while line := file.readline(_MAX_LINE):
             yield line
-            while not line.endswith(b"\n") and (line := file.readline(_LONGEST_LINE)):
+            while not line.endswith(b"\n") and (line := file.readline(_MAX_LINE)):
                 pass

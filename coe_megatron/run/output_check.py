@@ -1,7 +1,7 @@
-"""Whether a run can have its output folder: every part of it looked at before anything costs time. Without torch.
+"""Checks every part of a run's output folder before anything costs time. Without torch.
 
-Nothing is written, so that `--dry-run` says the same. What is looked at is of which kind each part is and whether it
-can be written, not what it holds.
+This writes nothing, so `--dry-run` gives the same result. It checks the kind of each part and whether it is writable,
+not its contents.
 """
 
 import os
@@ -18,16 +18,16 @@ from coe_megatron.parsing import JSON_BYTES, parse_json
 
 CHECKPOINTS, INDEX, PROFILE, STACKS = "checkpoints", "index", "profile", "stacks"
 TENSORBOARD, WANDB, WANDB_ID = "tensorboard", "wandb", "wandb-id"
-CONFIG, RECORD, LOCK, METRICS, PICTURE = "config.yaml", "run.json", "run.lock", "metrics.jsonl", "loss.png"
+CONFIG, RECORD, LOCK, METRICS, LOSS_PLOT = "config.yaml", "run.json", "run.lock", "metrics.jsonl", "loss.png"
 PREVIOUS_METRICS = "metrics.previous.jsonl"
-REPLACED = (CONFIG, RECORD, METRICS, PICTURE)  # by way of a temporary file beside it
+REPLACED = (CONFIG, RECORD, METRICS, LOSS_PLOT)  # through a temporary file next to it
 
 
 def require_output(config: RunConfig) -> None:
-    """Refuse an output folder that cannot be written, or holds something else where the run has a part of its own.
+    """Refuse an output folder that is not writable, or in which something else takes the place of a part of the run.
 
     Raises:
-        ConfigError: one line that names the folder, or the part of it, and says what is wrong.
+        ConfigError: one line that names the folder or its part, and the problem.
     """
     folder = Path(config.output)
     require_writable(folder, "output", "folder")
@@ -38,12 +38,12 @@ def require_output(config: RunConfig) -> None:
         _require_parts(folder, config)
         _require_checkpoints(folder / CHECKPOINTS)
         _require_own_config(folder)
-    except OSError as error:  # it changes while it is looked at
+    except OSError as error:  # the folder changes during the check
         raise problem(folder, "output", error) from error
 
 
 def _require_parts(folder: Path, config: RunConfig) -> None:
-    for name in (CONFIG, RECORD, LOCK, METRICS, PREVIOUS_METRICS, PICTURE, WANDB_ID):
+    for name in (CONFIG, RECORD, LOCK, METRICS, PREVIOUS_METRICS, LOSS_PLOT, WANDB_ID):
         _require_file(folder / name)
     for name in REPLACED:
         _require_file(folder / f"{name}.tmp")
@@ -91,7 +91,7 @@ def _require_checkpoints(folder: Path) -> None:
 
 
 def _require_checkpoint_folder(path: Path) -> None:
-    """Refuse what is no folder where a checkpoint will be saved, or deleted: it would be in the way of that."""
+    """Refuse something other than a folder under a checkpoint's name: saving or deleting would fail on it."""
     try:
         found = kind_of(path, _part(path))
     except ConfigError as error:
@@ -101,24 +101,24 @@ def _require_checkpoint_folder(path: Path) -> None:
 
 
 def _require_known_checkpoints(folder: Path, names: Sequence[str]) -> None:
-    """Refuse checkpoints under other names alone: to begin over them would lose what was trained."""
+    """Refuse a folder whose checkpoints all have other names: a new run there would overlook them."""
     others = [name for name in names if CheckpointName.parse(name) is None and not _is_no_checkpoint(folder / name)]
     if not others or any(map(is_finished, names)):
         return
     more = f" and {len(others) - 1} more" if len(others) > 1 else ""
     raise ConfigError(
         f"output is {folder.parent}: it has no checkpoint step-N, but {folder / others[0]}{more}; rename it "
-        f"{_way_back(folder / others[0])} to go on from it, or choose another output (training.warm_start begins with "
-        "its weights)"
+        f"{_original_name(folder / others[0])} to resume from it, or choose another output (training.warm_start starts "
+        "from its weights)"
     )
 
 
 def _require_own_config(folder: Path) -> None:
-    """Refuse to write over a config.yaml that no run has written: a run writes its record first."""
+    """Refuse to overwrite a config.yaml that no run has written: a run writes its record first."""
     if kind_of(folder / CONFIG, CONFIG) and not kind_of(folder / RECORD, RECORD) and not any(_checkpoints(folder)):
         raise ConfigError(
-            f"output is {folder}: {folder / CONFIG} is no run's ({RECORD} and checkpoints are missing), and the run "
-            "would write its own there; move it, or choose another output"
+            f"output is {folder}: {folder / CONFIG} belongs to no run ({RECORD} and checkpoints are missing) and the "
+            "run would overwrite it; move it, or choose another output"
         )
 
 
@@ -128,13 +128,13 @@ def _checkpoints(folder: Path) -> list[str]:
 
 
 def _is_no_checkpoint(path: Path) -> bool:
-    """Hidden files are a file system's or a file browser's; a hidden folder may be a checkpoint that was replaced."""
+    """Hidden files belong to file systems and browsers; a hidden folder may be a checkpoint that was replaced."""
     hidden = path.name.startswith(".") and not os.path.exists(path / "state.json")
     return hidden or path.name == "lost+found"
 
 
-def _way_back(checkpoint: Path) -> str:
-    """The name that it had, as its state.json knows the step."""
+def _original_name(checkpoint: Path) -> str:
+    """The original name of a checkpoint, by the step in its state.json."""
     path = checkpoint / "state.json"
     try:
         step = parse_json(read_limited(path, path.name, JSON_BYTES))["state"]["step"]

@@ -1,4 +1,4 @@
-"""What run.json holds of a run, read back: its shape is checked before anybody relies on it. Without torch."""
+"""Reads run.json and checks its fields. Without torch."""
 
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
@@ -9,14 +9,14 @@ from coe_megatron.files import kind_of, read_limited
 from coe_megatron.parsing import JSON_BYTES, first_of, parse_json
 
 NAME = "run.json"
-# What is no such number is not written out with all its digits, nor drawn.
+# Bounds, so that no absurd number is printed with all its digits, or drawn.
 _Count: TypeAlias = Annotated[int, Field(ge=0, lt=10**18)]
 _Nats: TypeAlias = Annotated[float, Field(ge=0, lt=1e9)]
 _Name: TypeAlias = Annotated[str, Field(max_length=1000)]
 
 
 class _Strict(BaseModel):
-    """Nothing is converted, and keys beyond these are free."""
+    """Converts no types; other keys are not checked."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -44,10 +44,10 @@ class _Record(_Strict):
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The run.json in a run's folder; empty if there is none.
+    """Read the run.json of a run's folder; empty if there is none.
 
     Raises:
-        ValueError: it cannot be read, or is of another shape; one line that says why, to follow its path.
+        ValueError: it cannot be read, or has invalid fields; a one-line reason, to follow its path.
     """
     path = folder / NAME
     if kind_of(path, NAME) is None:

@@ -1,4 +1,4 @@
-"""How runs stand, read from their folders alone: config.yaml, run.json, the end of metrics.jsonl. Without torch."""
+"""Status of runs, from their folders only: config.yaml, run.json, the end of metrics.jsonl. Without torch."""
 
 import os
 import platform
@@ -21,37 +21,38 @@ from coe_megatron.run.output_check import CONFIG, METRICS, RECORD
 from coe_megatron.run.record import read_record
 from coe_megatron.text import aligned
 
-_PARTS = {"checkpoints", "index", "profile", "tensorboard", "wandb"}  # of a run's folder: no runs lie in them
-_BLOCK, _FARTHEST = 1 << 16, 1 << 27  # bytes of a metrics.jsonl: read at once, and from its end at all
-# A run on another machine has died when it was silent for so long, or for so many times what it takes from one logged
-# step to the next: evaluating, saving and starting take time too.
+_PARTS = {"checkpoints", "index", "profile", "tensorboard", "wandb"}  # subfolders of a run, which contain no runs
+_BLOCK, _MAX_TAIL = 1 << 16, 1 << 27  # bytes of a metrics.jsonl: per read, and in total from its end
+# A run on another host counts as dead after this silence, or after this many logging intervals, whichever is longer:
+# evaluating, saving and starting take time too.
 _SILENT_SECONDS, _SILENT_INTERVALS = 600, 10
 _COLUMNS = {
     **dict.fromkeys(("run", "state"), "<"),
-    **dict.fromkeys(("step", "train loss", "valid loss", "tokens/s", "left", "starts", "written", "rolled back"), ">"),
+    **dict.fromkeys(("step", "train loss", "valid loss", "tokens/s", "ETA", "attempts", "written", "rollbacks"), ">"),
     "log": "<",
 }
 _LAST_MOMENT = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC).timestamp()
 _STATES = {"waiting", "running", "finished", "interrupted", "failed", "died"}
-_LONG = 1e9  # from here on a number is shown with its exponent
-_WHERE_ANY = "rolled back"  # a column that is there when a run has something to say in it
+_LONG = 1e9  # larger numbers are shown with an exponent
+_OPTIONAL_COLUMN = "rollbacks"  # shown if a run has any
 
 
 @dataclass(frozen=True)
 class Status:
-    """How one run stands; None is what is not known (yet).
+    """The status of a run; None means unknown.
 
     Attributes:
-        state: `waiting` (started, not come to its steps yet), `running`, `finished`, `interrupted`, `failed`, `died`
-            (without a word), `no run` (there is none in this folder) or `unreadable` (its run.json is damaged).
+        state: `waiting` (started, no step yet), `running`, `finished`, `interrupted`, `failed`, `died`
+            (without recording its end), `no run` (there is none in this folder) or `unreadable` (its run.json is
+            damaged).
         reason: the error of a failed run.
-        step, steps: done at the last logged step, and asked for.
-        train_loss, valid_loss: the newest ones, in nats per counted token.
-        seconds_left: of a run that goes on.
-        starts: attempts so far, this one with them.
-        rollbacks: how often the policy on losses has rolled it back.
-        written: when metrics.jsonl or run.json was last written, in seconds since 1970.
-        log: the file that the newest attempt's stderr goes to, on the machine where it ran.
+        step, steps: the last logged step, and `training.steps`.
+        train_loss, valid_loss: the most recent ones, in nats per counted token.
+        eta_seconds: estimated time to the end of a running run.
+        attempts: including the current one.
+        rollbacks: number of rollbacks (`recovery`).
+        written: time of the last write to metrics.jsonl or run.json, in seconds since 1970.
+        log: the file with the stderr of the most recent attempt, on the host where it ran.
     """
 
     folder: str
@@ -62,20 +63,20 @@ class Status:
     train_loss: float | None = None
     valid_loss: float | None = None
     tokens_per_second: float | None = None
-    seconds_left: float | None = None
-    starts: int | None = None
+    eta_seconds: float | None = None
+    attempts: int | None = None
     rollbacks: int | None = None
     written: float | None = None
     log: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; times in ISO 8601."""
+        """As JSON values; times in ISO 8601."""
         written = None if self.written is None else _moment(self.written)
         return {**asdict(self), "written": written}
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """The runs in a folder and below it; a folder with a run.json is one."""
+    """The runs in a folder and below it, which are the folders with a run.json."""
     found = []
     for place, folders, files in os.walk(folder):
         if "run.json" in files:
@@ -85,7 +86,7 @@ def find_runs(folder: Path) -> list[Path]:
 
 
 def status(folder: Path, now: float) -> Status:
-    """How the run in a folder stands, at `now` seconds since 1970."""
+    """The status of the run in a folder, at `now` seconds since 1970."""
     try:
         record = read_record(folder)
     except ValueError:
@@ -93,28 +94,28 @@ def status(folder: Path, now: float) -> Status:
     if not (attempts := record.get("attempts")):
         return Status(str(folder), "unreadable" if (folder / RECORD).exists() else "no run")
     attempt, training = attempts[-1], _training(folder / CONFIG)
-    newest, evaluated = _last_steps(folder / METRICS)
+    latest, evaluated = _last_steps(folder / METRICS)
     logged = _written(folder / METRICS)
     written = max(logged, _written(folder / RECORD))
     state, _, reason = attempt["outcome"].partition(": ")
     if state == "running":
-        interval = (newest.get("step_seconds") or 0) * training.get("log_every", 0)
-        if not _lives(folder, attempt, now - written, interval):
+        interval = (latest.get("step_seconds") or 0) * training.get("log_every", 0)
+        if not _is_alive(folder, attempt, now - written, interval):
             state = "died"
-        elif not newest or _moment(logged) < (attempt.get("began") or ""):
+        elif not latest or _moment(logged) < (attempt.get("began") or ""):
             state = "waiting"
-    left = newest.get("eta_seconds") if state == "running" else None
+    eta = latest.get("eta_seconds") if state == "running" else None
     return Status(
         str(folder),
         state if state in _STATES else "unreadable",
         reason=reason or None,
-        step=newest.get("step"),
+        step=latest.get("step"),
         steps=training.get("steps"),
-        train_loss=newest.get("train_loss"),
+        train_loss=latest.get("train_loss"),
         valid_loss=evaluated.get("valid_loss"),
-        tokens_per_second=newest.get("tokens_per_second"),
-        seconds_left=None if left is None else max(0.0, left - (now - written)),
-        starts=len(attempts),
+        tokens_per_second=latest.get("tokens_per_second"),
+        eta_seconds=None if eta is None else max(0.0, eta - (now - written)),
+        attempts=len(attempts),
         rollbacks=len(record.get("rollbacks", [])),
         written=written,
         log=attempt.get("log"),
@@ -122,18 +123,18 @@ def status(folder: Path, now: float) -> Status:
 
 
 def statuses(folders: Sequence[Path]) -> list[Status]:
-    """How all runs in some folders stand; a folder without any has a row of its own, which says so."""
+    """The status of all runs in some folders; a folder without runs gets one entry that says so."""
     now = time.time()
     runs = dict.fromkeys(run for folder in folders for run in find_runs(folder) or [folder])
     return [status(run, now) for run in runs]
 
 
 def table(rows: Sequence[Status], now: float) -> str:
-    """For a person: a line a run, at `now` seconds since 1970; below it why runs failed."""
+    """A text table with one line per run, at `now` seconds since 1970, followed by the reasons of failures."""
     columns = dict(_COLUMNS)
     cells = [dict(zip(columns, _cells(row, now), strict=True)) for row in rows]
     if not any(row.rollbacks for row in rows):
-        del columns[_WHERE_ANY]
+        del columns[_OPTIONAL_COLUMN]
     lines = aligned([list(columns), *([line[name] for name in columns] for line in cells)], "".join(columns.values()))
     failures = [one_line(f"{row.folder} failed: {row.reason}") for row in rows if row.reason is not None]
     return "\n".join([*lines, *([""] if failures else []), *failures])
@@ -147,16 +148,16 @@ def _cells(row: Status, now: float) -> list[str]:
         as_text(row.train_loss, "{:.3f}"),
         as_text(row.valid_loss, "{:.3f}"),
         as_text(row.tokens_per_second, "{:,.0f}"),
-        _span(row.seconds_left),
-        as_text(row.starts, "{}"),
+        _span(row.eta_seconds),
+        as_text(row.attempts, "{}"),
         "-" if row.written is None else f"{_span(max(0.0, now - row.written))} ago",
         as_text(row.rollbacks, "{}"),
         one_line(as_text(row.log, "{}")),
     ]
 
 
-def _lives(folder: Path, attempt: Mapping[str, Any], silent: float, interval: float) -> bool:
-    """Whether a run that has not said how it ended goes on; its lock says so, where locks are seen everywhere."""
+def _is_alive(folder: Path, attempt: Mapping[str, Any], silent: float, interval: float) -> bool:
+    """Whether a run without a recorded end is still running: by its lock, or else by how long it was silent."""
     held = lock.is_held(folder)
     if held or (held is False and attempt.get("host") == platform.node()):
         return bool(held)
@@ -164,45 +165,45 @@ def _lives(folder: Path, attempt: Mapping[str, Any], silent: float, interval: fl
 
 
 def _last_steps(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The newest logged step, and the newest that was evaluated; empty where there is none."""
-    newest: dict[str, Any] = {}
+    """The last logged step, and the last one with an evaluation; empty if there is none."""
+    latest: dict[str, Any] = {}
     try:
         for line in _lines_from_the_end(require_file(path, path.name)):
-            if newest and b'"valid_loss"' not in line:
+            if latest and b'"valid_loss"' not in line:
                 continue
             values = parse_line(line)
-            newest = newest or values
+            latest = latest or values
             if "valid_loss" in values:
-                return newest, values
-    except (OSError, ValueError):  # what was read so far is true all the same
+                return latest, values
+    except (OSError, ValueError):  # what was read so far is still valid
         pass
-    return newest, {}
+    return latest, {}
 
 
 def _lines_from_the_end(path: Path) -> Iterator[bytes]:
-    """The lines of a file, the last first, reading no more than is asked for; one without an end is left out."""
+    """The lines of a file, last first, read lazily; skips an incomplete last line."""
     with path.open("rb") as file:
         end = position = file.seek(0, os.SEEK_END)
-        tail: list[bytes] = []  # pieces of the line whose beginning is not read yet, the last piece first
-        whole = False
-        while position > max(0, end - _FARTHEST):
+        tail: list[bytes] = []  # pieces of the line whose start is not read yet, last piece first
+        in_complete_line = False
+        while position > max(0, end - _MAX_TAIL):
             size = min(_BLOCK, position)
             position = file.seek(position - size)
             first, *lines = file.read(size).split(b"\n")
             if lines:
                 lines[-1] += b"".join(reversed(tail))
                 tail = []
-                if not whole:  # what follows the last line break is being written
+                if not in_complete_line:  # the text after the last line break is still being written
                     lines.pop()
-                    whole = True
+                    in_complete_line = True
                 yield from reversed(lines)
             tail.append(first)
-        if whole and position == 0:
+        if in_complete_line and position == 0:
             yield b"".join(reversed(tail))
 
 
 def _training(path: Path) -> dict[str, int]:
-    """Of the section `training` of a config `steps` and `log_every`; those that cannot be read are not there."""
+    """`training.steps` and `training.log_every` of a config, without those that cannot be read."""
     try:
         section = dict(OmegaConf.select(read(path), "training"))
     except (ValueError, TypeError, OmegaConfBaseException):
@@ -219,13 +220,13 @@ def _written(path: Path) -> float:
 
 
 def _moment(seconds: float) -> str:
-    """As run.json has it; of a file that says it is of another age the last moment that there is a name for."""
+    """A time as run.json has it, clamped to the range that ISO 8601 can express."""
     seconds = min(max(seconds, 0.0), _LAST_MOMENT)
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
 def as_text(value: Any, form: str) -> str:
-    """A number in a form for a person, with its exponent where the form would make it long; - for None."""
+    """A number as text, with an exponent if it is large; - for None."""
     if isinstance(value, float) and abs(value) >= _LONG:
         form = "{:.3g}"
     return "-" if value is None else form.format(value)

@@ -1,4 +1,4 @@
-"""Which of a job's nodes a run takes, when some are bad and some are spare. Without torch."""
+"""Chooses the nodes of a job that a run uses, if some are bad and some are spare. Without torch."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from coe_megatron.parsing import JSON_BYTES, parse_json
 
 
 def bad_nodes(report: Path) -> dict[str, str] | None:
-    """What launch/check_nodes.py has found: the reason by node; None where it has left no report."""
+    """The bad nodes in a report of launch/check_nodes.py, with reasons; None if there is no valid report."""
     try:
         return bad_in(read_limited(report, "--report", JSON_BYTES))
     except ConfigError:
@@ -17,7 +17,7 @@ def bad_nodes(report: Path) -> dict[str, str] | None:
 
 
 def bad_in(report: bytes | str) -> dict[str, str] | None:
-    """The same of a report's own text; None where it is none."""
+    """The bad nodes in the text of a report; None if it is invalid."""
     try:
         found = parse_json(report)["bad"]
         return {str(node): str(reason) for node, reason in found.items()}
@@ -26,5 +26,5 @@ def bad_in(report: bytes | str) -> dict[str, str] | None:
 
 
 def choose(nodes: Sequence[str], bad: Mapping[str, str], count: int) -> list[str]:
-    """The first `count` good nodes, in their order; fewer where there are not as many."""
+    """The first `count` good nodes, in their order; fewer if there are not enough."""
     return [node for node in nodes if node not in bad][:count]

@@ -28,7 +28,7 @@ def layout_map(layout: Layout, hosts: Sequence[str], num_experts: int) -> str:
 
 def _cell(layout: Layout, rank: int, num_experts: int) -> str:
     """Megatron's order of ranks: tensor parallelism varies fastest, then replicas or experts, then pipeline stages."""
-    stage, inside = divmod(rank, layout.ranks // layout.pipeline)
+    stage, inside = divmod(rank, layout.world_size // layout.pipeline)
     part = inside // layout.expert_tensor % layout.expert
     count = num_experts // layout.expert
     words = {

@@ -73,7 +73,7 @@ def train(
     """Train, or go on from the newest checkpoint in the run's folder; the outcome on rank 0, None on other ranks.
 
     Args:
-        store: where the ranks have met (`groups.meet`), if they have.
+        store: the rendezvous store of the ranks (`rendezvous`), if they have one.
         interruption: notes what asks the run to stop; one of the run's own when None.
         last_word: called with an exit status and a line before a hanging process is ended.
 
@@ -93,7 +93,7 @@ def train(
             stack.callback(interruption.restore_handlers)
         watch = stack.enter_context(HangDetector(Path(config.output) / "stacks", ranks.rank, limit, last_word))
         device = groups.start(config.parallel, config.training.seed, ranks, collective_timeout(limit), store)
-        with run_on_rank0(lambda: run_folder.begin(config, ranks.logs), shared=False) or nullcontext() as output:
+        with run_on_rank0(lambda: run_folder.begin(config, ranks.log_dir), shared=False) or nullcontext() as output:
             outcome = _attempt(config, ranks, device, interruption, watch, output)
         groups.stop()
     return outcome
@@ -113,7 +113,7 @@ def _attempt(
         shape = run_on_rank0(lambda: RunShape.of(config, vocabulary(config, data_needed=True), ranks.world_size))
         if warning := run_on_rank0(lambda: room.require(shape), shared=False):
             print(warning, file=sys.stderr)
-        run = Pretraining(shape, device, interruption, watch, ranks.node, output)
+        run = Pretraining(shape, device, interruption, watch, ranks.node_rank, output)
         first = run.position.step
         run.run()
         return run_on_rank0(lambda: None if output is None else output.finish(), shared=False)
@@ -234,13 +234,13 @@ class Pretraining:
         self.progress.say(said)
         self.writer.rewind(self.position.step)
         if self.output is not None:
-            self.output.note({"rollbacks": self.position.rollbacks})
+            self.output.record({"rollbacks": self.position.rollbacks})
 
     def _train_step(self, step: int) -> tuple[float, ExitStatus]:
         """One optimizer step; returns its loss in nats per counted token, and whether a rank was asked to stop."""
         model, settings, policy = self.engine.module, self.config.optimizer, self.config.recovery
         last = step + 1 == self.config.training.steps
-        stats.reset_routing(model, watch=self._due("log_every", "evaluate_every", ahead=1), pairs=last)
+        stats.reset_routing(model, detailed=self._due("log_every", "evaluate_every", ahead=1), pairs=last)
         batches = self.data.batches.for_step(step + self.position.data_offset)
         own = torch.stack([batch["loss_mask"].sum() for batch in batches]).double().sum()
         counted = float(evaluation.all_reduce_sum(own))
@@ -329,9 +329,10 @@ class Pretraining:
     def _greet(self) -> None:
         counted, ranks = closed_forms.parameters(self.shape.model), self.shape.layout
         self.progress.say(
-            f"{counted.total:,} parameters on {ranks.ranks} rank{'s' * (ranks.ranks > 1)} ({self.device.type}): {ranks}"
+            f"{counted.total:,} parameters on {ranks.world_size} rank{'s' * (ranks.world_size > 1)} "
+            f"({self.device.type}): {ranks}"
         )
-        if ranks.ranks > 1:
+        if ranks.world_size > 1:
             self.progress.say(layout_map(ranks, self.nodes, self.config.moe.num_experts))
             if self.cost and (warning := needless_crossing(self.placed, self.cost)):
                 self.progress.say(f"warning: {warning}")

@@ -27,7 +27,7 @@ from torch.utils.tensorboard.summary import histogram, scalar
 from coe_megatron.config import RunConfig
 from coe_megatron.errors import ConfigError
 from coe_megatron.files import set_aside, write_atomically
-from coe_megatron.run.metrics_log import mend_metrics
+from coe_megatron.run.metrics_log import repair_metrics
 from coe_megatron.run.output_check import METRICS, PREVIOUS_METRICS, TENSORBOARD, WANDB_ID
 
 Values: TypeAlias = Mapping[str, Any]
@@ -138,7 +138,7 @@ class JsonLines:
         _append(self._path, line)
 
     def rewind(self, step: int) -> None:
-        mend_metrics(self._path, up_to=step)
+        repair_metrics(self._path, up_to=step)
 
     def close(self) -> None:
         """No file is open."""

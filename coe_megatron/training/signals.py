@@ -69,10 +69,10 @@ def _names(folder: Path) -> list[str]:
         return []
 
 
-def stop_with_parent() -> None:
-    """Have the kernel send SIGTERM to this process when its parent ends; otherwise ranks outlive a killed torchrun.
+def stop_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
+    """Have the kernel send a signal to this process when its parent ends; otherwise ranks outlive a killed torchrun.
 
     Call this only if the parent is a launcher, and not the shell of a user, who may log out.
     """
     set_parent_death_signal = 1
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+    ctypes.CDLL(None).prctl(set_parent_death_signal, number)

@@ -1,7 +1,8 @@
-"""DeepSpeed ZeRO as the optimizer of Megatron models. All that this project knows of DeepSpeed stands in this package.
+"""DeepSpeed ZeRO as the optimizer of Megatron models. All code that depends on DeepSpeed is in this package.
 
-Without CUDA DeepSpeed is told at once that it runs on the CPU: left to find out, it says so on stdout on import. So the
-other packages do not import `deepspeed` themselves; its engine's type is `coe_megatron.zero.engine.Engine`.
+Without CUDA, this package selects DeepSpeed's CPU accelerator before the import; otherwise DeepSpeed prints its choice
+to stdout. So other packages do not import `deepspeed` themselves; its engine's type is
+`coe_megatron.zero.engine.Engine`.
 """
 
 import os

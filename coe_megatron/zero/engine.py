@@ -3,17 +3,51 @@
     for micro_batch in step:        # `accumulation` of them
         loss = token_losses(engine(...)).sum() / tokens_of_the_step
         backward(engine, loss)
-        engine.step()               # counts micro-batches; the weights change after the last
+        engine.step()               # counts micro-batches; weights change after the last one
     norm = gradient_norm(engine)
 
-`zero.passes` does this, for pipelines too.
+`zero.train_step` does this, for pipelines too.
 
-What the gradients are (all scaling is done by `backward`, nowhere else):
+What the gradients are:
 
-* of the loss: the SUM over ranks and micro-batches. So the loop divides the token losses of a micro-batch by the number
-  of counting tokens in the whole step (all ranks, all micro-batches), and rows of any length weigh by their tokens;
+* of the loss: the SUM over ranks and micro-batches. The training loop divides the token losses of a micro-batch by the
+  number of counted tokens in the step (all ranks, all micro-batches), so rows are weighted by their tokens;
 * of auxiliary losses, which Megatron attaches inside the model (load balancing, z-loss): the MEAN over ranks and
   micro-batches, so that their coefficients mean the same with any layout.
+
+Where a step's loss or a gradient is scaled; this is all of it.
+
+The loss:
+
+* `training.loop.Pretraining._train_step`: the sum of a micro-batch's token losses / counted tokens of the step.
+* `zero.train_step.train_step`: times 1, or NaN for a step to skip. In a pipeline also times micro-batches, by which
+  Megatron's schedule divides, and times data-parallel ranks, by which DeepSpeed divides.
+* `zero.engine.backward`: without a pipeline, times data-parallel ranks; DeepSpeed's division by micro-batches is off.
+
+Auxiliary losses, before they are attached to gates or logits:
+
+* `model.build._balancing_coefficient`: the coefficient of the global auxiliary loss times replicas.
+* `model.router_losses._with_divided_coefficients`: with `chain.aux_loss_reduction: mean` coefficients / C.
+* Megatron's TopKRouter: the coefficient; `seq_aux_loss` / sequences of the micro-batch.
+* `model.router_losses.RouterWithLosses.apply_z_loss`: / ranks that have parts of the same sequence, and by this rank's
+  share of their tokens.
+* `model.router_losses.RouterWithLosses.attach_and_log_load_balancing_loss`, and `apply_z_loss`: times tokens where
+  Megatron divides every gradient by them (`calculate_per_token_loss`, which `build_model` leaves off).
+
+Auxiliary losses, in the backward pass (MoEAuxLossAutoScaler):
+
+* `zero.engine.backward`: their gradient is 1 / micro-batches. In a pipeline Megatron's schedule sets the same.
+
+Gradients:
+
+* `zero.engine._reduce_sequence_parallel_gradients`: summed over tensor-parallel ranks, where these have other tokens;
+  not divided.
+* DeepSpeed: summed over data-parallel ranks and divided by their number; an expert's over its replicas, and divided by
+  the same number, since these have seen the tokens of all ranks.
+* DeepSpeed's clipping; with stage 0 `zero.grad_clip.clip`.
+
+For reports alone: `model.router_losses.RouterWithLosses._track` puts 1/C of a loss into Megatron's tracker, and
+`model.routing_stats` and `training.evaluation` take means.
 """
 
 import io
@@ -39,6 +73,7 @@ from coe_megatron.config.zero_sizes import ZeroSizes
 from coe_megatron.distributed.collectives import run_on_rank0
 from coe_megatron.distributed.process_groups import MegatronGroups
 from coe_megatron.errors import ConfigError
+from coe_megatron.lean_imports import import_deepspeed_muon
 from coe_megatron.model.layer import CoELayer
 from coe_megatron.model.routing_stats import routers
 from coe_megatron.zero import expert_groups, grad_clip, optimizer_states
@@ -53,13 +88,13 @@ def build_engine(
     zero: ZeroSettings,
     accumulation: int,
 ) -> Engine:
-    """Put a model under DeepSpeed: AdamW, ZeRO, gradient clipping and, with bf16, fp32 masters and gradient sums.
+    """Build the DeepSpeed engine: AdamW, ZeRO, gradient clipping and, with bf16, fp32 masters and gradient sums.
 
-    Megatron's groups must exist, and all ranks must have built equal weights. Optimizer states exist from here on, not
-    only from the first step: what does not fit into memory fails now, and a checkpoint can be loaded at once.
+    Megatron's groups must exist, and all ranks must have built equal weights. Optimizer states are allocated here, not
+    in the first step: a model too large for memory fails now, and a checkpoint can be loaded at once.
 
     Args:
-        accumulation: micro-batches a step on each rank.
+        accumulation: micro-batches per step on each rank.
 
     Returns:
         The engine; `engine.module` is the model.
@@ -68,15 +103,15 @@ def build_engine(
         ConfigError: DeepSpeed does not know a key or value of `zero.deepspeed`.
     """
     _prepare_deepspeed()
-    _sum_over_sequence_parts(model)
+    _reduce_sequence_parallel_gradients(model)
     native = {} if zero.deepspeed is None else run_on_rank0(partial(read_native, zero.deepspeed))
     sizes = ZeroSizes.of(sum(parameter.numel() for parameter in model.parameters()), native)
     if zero.stage == 3:
-        set_z3_leaf_modules(model, [CoELayer], raise_if_not_found=False)  # gathered once a pass, not C times
-    # stdout is for what programs print; DeepSpeed reports its memory there.
-    with expert_groups.announced(model), redirect_stdout(io.StringIO()):
+        set_z3_leaf_modules(model, [CoELayer], raise_if_not_found=False)  # gathered once per pass, not C times
+    # DeepSpeed reports its memory on stdout, which is reserved for the output of programs.
+    with expert_groups.expert_placeholder(model), redirect_stdout(io.StringIO()):
         groups = _parameter_groups(model, optimizer, zero.stage == 1 and training.precision == "bf16")
-        # Fused it makes no tensors as large as what it steps, which would be the peak of a step on few ranks.
+        # Fused AdamW allocates no temporaries as large as the parameters, which would set the memory peak on few ranks.
         adam = torch.optim.AdamW(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True)
         try:
             engine, *_ = deepspeed.initialize(
@@ -86,26 +121,27 @@ def build_engine(
                 config=merged(_config(optimizer, training, zero, sizes, accumulation), native),
                 dist_init_required=False,
             )
-        except ValidationError as error:  # ours is valid
+        except ValidationError as error:  # of zero.deepspeed: our own config is valid
             first = error.errors()[0]
             raise ConfigError(
                 f"zero.deepspeed is {zero.deepspeed}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
             ) from error
-    # Stage 0, and stage 1 in bf16, would otherwise copy up to 500 million gradients end to end.
+    # By default stage 0, and stage 1 in bf16, copy up to 500 million gradients into one buffer.
     engine.allreduce_gradients = partial(engine.allreduce_gradients, bucket_size=sizes.reduce_bucket)
     if zero.stage == 0:
-        engine.clip_fp32_gradients = partial(_clip_whole, engine)  # in place of DeepSpeed's, see `whole`
+        engine.clip_fp32_gradients = partial(_clip_gradients, engine)  # replaces DeepSpeed's, see `grad_clip`
     optimizer_states.create(engine)
     return engine
 
 
 def backward(engine: Engine, loss: torch.Tensor) -> None:
-    """Backpropagate one micro-batch; its gradients add to those of the step (the module's docstring says how).
+    """Backpropagate one micro-batch and add its gradients to those of the step, scaled as the module's docstring says.
 
-    DeepSpeed divides what it sums by the number of data-parallel ranks: for experts too, although an expert sums over
-    its replicas only, because these have seen the tokens of all ranks. The factor here undoes it. Its division by the
-    accumulation is switched off. An auxiliary loss has a gradient of Megatron's scale, whatever `loss` is; with the
-    division by the ranks this one makes it the mean.
+    DeepSpeed divides every summed gradient by the number of data-parallel ranks. It does so for experts too: their
+    gradients are summed over their replicas only, but these replicas have seen the tokens of all ranks. The factor
+    `dp_world_size` undoes this division, and `scale_wrt_gas` switches off the division by the accumulation. The
+    gradient of an auxiliary loss has the scale set on Megatron's scaler, whatever `loss` is; with the division by the
+    ranks it becomes the mean.
     """
     scale = torch.full((1,), 1 / engine.gradient_accumulation_steps(), device=loss.device)  # as Megatron's schedules do
     MoEAuxLossAutoScaler.set_loss_scale(scale)
@@ -113,44 +149,47 @@ def backward(engine: Engine, loss: torch.Tensor) -> None:
 
 
 def set_lr(engine: Engine, lr: float) -> None:
-    """Set the learning rate of the coming steps."""
+    """Set the learning rate from the next step on."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
 
 
 def gradient_norm(engine: Engine) -> float:
-    """The 2-norm of all gradients of the last step, before clipping.
+    """The 2-norm of all gradients of the last step, before clipping; infinite if the step was skipped.
 
-    Infinite when a gradient was not finite; such a step was left out.
+    A step with a gradient that is not finite is skipped.
     """
     return float(engine.get_global_grad_norm())
 
 
 def was_applied(engine: Engine) -> bool:
-    """Whether the last step changed anything: weights, optimizer states and their step counts; equal on all ranks."""
+    """Whether the last step was applied, not skipped: it changed weights, optimizer states and step count.
+
+    Equal on all ranks.
+    """
     return math.isfinite(gradient_norm(engine))
 
 
-def _sum_over_sequence_parts(model: torch.nn.Module) -> None:
-    """Sequence parallelism: a parameter that every tensor-parallel rank has, but for its part of the tokens.
+def _reduce_sequence_parallel_gradients(model: torch.nn.Module) -> None:
+    """All-reduce gradients of parameters that every tensor-parallel rank holds but applies to its own tokens only.
 
-    Its gradients are summed as they come: ZeRO 2 and 3 take them away within the backward pass.
+    This happens in a gradient hook, because ZeRO 2 and 3 consume gradients within the backward pass.
     """
     group = parallel_state.get_tensor_model_parallel_group()
     if group.size() == 1:
         return
     for parameter in model.parameters():
         if getattr(parameter, "sequence_parallel", False):
-            parameter.register_hook(partial(_all_reduced, group))
+            parameter.register_hook(partial(_all_reduce, group))
 
 
-def _all_reduced(group: torch.distributed.ProcessGroup, gradient: torch.Tensor) -> torch.Tensor:
+def _all_reduce(group: torch.distributed.ProcessGroup, gradient: torch.Tensor) -> torch.Tensor:
     summed = gradient.clone(memory_format=torch.contiguous_format)
     torch.distributed.all_reduce(summed, group=group)
     return summed
 
 
-def _clip_whole(engine: Engine) -> None:
+def _clip_gradients(engine: Engine) -> None:
     engine._global_grad_norm = grad_clip.clip(engine.module, engine.gradient_clipping())
 
 
@@ -160,17 +199,17 @@ def _config(
     return {
         "train_micro_batch_size_per_gpu": training.micro_batch,
         "gradient_accumulation_steps": accumulation,
-        # In a pipeline Megatron's schedule calls the backward passes; the engine reduces when it steps.
+        # In a pipeline Megatron's schedule runs the backward passes, and the engine reduces gradients in `step`.
         "managed_gradient_accumulation": _one_stage(),
-        "gradient_clipping": optimizer.clip or (math.inf if zero.stage == 0 else 0.0),  # inf: only take the norm
+        "gradient_clipping": optimizer.clip or (math.inf if zero.stage == 0 else 0.0),  # inf: only compute the norm
         "zero_optimization": _zero_config(zero) | sizes.as_native(),
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW is as fast on a CPU, and needs no compiler
-        # Stage 1 adds a gradient to its fp32 sum as it comes, so it keeps none in bf16, and pipelines work.
+        # Stage 1 adds each gradient to its fp32 sum at once: it keeps none in bf16, and pipelines work.
         "bf16": {"enabled": training.precision == "bf16", "immediate_grad_update": True},
-        # Gradients are summed, over micro-batches and over ranks, in fp32 whatever the weights are.
+        # Gradients are summed over micro-batches and ranks in fp32, whatever the dtype of the weights.
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
-        # Progress, timing and memory are reported by the training loop.
+        # The training loop reports progress, timing and memory.
         "steps_per_print": sys.maxsize,
         "timers": {"throughput": {"enabled": False}},
     }
@@ -181,7 +220,7 @@ def _zero_config(zero: ZeroSettings) -> dict[str, Any]:
     return {
         "stage": zero.stage,
         "overlap_comm": zero.stage > 0 and _one_stage(),
-        **{name: {"device": "cpu"} for name, asked in offloaded.items() if asked},
+        **{name: {"device": "cpu"} for name, enabled in offloaded.items() if enabled},
     }
 
 
@@ -192,21 +231,22 @@ def _one_stage() -> bool:
 def _parameter_groups(
     model: torch.nn.Module, optimizer: OptimizerSettings, matrices_first: bool
 ) -> list[dict[str, Any]]:
-    """Groups by weight decay (matrices, routers if asked) and, as DeepSpeed demands, by dense and expert parameters.
+    """Groups by weight decay (matrices, routers if configured) and, as DeepSpeed requires, by dense and expert.
 
     Args:
-        matrices_first: before vectors of their kind. So stage 1 in bf16 reduces them where they lie: behind a small
-            group they would be copied to be reduced with it. Elsewhere the last group is stepped with least beside it.
+        matrices_first: order matrices before vectors of the same kind. Stage 1 in bf16 then reduces matrices in place;
+            behind a small group it would copy them to reduce both together. Otherwise matrices come last, where AdamW
+            steps them with the least other memory in use.
     """
 
     def in_order(expert: bool, decays: bool) -> tuple[bool, bool]:
         return expert, decays != matrices_first
 
-    spared = set() if optimizer.decay_routers else {p for _, _, router in routers(model) for p in router.parameters()}
+    exempt = set() if optimizer.decay_routers else {p for _, _, router in routers(model) for p in router.parameters()}
     found: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            decays = parameter.ndim > 1 and parameter not in spared
+            decays = parameter.ndim > 1 and parameter not in exempt
             found.setdefault((expert_groups.is_expert(parameter), decays), []).append(parameter)
     return [
         {
@@ -222,11 +262,11 @@ def _parameter_groups(
 
 
 def _prepare_deepspeed() -> None:
-    """Warnings to stderr, the rank's device, no compiler.
+    """Send DeepSpeed's warnings to stderr, tell it the device, and keep it from compiling anything at the start.
 
-    DeepSpeed logs to stdout. It learns the device from LOCAL_RANK alone, also in a process that torchrun did not start.
-    And on CPU it would first compile a shared-memory all-reduce that only its inference uses: an empty table of
-    compatible ops spares the start that, and the machine a C++ compiler.
+    DeepSpeed logs to stdout by default. It reads the device from LOCAL_RANK only, even in a process that torchrun did
+    not start. On CPU it would compile a shared-memory all-reduce that only its inference uses; an empty table of
+    compatible ops prevents that, so no C++ compiler is needed.
     """
     for handler in logging.getLogger("DeepSpeed").handlers:
         if type(handler) is logging.StreamHandler:
@@ -234,3 +274,4 @@ def _prepare_deepspeed() -> None:
     os.environ.setdefault("LOCAL_RANK", str(torch.cuda.current_device()) if torch.cuda.is_available() else "0")
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__ = {}
+    import_deepspeed_muon()

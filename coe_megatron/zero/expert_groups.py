@@ -1,8 +1,8 @@
 """Makes DeepSpeed treat Megatron's experts as experts, on Megatron's groups.
 
-DeepSpeed knows expert parallelism only for layers of its own: without one of them in the model it silently averages
-experts over all ranks, and it makes the groups itself. What it reads of a layer is little, though: that there is one,
-a `set_deepspeed_parallelism` that fills its table of groups, and on every expert's parameter the name of its group.
+DeepSpeed supports expert parallelism only for its own layers: without one of them in the model it silently averages
+experts over all ranks, and it builds the groups itself. But it needs little of such a layer: that it exists, a
+`set_deepspeed_parallelism` that fills DeepSpeed's table of groups, and the group's name on every expert parameter.
 """
 
 from collections.abc import Iterator
@@ -16,20 +16,20 @@ from megatron.core import parallel_state
 
 
 def is_expert(parameter: torch.nn.Parameter) -> bool:
-    """Whether a parameter differs between the ranks of the data-parallel group (Megatron's mark for it)."""
+    """Whether a parameter differs between the ranks of the data-parallel group (Megatron marks it with `allreduce`)."""
     return not getattr(parameter, "allreduce", True)
 
 
 def group_name() -> str:
-    """The name under which DeepSpeed finds the expert groups."""
+    """The key of the expert groups in DeepSpeed's tables."""
     return f"ep_size_{parallel_state.get_expert_model_parallel_world_size()}"
 
 
 @contextmanager
-def announced(model: torch.nn.Module) -> Iterator[None]:
-    """While DeepSpeed builds its engine, the model holds a layer without weights that announces the experts.
+def expert_placeholder(model: torch.nn.Module) -> Iterator[None]:
+    """Add a placeholder MoE layer without weights to the model while DeepSpeed builds its engine.
 
-    Does nothing for a model whose experts are whole on every rank (EP 1): for DeepSpeed it is a dense one.
+    Does nothing for a model whose experts are complete on every rank (EP 1): DeepSpeed treats it as dense.
     """
     experts = [parameter for parameter in model.parameters() if is_expert(parameter)]
     if not experts:
@@ -37,30 +37,29 @@ def announced(model: torch.nn.Module) -> Iterator[None]:
         return
     for parameter in experts:
         parameter.group_name = group_name()  # type: ignore[attr-defined]
-        # Stage 3 cuts what bears these marks over the replicas of an expert; without them it mixes different experts.
+        # Stage 3 partitions parameters with these marks over the replicas of an expert; otherwise it mixes experts.
         parameter.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
         parameter.ds_zero_partition_group_name = group_name()  # type: ignore[attr-defined]
-    model.add_module(_Announcement.NAME, _Announcement(num_experts=model.config.num_moe_experts))  # type: ignore
+    model.add_module(_PlaceholderMoELayer.NAME, _PlaceholderMoELayer(num_experts=model.config.num_moe_experts))  # type: ignore
     try:
         yield
     finally:
-        delattr(model, _Announcement.NAME)
+        delattr(model, _PlaceholderMoELayer.NAME)
 
 
-class _Announcement(AutoEPMoELayer):
-    """The layer DeepSpeed looks for: of AutoEP's kind, which unlike its older `MoE` goes with ZeRO-3 as well."""
+class _PlaceholderMoELayer(AutoEPMoELayer):
+    """The layer that DeepSpeed looks for. Its AutoEP layer works with ZeRO-3 too, unlike the older `MoE`."""
 
     NAME = "deepspeed_expert_groups"
 
     def __init__(self, num_experts: int) -> None:
-        torch.nn.Module.__init__(self)  # none of the weights and settings of the base class
+        torch.nn.Module.__init__(self)  # skips the weights and settings of the base class
         self.num_experts = num_experts
 
     def set_deepspeed_parallelism(self, *_args, **_kwargs) -> None:
-        """DeepSpeed asks here for expert groups; it gets Megatron's, and only those.
+        """Enter Megatron's expert groups, and no others, into DeepSpeed's tables.
 
-        Over the first stage 3 adds up what the ranks of one replica hold of a norm: ranks that divide the experts, and
-        ranks that cut them.
+        Stage 3 sums the norm over the expert-parallel group, so it includes expert tensor parallelism (EP x ETP).
         """
         expert, replicas = (
             parallel_state.get_expert_tensor_and_model_parallel_group(),

@@ -1,4 +1,4 @@
-"""ZeRO stage 0: norm and clipping of whole gradients. DeepSpeed's own there take a rank's experts for everybody's."""
+"""Gradient norm and clipping for ZeRO stage 0, where DeepSpeed treats a rank's experts as replicated on all ranks."""
 
 import math
 
@@ -11,7 +11,7 @@ from coe_megatron.zero import expert_groups
 
 
 def gradient_norm(model: torch.nn.Module) -> float:
-    """2-norm of the gradients of the whole model, each parameter counted once wherever it lies; collective."""
+    """2-norm of the gradients of the whole model, each parameter counted once; collective."""
     dense, experts = (
         torch.zeros(1, dtype=torch.float64, device=torch.cuda.current_device()) for _ in ("dense", "experts")
     )
@@ -28,16 +28,16 @@ def gradient_norm(model: torch.nn.Module) -> float:
     return float((dense + experts).sqrt())
 
 
-def clip(model: torch.nn.Module, largest: float) -> float:
-    """Scale all gradients so that their norm is at most `largest`; returns the norm before that.
+def clip(model: torch.nn.Module, max_norm: float) -> float:
+    """Scale all gradients so that their norm is at most `max_norm`; returns the norm before clipping.
 
-    Where it is not finite the gradients are forgotten, so that the step changes nothing.
+    If the norm is not finite, this drops the gradients, so that the step is skipped, and returns infinity.
     """
     norm = gradient_norm(model)
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     if not math.isfinite(norm):
         model.zero_grad(set_to_none=True)
         return math.inf
-    if norm > largest:
-        torch._foreach_mul_(gradients, largest / (norm + 1e-6))
+    if norm > max_norm:
+        torch._foreach_mul_(gradients, max_norm / (norm + 1e-6))
     return norm

@@ -27,8 +27,8 @@ for word in "$@"; do
 done
 (($# > 0)) || mistake "a config is needed: $usage"
 
-here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd) || exit
-export COE_HOME=${COE_HOME:-${here%/launch/slurm}}
+here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P) || exit
+if [[ -z ${COE_HOME:-} && $here == */launch/slurm ]]; then export COE_HOME=${here%/launch/slurm}; fi # a checkout
 COE_CHAIN=chain-$(date +%Y%m%d-%H%M%S)-$$ # what all jobs know together: attempts, and whether they led anywhere
 export COE_CHAIN
 after=() submitted=()

@@ -25,5 +25,5 @@
 # Pyxis: further options of srun. COE_PYTHON is then a Python of the image:
 # COE_SRUN=(--container-image=/shared/images/coe.sqsh --container-mounts=/shared:/shared)
 
-# Further options of launch/check_nodes.py, such as how much memory must be free and how fast nodes must talk:
+# Further options of the node check (launch/check_nodes.py --help), such as how much memory must be free and how fast nodes must talk:
 # COE_CHECK=(--memory 64 --bandwidth 20)

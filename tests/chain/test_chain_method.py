@@ -7,15 +7,8 @@ from typing import get_args
 import pytest
 import torch
 
-from coe_megatron.chain.method import (
-    ChainOfExperts,
-    RouterSettings,
-    feed_forward,
-    route,
-    routed_experts,
-    sequence_aux_loss,
-    z_loss,
-)
+from coe_megatron.chain.method import ChainOfExperts, feed_forward, routed_experts
+from coe_megatron.chain.routing import RouterSettings, route, sequence_aux_loss
 from coe_megatron.chain.settings import ChainSettings, Gating, NormPlacement, Residual
 
 KINDS = list(itertools.product(get_args(Gating), get_args(Residual), get_args(NormPlacement)))
@@ -58,9 +51,9 @@ def plain_expert(x, w1, w2):
     return plain_product(w2, gated)
 
 
-def plain_gates(x, weight, topk, barred=()):
+def plain_gates(x, weight, topk, masked=()):
     logits = plain_product(weight, x)
-    left = [i for i in range(len(logits)) if i not in barred]
+    left = [i for i in range(len(logits)) if i not in masked]
     total = sum(math.exp(logits[i] - max(logits)) for i in left)
     chosen = sorted(left, key=lambda i: -logits[i])[:topk]
     return {i: math.exp(logits[i] - max(logits)) / total for i in chosen}
@@ -77,17 +70,15 @@ def plain_chain(layer, h):
     for t in range(chain.iterations):
         n = plain_norm(x, weights[f"norm_gains.{t}"], layer.norm_eps) if own_norms else x
         if chain.conditioned:
-            n = [a * v for a, v in zip(weights[f"state_gains.{t}"], n, strict=True)]
+            n = [a * v for a, v in zip(weights[f"variants.state_gains.{t}"], n, strict=True)]
         if chain.gating != "fixed" or t == 0:
             router = t if chain.gating == "independent" else 0
             gates = plain_gates(n, weights[f"router_weights.{router}"], topk, visited if chain.no_return else ())
             visited |= gates.keys()
         f = plain_expert(n, weights["shared_w1"], weights["shared_w2"])
-        if chain.shared_once and t > 0:
-            f = [0.0] * len(x)
         for i, g in gates.items():
             f = [a + g * b for a, b in zip(f, plain_expert(n, weights["w1"][i], weights["w2"][i]), strict=True)]
-        gain = weights.get(f"increment_gains.{t}", [chain.increment_scale] * len(x))
+        gain = weights.get(f"variants.increment_gains.{t}", [1.0] * len(x))
         f = [a * v for a, v in zip(gain, f, strict=True)]
         increments.append(f)
         added = {"inner": x, "init": start, "outer": [0.0] * len(x)}[chain.residual]
@@ -108,14 +99,12 @@ def test_equals_the_equations_in_plain_python(gating, residual, norm_placement, 
 
 
 VARIANTS = [
-    ChainSettings(3, increment_scale=0.7),
-    ChainSettings(3, residual="init", learned_scale=True),
-    ChainSettings(2, "fixed", "outer", "iteration_norm", learned_scale=True),
+    ChainSettings(3, residual="init", learned_scale=1.0),
+    ChainSettings(2, "fixed", "outer", "iteration_norm", learned_scale=1.0),
     ChainSettings(3, conditioned=True),
-    ChainSettings(3, "shared_router", "init", shared_once=True),
     ChainSettings(3, no_return=True),
     ChainSettings(3, "shared_router", "init", no_return=True, conditioned=True),
-    ChainSettings(3, "fixed", "outer", "reference", learned_scale=True, conditioned=True),
+    ChainSettings(3, "fixed", "outer", "reference", learned_scale=1.0, conditioned=True),
 ]
 
 
@@ -130,35 +119,19 @@ def test_variants_equal_the_equations_in_plain_python(chain):
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in layer.parameters())
 
 
-def test_gains_start_at_the_scale_and_a_chain_at_zero_is_no_chain():
-    chain = ChainSettings(2, increment_scale=0.0, learned_scale=True)
+def test_gains_start_at_the_learned_scale_and_a_chain_at_zero_is_no_chain():
+    chain = ChainSettings(2, learned_scale=0.0)
     layer = ChainOfExperts(4, 3, RouterSettings(4, 2), chain)
-    assert [gain.tolist() for gain in layer.increment_gains] == [[0.0] * 4] * 2
+    assert [gain.tolist() for gain in layer.variants.increment_gains] == [[0.0] * 4] * 2
     h = torch.randn(2, 3, 4)
     assert torch.equal(layer(h).stream, h)
-
-
-def test_routers_apart_choose_other_experts_for_the_same_state():
-    layer = ChainOfExperts(4, 3, RouterSettings(7, 2), ChainSettings(3, routers_apart=True))
-    x = torch.randn(50, 4)
-    first, *later = (route(x, weight, layer.router).chosen_TN for weight in layer.router_weights)
-    for chosen, shift in zip(later, (2, 4), strict=True):  # 7/3 and 14/3, rounded down
-        assert torch.equal(chosen, first.roll(shift, dims=1))
-
-
-def test_what_leads_out_of_experts_begins_smaller_for_a_chain():
-    router, chain = RouterSettings(8, 2), ChainSettings(4, scaled_init=True)
-    layer = ChainOfExperts(32, 64, router, chain, shared_ffn=64)
-    assert layer.shared_w1 is not None and layer.shared_w2 is not None
-    stds = [weight.std().item() for weight in (layer.w1, layer.shared_w1, layer.w2, layer.shared_w2)]
-    assert stds == pytest.approx([0.02, 0.02, 0.01, 0.01], rel=0.1)
 
 
 def test_conditioned_with_gains_of_one_is_the_plain_chain():
     layer = make_layer(ChainSettings(3, conditioned=True), shared_ffn=2)
     plain = make_layer(ChainSettings(3), shared_ffn=2)
     h = torch.randn(2, 3, 4, dtype=torch.float64)
-    for gain in layer.state_gains:
+    for gain in layer.variants.state_gains:
         torch.nn.init.ones_(gain)
     plain.load_state_dict({name: value for name, value in layer.state_dict().items() if "state_gains" not in name})
     assert torch.equal(layer(h).stream, plain(h).stream)
@@ -283,37 +256,6 @@ def test_balance_mean_divides_by_the_number_of_routings():
         assert a.keys() == b.keys() == {"seq_aux_loss", "aux_loss", "z_loss"}
         for name in a:
             torch.testing.assert_close(a[name] / 4, b[name])
-
-
-def test_joint_balance_is_one_loss_of_the_summed_load():
-    """Brute force over the choices of both iterations; padding counts nowhere, z-losses are a mean."""
-    router = RouterSettings(4, 2, seq_aux_coeff=0.5, aux_coeff=0.2, z_coeff=0.1)
-    layer = make_layer(ChainSettings(2, aux_loss_reduction="joint"), router)
-    padding = torch.tensor([[False] * 3, [False, False, True]])
-    output = layer(torch.randn(2, 3, 4, dtype=torch.float64), padding)
-    z_losses = [0.1 / 2 * z_loss(routing, ~padding) for routing in output.routings]
-    assert output.losses[0] == {"z_loss": z_losses[0]} and output.losses[1]["z_loss"] == z_losses[1]
-    valid, length = ~padding.flatten(), 2.5  # tokens of a sequence in the mean, as in Megatron-Core
-    sequences = [torch.tensor([1, 1, 1, 0, 0, 0]).bool() & valid, torch.tensor([0, 0, 0, 1, 1, 1]).bool() & valid]
-
-    def loss(tokens, count):
-        f = sum(routing.chosen_TN[tokens].double().sum(0) for routing in output.routings) / (2 * count * 2)
-        p = sum(routing.scores_TN[tokens].sum(0) for routing in output.routings) / (2 * count)
-        return 4 * (f * p).sum()
-
-    by_sequence = sum(loss(tokens, length) for tokens in sequences) / 2
-    torch.testing.assert_close(output.losses[1]["seq_aux_loss"], 0.5 * by_sequence)
-    torch.testing.assert_close(output.losses[1]["aux_loss"], 0.2 * loss(valid, 5))
-
-
-def test_joint_balance_of_a_routing_used_again_is_its_own():
-    router = RouterSettings(4, 2, seq_aux_coeff=0.5, z_coeff=0.1)
-    h = torch.randn(2, 3, 4, dtype=torch.float64)
-    layers = [make_layer(ChainSettings(3, "fixed", aux_loss_reduction=balance), router) for balance in ("sum", "joint")]
-    layers[1].load_state_dict(layers[0].state_dict())
-    one, other = (layer(h).losses for layer in layers)
-    assert one[1:] == other[1:] == [{}, {}]
-    torch.testing.assert_close(one[0], other[0])
 
 
 @pytest.mark.parametrize("gating", get_args(Gating))

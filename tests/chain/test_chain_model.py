@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from coe_megatron.chain.language_model import ChainLanguageModel, ModelSettings, next_token_loss, rotate
-from coe_megatron.chain.method import RouterSettings
+from coe_megatron.chain.routing import RouterSettings
 from coe_megatron.chain.settings import ChainSettings
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "chain_in_50_lines.py"
@@ -75,6 +75,7 @@ def test_bad_heads_are_refused():
         ModelSettings(11, 9, 1, 2, 6, RouterSettings(4, 2), ChainSettings())
 
 
+@pytest.mark.thorough
 def test_the_example_learns_and_is_short(capsys):
     spec = importlib.util.spec_from_file_location("chain_in_50_lines", EXAMPLE)
     example = importlib.util.module_from_spec(spec)

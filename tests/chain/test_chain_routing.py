@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from coe_megatron.chain.method import (
+from coe_megatron.chain.routing import (
     RouterSettings,
     batch_aux_loss,
     expert_load,
@@ -15,7 +15,7 @@ from coe_megatron.chain.method import (
     router_losses,
     scores,
     sequence_aux_loss,
-    updated_expert_bias,
+    updated_bias,
     within_best_groups,
     z_loss,
 )
@@ -95,9 +95,9 @@ def test_bias_moves_the_choice_but_not_the_weights():
 
 
 def test_bias_goes_up_for_the_idle_and_down_for_the_busy():
-    bias = updated_expert_bias(torch.tensor([0.5, 0.0, 0.0]), torch.tensor([9, 3, 0]), rate=0.1)
+    bias = updated_bias(torch.tensor([0.5, 0.0, 0.0]), torch.tensor([9, 3, 0]), rate=0.1)
     torch.testing.assert_close(bias, torch.tensor([0.4, 0.1, 0.1]))
-    assert updated_expert_bias(torch.zeros(2), torch.tensor([4, 4]), rate=0.1).tolist() == [0, 0]
+    assert updated_bias(torch.zeros(2), torch.tensor([4, 4]), rate=0.1).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("function", ["softmax", "sigmoid"])

@@ -18,7 +18,7 @@ from engine_build import make_engine, take_steps
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from coe_megatron.checkpoint import listing, save_load
-from coe_megatron.checkpoint.integrity import SEAL, seal
+from coe_megatron.checkpoint.integrity import MANIFEST, write_manifest
 from coe_megatron.checkpoint.names import name_of, step_of
 from coe_megatron.checkpoint.storage import Reader
 from coe_megatron.errors import ConfigError
@@ -39,13 +39,14 @@ def run(engine: DeepSpeedEngine, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.thorough
 def test_a_byte_changed_or_a_file_cut_is_always_found(
     engine: DeepSpeedEngine, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     newest = run / name_of(2)
     files = sorted(path for path in newest.rglob("*") if path.is_file())
     names = {str(path.relative_to(newest)) for path in files}
-    assert names >= {SEAL, "state.json", "random/00000.pt", "tensors/.metadata", "tensors/__0_0.distcp"}
+    assert names >= {MANIFEST, "state.json", "random/00000.pt", "tensors/.metadata", "tensors/__0_0.distcp"}
     for path in files:
         whole = path.read_bytes()
         for number, damaged in enumerate(damages(whole)):
@@ -68,27 +69,28 @@ def damages(whole: bytes) -> Iterator[bytes]:
         yield whole[:kept]
 
 
-def test_no_byte_of_the_seal_can_change(run: Path) -> None:
+@pytest.mark.thorough
+def test_no_byte_of_the_manifest_can_change(run: Path) -> None:
     """Also a blank for a line break, which JSON would not mind."""
-    path = run / name_of(2) / SEAL
+    path = run / name_of(2) / MANIFEST
     whole = path.read_bytes()
     for place in range(len(whole)):
         for other in (whole[place] ^ 1, ord(" "), ord("\n"), ord("\r"), ord("0")):
             if other != whole[place]:
                 path.write_bytes(whole[:place] + bytes([other]) + whole[place + 1 :])
-                assert listing.trouble(path.parent), place
+                assert listing.problem(path.parent), place
 
 
 def test_a_run_without_a_whole_checkpoint_does_not_begin_anew(
     engine: DeepSpeedEngine, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (run / name_of(1) / SEAL).unlink()
+    (run / name_of(1) / MANIFEST).unlink()
     (run / name_of(2) / "state.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"is whole, the newest is step-00000002: state.json has 2 bytes") as raised:
+    with pytest.raises(ValueError, match=r"complete, the most recent is step-00000002: state.json has 2") as raised:
         save_load.load_latest(run, engine)
-    assert "choose another output, or delete that folder to begin anew" in str(raised.value)
+    assert "choose another output, or delete that folder to start from scratch" in str(raised.value)
     assert "\n" not in str(raised.value) and len(listing.newest_first(run)) == 2
-    with pytest.raises(ValueError, match=r"no checkpoint in .* is whole, the newest is step-00000002"):
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is complete, the most recent is step-00000002"):
         save_load.load_weights(run, engine)
 
 
@@ -99,8 +101,8 @@ def test_a_run_that_never_finished_a_save_begins_anew(
     (run / name_of(2)).rename(run / "step-00000002.tmp")
     assert save_load.load_latest(run, engine) is None
     skipped, said = capsys.readouterr().err.splitlines()
-    assert "step-00000002.tmp is skipped: saving it was not finished" in skipped
-    assert said == f"no save in {run} was ever finished: the run begins anew"
+    assert "step-00000002.tmp is skipped: its save was not finished" in skipped
+    assert said == f"no save in {run} was finished: the run starts from scratch"
 
 
 class Malicious:
@@ -119,20 +121,21 @@ def test_a_list_of_tensors_that_runs_code_is_refused_unread(
     newest, proof = run / name_of(2), tmp_path / "proof"
     forge(newest, "tensors/.metadata", pickle.dumps(Malicious(builtins.exec, f"open({str(proof)!r}, 'w')")))
     assert save_load.load_latest(run, engine) == {"step": 1}
-    reason = "tensors/.metadata asks for builtins.exec, of which no list of tensors is made"
+    reason = "tensors/.metadata needs builtins.exec, which no tensor index needs"
     assert capsys.readouterr().err == f"checkpoint {newest} is skipped: {reason}\n"
-    with pytest.raises(ValueError, match=r"is not whole: tensors/.metadata asks for builtins.exec"):
+    with pytest.raises(ValueError, match=r"is not complete: tensors/.metadata needs builtins.exec"):
         save_load.load_weights(newest, engine)
     assert not proof.exists()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (lambda found: found.state_dict_metadata.update(weight=BytesStorageMetadata()), "asks for torch.distributed"),
-        (lambda found: setattr(found, "planner_data", Malicious(print, "read")), "asks for builtins.print"),
-        (lambda found: move(found, "../../secret"), "asks for the file ../../secret"),
-        (lambda found: setattr(found, "storage_data", None), "is no list of tensors"),
+        (lambda found: found.state_dict_metadata.update(weight=BytesStorageMetadata()), "needs torch.distributed"),
+        (lambda found: setattr(found, "planner_data", Malicious(print, "read")), "needs builtins.print"),
+        (lambda found: move(found, "../../secret"), "needs the file ../../secret"),
+        (lambda found: setattr(found, "storage_data", None), "is not a tensor index"),
     ],
     ids=["bytes", "class", "path", "nothing"],
 )
@@ -165,7 +168,7 @@ def test_a_tensor_that_runs_code_is_refused(
     (newest / "tensors" / "__0_0.distcp").write_bytes(payload.getvalue())
     forge(newest, "tensors/.metadata", pickle.dumps(found))
     assert save_load.load_latest(run, engine) == {"step": 1}
-    assert re.search(r"__0_0\.distcp: a part of \S+ is damaged: it asks for __builtin__\.exec", capsys.readouterr().err)
+    assert re.search(r"__0_0\.distcp: a part of \S+ is damaged: it needs __builtin__\.exec", capsys.readouterr().err)
     assert not proof.exists()
 
 
@@ -177,7 +180,7 @@ def test_states_of_generators_that_run_code_are_refused(
     torch.save(Malicious(builtins.exec, f"open({str(proof)!r}, 'w')"), content)
     forge(newest, "random/00000.pt", content.getvalue())
     assert save_load.load_latest(run, engine) == {"step": 1}
-    assert "random/00000.pt is damaged: it asks for __builtin__.exec" in capsys.readouterr().err
+    assert "random/00000.pt is damaged: it needs __builtin__.exec" in capsys.readouterr().err
     assert not proof.exists()
 
 
@@ -196,9 +199,9 @@ def test_a_checkpoint_without_the_moments_it_tells_of_is_of_another_model(engine
 
 def forge(checkpoint: Path, name: str, content: bytes) -> None:
     (checkpoint / name).write_bytes(content)
-    (checkpoint / SEAL).unlink()
-    seal(checkpoint)
-    assert name in json.loads((checkpoint / SEAL).read_text())["files"]
+    (checkpoint / MANIFEST).unlink()
+    write_manifest(checkpoint)
+    assert name in json.loads((checkpoint / MANIFEST).read_text())["files"]
 
 
 @pytest.mark.parametrize("interrupted", ["rename", "rmtree"])
@@ -209,7 +212,7 @@ def test_a_checkpoint_that_is_replaced_is_there_whenever_it_is_interrupted(
     old, new = tmp_path / name_of(1), tmp_path / f"{name_of(1)}.tmp"
     for folder in (old, new):
         folder.mkdir()
-        (folder / SEAL).write_text(folder.name)
+        (folder / MANIFEST).write_text(folder.name)
 
     def interrupt(*paths: Path, **_: object) -> None:
         if paths[0] == new or (interrupted == "rmtree" and paths[0].exists()):
@@ -220,13 +223,13 @@ def test_a_checkpoint_that_is_replaced_is_there_whenever_it_is_interrupted(
     monkeypatch.setattr(listing.os if interrupted == "rename" else shutil, interrupted, interrupt)
     with pytest.raises(KeyboardInterrupt):
         listing.publish(new, old)
-    assert (old / SEAL).read_text() == (old.name if interrupted == "rename" else new.name)
+    assert (old / MANIFEST).read_text() == (old.name if interrupted == "rename" else new.name)
 
 
 def outside(path: Path) -> None:
     """A link to a folder that is not the run's."""
     run = next(place.parent for place in path.parents if place.name == "checkpoints")
-    (run / "outside" / SEAL).mkdir(parents=True, exist_ok=True)
+    (run / "outside" / MANIFEST).mkdir(parents=True, exist_ok=True)
     path.symlink_to(run / "outside")
 
 
@@ -247,19 +250,19 @@ def test_what_is_no_folder_is_not_in_the_way_of_checkpoints(
     checkpoints = tmp_path / "checkpoints"
     for step in (1, 3):
         (checkpoints / name_of(step)).mkdir(parents=True)
-        (checkpoints / name_of(step) / SEAL).touch()
+        (checkpoints / name_of(step) / MANIFEST).touch()
     for name in (name_of(2), name_of(5), f"{name_of(4)}.tmp", f"{name_of(9)}.tmp"):
         NO_FOLDERS[kind](checkpoints / name)
     partial, final = checkpoints / f"{name_of(4)}.tmp", checkpoints / name_of(4)
     save_load._make_empty(partial)
     for path in (final, checkpoints / f".{final.name}.replaced", partial / "other"):
         NO_FOLDERS[kind](path)
-    (partial / SEAL).touch()
+    (partial / MANIFEST).touch()
     listing.publish(partial, final)
     save_load._prune(checkpoints, 4, keep=1, milestones=())
     listing.delete_between(checkpoints, 5, 5)
-    assert os.listdir(checkpoints) == [final.name] and (final / SEAL).is_file()
-    assert kind != "a link to a folder" or os.listdir(tmp_path / "outside") == [SEAL]
+    assert os.listdir(checkpoints) == [final.name] and (final / MANIFEST).is_file()
+    assert kind != "a link to a folder" or os.listdir(tmp_path / "outside") == [MANIFEST]
     assert capsys.readouterr().err == ""
 
 
@@ -268,7 +271,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_said_and_no_save_fails(
 ) -> None:
     for step in (1, 2, 3):
         (tmp_path / name_of(step)).mkdir()
-        (tmp_path / name_of(step) / SEAL).touch()
+        (tmp_path / name_of(step) / MANIFEST).touch()
 
     def refuse(path: Path, *_: object) -> None:
         raise PermissionError(13, "Permission denied", str(path))
@@ -284,7 +287,7 @@ def test_checkpoints_that_were_passed_over_are_not_counted(tmp_path: Path) -> No
     """A run goes on from step 6, having found 8 damaged, and saves 9: two whole ones stay, and what was damaged."""
     for step in (4, 6, 8, 9):
         (tmp_path / name_of(step)).mkdir()
-        (tmp_path / name_of(step) / SEAL).touch()
-    assert listing.steps_beyond(tmp_path, 6) == {8, 9}
+        (tmp_path / name_of(step) / MANIFEST).touch()
+    assert listing.steps_after(tmp_path, 6) == {8, 9}
     save_load._prune(tmp_path, 9, keep=2, milestones={8})
     assert [step_of(path) for path in listing.newest_first(tmp_path)] == [9, 8, 6]

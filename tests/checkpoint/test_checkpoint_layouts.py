@@ -60,6 +60,7 @@ def on_all_ranks(function, folder: Path) -> list[dict]:
     return [alone | rank for rank in pair]
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.timeout(900)
 def test_a_run_goes_on_from_any_layout_on_any_other(tmp_path: Path) -> None:

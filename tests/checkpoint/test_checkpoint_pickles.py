@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from coe_megatron.checkpoint.safe_unpickler import Refused, Unpickler
+from coe_megatron.checkpoint.safe_unpickler import Disallowed, Unpickler
 
 
 class Thing:
@@ -40,9 +40,9 @@ def test_plain_data_come_out(protocol: int) -> None:
 def test_a_known_function_is_called_and_an_unknown_one_named() -> None:
     call = b"\x80\x02c" + __name__.encode() + b"\nadd\nK\x01K\x02\x86R."
     assert Known().load(call) == 3
-    with pytest.raises(Refused, match=r"^builtins\.exec$"):
+    with pytest.raises(Disallowed, match=r"^builtins\.exec$"):
         Known().load(call.replace(__name__.encode() + b"\nadd", b"builtins\nexec"))
-    with pytest.raises(Refused, match=r"^collections\.OrderedDict$"):
+    with pytest.raises(Disallowed, match=r"^collections\.OrderedDict$"):
         Known().load(pickle.dumps(OrderedDict()))
 
 

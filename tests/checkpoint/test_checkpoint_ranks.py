@@ -11,13 +11,14 @@ from ranks import run_ranks
 
 from coe_megatron.checkpoint import save_load
 from coe_megatron.checkpoint.background import Background
-from coe_megatron.checkpoint.integrity import SEAL
+from coe_megatron.checkpoint.integrity import MANIFEST
 from coe_megatron.checkpoint.names import name_of
 
 pytestmark = pytest.mark.ranks
 STEP = name_of(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "expert"), [(2, 1), (4, 2)])
 def test_ranks_write_equal_parts_of_what_one_process_writes(
     ranks: int, expert: int, single_rank: None, tmp_path: Path
@@ -31,7 +32,7 @@ def test_ranks_write_equal_parts_of_what_one_process_writes(
     assert sum(parts) == pytest.approx(alone, rel=0.01)
     for folder in ("one", "several"):
         foreground, background = (contents(tmp_path / folder / way / STEP) for way in ("foreground", "background"))
-        assert foreground.keys() == background.keys() and SEAL in foreground
+        assert foreground.keys() == background.keys() and MANIFEST in foreground
         assert foreground == background, "the run went on while the second was written"
     for rank in found:
         assert len(rank["said"]) == 2

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from coe_megatron.checkpoint.torch_file_check import STORED_DTYPES, SavedTensor, generators_problem, look_into
+from coe_megatron.checkpoint.torch_file_check import STORED_DTYPES, SavedTensor, inspect_saved, rng_states_problem
 
 
 def saved(value: Any) -> bytes:
@@ -19,7 +19,7 @@ def saved(value: Any) -> bytes:
 
 
 def looked_into(content: bytes, before: bytes = b"", after: bytes = b"") -> Any:
-    return look_into(io.BytesIO(before + content + after), len(content), len(before))
+    return inspect_saved(io.BytesIO(before + content + after), len(content), len(before))
 
 
 @pytest.mark.parametrize("dtype", STORED_DTYPES.values(), ids=str)
@@ -98,5 +98,5 @@ def test_states_of_generators_have_a_shape(states: Any, tmp_path: Path) -> None:
     right, wrong = tmp_path / "right.pt", tmp_path / "wrong.pt"
     torch.save({"cpu": torch.get_rng_state(), "cuda": torch.zeros(16).byte()}, right)
     torch.save(states, wrong)
-    assert generators_problem(right) is None
-    assert f"{tmp_path.name}/wrong.pt is damaged: " in str(generators_problem(wrong))
+    assert rng_states_problem(right) is None
+    assert f"{tmp_path.name}/wrong.pt is damaged: " in str(rng_states_problem(wrong))

@@ -15,7 +15,7 @@ from ranks import run_ranks
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.checkpoint import save_load as store
 from coe_megatron.checkpoint import sharding as saved_states
-from coe_megatron.checkpoint.integrity import SEAL
+from coe_megatron.checkpoint.integrity import MANIFEST
 from coe_megatron.distributed import collectives as collective
 from coe_megatron.distributed import process_groups as groups
 from coe_megatron.zero import optimizer_states as states
@@ -117,9 +117,9 @@ def test_torn_checkpoints_are_named_skipped_and_replaced(tmp_path: Path) -> None
 
 
 REASONS = {
-    "step-00000006.tmp": "saving it was not finished",
-    "step-00000005": f"{SEAL} is missing",
-    "step-00000004": f"{SEAL} cannot be read",
+    "step-00000006.tmp": "its save was not finished",
+    "step-00000005": f"{MANIFEST} is missing",
+    "step-00000004": f"{MANIFEST} cannot be read",
     "step-00000003": "tensors/__0_0.distcp has 1000 bytes instead of",
     "step-00000002": "the content of tensors/__1_0.distcp has changed",
 }
@@ -161,8 +161,8 @@ def damage(folder: Path) -> dict:
 
 def tear(folder: Path) -> None:
     (folder / "step-00000006").rename(folder / "step-00000006.tmp")
-    (folder / "step-00000005" / SEAL).unlink()
-    (folder / "step-00000004" / SEAL).write_text("{")
+    (folder / "step-00000005" / MANIFEST).unlink()
+    (folder / "step-00000004" / MANIFEST).write_text("{")
     cut = folder / "step-00000003/tensors/__0_0.distcp"
     cut.write_bytes(cut.read_bytes()[:1000])
     flip_a_bit(folder / "step-00000002/tensors/__1_0.distcp")
@@ -195,7 +195,7 @@ def test_a_checkpoint_holds_no_pickled_objects_and_keys_by_parameter(tmp_path: P
     for kind in states.KINDS:
         assert {f"optimizer.{kind}.{key}" for key in weights} <= keys
     facts = json.loads((tmp_path / "step-00000003" / "state.json").read_text())
-    layout = {"ranks": 1, "tensor": 1, "pipeline": 1, "expert": 1, "expert_tensor": 1, "zero_stage": 1}
+    layout = {"world_size": 1, "tensor": 1, "pipeline": 1, "expert": 1, "expert_tensor": 1, "zero_stage": 1}
     assert facts == {"layout": layout, "optimizer_steps": 1, "state": {"step": 3}}
 
 
@@ -206,7 +206,7 @@ def list_keys(folder: Path) -> set[str]:
     return set(load_sharded_metadata(str(path / "tensors")))
 
 
-@pytest.mark.parametrize("lost", ["in the weights", "in the seal"])
+@pytest.mark.parametrize("lost", ["in the weights", "in the manifest"])
 def test_a_rank_that_is_lost_in_a_save_is_not_a_disk_that_is_full(
     lost: str, single_rank: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,7 +215,9 @@ def test_a_rank_that_is_lost_in_a_save_is_not_a_disk_that_is_full(
     def gone(*_: object) -> None:
         raise RuntimeError("Connection closed by peer")
 
-    monkeypatch.setattr(*((saved_states, "write_tensors") if lost == "in the weights" else (store, "seal")), gone)
+    monkeypatch.setattr(
+        *((saved_states, "write_tensors") if lost == "in the weights" else (store, "write_manifest")), gone
+    )
     with pytest.raises(RuntimeError, match="Connection closed by peer"):
         store.save(tmp_path, 1, make_engine(), {"step": 1}, keep=1)
 
@@ -223,4 +225,4 @@ def test_a_rank_that_is_lost_in_a_save_is_not_a_disk_that_is_full(
 def test_what_torch_save_makes_of_a_full_disk_reaches_all_ranks() -> None:
     """It is a RuntimeError; the other ranks would wait for the one that left."""
     with pytest.raises(OSError, match="enforce fail"):
-        collective.run_on_all(lambda: torch.save(torch.zeros(10**5), "/dev/full"), None, first_alone=True)
+        collective.run_on_all(lambda: torch.save(torch.zeros(10**5), "/dev/full"), None)

@@ -59,6 +59,7 @@ def loaded(folder: Path, layers: int = 1) -> tuple[dict[str, Any] | None, Named]
     return save_load.load_latest(folder, engine), held(engine)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_written_anew_is_the_same(run: Path, single_rank: None, tmp_path: Path) -> None:
     """Of a run's folder the newest."""
     out = tools.reshard(run, tmp_path / name_of(3), files=3)
@@ -69,9 +70,10 @@ def test_a_checkpoint_written_anew_is_the_same(run: Path, single_rank: None, tmp
     assert all(torch.equal(tensors[name], expected[name]) for name in expected)
     assert (out / "random" / "00000.pt").read_bytes() == (checkpoint(run, 3) / "random" / "00000.pt").read_bytes()
     again = tools.reshard(out, tmp_path / "again", files=1)
-    assert len(list((again / "tensors").glob("*.distcp"))) == 1 and listing.trouble(again) is None
+    assert len(list((again / "tensors").glob("*.distcp"))) == 1 and listing.problem(again) is None
 
 
+@pytest.mark.slow
 def test_without_moments_it_begins_a_run_and_continues_none(run: Path, single_rank: None, tmp_path: Path) -> None:
     out = tools.reshard(checkpoint(run, 2), tmp_path / name_of(2), weights_only=True)
     kinds = {key.split(".")[1] for key in Reader(out / "tensors").entries if key.startswith(OPTIMIZER)}
@@ -81,7 +83,7 @@ def test_without_moments_it_begins_a_run_and_continues_none(run: Path, single_ra
     save_load.load_weights(out, engine)
     found, expected = held(engine), loaded_weights(checkpoint(run, 2))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    with pytest.raises(ValueError, match=r"holds weights alone: begin a run with it as training\.warm_start"):
+    with pytest.raises(ValueError, match=r"holds weights only: start a run from it with training\.warm_start"):
         save_load.load_latest(tmp_path, engine)
 
 
@@ -95,8 +97,9 @@ def size(checkpoint: Path) -> int:
     return sum(path.stat().st_size for path in (checkpoint / "tensors").glob("*.distcp"))
 
 
+@pytest.mark.slow
 def test_the_mean_is_that_of_the_masters(run: Path, single_rank: None, tmp_path: Path) -> None:
-    out = tools.average(tools.newest(run, 3), tmp_path / "mean")
+    out = tools.average(tools.latest(run, 3), tmp_path / "mean")
     each = [loaded_weights(checkpoint(run, step)) for step in (1, 2, 3)]
     found = loaded_weights(out)
     assert {name.split(".")[0] for name in found} >= {optimizer_states.MASTER, "decoder"}
@@ -108,9 +111,10 @@ def test_the_mean_is_that_of_the_masters(run: Path, single_rank: None, tmp_path:
             weight = name.removeprefix(f"{optimizer_states.MASTER}.")
             assert torch.equal(found[weight], parameter.bfloat16())
     facts = json.loads((out / "state.json").read_text())
-    assert facts["state"]["step"] == 3 and facts["made_of"] == [name_of(step) for step in (1, 2, 3)]
+    assert facts["state"]["step"] == 3 and facts["derived_from"] == [name_of(step) for step in (1, 2, 3)]
 
 
+@pytest.mark.thorough
 def test_what_a_checkpoint_holds(run: Path, single_rank: None) -> None:
     contents = tools.inspect(run)
     engine = make_engine(4, precision="bf16", layers=1)
@@ -121,32 +125,33 @@ def test_what_a_checkpoint_holds(run: Path, single_rank: None) -> None:
     assert contents.tensors["optimizer.exp_avg.output_layer.weight"].dtype == "float32"
     assert contents.bytes == sum(path.stat().st_size for path in checkpoint(run, 3).rglob("*") if path.is_file())
     shown = contents.table()
-    assert "3, after 30 tokens" in shown and "ranks 1, tensor 1" in shown and "exp_avg" not in shown
+    assert "3, after 30 tokens" in shown and "world size 1, tensor 1" in shown and "exp_avg" not in shown
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("action", "said"),
     [
-        (lambda run, out: tools.average([run], out), "1 checkpoint given: a mean needs two"),
-        (lambda run, out: tools.newest(run, 4), "holds 3 finished checkpoints, and 4 are asked for"),
+        (lambda run, out: tools.average([run], out), "1 checkpoint given: an average needs two"),
+        (lambda run, out: tools.latest(run, 4), "holds 3 finished checkpoints, but 4 are requested"),
         (lambda run, out: tools.average([run, out / "tokenizer"], out / "x"), "is of another tokenizer than"),
         (lambda run, out: tools.average([run, out / "model"], out / "x"), "is of another model than"),
         (lambda run, out: tools.reshard(run, run), "exists: name another folder, or give --overwrite"),
-        (lambda run, out: tools.reshard(run, out, overwrite=True), "is no checkpoint, and is not replaced by one"),
-        (lambda run, out: tools.reshard(out / "torn", out / "x"), "is not whole: state.json is missing"),
+        (lambda run, out: tools.reshard(run, out, overwrite=True), "is not a checkpoint and will not be replaced"),
+        (lambda run, out: tools.reshard(out / "incomplete", out / "x"), "is not complete: state.json is missing"),
         (lambda run, out: list(tools.verify(out)), "holds no checkpoint"),
         (lambda run, out: tools.inspect(out), "holds no checkpoint"),
     ],
 )
 def test_what_cannot_be_done_is_one_line_and_leaves_nothing(action: Any, said: str, run: Path, tmp_path: Path) -> None:
-    for name in ("tokenizer", "model", "torn"):
+    for name in ("tokenizer", "model", "incomplete"):
         shutil.copytree(checkpoint(run, 1), tmp_path / name)
     rewrite(tmp_path / "tokenizer")
     entries = dict(Reader(checkpoint(run, 1) / "tensors").entries)
     del entries["output_layer.weight"]
     shutil.rmtree(tmp_path / "model" / "tensors")
     write_entries(tmp_path / "model" / "tensors", entries, checkpoint(run, 1))
-    (tmp_path / "torn" / "state.json").unlink()
+    (tmp_path / "incomplete" / "state.json").unlink()
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ValueError, match=r".") as raised:
         action(run, tmp_path)
@@ -158,20 +163,21 @@ def rewrite(folder: Path) -> None:
     facts = json.loads((folder / "state.json").read_text())
     facts["state"]["tokenizer"] = "another"
     (folder / "state.json").write_text(json.dumps(facts))
-    reseal(folder)
+    rewrite_manifest(folder)
 
 
 def write_entries(folder: Path, entries: dict, source: Path) -> None:
     folder.mkdir()
     tools.storage.write(folder, entries, Reader(source / "tensors").part)
-    reseal(folder.parent)
+    rewrite_manifest(folder.parent)
 
 
-def reseal(folder: Path) -> None:
-    (folder / tools.SEAL).unlink()
-    tools.seal(folder)
+def rewrite_manifest(folder: Path) -> None:
+    (folder / tools.MANIFEST).unlink()
+    tools.write_manifest(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.parametrize("layout", [TENSOR, PIPELINE], ids=["tensor and expert", "pipeline"])
 def test_parts_of_parallel_ranks_go_through(layout: dict[str, int], single_rank: None, tmp_path: Path) -> None:
@@ -179,14 +185,21 @@ def test_parts_of_parallel_ranks_go_through(layout: dict[str, int], single_rank:
     run_ranks(save_three_steps, 2, tmp_path / "checkpoints", "fp32", 2, **layout)
     contents = tools.inspect(tmp_path)
     tensor, stages, expert = (layout.get(f"{kind}_model_parallel_size", 1) for kind in ("tensor", "pipeline", "expert"))
-    told = {"ranks": 2, "tensor": tensor, "pipeline": stages, "expert": expert, "expert_tensor": 1, "zero_stage": 1}
-    assert asdict(contents.facts.layout) == told
+    told = {
+        "world_size": 2,
+        "tensor": tensor,
+        "pipeline": stages,
+        "expert": expert,
+        "expert_tensor": 1,
+        "zero_stage": 1,
+    }
+    assert asdict(contents.metadata.layout) == told
     assert contents.tensors["output_layer.weight"].parts == tensor
     tools.reshard(tmp_path, tmp_path / "other" / name_of(3))
     (state, found), (_, expected) = loaded(tmp_path / "other", 2), loaded(tmp_path / "checkpoints", 2)
     assert state is not None and state["step"] == 3
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     each = [loaded_weights(checkpoint(tmp_path, step), 2) for step in (2, 3)]
-    mean = loaded_weights(tools.average(tools.newest(tmp_path, 2), tmp_path / "mean"), 2)
+    mean = loaded_weights(tools.average(tools.latest(tmp_path, 2), tmp_path / "mean"), 2)
     for name in (name for name in mean if name.startswith(optimizer_states.MASTER)):
         torch.testing.assert_close(mean[name], (each[0][name] + each[1][name]) / 2, rtol=0, atol=1e-7)

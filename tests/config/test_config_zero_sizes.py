@@ -19,7 +19,7 @@ def test_sizes_follow_the_model(parameters: int) -> None:
 
 
 def test_of_the_largest_models_they_are_deepspeeds() -> None:
-    assert ZeroSizes.of(10**12, {}) == ZeroSizes(*[50_000_000] * 4, 1_000_000_000, 100_000)
+    assert ZeroSizes.of(10**12, {}) == ZeroSizes(*[50_000_000] * 4, 1_000_000_000, 100_000, overlap=True)
 
 
 def test_deepspeeds_json_goes_first_under_either_name() -> None:

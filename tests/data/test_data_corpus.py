@@ -113,6 +113,7 @@ def test_problems_of_templates(name, check):
         check(problem)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
 def test_stories_of_every_setting_with_each_of_its_events(setting):
     draw = Draw(random.Random(setting.name))
@@ -134,6 +135,7 @@ def test_counts_of_stories_are_whole_and_positive():
             assert all(number.isdigit() and int(number) > 0 for number in numbers)
 
 
+@pytest.mark.thorough
 def test_training_never_tells_a_story_of_a_held_out_plot_in_any_setting(monkeypatch):
     told = {split: set() for split in SPLITS}
     seen = {split: set() for split in SPLITS}

@@ -123,6 +123,7 @@ def test_numbers_that_contradict_each_other_are_named(folder, place, value, reas
     assert f"{folder / MANIFEST} is no manifest of format coe_megatron.data, version 2: {reason}" in refused(folder)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("write", "reason"),
     [

@@ -513,6 +513,7 @@ def gone(process):
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.run
 def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(settings, slow):
     process = start(slow)
@@ -527,6 +528,7 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(settings, slow):
     assert not list(settings.output.parent.glob(".*"))
 
 
+@pytest.mark.slow
 @pytest.mark.run
 @pytest.mark.parametrize(
     ("strike", "status", "message"),
@@ -576,7 +578,7 @@ def test_an_empty_folder_may_be_the_output(settings):
         ({"template": ("no field",)}, "names no field"),
         ({"template": ("{a!r}",)}, "plain name"),
         ({"template": ("{a",)}, "not valid"),
-        ({"inputs": (), "builtin": 5}, "validation problems of its own"),
+        ({"inputs": (), "builtin": 5}, "the built-in corpus has its own validation problems"),
         ({"inputs": (), "builtin": 5, "valid_inputs": (), "template": ("{text}",)}, "query and response"),
     ],
 )
@@ -627,6 +629,7 @@ def test_the_program_prepares_and_reports(settings):
     assert decoded(settings.output, "train") == TEXTS
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

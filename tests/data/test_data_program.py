@@ -86,7 +86,7 @@ def test_a_path_that_cannot_be_read_is_named_with_its_option(run, tmp_path, opti
         ("loop", "too many levels"),
         ("busy", "the hidden folder beside --output is"),
         ("full", "it is not empty"),
-        ("/", "name a folder to make"),
+        ("/", "name a new folder"),
         ("/proc/nothing", "--output is /proc/"),
         ("", "argument --output"),
     ],

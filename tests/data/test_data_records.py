@@ -111,6 +111,7 @@ def bomb(path, content):
     path.write_bytes(PACKERS[path.suffix](whole))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["in.jsonl.gz", "in.txt.gz", "lines.txt.gz", "in.jsonl.xz", "in.jsonl.zst"])
 def test_a_line_that_never_ends_costs_no_memory(tmp_path, monkeypatch, name):
     monkeypatch.setattr(sources, "CHUNK_BYTES", 1 << 16)

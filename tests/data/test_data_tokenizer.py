@@ -74,6 +74,7 @@ WORDS = (
 )
 
 
+@pytest.mark.thorough
 @given(st.lists(st.sampled_from(WORDS) | st.text(max_size=5), max_size=30), st.sampled_from(["", " ", "  "]))
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_word_by_word_gives_what_sentencepiece_gives(model, tokenizer, words, space):

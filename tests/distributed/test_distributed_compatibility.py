@@ -107,6 +107,7 @@ def as_it_is() -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.thorough
 def test_importing_the_package_loads_no_engine(as_it_is: dict) -> None:
     assert as_it_is["loaded by the package"] == []
     assert as_it_is["loaded by the modules"] == []
@@ -192,7 +193,7 @@ def test_generator_states_are_kept_apart(single_rank: None) -> None:
     generator = torch.Generator().manual_seed(1)
     assert torch.equal(torch.cat([first, second]), torch.rand(6, generator=generator))
     assert torch.equal(other, torch.rand(3, generator=torch.Generator().manual_seed(2)))
-    with pytest.raises(ValueError, match="'one' exists"):
+    with pytest.raises(ValueError, match="'one' already exists"):
         tracker.add("one", 3)
     with pytest.raises(ValueError, match="no generator state 'three'"), tracker.fork("three"):
         pass

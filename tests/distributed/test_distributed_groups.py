@@ -33,6 +33,7 @@ json.dump(values | {"stopped": not torch.distributed.is_initialized()}, open(f"{
 """
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_start_alone_and_under_torchrun(tmp_path: Path) -> None:
     program = tmp_path / "program.py"

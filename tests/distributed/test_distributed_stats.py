@@ -58,7 +58,7 @@ def reports_of_a_rank() -> dict[tuple[str, str], list[RoutingReport]]:
         model_parallel_cuda_manual_seed(1)
         for chain_name, chain in CHAINS.items():
             layer = build(chain, **layout)[1]
-            reset_routing(layer, watch=True, pairs=True)
+            reset_routing(layer, detailed=True, pairs=True)
             for h_BSD, padding_BS in batches():
                 h_SBD = of_rank(h_BSD).transpose(0, 1).contiguous().requires_grad_()
                 layer._forward_mlp(h_SBD, padding_mask=of_rank(padding_BS)).sum().backward()

@@ -126,14 +126,12 @@ def test_what_tensor_parallelism_and_pipelines_send() -> None:
         layers * (5 * HIDDEN + 5 * iterations * HIDDEN) + (2 + 3) * HIDDEN
     )  # attention, shared experts; embedding, output layer
     assert found == Sent(TOKENS * TWO_BYTES * width // 2, 0)
-    once = cost("model.mla=null", "parallel.world_size=2", "parallel.tensor=2", "chain.shared_once=true")
-    assert once.communication["tensor"] == Sent(TOKENS * TWO_BYTES * (width - layers * 5 * HIDDEN) // 2, 0)
     stages = cost("parallel.world_size=4", "parallel.pipeline=4", "parallel.ranks_per_node=1").communication
     assert stages["pipeline"] == Sent(0, 2 * TOKENS * HIDDEN * TWO_BYTES)  # of a stage in the middle
 
 
 def test_a_stage_has_the_routers_and_gains_of_its_own_chains() -> None:
-    overrides = ("parallel.world_size=4", "parallel.pipeline=4", "chain.layers=[2]", "chain.learned_scale=true")
+    overrides = ("parallel.world_size=4", "parallel.pipeline=4", "chain.layers=[2]", "chain.learned_scale=1")
     stages = [cost(*overrides, stage=stage) for stage in range(4)]
     elements = [each.memory["weights"] // TWO_BYTES for each in stages]
     counted = stages[0].parameters

@@ -128,6 +128,7 @@ def valid(cases: list[Case]) -> list[Case]:
     return [case for case in cases if case[1:3] != (0, "bf16")]
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_small_models_hold_what_is_predicted(ranks: int) -> None:
@@ -157,6 +158,7 @@ def test_buckets_follow_the_model_and_a_json_goes_first(tmp_path: Path) -> None:
     assert said["peak"] == pytest.approx(measured["peak"], rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.parametrize(
     ("ranks", "expert", "tensor"),

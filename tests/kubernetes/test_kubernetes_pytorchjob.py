@@ -84,7 +84,7 @@ def test_the_container_starts_what_there_is(job: dict[str, Any], monkeypatch: py
 
 
 def test_kubeflow_starts_again_what_may_go_on_and_nothing_else() -> None:
-    assert worker_statuses() == {status: status.again for status in ExitStatus if status != ExitStatus.DONE}
+    assert worker_statuses() == {status: status.retryable for status in ExitStatus if status != ExitStatus.DONE}
     assert one_host.kubeflow(ExitStatus.DONE) == 0
 
 

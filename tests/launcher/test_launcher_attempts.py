@@ -8,7 +8,9 @@ import pytest
 from programs import python
 
 from coe_megatron.run.exit_status import ExitStatus
-from coe_megatron.slurm.requeue import Attempts, Refused, newest_step
+from coe_megatron.slurm.requeue import AttemptRefused, Attempts, latest_step
+
+PROGRAM = "coe_megatron.cli.slurm_job"
 
 
 def save(output: Path, step: int, unfinished: str = "") -> None:
@@ -20,7 +22,7 @@ def test_the_status_decides(status: ExitStatus, tmp_path: Path) -> None:
     attempts = Attempts(tmp_path / "logs", limit=3)
     attempts.begin("7", tmp_path / "run")
     decision = attempts.end(status)
-    assert decision.again == status.again
+    assert decision.requeue == status.retryable
     assert decision.reason and "\n" not in decision.reason
 
 
@@ -34,10 +36,10 @@ def test_attempts_without_a_newer_checkpoint_come_to_an_end(tmp_path: Path) -> N
             save(output, saved)
         decisions.append(attempts.end(ExitStatus.STOPPED))
     assert folder == tmp_path / "logs" / "attempt-5" and folder.is_dir()
-    assert [decision.again for decision in decisions] == [True, True, True, True, True, False]
+    assert [decision.requeue for decision in decisions] == [True, True, True, True, True, False]
     assert decisions[-1].reason == (
         "3 attempts in a row without progress, COE_MAX_REQUEUES allows 2 requeues: "
-        f"the newest checkpoint in {output} is still that of step 10"
+        f"the most recent checkpoint in {output} is still that of step 10"
     )
 
 
@@ -45,7 +47,7 @@ def test_attempts_that_never_ended_count_too(tmp_path: Path) -> None:
     """Their nodes went down, and SLURM queued the job again by itself."""
     for _ in range(2):
         Attempts(tmp_path, limit=1).begin("7", tmp_path / "run")
-    with pytest.raises(Refused, match=r"2 attempts in a row .* does not exist yet") as raised:
+    with pytest.raises(AttemptRefused, match=r"2 attempts in a row .* does not exist yet") as raised:
         Attempts(tmp_path, limit=1).begin("7", tmp_path / "run")
     assert raised.value.status is ExitStatus.FAILED
     save(tmp_path / "run", 4)
@@ -60,15 +62,15 @@ def test_checkpoints_of_another_run_in_the_folder_are_no_progress(tmp_path: Path
         attempts.begin("7", tmp_path / "run")
         save(tmp_path / "run", step)
         decisions.append(attempts.end(ExitStatus.BUSY))
-    assert [decision.again for decision in decisions] == [True, True, False]
-    assert decisions[-1].reason.endswith(f"allows 2 requeues: another run writes {tmp_path / 'run'}")
+    assert [decision.requeue for decision in decisions] == [True, True, False]
+    assert decisions[-1].reason.endswith(f"allows 2 requeues: another run has locked {tmp_path / 'run'}")
 
 
 def test_a_chain_whose_run_ended_for_good_does_not_begin_again(tmp_path: Path) -> None:
     attempts = Attempts(tmp_path, limit=3)
     attempts.begin("7", tmp_path / "run")
     attempts.end(ExitStatus.DIVERGED)
-    with pytest.raises(Refused, match="job 7 of this chain has ended for good: the loss has diverged") as raised:
+    with pytest.raises(AttemptRefused, match="job 7 of this chain has ended for good: the loss has diverged") as raised:
         Attempts(tmp_path, limit=3).begin("8", tmp_path / "run")
     assert raised.value.status is ExitStatus.DIVERGED
     Attempts(tmp_path, limit=3).begin(
@@ -98,7 +100,7 @@ def test_a_damaged_file_is_set_aside_and_the_count_begins_again(
 def test_an_attempt_whose_beginning_was_lost_ends_by_its_status(status: ExitStatus, tmp_path: Path) -> None:
     Attempts(tmp_path, limit=3).begin("7", tmp_path / "run")
     (tmp_path / "attempts.json").write_text("{")
-    assert Attempts(tmp_path, limit=3).end(status).again == status.again
+    assert Attempts(tmp_path, limit=3).end(status).requeue == status.retryable
 
 
 def test_what_is_no_file_is_a_mistake(begin: list[str], tmp_path: Path) -> None:
@@ -111,32 +113,37 @@ def test_what_is_no_file_is_a_mistake(begin: list[str], tmp_path: Path) -> None:
 
 
 def test_only_finished_checkpoints_are_progress(tmp_path: Path) -> None:
-    assert newest_step(tmp_path) == 0
+    assert latest_step(tmp_path) == 0
     save(tmp_path, 10)
     save(tmp_path, 30, unfinished=".tmp")
     (tmp_path / "checkpoints" / ".step-00000040.replaced").mkdir()
-    assert newest_step(tmp_path) == 10
+    assert latest_step(tmp_path) == 10
 
 
 @pytest.fixture
-def begin(tmp_path: Path) -> list[str]:
-    return ["launch/slurm/attempt.py", "begin", "--logs", str(tmp_path / "it's $(here)"), "--job", "7", "--ranks", "2"]
+def begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", "4")
+    return ["-m", PROGRAM, "begin", "--logs", str(tmp_path / "it's $(here)"), "--nodes", "a b"]
 
 
 def test_the_program_begins_and_ends_an_attempt(begin: list[str], tmp_path: Path) -> None:
     settings = ["configs/quickstart.yaml", f"output={tmp_path}/a 'run'"]
     begun = python(*begin, "--", *settings)
     folder = tmp_path / "it's $(here)" / "attempt-0"
-    assert (begun.returncode, begun.stdout, begun.stderr) == (0, f"{folder}\n{tmp_path}/a 'run'\n", "")
+    assert (begun.returncode, begun.stderr) == (0, "")
+    told = dict(line.split("=", 1) for line in begun.stdout.splitlines())
+    assert (told["COE_ATTEMPT"], told["COE_OUTPUT"]) == (str(folder), f"{tmp_path}/a 'run'")
+    assert (told["COE_NODES"], told["COE_RANKS_PER_NODE"], told["COE_LAUNCH"]) == ("2", "1", "torchrun")
     error = {"message": "stopped", "errorCode": 3, "extraInfo": {"rank": 0, "host": "a", "time": 1.5}}
     (folder / "ranks/node-0/0").mkdir(parents=True)
     (folder / "ranks/node-0/0/error.json").write_text(json.dumps({"message": error}))
-    ended = python(*begin[:1], "end", *begin[2:4], "--attempt", folder, "--status", 1)
+    ended = python(*begin[:2], "end", *begin[3:5], "--attempt", folder, "--status", 1)
     assert (ended.returncode, ended.stdout) == (3, "again\n")
     assert ended.stderr.startswith("STOPPED: rank 0 on a: stopped\n")
     (noted,) = json.loads((folder.parent / "attempts.json").read_text())
     assert (noted["job"], noted["output"], noted["status"]) == ("7", f"{tmp_path}/a 'run'", 3)
-    assert python(*begin[:1], "end", *begin[2:4], "--attempt", folder, "--status", 0).stdout == "over\n"
+    assert python(*begin[:2], "end", *begin[3:5], "--attempt", folder, "--status", 0).stdout == "over\n"
 
 
 @pytest.mark.parametrize(
@@ -156,7 +163,7 @@ def test_a_mistake_is_one_line_and_no_attempt(
     monkeypatch.setenv("COE_MAX_REQUEUES", environment)
     done = python(*begin, "--", *settings)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(("attempt.py: error: ", "attempt.py begin: error: "))
+    assert done.stderr.startswith(("pretrain.sbatch: error: ", "pretrain.sbatch begin: error: "))
     assert f" error: {said}" in done.stderr and done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
@@ -171,9 +178,9 @@ def test_a_mistake_is_one_line_and_no_attempt(
     ],
 )
 def test_a_folder_that_is_none_is_one_line(logs: str, attempt: str, said: str) -> None:
-    done = python("launch/slurm/attempt.py", "end", "--logs", logs, "--attempt", attempt, "--status", 1)
+    done = python("-m", PROGRAM, "end", "--logs", logs, "--attempt", attempt, "--status", 1)
     last = done.stderr.splitlines()[-1]
-    assert (done.returncode, done.stdout) == (2, "") and last.startswith(f"attempt.py: error: {said}")
+    assert (done.returncode, done.stdout) == (2, "") and last.startswith(f"pretrain.sbatch: error: {said}")
 
 
 def test_torch_is_not_imported() -> None:

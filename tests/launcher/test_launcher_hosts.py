@@ -24,14 +24,14 @@ def test_a_file_as_mpi_and_deepspeed_have_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "'' in --hosts: '' is no name of a host"),
-        ("a,,b", "'' in --hosts: '' is no name of a host"),
-        ("-oProxyCommand=x", "'-oProxyCommand=x' is no name of a host"),
-        ("a;b", "'a;b' is no name of a host"),
+        ("", "'' in --hosts: '' is not a host name"),
+        ("a,,b", "'' in --hosts: '' is not a host name"),
+        ("-oProxyCommand=x", "'-oProxyCommand=x' is not a host name"),
+        ("a;b", "'a;b' is not a host name"),
         ("a:0", "'a:0' in --hosts: slots is '0': it must be a whole number from 1"),
         ("a:", "slots is ''"),
         ("a:1:2", "slots is '1:2'"),
-        ("a,b,x@a", "a stands there twice"),
+        ("a,b,x@a", "a is given twice"),
     ],
 )
 def test_mistakes_in_a_list(text: str, says: str) -> None:
@@ -44,9 +44,9 @@ def test_mistakes_in_a_list(text: str, says: str) -> None:
     ("text", "says"),
     [
         ("# none\n", "it names no host"),
-        ("a\nb gpus=8\n", "line 2: 'gpus=8' is unknown after b: only slots=N may stand there"),
+        ("a\nb gpus=8\n", "line 2: 'gpus=8' is unknown after b: only slots=N is valid there"),
         ("a slots=x\n", "line 1: slots is 'x': it must be a whole number from 1 to 4096"),
-        ("a slots=1\na slots=1\n", "a stands there twice"),
+        ("a slots=1\na slots=1\n", "a is given twice"),
     ],
 )
 def test_mistakes_in_a_file(text: str, says: str, tmp_path: Path) -> None:
@@ -68,8 +68,8 @@ def test_ranks_of_a_host(hosts: str, asked: int | None, count: int) -> None:
 @pytest.mark.parametrize(
     ("hosts", "asked", "says"),
     [
-        ("a:4,b:8", None, "slots differ (a=4, b=8): give each host as many, or --ranks-per-node"),
-        ("a:4,b", None, "slots differ (a=4, b=unsaid)"),
+        ("a:4,b:8", None, "slots differ (a=4, b=8): give all hosts the same number, or --ranks"),
+        ("a:4,b", None, "slots differ (a=4, b=not given)"),
         ("a:4,b:8", 5, "--ranks-per-node is 5, but a has 4 slots"),
     ],
 )
@@ -86,7 +86,7 @@ def test_ranks_that_do_not_fit(hosts: str, asked: int | None, says: str) -> None
         ("pipe", "it is a special file, where a file is needed"),
         ("link", "it is a link to nowhere, where nothing is"),
         ("long", "file name too long"),
-        ("bytes", "it is no text in UTF-8"),
+        ("bytes", "it is not UTF-8 text"),
         ("large", "it has more than"),
     ],
 )

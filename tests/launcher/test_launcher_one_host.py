@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from coe_megatron.launcher import torchrun_supervisor
-from coe_megatron.launcher.torchrun_supervisor import Report, Requests, catches, most_telling, reports, supervise
+from coe_megatron.launcher.torchrun_supervisor import Report, Requests, catches, read_reports, root_cause, supervise
 from coe_megatron.run.exit_status import ExitStatus
 
 # A rank that notes SIGUSR1 and then saves for a second; its one argument is where.
@@ -53,7 +53,7 @@ def logs(tmp_path: Path) -> Path:
 def adopt_nobody(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """This process goes on testing: it stays no reaper of orphans, and other tests' processes are not its to end."""
     before = set(psutil.Process().children(recursive=True))
-    monkeypatch.setattr(torchrun_supervisor, "_LOOKS_EVERY", 0.02)
+    monkeypatch.setattr(torchrun_supervisor, "_POLL_SECONDS", 0.02)
     yield
     torchrun_supervisor.adopt_orphans(False)
     assert set(psutil.Process().children(recursive=True)) <= before
@@ -77,7 +77,7 @@ def test_the_first_report_that_says_more_than_failed_counts_and_only_of_the_last
     leave(logs, 0, ExitStatus.FAILED, when=1, attempt=1)
     leave(logs, 1, ExitStatus.NOT_SAVED, when=3, attempt=1)
     leave(logs, 2, ExitStatus.STOPPED, when=4, attempt=1)
-    cause = most_telling(reports(logs))
+    cause = root_cause(read_reports(logs))
     assert cause == Report(1, 1, 3.0, ExitStatus.NOT_SAVED, "rank 1 says 5")
 
 
@@ -86,9 +86,9 @@ def test_what_torch_itself_wrote_counts_as_failed_and_half_a_file_as_nothing(log
     for rank, text in ((0, '{"mess'), (2, '{"message": "Traceback"}')):
         (logs / "run_x" / "attempt_0" / str(rank)).mkdir(parents=True)
         (logs / "run_x" / "attempt_0" / str(rank) / "error.json").write_text(text)
-    found = [(report.rank, report.status) for report in reports(logs)]
+    found = [(report.rank, report.status) for report in read_reports(logs)]
     assert sorted(found) == [(1, ExitStatus.FAILED), (2, ExitStatus.FAILED)]
-    assert most_telling([]) is None
+    assert root_cause([]) is None
 
 
 @pytest.mark.parametrize(
@@ -158,13 +158,13 @@ def test_asked_twice_all_end_at_once(logs: Path, tmp_path: Path) -> None:
 def test_torchrun_that_has_nothing_to_wait_for_is_ended(
     status: ExitStatus, max_restarts: int, logs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torchrun_supervisor, "_TORCHRUN_ENDS_ITSELF", 0.2)
+    monkeypatch.setattr(torchrun_supervisor, "_TORCHRUN_END_SECONDS", 0.2)
     leave(logs, 0, status)
     assert supervise(python(STUCK), os.environ, logs, max_restarts, Requests())[0] == status
 
 
 def test_torchrun_may_start_again_what_failed(logs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torchrun_supervisor, "_TORCHRUN_ENDS_ITSELF", 0.0)
+    monkeypatch.setattr(torchrun_supervisor, "_TORCHRUN_END_SECONDS", 0.0)
     leave(logs, 0, ExitStatus.FAILED)
     command = python("import time; time.sleep(0.5)")
     assert supervise(command, os.environ, logs, 1, Requests())[0] == ExitStatus.DONE
@@ -184,12 +184,12 @@ def test_a_process_that_no_signal_ends_is_named_and_not_waited_for(
     logs: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """As one in uninterruptible sleep, which no test can have: here the signal is lost."""
-    monkeypatch.setattr(torchrun_supervisor, "_KILLED_WITHIN", 0.1)
+    monkeypatch.setattr(torchrun_supervisor, "_KILL_SECONDS", 0.1)
     code = "import subprocess; print(subprocess.Popen(['sleep', '600'], stdout=2).pid, flush=True)"
     with monkeypatch.context() as lost:
         lost.setattr(psutil.Process, "kill", lambda _: None)
         assert supervise(python(code), os.environ, logs, 0, Requests())[0] == ExitStatus.DONE
     out, said = capfd.readouterr()
-    assert said == f"processes that do not end when killed stay: {int(out)} (sleep, sleeping)\n"
+    assert said == f"these processes did not end after SIGKILL: {int(out)} (sleep, sleeping)\n"
     psutil.Process(int(out)).kill()
     os.waitpid(int(out), 0)

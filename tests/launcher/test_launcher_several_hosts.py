@@ -12,7 +12,7 @@ import pytest
 
 from coe_megatron.launcher import ssh_launcher
 from coe_megatron.launcher.hosts import Host
-from coe_megatron.launcher.ssh_launcher import RemoteCommands, ask, command_string, exported
+from coe_megatron.launcher.ssh_launcher import RemoteCommands, command_string, exported, run_on_host
 from coe_megatron.launcher.torchrun_supervisor import Requests
 from coe_megatron.run.exit_status import ExitStatus
 
@@ -30,15 +30,15 @@ def shell(tmp_path: Path) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ssh_launcher, "_OTHERS_FOLLOW", 0.3)
-    monkeypatch.setattr(ssh_launcher, "_LOOKS_EVERY", 0.02)
+    monkeypatch.setattr(ssh_launcher, "_PEER_GRACE_SECONDS", 0.3)
+    monkeypatch.setattr(ssh_launcher, "_POLL_SECONDS", 0.02)
 
 
 def test_a_command_as_another_host_gets_it(shell: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "a folder"
     folder.mkdir()
     command = command_string(["sh", "-c", 'echo "$PWD $1 $SAID $HOST"', "-", "it's"], folder, {"SAID": "a $b"})
-    assert ask(shell, Host("h1"), command) == f"{folder} it's a $b h1\n"
+    assert run_on_host(shell, Host("h1"), command) == f"{folder} it's a $b h1\n"
 
 
 def test_what_goes_along() -> None:
@@ -57,12 +57,12 @@ def test_what_goes_along() -> None:
 )
 def test_a_host_that_does_not_answer_is_named(command: str, says: str, shell: list[str]) -> None:
     with pytest.raises(ValueError, match=f"^host {says}$"):
-        ask(shell, Host("h1"), command, seconds=1)
+        run_on_host(shell, Host("h1"), command, seconds=1)
 
 
 def test_a_remote_shell_that_is_not_there() -> None:
     with pytest.raises(ValueError, match="--remote-shell is 'nowhere/ssh -x': No such file"):
-        ask(["nowhere/ssh", "-x"], Host("h1"), "true")
+        run_on_host(["nowhere/ssh", "-x"], Host("h1"), "true")
 
 
 def test_lines_begin_with_their_host(shell: list[str], capfd: pytest.CaptureFixture[str]) -> None:
@@ -85,6 +85,7 @@ def test_the_first_host_that_fails_ends_the_others(shell: list[str], capfd: pyte
         (("exit 1", "exit 0"), 1, ExitStatus.FAILED),  # but not without the first, where the others meet
         (("exit 1", "sleep 0.1; exit 5"), 2, ExitStatus.NOT_SAVED),  # says more
         (("exit 255", "exit 0"), 2, ExitStatus.FAILED),  # the remote shell's own
+        (("exit 1", WAITS), 2, ExitStatus.FAILED),  # that the second was told to end is not how it failed
     ],
 )
 def test_the_status_of_all(commands: tuple[str, str], needed: int, status: ExitStatus, shell: list[str]) -> None:
@@ -115,7 +116,7 @@ def test_asked_twice_all_are_told_to_end(shell: list[str], capfd: pytest.Capture
 
 
 def test_a_host_that_neither_answers_nor_ends_is_given_up(shell: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ssh_launcher, "_TOLD_TO_END", 0.3)
+    monkeypatch.setattr(ssh_launcher, "_END_GRACE_SECONDS", 0.3)
     assert RemoteCommands(shell, {"h1": "exit 1", "h2": "exec sleep 600"}, needed=2).wait() == ExitStatus.FAILED
 
 

@@ -23,7 +23,7 @@ def test_without_a_report_no_node_is_bad(text: str | None, tmp_path: Path) -> No
     if text is not None:
         report.write_text(text)
     assert bad_nodes(report) is None
-    done = python("launch/slurm/attempt.py", "nodes", "--report", report, "--count", 1, *NODES)
+    done = python("-m", "coe_megatron.cli.slurm_job", "nodes", "--report", report, "--count", 1, *NODES)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"the node check has written no report; its own words are in {tmp_path / 'nodes.log'}\n"
 
@@ -36,7 +36,7 @@ def test_the_program_names_bad_nodes(count: int, status: int, chosen: str, last:
     """It prints the nodes to take, or, where there are too few, the nodes to avoid."""
     report = tmp_path / "it's a report.json"
     report.write_text(json.dumps({"bad": {"n2": "disk is full", "n3": "talks\nslowly"}}))
-    done = python("launch/slurm/attempt.py", "nodes", "--report", report, "--count", count, *NODES)
+    done = python("-m", "coe_megatron.cli.slurm_job", "nodes", "--report", report, "--count", count, *NODES)
     assert (done.returncode, done.stdout) == (status, chosen)
     assert done.stderr.startswith("node n2 is bad: disk is full\nnode n3 is bad: talks\\nslowly\n")
     assert last in done.stderr.splitlines()[-1]

@@ -9,7 +9,8 @@ import torch
 from model_build import EXPERTS, HIDDEN, LOSSES, TOPK, Named, errors, gradient, make_coe, make_config
 from torch import Tensor
 
-from coe_megatron.chain.method import RouterSettings, feed_forward, route
+from coe_megatron.chain.method import feed_forward
+from coe_megatron.chain.routing import RouterSettings, route
 from coe_megatron.chain.settings import Gating, Recompute
 from coe_megatron.local_backend.experts import GroupedExperts
 from coe_megatron.model import CoELayer
@@ -63,7 +64,7 @@ def step(layer: CoELayer, length: int) -> tuple[Named, list[Tensor], list[Routin
     x_SBD, grad_SBD, padding_BS = documents(length)
     kept: list[Tensor] = []
     hooks = [r.register_forward_hook(lambda _r, _x, routing: kept.append(routing[1])) for r in layer.routers]
-    reset_routing(layer, watch=True, pairs=True)
+    reset_routing(layer, detailed=True, pairs=True)
     layer.zero_grad()
     x_SBD.requires_grad_()
     out_SBD, _ = layer(x_SBD, padding_mask=padding_BS)
@@ -101,7 +102,7 @@ def plain_chain(layer: CoELayer, x_TD: Tensor, real_T: Tensor) -> tuple[Tensor, 
     settings, kept = RouterSettings(EXPERTS, TOPK), []
     for t in range(layer.chain.iterations):
         if t < len(layer.routers):
-            router = layer.routers[t].leader or layer.routers[t]
+            router = layer.routers[t].tied_to or layer.routers[t]
             routing = route(state_TD, router.weight, settings)
             gates_TN = routing.weights_TN
             kept.append(keep(gates_TN, routing.chosen_TN, real_T, layer.config.moe_token_drop_policy))
@@ -132,6 +133,7 @@ def test_equals_the_loop_in_plain_sight(kind: str, iterations: int, gating: Gati
         assert min(dropped) > 0 and max(int(choice.sum(0).max()) for choice in kept) == CAPACITY
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("gating", get_args(Gating))
 @pytest.mark.parametrize("kind", KINDS)
 def test_more_padding_changes_nothing(kind: str, gating: Gating) -> None:

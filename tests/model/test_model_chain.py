@@ -171,7 +171,7 @@ def test_small_increments_survive_bf16() -> None:
         for name, parameter in oracle.named_parameters():
             parameter.copy_((parameter * {"w2": 2e-3, "ro": 6.0}.get(name[:2], 1.0)).to(half))
     h_BSD, _ = make_batch(16)
-    u_BSD = oracle._norm(h_BSD, 0).detach().to(half)
+    u_BSD = oracle._norm(h_BSD.flatten(0, 1), 0).view_as(h_BSD).detach().to(half)
     layer = make_layer(make_config(bf16=True, params_dtype=half, moe_router_dtype="fp32"), chain)
     copy_from_oracle(layer, oracle)
     truth = increment_of(oracle, u_BSD.float())
@@ -187,6 +187,6 @@ def increment_of(oracle: Any, u_BSD: torch.Tensor) -> torch.Tensor:
     state_TD = u_BSD.flatten(0, 1)
     increment_TD = torch.zeros_like(state_TD)
     for t in range(oracle.chain.iterations):
-        step_TD = oracle._experts(state_TD, oracle._route(state_TD, t, []), t).detach()
+        step_TD = oracle._experts(state_TD, oracle._route(t, state_TD, None)).detach()
         state_TD, increment_TD = state_TD + step_TD, increment_TD + step_TD
     return increment_TD.view_as(u_BSD)

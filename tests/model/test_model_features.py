@@ -1,5 +1,6 @@
 """What else a MoE layer of Megatron does, in every iteration of a chain: balance, bias, replay, recompute, padding."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from model_build import (
 
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.model import CoELayer
+from coe_megatron.model.dispatchers import for_one_pass
 
 TOKENS = SEQUENCE * BATCH
 BIAS = {
@@ -224,13 +226,30 @@ def test_overlapped_shared_experts_belong_to_the_dispatcher_of_the_only_iteratio
     monkeypatch.setattr(torch.cuda, "Stream", object)
     config = make_config(**SHARED, moe_shared_expert_overlap=True)
     layer = make_coe(config)
-    assert layer.dispatchers[0].shared_experts is layer.shared_experts
+    assert layer.token_dispatcher.shared_experts is layer.shared_experts
+    assert for_one_pass(layer.token_dispatcher).shared_experts is layer.shared_experts
 
 
-def test_every_iteration_has_its_own_dispatcher() -> None:
+def test_every_iteration_has_its_own_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = make_coe(make_config(), iterations=3)
-    assert len({id(dispatcher) for dispatcher in layer.dispatchers}) == 3
+    used, dispatch = [], CoELayer.dispatch
+
+    def listen(self: CoELayer, *args: torch.Tensor) -> Any:
+        used.append(self.token_dispatcher)
+        return dispatch(self, *args)
+
+    monkeypatch.setattr(CoELayer, "dispatch", listen)
+    layer(make_input()[0])
+    assert len({id(dispatcher) for dispatcher in (*used, layer.token_dispatcher)}) == 3 + 1
     assert (
         sum(p.numel() for p in layer.parameters())
         == sum(p.numel() for p in make_coe(make_config()).parameters()) + 2 * EXPERTS * layer.config.hidden_size
     )
+
+
+def test_a_pass_has_its_own_communication_manager() -> None:
+    """The flex dispatcher, which needs a GPU, keeps a pass's state there."""
+    dispatcher = SimpleNamespace(_comm_manager=SimpleNamespace(handle=None), hidden_shape=None)
+    own = for_one_pass(dispatcher)
+    own._comm_manager.handle = own.hidden_shape = 1
+    assert dispatcher._comm_manager.handle is dispatcher.hidden_shape is None

@@ -95,6 +95,7 @@ def differences(found: Named, truth: Named) -> list[str]:
     return [name for name in truth if not torch.equal(found[name], truth[name])]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("gating", get_args(Gating))
 @pytest.mark.parametrize("norm_placement", get_args(NormPlacement))
 def test_not_a_bit_changes(gating: Gating, norm_placement: NormPlacement) -> None:
@@ -107,6 +108,7 @@ def test_not_a_bit_changes(gating: Gating, norm_placement: NormPlacement) -> Non
             assert differences(found, truth) == [], (mode, chain)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("gating", get_args(Gating))
 @pytest.mark.parametrize("feature", FEATURES)
 def test_not_a_bit_changes_with(feature: str, gating: Gating) -> None:
@@ -176,6 +178,23 @@ def test_megatrons_replay_is_asked_in_the_first_pass(mode: Recompute) -> None:
     for router, load, routes in zip(layer.mlp.routers, loads, recorded, strict=True):
         assert torch.equal(router.stats.load, load)
         assert torch.equal(load, 2 * routes.flatten().bincount(minlength=len(load)))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("feature", FEATURES)
+def test_nothing_of_a_call_stays_on_routers_and_dispatcher(feature: str, mode: Recompute) -> None:
+    """Statistics apart, and buffers, which count over a step; also after a second pass, which ends by an exception."""
+    chain = ChainSettings(3, no_return=feature != "groups")
+    layer = build(mode, chain, **FEATURES[feature], moe_enable_routing_replay=True)
+    parts = [*layer.mlp.routers, layer.mlp.token_dispatcher]
+    lasting = ("stats", "input_jitter")
+    before = [{name: value for name, value in vars(part).items() if name not in lasting} for part in parts]
+    for _ in range(2):
+        out = layer._forward_mlp(torch.randn(SEQUENCE, BATCH, HIDDEN).to(layer.config.params_dtype).requires_grad_())
+        out.sum().backward()
+        for part, attributes in zip(parts, before, strict=True):
+            assert vars(part).keys() - set(lasting) == attributes.keys()
+            assert all(getattr(part, name) is value for name, value in attributes.items())
 
 
 def test_evaluation_recomputes_nothing() -> None:

@@ -31,6 +31,7 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return {key: t.global_shape for key, t in dist_checkpointing.load_tensors_metadata(str(folder)).items()}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("norm_placement", ["prenorm", "iteration_norm"])
 @pytest.mark.parametrize("changes", CASES.values(), ids=CASES.keys())
 def test_checkpoints_of_stock_layer_and_ours_are_the_same(changes: dict, norm_placement: str, tmp_path: Path) -> None:
@@ -46,6 +47,7 @@ def test_checkpoints_of_stock_layer_and_ours_are_the_same(changes: dict, norm_pl
     assert stored_shapes(tmp_path / "ours") == stored_shapes(tmp_path / "stock")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("gating", ["independent", "shared_router", "fixed"])
 @pytest.mark.parametrize("norm_placement", ["prenorm", "reference", "iteration_norm"])
 def test_a_chain_comes_back_as_it_was(gating: str, norm_placement: str, tmp_path: Path) -> None:

@@ -44,8 +44,8 @@ def pair(chain: ChainSettings, recompute: Recompute = "none", **changes: Any) ->
     return oracle, layer
 
 
-def watched_step(layer: Any, batches: list[Batch]) -> list[RoutingReport]:
-    reset_routing(layer, watch=True, pairs=True)
+def detailed_step(layer: Any, batches: list[Batch]) -> list[RoutingReport]:
+    reset_routing(layer, detailed=True, pairs=True)
     for h_BSD, padding_BS in batches:
         h_SBD = h_BSD.transpose(0, 1).contiguous().requires_grad_()
         layer._forward_mlp(h_SBD, padding_mask=padding_BS).sum().backward()
@@ -56,7 +56,7 @@ def watched_step(layer: Any, batches: list[Batch]) -> list[RoutingReport]:
 @pytest.mark.parametrize("combination", CHAINS, ids="-".join)
 def test_reports_are_the_oracle_s(combination: tuple[str, str, str], iterations: int) -> None:
     oracle, layer = pair(chain_of(combination, iterations), **SHARED)
-    assert_reported(watched_step(layer, two_batches()), expected_reports(oracle, two_batches()))
+    assert_reported(detailed_step(layer, two_batches()), expected_reports(oracle, two_batches()))
 
 
 @pytest.mark.parametrize("gating", ["independent", "fixed"])
@@ -67,7 +67,7 @@ def test_reports_are_the_oracle_s(combination: tuple[str, str, str], iterations:
 )
 def test_reports_are_the_oracle_s_with_other_routers(changes: dict[str, Any], gating: str) -> None:
     oracle, layer = pair(ChainSettings(3, gating), **changes)
-    reports = watched_step(layer, two_batches())
+    reports = detailed_step(layer, two_batches())
     assert_reported(reports, expected_reports(oracle, two_batches()))
     if gating == "fixed" or changes.get("moe_router_topk") == EXPERTS:
         assert [report.overlap for report in reports] == [None, 1.0, 1.0]
@@ -78,12 +78,12 @@ def test_reports_are_the_oracle_s_with_other_routers(changes: dict[str, Any], ga
 def test_recomputing_changes_no_report(mode: Recompute, gating: Gating) -> None:
     """What a second pass does is in no sum; the modes also agree where a capacity turns copies away."""
     oracle, layer = pair(ChainSettings(3, gating), mode, **SHARED)
-    assert_reported(watched_step(layer, two_batches()), expected_reports(oracle, two_batches()))
+    assert_reported(detailed_step(layer, two_batches()), expected_reports(oracle, two_batches()))
     limits = {"moe_expert_capacity_factor": 0.7, "moe_router_load_balancing_type": "aux_loss"}
     config, chain = make_config(**{**LOSSES, **limits}), ChainSettings(3, gating)
     twins = [make_layer(config, chain, recompute=each) for each in ("none", mode)]
     twins[1].load_state_dict(twins[0].state_dict())
-    plain, recomputed = (watched_step(twin, two_batches()) for twin in twins)
+    plain, recomputed = (detailed_step(twin, two_batches()) for twin in twins)
     assert recomputed == plain and plain[0].dropped > 0
 
 
@@ -96,7 +96,7 @@ def test_an_expert_that_no_router_wants_is_dead() -> None:
         oracle.router_weights[0][:3, 0] = -10.0
         oracle.router_weights[1][5, 0] = -10.0
     copy_from_oracle(layer, oracle)
-    reports = watched_step(layer, [(h_BSD, padding_BS)])
+    reports = detailed_step(layer, [(h_BSD, padding_BS)])
     assert_reported(reports, expected_reports(oracle, [(h_BSD, padding_BS)]))
     assert reports[0].load[:3] == [0.0] * 3 and reports[1].load[5] == 0.0
     assert reports[0].dead_experts >= 3 and reports[1].dead_experts >= 1
@@ -106,7 +106,7 @@ def test_a_router_without_preference_has_the_entropy_log_n() -> None:
     layer = pair(ChainSettings(1))[1]
     with torch.no_grad():
         layer.mlp.router.weight.zero_()
-    assert watched_step(layer, two_batches())[0].entropy == pytest.approx(2.0794415)  # log 8
+    assert detailed_step(layer, two_batches())[0].entropy == pytest.approx(2.0794415)  # log 8
 
 
 @pytest.mark.parametrize("pad", [False, True])
@@ -119,7 +119,7 @@ def test_copies_beyond_the_capacity_are_dropped(policy: str, pad: bool) -> None:
     free.load_state_dict(limited.state_dict())
     x = torch.randn(SEQUENCE, BATCH, HIDDEN)
     chosen = choices(free, x)[0]
-    reset_routing(limited, watch=True, pairs=True)
+    reset_routing(limited, detailed=True, pairs=True)
     served = choices(limited, x)
     first, second = report_routing(limited)
     assert first.pairs is None and second.pairs == (served[0].T.long() @ served[1].long()).tolist()
@@ -144,7 +144,7 @@ def choices(layer: Any, x: torch.Tensor) -> list[torch.Tensor]:
 def test_nothing_is_noted_in_evaluation_or_on_steps_that_are_not_logged() -> None:
     layer = pair(ChainSettings(2))[1]
     h_BSD, padding_BS = two_batches()[0]
-    expected = watched_step(layer, [(h_BSD, padding_BS)])
+    expected = detailed_step(layer, [(h_BSD, padding_BS)])
     layer.eval()
     layer._forward_mlp(h_BSD.transpose(0, 1), padding_mask=padding_BS)
     layer.train()
@@ -153,18 +153,18 @@ def test_nothing_is_noted_in_evaluation_or_on_steps_that_are_not_logged() -> Non
     assert report_routing(layer) == expected
     reset_routing(layer)
     layer._forward_mlp(h_BSD.transpose(0, 1), padding_mask=padding_BS)
-    assert layer.mlp.watch is None and layer.mlp.router.stats.entropy == 0.0
+    assert layer.mlp.probe is None and layer.mlp.router.stats.entropy == 0.0
     assert layer.mlp.router.stats.load is not None  # the expert bias and the capacity tests live on it
 
 
-def test_watching_changes_nothing() -> None:
+def test_a_detailed_step_changes_nothing() -> None:
     """Not a bit of output or gradients."""
     layer = pair(ChainSettings(3), **SIGMOID)[1]
     h_BSD, padding_BS = two_batches()[0]
     found = []
-    for watch in (False, True):
+    for detailed in (False, True):
         layer.zero_grad()
-        reset_routing(layer, watch)
+        reset_routing(layer, detailed)
         h_SBD = h_BSD.transpose(0, 1).contiguous().requires_grad_()
         out = layer._forward_mlp(h_SBD, padding_mask=padding_BS)
         out.square().sum().backward()
@@ -175,7 +175,7 @@ def test_watching_changes_nothing() -> None:
 def test_a_step_of_padding_alone_is_reported_as_zeros() -> None:
     layer = pair(ChainSettings(2))[1]
     h_BSD, padding_BS = two_batches()[0]
-    reports = watched_step(layer, [(h_BSD, torch.ones_like(padding_BS))])
+    reports = detailed_step(layer, [(h_BSD, torch.ones_like(padding_BS))])
     assert [report.entropy for report in reports] == [0.0, 0.0]
     assert reports[1].overlap == reports[1].dropped == reports[1].state_norm == 0.0
 

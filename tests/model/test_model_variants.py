@@ -18,15 +18,13 @@ from model_build import (
     make_config,
     make_layer,
     make_oracle,
-    relative_error,
-    tracked_losses,
 )
 from model_checkpoint import load, save, scramble, sub_layer
 from model_oracle import VARIANTS, layer_step, make_batch, oracle_step
 from test_model_recompute import FEATURES, MODES, build, differences, two_steps
 
 from coe_megatron.chain.settings import ChainSettings, Recompute
-from coe_megatron.model.routing_stats import report_routing, reset_routing, summary
+from coe_megatron.model.routing_stats import report_routing, reset_routing
 
 BIAS, CAPACITY = FEATURES["expert bias"], FEATURES["capacity, by probability"]
 PADDED = FEATURES["capacity, padded"]
@@ -69,6 +67,7 @@ def test_differs_from_the_plain_chain(variant: str) -> None:
     assert any(not torch.equal(found[name], truth[name]) for name in truth)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_not_a_bit_changes_when_recomputed(variant: str) -> None:
     changes = FEATURES["losses, jitter, dropout"]
@@ -78,6 +77,7 @@ def test_not_a_bit_changes_when_recomputed(variant: str) -> None:
         assert differences(found, truth) == [], mode
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_comes_back_from_a_checkpoint_as_it_was(variant: str, tmp_path: Path) -> None:
     config, chain = make_config(), chain_of(variant, 3)
@@ -92,8 +92,8 @@ def test_comes_back_from_a_checkpoint_as_it_was(variant: str, tmp_path: Path) ->
 def test_gains_are_marked_for_whoever_sums_gradients_over_parts_of_a_sequence() -> None:
     config = make_config()
     config.sequence_parallel = True
-    layer = make_layer(config, ChainSettings(2, learned_scale=True, increment_scale=0.0, conditioned=True)).mlp
-    for gains, value in ((layer.increment_gains, 0.0), (layer.state_gains, 1.0)):
+    layer = make_layer(config, ChainSettings(2, learned_scale=0.0, conditioned=True)).mlp
+    for gains, value in ((layer.variants.increment_gains, 0.0), (layer.variants.state_gains, 1.0)):
         assert [gain.tolist() for gain in gains] == [[value] * config.hidden_size] * 2
         assert all(gain.sequence_parallel for gain in gains)
 
@@ -106,7 +106,7 @@ def test_no_token_goes_back_to_an_expert(changes: dict[str, Any], mode: Recomput
     if layer.mlp.router.enable_expert_bias:
         for router in layer.mlp.routers:
             router.expert_bias[:2] = 5.0
-    reset_routing(layer, watch=True)
+    reset_routing(layer, detailed=True)
     h_BSD, grad_BSD = make_batch(HIDDEN)
     found = layer_step(layer, h_BSD, grad_BSD)
     assert all(value.isfinite().all() for value in found.values())
@@ -119,6 +119,7 @@ def test_no_token_goes_back_to_an_expert(changes: dict[str, Any], mode: Recomput
         assert loads.sum(0).tolist() == [SEQUENCE * BATCH] * EXPERTS
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("feature", FEATURES)
 def test_no_return_does_not_change_a_bit_when_recomputed_with(feature: str) -> None:
     chain, changes = ChainSettings(3, no_return=True), FEATURES[feature]
@@ -160,78 +161,3 @@ def test_what_cannot_go_with_no_return_is_refused(changes: dict[str, Any], messa
         setattr(config, name, value)
     with pytest.raises(ValueError, match=message):
         make_layer(config, ChainSettings(3, no_return=True))
-
-
-def test_routers_apart_touch_initial_weights_of_later_routers_alone(tmp_path: Path) -> None:
-    plain, apart = (build("none", ChainSettings(3, routers_apart=on)) for on in (False, True))
-    first = apart.mlp.router.weight
-    for router, shift in zip(apart.mlp.later_routers, (2, 5), strict=True):  # 8/3 and 16/3, rounded down
-        assert torch.equal(router.weight, first.roll(shift, 0))
-    other = dict(plain.named_parameters())
-    assert all(torch.equal(p, other[name]) for name, p in apart.named_parameters() if "later" not in name)
-    save(scramble(plain, 1), tmp_path)
-    again = load(apart, tmp_path)
-    assert all(map(torch.equal, plain.parameters(), again.parameters()))
-
-
-JOINT = {"seq": {}, "batch": {"moe_router_load_balancing_type": "aux_loss"}, "sigmoid": FEATURES["expert bias"]}
-
-
-@pytest.mark.parametrize("recompute", MODES)
-@pytest.mark.parametrize("changes", JOINT.values(), ids=JOINT.keys())
-def test_joint_balance_equals_oracle_with_padding(changes: dict[str, Any], recompute: Recompute) -> None:
-    config = make_config(**{**LOSSES, **changes, "moe_router_enable_expert_bias": False})
-    chain = ChainSettings(3, aux_loss_reduction="joint")
-    oracle, layer = make_oracle(config, chain), make_layer(config, chain, recompute=recompute)
-    copy_from_oracle(layer, oracle)
-    padding_BS = torch.zeros(BATCH, SEQUENCE, dtype=torch.bool)
-    padding_BS[1, 4:] = padding_BS[2, 1:] = True
-    h_BSD, grad_BSD = make_batch(config.hidden_size)
-    found = errors(layer_step(layer, h_BSD, grad_BSD, padding_BS), oracle_step(oracle, h_BSD, grad_BSD, padding_BS))
-    assert max(found.values()) <= TOLERANCE, found
-
-
-@pytest.mark.parametrize("feature", FEATURES)
-def test_joint_balance_does_not_change_a_bit_when_recomputed_with(feature: str) -> None:
-    chain, changes = ChainSettings(3, aux_loss_reduction="joint"), FEATURES[feature]
-    truth = two_steps(build("none", chain, **changes), padding=True)
-    for mode in MODES[1:]:
-        assert differences(two_steps(build(mode, chain, **changes), padding=True), truth) == [], mode
-
-
-def test_joint_balance_is_noted_once_at_the_last_iteration() -> None:
-    config, chain = make_config(**LOSSES), ChainSettings(3, aux_loss_reduction="joint")
-    oracle, layer = make_oracle(config, chain), make_layer(config, chain)
-    copy_from_oracle(layer, oracle)
-    h_BSD, grad_BSD = make_batch(config.hidden_size)
-    reset_routing(layer, watch=True)
-    layer_step(layer, h_BSD, grad_BSD)
-    losses = oracle(h_BSD).losses
-    truth = float(losses[-1]["seq_aux_loss"].detach()) / 0.1
-    reports = report_routing(layer)
-    assert [sorted(report.losses) for report in reports] == [["z_loss"]] * 2 + [["seq_load_balancing_loss", "z_loss"]]
-    assert reports[-1].losses["seq_load_balancing_loss"] == pytest.approx(truth)
-    assert summary(reports)["aux_loss"] == pytest.approx(truth)
-    tracked = tracked_losses()
-    assert tracked["seq_load_balancing_loss"].tolist() == pytest.approx([truth])
-    z_losses = [float(loss["z_loss"].detach()) / (0.01 / 3) for loss in losses]
-    assert [report.losses["z_loss"] for report in reports] == pytest.approx(z_losses)
-    assert tracked["z_loss"].tolist() == pytest.approx([sum(z_losses) / 3])
-
-
-def test_joint_balance_keeps_no_scores_between_calls() -> None:
-    layer = build("none", ChainSettings(3, aux_loss_reduction="joint")).mlp
-    layer(torch.randn(SEQUENCE, BATCH, HIDDEN, requires_grad=True))
-    assert all(router.take_scored() == () for router in layer.routers)
-
-
-def test_joint_balance_with_a_loss_per_token_is_that_without_times_the_tokens() -> None:
-    found, batch_loss = [], {"moe_router_load_balancing_type": "aux_loss", "moe_z_loss_coeff": None}
-    for per_token in (False, True):
-        layer = build(
-            "none", ChainSettings(2, aux_loss_reduction="joint"), calculate_per_token_loss=per_token, **batch_loss
-        )
-        hidden = torch.randn(SEQUENCE, BATCH, HIDDEN, generator=torch.Generator().manual_seed(1))
-        layer.mlp(hidden)[0].sum().mul(0).backward()
-        found.append(layer.mlp.router.weight.grad)
-    assert relative_error(found[1], found[0] * SEQUENCE * BATCH) < 1e-5

@@ -12,7 +12,7 @@ from programs import Program, losses, wait_for_step
 
 from coe_megatron.run.exit_status import ExitStatus
 
-pytestmark = [pytest.mark.network, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.network, pytest.mark.slow, pytest.mark.timeout(600)]
 Arguments = Callable[[Path], list[str]]
 
 

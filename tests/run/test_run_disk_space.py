@@ -85,6 +85,7 @@ def undisturbed(megatron_groups: None, prepared: Path, tmp_path_factory: pytest.
     return folder
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("background", [False, True], ids=["at once", "in the background"])
 def test_a_disk_that_is_full_for_a_while_costs_nothing(
     single_rank: None, background: bool, undisturbed: Path, prepared: Path, disk: Path, said: list[str]
@@ -102,17 +103,18 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(
     assert checkpoints(run) == ["0012"]
     ahead, failed, mended = said[-3:]
     assert ahead == (
-        f"the next checkpoint will not be saved unless this is mended: {run / 'checkpoints'} cannot be written: "
+        f"the next checkpoint cannot be saved unless this is fixed: {run / 'checkpoints'} cannot be written: "
         "No space left on device"
     )
     assert failed == (
         f"the checkpoint of step 8 is not saved: {run / 'checkpoints'} cannot be written: No space left on device; "
-        "training goes on and saves as soon as it can, the newest checkpoint is step-00000004"
+        "training continues and retries, the most recent checkpoint is step-00000004"
     )
-    assert mended == "the checkpoint of step 10 is saved, in place of those that could not be"
+    assert mended == "the checkpoint of step 10 is saved; earlier ones could not be"
     assert json.loads((run / "run.json").read_text())["attempts"][-1]["outcome"] == "finished"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("background", [False, True], ids=["at once", "in the background"])
 def test_a_disk_that_fills_while_a_checkpoint_is_written_loses_no_step(
     single_rank: None, background: bool, undisturbed: Path, prepared: Path, disk: Path, said: list[str],
@@ -120,7 +122,7 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written_loses_no_step(
 ) -> None:  # fmt: skip
     """As where a quota is met: what is seen beforehand says that there is room."""
     run = disk / "run"
-    monkeypatch.setattr(room, "trouble", lambda *_: "")
+    monkeypatch.setattr(room, "problem", lambda *_: "")
     config = small(prepared, run, background_saving=background, keep_checkpoints=1)
     half = checkpoint_bytes(RunShape.of(config, 512, 1)) // 2
     attempt(config, at(step_6=lambda: fill(disk, left=half), step_11=(disk / "ballast").unlink))
@@ -129,6 +131,7 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written_loses_no_step(
     assert metrics(run) == metrics(undisturbed) and checkpoints(run) == ["0012"]
 
 
+@pytest.mark.thorough
 def test_at_the_end_there_is_no_later_try(single_rank: None, prepared: Path, disk: Path, said: list[str]) -> None:
     """It goes on from the old checkpoint once there is room."""
     run = disk / "run"
@@ -141,13 +144,14 @@ def test_at_the_end_there_is_no_later_try(single_rank: None, prepared: Path, dis
     assert checkpoints(run) == ["0012"]
 
 
+@pytest.mark.thorough
 def test_a_run_that_is_stopped_on_a_full_disk_says_that_it_is_not_saved(
     single_rank: None, prepared: Path, disk: Path
 ) -> None:
     def stop(run: Pretraining, step: int) -> None:
         if step == 6:
             fill(disk)
-            run.interruption._note(15, None)
+            run.interruption._handle(15, None)
 
     with pytest.raises(store.CheckpointNotSaved, match="step-00000006 could not be saved"):
         attempt(small(prepared, disk / "run"), stop)
@@ -166,12 +170,12 @@ def test_what_is_free_is_held_against_what_checkpoints_take(
     one = checkpoint_bytes(RunShape.of(config, 512, 1))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, int(free * one)))
     if refused:
-        line = f"output is {tmp_path}: a checkpoint takes {one:,} bytes (.*), and {int(free * one):,} .* are free; make"
+        line = f"output is {tmp_path}: a checkpoint takes {one:,} bytes (.*), and {int(free * one):,} .* are free; free"
         with pytest.raises(ConfigError, match=line):
             room.require(RunShape.of(config, 512, 1))
         return
     said = room.require(RunShape.of(config, 512, 1))
-    assert ("3 more there at once" in said) == warned and bool(said) == warned
+    assert ("3 more at the same time" in said) == warned and bool(said) == warned
 
 
 def test_what_is_there_already_and_unfinished_saves_count(
@@ -185,7 +189,7 @@ def test_what_is_there_already_and_unfinished_saves_count(
     (unfinished / "part").write_bytes(b"\1" * int(1.2 * one))
     for step in (4, 8):
         (tmp_path / "checkpoints" / name_of(step)).mkdir()
-    assert "2 more there at once" in room.require(RunShape.of(config, 512, 1)), "one that is written, and the milestone"
+    assert "2 more at the same time" in room.require(RunShape.of(config, 512, 1)), "one in progress, and the milestone"
     (tmp_path / "checkpoints" / name_of(12)).mkdir()
     shutil.rmtree(unfinished)
     assert room.require(RunShape.of(config, 512, 1)) == "", "it is finished, and will save nothing"
@@ -206,6 +210,7 @@ SIZES = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", SIZES)
 def test_a_checkpoint_takes_what_was_predicted(single_rank: None, name: str, tmp_path: Path) -> None:
     config = SIZES[name]
@@ -215,6 +220,7 @@ def test_a_checkpoint_takes_what_was_predicted(single_rank: None, name: str, tmp
     assert checkpoint_bytes(RunShape.of(config, 512, 1)) == pytest.approx(found, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.run
 def test_a_whole_run_on_two_ranks_outlives_a_full_disk(config: Path, prepared: Path, disk: Path) -> None:
     """Full from its first checkpoint until it has said that one was not saved; and no run begins there meanwhile."""
@@ -231,11 +237,11 @@ def test_a_whole_run_on_two_ranks_outlives_a_full_disk(config: Path, prepared: P
         wait_for(lambda: "is not saved: " in log.read_text() or "could not be saved: " in log.read_text(), process)
         other = python(*program[:3], f"output={disk / 'other'}", "parallel.expert=1")
         (disk / "ballast").unlink()
-        wait_for(lambda: "in place of those that could not be" in log.read_text(), process)
+        wait_for(lambda: "; earlier ones could not be" in log.read_text(), process)
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=120)
     assert other.returncode == 2 and other.stderr.count("\n") == 1, other.stderr
-    assert "No space left on device" in other.stderr or "are free; make room, or" in other.stderr
+    assert "No space left on device" in other.stderr or "are free; free some space, or" in other.stderr
     steps = [line["step"] for line in read_metrics(run / "metrics.jsonl")]
     assert steps == list(range(0, steps[-1] + 1, 20)) and len(checkpoints(run)) == 1
     assert "Traceback" not in log.read_text().partition("stopped after step")[0]
@@ -257,5 +263,8 @@ def test_a_disk_without_room_for_one_checkpoint_is_refused_in_one_line(
         "launch/pretrain_coe.py", config, f"data.path={prepared}", f"output={disk / 'run'}", "parallel.expert=1"
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert f"output is {disk / 'run'}: a checkpoint takes " in done.stderr and "are free; make room, or" in done.stderr
+    assert (
+        f"output is {disk / 'run'}: a checkpoint takes " in done.stderr
+        and "are free; free some space, or" in done.stderr
+    )
     assert not (disk / "run").exists(), "nothing is left of an attempt that was refused"

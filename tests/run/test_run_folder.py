@@ -40,7 +40,7 @@ def test_what_is_refused_leaves_no_trace(tmp_path: Path) -> None:
 
 def test_a_record_that_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
     with begin(tmp_path) as output, pytest.raises(ValueError, match="not JSON compliant"):
-        output.note({"unigram_entropy": float("nan")})
+        output.record({"unigram_entropy": float("nan")})
     assert outcomes(tmp_path) == ["running"]
 
 
@@ -115,7 +115,7 @@ def test_other_steps_change_a_schedule_that_falls(decay: str, warns: bool, tmp_p
     then, now = (parse({"optimizer": {"decay": decay}, "training": {"steps": steps}}) for steps in (60, 12))
     (tmp_path / "config.yaml").write_text(dump(then))
     remark = run_folder.check_same_run(tmp_path, now, 2000)
-    assert ("training.steps was 60 and is 12" in remark) == warns
+    assert ("training.steps was 60 and is now 12" in remark) == warns
     assert run_folder.check_same_run(tmp_path, then, 2000) == ""
 
 

@@ -39,8 +39,8 @@ def test_a_second_process_is_refused_until_the_first_is_killed(holder: Program, 
     with pytest.raises(ConfigError) as raised:
         lock.take(tmp_path)
     assert str(raised.value) == (
-        f"output is {tmp_path}: another run is writing it, process {holder.pid} on {platform.node()}; "
-        "wait for its end, end it, or choose another output"
+        f"output is {tmp_path}: another run has locked it, process {holder.pid} on {platform.node()}; "
+        "wait until it ends, stop it, or choose another output"
     )
     holder.kill()
     holder.wait()

@@ -122,8 +122,8 @@ def test_checkpoints_under_other_names_are_not_begun_over(name: str, tmp_path: P
     path = checkpoint(tmp_path / "checkpoints" / name, {"state": {"step": 2}})
     (tmp_path / "checkpoints" / "step-00000004.tmp").mkdir()
     assert refusal(tmp_path) == (
-        f"output is {tmp_path}: it has no checkpoint step-N, but {path}; rename it back to step-00000002 to go on from "
-        "it, or choose another output (training.warm_start begins with its weights)"
+        f"output is {tmp_path}: it has no checkpoint step-N, but {path}; rename it back to step-00000002 to resume "
+        "from it, or choose another output (training.warm_start starts from its weights)"
     )
     path.rename(path.with_name("step-00000002"))
     require_output(config(tmp_path))
@@ -185,7 +185,7 @@ def test_the_program_says_it_before_torch_is_loaded(
 
 def test_a_config_of_the_users_is_not_written_over(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(f"base: ../common.yaml\noutput: {tmp_path}\n")
-    assert f"{tmp_path / 'config.yaml'} is no run's (run.json and checkpoints are missing)" in refusal(tmp_path)
+    assert f"{tmp_path / 'config.yaml'} belongs to no run (run.json and checkpoints are missing)" in refusal(tmp_path)
     (tmp_path / "run.json").write_text("{}")
     require_output(config(tmp_path))
     (tmp_path / "run.json").unlink()

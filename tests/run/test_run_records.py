@@ -23,7 +23,7 @@ from coe_megatron.config import RunConfig
 from coe_megatron.files import set_aside
 from coe_megatron.run.exit_status import ExitStatus
 from coe_megatron.run.folder import OutputLost
-from coe_megatron.run.loss_plot import is_whole
+from coe_megatron.run.loss_plot import is_complete_png
 from coe_megatron.run.metrics_log import read_metrics
 
 RECORDS = ("run.json", "config.yaml", "metrics.jsonl", "loss.png")
@@ -79,6 +79,7 @@ def damage(path: Path, how: str) -> bytes:
     return content
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("how", DAMAGES)
 def test_a_run_goes_on_whatever_its_records_hold(
     how: str, single_rank: None, run: Path, whole: Path, prepared: Path
@@ -99,7 +100,7 @@ def test_a_run_goes_on_whatever_its_records_hold(
     assert index.with_name(f"{index.name}.damaged").is_dir()
     assert losses(run)[-2:] == losses(whole)[-2:]
     attempts = json.loads((run / "run.json").read_text())["attempts"]
-    assert [each["outcome"] for each in attempts] == ["finished"] and is_whole(run / "loss.png")
+    assert [each["outcome"] for each in attempts] == ["finished"] and is_complete_png(run / "loss.png")
     before = contents(run)
     assert not [line for line in said_by(lambda: attempt(run_config(prepared, run))) if "damaged" in line]
     assert contents(run) == before
@@ -131,6 +132,7 @@ def test_a_finished_run_is_left_as_it_is(more: dict[str, int], single_rank: None
     assert contents(run) == before
 
 
+@pytest.mark.thorough
 def test_a_finished_run_whose_last_checkpoint_is_damaged_goes_on(single_rank: None, run: Path, prepared: Path) -> None:
     (run / "checkpoints" / "step-00000004" / "state.json").write_text("{}")
     attempt(run_config(prepared, run))
@@ -138,6 +140,7 @@ def test_a_finished_run_whose_last_checkpoint_is_damaged_goes_on(single_rank: No
     assert [each["outcome"] for each in attempts] == ["finished", "finished"]
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(120)
 def test_what_is_put_among_checkpoints_while_a_run_goes_on_costs_none(
     single_rank: None, prepared: Path, tmp_path: Path
@@ -152,9 +155,10 @@ def test_what_is_put_among_checkpoints_while_a_run_goes_on_costs_none(
                 os.mkfifo(checkpoints / name)
 
     attempt(run_config(prepared, tmp_path, keep_checkpoints=1), act)
-    assert os.listdir(checkpoints) == ["step-00000004"] and listing.trouble(checkpoints / "step-00000004") is None
+    assert os.listdir(checkpoints) == ["step-00000004"] and listing.problem(checkpoints / "step-00000004") is None
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("how", "when"), [("removed", 1), ("removed", 4), ("moved", 2), ("moved", 4), ("another in its place", 2)]
 )
@@ -171,7 +175,7 @@ def test_an_output_that_is_gone_ends_the_run_and_nothing_is_made_in_its_place(
                 run.mkdir()
 
     def be_refused() -> None:
-        with pytest.raises(OutputLost, match=f"^output is {run}: it was removed or moved while the run went on"):
+        with pytest.raises(OutputLost, match=f"^output is {run}: it was removed or moved during the run"):
             attempt(run_config(prepared, run), act)
 
     assert not [line for line in said_by(be_refused) if "cannot" in line or "could not" in line]
@@ -182,6 +186,7 @@ def test_an_output_that_is_gone_ends_the_run_and_nothing_is_made_in_its_place(
         assert [line[0] for line in losses(run)] == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.thorough
 def test_an_output_that_is_gone_at_the_very_end_is_no_key_error(
     single_rank: None, run: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +199,7 @@ def test_an_output_that_is_gone_at_the_very_end_is_no_key_error(
     assert not run.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.run
 def test_all_ranks_end_when_the_output_is_gone(config: Path, prepared: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
@@ -205,7 +211,7 @@ def test_all_ranks_end_when_the_output_is_gone(config: Path, prepared: Path, tmp
         run.rename(tmp_path / "moved")
         _, said = process.communicate(timeout=120)
     assert process.returncode == ExitStatus.OUTPUT_LOST and not run.exists(), said
-    line = f"output is {run}: it was removed or moved while the run went on"
+    line = f"output is {run}: it was removed or moved during the run"
     own = [each for each in said.splitlines() if each.startswith(line)]
     assert len(own) == 1, "one rank says it"
     assert re.search(

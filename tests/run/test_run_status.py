@@ -41,26 +41,26 @@ def make_run(folder: Path, outcome: str, host: str = "elsewhere", age: float = 0
 
 def test_a_run_says_where_it_stands(tmp_path: Path) -> None:
     found = status(make_run(tmp_path, "running", age=60, log="/logs/7.err"), NOW)
-    assert (found.state, found.reason, found.starts, found.log) == ("running", None, 2, "/logs/7.err")
+    assert (found.state, found.reason, found.attempts, found.log) == ("running", None, 2, "/logs/7.err")
     assert (found.step, found.steps, found.train_loss, found.valid_loss) == (20, 100, 5.0, 5.75)
-    assert (found.tokens_per_second, found.seconds_left, found.written) == (1000.0, 100.0, NOW - 60)
+    assert (found.tokens_per_second, found.eta_seconds, found.written) == (1000.0, 100.0, NOW - 60)
     assert found.as_dict()["written"] == "2027-01-15T07:59:00+00:00"
     head, row = (re.split("  +", line) for line in table([found], NOW).splitlines())
     assert head[:5] == ["run", "state", "step", "train loss", "valid loss"]
-    assert head[5:] == ["tokens/s", "left", "starts", "written", "log"]
+    assert head[5:] == ["tokens/s", "ETA", "attempts", "written", "log"]
     values = "running", "20 of 100", "5.000", "5.750", "1,000", "1.7 min", "2", "1.0 min ago", "/logs/7.err"
     assert row == [str(tmp_path), *values]
 
 
 def test_roll_backs_have_a_column_where_there_were_any(tmp_path: Path) -> None:
     quiet, rolled = (make_run(tmp_path / name, "running") for name in ("quiet", "rolled"))
-    assert "rolled back" not in table(statuses([tmp_path]), NOW)
+    assert "rollbacks" not in table(statuses([tmp_path]), NOW)
     record = json.loads((rolled / "run.json").read_text())
     (rolled / "run.json").write_text(json.dumps({**record, "rollbacks": [{"from_step": 7, "to_step": 4}] * 2}))
     rows = statuses([tmp_path])
     assert [(row.folder, row.rollbacks) for row in rows] == [(str(quiet), 0), (str(rolled), 2)]
     head, *lines = table(rows, NOW).splitlines()
-    end = head.index("rolled back") + len("rolled back")
+    end = head.index("rollbacks") + len("rollbacks")
     assert [line[:end].split()[-1] for line in lines] == ["0", "2"]
 
 
@@ -74,7 +74,7 @@ def test_roll_backs_have_a_column_where_there_were_any(tmp_path: Path) -> None:
 )
 def test_a_run_that_ended_says_how(outcome: str, state: str, reason: str | None, tmp_path: Path) -> None:
     found = status(make_run(tmp_path, outcome), NOW)
-    assert (found.state, found.reason, found.seconds_left) == (state, reason, None)
+    assert (found.state, found.reason, found.eta_seconds) == (state, reason, None)
     assert (f"{tmp_path} failed: {reason}" in table([found], NOW)) == (reason is not None)
 
 

@@ -1,4 +1,4 @@
-"""launch/check_nodes.py as the tests of SLURM start it: the nodes that COE_TEST_BAD names are bad."""
+"""coe-check-nodes as the tests of SLURM start it: the nodes that COE_TEST_BAD names are bad."""
 
 import argparse
 import json

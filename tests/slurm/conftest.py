@@ -24,10 +24,17 @@ def place(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Place:
     folder = tmp_path_factory.mktemp("place") / UGLY
     home = folder / "the home"
     (home / "launch").mkdir(parents=True)
-    (home / "coe_megatron").symlink_to(ROOT / "coe_megatron")
     (home / "launch" / "slurm").symlink_to(ROOT / "launch" / "slurm")
-    for name, stands_for in (("rank_program.py", "pretrain_coe.py"), ("check_program.py", "check_nodes.py")):
-        shutil.copy(Path(__file__).with_name(name), home / "launch" / stands_for)
+    for part in ("", "cli"):  # but for two programs all is the package itself
+        (home / "coe_megatron" / part).mkdir()
+        for path in (ROOT / "coe_megatron" / part).iterdir():
+            if path.name not in ("__pycache__", "cli"):
+                (home / "coe_megatron" / part / path.name).symlink_to(path.resolve())
+    programs = home / "coe_megatron" / "cli"
+    (programs / "pretrain.py").rename(programs / "pretrain_itself.py")
+    (programs / "check_nodes.py").unlink()
+    for name, stands_for in (("rank_program.py", "pretrain.py"), ("check_program.py", "check_nodes.py")):
+        shutil.copy(Path(__file__).with_name(name), programs / stands_for)
     (folder / "a config.yaml").write_text(CONFIG)
     prepare = ("launch/prepare_data.py", "--builtin", 400, "--vocab-size", 512)
     done = python(*prepare, "--output", folder / "prepared data", seconds=300)

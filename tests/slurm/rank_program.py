@@ -1,4 +1,4 @@
-"""launch/pretrain_coe.py as the tests of SLURM start it: each rank notes where it is, and may wait or die in a step.
+"""coe-pretrain as the tests of SLURM start it: each rank notes where it is, and may wait or die in a step.
 
 COE_TEST_WAIT=STEP:FILE    from that step on wait before each, until asked to stop or until the file exists
 COE_TEST_DEAF=STEP:FILE    in the job's first start the same, but being asked to stop does not help, at no step
@@ -7,16 +7,16 @@ COE_TEST_KILL=RANK:STEP    this rank kills itself before that step
 
 import json
 import os
-import runpy
 import signal
 import sys
 import time
 from pathlib import Path
 
-import coe_megatron
+from coe_megatron.cli.pretrain_itself import GOES_ON, leave, main  # type: ignore[import-not-found]
+
 from coe_megatron.run.exit_status import ExitStatus
 
-ROOT = Path(coe_megatron.__file__).resolve().parents[1]
+__all__ = ["GOES_ON", "leave", "main"]
 NOTED = ("SLURM", "COE_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GLOO_", "NCCL_", "TORCHELASTIC_", "SITE_")
 
 
@@ -62,4 +62,4 @@ if __name__ == "__main__":
     note()
     if {"COE_TEST_WAIT", "COE_TEST_DEAF", "COE_TEST_KILL"} & set(os.environ):
         disturb()
-    runpy.run_path(str(ROOT / "launch" / "pretrain_coe.py"), run_name="__main__")
+    sys.exit(main())

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,13 +22,7 @@ def test_shellcheck_finds_nothing(script: Path) -> None:
 
 
 def test_there_are_scripts_to_check() -> None:
-    assert {path.name for path in SCRIPTS} == {
-        "chain.sh",
-        "pretrain.sbatch",
-        "site.example.sh",
-        "step.sh",
-        "study.sbatch",
-    }
+    assert {path.name for path in SCRIPTS} == {"chain.sh", "pretrain.sbatch", "site.example.sh"}
 
 
 NUMBERS = ["0", "two", "-1", "01", "1001", "1" * 20, "9" * 5000, "1 ", "a[$(touch x)]"]
@@ -112,28 +107,30 @@ def test_a_job_with_variables_in_part_is_one_line(environment: dict[str, str], s
 
 
 def test_a_step_without_its_job_is_one_line() -> None:
-    environment = {"PATH": os.environ["PATH"], "COE_ATTEMPT": "/nowhere"}
-    command = ["bash", ROOT / "launch" / "slurm" / "step.sh", "c.yaml"]
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "COE_ATTEMPT": "/nowhere"}
+    command = [sys.executable, "-m", "coe_megatron.cli.slurm_task", "c.yaml"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    said = "step.sh: error: COE_HOME is not set: pretrain.sbatch and srun set it\n"
+    said = "slurm_task: error: COE_LAUNCH is not set: pretrain.sbatch and srun set it\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
 
 
 @pytest.mark.parametrize(
     ("task", "said"),
-    [(None, "this is for an array of jobs"), ("2", "task 2 of the array has no config: there are 2")],
+    [(None, "COE_STUDY is for an array of jobs"), ("2", "task 2 of the array has no config: there are 2")],
 )
-def test_a_task_without_a_config_is_one_line(task: str | None, said: str) -> None:
-    environment = {"PATH": os.environ["PATH"], **({} if task is None else {"SLURM_ARRAY_TASK_ID": task})}
-    command = ["bash", ROOT / "launch" / "slurm" / "study.sbatch", "a.yaml", "b.yaml"]
+def test_a_task_without_a_config_is_one_line(task: str | None, said: str, tmp_path: Path) -> None:
+    (tmp_path / "squeue").symlink_to("/bin/true")
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_ID": "7"}
+    environment |= {"COE_STUDY": "1"} if task is None else {"COE_STUDY": "1", "SLURM_ARRAY_TASK_ID": task}
+    command = ["bash", ROOT / "launch" / "slurm" / "pretrain.sbatch", "a.yaml", "b.yaml"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"study.sbatch: error: {said}") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"pretrain.sbatch: error: {said}") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.slurm
-@pytest.mark.parametrize(("name", "options"), [("pretrain.sbatch", ["--nodes=2"]), ("study.sbatch", ["--array=0-2%1"])])
-def test_sbatch_takes_the_scripts_as_they_stand(name: str, options: list[str], place: Place) -> None:
-    script = ROOT / "launch" / "slurm" / name
+@pytest.mark.parametrize("options", [["--nodes=2"], ["--array=0-2%1"]])
+def test_sbatch_takes_the_script_as_it_stands(options: list[str], place: Place) -> None:
+    script = ROOT / "launch" / "slurm" / "pretrain.sbatch"
     done = place.cluster.run("sbatch", "--test-only", *options, "--time=60", script, "config.yaml", cwd=ROOT)
     assert done.returncode == 0 and "to start at" in done.stderr, done.stderr

@@ -185,7 +185,10 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ),
     ({"budget": {"equal": "flop"}}, "budget.equal is 'flop': it should be 'expert_compute', 'flops', 'parameters'"),
     ({"budget": {"equal": "flops", "solve": "training.steps"}}, "budget.range is missing"),
-    ({"budget": {"equal": "flops", "solve": "training.steps", "range": [9, 1]}}, "budget.range is [9, 1]: the first number must not be larger"),
+    (
+        {"budget": {"equal": "flops", "solve": "training.steps", "range": [9, 1]}},
+        "budget.range is [9, 1]: the first number must not be larger",
+    ),
     ({"budget": {"equal": "flops", "solve": "training.steps", "range": [0, 1]}}, "budget.range.0 is 0: it should be"),
     (
         {"budget": {"equal": "flops", "solve": "moe.topk", "range": [1, 9]}},

@@ -39,6 +39,7 @@ def budget(equal: str, key: str, bounds: list[int], multiple: int = 1, tolerance
     return {"equal": equal, "solve": key, "range": bounds, "multiple_of": multiple, "tolerance": tolerance}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("equal", "key", "bounds", "multiple"), SOLVED)
 def test_no_other_value_comes_nearer(
     study_file: Write, equal: Quantity, key: str, bounds: list[int], multiple: int
@@ -66,6 +67,7 @@ def test_the_baseline_keeps_its_own_and_the_arms_get_theirs(study_file: Write) -
     assert chain.overrides[-1] == f"training.steps={solved[chain.name].value}"
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("single_rank")
 @pytest.mark.parametrize(
     ("equal", "key", "bounds", "multiple"), [SOLVED[0], SOLVED[1], SOLVED[2], SOLVED[3], SOLVED[4]]

@@ -22,18 +22,18 @@ DESIGNS = {
 
 
 @pytest.fixture
-def program(study_file: Write, tmp_path: Path) -> Callable[[str], list[str]]:
-    """The command of six arms in a folder of the name given, to be completed; `run` is `study.py run STUDY`."""
+def program(study_file: Write, tmp_path: Path) -> Callable[..., list[str]]:
+    """The command of six arms, or three, in a folder of the name given; `run` is `study.py run STUDY`."""
     data = tmp_path / "data"
     done = python("launch/prepare_data.py", "--builtin", 200, "--vocab-size", 512, "--output", data)
     assert done.returncode == 0, done.stderr
 
-    def command(output: str) -> list[str]:
+    def command(output: str, norm_placements: tuple[str, ...] = ("prenorm", "reference")) -> list[str]:
         common = {
             "data.path": str(data), "model.vocab_size": None, "training.steps": 40, "training.evaluate_every": 20,
             "training.save_every": 10, "training.log_every": 1, "logging.tensorboard": False,
         }  # fmt: skip
-        axes = {"design": DESIGNS, "norm_placement": {"chain.norm_placement": ["prenorm", "reference"]}}
+        axes = {"design": DESIGNS, "norm_placement": {"chain.norm_placement": list(norm_placements)}}
         baseline = {"design": "MoE(2/8)", "norm_placement": "prenorm"}
         changes = {"axes": axes, "set": common, "skip": None, "baseline": baseline, "seeds": [1]}
         file = study_file(output=str(tmp_path / output), **changes)
@@ -57,8 +57,20 @@ def wait_for_step(step: int, folder: Path, process: Program, but: tuple[str, ...
         time.sleep(0.02)
 
 
+def test_three_short_runs_and_their_report(program: Callable[..., list[str]], tmp_path: Path) -> None:
+    study = [*program("short", ("prenorm",)), "training.steps=3", "training.evaluate_every=3"]
+    for command in (("run", *study, "--at-once", "2"), ("report", *study)):
+        done = python("launch/study.py", *command, seconds=500)
+        assert done.returncode == 0, done.stderr
+    logs = [read_metrics(path) for path in (tmp_path / "short").glob("*/seed-1/metrics.jsonl")]
+    assert [[line["step"] for line in log] for log in logs] == [[0, 1, 2, 3]] * 3
+    rows = csv.DictReader((tmp_path / "short" / "report" / "results.csv").open())
+    assert [row["state"] for row in rows] == ["finished"] * 3
+
+
+@pytest.mark.slow
 @pytest.mark.alone
-def test_killed_twice_a_study_gives_the_same_results(program: Callable[[str], list[str]], tmp_path: Path) -> None:
+def test_killed_twice_a_study_gives_the_same_results(program: Callable[..., list[str]], tmp_path: Path) -> None:
     undisturbed, disturbed = program("undisturbed"), program("disturbed")
     with run(undisturbed) as process:
         assert process.wait(600) == 0

@@ -45,6 +45,7 @@ SINGLE = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_study_of_the_project_plans(path: Path) -> None:
     plan = make_plan(path, ["data.path=nowhere"])
@@ -70,6 +71,7 @@ def test_the_papers_studies_are_there_in_both_sizes() -> None:
     }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("size", ["paper", "cpu"])
 @pytest.mark.parametrize(("where", "name"), SINGLE.items(), ids=SINGLE.values())
 def test_arms_are_the_models_of_the_single_configs(size: str, where: tuple[str, str], name: str) -> None:
@@ -102,6 +104,7 @@ def test_a_row_says_what_the_dry_run_says(study_file: Write) -> None:
     assert plan.device_seconds == pytest.approx(2 * sum(arm.seconds.total for arm in plan.arms if arm.seconds))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("size", ["paper", "cpu"])
 def test_the_study_at_equal_memory_has_it_equal_and_moves_what_it_is_made_of(size: str) -> None:
     plan = make_plan(STUDIES / size / "equal-memory.yaml", ["data.path=nowhere"])

@@ -33,8 +33,9 @@ class Place:
     def __init__(self, folder: Path, file: Path, patch: pytest.MonkeyPatch) -> None:
         self.folder, self.file, self.said, self.how = folder, file, list[str](), dict[str, str]()
         self.requests = Requests()
-        patch.setattr(runner, "_LOOKS_EVERY", 0.01)
+        patch.setattr(runner, "_POLL_SECONDS", 0.01)
         patch.setattr(runner, "command", self._command)
+        patch.setattr(runner, "without_gpu", lambda: False)  # the stand-in imports nothing
 
     def runs(self, *overrides: str) -> list[Run]:
         return seed_by_seed(make_study(read_study(self.file), overrides).runs)

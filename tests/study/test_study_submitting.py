@@ -55,9 +55,9 @@ def test_sbatch_is_given_names_as_they_are(place: Path, study_program: Program) 
     status, out, err = study_program("submit", "study.yaml", "--sbatch=--comment='a b' --time=1")
     assert (status, err) == (0, "") and "job 7: 6 runs of 1 ranks" in out
     words = given(place)
-    assert words[:5] == ["--parsable", "--array=0-5", "--nodes=1", "--comment=a b", "--time=1"]
-    assert sorted(words[6:]) == configs(place) and all(Path(word).is_file() for word in words[6:])
-    assert not (place / "executed").exists() and not any(word.startswith("-") for word in words[5:])
+    assert words[:3] == ["--parsable", "--array=0-5", "--nodes=1"] and words[5:7] == ["--comment=a b", "--time=1"]
+    assert sorted(words[8:]) == configs(place) and all(Path(word).is_file() for word in words[8:])
+    assert not (place / "executed").exists() and not any(word.startswith("-") for word in words[7:])
 
 
 def test_the_dry_run_can_be_pasted_into_a_shell(place: Path, study_program: Program) -> None:
@@ -65,24 +65,31 @@ def test_the_dry_run_can_be_pasted_into_a_shell(place: Path, study_program: Prog
     assert status == 0 and not (place / "given.json").exists() and not Path(configs(place)[0]).exists()
     done = subprocess.run(["bash", "-c", out.splitlines()[-1]], capture_output=True, text=True, check=True)
     assert done.stdout == "7;cluster\n" and not (place / "executed").exists()
-    assert sorted(given(place)[5:]) == configs(place) and "--comment=$(touch executed)" in given(place)
+    assert sorted(given(place)[7:]) == configs(place) and "--comment=$(touch executed)" in given(place)
 
 
 def test_a_task_hands_on_its_own_config(place: Path, study_program: Program) -> None:
-    """study.sbatch as SLURM runs it, with a stand-in for pretrain.sbatch."""
+    """pretrain.sbatch as SLURM runs it, with stand-ins for Python and for SLURM's own programs."""
     study_program("submit", "study.yaml")
-    scripts = place / "launch" / "slurm"
-    scripts.mkdir(parents=True)
-    (scripts / "pretrain.sbatch").write_text('printf "%s\\n" "$#" "$1"\n')
+    (place / "python").write_text(
+        '#!/bin/sh\nwhile test "$1" != --; do shift; done\nshift\nprintf "%s\\n" "$#" "$1" >&2; exit 9\n'
+    )
+    (place / "python").chmod(0o755)
+    for name in ("squeue", "scontrol"):
+        (place / "bin" / name).symlink_to("/bin/true")
+    job = {"PATH": os.environ["PATH"], "COE_PYTHON": str(place / "python"), "COE_STUDY": "1", "SLURM_JOB_ID": "7"}
+    job |= {"SLURM_JOB_NODELIST": "n1", "SLURMD_NODENAME": "n1"}
+    script, *given_configs = given(place)[5:]
     found = []
     for task in range(6):
-        command = ["bash", ROOT / "launch/slurm/study.sbatch", *given(place)[4:]]
-        environment = {"PATH": os.environ["PATH"], "SLURM_ARRAY_TASK_ID": str(task), "COE_HOME": str(place)}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        count, config = done.stdout.splitlines()
-        assert count == "1"
+        environment = {**job, "SLURM_ARRAY_TASK_ID": str(task)}
+        done = subprocess.run(
+            ["bash", script, *given_configs], env=environment, capture_output=True, text=True, check=False
+        )
+        count, config = done.stderr.splitlines()
+        assert (done.returncode, count) == (9, "1")
         found.append(config)
-    assert found == given(place)[4:] and not (place / "executed").exists()
+    assert found == given_configs and not (place / "executed").exists()
 
 
 def test_what_sbatch_says_is_one_line_whatever_it_is(
@@ -125,5 +132,6 @@ def test_mistakes_in_options(place: Path, study_program: Program, options: tuple
 
 def test_the_command_is_what_a_shell_reads(place: Path) -> None:
     (array,) = submissions(make_study(read_study(place / "study.yaml")).runs, None, 2, ["--comment=a;b"])
-    home, ranks, *words = shlex.split(str(array))
-    assert home == f"COE_HOME={ROOT}" and ranks == "COE_RANKS_PER_NODE=1" and words == array.command
+    home, study, ranks, *words = shlex.split(str(array))
+    assert (home, study, ranks) == (f"COE_HOME={ROOT}", "COE_STUDY=1", "COE_RANKS_PER_NODE=1")
+    assert words == array.command

@@ -56,6 +56,7 @@ def checkpoints(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_a_stop_file_ends_a_run_without_torchrun_and_it_goes_on(
     command: Callable[..., list[str]], config: Path, prepared: Path, tmp_path: Path
 ) -> None:
@@ -73,6 +74,7 @@ def test_a_stop_file_ends_a_run_without_torchrun_and_it_goes_on(
     assert done.returncode == 0 and f"resumed at step {step}" in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_a_warning_before_the_first_step_is_not_lost(config: Path, prepared: Path, tmp_path: Path) -> None:
     settings = (f"data.path={prepared}", f"output={tmp_path / 'run'}", "parallel.expert=1", "training.steps=500")
     command = [sys.executable, "launch/pretrain_coe.py", str(config), *settings]
@@ -86,6 +88,7 @@ def test_a_warning_before_the_first_step_is_not_lost(config: Path, prepared: Pat
     assert checkpoints(tmp_path / "run") == ["step-00000001"]
 
 
+@pytest.mark.slow
 def test_a_hang_of_one_rank_ends_all_with_their_stacks(command: Callable[..., list[str]], tmp_path: Path) -> None:
     (tmp_path / "hangs.py").write_text(HANGS)
     hanging = command("recovery.hang_after=8", program=str(tmp_path / "hangs.py"))
@@ -104,6 +107,7 @@ def test_a_hang_of_one_rank_ends_all_with_their_stacks(command: Callable[..., li
     assert seconds > 8
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_others_and_nothing_is_lost(
     command: Callable[..., list[str]], config: Path, prepared: Path, finished: Path, tmp_path: Path
 ) -> None:
@@ -126,6 +130,7 @@ def test_a_killed_rank_ends_the_others_and_nothing_is_lost(
     assert len(outcomes) == 2 and outcomes[-1] == "finished"
 
 
+@pytest.mark.slow
 def test_without_torchrun_the_ranks_save_and_end(command: Callable[..., list[str]], tmp_path: Path) -> None:
     with Program(command("training.save_every=5000")) as process:
         wait_for_step(tmp_path / "run", 3, process)
@@ -139,6 +144,7 @@ def test_without_torchrun_the_ranks_save_and_end(command: Callable[..., list[str
     assert {status for status, _ in errors(tmp_path / "logs").values()} == {3}
 
 
+@pytest.mark.slow
 def test_status_3_is_also_what_a_single_process_ends_with(config: Path, prepared: Path, tmp_path: Path) -> None:
     (tmp_path / "stop").touch()
     settings = (f"data.path={prepared}", f"output={tmp_path / 'run'}", "parallel.expert=1")

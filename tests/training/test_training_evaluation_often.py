@@ -119,7 +119,7 @@ def train(config: RunConfig, evaluate: bool, packed: bool) -> dict[str, Any]:
         found["loss"].append(float(loss))
         found["norm"].append(zero.gradient_norm(engine))
     found["valid"].append(validate(engine, validation)["valid_loss"])
-    with states.gathered(engine):
+    with states.gathered_weights(engine):
         named = [*engine.module.named_parameters(), *engine.module.named_buffers()]
         return found | {"weights": {name: value.detach().clone() for name, value in named}}
 

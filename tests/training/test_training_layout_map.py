@@ -26,11 +26,13 @@ def test_nodes_of_unequal_sizes_and_many_nodes() -> None:
 @pytest.mark.parametrize("sizes", [(16, 2, 2, 4, 1), (16, 1, 2, 2, 4), (16, 4, 1, 2, 2)])
 def test_the_cells_are_megatrons_groups(sizes: tuple[int, ...]) -> None:
     """Ranks that differ in one letter alone form one of Megatron's groups."""
-    ranks = Layout(*sizes)
-    (row, _) = layout_map(ranks, ["host"] * ranks.ranks, 16).splitlines()
+    layout = Layout(*sizes)
+    (row, _) = layout_map(layout, ["host"] * layout.world_size, 16).splitlines()
     cells = [{word[0]: word for word in cell.split()} for cell in row.split(" | ")[1:]]
-    dense = RankGenerator(ranks.tensor, 1, ranks.data, ranks.pipeline, 1, "tp-cp-ep-dp-pp")
-    experts = RankGenerator(ranks.expert_tensor, ranks.expert, ranks.expert_data, ranks.pipeline, 1, "tp-cp-ep-dp-pp")
+    dense = RankGenerator(layout.tensor, 1, layout.data, layout.pipeline, 1, "tp-cp-ep-dp-pp")
+    experts = RankGenerator(
+        layout.expert_tensor, layout.expert, layout.expert_data, layout.pipeline, 1, "tp-cp-ep-dp-pp"
+    )
     for generator, kind, letters, own in (
         (dense, "tp", "srt", "t"), (dense, "pp", "srt", "s"), (dense, "dp", "srt", "r"),
         (experts, "ep", "sec", "e"), (experts, "tp", "sec", "c"),

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from coe_megatron.config import RunConfig, parse
 from coe_megatron.errors import ConfigError
-from coe_megatron.run.loss_plot import draw_loss, is_whole
+from coe_megatron.run.loss_plot import draw_loss, is_complete_png
 from coe_megatron.run.metrics_log import read_metrics
 from coe_megatron.training.metrics import CompositeMetrics, open_metrics
 
@@ -225,12 +225,14 @@ def wandb_offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     wandb.teardown()
 
 
+@pytest.mark.thorough
 def test_weights_and_biases_offline_goes_on_as_the_same_run(wandb_offline: None, tmp_path: Path) -> None:
     config = parse({"logging": {"wandb": True}})
     for step in (1, 2):
         writer = open_metrics(tmp_path, config, first_step=step - 1)
         writer.write({"step": step, "train_loss": 1.0 / step, "memory": {"parameters": 7}})
         writer.close()
+    wandb.teardown()  # ends its service, which may still be writing
     written = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
     assert {path.stem.removeprefix("run-") for path in written} == {(tmp_path / "wandb-id").read_text()}
     assert any(b"train_loss" in path.read_bytes() and b"memory/parameters" in path.read_bytes() for path in written)
@@ -282,12 +284,12 @@ def test_the_picture_shows_every_validation_set(tmp_path: Path) -> None:
 def test_a_picture_is_told_from_a_torn_one(tmp_path: Path) -> None:
     path = draw_loss([{"step": 1, "tokens": 9, "train_loss": 2.0}], 5.2, "a run", tmp_path / "loss.png")
     content = path.read_bytes()
-    assert is_whole(path) and [each.name for each in tmp_path.iterdir()] == ["loss.png"]
+    assert is_complete_png(path) and [each.name for each in tmp_path.iterdir()] == ["loss.png"]
     nuls = bytearray(content)
     nuls[2000:2100] = bytes(100)
     for damaged in (b"", content[:-1], content + b"x", content[:3000], bytes(3000), b"GIF89a", bytes(nuls)):
         path.write_bytes(damaged)
-        assert not is_whole(path)
+        assert not is_complete_png(path)
 
 
 def test_names_that_are_no_formulas_and_numbers_that_are_no_losses_are_drawn_all_the_same(tmp_path: Path) -> None:
@@ -296,7 +298,7 @@ def test_names_that_are_no_formulas_and_numbers_that_are_no_losses_are_drawn_all
         {"step": 0}, {"step": 1, "tokens": 9, "train_loss": 1e300, "valid_loss": 2.0, "valid": sets},
         {"step": 2, "tokens": 18, "train_loss": 2.0, "valid": {"another": {"loss": None}, "third": {}}},
     ]  # fmt: skip
-    assert is_whole(draw_loss(lines, 5.2, r"$\\frac{", tmp_path / "loss.png"))
+    assert is_complete_png(draw_loss(lines, 5.2, r"$\\frac{", tmp_path / "loss.png"))
 
 
 @pytest.mark.parametrize("name", ["\x1b[31m\n\ud800", "\N{SNOWMAN WITHOUT SNOW}\U000f0000", "long " * 100_000])
@@ -304,5 +306,5 @@ def test_nothing_is_said_of_names_that_cannot_be_drawn(
     name: str, tmp_path: Path, recwarn: pytest.WarningsRecorder, caplog: pytest.LogCaptureFixture
 ) -> None:
     line = {"step": 1, "tokens": 9, "train_loss": 2.0, "valid_loss": 2.0, "valid": {name: {"loss": 2.0}}}
-    assert is_whole(draw_loss([line], 5.2, name, tmp_path / "loss.png"))
+    assert is_complete_png(draw_loss([line], 5.2, name, tmp_path / "loss.png"))
     assert not [each for each in recwarn if each.category is UserWarning] and not caplog.records

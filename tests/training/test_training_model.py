@@ -63,28 +63,6 @@ def test_forced_balance_takes_the_choice_from_the_router(forced: bool) -> None:
     assert sum(load_N) == 512 and (min(load_N) > 32 and max(load_N) < 96 if forced else load_N == [256] * 2 + [0] * 6)
 
 
-@pytest.mark.parametrize("router_init", ["normal", "kaiming_uniform"])
-def test_routers_begin_apart_however_they_are_initialised(router_init: str) -> None:
-    moe = replace(MOE, router_init=router_init)
-    config = RunConfig(model=MODEL, moe=moe, chain=ChainSettings(iterations=2, routers_apart=True))
-    for layer in build_model(config, 64).decoder.layers:
-        first, second = layer.mlp.routers
-        assert torch.equal(second.weight, first.weight.roll(4, 0))
-        assert not torch.equal(second.weight, first.weight)
-
-
-@pytest.mark.parametrize("per_layer", [False, True])
-def test_what_leads_out_of_experts_begins_smaller_for_a_chain(per_layer: bool) -> None:
-    chain = ChainSettings(iterations=4, scaled_init=True)
-    config = RunConfig(model=replace(MODEL, scaled_init=per_layer), moe=MOE, chain=chain)
-    layer = build_model(config, 64).decoder.layers[0]
-    std = 0.02 / math.sqrt(2 * MODEL.num_layers) if per_layer else 0.02
-    assert layer.mlp.experts.weight2.std().item() == pytest.approx(std / 2, rel=0.05)
-    assert layer.mlp.shared_experts.linear_fc2.weight.std().item() == pytest.approx(std / 2, rel=0.1)
-    assert layer.mlp.experts.weight1.std().item() == pytest.approx(0.02, rel=0.05)
-    assert layer.self_attention.linear_proj.weight.std().item() == pytest.approx(std, rel=0.1)
-
-
 def test_initialisation_of_megatron_scales_what_leads_into_the_stream() -> None:
     layer = build_model(RunConfig(model=MODEL, moe=MOE), 64).decoder.layers[0].mlp
     assert layer.experts.weight1.std().item() == pytest.approx(0.02, rel=0.05)

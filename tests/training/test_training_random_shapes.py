@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from coe_megatron.chain.language_model import ChainLanguageModel
 from coe_megatron.chain.language_model import ModelSettings as OracleSettings
-from coe_megatron.chain.method import RouterSettings
+from coe_megatron.chain.routing import RouterSettings
 from coe_megatron.chain.settings import ChainSettings, Gating, NormPlacement, Recompute, Residual
 from coe_megatron.config import RunConfig
 from coe_megatron.config.checks import check
@@ -62,10 +62,9 @@ def draw(seed: int) -> tuple[RunConfig, int]:
         pick.randint(1, 4), *(pick.choice(get_args(kind)) for kind in (Gating, Residual, NormPlacement))
     )
     conditioned = pick.random() < 0.6 and chain.norm_placement != "iteration_norm"
-    once = pick.random() < 0.4
     no_return = pick.random() < 0.8 and chain.gating != "fixed" and chain.iterations * moe.topk <= experts
-    chain = replace(chain, learned_scale=pick.random() < 0.4, conditioned=conditioned, shared_once=once)
-    chain = replace(chain, no_return=no_return)
+    learned_scale = pick.choice([None, None, 0.0, 1.0])
+    chain = replace(chain, learned_scale=learned_scale, conditioned=conditioned, no_return=no_return)
     with_experts = [number for number, has in enumerate(moe_pattern(RunConfig(model=model, moe=moe)), 1) if has]
     if not plain and chain.iterations * moe.topk <= experts:
         chain = replace(chain, layers=tuple(pick.sample(with_experts, pick.randint(1, max(1, len(with_experts) - 1)))))
@@ -129,6 +128,7 @@ def test_parameters_are_exact(seed: int) -> None:
     assert counted.gains == size("_gains."), config
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("seed", SEEDS)
 def test_flops_are_those_of_the_forward_pass(seed: int) -> None:
     config, vocabulary = draw(seed)
@@ -157,6 +157,7 @@ def test_flops_are_those_of_the_oracle(seed: int) -> None:
     assert both == pytest.approx(training_flops(shape).total * tokens.numel(), rel=0.01), config
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("seed", SEEDS[:6])
 def test_recomputing_costs_the_chains_forward_pass_again(seed: int) -> None:
     config, vocabulary = draw(seed)
@@ -187,5 +188,6 @@ def test_the_draw_reaches_everything() -> None:
     assert {config.chain.iterations for config in configs} == {1, 2, 3, 4}
     chosen = [(config.chain.layers, sum(moe_pattern(config))) for config in configs]
     assert any(layers is not None and len(layers) < count for layers, count in chosen)
-    for flag in ("learned_scale", "conditioned", "shared_once", "no_return"):
+    assert {config.chain.learned_scale for config in configs} == {None, 0.0, 1.0}
+    for flag in ("conditioned", "no_return"):
         assert {getattr(config.chain, flag) for config in configs} == {True, False}

@@ -10,12 +10,12 @@ import pytest
 from attempts import attempt, small
 from ranks import run_ranks
 
-from coe_megatron.checkpoint.integrity import SEAL
+from coe_megatron.checkpoint.integrity import MANIFEST
 from coe_megatron.config import RunConfig
 from coe_megatron.config.settings import ZeroSettings
 
 pytestmark = pytest.mark.ranks
-COMMON = (SEAL, "state.json", "tensors/.metadata")
+COMMON = (MANIFEST, "state.json", "tensors/.metadata")
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_rank_0_alone_reads_what_all_need_and_its_errors_are_everybodys(config: 
 
     checkpoint = Path("checkpoints", "step-00000004")
     assert {"native.json", "config.yaml", *(str(checkpoint / name) for name in COMMON)} <= first.keys()
-    listed = sorted(json.loads(Path(config.output, checkpoint, SEAL).read_text())["files"])
+    listed = sorted(json.loads(Path(config.output, checkpoint, MANIFEST).read_text())["files"])
     verified = Counter(str(checkpoint / name) for name in listed[1::2])  # each of two ranks takes every other file
     own = second - verified
     assert own and all(name.endswith((".distcp", "random/00001.pt")) for name in own), own

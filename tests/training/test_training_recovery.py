@@ -57,6 +57,7 @@ def killed_before(step: int, after_rollback: bool = True) -> Callable[[Pretraini
     return kill
 
 
+@pytest.mark.thorough
 def test_a_nan_in_one_batch_leaves_one_step_out(
     single_rank: None, prepared: Path, tmp_path: Path, said: list[str]
 ) -> None:
@@ -71,6 +72,7 @@ def test_a_nan_in_one_batch_leaves_one_step_out(
     assert (tmp_path / "loss.png").exists()
 
 
+@pytest.mark.thorough
 def test_a_step_that_is_left_out_moves_no_expert_bias(
     single_rank: None, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,6 +105,7 @@ def rollbacks(megatron_groups: None, prepared: Path, tmp_path_factory: pytest.Te
     return folder
 
 
+@pytest.mark.thorough
 def test_a_run_rolls_back_and_goes_past_the_data(rollbacks: Path, prepared: Path, tmp_path: Path) -> None:
     """To the bit the run whose data never had what was passed over."""
     plain = StepBatches.for_step
@@ -120,6 +123,7 @@ def test_a_run_rolls_back_and_goes_past_the_data(rollbacks: Path, prepared: Path
     assert event == {"from_step": 7, "to_step": 4, "samples": [32, 55], "losses": [None, None]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [5, 7, 8, 10], ids="killed before step {}".format)
 def test_killed_after_a_roll_back_it_goes_on_as_if_nothing_had_been(
     single_rank: None, step: int, rollbacks: Path, prepared: Path, tmp_path: Path
@@ -144,6 +148,7 @@ def test_killed_after_a_roll_back_it_goes_on_as_if_nothing_had_been(
             assert found.get(name) == expected.get(name), (found["step"], name)
 
 
+@pytest.mark.slow
 def test_stopped_in_the_midst_of_bad_steps_it_counts_on(
     single_rank: None, rollbacks: Path, prepared: Path, tmp_path: Path
 ) -> None:
@@ -162,6 +167,7 @@ def test_stopped_in_the_midst_of_bad_steps_it_counts_on(
     assert losses(tmp_path) == losses(rollbacks) and checkpoints(tmp_path) == [8, 12]
 
 
+@pytest.mark.slow
 def test_stopped_in_the_step_that_rolls_back_it_goes_on_behind_the_data(
     single_rank: None, rollbacks: Path, prepared: Path, tmp_path: Path
 ) -> None:
@@ -176,6 +182,7 @@ def test_stopped_in_the_step_that_rolls_back_it_goes_on_behind_the_data(
     assert losses(tmp_path) == losses(rollbacks)
 
 
+@pytest.mark.slow
 def test_after_as_many_roll_backs_as_are_allowed_a_run_gives_up(
     single_rank: None, prepared: Path, tmp_path: Path
 ) -> None:
@@ -195,6 +202,7 @@ def test_after_as_many_roll_backs_as_are_allowed_a_run_gives_up(
     assert [line["data_offset"] for line in lines(tmp_path)[8:]] == [0, 12, 12, 12, 12]
 
 
+@pytest.mark.thorough
 def test_the_count_of_roll_backs_outlives_checkpoints_and_restarts(
     single_rank: None, prepared: Path, tmp_path: Path
 ) -> None:
@@ -207,6 +215,7 @@ def test_the_count_of_roll_backs_outlives_checkpoints_and_restarts(
             attempt(config)
 
 
+@pytest.mark.thorough
 def test_without_a_checkpoint_there_is_nothing_to_roll_back_to(
     single_rank: None, prepared: Path, tmp_path: Path
 ) -> None:
@@ -217,6 +226,7 @@ def test_without_a_checkpoint_there_is_nothing_to_roll_back_to(
         attempt(small(prepared, tmp_path, {"skips": 3}))
 
 
+@pytest.mark.thorough
 def test_an_exploding_loss_is_left_out_where_a_factor_is_given(
     single_rank: None, prepared: Path, tmp_path: Path, said: list[str]
 ) -> None:
@@ -237,7 +247,7 @@ def test_a_state_without_a_position_is_one_line() -> None:
     state = asdict(TrainState(step=3, tokens=9))
     assert TrainState.of({**state, "tokenizer": "T"}) == TrainState(step=3, tokens=9)
     del state["data_offset"]
-    with pytest.raises(ConfigError, match=r"does not say where the run stood: data_offset is missing"):
+    with pytest.raises(ConfigError, match=r"is incomplete: data_offset is missing"):
         TrainState.of(state)
 
 
@@ -245,13 +255,14 @@ def test_the_median_is_of_the_newest_steps_that_were_taken() -> None:
     settings, position = RecoverySettings(loss_factor=3.0), TrainState()
     assert recovery.loss_limit(settings, position) is None
     for loss in [*[100.0] * 50, *[2.0] * 26]:
-        recovery.record_step(settings, position, loss, taken=True)
+        recovery.record_step(settings, position, loss, applied=True)
     assert recovery.loss_limit(settings, position) == 6.0
     for loss in [50.0] * 60:
-        recovery.record_step(settings, position, loss, taken=False)
+        recovery.record_step(settings, position, loss, applied=False)
     assert recovery.loss_limit(settings, position) == 6.0 and len(position.losses) == 50
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.parametrize("layout", ["expert", "pipeline"])
 def test_two_ranks_roll_back_together(layout: str, prepared: Path, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ Gradients are compared, not only what AdamW makes of them: it forgives a wrong f
 
 import contextlib
 import io
+import pkgutil
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,15 @@ from coe_megatron.zero import expert_groups
 from coe_megatron.zero import optimizer_states as states
 
 STEPS = 3
+
+
+def test_the_places_where_a_loss_is_scaled_exist() -> None:
+    """The list in the engine's docstring names them by module and function."""
+    assert zero.__doc__ is not None
+    places = re.findall(r"^\* `([\w.]+)`", zero.__doc__, re.MULTILINE)
+    assert len(places) == 9
+    for place in places:
+        assert pkgutil.resolve_name(f"coe_megatron.{place}") is not None
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,8 @@
 
 All begin with the weights of one checkpoint; what they come to lies in checkpoints too, whole whatever the layout, and
 that is where it is compared. One start of ranks goes through many cases, which build their groups anew. A few cases
-cover every layout, stage, number of iterations and optimizer; those marked `full` are all combinations.
+cover every layout, stage, number of iterations and optimizer; those marked `slow` every layout with each of its stages,
+those marked `full` are all combinations.
 """
 
 import json
@@ -97,6 +98,14 @@ COVERING = [
     ),
     *(OFFLOADED[2 * number + number % 2] for number in range(4)),
 ]
+# Of these a stage of each layout on two ranks, in turn.
+FEW = [
+    next(
+        case for case in COVERING if (case.layout, case.stage) == (layout, stages(layout)[number % len(stages(layout))])
+    )
+    for number, (layout, (ranks, _)) in enumerate(LAYOUTS.items())
+    if ranks == 2
+]
 REST = [case for case in ALL + OFFLOADED if case not in COVERING]
 
 
@@ -171,7 +180,7 @@ def train_case(case: Case, folder: Path, micro_batch: int) -> None:
 def write(engine: Any, trace: Trace, folder: Path) -> None:
     """A checkpoint with the weights in the end and, where the first moments were, the gradients of the first step."""
     shapes = {}
-    with states.gathered(engine):
+    with states.gathered_weights(engine):
         shapes = {name: parameter.shape for name, parameter in engine.module.named_parameters()}
     for name, parameter in engine.module.named_parameters():
         assert trace.gradients[name].shape == shapes[name], name
@@ -195,7 +204,7 @@ def read(folder: Path) -> tuple[dict[str, Named], dict[str, list[float]]]:
 
 def no_sums_over_sequence_parts() -> AbstractContextManager:
     """Gradients of what tensor-parallel ranks share are not summed over their parts of the sequence."""
-    return mock.patch.object(zero_engine, "_sum_over_sequence_parts", lambda model: None)
+    return mock.patch.object(zero_engine, "_reduce_sequence_parallel_gradients", lambda model: None)
 
 
 def norm_of_a_stage() -> AbstractContextManager:
@@ -213,7 +222,7 @@ def experts_as_dense() -> AbstractContextManager:
             parameter.allreduce = True  # type: ignore[attr-defined]
         yield
 
-    return mock.patch.object(expert_groups, "announced", forgotten)
+    return mock.patch.object(expert_groups, "expert_placeholder", forgotten)
 
 
 BROKEN = {
@@ -233,10 +242,18 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.ranks
+@pytest.mark.timeout(600)
+def test_few_cases_are_the_training_of_one_process(alone: Path) -> None:
+    assert {case.stage for case in FEW} == {0, 1, 2, 3} and {case.iterations for case in FEW} == {1, 2, 3}
+    compare(alone, FEW)
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_covering_cases_are_the_training_of_one_process(alone: Path, ranks: int) -> None:
-    compare(alone, [case for case in COVERING if case.ranks == ranks])
+    compare(alone, [case for case in COVERING if case.ranks == ranks and case not in FEW])
 
 
 @pytest.mark.full
@@ -248,6 +265,7 @@ def test_all_cases_are_the_training_of_one_process(alone: Path, ranks: int, iter
     compare(alone, [case for case in REST if (case.ranks, case.iterations) == (ranks, iterations)])
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_batch_losses_need_the_statistics_of_all_ranks(alone: Path) -> None:
     """`aux_loss` balances each rank's micro-batch by itself, which is another loss; `global_aux_loss` is the same."""
@@ -259,6 +277,7 @@ def test_batch_losses_need_the_statistics_of_all_ranks(alone: Path) -> None:
     assert beyond_limits(worst) == {str(case) for case in other if case.layout != "TP 2, EP 2"}
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_bf16_is_the_training_of_one_process_but_for_its_rounding(alone: Path) -> None:
     cases = [
@@ -269,6 +288,7 @@ def test_bf16_is_the_training_of_one_process_but_for_its_rounding(alone: Path) -
     assert beyond_limits(train_and_measure(alone, cases), limits) == set()
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_a_broken_sum_is_noticed(alone: Path) -> None:
     broken = [

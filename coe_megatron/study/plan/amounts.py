@@ -108,7 +108,7 @@ class Amounts:
         if self.speed is None:
             raise ConfigError("wall_clock requires a device: name it in the study file (device) or with --device")
         speed = self.speed
-        seconds_per_token = self.weighted_flops(config, speed.half_rows) / speed.rate / layout(config).ranks
+        seconds_per_token = self.weighted_flops(config, speed.half_rows) / speed.rate / layout(config).world_size
         return Seconds(
             startup=speed.startup,
             steps=tokens(config) * seconds_per_token,

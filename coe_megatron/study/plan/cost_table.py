@@ -216,7 +216,7 @@ def _plan(arm: Arm, amounts: Amounts, solved: Solved | None, memory: int | None)
         flops=amounts.of("flops", config),
         expert_flops=amounts.of("expert_compute", config),
         components=components(cost.memory),
-        ranks=run.layout.ranks,
+        ranks=run.layout.world_size,
         seconds=amounts.seconds(config) if amounts.speed else None,
         solved=solved,
         too_large=refusal(run, cost, memory) if memory is not None else None,

@@ -102,7 +102,7 @@ def _result(arm: ArmPlan, run: Run, now: float) -> Result:
         lines = read_metrics(path)
     except (ValueError, OSError) as error:
         reason = one_line(str(error)).removeprefix(f"{path}, ")
-        return Result(arm, run, [], found.starts or 0, f"its metrics.jsonl cannot be read ({reason})")
+        return Result(arm, run, [], found.attempts or 0, f"its metrics.jsonl cannot be read ({reason})")
     state = found.state if found.reason is None else f"{found.state}: {found.reason}"
     if found.state == "no run":
         state = "not started"
@@ -112,7 +112,7 @@ def _result(arm: ArmPlan, run: Run, now: float) -> Result:
         state = "finished, but without a validation loss after the last step"
     elif found.state == "finished" and (reason := find_damage(lines, run.config.moe.num_experts)):
         state = f"its metrics.jsonl is damaged ({reason})"
-    return Result(arm, run, lines, found.starts or 0, state)
+    return Result(arm, run, lines, found.attempts or 0, state)
 
 
 def _evaluated_at(step: int, lines: Sequence[Mapping[str, Any]]) -> bool:

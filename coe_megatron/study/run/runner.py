@@ -16,6 +16,7 @@ from coe_megatron.config import RunConfig, flat, load
 from coe_megatron.config.layout import layout
 from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.files import as_argument, kind_of, require_file, require_writable
+from coe_megatron.launcher.preloaded import PICTURES, TRAINING, Popen, Preloaded, without_gpu
 from coe_megatron.launcher.torchrun_supervisor import Requests
 from coe_megatron.run.exit_status import ExitStatus, known_status
 from coe_megatron.run.lock import is_held
@@ -25,7 +26,7 @@ from coe_megatron.study.plan.cost_table import format_duration
 from coe_megatron.study.run.paths import log_of, write_config
 from coe_megatron.text import shortened
 
-_LOOKS_EVERY = 0.2  # seconds
+_POLL_SECONDS = 0.2  # seconds
 _BEGINS = "study.py begins: "  # the first line of every attempt in a run's log
 _LAST_WORDS = re.compile(r"coe-[\w-]+: (?:error|ended with status \d+ \((?!STOPPED)\w+\), rank \d+): (.*)")
 _LOG_END = 1 << 20  # bytes of a log in which an error is looked for
@@ -107,7 +108,7 @@ def _settings(run: Run) -> RunConfig | None:
 
 def command(run: Run, config: Path) -> list[str]:
     """What starts a run on this host."""
-    ranks = layout(run.config).ranks
+    ranks = layout(run.config).world_size
     torchrun = ["--standalone", "--nproc-per-node", str(ranks), "-m", "coe_megatron.cli.pretrain", as_argument(config)]
     return [sys.executable, "-m", "coe_megatron.cli.one_host", "--watch-stdin", "--", *torchrun]
 
@@ -129,6 +130,7 @@ class Runner:
         self._at_once, self._say = at_once, say
         self._children: list[_Child] = []
         self._held: set[str] = set()
+        self._preloaded: Preloaded | None = None  # on CPU, from the first run on
 
     def run(self, runs: Sequence[Run], requests: Requests) -> list[Ended]:
         """All of them in their order, but for those that must wait for more devices than are free.
@@ -147,12 +149,15 @@ class Runner:
                 for one in (*over, *self._bury_all(waiting)):
                     ended.append(one)
                     self._report(ended, len(runs))
-                time.sleep(_LOOKS_EVERY)
+                time.sleep(_POLL_SECONDS)
         finally:
             for child in self._children:
                 _say_to(child, "end")
             for child in self._children:
                 child.process.wait()
+            if self._preloaded is not None:
+                self._preloaded.close()
+                self._preloaded = None
         return ended
 
     def _start(self, waiting: deque[Run]) -> list[Ended]:
@@ -160,7 +165,7 @@ class Runner:
         over, later = [], []
         while waiting and len(self._children) < self._at_once:
             run = waiting.popleft()
-            needed = layout(run.config).ranks if self._all else 0
+            needed = layout(run.config).world_size if self._all else 0
             if needed > len(self._all):
                 reason = f"its {needed} ranks need a device each, and there are {len(self._all)}"
                 over.append(Ended(run, ExitStatus.MISTAKE, 0.0, reason))
@@ -170,7 +175,7 @@ class Runner:
                 over.append(Ended(run, ExitStatus.DONE, 0.0))
             else:
                 try:
-                    self._children.append(_launch(run, self._free[:needed]))
+                    self._children.append(self._launch(run, self._free[:needed]))
                 except OSError as error:
                     over.append(Ended(run, ExitStatus.FAILED, 0.0, f"it cannot be started: {error.strerror}"))
                     continue
@@ -181,6 +186,29 @@ class Runner:
                 self._say(f"{_name(run)}: begins, log in {log_of(run)}")
         waiting.extendleft(reversed(later))
         return over
+
+    def _launch(self, run: Run, devices: list[str]) -> _Child:
+        environment = dict(os.environ)
+        environment.setdefault("OMP_NUM_THREADS", "1")
+        if devices:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+        elif self._preloaded is None and without_gpu():
+            self._preloaded = Preloaded((*TRAINING, *PICTURES))
+        words = command(run, write_config(run))
+        with require_writable(log_of(run), "the run's log", "file").open("a") as log:
+            print(f"{_BEGINS}{shlex.join(words)}", file=log, flush=True)
+            # A session of its own: Ctrl-C is for the study, which asks its runs to save.
+            process = Popen(
+                words,
+                self._preloaded,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                text=True,
+                start_new_session=True,
+            )
+        return _Child(run, process, devices)
 
     def _is_held(self, run: Run) -> bool:
         """Whether another process writes the run's folder; said once."""
@@ -273,27 +301,6 @@ def stands(run: Run, now: float) -> Status:
     if found.state == "no run" and (reason := why(run)):
         return replace(found, state="failed", reason=reason, log=str(log_of(run)))
     return found
-
-
-def _launch(run: Run, devices: list[str]) -> _Child:
-    environment = dict(os.environ)
-    environment.setdefault("OMP_NUM_THREADS", "1")
-    if devices:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
-    words = command(run, write_config(run))
-    with require_writable(log_of(run), "the run's log", "file").open("a") as log:
-        print(f"{_BEGINS}{shlex.join(words)}", file=log, flush=True)
-        # A session of its own: Ctrl-C is for the study, which asks its runs to save.
-        process = subprocess.Popen(
-            words,
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-            env=environment,
-            text=True,
-            start_new_session=True,
-        )
-    return _Child(run, process, devices)
 
 
 def _say_to(child: _Child, word: str) -> None:

@@ -2,17 +2,16 @@
 
 import shlex
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from coe_megatron.config.layout import layout
 from coe_megatron.errors import ConfigError
 from coe_megatron.files import as_argument
+from coe_megatron.slurm import SCRIPTS
 from coe_megatron.study.plan.arms import Run
 from coe_megatron.study.run.paths import config_of
-
-_ROOT = Path(__file__).parents[3]
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def submissions(
         raise ConfigError(f"--sbatch begins with {options[0]}: it must hold options, such as --time=1:00:00")
     by_ranks: dict[int, list[Run]] = {}
     for run in runs:
-        by_ranks.setdefault(layout(run.config).ranks, []).append(run)
+        by_ranks.setdefault(layout(run.config).world_size, []).append(run)
     return [_submission(group, ranks, ranks_per_node or ranks, at_once, options) for ranks, group in by_ranks.items()]
 
 
@@ -92,7 +91,14 @@ def _submission(
             f"--ranks-per-node is {ranks_per_node}: {runs[0].arm} has {ranks} ranks, which it must divide"
         )
     array = f"--array=0-{len(runs) - 1}{f'%{at_once}' if at_once else ''}"
-    script = str(_ROOT / "launch/slurm/study.sbatch")
+    own_names = ("--job-name=coe-study", "--output=slurm-%A_%a.log")
     configs = [as_argument(config_of(run)) for run in runs]
-    command = ["sbatch", "--parsable", array, f"--nodes={ranks // own}", *options, script, *configs]
-    return Submission(runs, command, {"COE_HOME": str(_ROOT), "COE_RANKS_PER_NODE": str(own)})
+    script = str(SCRIPTS / "pretrain.sbatch")
+    command = ["sbatch", "--parsable", array, f"--nodes={ranks // own}", *own_names, *options, script, *configs]
+    return Submission(runs, command, {**_home(), "COE_STUDY": "1", "COE_RANKS_PER_NODE": str(own)})
+
+
+def _home() -> dict[str, str]:
+    """Where the job finds this project: in a checkout, else where the Python that runs this has it installed."""
+    root = SCRIPTS.parents[2]
+    return {"COE_HOME": str(root)} if (root / "launch/pretrain_coe.py").is_file() else {"COE_PYTHON": sys.executable}

@@ -31,6 +31,7 @@ MISHAPS = ("NaN in one batch", "infinite loss", "NaN in one expert", "too large"
 FEW = ("stage 0", "stage 1", "stage 1, bf16", "stage 2", "stage 3")
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.parametrize(
     ("layout", "kinds"),
@@ -95,7 +96,7 @@ def step(engine: Any, number: int, mishap: str = "") -> float:
         return model(tokens, positions, None, labels=batch["labels"])
 
     seen: list[torch.Tensor] = []
-    passes.train_step(engine, batches, forward, loss_of, largest=1e-3 if mishap == "too large" else 1e3)
+    passes.train_step(engine, batches, forward, loss_of, max_loss=1e-3 if mishap == "too large" else 1e3)
     stats.finish_step(engine.module)
     for hook in hooks:
         hook.remove()
@@ -117,7 +118,7 @@ def spoil_first() -> Any:
 
 def held(engine: Any) -> Named:
     """Everything a step may change on this rank."""
-    with states.gathered(engine):
+    with states.gathered_weights(engine):
         found = {name: weight.detach().clone() for name, weight in engine.module.named_parameters()}
     found |= {name: buffer.clone() for name, buffer in engine.module.named_buffers() if buffer is not None}
     for name, parameter in engine.module.named_parameters():

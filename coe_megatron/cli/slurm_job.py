@@ -1,14 +1,15 @@
 """What launch/slurm/pretrain.sbatch asks: begin or end an attempt, and which nodes to take.
 
-    attempt.py begin --logs FOLDER --job ID --ranks N -- CONFIG.yaml [key.sub=value ...]
-    attempt.py nodes --report FILE --count N NODE...
-    attempt.py end --logs FOLDER --attempt FOLDER --status STATUS
+    python -m coe_megatron.cli.slurm_job begin --logs FOLDER --nodes "A B ..." -- CONFIG.yaml [key.sub=value ...]
+    python -m coe_megatron.cli.slurm_job nodes --report FILE --count N NODE...
+    python -m coe_megatron.cli.slurm_job end --logs FOLDER --attempt FOLDER --status STATUS
 
-`begin` checks the config, so that a mistake in it is one line before anything starts, and prints the folder for what
-the attempt leaves behind, and that of the run. `nodes` names the bad nodes of a report of launch/check_nodes.py and
-prints N good ones; where there are fewer it prints the bad ones instead, with exit status 1, and without a report
-nothing. `end` tells which rank failed first, if any, notes how the attempt ended, and prints `again` or `over`: whether
-the job should go on; its exit status is that of the attempt. Exit statuses are those of pretrain_coe.py.
+`begin` checks the job's variables and the config, so that a mistake in them is one line before anything starts, and
+prints variables for the job, a line NAME=VALUE each: the attempt's folder and that of the run, how many nodes and ranks
+there are, options of srun, the port. `nodes` names the bad nodes of a report of the node check and prints N good ones;
+where there are fewer it prints the bad ones instead, with exit status 1, and without a report nothing. `end` tells
+which rank failed first, if any, notes how the attempt ended, and prints `again` or `over`: whether the job should go
+on; its exit status is that of the attempt. Exit statuses are those of pretrain_coe.py.
 """
 
 import argparse
@@ -23,25 +24,26 @@ from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.files import problem, require_folder, require_writable, user_path
 from coe_megatron.run.exit_status import ExitStatus
 from coe_megatron.slurm.failures import find_failures, outcome
-from coe_megatron.slurm.requeue import Attempts, Refused
+from coe_megatron.slurm.job import JobPlan, meeting_port
+from coe_megatron.slurm.requeue import AttemptRefused, Attempts
 from coe_megatron.slurm.spare_nodes import bad_nodes, choose
 
 _MOST_REQUEUES = 1_000_000
+_NUMBERS, _LARGEST = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"), (1 << 32) - 1
 
 
 def parser() -> Parser:
-    made = Parser(prog="attempt.py", description=__doc__)
+    made = Parser(prog="pretrain.sbatch", description=__doc__)
     commands = made.add_subparsers(dest="command", required=True, metavar="begin|nodes|end")
     begin, nodes, end = (commands.add_parser(name, description=None) for name in ("begin", "nodes", "end"))
     for command in (begin, end):
         command.add_argument(
             "--logs", type=user_path, required=True, help="the folder that all attempts at a run share"
         )
-    begin.add_argument("--job", required=True, help="SLURM's number of the job")
-    begin.add_argument("--ranks", required=True, help="how many there will be")
+    begin.add_argument("--nodes", type=str.split, required=True, help="the names of the job's nodes")
     begin.add_argument("config", type=user_path)
     begin.add_argument("overrides", nargs="*", default=[])
-    nodes.add_argument("--report", type=user_path, required=True, help="written by launch/check_nodes.py, if at all")
+    nodes.add_argument("--report", type=user_path, required=True, help="written by the node check, if at all")
     nodes.add_argument("--count", required=True, help="how many are needed")
     nodes.add_argument("names", nargs="+", metavar="NODE")
     end.add_argument("--attempt", type=user_path, required=True, help="the folder that begin has printed")
@@ -59,14 +61,29 @@ def attempts_in(logs: Path) -> Attempts:
 
 
 def begin(options: argparse.Namespace) -> ExitStatus:
+    plan = JobPlan.from_environment(options.nodes, os.environ)
+    job, restarts = (whole_number(name, os.environ.get(name, "0"), 0, _LARGEST) for name in _NUMBERS)
     attempts = attempts_in(options.logs)
+    config = load(
+        options.config, options.overrides, whole_number("the number of ranks", str(plan.ranks), 1, MOST_RANKS)
+    )
     try:
-        config = load(options.config, options.overrides, whole_number("--ranks", options.ranks, 1, MOST_RANKS))
-        print(attempts.begin(options.job, Path(config.output)))
-        print(config.output)
-    except Refused as refused:
+        folder = attempts.begin(str(job), Path(config.output))
+    except AttemptRefused as refused:
         say(str(refused))
         return refused.status
+    told = {
+        "COE_ATTEMPT": folder,
+        "COE_OUTPUT": config.output,
+        "COE_LAUNCH": plan.launch,
+        "COE_NODES": plan.needed,
+        "COE_RANKS_PER_NODE": plan.ranks_per_node,
+        "COE_CHECK_OPTIONS": " ".join(plan.check_options()),
+        "COE_START_OPTIONS": " ".join(plan.start_options()),
+        "MASTER_PORT": meeting_port(job, restarts),
+    }
+    for name, value in told.items():
+        print(f"{name}={value}")
     return ExitStatus.DONE
 
 
@@ -94,12 +111,12 @@ def end(options: argparse.Namespace) -> ExitStatus:
     status = outcome(failures, options.status)
     if status is not ExitStatus.DONE:
         telling = [failure for failure in failures if failure.status is status][:1]
-        told = "\n".join(failure.told() for failure in dict.fromkeys(failures[:1] + telling))
+        told = "\n".join(failure.describe() for failure in dict.fromkeys(failures[:1] + telling))
         say(f"{status.name}: {told or 'no rank has said why'}")
         say(f"all ranks' logs lie in {options.attempt}")
     decision = attempts_in(options.logs).end(status)
-    say(f"{'goes on' if decision.again else 'does not go on'}: {decision.reason}")
-    print("again" if decision.again else "over")
+    say(f"{'goes on' if decision.requeue else 'does not go on'}: {decision.reason}")
+    print("again" if decision.requeue else "over")
     return status
 
 

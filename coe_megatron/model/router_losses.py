@@ -1,0 +1,105 @@
+"""The losses of one router: Megatron's auxiliary and z-loss, recorded by (layer, iteration). Their scaling is here.
+
+    aux: coefficient * N sum_i f_i P_i             f_i: share of the choices, P_i: mean score (arXiv 2101.03961)
+    z:   coefficient * mean (log sum_i exp logit_i)^2                                         (arXiv 2202.08906)
+
+What scales them, in this order: the coefficient, divided by the number of routers with `chain.aux_loss_reduction:
+mean`; for the z-loss the ranks that have parts of the same sequence; with `calculate_per_token_loss` the tokens, by
+which Megatron divides every gradient later. The gradient is then scaled once more, see `coe_megatron.zero.engine`.
+
+T: tokens, N: experts, C: iterations.
+"""
+
+from copy import copy
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, save_to_aux_losses_tracker, z_loss_func
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from coe_megatron.chain.settings import ChainSettings
+from coe_megatron.model.router_stats import RouterStats
+
+
+class RouterWithLosses(TopKRouter):
+    """Megatron's router as one of the `num_routers` of a chain, with losses and loads of its own in `stats`."""
+
+    _is_recomputed = False  # set by CoERouter for a call
+
+    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection, chain: ChainSettings) -> None:
+        self.num_routers = 1 if chain.gating == "fixed" else chain.iterations
+        if chain.aux_loss_reduction == "mean":
+            config = _with_divided_coefficients(config, self.num_routers)
+        super().__init__(config=config, pg_collection=pg_collection)
+        self.stats = RouterStats()
+
+    @property
+    def is_counting(self) -> bool:
+        """False in evaluation, and when a pass is recomputed."""
+        return self.training and torch.is_grad_enabled() and not self._is_recomputed
+
+    def attach_and_log_load_balancing_loss(
+        self,
+        activation,
+        aux_loss_coeff,
+        aux_loss,
+        aux_loss_name,
+        reduce_group,
+        reduce_group_has_dp=False,
+        valid_token_count=None,
+    ):
+        """As the stock method; the loss is also recorded here, and 1/C of it goes into Megatron's tracker."""
+        if self.is_counting:
+            loss = aux_loss.detach() / aux_loss_coeff  # what this rank's tokens add to the loss of all in reduce_group
+            self.stats.add_loss(aux_loss_name, loss * reduce_group.size())
+            self._track(aux_loss_name, loss, reduce_group, reduce_group_has_dp)
+        if self.calculate_per_token_loss:  # Megatron then divides every gradient by the number of tokens
+            aux_loss = aux_loss * (activation.shape[0] if valid_token_count is None else valid_token_count)
+        return MoEAuxLossAutoScaler.apply(activation, aux_loss)
+
+    def apply_z_loss(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Attach the z-loss, the mean of (log sum_i exp logit_i)^2 (arXiv 2202.08906), to logits [T, N].
+
+        Padding (mask [T] True) does not count.
+        """
+        coefficient = self.config.moe_z_loss_coeff
+        if coefficient is None or not (self.training and torch.is_grad_enabled()):
+            return logits
+        coefficient = coefficient / self.tp_cp_group.size()
+        loss = z_loss_func(logits, coefficient, padding_mask=padding_mask)
+        tokens: float | torch.Tensor = logits.shape[0]
+        if padding_mask is not None:
+            own = (~padding_mask).sum()
+            tokens = self._mean_over_parts(own)
+            loss = loss * (own / tokens)  # a token weighs the same in whichever part of the sequence it is
+        if self.is_counting:
+            self.stats.add_loss("z_loss", loss.detach() / coefficient)
+            self._track("z_loss", loss.detach() / coefficient)
+        if self.calculate_per_token_loss:  # Megatron then divides every gradient by the number of tokens
+            loss = loss * tokens
+        return MoEAuxLossAutoScaler.apply(logits, loss)
+
+    def _mean_over_parts(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Mean of a count over the ranks that have parts of the same sequences; above 0."""
+        ranks = self.tp_cp_group.size()
+        total = tokens.clone()
+        if ranks > 1:
+            torch.distributed.all_reduce(total, group=self.tp_cp_group)
+        return total.clamp(min=1) / ranks
+
+    def _track(self, name: str, loss: torch.Tensor, *reduced: Any) -> None:
+        layers = self.config.num_layers + (self.config.mtp_num_layers or 0)
+        save_to_aux_losses_tracker(name, loss / self.num_routers, self.layer_number, layers, *reduced)
+
+
+def _with_divided_coefficients(config: TransformerConfig, num_routers: int) -> TransformerConfig:
+    """With `mean` each of C routers gets an equal part of the coefficients of the auxiliary and z-losses."""
+    divided, coefficient = copy(config), config.moe_aux_loss_coeff
+    divided.moe_aux_loss_coeff = (
+        [c / num_routers for c in coefficient] if isinstance(coefficient, list) else coefficient / num_routers
+    )
+    if config.moe_z_loss_coeff is not None:
+        divided.moe_z_loss_coeff = config.moe_z_loss_coeff / num_routers
+    return divided
