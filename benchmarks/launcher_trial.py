@@ -132,7 +132,13 @@ class Trial:
             status = f"none in {END} s"
         took = time.monotonic() - began
         saved = len(list(self.folder.glob("saved-*")))
-        return f"status {status} after {took:.0f} s, {saved} of 2 saved, {len(self.ranks())} ranks alive then"
+        said = f"status {status} after {took:.0f} s, {saved} of 2 saved"
+        if not self.ranks():
+            return said
+        said += f", {len(self.ranks())} ranks alive then"
+        psutil.wait_procs(self.seen, timeout=90)
+        saved = len(list(self.folder.glob("saved-*")))
+        return f"{said}, {len(self.ranks())} 90 s later or less, and {saved} of 2 saved"
 
     def clear(self) -> None:
         """Kill by id all that was started."""
