@@ -7,6 +7,7 @@
 Programs call it, and what imports these late; importing the package changes nothing.
 """
 
+import gc
 import importlib
 import sys
 from collections.abc import Callable, Iterator
@@ -26,6 +27,18 @@ def import_deepspeed_muon() -> None:
     """Import Muon, which `deepspeed.initialize` does whatever the optimizer is: it brings Inductor too."""
     with _compiling_later():
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """While this lasts Python does not look for garbage: imports make next to none, and take a fifth less time."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from coe_megatron.config.arguments import Parser, program_name
 from coe_megatron.distributed.environment import MOST_RANKS, whole_number
 from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.launcher import network
+from coe_megatron.launcher.preloaded import Preloaded, is_loaded
 from coe_megatron.launcher.torchrun_supervisor import Requests, supervise
 from coe_megatron.run.exit_status import ExitStatus
 
@@ -75,12 +76,13 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # under nohup a terminal that is closed is none of its business
             signal.signal(number, lambda *_: requests.more())
+    preloaded = Preloaded() if is_loaded() else None  # before the thread is begun
     if options.watch_stdin:
         threading.Thread(target=watch, args=(requests,), daemon=True).start()
     logs = tempfile.mkdtemp(prefix="ranks-")
     own = [f"--log-dir={logs}", f"--max-restarts={max_restarts}", *local]
     command = [sys.executable, "-m", "coe_megatron.launcher.torchrun", *own, *options.torchrun]
-    status, cause = supervise(command, environment, Path(logs), max_restarts, requests)
+    status, cause = supervise(command, environment, Path(logs), max_restarts, requests, preloaded)
     if cause:
         told = f"rank {cause.rank}: {one_line(cause.message)}"
         print(f"{program.prog}: ended with status {status.value} ({status.name}), {told}", file=sys.stderr, flush=True)

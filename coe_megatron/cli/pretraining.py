@@ -17,6 +17,7 @@ Torchrun exits with 1 whatever the status was, and adds warnings and a traceback
 --dry-run, and no torchrun, mistakes in the config and in prepared data show alone.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -40,7 +41,7 @@ from coe_megatron.estimate.node_crossing import needless_crossing
 from coe_megatron.estimate.run_estimate import estimate, vocabulary
 from coe_megatron.estimate.run_shape import RunShape
 from coe_megatron.files import kind_of, problem, require_folder, user_path
-from coe_megatron.lean_imports import import_megatron
+from coe_megatron.lean_imports import import_megatron, without_collection
 from coe_megatron.run.exit_status import ExitStatus, write_error_file
 from coe_megatron.run.lock import FolderInUse
 from coe_megatron.run.output_check import require_output
@@ -134,12 +135,14 @@ def _pretrain(parser: Parser, ranks: DistributedEnv, checked: RunConfig | None, 
     from coe_megatron.training.console import quiet_libraries
 
     quiet_libraries()
-    import_megatron()
-    from coe_megatron.checkpoint.save_load import CheckpointNotSaved
-    from coe_megatron.data.token_file import DamagedTokens
-    from coe_megatron.distributed.rendezvous import RendezvousError, rendezvous
-    from coe_megatron.run.folder import OutputLost
-    from coe_megatron.training.loop import Interrupted, train
+    with without_collection():
+        import_megatron()
+        importlib.import_module("torch._dynamo")  # which torch's optimizers import
+        from coe_megatron.checkpoint.save_load import CheckpointNotSaved
+        from coe_megatron.data.token_file import DamagedTokens
+        from coe_megatron.distributed.rendezvous import RendezvousError, rendezvous
+        from coe_megatron.run.folder import OutputLost
+        from coe_megatron.training.loop import Interrupted, train
 
     try:
         store = rendezvous(ranks)

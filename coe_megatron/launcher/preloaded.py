@@ -31,6 +31,8 @@ from multiprocessing.reduction import recv_handle, send_handle
 from pathlib import Path
 from typing import Any, Never
 
+from coe_megatron.lean_imports import without_collection
+
 # What a training run imports, and the launcher that starts its ranks: modules, and functions to call (after a colon).
 TRAINING = (
     "coe_megatron.training.console:quiet_libraries",
@@ -209,11 +211,12 @@ def load(modules: Sequence[str] = TRAINING) -> None:
     _installed[:] = [entry for entry in sys.path[1:] if entry not in _python_path(os.environ)]
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"  # or libraries begin threads as they are imported
-    for name in modules:
-        if ":" in name:
-            pkgutil.resolve_name(name)()
-        else:
-            importlib.import_module(name)
+    with without_collection():
+        for name in modules:
+            if ":" in name:
+                pkgutil.resolve_name(name)()
+            else:
+                importlib.import_module(name)
     del os.environ["OMP_NUM_THREADS"]
     if before is not None:
         os.environ["OMP_NUM_THREADS"] = before

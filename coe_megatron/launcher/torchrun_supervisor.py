@@ -12,13 +12,13 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from coe_megatron.launcher.preloaded import Popen, Preloaded, is_loaded
+from coe_megatron.launcher.preloaded import Popen, Preloaded
 from coe_megatron.run.exit_status import ExitStatus, read_error_file, root_status
 
 _POLL_SECONDS = 0.2
@@ -52,13 +52,19 @@ class Requests:
 
 
 def supervise(
-    command: list[str], environment: Mapping[str, str], logs: Path, max_restarts: int, requests: Requests
+    command: list[str],
+    environment: Mapping[str, str],
+    logs: Path,
+    max_restarts: int,
+    requests: Requests,
+    preloaded: Preloaded | None = None,
 ) -> tuple[ExitStatus, Report | None]:
     """Run torchrun until it ends or is ended.
 
     Args:
         command: of torchrun, with `--log-dir` set to `logs` and `--max-restarts` set to `max_restarts`.
         logs: an empty folder for the ranks' error files.
+        preloaded: forks torchrun, and is closed then; None starts it afresh.
 
     Returns:
         The status of the ranks, and the report that it comes from, None if there is no report.
@@ -66,8 +72,9 @@ def supervise(
     adopt_orphans()
     others = frozenset(psutil.Process().children(recursive=True))
     # In its own session: the caller handles Ctrl-C and asks the ranks to stop.
-    with Preloaded() if is_loaded() else nullcontext() as preloaded:
-        torchrun = Popen(command, preloaded, env=dict(environment), start_new_session=True)
+    torchrun = Popen(command, preloaded, env=dict(environment), start_new_session=True)
+    if preloaded is not None:
+        preloaded.close()
     try:
         return _Supervisor(torchrun, logs, max_restarts, requests).run()
     finally:
