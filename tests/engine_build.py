@@ -20,7 +20,7 @@ from model_build import TOPK, make_config, make_gpt
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.config.settings import OptimizerSettings, TrainingSettings, ZeroSettings
 from coe_megatron.model import coe_block_spec
-from coe_megatron.model import routing_stats as stats
+from coe_megatron.model.router_state import update_router_state
 from coe_megatron.zero import engine as zero
 from coe_megatron.zero import train_step as passes
 
@@ -136,7 +136,7 @@ def take_steps(
         batches = list(micro_batches(step, engine.train_micro_batch_size_per_gpu()))
         with _seen_before_the_step(engine, trace) if step == first else nullcontext():
             loss = passes.train_step(engine, batches, _forward, loss_of)
-        stats.finish_step(engine.module)
+        update_router_state(engine.module)
         trace.norms.append(zero.gradient_norm(engine))
         trace.losses.append(float(_summed(loss)))
     trace.weights = {name: weight.detach().clone() for name, weight in engine.module.named_parameters()}

@@ -16,7 +16,7 @@ from coe_megatron.launcher.network import free_port
 from coe_megatron.training import loop
 
 PROGRAM = ROOT / "launch" / "pretrain_coe.py"
-SAID = "interrupted; the same command goes on from the newest checkpoint\n"
+SAID = "interrupted; the same command resumes from the most recent checkpoint\n"
 INTERRUPTS = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
 
 

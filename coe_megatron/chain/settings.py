@@ -1,4 +1,4 @@
-"""What makes a chain a chain: the settings of one Chain-of-Experts layer, validated where they are made."""
+"""Settings of a Chain-of-Experts layer, validated on construction."""
 
 import math
 from dataclasses import dataclass, fields
@@ -15,28 +15,28 @@ AuxLossReduction = Literal["sum", "mean"]
 
 @dataclass(frozen=True)
 class ChainSettings:
-    """Settings of the chain; everything else about the layer (N, K, sizes) belongs to the layer itself.
+    """Settings of the chain; the other settings of the layer (N, K, sizes) are in the section `moe`.
 
-    The last four are variants that the paper does not have (`chain.variants`); by default they are off.
+    The last four are variants that are not in the paper (`chain.variants`); all are off by default.
 
     Attributes:
-        iterations: C, how often tokens pass through the layer's experts; C = 1 is a mixture of experts.
-        gating: which router drives iteration t: `independent` W_t each, `shared_router` one W applied afresh, `fixed`
-            the experts and weights of iteration 1 (paper eq. 8).
-        residual: r(t): `inner` x(t-1), `init` x(0) (eq. 10), `outer` none inside and the input once at the end (eq. 9).
-        norm_placement: what leaves the sub-layer: `prenorm` h + Δ, `reference` u + Δ as in the authors' code,
-            `iteration_norm` every iteration a pre-norm sub-layer with a norm gain of its own.
-        aux_loss_reduction: how the coefficients of auxiliary and z-losses scale with C: `sum` gives each iteration
-            the full coefficient (the authors' code), `mean` gives each 1/C of it. They are one at C = 1.
-        learned_scale: x(t) = a_t ⊙ F_t(x(t-1)) + r(t) with a learned gain a_t [D] for each iteration, which starts at
-            this number, also at 0 (as in ReZero, arXiv 2003.04887, and LayerScale, arXiv 2103.17239); null for none.
-        conditioned: x(t) = F_t(c_t ⊙ x(t-1)) + r(t): router and experts of iteration t see the state through a learned
-            gain c_t [D], 1 at first; not with `iteration_norm`, whose norms have gains of their own.
-        no_return: logits[t,i] = -inf before scores are taken, for every expert i that has had the token in iterations
-            1 to t-1 (an expert that turned it away, being full, has not); needs C·K <= N, and neither `fixed` gating
-            nor groups of experts.
-        layers: numbers, from 1, of the layers that are chains; the other layers with experts are Megatron's MoE layer,
-            pre-norm, with C·K of N experts a token, which costs about the same. null makes all of them chains.
+        iterations: C, the number of iterations; C = 1 is a mixture of experts.
+        gating: router of iteration t: `independent`, W_t; `shared_router`, one W for all, applied to each state;
+            `fixed`, the experts and gates of iteration 1 (paper eq. 8).
+        residual: r(t): `inner` x(t-1), `init` x(0) (eq. 10), `outer` none in the iterations, and the input added once
+            at the end (eq. 9).
+        norm_placement: output of the sub-layer with input h and u = norm(h): `prenorm` h + Δ; `reference` u + Δ, as in
+            the authors' code; `iteration_norm`, where every iteration is a pre-norm sub-layer with its own norm gain.
+        aux_loss_reduction: how coefficients of auxiliary and z-losses scale with C: `sum` gives each iteration the full
+            coefficient (the authors' code), `mean` 1/C of it.
+        learned_scale: initial value of a learned gain a_t [D] per iteration, x(t) = a_t ⊙ F_t(x(t-1)) + r(t) (ReZero,
+            arXiv 2003.04887, starts at 0; LayerScale, arXiv 2103.17239); null for none.
+        conditioned: x(t) = F_t(c_t ⊙ x(t-1)) + r(t) with a learned gain c_t [D] per iteration, initially 1, on the
+            input of router and experts; not with `iteration_norm`, whose norms have such gains.
+        no_return: mask every expert i that processed the token in iterations 1 to t-1, logits[t,i] = -inf (an expert
+            that dropped it for capacity is not masked); needs C·K <= N, not with `fixed` gating or expert groups.
+        layers: 1-based numbers of the MoE layers that are chains; the others are Megatron's MoE layer, pre-norm, with
+            C·K of N experts per token, at about the same FLOPs. null makes all of them chains.
 
     Raises:
         ConfigError: a field has no valid value; the message names the field, the value and the valid ones.
@@ -91,16 +91,19 @@ class ChainSettings:
 
     @property
     def plain(self) -> "ChainSettings":
-        """What makes a layer that is no chain: with C·K experts a token it is Megatron's MoE layer."""
+        """Settings of a MoE layer that is not a chain (C = 1)."""
         return ChainSettings(iterations=1)
 
     def require_experts(self, experts: int, topk: int, groups: int | None) -> None:
-        """Raise a ConfigError if a layer of N experts in so many groups cannot have this chain, with K of them a token.
+        """Check that a layer with these experts can have this chain.
 
         Args:
             experts: N.
             topk: K.
-            groups: into how many groups the choice falls; None for no grouping.
+            groups: number of expert groups of group-limited routing; None for none.
+
+        Raises:
+            ConfigError: it cannot; one line that says why.
         """
         needed, asks = self.iterations * topk, "chain.no_return is true"
         if self.layers is not None:

@@ -1,33 +1,33 @@
-"""Starts a pretraining (coe_megatron/cli/pretraining.py), with its signal handlers set before anything is imported."""
+"""Entry point of pretraining (coe_megatron/cli/pretraining.py): sets signal handlers before it imports anything else."""
 
 import os
 import signal
 import sys
 from typing import Never
 
-GOES_ON = "the same command goes on from the newest checkpoint"
-INTERRUPTED = 130  # spelled out: this comes before all imports of our own
+RESUMES = "the same command resumes from the most recent checkpoint"
+INTERRUPTED = 130  # ExitStatus.INTERRUPTED, which is not imported yet
 
 
 def leave(*_: object) -> Never:
-    """End at once: a KeyboardInterrupt in the midst of an import may be lost in a library.
+    """Exit immediately: during an import a library may swallow a KeyboardInterrupt.
 
-    Python's own way out would abort where a thread is still writing a checkpoint.
+    A normal exit of the interpreter would abort if a thread is still writing a checkpoint.
     """
     if os.environ.get("RANK", "0") == "0":
-        print(f"interrupted; {GOES_ON}", file=sys.stderr, flush=True)
+        print(f"interrupted; {RESUMES}", file=sys.stderr, flush=True)
     os._exit(INTERRUPTED)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Pretrain as the arguments say; returns the exit status.
+    """Pretrain; returns the exit status.
 
     Args:
-        arguments: those of the command line when None: then this process is the program, and its signals are set too.
+        arguments: None takes those of the command line and sets the signal handlers of this process.
     """
     if arguments is None:
         signal.signal(signal.SIGINT, leave)  # before the imports, which take seconds
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a launcher that ignores it would have its ranks do so as well
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ranks would inherit SIG_IGN from a launcher
     from coe_megatron.cli.pretraining import pretrain
 
     return pretrain(arguments)

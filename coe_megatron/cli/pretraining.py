@@ -2,19 +2,19 @@
 
     torchrun --nproc-per-node 2 launch/pretrain_coe.py CONFIG.yaml [key.sub=value ...]
 
-Where the package is installed and no checkout is at hand, `-m coe_megatron.cli.pretrain` is the same program, and
-`coe-pretrain` its one rank. A CONFIG.yaml that is not there is looked for among the packaged configs: quickstart.yaml,
-gsm8k.yaml, paper/coe-2_4-64.yaml and others, as the folder configs/ of the repository has them.
+Without a checkout, use the installed package: `torchrun ... -m coe_megatron.cli.pretrain`, or `coe-pretrain` for one
+rank. If CONFIG.yaml does not exist, the packaged config of that name is used: quickstart.yaml, gsm8k.yaml,
+paper/coe-2_4-64.yaml and the others in configs/ of the repository.
 
-Run again with the same config, it goes on from its newest checkpoint. Exit status: 0 done; 1 an unexpected
-error; 2 a mistake in the config or the data (one line on stderr says which); 3 stopped as asked (SIGTERM, SIGUSR1,
-the stop file), and saved; 4 the loss has diverged; 5 a checkpoint could not be written; 6 another run writes the output
-folder; 7 the run hung; 8 the output folder was removed or moved while the run went on; 130 interrupted from the
-keyboard. After 1, 3, 6 and 7 the same command may be tried again.
+The same command resumes from the most recent checkpoint. Exit status: 0 done; 1 unexpected error; 2 invalid config or
+data (one line on stderr); 3 stopped on request (SIGTERM, SIGUSR1, the stop file), checkpoint saved; 4 the loss
+diverged; 5 a checkpoint could not be written; 6 another run is using the output folder; 7 the run hung; 8 the output
+folder was removed or moved during the run; 130 interrupted from the keyboard. After 1, 3, 6 and 7 the command can be
+retried.
 
-Torchrun exits with 1 whatever the status was, and adds warnings and a traceback of its own: the line that begins with
-"%(prog)s: error:" is the one to read; with its --log-dir each failed rank's status is in its error.json. With
---dry-run, and no torchrun, mistakes in the config and in prepared data show alone.
+Torchrun exits with 1 whatever the status was, and adds warnings and a traceback of its own: read the line that begins
+with "%(prog)s: error:", or each failed rank's status in the error.json of torchrun's --log-dir. With --dry-run, which
+needs no torchrun, mistakes in the config and the data are reported alone.
 """
 
 import importlib
@@ -29,7 +29,7 @@ from functools import partial
 from pathlib import Path
 
 from coe_megatron import scratch
-from coe_megatron.cli.pretrain import GOES_ON, leave
+from coe_megatron.cli.pretrain import RESUMES, leave
 from coe_megatron.config import RunConfig, load
 from coe_megatron.config.arguments import Parser, program_name, write_out
 from coe_megatron.config.load import parse
@@ -54,49 +54,53 @@ def pretrain(arguments: list[str] | None) -> int:
     parser.add_argument(
         "config", type=user_path, help="YAML file, or the name of a packaged config, such as quickstart.yaml"
     )
-    parser.add_argument("overrides", nargs="*", default=[], help="key.sub=value, which wins over the file")
-    parser.add_argument("--dry-run", action="store_true", help="say what the run would cost; needs no data, no ranks")
-    parser.add_argument("--json", action="store_true", help="with --dry-run: say it as one JSON object")
-    fits = "with --dry-run: refuse (exit status 2) what needs more, such as 80GiB, and say what would fit"
+    parser.add_argument("overrides", nargs="*", default=[], help="key.sub=value, overrides the file")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what the run would cost, and exit; needs no data or ranks"
+    )
+    parser.add_argument("--json", action="store_true", help="with --dry-run: print one JSON object")
+    fits = (
+        "with --dry-run: exit with status 2 if the run needs more than SIZE, such as 80GiB, and suggest what would fit"
+    )
     parser.add_argument("--device-memory", metavar="SIZE", help=fits)
-    stops = "stop after the step at hand, with a checkpoint, when this file exists; a new name for each start"
+    stops = "stop after the current step, with a checkpoint, when this file exists; use a new name for each start"
     parser.add_argument("--stop-file", metavar="FILE", type=user_path, help=stops)
     options = parser.parse_intermixed_args(arguments)
     if options.json and not options.dry_run:
-        parser.error("--json goes with --dry-run: a run writes its numbers into metrics.jsonl")
+        parser.error("--json needs --dry-run: a run writes its numbers into metrics.jsonl")
     if options.device_memory is not None and not options.dry_run:
-        parser.error("--device-memory goes with --dry-run: a run takes the memory that is there")
-    ranks = _ranks(parser)
+        parser.error("--device-memory needs --dry-run")
+    env = _distributed_env(parser)
     try:
         if options.dry_run:
             config = load(options.config, options.overrides)
             require_output(config)
             _require_warm_start(config)
-            return _forecast(ranks, config, options.json, options.device_memory)
-        if ranks.rank != 0:
-            return _pretrain(parser, ranks, None, None)
-        config = load(options.config, options.overrides, ranks.world_size)
+            return _print_estimate(env, config, options.json, options.device_memory)
+        if env.rank != 0:
+            return _pretrain(parser, env, None, None)
+        config = load(options.config, options.overrides, env.world_size)
         require_output(config)
         vocabulary(config, data_needed=True)
         _require_warm_start(config)
         _require_stop_file(options.stop_file)
-        return _pretrain(parser, ranks, config, options.stop_file)
+        return _pretrain(parser, env, config, options.stop_file)
     except FolderInUse as error:
         parser.refuse(ExitStatus.BUSY, str(error))
     except ConfigError as error:
         parser.error(str(error))
 
 
-def _ranks(parser: Parser) -> DistributedEnv:
-    """This process's place, or the end: before anything else is read, for a dry run too."""
+def _distributed_env(parser: Parser) -> DistributedEnv:
+    """Rank and world size of this process; exits if the variables are invalid, before any file is read."""
     try:
         return DistributedEnv.from_environment(os.environ)
     except ConfigError as error:
-        # Of torchrun's ranks the first speaks for all; started by hand, each does for itself.
+        # Under torchrun only the first rank prints; a rank that was started by hand prints its own line.
         parser.refuse(ExitStatus.MISTAKE, str(error), aloud="TORCHELASTIC_RUN_ID" not in os.environ)
 
 
-def _forecast(ranks: DistributedEnv, config: RunConfig, as_json: bool, device_memory: str | None) -> int:
+def _print_estimate(env: DistributedEnv, config: RunConfig, as_json: bool, device_memory: str | None) -> int:
     run = RunShape.of(config, vocabulary(config))
     cost = estimate(run)
     if device_memory is not None:
@@ -107,14 +111,14 @@ def _forecast(ranks: DistributedEnv, config: RunConfig, as_json: bool, device_me
         if refused := refusal(run, cost, available):
             raise ConfigError(f"--device-memory {device_memory}: {refused}")
     warnings = [*missing_folders(config.data), *filter(None, [needless_crossing(run, cost)])]
-    if ranks.rank == 0:
+    if env.rank == 0:
         as_text = json.dumps({**cost.as_dict(), "warnings": warnings}, indent=2) if as_json else cost.table()
         write_out(as_text if as_json else "\n".join([as_text, *(f"warning: {each}" for each in warnings)]))
     return 0
 
 
 def _require_warm_start(config: RunConfig) -> None:
-    """That there is a folder to begin with, unless the run has checkpoints of its own to go on from."""
+    """Check that the folder of `training.warm_start` exists, unless the run resumes from its own checkpoints."""
     source, own = config.training.warm_start, Path(config.output) / "checkpoints"
     if source is not None and kind_of(own, "output") is None:
         require_folder(Path(source), "training.warm_start")
@@ -122,16 +126,16 @@ def _require_warm_start(config: RunConfig) -> None:
 
 def _require_stop_file(path: Path | None) -> None:
     if path is not None and kind_of(path.parent, "--stop-file") not in (None, "folder"):
-        raise problem(path, "--stop-file", f"{path.parent} is no folder")
+        raise problem(path, "--stop-file", f"{path.parent} is not a folder")
 
 
-def _pretrain(parser: Parser, ranks: DistributedEnv, checked: RunConfig | None, stop_file: Path | None) -> ExitStatus:
-    """Args: what rank 0 has, which alone reads files at the start: a thousand ranks would read them all at once."""
+def _pretrain(parser: Parser, env: DistributedEnv, checked: RunConfig | None, stop_file: Path | None) -> ExitStatus:
+    """Train; `checked` and `stop_file` are given on rank 0 only, since a thousand ranks must not all read the config."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         stop_with_parent()
-    torchruns = ranks.log_dir.parents[2:3] if ranks.log_dir and ranks.local_rank == 0 else ()
+    torchruns = env.log_dir.parents[2:3] if env.log_dir and env.local_rank == 0 else ()
     scratch.enter(next(iter(torchruns), None))
-    # Imported here: the stack takes seconds, and a mistake in config or data should not.
+    # Imported late: this takes seconds, and mistakes in config or data should be reported at once.
     from coe_megatron.training.console import quiet_libraries
 
     quiet_libraries()
@@ -145,41 +149,41 @@ def _pretrain(parser: Parser, ranks: DistributedEnv, checked: RunConfig | None, 
         from coe_megatron.training.loop import Interrupted, train
 
     try:
-        store = rendezvous(ranks)
-    except RendezvousError as error:  # a mistake by hand; where a launcher has set the variables, a node may be lost
-        parser.refuse(ExitStatus.FAILED if ranks.launched else ExitStatus.MISTAKE, str(error), aloud=True)
+        store = rendezvous(env)
+    except RendezvousError as error:  # under a launcher a node may be lost; otherwise it is the user's mistake
+        parser.refuse(ExitStatus.FAILED if env.launched else ExitStatus.MISTAKE, str(error), aloud=True)
     if checked is not None:
         store.set("config", json.dumps(asdict(checked)))
     config = parse(json.loads(store.get("config")))
-    interruption = StopRequest(stop_file)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on there is a run, which notes how it ended
-    last_word = partial(write_error_file, environment=os.environ)
+    stop_request = StopRequest(stop_file)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on run.json records how the attempt ends
+    report_failure = partial(write_error_file, environment=os.environ)
     try:
-        outcome = train(config, ranks, store, interruption, last_word)
+        outcome = train(config, env, store, stop_request, report_failure)
     except KeyboardInterrupt:
         leave()
     except DamagedTokens as error:
-        whose = f"rank {ranks.rank}: " if ranks.world_size > 1 else ""
+        whose = f"rank {env.rank}: " if env.world_size > 1 else ""
         parser.refuse(ExitStatus.MISTAKE, f"{whose}{error}", aloud=True)
     except ConfigError:
         raise
     except Interrupted as error:
-        status, reason = error.status, f"{error}; {GOES_ON}"
+        status, reason = error.status, f"{error}; {RESUMES}"
     except FloatingPointError as error:
         status, reason = ExitStatus.DIVERGED, str(error)
     except CheckpointNotSaved as error:
-        status, reason = ExitStatus.NOT_SAVED, f"{error}; {GOES_ON}"
+        status, reason = ExitStatus.NOT_SAVED, f"{error}; {RESUMES}"
     except OutputLost as error:
         status, reason = ExitStatus.OUTPUT_LOST, str(error)
     except Exception as error:
-        last_word(ExitStatus.FAILED, one_line(f"{type(error).__name__}: {error}"), traceback.format_exc())
+        report_failure(ExitStatus.FAILED, one_line(f"{type(error).__name__}: {error}"), traceback.format_exc())
         raise
     else:
         if outcome is not None:
-            with suppress(SystemExit):  # the run is done, told or not
+            with suppress(SystemExit):  # the run is done, even if stdout is closed
                 write_out(outcome.summary())
         return ExitStatus.DONE
-    last_word(status, one_line(reason))
-    if ranks.rank == 0:
+    report_failure(status, one_line(reason))
+    if env.rank == 0:
         print(reason, file=sys.stderr)
     return status

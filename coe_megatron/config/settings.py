@@ -11,27 +11,27 @@ from pydantic import AfterValidator, Field
 from coe_megatron.chain.settings import ChainSettings, Recompute
 from coe_megatron.files import expand_user
 
-LARGEST = 2**31 - 1  # what torch's and numpy's 32-bit sizes and seeds hold
+LARGEST = 2**31 - 1  # the largest 32-bit size or seed of torch and numpy
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Index = Annotated[int, Field(ge=0, le=LARGEST)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-PathText = Annotated[str, AfterValidator(expand_user)]  # of a file or folder; ~ stands for the user's home
+PathText = Annotated[str, AfterValidator(expand_user)]  # of a file or folder; ~ is expanded
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
 class MLASettings:
-    """Multi-latent attention (DeepSeek-V2); without it attention is MHA or GQA.
+    """Multi-latent attention (MLA, DeepSeek-V2); null selects MHA or GQA.
 
     Attributes:
         kv_lora_rank: width of the compressed keys and values.
-        q_lora_rank: width of compressed queries; null takes queries straight from the hidden state.
-        qk_head_dim: size of a query and key head, its part without position.
-        qk_pos_emb_head_dim: size of its part with rotary position, one key of which all heads share.
+        q_lora_rank: width of compressed queries; null projects queries directly from the hidden state.
+        qk_head_dim: size of the part of a query or key head without rotary position.
+        qk_pos_emb_head_dim: size of the part with rotary position; all heads share its key.
         v_head_dim: size of a value head.
-        rotary_scaling_factor: above 1 it switches YaRN on and stretches positions by so much.
-        original_max_position_embeddings: positions YaRN stretches.
+        rotary_scaling_factor: factor by which YaRN extends the context; 1 disables YaRN.
+        original_max_position_embeddings: context length before YaRN extends it.
         mscale: YaRN's scale of cosine and sine.
         mscale_all_dim: YaRN's scale of the attention scores.
     """
@@ -49,7 +49,7 @@ class MLASettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """The transformer around the experts; names and meanings are Megatron-Core's.
+    """The transformer outside the experts; names and meanings are Megatron-Core's.
 
     Attributes:
         num_layers: transformer layers.
@@ -58,19 +58,20 @@ class ModelSettings:
         num_query_groups: key/value heads of grouped-query attention; as many as heads when null.
         kv_channels: size of a head; hidden_size / num_attention_heads when null. Unused with `mla`.
         ffn_hidden_size: width of dense layers (where `moe.layer_freq` has any); 4 x hidden_size when null.
-        seq_length: tokens of a sample.
+        seq_length: tokens per sample.
         vocab_size: rows of the embedding; the tokenizer's size rounded up to a multiple of 64 when null.
         activation: of experts and dense layers.
         normalization: of every norm.
         layernorm_epsilon: of every norm.
-        qk_layernorm: norms on queries and keys; with `mla` the latents have theirs anyway.
-        rotary_base: theta of the rotary positions.
+        qk_layernorm: normalise queries and keys; `mla` always normalises its latents.
+        rotary_base: theta of the rotary position embedding.
         untied_embeddings: the output layer has weights of its own.
-        hidden_dropout: of what attention and experts add to the residual stream.
-        attention_dropout: of the attention weights.
-        init_method_std: standard deviation of the normal initialisation.
-        scaled_init: Megatron's division of the output layers' deviation by sqrt(2 x layers); the paper has none.
-        mla: multi-latent attention instead of MHA or GQA; `{}` takes its defaults.
+        hidden_dropout: dropout of the attention and expert outputs, before they are added to the residual stream.
+        attention_dropout: dropout of the attention weights.
+        init_method_std: standard deviation of the normal weight initialisation.
+        scaled_init: divide the output layers' standard deviation by sqrt(2 x num_layers), as Megatron does and the
+            paper does not.
+        mla: multi-latent attention instead of MHA or GQA; `{}` selects its defaults.
     """
 
     num_layers: Annotated[int, Field(ge=1, le=10_000)] = 4
@@ -96,35 +97,39 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class MoESettings:
-    """The experts and how tokens are routed to them, in every iteration.
+    """The experts, and the routing of tokens to them in every iteration.
 
     Attributes:
         num_experts: N, the routed experts of a layer.
-        topk: K, the experts a token goes to in one iteration.
+        topk: K, the experts per token in one iteration.
         ffn_hidden_size: width of one expert.
-        num_shared_experts: M; they see every token in every iteration, and are computed as one of M times the width.
-        layer_freq: an expert layer every so many layers, or a list of 0 (dense) and 1 (experts), one per layer.
-        score_function: what makes scores of the router's logits.
+        num_shared_experts: M; each processes every token in every iteration; computed as one expert of M times the
+            width.
+        layer_freq: one MoE layer in every `layer_freq` layers, or a list of 0 (dense) and 1 (MoE), one entry per layer.
+        score_function: from router logits to scores.
         renormalise: divide a token's K gates by their sum (softmax scores only).
-        scaling: factor of all gates.
-        num_groups: group-limited routing: into how many groups the experts fall; null for none.
-        group_topk: group-limited routing: from how many groups a token chooses.
+        scaling: factor on all gates.
+        num_groups: group-limited routing: number of expert groups; null for none.
+        group_topk: group-limited routing: number of groups a token may choose experts from.
         router_init: `normal` as all other weights (Megatron), or `kaiming_uniform` with a = sqrt(5) (the paper's code).
         load_balancing: auxiliary loss: `seq_aux_loss` balances each sequence, `aux_loss` each micro-batch of a rank,
-            `global_aux_loss` the micro-batches of all ranks, those before it in the step included; `none` for no loss.
-        aux_loss_coeff: its coefficient (how it scales with the iterations: `chain.aux_loss_reduction`).
+            `global_aux_loss` the micro-batches of the step so far, on all ranks; `none` disables it.
+        aux_loss_coeff: coefficient of the auxiliary loss (`chain.aux_loss_reduction` says how it scales with
+            iterations).
         z_loss_coeff: coefficient of the router's z-loss; 0 for none.
-        expert_bias: balance without a loss: a bias on the choice, moved after each step (sigmoid scores only).
-        expert_bias_rate: by how much it moves.
-        input_jitter: in training the router's input is multiplied by noise from 1 - this to 1 + this.
-        capacity_factor: drop what exceeds this multiple of an expert's mean load without padding, the copies with the
-            lowest gates; null drops nothing.
-        pad_to_capacity: fill every expert up to its capacity, for fixed sizes.
-        dispatcher: how tokens travel to the experts' ranks.
-        force_load_balancing: for benchmarks alone: random logits in place of the router's, so that a run is as fast as
-            with the uniform routing that `--dry-run` assumes; what it learns is worth nothing.
-        recompute: what the backward pass computes again instead of keeping it: `none`; `experts`, what lies between the
-            two products of an expert; `iteration`, each iteration on its own; `layer`, the whole chain at once.
+        expert_bias: auxiliary-loss-free load balancing: a bias on the scores, for the choice of experts only, updated
+            after each step (sigmoid scores only).
+        expert_bias_rate: size of an update of the expert bias.
+        input_jitter: in training the router's input is multiplied by uniform noise in [1 - input_jitter, 1 +
+            input_jitter].
+        capacity_factor: capacity of an expert as a multiple of its mean load without padding tokens; copies above it
+            are dropped, lowest gates first; null drops nothing.
+        pad_to_capacity: pad every expert's input to its capacity, so that sizes are fixed.
+        dispatcher: Megatron-Core's token dispatcher.
+        force_load_balancing: for benchmarks only: random logits replace the router's, so that the load is uniform, as
+            `--dry-run` assumes; the model learns nothing useful.
+        recompute: activations that the backward pass recomputes: `none`; `experts`, the activation function between an
+            expert's two matrix products; `iteration`, one iteration at a time; `layer`, the whole chain at once.
     """
 
     num_experts: Count = 64
@@ -153,31 +158,31 @@ class MoESettings:
 
 @dataclass(frozen=True)
 class BlendPart:
-    """One of the corpora of a blend.
+    """One corpus of a blend.
 
     Attributes:
-        path: a folder that `launch/prepare_data.py` wrote.
-        weight: its share of the samples, relative to the other weights.
+        path: a folder written by `launch/prepare_data.py`.
+        weight: its share of the samples, relative to the sum of all weights.
     """
 
     path: PathText
-    weight: Annotated[float, Field(gt=0, le=1e18)]  # many of them have a sum
+    weight: Annotated[float, Field(gt=0, le=1e18)]  # the sum of many stays finite
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What to train on: folders that `launch/prepare_data.py` wrote, all with the same tokenizer.
+    """Training and validation data: folders written by `launch/prepare_data.py`, all with the same tokenizer.
 
     Attributes:
         path: the folder.
-        blend: several folders, whose samples are drawn in these proportions, in place of `path`; each goes through
-            epochs of its own.
-        validation: folders to validate on (their validation split), by the names their losses shall have; when null
-            that of `path`, named `valid`, or those of `blend`, named as their folders are.
-        samples: `row` makes each document one sample, cut or padded to seq_length, with the loss on what is not
-            padding; `packed` cuts the concatenated documents into full samples.
-        reset_at_documents: in packed samples attention does not see earlier documents and positions begin at 0 in each.
-        validation_samples: how many samples of each validation set an evaluation reads; all when null.
+        blend: several folders instead of `path`, whose samples are drawn in these proportions; each corpus has its own
+            epochs.
+        validation: name -> folder whose validation split is evaluated; the name labels its loss. When null: `path`,
+            named `valid`, or the folders of `blend`, by their names.
+        samples: `row` makes each document one sample, truncated or padded to seq_length, without loss on padding;
+            `packed` cuts the concatenated documents into full samples.
+        reset_at_documents: in packed samples, mask attention to earlier documents, and count positions from 0 in each.
+        validation_samples: samples per validation set in an evaluation; all when null.
     """
 
     path: PathText = "data/builtin"
@@ -190,20 +195,20 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW and its learning rate; weight decay spares norms and biases.
+    """AdamW and its learning rate; norms and biases have no weight decay.
 
     Attributes:
         lr: the learning rate after warm-up.
-        min_lr: to which it falls.
-        warmup: share of the steps over which it rises from zero.
-        decay: what follows warm-up: `constant`; `linear` or `cosine` down to `min_lr`; or `wsd`, constant and then
-            linear down to `min_lr` over the last `cooldown` share of the steps.
-        cooldown: that share.
+        min_lr: the learning rate at the end of the decay.
+        warmup: share of the steps over which the learning rate rises linearly from zero.
+        decay: schedule after warm-up: `constant`; `linear` or `cosine` down to `min_lr`; or `wsd`, constant and then
+            linear down to `min_lr`.
+        cooldown: share of the steps at the end over which `wsd` decays.
         betas: of AdamW.
         eps: of AdamW.
-        weight_decay: of AdamW, for matrices alone.
-        decay_routers: the routers' matrices decay as well.
-        clip: largest global gradient norm; null does not clip.
+        weight_decay: of AdamW, for matrices only.
+        decay_routers: apply weight decay to the routers too.
+        clip: largest global gradient norm; null disables clipping.
     """
 
     lr: Positive = 3e-4
@@ -220,15 +225,15 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class ParallelSettings:
-    """How the ranks divide the work; what is left of them is data parallelism. config/layout.py says what is valid.
+    """Parallel sizes; the remaining factor of the world size is data parallelism. Checked in config/layout.py.
 
     Attributes:
-        tensor: TP, the ranks that cut attention, shared experts and embedding, and the sequence in between.
+        tensor: TP, ranks that shard attention, shared experts and embedding, with sequence parallelism in between.
         pipeline: PP, the stages of consecutive layers (ZeRO stages 0 and 1).
-        expert: EP, the ranks that divide the experts of a layer among them.
-        expert_tensor: ETP, the ranks that cut every expert; independent of `tensor`.
-        world_size: number of ranks the run is meant for; null takes as many as are started. `--dry-run` counts on it.
-        ranks_per_node: how many of them a node has; `--dry-run` tells traffic inside nodes from that across them.
+        expert: EP, ranks that share the experts of a layer.
+        expert_tensor: ETP, ranks that shard each expert; independent of `tensor`.
+        world_size: required number of ranks; null accepts any. `--dry-run` assumes it.
+        ranks_per_node: ranks per node, from which `--dry-run` separates traffic within nodes from traffic across nodes.
     """
 
     tensor: Count = 1
@@ -241,15 +246,15 @@ class ParallelSettings:
 
 @dataclass(frozen=True)
 class ZeroSettings:
-    """DeepSpeed ZeRO: what the data-parallel ranks hold a part of each, instead of all of it.
+    """DeepSpeed ZeRO: what is sharded over the data-parallel ranks instead of replicated.
 
     Attributes:
-        stage: 0 nothing (fp32 only); 1 the optimizer's states; 2 gradients as well; 3 weights as well.
-        offload_optimizer: keep the optimizer's states, and step, in host memory (stages 1 to 3).
-        offload_parameters: keep the weights of stage 3 in host memory.
-        deepspeed: a JSON file in DeepSpeed's own words, whose keys are merged over ours, such as
-            `{"zero_optimization": {"overlap_comm": false}}`. What a setting here decides (batch, precision, clipping,
-            stage, optimizer) it must not say.
+        stage: 0 nothing (fp32 only); 1 optimizer states; 2 also gradients; 3 also weights.
+        offload_optimizer: keep optimizer states in host memory, and update weights there (stages 1 to 3).
+        offload_parameters: keep weights in host memory (stage 3).
+        deepspeed: a DeepSpeed config (JSON) that is merged over ours, such as
+            `{"zero_optimization": {"overlap_comm": false}}`. It must not contain what a setting here decides (batch
+            size, precision, clipping, stage, optimizer).
     """
 
     stage: Literal[0, 1, 2, 3] = 1
@@ -260,24 +265,24 @@ class ZeroSettings:
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How long, how fast, and what is written on the way.
+    """Length of training, batch sizes, precision, and when to log, evaluate and save.
 
     Attributes:
-        steps: optimizer steps of the whole run.
-        global_batch: samples a step, over all ranks.
-        micro_batch: samples a rank passes at once; what lies between the two is gradient accumulation.
-        seed: of weights, dropout and the order of samples.
-        precision: `bf16` trains bf16 weights with fp32 master weights, `fp32` everything in fp32.
+        steps: optimizer steps of the run.
+        global_batch: samples per step, over all ranks.
+        micro_batch: samples per forward pass on a rank; a step accumulates gradients over the micro-batches.
+        seed: seed of weights, dropout and the order of samples.
+        precision: `bf16` is bf16 weights and activations with fp32 master weights; `fp32` is fp32 throughout.
         log_every: steps between two lines of metrics.
-        evaluate_every: steps between two validations; the last step always has one.
-        save_every: steps between two checkpoints; the last step always saves one.
-        keep_checkpoints: how many of the newest stay.
-        milestones: steps after which a checkpoint is saved as well, and never deleted.
-        background_saving: training goes on while a checkpoint is written; until then a copy of the states stays in host
-            memory (16 bytes a parameter, divided among the ranks that share it).
-        warm_start: a checkpoint, or the folder of a run for its newest one, whose weights a new run begins with;
-            steps, optimizer states, data and schedule begin anew. null begins with random weights.
-        deterministic: choose algorithms that give the same bits in every run on the same devices; slower on CUDA.
+        evaluate_every: steps between two evaluations; the last step is always evaluated.
+        save_every: steps between two checkpoints; the last step is always saved.
+        keep_checkpoints: number of most recent checkpoints to keep.
+        milestones: further steps after which a checkpoint is saved, which is never deleted.
+        background_saving: write checkpoints in the background while training continues, from a copy of the states in
+            host memory (16 bytes per parameter, over the ranks that shard it).
+        warm_start: a checkpoint, or a run's folder for its most recent one, whose weights initialise a new run; steps,
+            optimizer states, data and schedule start from the beginning. null starts from random weights.
+        deterministic: use deterministic algorithms: the same bits in every run on the same devices; slower on CUDA.
     """
 
     steps: Count = 400
@@ -296,19 +301,19 @@ class TrainingSettings:
 
     @property
     def element_bytes(self) -> int:
-        """Of a weight, and of an element of an activation."""
+        """Bytes of a weight, and of an element of an activation."""
         return 2 if self.precision == "bf16" else 4
 
 
 @dataclass(frozen=True)
 class LoggingSettings:
-    """Where metrics go beside metrics.jsonl, which every run writes.
+    """Where metrics are written in addition to metrics.jsonl, which every run has.
 
     Attributes:
         tensorboard: write `tensorboard/` in the run's folder.
-        wandb: send them to Weights & Biases; needs the package `wandb` and, unless WANDB_MODE is offline, an account.
-            Its own variables say where to (WANDB_PROJECT, else coe_megatron; WANDB_NAME, else the last part of
-            `output`; WANDB_ENTITY).
+        wandb: log to Weights & Biases; needs the package `wandb` and, unless WANDB_MODE is offline, an account. Its own
+            environment variables apply: WANDB_PROJECT (default coe_megatron), WANDB_NAME (default the last part of
+            `output`), WANDB_ENTITY.
     """
 
     tensorboard: bool = True
@@ -317,13 +322,13 @@ class LoggingSettings:
 
 @dataclass(frozen=True)
 class ProfileSettings:
-    """A window of steps that torch's profiler watches; what it writes lies in `profile/` of the run's folder.
+    """A window of steps recorded by torch's profiler, which writes `profile/` in the run's folder.
 
     Attributes:
-        first_step: the first step (1-based) of the window; null profiles nothing.
-        steps: how many.
-        memory: record allocations too: in the trace and, on CUDA, as a snapshot for torch's memory viewer.
-        ranks: which ranks are profiled.
+        first_step: first step (1-based) of the window; null disables profiling.
+        steps: number of steps in the window.
+        memory: also record allocations, in the trace and, on CUDA, as a snapshot for torch's memory viewer.
+        ranks: ranks to profile.
     """
 
     first_step: Count | None = None
@@ -334,17 +339,17 @@ class ProfileSettings:
 
 @dataclass(frozen=True)
 class RecoverySettings:
-    """What is done when something goes wrong.
+    """Limits after which a run recovers from a hang, or from NaN or exploding losses.
 
     Attributes:
-        hang_after: seconds without a step, an evaluation or a checkpoint done after which every rank writes its stacks
-            to `stacks/` in the run's folder and ends with exit status 7; more than the longest of these takes. null
-            waits for ever.
-        skips: steps in a row that are left out, since their loss or a gradient is not finite or the loss too large,
-            before the run rolls back to its newest whole checkpoint and goes past the data since then.
-        rollbacks: how often in all a run rolls back; then it ends with exit status 4, for a person to decide.
-        loss_factor: a step whose loss is more than so many times the median of the last 50 is left out too; null leaves
-            out only what is not finite.
+        hang_after: timeout in seconds: if no step, evaluation or checkpoint completes in this time, every rank writes
+            its stack traces to `stacks/` in the run's folder and exits with status 7. Must exceed the longest of these.
+            null disables it.
+        skips: number of consecutive skipped steps (loss or a gradient not finite, or loss too large) after which the
+            run rolls back to its most recent complete checkpoint and skips the data since then.
+        rollbacks: largest number of rollbacks of a run; after it the run exits with status 4.
+        loss_factor: also skip a step whose loss exceeds this multiple of the median loss of the last 50 applied steps;
+            null skips only if loss or gradients are not finite.
     """
 
     hang_after: Positive | None = 1800.0
@@ -355,10 +360,10 @@ class RecoverySettings:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run, whole.
+    """All settings of a run.
 
     Attributes:
-        output: its folder, for config, metrics, TensorBoard and checkpoints.
+        output: the run's folder, for config, metrics, TensorBoard and checkpoints.
     """
 
     output: PathText = "runs/quickstart"
@@ -375,15 +380,15 @@ class RunConfig:
     profile: ProfileSettings = field(default_factory=ProfileSettings)
 
 
-# What may differ between the attempts of one run: it changes what is shown and kept, how far the run goes, or how the
-# work is divided.
+# Settings that may differ between the attempts of a run: they change what is logged and kept, the number of steps, or
+# the parallel layout.
 _MAY_CHANGE = {
     "output",
-    "data.path",  # checkpoints remember the text and its weights themselves
+    "data.path",  # checkpoints record the text and its weights
     "data.blend",
     "moe.recompute",
     "training.steps",
-    "training.micro_batch",  # another layout may need another, and a step takes the same samples
+    "training.micro_batch",  # another layout may need another; a step has the same samples
     "training.log_every",
     "training.evaluate_every",
     "training.save_every",
@@ -396,5 +401,5 @@ _SECTIONS_THAT_MAY_CHANGE = ("data.validation", "logging.", "parallel.", "profil
 
 
 def may_change(name: str) -> bool:
-    """Whether a run may go on with another value of a setting, named as `moe.topk`."""
+    """Whether a run may resume with another value of a setting, named like `moe.topk`."""
     return name in _MAY_CHANGE or name.startswith(_SECTIONS_THAT_MAY_CHANGE)

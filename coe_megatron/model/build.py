@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from coe_megatron.config.settings import MLASettings, ModelSettings, MoESettings, RunConfig
 from coe_megatron.model import coe_block_spec
-from coe_megatron.model.routing_stats import routers
+from coe_megatron.model.layer import routers
 
 
 def build_model(config: RunConfig, vocab_size: int) -> GPTModel:

@@ -243,3 +243,15 @@ class CoELayer(MoELayer):
 
 def _called(function: Callable, *args: Any) -> Any:
     return function(*args)
+
+
+def coe_layers(model: torch.nn.Module) -> Iterator[CoELayer]:
+    """All Chain-of-Experts layers of a model, in order."""
+    return (layer for layer in model.modules() if isinstance(layer, CoELayer))
+
+
+def routers(model: torch.nn.Module) -> Iterator[tuple[int, int, CoERouter]]:
+    """(layer number, iteration, router) of every router in a model, both counted from 1."""
+    for layer in coe_layers(model):
+        for t, router in enumerate(layer.routers):
+            yield layer.layer_number, t + 1, router

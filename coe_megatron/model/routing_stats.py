@@ -1,16 +1,14 @@
-"""Reads what routers and chains recorded during a step: by (layer, iteration), over all ranks."""
+"""Reports of what routers and chain probes recorded during a step, by (layer, iteration), over all ranks."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.transformer.moe.moe_utils import get_updated_expert_bias
 
 from coe_megatron.model.chain_probe import ChainProbe
-from coe_megatron.model.layer import CoELayer
+from coe_megatron.model.layer import CoELayer, coe_layers
 from coe_megatron.model.router import CoERouter
 from coe_megatron.model.router_stats import RouterStats
 
@@ -60,18 +58,6 @@ class RoutingReport:
         return values if self.pairs is not None else {name: values[name] for name in values if name != "pairs"}
 
 
-def layers(model: torch.nn.Module) -> Iterator[CoELayer]:
-    """Every layer with a chain, in the model's order."""
-    return (layer for layer in model.modules() if isinstance(layer, CoELayer))
-
-
-def routers(model: torch.nn.Module) -> Iterator[tuple[int, int, CoERouter]]:
-    """(layer, iteration, router) of every router in the model, both counted from 1."""
-    for layer in layers(model):
-        for t, router in enumerate(layer.routers):
-            yield layer.layer_number, t + 1, router
-
-
 def reset_routing(model: torch.nn.Module, detailed: bool = False, pairs: bool = False) -> None:
     """Forget what was recorded; call it before each step.
 
@@ -79,7 +65,7 @@ def reset_routing(model: torch.nn.Module, detailed: bool = False, pairs: bool = 
         detailed: a report of the step is wanted, which takes time.
         pairs: with pairs of experts in it, which are N x N numbers for each iteration after the first.
     """
-    for layer in layers(model):
+    for layer in coe_layers(model):
         experts = layer.config.num_moe_experts if pairs else None
         layer.probe = ChainProbe(layer.chain.iterations, experts) if detailed else None
         for router in layer.routers:
@@ -96,7 +82,7 @@ def report_routing(model: torch.nn.Module) -> list[RoutingReport]:
 
 def _report_stage(model: torch.nn.Module) -> list[RoutingReport]:
     """The reports of this stage's layers; one collective over the ranks that saw other tokens."""
-    found = [(layer, t) for layer in layers(model) for t in range(layer.chain.iterations)]
+    found = [(layer, t) for layer in coe_layers(model) for t in range(layer.chain.iterations)]
     if not found:
         return []
     recorded = [_as_vector(layer, t) for layer, t in found]
@@ -120,30 +106,6 @@ def summary(reports: list[RoutingReport]) -> dict[str, float]:
         values = [getattr(report, name) for report in reports]
         found[f"routing_{name}"] = [value for value in values if value is not None]
     return {name: _ratio(sum(values), len(values)) for name, values in found.items() if values or "loss" in name}
-
-
-def finish_step(model: torch.nn.Module, taken: bool = True) -> None:
-    """What routers need after an optimizer step; a collective where the expert bias is on and the step was `taken`.
-
-    Each expert bias moves against its expert's load (arXiv 2408.15664), per iteration, and the loads that the global
-    auxiliary loss averages over the micro-batches of a step begin anew. A step that was left out moves no bias.
-    """
-    found = [router for _, _, router in routers(model)]
-    for router in found:
-        router.reset_global_aux_loss_tracker()
-    biased = [router for router in found if router.enable_expert_bias]
-    if not taken:
-        for router in biased:
-            router.local_tokens_per_expert.zero_()
-        return
-    if not biased:
-        return
-    loads = torch.stack([router.local_tokens_per_expert for router in biased])
-    biases = torch.stack([router.expert_bias for router in biased])
-    updated = get_updated_expert_bias(loads, biases, biased[0].config.moe_router_bias_update_rate)
-    for router, bias in zip(biased, updated, strict=True):
-        router.local_tokens_per_expert.zero_()
-        router.expert_bias.copy_(bias)
 
 
 def _router(layer: CoELayer, t: int) -> CoERouter:

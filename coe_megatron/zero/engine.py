@@ -74,8 +74,7 @@ from coe_megatron.distributed.collectives import run_on_rank0
 from coe_megatron.distributed.process_groups import MegatronGroups
 from coe_megatron.errors import ConfigError
 from coe_megatron.lean_imports import import_deepspeed_muon
-from coe_megatron.model.layer import CoELayer
-from coe_megatron.model.routing_stats import routers
+from coe_megatron.model.layer import CoELayer, routers
 from coe_megatron.zero import expert_groups, grad_clip, optimizer_states
 
 Engine: TypeAlias = deepspeed.DeepSpeedEngine

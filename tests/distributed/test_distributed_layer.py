@@ -38,7 +38,7 @@ from model_oracle import CHAINS, ITERATIONS, VARIANTS, chain_of, make_batch, ora
 from ranks import run_ranks
 
 from coe_megatron.chain.settings import ChainSettings, Recompute
-from coe_megatron.model.routing_stats import finish_step
+from coe_megatron.model.router_state import update_router_state
 
 TOLERANCE = 1e-5  # relative to the largest entry, fp32
 SHARED = {"moe_shared_expert_intermediate_size": 40}
@@ -212,7 +212,7 @@ def feature_rounds(name: str, gating: str, layout: dict[str, int]) -> Named:
     first = _feature_round(name, layer, RouterReplayAction.RECORD, recorded)
     if config.moe_router_enable_expert_bias:
         counts = [router.local_tokens_per_expert.clone() for router in layer.mlp.routers]
-    finish_step(layer)
+    update_router_state(layer)
     with torch.no_grad():
         for weight in (part for part_name, part in parts_of(layer).items() if part_name.startswith("router")):
             weight.neg_()

@@ -15,7 +15,8 @@ from coe_megatron.chain.settings import Gating, Recompute
 from coe_megatron.local_backend.experts import GroupedExperts
 from coe_megatron.model import CoELayer
 from coe_megatron.model.capacity import filled_up, rows_per_expert, within_capacity
-from coe_megatron.model.routing_stats import RoutingReport, finish_step, report_routing, reset_routing
+from coe_megatron.model.router_state import update_router_state
+from coe_megatron.model.routing_stats import RoutingReport, report_routing, reset_routing
 
 LENGTHS = (6, 2, 5)  # of the documents
 REAL = sum(LENGTHS)
@@ -79,7 +80,7 @@ def step(layer: CoELayer, length: int) -> tuple[Named, list[Tensor], list[Routin
         found |= {f"{name} {t}": loss for name, loss in router.stats.losses.items()}
         if router.enable_expert_bias:
             found[f"counts {t}"] = router.local_tokens_per_expert.clone()
-    finish_step(layer)
+    update_router_state(layer)
     if layer.config.moe_expert_capacity_factor is not None:
         assert not any(choices[~real_SB.flatten()].any() for choices in kept)
     return found, [choices[real_SB.flatten()] for choices in kept], report_routing(layer)

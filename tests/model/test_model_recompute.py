@@ -25,7 +25,7 @@ from model_build import (
 from coe_megatron.chain.settings import ChainSettings, Gating, NormPlacement, Recompute, Residual
 from coe_megatron.model import coe_layer_spec
 from coe_megatron.model.layer import CoELayer
-from coe_megatron.model.routing_stats import finish_step
+from coe_megatron.model.router_state import update_router_state
 
 MODES = get_args(Recompute)
 SHARED = {"moe_shared_expert_intermediate_size": 20}
@@ -81,7 +81,7 @@ def two_steps(layer: TransformerLayer, padding: bool = False) -> Named:
             found |= {f"load {step}.{t}": router.stats.load, f"calls {step}.{t}": torch.tensor(router.stats.calls)}
             if router.enable_expert_bias:
                 found[f"counts {step}.{t}"] = router.local_tokens_per_expert.clone()
-        finish_step(layer)
+        update_router_state(layer)
         found |= {
             f"bias {step}.{t}": r.expert_bias.clone() for t, r in enumerate(layer.mlp.routers) if r.enable_expert_bias
         }

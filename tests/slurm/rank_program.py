@@ -12,11 +12,11 @@ import sys
 import time
 from pathlib import Path
 
-from coe_megatron.cli.pretrain_itself import GOES_ON, leave, main  # type: ignore[import-not-found]
+from coe_megatron.cli.pretrain_itself import RESUMES, leave, main  # type: ignore[import-not-found]
 
 from coe_megatron.run.exit_status import ExitStatus
 
-__all__ = ["GOES_ON", "leave", "main"]
+__all__ = ["RESUMES", "leave", "main"]
 NOTED = ("SLURM", "COE_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GLOO_", "NCCL_", "TORCHELASTIC_", "SITE_")
 
 

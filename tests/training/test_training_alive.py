@@ -67,7 +67,7 @@ def test_a_stop_file_ends_a_run_without_torchrun_and_it_goes_on(
         process.wait(timeout=60)
     (saved,) = checkpoints(tmp_path / "run")
     step = int(saved.removeprefix("step-"))
-    line = f"stopped after step {step} of 5000; the same command goes on from the newest checkpoint"
+    line = f"stopped after step {step} of 5000; the same command resumes from the most recent checkpoint"
     assert errors(tmp_path / "logs") == {0: (3, line), 1: (3, line)}
     settings = (f"data.path={prepared}", f"output={tmp_path / 'run'}", f"training.steps={step + 2}")
     done = torchrun("launch/pretrain_coe.py", config, *settings)

@@ -26,8 +26,10 @@ from coe_megatron.config.settings import (
     ZeroSettings,
 )
 from coe_megatron.distributed.process_groups import seed_dropout
-from coe_megatron.model import routing_stats as stats
+from coe_megatron.model import routing_stats
 from coe_megatron.model.build import build_model
+from coe_megatron.model.layer import routers
+from coe_megatron.model.router_state import update_router_state
 from coe_megatron.training.evaluation import Batch, ValidationSet, forward, masked_loss_sum, validate
 from coe_megatron.zero import engine as zero
 from coe_megatron.zero import optimizer_states as states
@@ -112,10 +114,10 @@ def train(config: RunConfig, evaluate: bool, packed: bool) -> dict[str, Any]:
     for step in range(STEPS):
         if evaluate:
             found["valid"] += _evaluated(engine, validation)
-        stats.reset_routing(engine.module)
+        routing_stats.reset_routing(engine.module)
         batches = [batch_of(10 * step + number, packed) for number in range(steps)]
         loss = passes.train_step(engine, batches, forward, lambda losses, batch: masked_loss_sum(losses, batch) / 100)
-        stats.finish_step(engine.module)
+        update_router_state(engine.module)
         found["loss"].append(float(loss))
         found["norm"].append(zero.gradient_norm(engine))
     found["valid"].append(validate(engine, validation)["valid_loss"])
@@ -138,7 +140,7 @@ def _evaluated(engine: zero.Engine, validation: dict[str, ValidationSet]) -> lis
 def _state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Generators, buffers (counts for the expert bias and of the global loss) and what Megatron tracks."""
     generators = {f"generator {name}": state for name, state in get_cuda_rng_tracker().get_states().items()}
-    counts = {f"calls {layer} {t}": torch.tensor(router.stats.calls) for layer, t, router in stats.routers(model)}
+    counts = {f"calls {layer} {t}": torch.tensor(router.stats.calls) for layer, t, router in routers(model)}
     named = {**generators, **counts, **tracked_losses(), "generator": torch.get_rng_state()}
     return {name: value.clone() for name, value in {**named, **dict(model.named_buffers())}.items()}
 

@@ -1,4 +1,4 @@
-"""Steps that would spoil a run: left out, then rolled back and gone past, at last given up; whatever stops it then."""
+"""NaN and exploding losses: steps are skipped, then the run rolls back and skips data, finally it gives up."""
 
 import json
 import math
@@ -18,9 +18,9 @@ from coe_megatron.config import RunConfig
 from coe_megatron.config.settings import RecoverySettings
 from coe_megatron.data.datasets import StepBatches
 from coe_megatron.errors import ConfigError
-from coe_megatron.model import routing_stats
+from coe_megatron.model.layer import routers
 from coe_megatron.run.metrics_log import read_metrics
-from coe_megatron.training import recovery
+from coe_megatron.training import loop, recovery
 from coe_megatron.training.loop import Interrupted, Pretraining
 from coe_megatron.training.progress import Progress
 
@@ -51,7 +51,7 @@ def checkpoints(folder: Path) -> list[int]:
 
 def killed_before(step: int, after_rollback: bool = True) -> Callable[[Pretraining, int], None]:
     def kill(run: Pretraining, at: int) -> None:
-        if at == step and (run.position.rollbacks or not after_rollback):
+        if at == step and (run.state.rollbacks or not after_rollback):
             raise Killed
 
     return kill
@@ -73,26 +73,26 @@ def test_a_nan_in_one_batch_leaves_one_step_out(
 
 
 @pytest.mark.thorough
-def test_a_step_that_is_left_out_moves_no_expert_bias(
+def test_a_skipped_step_updates_no_expert_bias(
     single_rank: None, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moved: list[tuple[bool, float]] = []
 
-    def finish(model: torch.nn.Module, taken: bool) -> None:
-        before = [router.expert_bias.clone() for _, _, router in routing_stats.routers(model)]
-        plain(model, taken)
-        after = [router.expert_bias for _, _, router in routing_stats.routers(model)]
-        assert all(router.local_tokens_per_expert.sum() == 0 for _, _, router in routing_stats.routers(model))
-        moved.append((taken, float((torch.stack(after) - torch.stack(before)).abs().max())))
+    def finish(model: torch.nn.Module, applied: bool) -> None:
+        before = [router.expert_bias.clone() for _, _, router in routers(model)]
+        plain(model, applied)
+        after = [router.expert_bias for _, _, router in routers(model)]
+        assert all(router.local_tokens_per_expert.sum() == 0 for _, _, router in routers(model))
+        moved.append((applied, float((torch.stack(after) - torch.stack(before)).abs().max())))
 
-    plain = routing_stats.finish_step
-    monkeypatch.setattr(routing_stats, "finish_step", finish)
+    plain = loop.update_router_state
+    monkeypatch.setattr(loop, "update_router_state", finish)
     config = small(prepared, tmp_path, steps=3)
     object.__setattr__(config.moe, "score_function", "sigmoid")
     object.__setattr__(config.moe, "expert_bias", True)
     with planted({1: NAN}):
         attempt(config)
-    assert [taken for taken, _ in moved] == [True, False, True]
+    assert [applied for applied, _ in moved] == [True, False, True]
     assert moved[0][1] > 0 and moved[1][1] == 0 and moved[2][1] > 0
 
 
@@ -251,7 +251,7 @@ def test_a_state_without_a_position_is_one_line() -> None:
         TrainState.of(state)
 
 
-def test_the_median_is_of_the_newest_steps_that_were_taken() -> None:
+def test_the_median_is_of_the_newest_steps_that_were_applied() -> None:
     settings, position = RecoverySettings(loss_factor=3.0), TrainState()
     assert recovery.loss_limit(settings, position) is None
     for loss in [*[100.0] * 50, *[2.0] * 26]:
@@ -283,5 +283,5 @@ def on_a_rank(config: RunConfig, layout: str) -> list[Any]:
         object.__setattr__(config.model, "num_layers", 2)
     positions: list[Any] = []
     with planted({2: 100.0, **TWICE}, rank=1):
-        attempt(config, lambda run, _: positions.append((run.position.step, run.position.skipped_steps)))
+        attempt(config, lambda run, _: positions.append((run.state.step, run.state.skipped_steps)))
     return positions

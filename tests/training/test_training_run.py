@@ -281,7 +281,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_a_run_in_one_line(
     assert done.returncode == 5 and "Traceback" not in done.stderr, done.stderr
     step = tmp_path / "checkpoints" / "step-00000002"
     assert f"checkpoint {step} could not be saved: " in done.stderr
-    assert done.stderr.endswith("; the same command goes on from the newest checkpoint\n")
+    assert done.stderr.endswith("; the same command resumes from the most recent checkpoint\n")
     assert not step.exists() and "CheckpointNotSaved" in (tmp_path / "run.json").read_text()
 
 
@@ -489,7 +489,7 @@ def test_a_second_ctrl_c_does_not_wait_for_a_checkpoint(config: Path, prepared: 
     finally:
         process.kill()
     assert process.returncode == 130 and "Traceback" not in said
-    assert said.endswith("; the same command goes on from the newest checkpoint\n")
+    assert said.endswith("; the same command resumes from the most recent checkpoint\n")
     done = python("launch/checkpoint.py", "verify", tmp_path)
     assert done.returncode == 0 and ": complete\n" in done.stdout
 

@@ -20,7 +20,7 @@ from ranks import run_ranks
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.config.settings import OptimizerSettings
 from coe_megatron.model import coe_layer_spec
-from coe_megatron.model.routing_stats import layers
+from coe_megatron.model.layer import coe_layers
 from coe_megatron.zero import engine as zero
 from coe_megatron.zero import expert_groups
 from coe_megatron.zero import optimizer_states as states
@@ -204,7 +204,7 @@ def test_stage_3_gathers_a_layer_once_a_pass_whatever_its_iterations(monkeypatch
     engine = make_engine(8, stage=3, chain=ChainSettings(iterations=3), layers=2)
     take_steps(engine, 0, 1)
     assert fetched.count("CoELayer") == 2 * 2, "each of two layers once forward and once backward"
-    inside = {type(module).__name__ for layer in layers(engine.module) for module in layer.modules()} - {"CoELayer"}
+    inside = {type(module).__name__ for layer in coe_layers(engine.module) for module in layer.modules()} - {"CoELayer"}
     assert {"CoERouter", "GroupedExperts"} <= inside
     assert not {"CoERouter", "GroupedExperts", "SharedExpertMLP"} & set(fetched)
 

@@ -10,7 +10,7 @@ from engine_build import Named, make_engine, micro_batches, use_groups
 from megatron.core import parallel_state
 from ranks import run_ranks
 
-from coe_megatron.model import routing_stats as stats
+from coe_megatron.model.router_state import update_router_state
 from coe_megatron.zero import engine as zero
 from coe_megatron.zero import optimizer_states as states
 from coe_megatron.zero import train_step as passes
@@ -97,7 +97,7 @@ def step(engine: Any, number: int, mishap: str = "") -> float:
 
     seen: list[torch.Tensor] = []
     passes.train_step(engine, batches, forward, loss_of, max_loss=1e-3 if mishap == "too large" else 1e3)
-    stats.finish_step(engine.module)
+    update_router_state(engine.module)
     for hook in hooks:
         hook.remove()
     return zero.gradient_norm(engine)
