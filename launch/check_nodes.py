@@ -1,4 +1,4 @@
-"""Checks nodes before a run; check_nodes.py --help says how."""
+"""Checks nodes before a run; see check_nodes.py --help."""
 
 import sys
 

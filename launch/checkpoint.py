@@ -1,4 +1,4 @@
-"""Looks at checkpoints, verifies and rewrites them; checkpoint.py --help says how."""
+"""Looks at checkpoints, verifies and rewrites them; see checkpoint.py --help."""
 
 import sys
 

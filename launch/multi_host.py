@@ -1,4 +1,4 @@
-"""Pretrains on several hosts without SLURM; multi_host.py --help says how."""
+"""Pretrains on several hosts without SLURM; see multi_host.py --help."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Runs torchrun on this host, supervised; one_host.py --help says how."""
+"""Runs torchrun on this host, supervised; see one_host.py --help."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Prepares text for training; prepare_data.py --help says how."""
+"""Prepares text for training; see prepare_data.py --help."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Shows how runs stand; status.py --help says how."""
+"""Shows the status of runs; see status.py --help."""
 
 import sys
 

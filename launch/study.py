@@ -1,4 +1,4 @@
-"""Plans, runs, submits and reports studies; study.py --help says how."""
+"""Plans, runs, submits and reports studies; see study.py --help."""
 
 import sys
 

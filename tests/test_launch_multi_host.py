@@ -38,7 +38,7 @@ def launch(program: str, *arguments: str, **variables: str) -> subprocess.Comple
         (("--hosts", "a@b@c", CONFIG), "'a@b@c' is not a host name"),
         (("--hosts", "a:" + "9" * 5000, CONFIG), "it must be a whole number from 1 to 4096"),
         (("--hosts", "a,b", "--remote-shell", "'", CONFIG), "No closing quotation"),
-        (("--hosts", "a,b", "--remote-shell", "true", CONFIG), "host a: true has not run the command"),
+        (("--hosts", "a,b", "--remote-shell", "true", CONFIG), "host a: true did not run the command"),
         (("--hosts", "a:2,b:4", CONFIG), "slots differ (a=2, b=4)"),
         (
             ("--hosts", "a", "--ranks-per-node", "0", CONFIG),
@@ -53,7 +53,7 @@ def launch(program: str, *arguments: str, **variables: str) -> subprocess.Comple
         ),
         (
             ("--hosts", "a,b", "--min-hosts", "3", CONFIG),
-            "--min-hosts (there are so many hosts) is '3': it must be a whole number from 1 to 2",
+            "--min-hosts (at most the number of hosts) is '3': it must be a whole number from 1 to 2",
         ),
         (("--hosts", "a,b", ""), "argument config: a path is needed, not an empty text"),
         (("--hosts", "a,b", "--stop-file", "", CONFIG), "argument --stop-file: a path is needed, not an empty text"),
@@ -134,15 +134,21 @@ def test_a_mistake_on_one_host_is_one_line(arguments: tuple[str, ...], says: str
     [
         (("--output", "o"), "--name is missing: without srun and torchrun"),
         (("--output", "o", "--nodes", "a,b", "--name", "c"), "--name is c: it must be one of --nodes, a,b"),
-        (("--output", "o", "--nodes", "a,a", "--name", "a"), "--nodes is a,a: a name stands there twice"),
-        (("--output", "o", "--nodes", "a", "--name", "a", "--meet", "x"), "--meet is x: it must be ADDRESS:PORT"),
+        (("--output", "o", "--nodes", "a,a", "--name", "a"), "--nodes is a,a: a name is given twice"),
+        (
+            ("--output", "o", "--nodes", "a", "--name", "a", "--rendezvous", "x"),
+            "--rendezvous is x: it must be ADDRESS:PORT",
+        ),
         (
             ("--output", "o", "--nodes", "a", "--name", "a", "--report", "no/r"),
             "the folder of --report is no: there is no",
         ),
         (("--output", "o", "--nodes", "a", "--name", "a", "--report", "launch"), "--report is launch: it is a folder"),
-        (("--output", "o", "--nodes", "a,,b", "--name", "a"), "--nodes is 'a,,b': it must be names by comma"),
-        (("--output", "o", "--nodes", "a", "--name", "a", "--meet", "a:65536"), "with a port from 1 to 65535"),
+        (
+            ("--output", "o", "--nodes", "a,,b", "--name", "a"),
+            "--nodes is 'a,,b': it must be names separated by commas",
+        ),
+        (("--output", "o", "--nodes", "a", "--name", "a", "--rendezvous", "a:65536"), "with a port from 1 to 65535"),
         (("--output", "o", "--timeout", "nan"), "argument --timeout: 'nan' must be a number from 0"),
         (("--output", "o", "--slow", "0"), "argument --slow: '0' must be above 0"),
         (("--output", "~no-such-user/o"), "~no-such-user/o: there is no such user here"),
@@ -281,7 +287,7 @@ def test_ranks_of_a_launcher_that_was_killed_save_without_torchruns_time_limit(t
     assert (tmp_path / "saved").exists()
 
 
-# A remote shell that answers where to meet, and whose ranks wait for a word from the launcher.
+# A remote shell that answers with the rendezvous address, and whose ranks wait for a request of the launcher.
 REMOTE = """#!/bin/sh
 case "$2" in
 *coe_megatron.cli.one_host*) echo here; read word; echo "told $word"; test "$word" = stop && exit 3; exit 1 ;;

@@ -1,4 +1,4 @@
-"""Look at checkpoints, verify them, write them anew or average them: one process, no GPU, no model."""
+"""Inspects, verifies, reshards and averages checkpoints, in one process without a GPU or a model."""
 
 import argparse
 import json
@@ -20,38 +20,42 @@ DIR is a checkpoint, or the folder of a run: its most recent checkpoint (reshard
 The result is a checkpoint too. A run can start from it with training.warm_start, or resume from it if it is among the
 run's checkpoints and has optimizer states.
 
-exit status: 0 done, 1 verify found a damaged checkpoint, 2 a mistake or what cannot be done (one line on stderr says
-which, and nothing was written), 130 interrupted."""
+exit status: 0 done, 1 verify found a damaged checkpoint, 2 invalid arguments or an impossible operation (one line on
+stderr, nothing written), 130 interrupted."""
 
 COMMANDS = {
     "inspect": "Describe a checkpoint, without verifying its files.",
     "verify": "Read every byte of a checkpoint, or of all checkpoints of a run.",
     "reshard": "Rewrite a checkpoint: in few files instead of one per rank, or without AdamW's moments. Loading never "
     "needs this: any layout and ZeRO stage can load the checkpoints of any other.",
-    "average": "Average the weights of several checkpoints, to start another run from.",
+    "average": "Average the weights of several checkpoints, as the start of another run.",
 }
 
 
-def parser() -> Parser:
-    made = Parser(prog=program_name("coe-checkpoint", "checkpoint.py"), description=__doc__, epilog=EPILOG)
-    commands = made.add_subparsers(dest="command", required=True, metavar="inspect|verify|reshard|average")
+def make_parser() -> Parser:
+    parser = Parser(prog=program_name("coe-checkpoint", "checkpoint.py"), description=__doc__, epilog=EPILOG)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="inspect|verify|reshard|average")
     parsers = {name: commands.add_parser(name, help=about, description=about) for name, about in COMMANDS.items()}
     inspect, _, reshard, average = parsers.values()
     for command in parsers.values():
         more: dict[str, Any] = {"nargs": "+"} if command is average else {}
         command.add_argument("sources" if more else "source", type=user_path, metavar="DIR", **more)
-    inspect.add_argument("--json", action="store_true", help="as one JSON object, the optimizer's tensors too")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object, with the optimizer's tensors")
     for command in (reshard, average):
         command.add_argument("out", type=user_path, metavar="OUT")
         command.add_argument("--overwrite", action="store_true", help="replace the checkpoint OUT")
-    reshard.add_argument("--files", type=int, default=1, metavar="N", help="that the tensors go into (default: 1)")
+    reshard.add_argument("--files", type=int, default=1, metavar="N", help="number of tensor files (default: 1)")
     reshard.add_argument("--weights-only", action="store_true", help="weights and fp32 masters, for a warm start")
     average.add_argument("--last", type=int, metavar="N", help="DIR is a run: average its most recent N checkpoints")
-    return made
+    return parser
 
 
 def check(options: argparse.Namespace) -> None:
-    """What can be said before torch is imported."""
+    """Check the options as far as possible without torch.
+
+    Raises:
+        ConfigError: one is invalid.
+    """
     sources = [options.source] if "source" in options else options.sources
     for source in sources:
         require_folder(source, "DIR")
@@ -62,11 +66,11 @@ def check(options: argparse.Namespace) -> None:
     if getattr(options, "files", 1) < 1:
         raise ConfigError(f"--files is {options.files}: it must be at least 1")
     if getattr(options, "last", None) is not None and (options.last < 2 or len(sources) > 1):
-        raise ConfigError(f"--last is {options.last}: it must be at least 2, and goes with one run")
+        raise ConfigError(f"--last is {options.last}: it must be at least 2, with a single run as DIR")
 
 
-def act(options: argparse.Namespace) -> int:
-    """Do what was asked for; returns the exit status."""
+def run_command(options: argparse.Namespace) -> int:
+    """Run the chosen command; returns the exit status."""
     from coe_megatron.checkpoint import tools  # torch takes seconds
 
     match options.command:
@@ -76,16 +80,16 @@ def act(options: argparse.Namespace) -> int:
         case "verify":
             return verify(options.source)
         case "reshard":
-            made = tools.reshard(
+            written = tools.reshard(
                 options.source, options.out, options.files, options.weights_only, overwrite=options.overwrite
             )
-            write_out(one_line(f"written: {made}"))
+            write_out(one_line(f"written: {written}"))
         case "average":
             sources = options.sources
             if options.last is not None:
                 sources = tools.latest(sources[0], options.last)
-            made = tools.average(sources, options.out, options.overwrite)
-            write_out(one_line(f"written: {made}"))
+            written = tools.average(sources, options.out, options.overwrite)
+            write_out(one_line(f"written: {written}"))
     return 0
 
 
@@ -100,15 +104,15 @@ def verify(source: Path) -> int:
 
 
 def main() -> int:
-    program = parser()
-    options = program.parse_args()
+    parser = make_parser()
+    options = parser.parse_args()
     try:
         check(options)
-        return act(options)
+        return run_command(options)
     except (ConfigError, OSError) as error:
-        program.error(str(error))
+        parser.error(str(error))
     except KeyboardInterrupt:
-        program.exit(130, f"{program.prog}: interrupted; nothing was written\n")
+        parser.exit(130, f"{parser.prog}: interrupted; nothing was written\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Prepare text for training: train or take a tokenizer, write Megatron indexed datasets and a manifest."""
+"""Prepares text for training: trains or loads a tokenizer, writes Megatron indexed datasets and a manifest."""
 
 import argparse
 import os
@@ -20,60 +20,71 @@ EPILOG = """examples:
                   --valid valid.jsonl.xz --vocab-size 16384 --output data/math
   %(prog)s --input wiki.parquet --tokenizer data/math/tokenizer.model --output data/wiki
 
-files: .jsonl and .ndjson (an object a line), .parquet, .txt, .text and .md (blank lines separate documents, the
-field is "text"); all but Parquet also compressed as .gz, .xz or .zst. All text is UTF-8. A record is malformed, and
-named with its line or row, if it gives no document, is no strict JSON (NaN, a key twice, more than 256 levels), no
-UTF-8, or larger than --max-record-bytes.
+files: .jsonl and .ndjson (one object per line), .parquet, .txt, .text and .md (blank lines separate documents, the
+field is "text"); all except Parquet may be compressed as .gz, .xz or .zst. All text is UTF-8. A record is malformed if
+it contains no document, is not strict JSON (NaN, a repeated key, more than 256 levels) or not UTF-8, or is larger than
+--max-record-bytes. Messages about it give its line or row.
 
-exit status: 0 done, 1 the input could not be prepared, 2 a bad argument, 130 interrupted; each failure is one line
-on stderr and leaves --output as it was. When the tokenizer is there, an interrupted command goes on where it stopped;
-what it has done stands in the hidden folder .NAME.partial beside --output, and deleting that discards it."""
+exit status: 0 done, 1 the input could not be prepared, 2 an invalid argument, 130 interrupted; each failure is one line
+on stderr, and --output does not change. After an interruption the same command resumes, once the tokenizer is finished.
+The finished parts are in the hidden folder .NAME.partial next to --output; delete it to discard them."""
 
 
-def parser() -> Parser:
-    made = Parser(prog=program_name("coe-prepare", "prepare_data.py"), description=__doc__, epilog=EPILOG)
-    source = made.add_mutually_exclusive_group(required=True)
+def make_parser() -> Parser:
+    parser = Parser(prog=program_name("coe-prepare", "prepare_data.py"), description=__doc__, epilog=EPILOG)
+    source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--input", type=user_path, nargs="+", default=[], metavar="FILE", dest="inputs", help="documents"
+        "--input", type=user_path, nargs="+", default=[], metavar="FILE", dest="inputs", help="files with documents"
     )
-    source.add_argument("--builtin", type=int, metavar="COUNT", help="so many problems of the built-in corpus")
-    made.add_argument("--output", type=user_path, required=True, metavar="DIR", help="the folder to make")
-    made.add_argument("--vocab-size", type=int, metavar="N", help="pieces of the tokenizer to train")
-    made.add_argument("--tokenizer", type=user_path, metavar="MODEL", help="a SentencePiece model to take instead")
-    add_document_options(made)
-    valid = made.add_mutually_exclusive_group()
+    source.add_argument("--builtin", type=int, metavar="COUNT", help="number of problems of the built-in corpus")
+    parser.add_argument("--output", type=user_path, required=True, metavar="DIR", help="the folder to create")
+    parser.add_argument("--vocab-size", type=int, metavar="N", help="number of pieces of the tokenizer to train")
+    parser.add_argument("--tokenizer", type=user_path, metavar="MODEL", help="a SentencePiece model to use instead")
+    add_document_options(parser)
+    valid = parser.add_mutually_exclusive_group()
     valid.add_argument(
-        "--valid", type=user_path, nargs="+", default=[], metavar="FILE", dest="valid_inputs", help="for validation"
+        "--valid",
+        type=user_path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        dest="valid_inputs",
+        help="files with documents for validation",
     )
     valid.add_argument(
         "--valid-fraction",
         type=float,
         default=0.02,
-        metavar="SHARE",
+        metavar="FRACTION",
         help="hold out this share of the documents, by their hash (default: 0.02)",
     )
-    made.add_argument("--seed", type=int, default=0, help="of the held-out share and the built-in corpus (default: 0)")
-    made.add_argument("--skip-malformed", action="store_true", help="count malformed records instead of stopping")
-    made.add_argument(
+    seed = "seed of the held-out share and of the built-in corpus (default: 0)"
+    parser.add_argument("--seed", type=int, default=0, help=seed)
+    parser.add_argument("--skip-malformed", action="store_true", help="skip and count malformed records")
+    parser.add_argument(
         "--max-record-bytes",
         type=int,
         default=DEFAULT_RECORD_BYTES,
         metavar="N",
         help="a larger line, block of text or Parquet cell is malformed (default: %(default)s)",
     )
-    made.add_argument(
+    parser.add_argument(
         "--workers",
         type=int,
         default=min(len(os.sched_getaffinity(0)), MAX_WORKERS),
         metavar="N",
-        help="processes that parse and encode (default: the CPUs this one may use, %(default)s)",
+        help="processes that parse and encode (default: the CPUs available to this process, %(default)s)",
     )
-    made.add_argument("--overwrite", action="store_true", help="replace data prepared earlier")
-    return made
+    parser.add_argument("--overwrite", action="store_true", help="replace data prepared earlier")
+    return parser
 
 
 def settings_from(arguments: argparse.Namespace) -> PrepareSettings:
-    """The settings the arguments ask for, checked as far as can be without looking at a file."""
+    """The settings from the arguments, checked as far as possible without reading a file.
+
+    Raises:
+        ConfigError: one is invalid.
+    """
     values = vars(arguments)
     values["template"] = templates(arguments)
     del values["field"]
@@ -84,7 +95,7 @@ def settings_from(arguments: argparse.Namespace) -> PrepareSettings:
 def report(manifest: Manifest) -> None:
     for name, split in manifest.splits.items():
         write_out(
-            f"{name}: {split.documents:,} documents, {split.tokens:,} tokens, {split.bytes_per_token:.2f} bytes a "
+            f"{name}: {split.documents:,} documents, {split.tokens:,} tokens, {split.bytes_per_token:.2f} bytes per "
             f"token, unigram entropy {split.unigram_entropy_nats:.3f} nats"
         )
     if manifest.malformed:
@@ -92,22 +103,22 @@ def report(manifest: Manifest) -> None:
 
 
 def main() -> int:
-    program = parser()
+    parser = make_parser()
     try:
-        settings = settings_from(program.parse_args())
+        settings = settings_from(parser.parse_args())
     except ConfigError as error:
-        program.error(str(error))
+        parser.error(str(error))
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     try:
         report(prepare(settings, progress=True))
     except ConfigError as error:
-        program.error(str(error))
+        parser.error(str(error))
     except (InputError, OSError) as error:
-        program.exit(1, f"{program.prog}: error: {one_line(str(error))}\n")
+        parser.exit(1, f"{parser.prog}: error: {one_line(str(error))}\n")
     except KeyboardInterrupt:
         done = resumable_progress(settings.output)
-        goes_on = f"the same command goes on from there: {done}" if done else "the same command begins anew"
-        program.exit(130, f"{program.prog}: interrupted; {goes_on}\n")
+        resumes = f"the same command resumes: {done}" if done else "the same command starts over"
+        parser.exit(130, f"{parser.prog}: interrupted; {resumes}\n")
     return 0
 
 

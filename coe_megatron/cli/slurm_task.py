@@ -1,6 +1,6 @@
-"""What srun starts for pretrain.sbatch: on each node torchrun, or as a task of its own each rank (COE_LAUNCH=tasks).
+"""The task that srun starts for pretrain.sbatch: torchrun on each node, or each rank by itself (COE_LAUNCH=tasks).
 
-The arguments are those of pretrain_coe.py; the environment is pretrain.sbatch's, with SLURM's variables of the task.
+It takes the arguments of pretrain_coe.py, and the environment of pretrain.sbatch with SLURM's variables of the task.
 """
 
 import json
@@ -23,13 +23,13 @@ _RANK_0 = b"[default0]:"  # torchrun's prefix
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Start what this task is, wait for it; returns its exit status."""
+    """Start torchrun or a rank and wait for it; returns its exit status."""
     if missing := [name for name in NEEDED if not os.environ.get(name)]:
         print(f"slurm_task: error: {missing[0]} is not set: pretrain.sbatch and srun set it", file=sys.stderr)
         return 2
     attempt, node = Path(os.environ["COE_ATTEMPT"]), int(os.environ["SLURM_NODEID"])
     stop = attempt / "stop"
-    # SLURM sends TERM and USR1 to its tasks, with cgroups to nobody below them. The ranks learn of it by the stop file.
+    # SLURM sends TERM and USR1 to this task; with cgroups, not to its children. The ranks see the stop file instead.
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: stop.touch())
     if int(os.environ["COE_NODES"]) > 1:
@@ -39,26 +39,26 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _use_interface_towards(neighbour: str) -> None:
-    from coe_megatron.errors import ConfigError  # late: a signal may come in the meantime
+    from coe_megatron.errors import ConfigError  # late: the signal handlers must be set before slow imports
     from coe_megatron.launcher import network
 
     try:
         network.use_interface_towards(neighbour, os.environ)
-    except ConfigError as error:  # gloo and NCCL choose by themselves
+    except ConfigError as error:  # gloo and NCCL choose an interface themselves
         print(error, file=sys.stderr)
 
 
 def _torchrun(attempt: Path, node: int, program: list[str]) -> int:
-    """Of this node; the job's log shows rank 0, without torchrun's words."""
-    of = os.environ
+    """Run torchrun on this node; the job's log shows the output of rank 0, but not torchrun's own."""
+    env = os.environ
     options = [
-        *(f"--nnodes={of['COE_NODES']}", f"--node-rank={node}", f"--nproc-per-node={of['COE_RANKS_PER_NODE']}"),
+        *(f"--nnodes={env['COE_NODES']}", f"--node-rank={node}", f"--nproc-per-node={env['COE_RANKS_PER_NODE']}"),
         *(
             "--max-restarts=0",
             "--rdzv-backend=static",
-            f"--rdzv-id={of['SLURM_JOB_ID']}-{of.get('SLURM_RESTART_COUNT', 0)}",
+            f"--rdzv-id={env['SLURM_JOB_ID']}-{env.get('SLURM_RESTART_COUNT', 0)}",
         ),
-        *(f"--master-addr={of['MASTER_ADDR']}", f"--master-port={of['MASTER_PORT']}"),
+        *(f"--master-addr={env['MASTER_ADDR']}", f"--master-port={env['MASTER_PORT']}"),
         *(f"--log-dir={attempt}/ranks/node-{node}", "--redirects=3", "--signals-to-handle=SIGINT"),
         *(("--tee=0:3",) if node == 0 else ()),
     ]
@@ -72,67 +72,68 @@ def _torchrun(attempt: Path, node: int, program: list[str]) -> int:
             log.write(line)
             log.flush()
             if line.startswith(_RANK_0):
-                _say(line.removeprefix(_RANK_0).removeprefix(b" "), sys.stdout.buffer)
+                _write(line.removeprefix(_RANK_0).removeprefix(b" "), sys.stdout.buffer)
         return _status(process.wait())
 
 
 def _rank(attempt: Path, node: int, program: list[str]) -> int:
-    """One rank; of the first the job's log has all."""
-    of = os.environ
-    folder = attempt / "ranks" / f"node-{node}" / of["SLURM_LOCALID"]
+    """Run one rank; the job's log shows all output of rank 0."""
+    env = os.environ
+    folder = attempt / "ranks" / f"node-{node}" / env["SLURM_LOCALID"]
     folder.mkdir(parents=True, exist_ok=True)
-    of |= {
-        "RANK": of["SLURM_PROCID"],
-        "WORLD_SIZE": of["SLURM_STEP_NUM_TASKS"],
+    env |= {
+        "RANK": env["SLURM_PROCID"],
+        "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
         "GROUP_RANK": str(node),
-        "LOCAL_RANK": of["SLURM_LOCALID"],
-        "LOCAL_WORLD_SIZE": of["COE_RANKS_PER_NODE"],
-        "OMP_NUM_THREADS": of.get("OMP_NUM_THREADS") or of.get("SLURM_CPUS_PER_TASK") or "1",
+        "LOCAL_RANK": env["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": env["COE_RANKS_PER_NODE"],
+        "OMP_NUM_THREADS": env.get("OMP_NUM_THREADS") or env.get("SLURM_CPUS_PER_TASK") or "1",
         "TORCHELASTIC_ERROR_FILE": str(folder / "error.json"),
     }
     command = [sys.executable, *program]
     with (folder / "stdout.log").open("wb") as out, (folder / "stderr.log").open("wb") as err:
-        if of["RANK"] != "0":
+        if env["RANK"] != "0":
             status = _status(_start(command, out, err).wait())
         else:
             process = _start(command, subprocess.PIPE, subprocess.PIPE)
-            both = ((process.stdout, out, sys.stdout.buffer), (process.stderr, err, sys.stderr.buffer))
-            copies = [threading.Thread(target=_copy, args=each, daemon=True) for each in both]
+            streams = ((process.stdout, out, sys.stdout.buffer), (process.stderr, err, sys.stderr.buffer))
+            copies = [threading.Thread(target=_copy, args=stream, daemon=True) for stream in streams]
             for copy in copies:
                 copy.start()
             status = _status(process.wait())
             for copy in copies:
-                copy.join(timeout=10)  # a process of the rank's may hold the other end open
-    ended = {"rank": int(of["RANK"]), "status": status, "time": time.time(), "host": of["SLURMD_NODENAME"]}
+                copy.join(timeout=10)  # a child of the rank may hold the other end open
+    ended = {"rank": int(env["RANK"]), "status": status, "time": time.time(), "host": env["SLURMD_NODENAME"]}
     (folder / "ended.json").write_text(json.dumps(ended))
     return status
 
 
 def _start(command: list[str], out: BinaryIO | int, err: BinaryIO | int) -> subprocess.Popen[bytes]:
-    """Deaf to what SLURM sends: torchrun would kill its ranks 30 seconds after a TERM, and they go on and save."""
-    return subprocess.Popen(command, stdout=out, stderr=err, preexec_fn=_ignore)
+    """Start a process that ignores SLURM's signals: 30 s after a TERM torchrun would kill its ranks, even in a save."""
+    return subprocess.Popen(command, stdout=out, stderr=err, preexec_fn=_ignore_signals)
 
 
-def _ignore() -> None:
+def _ignore_signals() -> None:
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
-def _copy(source: BinaryIO, file: BinaryIO, shown: BinaryIO) -> None:
+def _copy(source: BinaryIO, file: BinaryIO, out: BinaryIO) -> None:
+    """Copy lines to a log file and to the job's log."""
     for line in source:
         file.write(line)
         file.flush()
-        _say(line, shown)
+        _write(line, out)
 
 
-def _say(line: bytes, out: BinaryIO) -> None:
-    with suppress(OSError):  # srun is gone
+def _write(line: bytes, out: BinaryIO) -> None:
+    with suppress(OSError):  # srun has ended
         out.write(line)
         out.flush()
 
 
 def _status(code: int) -> int:
-    """As a shell has it: 128 and the number of the signal that has killed a process."""
+    """The exit status as shells report it: 128 plus the signal's number for a process that was killed."""
     return code if code >= 0 else 128 - code
 
 

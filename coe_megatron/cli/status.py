@@ -1,4 +1,4 @@
-"""How runs stand: a table of every run in some folders and below them, read from the runs' own files."""
+"""Shows the status of runs: a table of all runs in some folders and below them, read from the runs' own files."""
 
 import argparse
 import json
@@ -13,24 +13,24 @@ from coe_megatron.run.status import statuses, table
 
 EPILOG = """examples:
   %(prog)s runs                  all runs below runs
-  %(prog)s runs --watch 10       the same, anew every ten seconds until Ctrl-C
+  %(prog)s runs --watch 10       the same, repeated every ten seconds until Ctrl-C
   %(prog)s runs/mine --json      a JSON array with an object for each run
 
-state: waiting (started, not come to its steps yet), running, finished, interrupted, failed, died (without a word);
-"no run" is said of a folder without one, "unreadable" of a run.json that is damaged.
+state: waiting (started, no step yet), running, finished, interrupted, failed, died (without recording its end),
+"no run" (there is none in this folder) or "unreadable" (run.json is damaged).
 
-exit status: 0 done, 2 a mistake (one line on stderr says which), 130 interrupted from the keyboard."""
-CLEAR = "\033[H\033[2J"  # cursor to the top, all erased
+exit status: 0 done, 2 invalid arguments (one line on stderr), 130 interrupted from the keyboard."""
+CLEAR = "\033[H\033[2J"  # moves the cursor to the top and erases the screen
 
 
-def parser() -> Parser:
-    made = Parser(prog=program_name("coe-status", "status.py"), description=__doc__, epilog=EPILOG)
-    made.add_argument(
-        "folders", type=user_path, nargs="+", metavar="DIR", help="the folder of a run, or one with runs in it"
+def make_parser() -> Parser:
+    parser = Parser(prog=program_name("coe-status", "status.py"), description=__doc__, epilog=EPILOG)
+    parser.add_argument(
+        "folders", type=user_path, nargs="+", metavar="DIR", help="the folder of a run, or a folder that contains runs"
     )
-    made.add_argument("--watch", type=seconds, metavar="SECONDS", help="show it again so often, until Ctrl-C")
-    made.add_argument("--json", action="store_true", help="for programs, unrounded; null is what is not known")
-    return made
+    parser.add_argument("--watch", type=seconds, metavar="SECONDS", help="repeat at this interval, until Ctrl-C")
+    parser.add_argument("--json", action="store_true", help="print JSON for programs: unrounded, null means unknown")
+    return parser
 
 
 def seconds(text: str) -> float:
@@ -44,7 +44,7 @@ def seconds(text: str) -> float:
 
 
 def show(options: argparse.Namespace) -> bool:
-    """Print how the runs stand now; False if nobody reads it."""
+    """Print the present status of the runs; False if the reader of stdout has ended."""
     rows = statuses(options.folders)
     if options.json:
         return write_out(json.dumps([row.as_dict() for row in rows], indent=2))
@@ -53,13 +53,13 @@ def show(options: argparse.Namespace) -> bool:
 
 
 def main() -> int:
-    program = parser()
-    options = program.parse_args()
+    parser = make_parser()
+    options = parser.parse_args()
     try:
         for folder in options.folders:
             require_folder(folder, "DIR")
     except ConfigError as error:
-        program.error(str(error))
+        parser.error(str(error))
     try:
         while show(options) and options.watch:
             time.sleep(options.watch)

@@ -1,4 +1,4 @@
-"""Studies: many runs that answer one question, from one file that says what is compared."""
+"""Plans, runs and reports studies: one file defines the arms to compare, and each arm is run with several seeds."""
 
 import argparse
 import json
@@ -37,57 +37,59 @@ EPILOG = """examples:
   %(prog)s status configs/studies/cpu/main-pair.yaml
   %(prog)s report configs/studies/cpu/main-pair.yaml
 
-exit status: 0 done, 1 a run failed, 2 a mistake (one line on stderr says which), 3 stopped as asked, 130 ended at
-once."""
-PLAN = "Say what a study will cost before anything runs: a row for each arm. Needs no data."
-RUN = """Run what is not done yet, here: one run after another, or as many at a time as there are devices. A run that
-was broken off goes on; one that fails stops no other. Ctrl-C lets runs save; the same command goes on. Beside a run's
-folder lie its log and its whole config; to repeat it alone: torchrun ... -m coe_megatron.cli.pretrain CONFIG."""
-REPORT = """Write what the finished runs say: report.html (one file), report.md, the figures as SVG and PNG, results.csv
-(a row a run) and timings.csv."""
-SUBMIT = """Submit what is not done yet to SLURM: an array with a task for each run, through launch/slurm/study.sbatch.
-Every run goes on by itself after time limits and preemption, as with pretrain.sbatch."""
-STATUS = "How the study's runs stand, a line a run."
+exit status: 0 done, 1 a run failed, 2 invalid arguments or study file (one line on stderr), 3 stopped on request, 130
+ended at once by a second signal."""
+PLAN = "Print the estimated cost of a study before anything runs: one row per arm. Needs no data."
+RUN = """Run all unfinished runs on this machine: one after another, or in parallel on several devices. Interrupted runs
+resume; a failed run does not stop the others. On Ctrl-C the current runs save a checkpoint, and the same command
+resumes. The log and the complete config of a run are next to its folder; to repeat a single run:
+torchrun ... -m coe_megatron.cli.pretrain CONFIG."""
+REPORT = """Write a report on the finished runs: report.html (one file), report.md, the figures as SVG and PNG,
+results.csv (one row per run) and timings.csv."""
+SUBMIT = """Submit all unfinished runs to SLURM: an array job with one task per run (launch/slurm/pretrain.sbatch). Each
+run resumes automatically after time limits and preemption."""
+STATUS = "Show the status of the study's runs: one line per run."
 
 
-def parser() -> Parser:
-    made = Parser(prog=program_name("coe-study", "study.py"), description=__doc__, epilog=EPILOG)
-    commands = made.add_subparsers(dest="command", required=True, metavar="plan|run|submit|status|report")
-    told = {"plan": PLAN, "run": RUN, "submit": SUBMIT, "status": STATUS, "report": REPORT}
-    of = {name: commands.add_parser(name, help=_first(text), description=text) for name, text in told.items()}
-    for command in of.values():
+def make_parser() -> Parser:
+    parser = Parser(prog=program_name("coe-study", "study.py"), description=__doc__, epilog=EPILOG)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="plan|run|submit|status|report")
+    texts = {"plan": PLAN, "run": RUN, "submit": SUBMIT, "status": STATUS, "report": REPORT}
+    parsers = {name: commands.add_parser(name, help=_summary(text), description=text) for name, text in texts.items()}
+    for command in parsers.values():
         command.add_argument(
             "study", type=user_path, metavar="STUDY.yaml", help="a file, or a packaged one: studies/cpu/main-pair.yaml"
         )
         command.add_argument("overrides", nargs="*", default=[], help="key.sub=value, for all arms")
-        device = f"on which hours are estimated: {', '.join(DEVICES)} (default: the study's `device`)"
+        device = f"device for the estimated hours: {', '.join(DEVICES)} (default: the study's `device`)"
         command.add_argument("--device", metavar="NAME", help=device)
-        speed = "the folder of a finished run on such a device: hours follow from what it took"
+        speed = "the folder of a finished run on such a device, whose measured speed the estimated hours are based on"
         command.add_argument("--calibration", type=user_path, metavar="RUN", help=speed)
-    memory = "that arms must fit, such as 80GiB (default: the device's)"
-    of["plan"].add_argument("--device-memory", metavar="SIZE", help=memory)
-    of["plan"].add_argument("--price", type=price, metavar="PRICE", help="of an hour of one device, for the total cost")
-    of["plan"].add_argument("--json", action="store_true", help="as one JSON object, unrounded")
-    for command in (of["run"], of["submit"]):
-        command.add_argument("--only", metavar="ARM", help="this arm alone")
-        command.add_argument("--seed", type=int, metavar="SEED", help="this seed alone")
-        at_once = "so many runs at a time (default: as many as there are GPUs, without GPUs one; as SLURM has room)"
+    plan, run, submit, status, report = (parsers[name] for name in ("plan", "run", "submit", "status", "report"))
+    memory = "memory of a device, which all arms must fit, such as 80GiB (default: the device's)"
+    plan.add_argument("--device-memory", metavar="SIZE", help=memory)
+    plan.add_argument("--price", type=price, metavar="PRICE", help="price of one device-hour, for the total cost")
+    plan.add_argument("--json", action="store_true", help="print one JSON object, unrounded")
+    for command in (run, submit):
+        command.add_argument("--only", metavar="ARM", help="only this arm")
+        command.add_argument("--seed", type=int, metavar="SEED", help="only this seed")
+        at_once = "largest number of runs at the same time (default: one per GPU, one without GPUs; submit: no limit)"
         command.add_argument("--at-once", type=whole_number, metavar="N", help=at_once)
-    of["run"].add_argument("--devices", metavar="0,1", help="the GPUs to use (default: CUDA_VISIBLE_DEVICES, else all)")
-    of["status"].add_argument("--json", action="store_true", help="for programs, unrounded; null is what is not known")
-    per_node = "of a run's ranks (default: all on one node)"
-    of["submit"].add_argument("--ranks-per-node", type=whole_number, metavar="N", help=per_node)
+    run.add_argument("--devices", metavar="0,1", help="the GPUs to use (default: CUDA_VISIBLE_DEVICES, else all)")
+    status.add_argument("--json", action="store_true", help="print JSON for programs: unrounded, null means unknown")
+    per_node = "ranks of a run on each node (default: all on one node)"
+    submit.add_argument("--ranks-per-node", type=whole_number, metavar="N", help=per_node)
     sbatch = "more options of sbatch, such as --sbatch='--account=mine --gpus-per-node=1 --time=1:00:00'"
-    of["submit"].add_argument("--sbatch", type=shlex.split, default=[], metavar="OPTIONS", help=sbatch)
-    of["submit"].add_argument("--dry-run", action="store_true", help="show the commands; nothing is submitted")
-    where = "where it goes (default: the folder report in the study's output)"
-    of["report"].add_argument("--to", type=user_path, metavar="FOLDER", help=where)
-    of["report"].add_argument("--title", help="of the report (default: the study file's name)")
-    return made
+    submit.add_argument("--sbatch", type=shlex.split, default=[], metavar="OPTIONS", help=sbatch)
+    submit.add_argument("--dry-run", action="store_true", help="print the commands, and submit nothing")
+    where = "folder of the report (default: `report` in the study's output)"
+    report.add_argument("--to", type=user_path, metavar="FOLDER", help=where)
+    report.add_argument("--title", help="title of the report (default: the study file's name)")
+    return parser
 
 
-def _first(text: str) -> str:
-    return re.split(r"[.:,]", text)[0]
+def _summary(description: str) -> str:
+    return re.split(r"[.:,]", description)[0]
 
 
 def price(text: str) -> float:
@@ -138,15 +140,16 @@ def _write_configs(runs: list[Run]) -> None:
 
 
 def _open_runs(plan: Plan, options: argparse.Namespace) -> list[Run]:
-    """What is to be done of the runs that the options name; this is said."""
-    wanted = _wanted(plan, options)
-    open_runs = [each for each in seed_by_seed(wanted) if not is_finished(each)]
-    say(f"{len(open_runs)} of {len(wanted)} runs are to be done" if open_runs else f"all {len(wanted)} runs are done")
+    """The unfinished runs among those selected by the options; prints how many there are."""
+    selected = _selected(plan, options)
+    open_runs = [each for each in seed_by_seed(selected) if not is_finished(each)]
+    total = len(selected)
+    say(f"{len(open_runs)} of {total} runs are unfinished" if open_runs else f"all {total} runs are done")
     return open_runs
 
 
-def _wanted(plan: Plan, options: argparse.Namespace) -> list[Run]:
-    """The runs that the options name."""
+def _selected(plan: Plan, options: argparse.Namespace) -> list[Run]:
+    """The runs selected by `--only` and `--seed`."""
     arms, seeds = [arm.name for arm in plan.study.arms], plan.study.settings.seeds
     if options.only is not None and options.only not in arms:
         raise ConfigError(f"--only is {options.only}: it must be an arm, one of {listed(arms)}")
@@ -158,7 +161,7 @@ def _wanted(plan: Plan, options: argparse.Namespace) -> list[Run]:
 def _conclude(ended: list[Ended], runs: int, requests: Requests) -> ExitStatus:
     done = [each for each in ended if each.status is ExitStatus.DONE]
     if requests.stop.is_set() and len(done) < runs:
-        say(f"stopped with {len(done)} of {runs} runs done; the same command goes on")
+        say(f"stopped with {len(done)} of {runs} runs done; the same command resumes")
         return ExitStatus.INTERRUPTED if requests.end.is_set() else ExitStatus.STOPPED
     failed = [each for each in ended if each.status is not ExitStatus.DONE]
     say(f"{len(done)} of {runs} runs are done" + (f", {len(failed)} are not:" if failed else ""))
@@ -188,15 +191,15 @@ def report(plan: Plan, options: argparse.Namespace) -> ExitStatus:
 
 
 def say(text: str) -> None:
-    with suppress(SystemExit):  # the runs go on, told or not
+    with suppress(SystemExit):  # the runs continue even if stdout is closed
         write_out(f"{time.strftime('%H:%M:%S')}  {text}")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    program = parser()
-    options, late = program.parse_known_args(arguments)  # late: argparse takes no overrides behind options
+    parser = make_parser()
+    options, late = parser.parse_known_args(arguments)  # late: overrides after options, which argparse does not accept
     if unknown := [text for text in late if text.startswith("-")]:
-        program.error(f"unrecognized arguments: {' '.join(unknown)}")
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     overrides = [*options.overrides, *late]
     limits = (options.device_memory, options.price) if options.command == "plan" else (None, None)
     try:
@@ -205,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command != "plan":
             return {"run": run, "submit": submit, "status": show, "report": report}[options.command](plan, options)
     except ConfigError as error:
-        program.error(str(error))
+        parser.error(str(error))
     write_out(json.dumps(plan.as_dict(), indent=2) if options.json else plan.table())
     return ExitStatus.DONE
 

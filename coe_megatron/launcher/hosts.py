@@ -53,19 +53,19 @@ def from_file(path: Path) -> list[Host]:
     return _distinct(hosts, f"--hostfile is {path}")
 
 
-def ranks_per_node(hosts: list[Host], asked: int | None) -> int:
-    """The number of ranks on each host: `asked`, or else the slots, or else one.
+def ranks_per_node(hosts: list[Host], requested: int | None) -> int:
+    """The number of ranks on each host: `requested`, or else the slots, or else one.
 
     Raises:
-        ConfigError: the hosts have different slots, or fewer than `asked`.
+        ConfigError: the hosts have different slots, or fewer than `requested`.
     """
     slots = {host.slots for host in hosts}
-    if asked is None and len(slots) > 1:
+    if requested is None and len(slots) > 1:
         given = ", ".join(f"{host.name}={host.slots or 'not given'}" for host in hosts)
         raise ConfigError(
             f"slots differ ({given}): give all hosts the same number, or --ranks-per-node N with at most the smallest"
         )
-    count = asked if asked is not None else slots.pop() or 1
+    count = requested if requested is not None else slots.pop() or 1
     if count * len(hosts) > MOST_RANKS:
         raise ConfigError(f"{count} ranks on each of {len(hosts)} hosts: at most {MOST_RANKS} ranks are possible")
     for host in hosts:

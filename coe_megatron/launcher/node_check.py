@@ -317,7 +317,7 @@ class _Coordinator(_Worker):
         super().__init__(env, store, limits)
         self.nodes = {name: Node() for name in env.names}
         self.bad: dict[str, str] = {}
-        self.asked = [0] * len(env.names)
+        self.tasks_sent = [0] * len(env.names)
         self.all_nodes: dict[str, float] = {}
 
     def report(self) -> Report:
@@ -350,11 +350,11 @@ class _Coordinator(_Worker):
         seconds = self.limits.timeout if seconds is None else seconds
         deadline = time.monotonic() + seconds
         for index, task in tasks.items():
-            self.store.set(f"task/{index}/{self.asked[index]}", json.dumps(task))
+            self.store.set(f"task/{index}/{self.tasks_sent[index]}", json.dumps(task))
         answers = {index: self.do(task) for index, task in tasks.items() if index == self.env.index}
         for index, task in tasks.items():
-            number = self.asked[index]
-            self.asked[index] += 1
+            number = self.tasks_sent[index]
+            self.tasks_sent[index] += 1
             if index in answers:
                 continue
             try:

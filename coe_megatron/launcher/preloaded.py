@@ -1,12 +1,13 @@
-"""Starts Python programs from a process that has imported what they need: a start takes milliseconds, not seconds.
+"""Starts Python programs by forking a process that has already imported their modules: in milliseconds, not seconds.
 
-`Preloaded` is that process: single-threaded, without CUDA and process groups. It forks each program, which then looks
-as if it had been started afresh: its own arguments, folder, environment, streams, session, signals, `sys.path`, and the
-starter as its parent. What it cannot imitate is read at imports: environment variables of libraries, and modules that
-another PYTHONPATH would shadow. On GPUs a plain start is right, since a library may use CUDA as it is imported.
+`Preloaded` is that process: single-threaded, without CUDA and process groups. Each program is a fork of it, with its
+own arguments, working folder, environment, streams, session, signals and `sys.path`, and with the caller as its parent.
+Two things differ from a new interpreter, since they take effect during imports: environment variables that libraries
+read, and modules that another PYTHONPATH would shadow. With GPUs, start a new interpreter: libraries may use CUDA when
+they are imported.
 
-To be the parent of what a child forks, the starter is for a moment a subreaper: the process in between ends at once,
-and the kernel gives its child to the starter. Programs of a starter that is killed see that as they do otherwise.
+The caller becomes the parent as a temporary subreaper: the intermediate process exits at once, and the kernel reparents
+its child to the caller. If the caller is killed, the programs notice this as usual.
 """
 
 import atexit
@@ -33,14 +34,14 @@ from typing import Any, Never
 
 from coe_megatron.lean_imports import without_collection
 
-# What a training run imports, and the launcher that starts its ranks: modules, and functions to call (after a colon).
+# The imports of a training run and of the launcher of its ranks: modules, and functions to call (after a colon).
 TRAINING = (
     "coe_megatron.training.console:quiet_libraries",
     "coe_megatron.lean_imports:import_megatron",
     "coe_megatron.lean_imports:import_deepspeed_muon",
     "coe_megatron.training.loop",
     "coe_megatron.cli.pretraining",
-    "torch._dynamo",  # which torch's optimizers import when they are made
+    "torch._dynamo",  # torch's optimizers import it when they are created
     "coe_megatron.distributed.rendezvous",
     "torch.distributed.run",
     "torch.distributed.launcher.api",
@@ -50,16 +51,16 @@ TRAINING = (
 )
 PICTURES = ("matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg")
 _PR_SET_CHILD_SUBREAPER, _PR_GET_CHILD_SUBREAPER = 36, 37
-_SET_BY_PYTHON = {signal.SIGPIPE, signal.SIGXFSZ}  # ignored in each Python, and given back as it starts programs
+_SET_BY_PYTHON = {signal.SIGPIPE, signal.SIGXFSZ}  # Python ignores them, and restores them for programs it starts
 _ENTRY = f"from {__name__} import _main; _main()"
 
-_installed: list[str] = []  # sys.path without a program's own folder and PYTHONPATH
-_loaded = False  # whether this process, or the one that it was forked from, has the imports
+_installed: list[str] = []  # sys.path without the program's folder and PYTHONPATH
+_loaded = False  # whether this process, or the one it was forked from, has the imports
 
 
 @dataclass(frozen=True)
 class _Start:
-    """What a program is to look like; `source` is ("-m", MODULE) or ("", SCRIPT)."""
+    """The program to start and the attributes of its process; `source` is ("-m", MODULE) or ("", SCRIPT)."""
 
     source: tuple[str, str]
     arguments: list[str]
@@ -67,35 +68,35 @@ class _Start:
     folder: str
     environment: dict[str, str]
     umask: int
-    group: int | None  # None: a session of its own
+    group: int | None  # process group; None for a new session
     ignored: list[signal.Signals]
 
 
 class Preloaded:
-    """A process that has imported modules, for `Popen`; it ends with this one, and with the `with` block.
+    """A process that has imported modules, for `Popen`; it ends with the `with` block, or with this process.
 
-    In a program that was itself started by `Popen`, or has called `load`, it is forked from that, without imports. Then
-    it has to be made before any thread is begun.
+    In a program that was itself started by `Popen`, or that has called `load`, it is a fork of the program and imports
+    nothing. In that case create it before any thread starts.
 
     Args:
-        modules: their names; `module:function` is called without arguments.
+        modules: names of modules to import; `module:function` is called without arguments.
     """
 
     def __init__(self, modules: Sequence[str] = TRAINING) -> None:
-        self._lock, self._end = threading.Lock(), None
-        here, there = multiprocessing.Pipe()
+        self._lock = threading.Lock()
+        own_end, other_end = multiprocessing.Pipe()
         if is_loaded() and threading.active_count() == 1:
             if (pid := os.fork()) == 0:
-                here.close()
+                own_end.close()
                 _detach()
-                _serve(there)
+                _serve(other_end)
             self._wait: Any = lambda: os.waitpid(pid, 0)
         else:
-            command = [sys.executable, "-c", _ENTRY, str(there.fileno()), *modules]
+            command = [sys.executable, "-c", _ENTRY, str(other_end.fileno()), *modules]
             quiet: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "process_group": 0}
-            self._wait = subprocess.Popen(command, pass_fds=[there.fileno()], **quiet).wait
-        there.close()
-        self._connection = here
+            self._wait = subprocess.Popen(command, pass_fds=[other_end.fileno()], **quiet).wait
+        other_end.close()
+        self._connection = own_end
 
     def __enter__(self) -> "Preloaded":
         return self
@@ -104,13 +105,13 @@ class Preloaded:
         self.close()
 
     def close(self) -> None:
-        """End it; programs that it has forked go on."""
+        """End the process; the programs that it forked keep running."""
         if not self._connection.closed:
             self._connection.close()
             self._wait()
 
     def _fork(self, start: _Start, streams: Sequence[int]) -> int | None:
-        """The process id of a new child of this process; None if the preloaded one is no more."""
+        """Start a program as a child of this process; returns its id, None if the preloaded process has ended."""
         with self._lock, _adopting():
             try:
                 self._connection.send(start)
@@ -122,10 +123,10 @@ class Preloaded:
 
 
 class Popen(subprocess.Popen):
-    """`subprocess.Popen` that has a preloaded process fork `python SCRIPT ...` and `python -m MODULE ...`.
+    """`subprocess.Popen` that forks a preloaded process for `python SCRIPT ...` and `python -m MODULE ...`.
 
-    Anything else (other programs, other options of Python or of Popen), and all when `preloaded` is None or has ended,
-    is started afresh.
+    It starts a new interpreter or program as usual if the command is another one, if it has other options of Python or
+    Popen, or if `preloaded` is None or has ended.
     """
 
     def __init__(self, args: Sequence[str], preloaded: Preloaded | None = None, **more: Any) -> None:
@@ -134,11 +135,11 @@ class Popen(subprocess.Popen):
 
     def _execute_child(self, args: Any, executable: Any, preexec_fn: Any, close_fds: bool, pass_fds: Any, cwd: Any,
                        env: Any, startupinfo: Any, creationflags: Any, shell: bool, *more: Any) -> None:  # fmt: skip
-        """Subprocess's own hook; `more` begins with both ends of the pipes for the three streams."""
+        """Hook of subprocess; `more` begins with both ends of the pipes for stdin, stdout and stderr."""
         program = None if executable or preexec_fn or pass_fds or shell else _program(args, cwd)
         if self._preloaded is not None and program is not None:
-            reads, _, _, writes, _, complains = pipes = more[:6]
-            streams = [own if given == -1 else given for own, given in enumerate((reads, writes, complains))]
+            stdin, _, _, stdout, _, stderr = pipes = more[:6]
+            streams = [inherited if given == -1 else given for inherited, given in enumerate((stdin, stdout, stderr))]
             start = self._start(*program, cwd, env)
             if (pid := self._preloaded._fork(start, streams)) is not None:
                 self.pid, self._child_created = pid, True
@@ -164,17 +165,17 @@ class Popen(subprocess.Popen):
 
 
 def is_loaded() -> bool:
-    """Whether this program was forked from a preloaded process, or has called `load`: `Preloaded` costs it nothing."""
+    """Whether this program was forked from a preloaded process or has called `load`; `Preloaded` then only forks."""
     return _loaded
 
 
 def without_gpu() -> bool:
-    """Whether this machine shows no GPU, so that no import can use CUDA. Looks into /dev alone."""
+    """Whether this machine has no GPU, judging by /dev alone, so that no import can use CUDA."""
     return not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/kfd").exists()
 
 
 def _program(args: Any, cwd: Any) -> tuple[bool, tuple[str, str], list[str]] | None:
-    """Whether unbuffered, the program, and its arguments; None of what is no plain start of this Python."""
+    """Whether `-u` was given, the program, and its arguments; None if it is not a plain start of this Python."""
     words = [os.fspath(word) for word in args] if isinstance(args, (list, tuple)) else []
     if words[:1] != [sys.executable]:
         return None
@@ -191,7 +192,7 @@ def _program(args: Any, cwd: Any) -> tuple[bool, tuple[str, str], list[str]] | N
 
 @contextmanager
 def _adopting() -> Iterator[None]:
-    """This process as the next parent of orphans below it, and after that as it was."""
+    """Make this process the subreaper of its descendants, and restore the previous state at the end."""
     prctl, before = ctypes.CDLL(None).prctl, ctypes.c_int()
     prctl(_PR_GET_CHILD_SUBREAPER, ctypes.byref(before), 0, 0, 0)
     prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -202,15 +203,15 @@ def _adopting() -> Iterator[None]:
 
 
 def load(modules: Sequence[str] = TRAINING) -> None:
-    """Import in this very process, from which `Preloaded` then forks; to be called before any thread is begun.
+    """Import modules in this process, which `Preloaded` then forks. Call it before any thread starts.
 
     Args:
-        modules: as `Preloaded` has them.
+        modules: as for `Preloaded`.
     """
     global _loaded
     _installed[:] = [entry for entry in sys.path[1:] if entry not in _python_path(os.environ)]
     before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"  # or libraries begin threads as they are imported
+    os.environ["OMP_NUM_THREADS"] = "1"  # otherwise libraries start threads when they are imported
     with without_collection():
         for name in modules:
             if ":" in name:
@@ -221,19 +222,19 @@ def load(modules: Sequence[str] = TRAINING) -> None:
     if before is not None:
         os.environ["OMP_NUM_THREADS"] = before
     gc.collect()
-    gc.freeze()  # what has been imported stays in memory that all programs share
+    gc.freeze()  # keeps the imported modules in memory that all forks share
     _loaded = True
 
 
 def _main() -> Never:
-    """The preloaded process: imports what its command line names, and serves its parent."""
+    """Run the preloaded process: import the modules of its command line, and serve its parent."""
     connection = Connection(int(sys.argv[1]))
     load(sys.argv[2:])
     _serve(connection)
 
 
 def _detach() -> None:
-    """A preloaded process that was forked has neither its maker's streams nor the terminal's signals."""
+    """Detach a forked preloaded process from its parent's streams, signal handlers and process group."""
     os.setpgid(0, 0)
     for number in signal.valid_signals():
         if callable(signal.getsignal(number)):
@@ -248,54 +249,59 @@ def _serve(connection: Connection) -> Never:
         try:
             start = connection.recv()
             streams = [recv_handle(connection) for _ in range(3)]
-        except (EOFError, OSError):  # the starter is no more
+        except (EOFError, OSError):  # the caller has ended
             os._exit(0)
-        reading, writing = os.pipe()
-        if (between := os.fork()) == 0:
-            between = os.getpid()
+        read_end, write_end = os.pipe()
+        if (intermediate := os.fork()) == 0:
+            intermediate = os.getpid()
             if os.fork():
                 os._exit(0)
-            _become(start, streams, writing, between)
-        os.waitpid(between, 0)
-        for descriptor in (writing, *streams):
+            _become(start, streams, write_end, intermediate)
+        os.waitpid(intermediate, 0)
+        for descriptor in (write_end, *streams):
             os.close(descriptor)
-        with suppress(OSError), os.fdopen(reading, "rb") as pipe:
+        with suppress(OSError), os.fdopen(read_end, "rb") as pipe:
             connection.send(int(pipe.read() or 0))
 
 
-def _become(start: _Start, streams: Sequence[int], writing: int, between: int) -> Never:
-    """Turn this fork into the program, run it, and end."""
+def _become(start: _Start, streams: Sequence[int], write_end: int, intermediate: int) -> Never:
+    """Turn this fork into the program, run it, and exit.
+
+    Args:
+        write_end: of a pipe for the process id.
+        intermediate: process id of the parent, which exits at once.
+    """
     try:
         if start.group is None:
             os.setsid()
         else:
             os.setpgid(0, start.group)
-        for own, given in enumerate(streams):
-            os.dup2(given, own)
-        os.write(writing, str(os.getpid()).encode())
-        while os.getppid() == between:
+        for descriptor, given in enumerate(streams):
+            os.dup2(given, descriptor)
+        os.write(write_end, str(os.getpid()).encode())
+        while os.getppid() == intermediate:
             time.sleep(0.0005)
         for name in os.listdir("/proc/self/fd"):
             if int(name) > 2:
-                with suppress(OSError):  # the listing's own
+                with suppress(OSError):  # the descriptor of the listing itself
                     os.close(int(name))
-        _dress(start)
+        _set_up_process(start)
     except BaseException:
         sys.excepthook(*sys.exc_info())
         os._exit(1)
-    _end(_run(start))
+    _exit(_run(start))
 
 
-def _dress(start: _Start) -> None:
-    """Everything of a process that a program may see, but for its imports."""
+def _set_up_process(start: _Start) -> None:
+    """Set everything that a new interpreter would have, except for imports."""
     os.umask(start.umask)
     os.chdir(start.folder)
     os.environ.clear()
     os.environ.update(start.environment)
     for number in signal.valid_signals() - _SET_BY_PYTHON - {signal.SIGKILL, signal.SIGSTOP}:
-        usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-        with suppress(OSError):  # one that the C library keeps
-            signal.signal(number, signal.SIG_IGN if number in start.ignored else usual)
+        default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        with suppress(OSError):  # a signal that the C library reserves
+            signal.signal(number, signal.SIG_IGN if number in start.ignored else default)
     tempfile.tempdir = None
     option, name = start.source
     sys.argv = [name, *start.arguments]
@@ -313,20 +319,20 @@ def _python_path(environment: Mapping[str, str]) -> list[str]:
 
 
 def _set_threads(environment: Mapping[str, str]) -> None:
-    """As many as torch would have taken when it was imported."""
+    """Use as many threads as torch would have chosen when it was imported."""
     if torch := sys.modules.get("torch"):
-        asked = environment.get("OMP_NUM_THREADS", "")
-        count = int(asked) if asked.isdecimal() and int(asked) else len(os.sched_getaffinity(0))
+        given = environment.get("OMP_NUM_THREADS", "")
+        count = int(given) if given.isdecimal() and int(given) else len(os.sched_getaffinity(0))
         if count != torch.get_num_threads():
             torch.set_num_threads(count)
 
 
 def _run(start: _Start) -> int | None:
-    """Run the program; returns its exit status, None of one that Ctrl-C has ended."""
+    """Run the program; returns its exit status, None if Ctrl-C ended it."""
     option, name = start.source
     try:
         if option:
-            sys.modules.pop(name, None)  # as long as it is not run, a program is not imported
+            sys.modules.pop(name, None)  # a new interpreter would not have imported the program's module
             runpy.run_module(name, run_name="__main__", alter_sys=True)
         else:
             runpy.run_path(name, run_name="__main__")
@@ -344,8 +350,8 @@ def _run(start: _Start) -> int | None:
     return 0
 
 
-def _end(status: int | None) -> Never:
-    """As an interpreter ends, but for unwinding what this process was before it was forked."""
+def _exit(status: int | None) -> Never:
+    """Exit as an interpreter does, without unwinding the stack from before the fork."""
     with suppress(BaseException):
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()

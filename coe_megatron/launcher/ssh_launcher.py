@@ -78,9 +78,9 @@ class RemoteCommands:
         """
         self.processes = {name: _start([*shell, name, command]) for name, command in commands.items()}
         self.needed, self.failed, self._sent = needed, dict[str, int](), set[str]()
-        self._ended = set[str]()  # hosts that were told to end because others had failed: their status says nothing
+        self._ended = set[str]()  # hosts that were ended because others had failed; their status does not count
         self.lines: dict[str, list[str]] = {name: [] for name in commands}
-        self._speaking, self.reporting = threading.Lock(), reporting
+        self._print_lock, self.reporting = threading.Lock(), reporting
         self._readers = [threading.Thread(target=self._copy, args=(name,), daemon=True) for name in commands]
         for reader in self._readers:
             reader.start()
@@ -127,7 +127,7 @@ class RemoteCommands:
                 running[name] = process
             elif status != 0 and name not in self.failed and name not in self._ended:
                 self.failed[name] = status
-                _write_line(f"{name}: ended with status {status}\n", self._speaking)
+                _write_line(f"{name}: ended with status {status}\n", self._print_lock)
         return running
 
     def _too_few(self) -> bool:
@@ -151,7 +151,7 @@ class RemoteCommands:
         for line in source:
             if self.reporting:
                 self.lines[name].append(line)
-            _write_line(f"{name}: {line.rstrip()}\n", self._speaking)
+            _write_line(f"{name}: {line.rstrip()}\n", self._print_lock)
 
     def _status(self) -> ExitStatus:
         """The status of the first failed host with a status other than FAILED."""

@@ -46,27 +46,28 @@ def main(arguments: list[str]) -> None:
         if not (options.module or options.no_python):
             require_file(Path(options.training_script), "the program")
         options.master_port = options.master_port or 29500  # torchrun's default; only for --rdzv-backend static
-        config, entry, words = run.config_from_args(options)
+        config, entrypoint, program_arguments = run.config_from_args(options)
     except (ValueError, RuntimeError, AssertionError) as error:  # raised by torchrun, for values such as 1:2:3 and 2:1
         own = ", ".join(f"{name} is {value!r:.100}" for name, value in os.environ.items() if name.startswith("PET_"))
         sys.stderr.write(f"torchrun: error: {one_line(str(error))}{f' ({own})' if own else ''}\n")
         sys.exit(ExitStatus.MISTAKE)
     if not is_loaded() and without_gpu() and Path(options.training_script).name in _TRAINING:
-        load()  # once, instead of once a rank
+        load()  # once, instead of once per rank
     if is_loaded():
         _start_ranks_from(Preloaded())
-    record(lambda: run.elastic_launch(config=config, entrypoint=entry)(*words))()
+    record(lambda: run.elastic_launch(config=config, entrypoint=entrypoint)(*program_arguments))()
 
 
 def _start_ranks_from(preloaded: Preloaded) -> None:
-    """Have torchrun fork its ranks from there."""
+    """Make torchrun fork its ranks from this process."""
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
     subprocess_handler.Popen = partial(Popen, preloaded=preloaded)  # type: ignore[misc,assignment]
 
 
 if __name__ == "__main__":
-    # If one_host.py is killed, torchrun is too: its ranks then save and stop, and it would kill them after 30 seconds.
+    # If one_host.py is killed, so is torchrun: the ranks then save and stop. A SIGTERM to torchrun would instead make
+    # it kill them after 30 seconds.
     stop_with_parent(signal.SIGKILL)
     try:
         scratch.enter()

@@ -43,7 +43,7 @@ class Requests:
     """Requests to a running torchrun; may be set from a signal handler or a thread."""
 
     def __init__(self) -> None:
-        self.stop = threading.Event()  # after the current step, with a checkpoint
+        self.stop = threading.Event()  # after the current step and at most one more, with a checkpoint
         self.end = threading.Event()  # immediately
 
     def more(self) -> None:
@@ -64,7 +64,7 @@ def supervise(
     Args:
         command: of torchrun, with `--log-dir` set to `logs` and `--max-restarts` set to `max_restarts`.
         logs: an empty folder for the ranks' error files.
-        preloaded: forks torchrun, and is closed then; None starts it afresh.
+        preloaded: torchrun is forked from it, and it is then closed; None starts a new interpreter.
 
     Returns:
         The status of the ranks, and the report that it comes from, None if there is no report.
@@ -114,9 +114,10 @@ class _Supervisor:
         return bool(ranks or self.signalled)
 
     def _is_over(self, ranks_live: bool) -> bool:
-        """Whether torchrun's time is up after a rank failed in a way that calls for no restart.
+        """Whether to stop waiting for torchrun: a rank failed, no restart follows, and torchrun had time to end.
 
-        Torchrun itself restarts after any failure while `--max-restarts` allows it; in this case this terminates it.
+        Torchrun restarts the ranks after any failure as long as `--max-restarts` allows it; if a restart cannot help,
+        this terminates torchrun.
         """
         cause = root_cause(read_reports(self.logs))
         if cause is None or (cause.attempt < self.max_restarts and may_restart(cause.status)):

@@ -76,7 +76,7 @@ def _open_nonblocking(path: str, flags: int) -> int:
 
 
 def _holder(path: Path) -> str:
-    """The process that holds the lock, as it has written into the file."""
+    """The process that holds the lock, as recorded in the file."""
     with path.open("rb") as file:
         return one_line(file.read(_LONGEST_HOLDER).decode(errors="replace").strip()) or "the process is unknown"
 

@@ -2,8 +2,8 @@
 
 An attempt's folder has `ranks/node-I/` for each node, with a folder for each local rank below it (torchrun adds two
 levels in between): `stdout.log`, `stderr.log` and, for a failed rank, `error.json` in torch's format. A rank that was
-killed writes no error. For such a rank torchrun's report is in `node-I.log`; if each rank is a task of its own,
-`ended.json` has the exit status that its shell saw.
+killed writes no error. For such a rank torchrun's report is in `node-I.log`; if each rank is a task of its own
+(COE_LAUNCH=tasks), the task records the rank's exit status in `ended.json`.
 """
 
 import re
@@ -62,7 +62,7 @@ class Failure:
 def find_failures(attempt: Path) -> list[Failure]:
     """The failed ranks of an attempt in order of time; empty if they left no files."""
     found: dict[int, Failure] = {}
-    for failure in [*_errors(attempt), *_shells(attempt), *_reports(attempt)]:
+    for failure in [*_errors(attempt), *_task_records(attempt), *_reports(attempt)]:
         found.setdefault(failure.rank, failure)  # a rank's own error says more than a report about it
     return sorted(found.values(), key=lambda failure: failure.time - _NOTICE_SECONDS * (failure.killed is not None))
 
@@ -84,8 +84,8 @@ def _errors(attempt: Path) -> Iterator[Failure]:
             yield Failure(error.rank, error.host, error.time, error.status, message, log=_log(path.parent))
 
 
-def _shells(attempt: Path) -> Iterator[Failure]:
-    """From the shells around single ranks, which report a signal as 128 + its number; skips incomplete files."""
+def _task_records(attempt: Path) -> Iterator[Failure]:
+    """From the tasks of single ranks, which record a signal as 128 + its number; skips incomplete files."""
     for path in sorted(attempt.glob("ranks/node-*/**/ended.json")):
         try:
             ended = parse_json(read_limited(path, "record", JSON_BYTES))

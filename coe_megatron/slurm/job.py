@@ -1,7 +1,7 @@
-"""How a job's ranks are started: checked variables, options of srun, the port where ranks meet. Without torch.
+"""Plans the start of a job's ranks: checked variables, options of srun, the rendezvous port. Without torch.
 
-The job itself is launch/slurm/pretrain.sbatch, which SLURM's own programs stand in (a container may not have them); it
-asks `python -m coe_megatron.cli.slurm_job` for everything else.
+launch/slurm/pretrain.sbatch calls SLURM's own programs, which may be missing in a container. Everything else is here,
+called through `python -m coe_megatron.cli.slurm_job`.
 """
 
 import re
@@ -16,22 +16,22 @@ from coe_megatron.errors import ConfigError
 
 _COUNT = re.compile(r"0|[1-9][0-9]{0,5}", re.ASCII)
 _LARGEST_ID = (1 << 32) - 1
-_FIRST_PORT, _PAIRS = 20_000, 6_000  # below 32768, from where Linux takes ports by itself
-_OF_A_JOB = 8  # pairs: its starts one after another get others
-_TRIED = 1_000
+_FIRST_PORT, _PAIRS = 20_000, 6_000  # below 32768, where Linux's ephemeral ports begin
+_PAIRS_PER_JOB = 8  # so that consecutive starts of a job have different ports
+_MAX_TRIES = 1_000
 
 
 @dataclass(frozen=True)
 class JobPlan:
-    """What a job's nodes do.
+    """How a job uses its nodes.
 
     Attributes:
-        nodes: of the job, spare ones included.
-        needed: how many of them the run takes.
-        ranks_per_node: a rank for a GPU, unless COE_RANKS_PER_NODE says otherwise.
-        launch: `torchrun` (a task a node) or `tasks` (a task a rank).
-        check: whether nodes are looked at before.
-        cpus: of a node, that are the job's.
+        nodes: number of the job's nodes, including spare ones.
+        needed: number of nodes that the run uses.
+        ranks_per_node: COE_RANKS_PER_NODE, else one rank per GPU.
+        launch: `torchrun` (one task per node) or `tasks` (one task per rank).
+        check: whether all nodes are checked first.
+        cpus: CPUs of a node that are allocated to the job.
     """
 
     nodes: int
@@ -43,17 +43,21 @@ class JobPlan:
 
     @classmethod
     def from_environment(cls, nodes: Sequence[str], environment: Mapping[str, str]) -> "JobPlan":
-        """What SLURM's variables and those of the user (COE_...) ask for, with SLURM's names of the job's nodes.
+        """The plan from SLURM's variables and the user's (COE_...).
+
+        Args:
+            nodes: SLURM's names of the job's nodes.
 
         Raises:
             ConfigError: one line that names the variable, its value and what would be valid.
         """
         if not nodes:
-            said = environment.get("SLURM_JOB_NODELIST", "not set")
-            raise ConfigError(f"SLURM_JOB_NODELIST is {said}: scontrol knows no such nodes")
+            node_list = environment.get("SLURM_JOB_NODELIST", "not set")
+            raise ConfigError(f"SLURM_JOB_NODELIST is {node_list}: scontrol knows no such nodes")
         launch = environment.get("COE_LAUNCH") or "torchrun"
         if launch not in ("torchrun", "tasks"):
-            raise ConfigError(f"COE_LAUNCH is {launch}: it must be torchrun (one task a node) or tasks (one a rank)")
+            valid = "torchrun (one task per node) or tasks (one task per rank)"
+            raise ConfigError(f"COE_LAUNCH is {launch}: it must be {valid}")
         ranks = environment.get("COE_RANKS_PER_NODE") or environment.get("SLURM_GPUS_ON_NODE") or "1"
         if not _COUNT.fullmatch(ranks) or ranks == "0":
             raise ConfigError(f"COE_RANKS_PER_NODE is {ranks}: it must be a number from 1 to 999999")
@@ -62,7 +66,7 @@ class JobPlan:
             raise ConfigError(f"COE_CHECK_NODES is {check}: it must be 0 or 1")
         spare = environment.get("COE_SPARE_NODES") or "0"
         if not _COUNT.fullmatch(spare) or int(spare) >= len(nodes):
-            raise ConfigError(f"COE_SPARE_NODES is {spare}: it must be a number below that of the nodes, {len(nodes)}")
+            raise ConfigError(f"COE_SPARE_NODES is {spare}: it must be less than the number of nodes, {len(nodes)}")
         if not (cpus := environment.get("SLURM_CPUS_ON_NODE")):
             raise ConfigError("SLURM_CPUS_ON_NODE is not set, though SLURM_JOB_NODELIST is: this is for sbatch")
         return cls(
@@ -79,39 +83,41 @@ class JobPlan:
         return self.needed * self.ranks_per_node
 
     def check_options(self) -> list[str]:
-        """Of the srun that looks at all nodes; none where that is not asked for."""
+        """Options of the srun that checks all nodes; empty if the check is switched off."""
         if not self.check:
             return []
         return [f"--nodes={self.nodes}", f"--ntasks={self.nodes}", "--ntasks-per-node=1", "--cpu-bind=none"]
 
     def start_options(self) -> list[str]:
-        """Of the srun that starts all ranks, but for the names of the nodes.
+        """Options of the srun that starts all ranks, without the names of the nodes.
 
-        When a task ends the others have a minute to end by themselves and to write why; then srun ends them.
+        When a task ends, the others have a minute to end by themselves and to record the reason; then srun ends them.
         """
         common = [f"--nodes={self.needed}", "--wait=60", "--kill-on-bad-exit=0", "--distribution=block"]
         if self.launch == "torchrun":
-            # All of a node's processors for the one task: its ranks bind themselves to those near their GPUs.
+            # The task of a node gets all its processors: the ranks bind themselves to those near their GPUs.
             return [*common, f"--ntasks={self.needed}", "--ntasks-per-node=1", "--cpu-bind=none"]
-        # Each rank its own consecutive processors. It sees all GPUs of its node and takes that of its local rank: where
-        # a task sees one GPU alone, NCCL cannot copy from GPU to GPU.
-        own = max(1, self.cpus // self.ranks_per_node)
+        # Each rank gets its own consecutive processors. It sees all GPUs of its node and uses the one of its local
+        # rank: if a task sees only one GPU, NCCL cannot copy between GPUs.
+        per_rank = max(1, self.cpus // self.ranks_per_node)
         tasks = [f"--ntasks={self.ranks}", f"--ntasks-per-node={self.ranks_per_node}"]
-        return [*common, *tasks, f"--cpus-per-task={own}", "--cpu-bind=cores", "--gpu-bind=none"]
+        return [*common, *tasks, f"--cpus-per-task={per_rank}", "--cpu-bind=cores", "--gpu-bind=none"]
 
 
-def meeting_port(job: int, restarts: int) -> int:
-    """A port where the ranks of a job meet; the next one is the job's too (the node check meets there).
+def rendezvous_port(job: int, restarts: int) -> int:
+    """The port for the rendezvous of a job's ranks; the port after it is for the rendezvous of the node check.
 
-    Both follow from the job's number, so that jobs which share a node have others, and are below those that Linux gives
-    to whoever asks for any. A pair of which one is in use on this node is passed over, for the next one.
+    Both follow from the job's id, so that jobs on the same node use different ports, and are below Linux's ephemeral
+    ports. If one of the pair is in use on this node, the next pair is tried.
 
     Args:
-        restarts: of the job; each start has another pair, as a process of the last one may not have ended yet.
+        job: SLURM's id of the job.
+        restarts: how often it was restarted; each start has another pair, since a process of the last start may still
+            be ending.
     """
-    for number in count(job * _OF_A_JOB + restarts % _OF_A_JOB):
+    for number in count(job * _PAIRS_PER_JOB + restarts % _PAIRS_PER_JOB):
         port = _FIRST_PORT + 2 * (number % _PAIRS)
-        if number - job * _OF_A_JOB > _TRIED or (_is_free(port) and _is_free(port + 1)):
+        if number - job * _PAIRS_PER_JOB > _MAX_TRIES or (_is_free(port) and _is_free(port + 1)):
             return port
     raise AssertionError("count() does not end")
 

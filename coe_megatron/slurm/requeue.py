@@ -48,9 +48,9 @@ class Attempt:
         job: the scheduler's id of the job.
         began, ended: ISO 8601; `ended` is None if the attempt died with its node.
         output: the folder of the run, whose checkpoints measure progress.
-        step: of the most recent checkpoint when it began.
-        status, reason: its exit status, and the reason of the decision.
-        requeue: the decision, whether the run was to continue.
+        step: step of the most recent checkpoint at its start.
+        status: its exit status.
+        requeue, reason: whether to requeue the run after it, and why.
     """
 
     job: str
@@ -72,7 +72,7 @@ class Decision:
 
 
 class Attempts:
-    """The attempts of one run, in a JSON file in a folder that all of them share.
+    """The attempts of one run, recorded in a JSON file in the folder that they share.
 
     A damaged file is renamed and reported, and the count restarts from zero.
 
@@ -112,11 +112,11 @@ class Attempts:
         """Record how the last attempt ended, and decide whether to requeue.
 
         Raises:
-            ConfigError: no attempt has begun.
+            ConfigError: no attempt has started.
         """
         if not self._all:
             if not any(self._path.parent.glob("attempt-*")):
-                raise ConfigError(f"--logs is {self._path.parent}: no attempt has begun there")
+                raise ConfigError(f"--logs is {self._path.parent}: no attempt has started there")
             return Decision(status.retryable, "its start is unknown, because attempts.json was damaged")
         self._all[-1] = last = replace(self._all[-1], ended=_now(), status=int(status))
         step = latest_step(Path(last.output))
@@ -137,9 +137,9 @@ class Attempts:
         return max([len(self._all), *(int(number) + 1 for number in there if number.isdecimal())])
 
     def _stalled(self, step: int) -> int:
-        """How many of the last attempts began at the present most recent checkpoint, or found the folder locked.
+        """How many of the last attempts started from the present most recent checkpoint, or found the folder locked.
 
-        Checkpoints that another run has written there in the meantime do not count as progress.
+        Checkpoints that another run wrote there do not count as progress.
         """
         count = 0
         for attempt in reversed(self._all):

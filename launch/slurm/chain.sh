@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Submits a run as a chain of jobs, for clusters where a job cannot be queued again: each waits for the one before it and
-# goes on if that has not finished the run. Prints the jobs' numbers.
+# Submits a run as a chain of jobs, for clusters where jobs cannot be requeued: each job waits for the one before it,
+# and resumes the run if it is not finished. Prints the job ids.
 #
 #     bash launch/slurm/chain.sh NUMBER [options of sbatch --] CONFIG.yaml [key.sub=value ...]
 #
-# NUMBER is from 1 to 1000. When sbatch refuses a job, those before it stay, and a line on stderr names them.
+# NUMBER is from 1 to 1000. If sbatch refuses a job, the earlier jobs stay submitted, and a line on stderr lists them.
 most=1000
 usage="chain.sh NUMBER [options of sbatch --] CONFIG.yaml [key.sub=value ...], NUMBER from 1 to $most"
 mistake() { printf 'chain.sh: error: %s\n' "$*" >&2; exit 2; }
@@ -29,20 +29,20 @@ done
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P) || exit
 if [[ -z ${COE_HOME:-} && $here == */launch/slurm ]]; then export COE_HOME=${here%/launch/slurm}; fi # a checkout
-COE_CHAIN=chain-$(date +%Y%m%d-%H%M%S)-$$ # what all jobs know together: attempts, and whether they led anywhere
+COE_CHAIN=chain-$(date +%Y%m%d-%H%M%S)-$$ # the folder that all jobs share for attempts.json and logs
 export COE_CHAIN
 after=() submitted=()
-failed() { # with sbatch's status, and a line of its own on what is there already
+failed() { # exits with this status, after a line on the jobs submitted so far
     ((${#submitted[@]} == 0)) ||
-        printf 'chain.sh: error: sbatch has taken %d of %d jobs: %s; to remove them: scancel %s\n' \
+        printf 'chain.sh: error: sbatch accepted %d of %d jobs: %s; to cancel them: scancel %s\n' \
             "${#submitted[@]}" "$number" "${submitted[*]}" "${submitted[*]}" >&2
     exit "$1"
 }
 for ((job = 0; job < number; job++)); do
-    # A job that finishes the run ends well, so that those after it can never start, and SLURM removes them.
+    # After the job that finishes the run (status 0), the dependency of the next job can never be met: SLURM removes it.
     id=$(sbatch --parsable --no-requeue "${after[@]}" "${options[@]}" "$here/pretrain.sbatch" "$@") || failed "$?"
-    id=${id%%;*} # with several clusters, the cluster's name follows
-    [[ $id =~ ^[0-9]+$ ]] || { printf 'chain.sh: error: sbatch has printed no number of a job\n' >&2; failed 1; }
+    id=${id%%;*} # without the cluster's name, which follows if there are several clusters
+    [[ $id =~ ^[0-9]+$ ]] || { printf 'chain.sh: error: sbatch printed no job id\n' >&2; failed 1; }
     submitted+=("$id")
     printf '%s\n' "$id"
     after=(--dependency="afternotok:$id" --kill-on-invalid-dep=yes)

@@ -1,29 +1,32 @@
-# What your cluster needs beyond sbatch's options. Copy it to launch/slurm/site.sh, or anywhere and name it in COE_SITE,
-# and keep the lines you need. pretrain.sbatch reads it once, on the job's first node; what it exports reaches all ranks.
+# Settings of your cluster beyond sbatch's options. Copy this file to launch/slurm/site.sh, or anywhere else and name it
+# in COE_SITE; then keep the lines you need. pretrain.sbatch reads it once, on the job's first node, and passes exported
+# variables to all ranks.
 # shellcheck shell=bash disable=SC2034
 
 # Modules:
 # module purge
 # module load python/3.11 cuda/12.8
 
-# An environment; without one the repository's own .venv is taken where there is one, else python3:
+# A Python environment (default: the repository's .venv if it exists, else python3):
 # source /shared/environments/coe/bin/activate                                    # venv
 # source /shared/conda/etc/profile.d/conda.sh && conda activate coe               # conda
 # COE_PYTHON=$(command -v python)                                                 # in both cases
 
 # The environment of the ranks:
-# export NCCL_SOCKET_IFNAME==ib0 GLOO_SOCKET_IFNAME=ib0     # otherwise found by the route from node to node
-# export NCCL_IB_HCA=mlx5_0,mlx5_1                          # otherwise NCCL takes, for each GPU, the adapter near it
+# export NCCL_SOCKET_IFNAME==ib0 GLOO_SOCKET_IFNAME=ib0     # default: the interface of the route between nodes
+# export NCCL_IB_HCA=mlx5_0,mlx5_1                          # default: NCCL uses the adapter near each GPU
 # export OMP_NUM_THREADS=8
 
-# Where logs go, by default the folder `logs` where sbatch was called; every node must see it, as it must the run's output:
+# The folder for logs (default: `logs` in the folder where sbatch was called). It must be visible to all nodes, as must
+# the run's output folder:
 # export COE_LOGS=/shared/$USER/logs
 
-# Apptainer, or any command that runs what follows it in a container (the repository and the data must be visible there):
+# Apptainer, or any other command that runs its arguments in a container. The repository and the data must be visible in
+# the container:
 # COE_CONTAINER=(apptainer exec --nv --bind /shared /shared/images/coe.sif)
 
-# Pyxis: further options of srun. COE_PYTHON is then a Python of the image:
+# Pyxis: more options of srun. COE_PYTHON is then a Python in the image:
 # COE_SRUN=(--container-image=/shared/images/coe.sqsh --container-mounts=/shared:/shared)
 
-# Further options of the node check (launch/check_nodes.py --help), such as how much memory must be free and how fast nodes must talk:
+# More options of the node check (see launch/check_nodes.py --help), such as the required free memory and bandwidth:
 # COE_CHECK=(--memory 64 --bandwidth 20)

@@ -533,7 +533,7 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(settings, slow):
 @pytest.mark.parametrize(
     ("strike", "status", "message"),
     [
-        (lambda process: os.killpg(process.pid, signal.SIGINT), 130, "goes on from there: the tokenizer and "),
+        (lambda process: os.killpg(process.pid, signal.SIGINT), 130, "the same command resumes: the tokenizer and "),
         (lambda process: os.kill(workers_of(process)[0], signal.SIGKILL), 1, "error: a worker process was killed"),
         (lambda process: process.kill(), -9, ""),
     ],

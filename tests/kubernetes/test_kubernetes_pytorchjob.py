@@ -73,7 +73,7 @@ def test_the_container_starts_what_there_is(job: dict[str, Any], monkeypatch: py
     assert container["name"] == "pytorch"
     python, program, *arguments = container["command"]
     assert (python, program) == ("python", "launch/one_host.py")
-    options = one_host.parser().parse_args(arguments)
+    options = one_host.make_parser().parse_args(arguments)
     assert options.kubeflow
     trains, config, *overrides = options.torchrun
     ranks = worker(job)["replicas"] * int(job["spec"]["nprocPerNode"])

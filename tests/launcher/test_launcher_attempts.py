@@ -139,11 +139,11 @@ def test_the_program_begins_and_ends_an_attempt(begin: list[str], tmp_path: Path
     (folder / "ranks/node-0/0").mkdir(parents=True)
     (folder / "ranks/node-0/0/error.json").write_text(json.dumps({"message": error}))
     ended = python(*begin[:2], "end", *begin[3:5], "--attempt", folder, "--status", 1)
-    assert (ended.returncode, ended.stdout) == (3, "again\n")
+    assert (ended.returncode, ended.stdout) == (3, "requeue\n")
     assert ended.stderr.startswith("STOPPED: rank 0 on a: stopped\n")
     (noted,) = json.loads((folder.parent / "attempts.json").read_text())
     assert (noted["job"], noted["output"], noted["status"]) == ("7", f"{tmp_path}/a 'run'", 3)
-    assert python(*begin[:2], "end", *begin[3:5], "--attempt", folder, "--status", 0).stdout == "over\n"
+    assert python(*begin[:2], "end", *begin[3:5], "--attempt", folder, "--status", 0).stdout == "end\n"
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_a_mistake_is_one_line_and_no_attempt(
 @pytest.mark.parametrize(
     ("logs", "attempt", "said"),
     [
-        (".", ".", "--logs is .: no attempt has begun there"),
+        (".", ".", "--logs is .: no attempt has started there"),
         (".", "nowhere", "--attempt is nowhere: there is no such folder"),
         ("/dev/null", ".", "--logs is /dev/null: it is a special file, where a folder is needed"),
         ("x" * 300, ".", "--logs is xxx"),

@@ -59,23 +59,23 @@ def test_mistakes_in_a_file(text: str, says: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("hosts", "asked", "count"), [("a,b", None, 1), ("a:4,b:4", None, 4), ("a:4,b:8", 2, 2), ("a", 3, 3)]
+    ("hosts", "requested", "count"), [("a,b", None, 1), ("a:4,b:4", None, 4), ("a:4,b:8", 2, 2), ("a", 3, 3)]
 )
-def test_ranks_of_a_host(hosts: str, asked: int | None, count: int) -> None:
-    assert ranks_per_node(from_list(hosts), asked) == count
+def test_ranks_of_a_host(hosts: str, requested: int | None, count: int) -> None:
+    assert ranks_per_node(from_list(hosts), requested) == count
 
 
 @pytest.mark.parametrize(
-    ("hosts", "asked", "says"),
+    ("hosts", "requested", "says"),
     [
         ("a:4,b:8", None, "slots differ (a=4, b=8): give all hosts the same number, or --ranks"),
         ("a:4,b", None, "slots differ (a=4, b=not given)"),
         ("a:4,b:8", 5, "--ranks-per-node is 5, but a has 4 slots"),
     ],
 )
-def test_ranks_that_do_not_fit(hosts: str, asked: int | None, says: str) -> None:
+def test_ranks_that_do_not_fit(hosts: str, requested: int | None, says: str) -> None:
     with pytest.raises(ValueError) as refused:
-        ranks_per_node(from_list(hosts), asked)
+        ranks_per_node(from_list(hosts), requested)
     assert says in str(refused.value)
 
 

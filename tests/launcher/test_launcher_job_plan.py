@@ -1,10 +1,10 @@
-"""What a SLURM job starts where: options of srun, and the port where its ranks meet."""
+"""What a SLURM job starts where: options of srun, and the rendezvous port of its ranks."""
 
 import socket
 
 import pytest
 
-from coe_megatron.slurm.job import JobPlan, meeting_port
+from coe_megatron.slurm.job import JobPlan, rendezvous_port
 
 NODES = ["n1", "n2", "n3"]
 SLURM = {"SLURM_JOB_NODELIST": "n[1-3]", "SLURM_CPUS_ON_NODE": "64", "SLURM_GPUS_ON_NODE": "8"}
@@ -38,15 +38,15 @@ def test_there_is_a_rank_for_a_gpu(variables: dict[str, str], ranks: int) -> Non
 
 
 def test_jobs_that_share_a_node_and_starts_of_a_job_have_other_ports() -> None:
-    ports = [meeting_port(job, restarts) for job in range(700, 764) for restarts in (0, 1)]
+    ports = [rendezvous_port(job, restarts) for job in range(700, 764) for restarts in (0, 1)]
     pairs = {port + more for port in ports for more in (0, 1)}
     assert len(pairs) == 2 * len(ports) and max(pairs) < 32_768, "Linux itself gives ports from 32768 on"
 
 
 def test_a_port_in_use_is_passed_over() -> None:
-    first = meeting_port(7, 0)
+    first = rendezvous_port(7, 0)
     with socket.socket() as other:
         other.bind(("", first + 1))
         other.listen()
-        assert meeting_port(7, 0) not in (first, first + 1)
-    assert meeting_port(7, 0) == first
+        assert rendezvous_port(7, 0) not in (first, first + 1)
+    assert rendezvous_port(7, 0) == first

@@ -25,12 +25,12 @@ def test_without_a_report_no_node_is_bad(text: str | None, tmp_path: Path) -> No
     assert bad_nodes(report) is None
     done = python("-m", "coe_megatron.cli.slurm_job", "nodes", "--report", report, "--count", 1, *NODES)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == f"the node check has written no report; its own words are in {tmp_path / 'nodes.log'}\n"
+    assert done.stderr == f"the node check wrote no report; its output is in {tmp_path / 'nodes.log'}\n"
 
 
 @pytest.mark.parametrize(
     ("count", "status", "chosen", "last"),
-    [(2, 0, "n1\nn4\n", "left out"), (3, 1, "n2\nn3\n", "2 of 4 nodes are good, and 3 are needed")],
+    [(2, 0, "n1\nn4\n", "excluded"), (3, 1, "n2\nn3\n", "2 of 4 nodes are good, but 3 are needed")],
 )
 def test_the_program_names_bad_nodes(count: int, status: int, chosen: str, last: str, tmp_path: Path) -> None:
     """It prints the nodes to take, or, where there are too few, the nodes to avoid."""

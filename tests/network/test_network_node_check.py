@@ -32,7 +32,7 @@ def check(network: Network, output: Path, *options: str, first: dict[str, str] |
         "--report",
         str(report),
     ]
-    program += ["--nodes", ",".join(network.hosts), "--meet", f"{network.hosts[0]}:29400", *options]
+    program += ["--nodes", ",".join(network.hosts), "--rendezvous", f"{network.hosts[0]}:29400", *options]
     with ExitStack() as stack:
         running = [
             stack.enter_context(

@@ -70,7 +70,7 @@ def test_the_quickstart_over_two_nodes(place: Place, undisturbed: str) -> None:
     assert place.seen(job, 0)[1]["argv"][3:] == ["a config.yaml", f"output={undisturbed}"]
     log = place.log(job)
     assert "2 ranks (cpu): data 2, expert 2" in log and log.count("validation loss") == 1
-    assert "does not go on: the run is done" in log and "default0" not in log
+    assert "no requeue: the run is done" in log and "default0" not in log
     steps = [line[0] for line in place.losses(undisturbed)]
     assert steps == list(range(13))
     attempt = place.folder / "logs" / job / "attempt-0"
@@ -94,7 +94,7 @@ def test_a_killed_rank_is_named_and_requeues_without_progress_end(place: Place) 
     log = place.log(job)
     told = re.findall(r"^FAILED: rank 1 on n\d: was killed by SIGKILL", log, re.MULTILINE)
     assert len(told) == 2
-    assert "does not go on: 2 attempts in a row without progress, COE_MAX_REQUEUES allows 1 requeues" in log
+    assert "no requeue: 2 attempts in a row without progress, COE_MAX_REQUEUES allows 1 requeues" in log
 
 
 def _numbers(line: tuple[float | None, ...]) -> list[float]:
@@ -133,11 +133,11 @@ def test_bad_nodes_are_named_and_left_out(place: Place) -> None:
     spared = place.submit(OTHERS, "--nodes=3", output="spared", COE_SPARE_NODES="1", COE_TEST_BAD="n3", **checked)
     place.finish(spared)
     assert place.nodes(spared, 0) == ["n4", "n5"]
-    assert "node n3 is bad: the disk is full\n1 bad node left out\n" in place.log(spared)
+    assert "node n3 is bad: the disk is full\n1 bad node excluded\n" in place.log(spared)
     overrides = ("parallel.expert=1", "training.steps=1")
     avoided = place.submit(OTHERS, "--nodes=1", output="avoided", overrides=overrides, COE_TEST_BAD="n3", **checked)
     place.finish(avoided)
-    assert "node n3 is bad: the disk is full\n0 of 1 nodes are good, and 1 are needed\n" in place.log(avoided)
+    assert "node n3 is bad: the disk is full\n0 of 1 nodes are good, but 1 are needed\n" in place.log(avoided)
     found = place.cluster.job(avoided)
     assert (found["Restarts"], found["ExcNodeList"]) == (
         "1",
@@ -170,7 +170,7 @@ def test_a_chain_goes_on_where_requeueing_is_off(place: Place, undisturbed: str)
     assert (seen["SITE_MODULE"], seen["SITE_BOX"]) == ("it's loaded", "a box")
     place.let_go("warned")
     place.finish(jobs[1])
-    assert "the next job of the chain goes on" in place.log(jobs[0])
+    assert "the next job of the chain resumes the run" in place.log(jobs[0])
     wait_for(lambda: not place.cluster.ask("squeue", "-h", "-j", jobs[2]), 60, lambda: f"job {jobs[2]} to be gone")
     assert place.log(jobs[2]) == ""
     assert place.losses("in a chain") == place.losses(undisturbed)
@@ -188,7 +188,7 @@ def test_after_a_warning_too_a_cancelled_job_stays_cancelled(place: Place) -> No
     place.let_go("heeds")
     found = place.cluster.wait(job, 60)
     assert (found["JobState"], found["Restarts"]) == ("CANCELLED", "0")
-    assert "SLURM decides whether this job starts again" in place.log(job)
+    assert "SLURM decides whether to restart this job" in place.log(job)
 
 
 @pytest.mark.slow
@@ -197,7 +197,7 @@ def test_past_its_limit_a_job_goes_on_from_its_last_checkpoint(place: Place, pas
     job = past_its_limit
     place.finish(job)
     assert int(place.cluster.job(job)["Restarts"]) >= 1 and "SLURM ends this job" in place.log(job)
-    assert "resumed at step 2" in place.log(job) and "does not go on: the run is done" in place.log(job)
+    assert "resumed at step 2" in place.log(job) and "no requeue: the run is done" in place.log(job)
     assert [line[0] for line in place.losses("past its limit")] == list(range(13))
 
 
@@ -226,7 +226,7 @@ def test_a_study_is_an_array_of_jobs(place: Place) -> None:
     (array,) = re.findall(r"job (\d+): 2 runs of 1 ranks", done.stdout)
     wait_for(lambda: not place.cluster.ask("squeue", "-h", "-j", array), 150, lambda: f"array {array} to be gone")
     logs = [(place.folder / f"slurm-{array}_{task}.log").read_text() for task in (0, 1)]
-    assert all("does not go on: the run is done" in log for log in logs), logs
+    assert all("no requeue: the run is done" in log for log in logs), logs
     for arm in ("moe-4-8", "coe-2-2-8"):
         assert [line[0] for line in place.losses(f"{STUDY_OUTPUT}/{arm}/seed-1")] == [0, 1, 2, 3]
     assert not list(place.folder.rglob("executed"))
@@ -254,5 +254,5 @@ def test_it_is_requeued_preempted_and_at_its_limit_twice(place: Place, ended_oft
     place.finish(job)
     log = place.log(job)
     assert "DUE TO JOB REQUEUE" in log and int(cluster.job(job)["Restarts"]) >= 4
-    assert log.count("does not go on: the run is done") == 1
+    assert log.count("no requeue: the run is done") == 1
     assert place.losses("ended often") == place.losses(undisturbed)

@@ -49,7 +49,7 @@ def test_a_chain_that_sbatch_cuts_short_says_which_jobs_stand(tmp_path: Path) ->
     command = ["bash", ROOT / "launch" / "slurm" / "chain.sh", "5", "c.yaml"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.split()) == (7, ["1", "2"])
-    assert "chain.sh: error: sbatch has taken 2 of 5 jobs: 1 2; to remove them: scancel 1 2\n" in done.stderr
+    assert "chain.sh: error: sbatch accepted 2 of 5 jobs: 1 2; to cancel them: scancel 1 2\n" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_a_mistake_before_the_start_is_one_line(environment: dict[str, str], sai
         ({"COE_RANKS_PER_NODE": "08"}, "COE_RANKS_PER_NODE is 08: it must be a number from 1"),
         ({"COE_CHECK_NODES": "maybe"}, "COE_CHECK_NODES is maybe: it must be 0 or 1"),
         ({"COE_SPARE_NODES": "x[0$(touch x)]"}, "COE_SPARE_NODES is x[0"),
-        ({"COE_SPARE_NODES": "1"}, "COE_SPARE_NODES is 1: it must be a number below that of the nodes, 1"),
+        ({"COE_SPARE_NODES": "1"}, "COE_SPARE_NODES is 1: it must be less than the number of nodes, 1"),
         ({"SCONTROL": "false"}, "SLURM_JOB_NODELIST is n1: scontrol knows no such nodes"),
     ],
 )
@@ -116,7 +116,7 @@ def test_a_step_without_its_job_is_one_line() -> None:
 
 @pytest.mark.parametrize(
     ("task", "said"),
-    [(None, "COE_STUDY is for an array of jobs"), ("2", "task 2 of the array has no config: there are 2")],
+    [(None, "COE_STUDY is for array jobs"), ("2", "task 2 of the array has no config: there are 2")],
 )
 def test_a_task_without_a_config_is_one_line(task: str | None, said: str, tmp_path: Path) -> None:
     (tmp_path / "squeue").symlink_to("/bin/true")
