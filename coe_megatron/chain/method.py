@@ -1,17 +1,17 @@
-"""Chain-of-Experts (arXiv 2506.18945) in plain torch, on one device, looping over the experts in plain sight.
+"""Chain-of-Experts (arXiv 2506.18945) in plain torch, on one device, with a loop over the experts.
 
-This is what the fast implementations are tested against, and the place to read what they compute:
+Read here what the method computes; the fast implementation (`model.layer`) is tested against this module:
 
     x(0) = u = norm(h)                                h: the residual stream that enters the sub-layer
     F_t(x) = Σ_i g[t,i] E_i(x) + Σ_m S_m(x)           routed and shared experts, the same for all t (eq. 5, 8)
     x(t) = F_t(x(t-1)) + r(t),  t = 1 .. C            r: x(t-1) inner, x(0) init (eq. 10), 0 outer (eq. 9)
     Δ = Σ_t F_t (inner) or F_C(x(C-1)) (init, outer)  what the chain adds to its input
-    h' = h + Δ (prenorm) or u + Δ (reference)         what leaves the sub-layer
+    h' = h + Δ (prenorm) or u + Δ (reference)         output of the sub-layer
 
-With the norm placement `iteration_norm` x(0) = h, F_t acts on norm_t(x(t-1)), and h' = h + Δ. The gates g are made in
-`chain.routing`; `chain.variants` has what the paper does not have.
+With the norm placement `iteration_norm` x(0) = h, F_t acts on norm_t(x(t-1)), and h' = h + Δ. `chain.routing` computes
+the gates g; `chain.variants` has options that are not in the paper.
 
-Letters that end a name: B batch, S sequence, T = B·S tokens, D hidden, N experts, C iterations, R routings, F ffn.
+Suffixes of names: B batch, S sequence, T = B·S tokens, D hidden, N experts, C iterations, R routings, F ffn.
 """
 
 import math
@@ -47,14 +47,14 @@ def routed_experts(x_TD: Tensor, routing: Routing, w1: Tensor, w2: Tensor, activ
     sum_TD = torch.zeros_like(x_TD)
     for i in range(w1.shape[0]):
         tokens = routing.chosen_TN[:, i].nonzero().squeeze(1)  # may be none: the gradient is then zero, not None
-        answer = routing.weights_TN[tokens, i, None] * feed_forward(x_TD[tokens], w1[i], w2[i], activation)
-        sum_TD = sum_TD.index_add(0, tokens, answer.to(x_TD.dtype))
+        output = routing.gates_TN[tokens, i, None] * feed_forward(x_TD[tokens], w1[i], w2[i], activation)
+        sum_TD = sum_TD.index_add(0, tokens, output.to(x_TD.dtype))
     return sum_TD
 
 
 @dataclass(frozen=True)
 class ChainOutput:
-    """What one pass through the layer gives.
+    """Result of a forward pass.
 
     Attributes:
         stream: h' [B, S, D], in the dtype of h.
@@ -82,7 +82,7 @@ class ChainOutput:
 
 
 class ChainOfExperts(nn.Module):
-    """The whole sub-layer, from residual stream to residual stream, norm included.
+    """The MoE sub-layer of a transformer layer as a chain, from residual stream to residual stream, with its norm.
 
     Parameters and buffers:
         router_weights: [N, D] each; C of them with `independent` gating, else 1.
@@ -124,15 +124,15 @@ class ChainOfExperts(nn.Module):
         self.num_routings = 1 if chain.gating == "fixed" else chain.iterations
         routers = chain.iterations if chain.gating == "independent" else 1
         norms = chain.iterations if chain.norm_placement == "iteration_norm" else 1
-        n, halves = router.num_experts, 2 if activation == "swiglu" else 1
-        self.router_weights = nn.ParameterList(torch.empty(n, hidden) for _ in range(routers))
+        experts, halves = router.num_experts, 2 if activation == "swiglu" else 1
+        self.router_weights = nn.ParameterList(torch.empty(experts, hidden) for _ in range(routers))
         self.norm_gains = nn.ParameterList(torch.ones(hidden) for _ in range(norms))
         self.variants = Variants(chain, hidden)
-        self.w1 = nn.Parameter(torch.empty(n, halves * ffn, hidden))
-        self.w2 = nn.Parameter(torch.empty(n, hidden, ffn))
+        self.w1 = nn.Parameter(torch.empty(experts, halves * ffn, hidden))
+        self.w2 = nn.Parameter(torch.empty(experts, hidden, ffn))
         self.shared_w1 = nn.Parameter(torch.empty(halves * shared_ffn, hidden)) if shared_ffn else None
         self.shared_w2 = nn.Parameter(torch.empty(hidden, shared_ffn)) if shared_ffn else None
-        self.register_buffer("expert_biases", torch.zeros(self.num_routings, n) if router.expert_bias else None)
+        self.register_buffer("expert_biases", torch.zeros(self.num_routings, experts) if router.expert_bias else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -156,12 +156,13 @@ class ChainOfExperts(nn.Module):
         x_TD = start_TD = h_TD if self.chain.norm_placement == "iteration_norm" else self._norm(h_TD, 0)
         delta_TD, routings, masked_TN = torch.zeros_like(h_TD), list[Routing](), None
         for t in range(self.chain.iterations):
-            n_TD = self._iteration_input(t, x_TD)
-            routings.append(self._route(t, n_TD, masked_TN) if t < self.num_routings else routings[0])
+            input_TD = self._iteration_input(t, x_TD)
+            reuses = self.chain.gating == "fixed" and t > 0
+            routings.append(routings[0] if reuses else self._route(t, input_TD, masked_TN))
             masked_TN = self.variants.masked(masked_TN, routings[t].chosen_TN)
-            f_TD = self.variants.increment(t, self._experts(n_TD, routings[t]))
-            # Δ is a sum of increments: x(C) - x(0) would lose digits, and differ from a plain MoE at C = 1.
-            delta_TD = delta_TD + f_TD if self.chain.residual == "inner" else f_TD
+            f_TD = self.variants.increment(t, self._experts(input_TD, routings[t]))
+            # Not x(C) - x(0), which loses digits and differs from a MoE at C = 1.
+            delta_TD = delta_TD + f_TD if self.chain.sums_increments else f_TD
             x_TD = f_TD + {"inner": x_TD, "init": start_TD, "outer": torch.zeros_like(x_TD)}[self.chain.residual]
         base_TD = start_TD if self.chain.norm_placement == "reference" else h_TD
         return ChainOutput((base_TD + delta_TD).view_as(h_BSD), self._losses(routings, valid_BS), routings, valid_BS)
@@ -172,20 +173,20 @@ class ChainOfExperts(nn.Module):
         if self.expert_biases is not None:
             self.expert_biases.copy_(updated_bias(self.expert_biases, loads_CN[: self.num_routings], rate))
 
-    def _route(self, t: int, n_TD: Tensor, masked_TN: Tensor | None) -> Routing:
+    def _route(self, t: int, input_TD: Tensor, masked_TN: Tensor | None) -> Routing:
         weight_ND = self.router_weights[t if self.chain.gating == "independent" else 0]
         bias_N = None if self.expert_biases is None else self.expert_biases[t]
-        return route(n_TD, weight_ND, self.router, bias_N, masked_TN)
+        return route(input_TD, weight_ND, self.router, bias_N, masked_TN)
 
-    def _experts(self, n_TD: Tensor, routing: Routing) -> Tensor:
+    def _experts(self, input_TD: Tensor, routing: Routing) -> Tensor:
         """F_t: routed and shared experts."""
-        f_TD = routed_experts(n_TD, routing, self.w1, self.w2, self.activation)
+        f_TD = routed_experts(input_TD, routing, self.w1, self.w2, self.activation)
         if self.shared_w1 is None or self.shared_w2 is None:
             return f_TD
-        return f_TD + feed_forward(n_TD, self.shared_w1, self.shared_w2, self.activation)
+        return f_TD + feed_forward(input_TD, self.shared_w1, self.shared_w2, self.activation)
 
     def _iteration_input(self, t: int, x_TD: Tensor) -> Tensor:
-        """What router and experts of iteration t see of the state: x, norm_t(x), or what a variant makes of x."""
+        """Input of router and experts in iteration t: x, norm_t(x), or a variant's function of x."""
         own_norm = self.chain.norm_placement == "iteration_norm"
         return self._norm(x_TD, t) if own_norm else self.variants.iteration_input(t, x_TD)
 
@@ -193,7 +194,7 @@ class ChainOfExperts(nn.Module):
         return functional.rms_norm(x_TD, x_TD.shape[1:], self.norm_gains[t], self.norm_eps)
 
     def _losses(self, routings: list[Routing], valid_BS: Tensor) -> list[Losses]:
-        """Losses of each iteration; a routing that `fixed` gating uses again is not charged again."""
+        """Losses of each iteration; none where `fixed` gating reuses a routing."""
         scale = 1.0 if self.chain.aux_loss_reduction == "sum" else 1.0 / self.num_routings
-        charged = [router_losses(routing, self.router, valid_BS, scale) for routing in routings[: self.num_routings]]
-        return charged + [{} for _ in routings[self.num_routings :]]
+        own = [router_losses(routing, self.router, valid_BS, scale) for routing in routings[: self.num_routings]]
+        return own + [{} for _ in routings[self.num_routings :]]

@@ -72,9 +72,9 @@ class RouterSettings:
         _require(_is_count(n), "router.num_experts", n, "an integer of at least 1")
         _require(_is_count(k, n), "router.topk", k, f"an integer from 1 to num_experts, {n}")
         _require(function in get_args(ScoreFunction), "router.score_function", function, "softmax or sigmoid")
-        # Softmax and K = 1 would give a weight of 1 whatever the router says, and no gradient would reach it.
-        pinned = self.renormalise and k == 1 and function == "softmax"
-        _require(not pinned, "router.renormalise", True, "False for softmax with topk 1")
+        # With softmax and K = 1 the gate would always be 1, and the router would get no gradient.
+        constant = self.renormalise and k == 1 and function == "softmax"
+        _require(not constant, "router.renormalise", True, "False for softmax with topk 1")
         _require(0.0 < self.scaling < math.inf, "router.scaling", self.scaling, "a positive number")
         for name in ("seq_aux_coeff", "aux_coeff", "z_coeff"):
             value = getattr(self, name)
@@ -96,16 +96,16 @@ class RouterSettings:
 
 @dataclass(frozen=True)
 class Routing:
-    """Where T tokens go in one iteration, and how much each expert's answer counts.
+    """Where T tokens go in one iteration, and the gates.
 
     Attributes:
-        weights_TN: g, zero for an expert that was not chosen; fp32, or the tokens' dtype where that is wider.
+        gates_TN: g, zero for an expert that was not chosen; fp32, or the tokens' dtype where that is wider.
         chosen_TN: bool, True for exactly K experts of each token.
-        logits_TN: the router's output, dtype of the weights.
+        logits_TN: the router's output, dtype of the gates.
         scores_TN: softmax or sigmoid of the logits, without bias, normalisation or scaling.
     """
 
-    weights_TN: Tensor
+    gates_TN: Tensor
     chosen_TN: Tensor
     logits_TN: Tensor
     scores_TN: Tensor
@@ -126,21 +126,21 @@ def top_experts(ranking_TN: Tensor, topk: int) -> Tensor:
 def within_best_groups(ranking_TN: Tensor, settings: RouterSettings) -> Tensor:
     """The ranking [T, N] with -inf outside each token's best groups (group-limited, arXiv 2405.04434).
 
-    A group is worth the sum of its best K / group_topk experts: what it brings if the choice falls evenly.
+    The score of a group is the sum of its best K / group_topk experts.
     """
     assert settings.num_groups is not None and settings.group_topk is not None
     ranking_TGg = ranking_TN.unflatten(1, (settings.num_groups, -1))
-    worth_TG = ranking_TGg.topk(settings.topk // settings.group_topk, dim=2).values.sum(dim=2)
-    best_TG = top_experts(worth_TG, settings.group_topk)
+    group_scores_TG = ranking_TGg.topk(settings.topk // settings.group_topk, dim=2).values.sum(dim=2)
+    best_TG = top_experts(group_scores_TG, settings.group_topk)
     return ranking_TGg.masked_fill(~best_TG.unsqueeze(2), -math.inf).flatten(1)
 
 
-def gate_weights(scores_TN: Tensor, chosen_TN: Tensor, settings: RouterSettings) -> Tensor:
+def gates(scores_TN: Tensor, chosen_TN: Tensor, settings: RouterSettings) -> Tensor:
     """g of eq. 7: the scores of the chosen experts, normalised and scaled as set, else zero; [T, N]."""
-    weights_TN = scores_TN.masked_fill(~chosen_TN, 0.0)
+    gates_TN = scores_TN.masked_fill(~chosen_TN, 0.0)
     if settings.renormalise or (settings.score_function == "sigmoid" and settings.topk > 1):
-        weights_TN = weights_TN / (weights_TN.sum(dim=1, keepdim=True) + TINY)
-    return weights_TN * settings.scaling
+        gates_TN = gates_TN / (gates_TN.sum(dim=1, keepdim=True) + TINY)
+    return gates_TN * settings.scaling
 
 
 def route(
@@ -157,14 +157,14 @@ def route(
         weight_ND: W_t.
         settings: how to score, choose and weigh.
         bias_N: added to the scores for the choice alone.
-        masked_TN: bool, where a token must not go: as if the expert were not there; None for nowhere.
+        masked_TN: bool, experts that a token must not choose; None for none.
     """
     wide = torch.promote_types(x_TD.dtype, torch.float32)
     logits_TN = functional.linear(x_TD.to(wide), weight_ND.to(wide))
     if masked_TN is not None:
         logits_TN = logits_TN.masked_fill(masked_TN, -math.inf)
     scores_TN = scores(logits_TN, settings.score_function)
-    # To renormalise, Megatron-Core takes the softmax after the choice; a group is then worth its logits.
+    # To renormalise, Megatron-Core takes the softmax after the choice; groups are then scored by logits.
     after_choice = settings.score_function == "softmax" and settings.renormalise
     ranking_TN = logits_TN if after_choice else scores_TN
     if bias_N is not None:
@@ -174,7 +174,7 @@ def route(
     if masked_TN is not None:  # a bias lifts scores of 0
         ranking_TN = ranking_TN.masked_fill(masked_TN, -math.inf)
     chosen_TN = top_experts(ranking_TN, settings.topk)
-    return Routing(gate_weights(scores_TN, chosen_TN, settings), chosen_TN, logits_TN, scores_TN)
+    return Routing(gates(scores_TN, chosen_TN, settings), chosen_TN, logits_TN, scores_TN)
 
 
 def sequence_aux_loss(routing: Routing, settings: RouterSettings, valid_BS: Tensor) -> Tensor:

@@ -90,6 +90,11 @@ class ChainSettings:
         return self.layers is None or number in self.layers
 
     @property
+    def sums_increments(self) -> bool:
+        """Whether Δ, which the chain adds to its input, is Σ_t F_t; else it is F_C."""
+        return self.residual == "inner"
+
+    @property
     def plain(self) -> "ChainSettings":
         """Settings of a MoE layer that is not a chain (C = 1)."""
         return ChainSettings(iterations=1)

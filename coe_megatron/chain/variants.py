@@ -1,12 +1,12 @@
-"""The variants of the chain that the paper does not have, behind one hook that each iteration passes through.
+"""Variants of the chain that are not in the paper: three methods that every iteration calls.
 
-    x(t) = a_t ⊙ F_t(c_t ⊙ x(t-1)) + r(t)     a_t ⊙ F_t takes the place of F_t in Δ as well
+    x(t) = a_t ⊙ F_t(c_t ⊙ x(t-1)) + r(t)     a_t ⊙ F_t replaces F_t in Δ too
     a_t                                       a learned gain [D] (`learned_scale`)
     c_t                                       a learned gain [D] (`conditioned`)
-    logit[t,i] = -inf if i was chosen before  a token goes to an expert once (`no_return`)
+    logit[t,i] = -inf if i was chosen before  a token visits an expert once (`no_return`)
 
-The reference module and the Megatron layer call the same three methods. A new variant changes what they return, and
-needs a field of ChainSettings and its share in `coe_megatron.estimate`.
+`chain.method` and `model.layer` call the same three methods. A new variant changes what they return, and needs a field
+of ChainSettings and its cost in `coe_megatron.estimate`.
 
 T: tokens, N: experts, D: hidden.
 """
@@ -18,7 +18,7 @@ from coe_megatron.chain.settings import ChainSettings
 
 
 class Variants(nn.Module):
-    """What an iteration sees, what its increment becomes, and which experts the next one must not choose.
+    """Input of an iteration, its increment, and the experts masked in the next iteration.
 
     Parameters:
         increment_gains: a_t, [D] each; C of them with `learned_scale`, which start at its value, else none.
@@ -37,19 +37,19 @@ class Variants(nn.Module):
         self.state_gains = gains(1.0 if chain.conditioned else None)
 
     def iteration_input(self, t: int, x: Tensor) -> Tensor:
-        """c_t ⊙ x(t-1) [..., D]: what router and experts of iteration t (from 0) see of the state."""
+        """c_t ⊙ x(t-1) [..., D]: input of router and experts in iteration t (from 0)."""
         return self.state_gains[t] * x if len(self.state_gains) else x
 
     def increment(self, t: int, f: Tensor) -> Tensor:
-        """a_t ⊙ F_t [..., D]: what iteration t (from 0) adds."""
+        """a_t ⊙ F_t [..., D]: increment of iteration t (from 0)."""
         return self.increment_gains[t] * f if len(self.increment_gains) else f
 
     def masked(self, before_TN: Tensor | None, chosen_TN: Tensor) -> Tensor | None:
-        """Bool [T, N], the experts that tokens must not go to in the next iteration; None where they may go anywhere.
+        """Experts masked in the next iteration, bool [T, N]; None for none.
 
         Args:
-            before_TN: what this method gave for the last iteration; None for the first.
-            chosen_TN: bool, the experts that had the tokens in it.
+            before_TN: experts masked in this iteration; None for none.
+            chosen_TN: bool, experts that processed the tokens in this iteration.
         """
         if not self.no_return:
             return None

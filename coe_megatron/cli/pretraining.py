@@ -130,7 +130,7 @@ def _require_stop_file(path: Path | None) -> None:
 
 
 def _pretrain(parser: Parser, env: DistributedEnv, checked: RunConfig | None, stop_file: Path | None) -> ExitStatus:
-    """Train; `checked` and `stop_file` are given on rank 0 only, since a thousand ranks must not all read the config."""
+    """Train; `checked` and `stop_file` are given on rank 0 only: a thousand ranks must not all read the config."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         stop_with_parent()
     torchruns = env.log_dir.parents[2:3] if env.log_dir and env.local_rank == 0 else ()
@@ -146,7 +146,7 @@ def _pretrain(parser: Parser, env: DistributedEnv, checked: RunConfig | None, st
         from coe_megatron.data.token_file import DamagedTokens
         from coe_megatron.distributed.rendezvous import RendezvousError, rendezvous
         from coe_megatron.run.folder import OutputLost
-        from coe_megatron.training.loop import Interrupted, train
+        from coe_megatron.training.loop import StoppedOnRequest, train
 
     try:
         store = rendezvous(env)
@@ -167,7 +167,7 @@ def _pretrain(parser: Parser, env: DistributedEnv, checked: RunConfig | None, st
         parser.refuse(ExitStatus.MISTAKE, f"{whose}{error}", aloud=True)
     except ConfigError:
         raise
-    except Interrupted as error:
+    except StoppedOnRequest as error:
         status, reason = error.status, f"{error}; {RESUMES}"
     except FloatingPointError as error:
         status, reason = ExitStatus.DIVERGED, str(error)

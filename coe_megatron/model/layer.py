@@ -1,11 +1,12 @@
-"""The Chain-of-Experts layer for Megatron-Core: Megatron's MoELayer, passed through C times.
+"""The Chain-of-Experts layer for Megatron-Core: C iterations of Megatron's MoELayer.
 
     x(0) = u,  x(t) = F_t(x(t-1)) + r(t),  F_t(x) = sum_i g[t,i] E_i(x) + sum_m S_m(x)        (paper eq. 5, 8)
+    r(t) = x(t-1) (inner), x(0) (init) or 0 (outer);  delta = sum_t F_t (inner) or F_C        (eq. 8, 10, 9)
+    output: delta, which the transformer layer adds to h; with `reference` u + delta, which replaces h
 
-One set of experts and shared experts, and one router per iteration. What Megatron's layer does once (route, dispatch,
-experts, combine) this one repeats through the same methods; the rest is the residual r(t) and what leaves the layer.
-Increments F_t are summed as they come: x(C) - x(0) computed by subtraction loses them in bf16. `chain.variants` puts
-gains in it: a_t F_t(c_t x) wherever F_t(x) stands here.
+One set of experts and shared experts, and one router per iteration. Each iteration calls the methods of Megatron's
+layer (route, dispatch, experts, combine). delta is summed from increments, since x(C) - x(0) loses digits in bf16.
+`chain.variants` replaces F_t(x) by a_t F_t(c_t x).
 
 S: sequence, B: micro-batch, D: hidden size, T = S * B tokens, N: experts.
 """
@@ -13,9 +14,9 @@ S: sequence, B: micro-batch, D: hidden size, T = S * B tokens, N: experts.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -38,13 +39,12 @@ from coe_megatron.model.router import CoERouter, Routing
 from coe_megatron.model.unsupported import refuse_for_chain, refuse_for_layer
 
 
-@dataclass(frozen=True)
-class Iteration:
-    """What iteration t gives.
+class Iteration(NamedTuple):
+    """Result of iteration t.
 
     Attributes:
         increment: a_t F_t(c_t x(t-1)), [S, B, D].
-        routing: the gates and choices [T, N] that it used.
+        routing: its gates and choices [T, N].
     """
 
     increment: torch.Tensor
@@ -57,14 +57,15 @@ class CoELayer(MoELayer):
     Iteration 1 uses `router`, as in the stock layer; iterations 2 to C use `later_routers`.
 
     Args:
-        config: Megatron's, with `num_moe_experts`; what it says of a MoE layer holds in every iteration.
-        submodules: Megatron's MoE submodules; the router among them is replaced by CoERouter.
+        config: Megatron's, with `num_moe_experts`; its MoE settings apply to every iteration.
+        submodules: Megatron's MoE submodules, whose router is replaced by CoERouter.
+        layer_number: 1-based, in the model.
+        pg_collection: process groups; None takes Megatron's global ones.
         chain: the chain's settings.
-        recompute: what the backward pass computes again instead of keeping it: nothing, each `iteration` on its own, or
-            the `layer` (whole chain) at once; the `experts` do their part themselves. Megatron's `recompute_modules`
-            `moe` and `moe_act` mean `layer` and `experts`.
-        topk: K, if not the config's `moe_router_topk`.
-        pg_collection: process groups; Megatron's global ones when None.
+        norm: class of the norms of `iteration_norm`.
+        recompute: activations that the backward pass recomputes (`moe.recompute`); `experts` is done by the experts
+            module. Megatron's `recompute_modules` `moe` and `moe_act` mean `layer` and `experts`.
+        topk: K; None takes the config's `moe_router_topk`.
 
     Raises:
         ConfigError: the config asks for something that cannot go with a chain; the message says what and why.
@@ -84,7 +85,7 @@ class CoELayer(MoELayer):
         topk: int | None = None,
     ) -> None:
         chain = chain or ChainSettings()
-        if topk is not None:  # which concerns this layer alone
+        if topk is not None:  # for this layer only
             config = copy(config)
             config.moe_router_topk = topk
         refuse_for_layer(config)
@@ -100,8 +101,6 @@ class CoELayer(MoELayer):
         self.later_routers = torch.nn.ModuleList(
             router(config=config, pg_collection=groups, tied_to=tied_to) for _ in range(self.router.num_routers - 1)
         )
-        # With overlap the shared experts assert that each pass reaches its end.
-        self._recomputed = partial(recomputed, to_the_end=self.shared_expert_overlap)
         if type(self.token_dispatcher) is MoEAlltoAllTokenDispatcher:
             self.token_dispatcher = AllToAllDispatcher(
                 self.num_local_experts, self.local_expert_indices, config=config, pg_collection=groups
@@ -115,7 +114,7 @@ class CoELayer(MoELayer):
         self.variants = Variants(chain, config.hidden_size).to(
             device=torch.cuda.current_device(), dtype=config.params_dtype
         )
-        for gain in self.variants.parameters():  # like a norm's: every tensor-parallel rank sees a part of the tokens
+        for gain in self.variants.parameters():  # as for a norm: each tensor-parallel rank has a part of the tokens
             gain.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     @property
@@ -124,7 +123,7 @@ class CoELayer(MoELayer):
         return [self.router, *self.later_routers]
 
     def set_layer_number(self, layer_number: int) -> None:
-        """Tell the layer and every router its 1-based number in the model."""
+        """Set the 1-based number of the layer in the model, for its routers too."""
         super().set_layer_number(layer_number)
         for router in self.routers[1:]:
             router.set_layer_number(layer_number)
@@ -139,11 +138,11 @@ class CoELayer(MoELayer):
 
         Args:
             hidden_states: [S, B, D]: u = norm(h), or h itself with `iteration_norm`.
-            padding_mask: [B, S] bool, True at padding, which counts in no loss, load or expert bias; where experts have
-                a capacity, it is that of the real tokens, and no expert takes padding.
+            padding_mask: [B, S] bool, True at padding, which is excluded from losses, loads and the expert bias, and
+                from the experts if they have a capacity, which is computed from the other tokens.
 
         Returns:
-            [S, B, D], what the transformer layer adds to h (with `reference`: what takes h's place), and no bias.
+            delta [S, B, D], or u + delta with `reference`, and None for Megatron's bias.
         """
         assert intermediate_tensors is None, "CUDA graphs are not supported by CoELayer"
         if self.training and self.attn_tp_group.size() > 1 and not self.config.sequence_parallel:
@@ -152,33 +151,32 @@ class CoELayer(MoELayer):
             padding_mask = padding_mask.transpose(0, 1).bool()
         recomputes = torch.is_grad_enabled() and self.recompute in ("iteration", "layer")
         records = [RoutingRecord() if recomputes else None for _ in range(self.chain.iterations)]
-        run = self._recomputed if self.recompute == "layer" else _called
-        return run(self._run_chain, hidden_states, padding_mask, records), None
+        run_chain = self._recompute_if(self.recompute == "layer", self._run_chain)
+        return run_chain(hidden_states, padding_mask, records), None
 
     def _run_chain(
         self, start: torch.Tensor, padding_mask: torch.Tensor | None, records: list[RoutingRecord | None]
     ) -> torch.Tensor:
-        """x(0) [S, B, D] -> what leaves the layer: the sum of all F_t (`inner`) or F_C; with `reference` u and that."""
-        iterate = partial(self._recomputed if self.recompute == "iteration" else _called, self._iterate)
+        """x(0) [S, B, D] -> delta, or u + delta with `reference`."""
+        iterate = self._recompute_if(self.recompute == "iteration", self._iterate)
         probe = self._active_probe(records[0])
-        state, total = start, start
+        state = delta = start  # the first iteration replaces delta
         masked_TN: torch.Tensor | None = None
-        given: Routing | None = None
+        reused: Routing | None = None
         for t in range(self.chain.iterations):
-            done = iterate(t, state, padding_mask, records[t], masked_TN, given)
-            total = total + done.increment if t > 0 and self.chain.residual == "inner" else done.increment
-            if probe is not None:  # here and not in _iterate, whose second passes go backwards
-                with torch.no_grad():
-                    after = self._next_state(start, state, done.increment)
-                probe.record(t, done.routing.chosen_TN, state, done.increment, after, padding_mask)
-            if t + 1 < self.chain.iterations:
-                state = self._next_state(start, state, done.increment)
-                masked_TN = self.variants.masked(masked_TN, done.routing.chosen_TN)
-                given = done.routing if self.chain.gating == "fixed" else None
+            increment, routing = iterate(t, state, padding_mask, records[t], masked_TN, reused)
+            delta = delta + increment if t > 0 and self.chain.sums_increments else increment
+            if t + 1 == self.chain.iterations and probe is None:
+                break  # nothing needs x(C)
+            before, state = state, self._next_state(start, state, increment)
+            if probe is not None:  # here, since recomputation runs the iterations in reverse order
+                probe.record(t, routing.chosen_TN, before, increment, state, padding_mask)
+            masked_TN = self.variants.masked(masked_TN, routing.chosen_TN)
+            reused = routing if self.chain.gating == "fixed" else None
         if self.chain.norm_placement != "reference":
-            return total
-        # The stream that goes on is u + total; the dropout that Megatron applies to h's increment is applied here.
-        return start + torch.nn.functional.dropout(total, self.config.hidden_dropout, self.training)
+            return delta
+        # Megatron applies hidden_dropout to what it adds to h; with `reference` it adds nothing, so it is applied here.
+        return start + torch.nn.functional.dropout(delta, self.config.hidden_dropout, self.training)
 
     def _iterate(
         self,
@@ -187,62 +185,67 @@ class CoELayer(MoELayer):
         padding_mask: torch.Tensor | None,
         record: RoutingRecord | None,
         masked_TN: torch.Tensor | None,
-        given: Routing | None,
+        reused: Routing | None,
     ) -> Iteration:
-        """One pass of Megatron's MoE layer: F_t(x) = sum_i g[t,i] E_i(x) + sum_m S_m(x), through the variants' hook.
+        """One pass of Megatron's MoE layer: F_t(x) = sum_i g[t,i] E_i(x) + sum_m S_m(x), or a variant of it.
 
         Args:
             state: x(t-1), [S, B, D].
-            masked_TN: bool [T, N], the experts that tokens must not go to; None if they may.
-            given: the routing to use again (`fixed`); None to route.
+            masked_TN: bool [T, N], experts that tokens must not choose; None for none.
+            reused: the routing to use (`fixed`); None to route.
         """
         with record_function(f"layer {self.layer_number}, iteration {t + 1}"), self._own_dispatcher():
             hidden = self._iteration_input(t, state)
             shared = self.shared_experts_compute(hidden)
-            routing = given or self.routers[t](hidden, padding_mask, record, masked_TN)
+            routing = reused or self.routers[t](hidden, padding_mask, record, masked_TN)
             rows, gates = self.dispatch(*self.preprocess(hidden, *routing))
             rows, _ = self.routed_experts_compute(rows, gates)
             output = self.postprocess(self.combine(rows), shared)
             return Iteration(self.variants.increment(t, output), routing)
 
     def _next_state(self, start: torch.Tensor, state: torch.Tensor, increment: torch.Tensor) -> torch.Tensor:
-        """x(t) = F_t(x(t-1)) + r(t): r is x(t-1), x(0) or nothing (eq. 8, 10, 9)."""
-        if self.chain.residual == "outer":
-            return increment
-        return increment + (state if self.chain.residual == "inner" else start)
+        """x(t) = F_t(x(t-1)) + r(t), [S, B, D] (eq. 8, 10, 9)."""
+        match self.chain.residual:
+            case "inner":
+                return increment + state
+            case "init":
+                return increment + start
+            case "outer":
+                return increment
 
     def _iteration_input(self, t: int, state: torch.Tensor) -> torch.Tensor:
-        """What router and experts of iteration t see of x(t-1): norm_t of it, or what a variant makes of it."""
+        """Input of router and experts in iteration t: x(t-1), norm_t of it, or a variant's function of it."""
         return self.norms[t](state) if self.norms else self.variants.iteration_input(t, state)
 
     def _active_probe(self, record: RoutingRecord | None) -> ChainProbe | None:
-        """The probe that is told of this pass; None in evaluation and when the pass is recomputed."""
+        """The probe to notify; None in evaluation and recomputation."""
         is_recomputed = record is not None and record.is_known
         return self.probe if self.training and torch.is_grad_enabled() and not is_recomputed else None
 
+    def _recompute_if(self, enabled: bool, function: Callable) -> Callable:
+        """`function`, recomputed in the backward pass if `enabled`."""
+        # With overlap the shared experts assert that each pass runs to its end.
+        return partial(recomputed, function, to_the_end=self.shared_expert_overlap) if enabled else function
+
     @contextmanager
     def _own_dispatcher(self) -> Iterator[None]:
-        """Megatron's methods write a pass's state on `token_dispatcher`: meanwhile that is a copy for this pass."""
+        """Replace `token_dispatcher`, on which Megatron's methods keep state, by a copy for this iteration."""
         kept, self.token_dispatcher = self.token_dispatcher, for_one_pass(self.token_dispatcher)
         try:
             yield
-        finally:  # checkpointing leaves a pass that it recomputes by an exception
+        finally:  # checkpointing ends a recomputed pass by an exception
             self.token_dispatcher = kept
 
     def preprocess(
         self, hidden_states: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As the stock method; where the config pads to the capacity, experts are filled up here and nowhere else."""
+        """Megatron's method; pads experts to their capacity if the config says so."""
         config = self.config
         if config.moe_pad_expert_input_to_capacity:
             topk, factor = config.moe_router_topk, config.moe_expert_capacity_factor
             rows = rows_per_expert(len(routing_map), topk, config.num_moe_experts, factor)
             routing_map = filled_up(routing_map, rows)
         return super().preprocess(hidden_states, probs, routing_map)
-
-
-def _called(function: Callable, *args: Any) -> Any:
-    return function(*args)
 
 
 def coe_layers(model: torch.nn.Module) -> Iterator[CoELayer]:

@@ -1,8 +1,8 @@
-"""What the backward pass computes again instead of keeping it: the modes, the second pass, and the choices it follows.
+"""Recomputation of iterations or layers in the backward pass, with the routing of the first pass.
 
-Megatron's `recompute_granularity="full"` recomputes transformer layers from outside: it works, but without records.
+Megatron's `recompute_granularity="full"` recomputes whole transformer layers: it works, but without routing records.
 
-T: tokens, N: experts, K: chosen for a token.
+T: tokens, N: experts, K: experts per token.
 """
 
 import math
@@ -25,18 +25,20 @@ from coe_megatron.model.unsupported import refuse_unrecorded
 
 
 def recompute_mode(config: TransformerConfig, recompute: Recompute) -> Recompute:
-    """What is recomputed, whether our own setting or Megatron's `recompute_modules` asks for it.
+    """The mode that our own setting or Megatron's `recompute_modules` selects.
 
     Raises:
-        ConfigError: there is no such mode, or the two ask for different ones.
+        ConfigError: there is no such mode, or the two select different ones.
     """
     if recompute not in get_args(Recompute):
         raise ConfigError(f"recompute is {recompute!r}: it must be one of {', '.join(get_args(Recompute))}")
     modules = config.recompute_modules if config.recompute_granularity == "selective" else []
-    asked: Recompute = "layer" if "moe" in modules else "experts" if "moe_act" in modules else "none"
-    if "none" not in (recompute, asked) and recompute != asked:
-        raise ConfigError(f"recompute is {recompute!r}: recompute_modules asks for {asked!r} already, leave it at none")
-    recompute = asked if recompute == "none" else recompute
+    selected: Recompute = "layer" if "moe" in modules else "experts" if "moe_act" in modules else "none"
+    if "none" not in (recompute, selected) and recompute != selected:
+        raise ConfigError(
+            f"recompute is {recompute!r}: recompute_modules already selects {selected!r}, leave it at none"
+        )
+    recompute = selected if recompute == "none" else recompute
     if recompute in ("iteration", "layer"):
         refuse_unrecorded(config, f"recompute {recompute!r}")
     return recompute
@@ -44,16 +46,16 @@ def recompute_mode(config: TransformerConfig, recompute: Recompute) -> Recompute
 
 @dataclass
 class RoutingRecord:
-    """What one router decided in one forward pass: empty at first, written once, followed when the pass is recomputed.
+    """The routing of one forward pass of a router: filled in the first pass, used in the recomputed one.
 
-    Recomputed logits can differ in their last bits (sums on CUDA have no fixed order), and a token between two experts
-    would go elsewhere: its gradient would be that of another function, and tensors would change their shapes. A record
-    belongs to a call and not to the router, so that several calls may wait for their backward passes.
+    Recomputed logits can differ in their last bits (sums on CUDA have no fixed order). A token with a tie could then
+    choose another expert: gradients would be wrong, and shapes of tensors would change. A record belongs to one call,
+    so that several calls can wait for their backward passes.
 
     Attributes:
-        experts_TK: int64, the experts of each token, in the order of the choice.
-        kept_TN: bool, with a capacity: the choices that it did not turn away.
-        counted: what the global auxiliary loss had counted before: token copies by expert, and micro-batches.
+        experts_TK: int64, the experts of each token, in the order of choice.
+        kept_TN: bool, the choices that were not dropped for capacity; None without a capacity.
+        counted: counts of the global auxiliary loss before this pass: tokens per expert, and micro-batches.
     """
 
     experts_TK: torch.Tensor | None = None
@@ -62,18 +64,18 @@ class RoutingRecord:
 
     @property
     def is_known(self) -> bool:
-        """Whether the first pass has been."""
+        """Whether the first pass has filled it."""
         return self.experts_TK is not None
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What Megatron's top-k routing asks in one call, where it would ask its own RouterReplay.
+class ReplayedTopK:
+    """Takes the place of Megatron's RouterReplay in one call of top-k routing.
 
     Attributes:
-        record: followed if it is known, else written.
-        masked_TN: bool, experts that a token must not be sent to; None for none.
-        stock: Megatron's own replay of recorded choices, to ask in the first pass; None if it is off.
+        record: used if it is known, else filled.
+        masked_TN: bool, experts that a token must not choose; None for none.
+        stock: Megatron's RouterReplay, used in the first pass; None if it is off.
     """
 
     record: RoutingRecord
@@ -83,30 +85,29 @@ class Choice:
     def get_replay_topk(self, scores_TN, topk, num_groups, group_topk, choose) -> tuple[torch.Tensor, torch.Tensor]:
         """The chosen scores and experts [T, K].
 
-        Both passes gather the scores, so that both keep the same tensors, as checkpointing requires.
+        Both passes gather the scores: checkpointing requires that they save the same tensors.
         """
         if self.record.experts_TK is None:
             if self.stock is not None:
                 choose = partial(self.stock.get_replay_topk, default_compute_topk=choose)
             ranking_TN = scores_TN.detach()
-            if self.masked_TN is not None:  # a score of 0 is not enough: others may be 0 too, and a bias lifts it
+            if self.masked_TN is not None:  # a score of 0 does not mask: others may be 0, and a bias raises it
                 ranking_TN = ranking_TN.masked_fill(self.masked_TN, -math.inf)
             _, self.record.experts_TK = choose(ranking_TN, topk, num_groups, group_topk)
         return scores_TN.gather(1, self.record.experts_TK), self.record.experts_TK
 
 
 def recomputed(function: Callable, *args: Any, to_the_end: bool = False) -> Any:
-    """`function(*args)`, of which only the arguments are kept: the backward pass calls it a second time.
+    """`function(*args)` under activation checkpointing: the backward pass calls it again.
 
-    torch's checkpoint rather than Megatron's, which runs a backward pass of its own inside the backward pass: a weight
-    used in C checkpoints would then get C gradients one after the other, which changes their sums by rounding and calls
-    ZeRO's hooks C times. torch's restores the generators of the CPU and the device, and with them dropout and jitter;
-    inside Megatron's fork for sequence parallelism the device's generator is the forked one. Megatron's named
+    It uses torch's checkpoint. Megatron's runs a nested backward pass: a weight used in C checkpoints would get C
+    separate gradients, which changes rounding and calls ZeRO's hooks C times. torch's restores the generators of the
+    CPU and the device (inside Megatron's RNG fork, the forked one), and with them dropout and jitter. Megatron's named
     generators are restored here.
 
     Args:
-        args: tensors, also within tuples, which torch's checkpoint gets one by one so that it knows them; or anything.
-        to_the_end: the second pass goes on when all that is needed is there.
+        args: anything; tensors may be nested in tuples.
+        to_the_end: run the second pass to its end, rather than only until all saved tensors are recomputed.
     """
     leaves, structure = tree_flatten(args)
 
@@ -123,7 +124,7 @@ def recomputed(function: Callable, *args: Any, to_the_end: bool = False) -> Any:
 
 
 def _restoring_named_generators() -> tuple[AbstractContextManager, AbstractContextManager]:
-    """What surrounds the first pass and what surrounds the second, which has to begin with the same generators."""
+    """Contexts of the first and the second pass, which must start with the same generator states."""
     before = get_cuda_rng_tracker().get_states()
 
     @contextmanager

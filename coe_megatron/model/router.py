@@ -1,14 +1,14 @@
 """The router of one iteration: Megatron's TopKRouter, with losses and loads kept by (layer, iteration).
 
-What differs from the stock router, and why:
+Differences from Megatron's router:
 
-* auxiliary and z-losses are also recorded in `stats` of this very router, and 1/C of each goes into Megatron's tracker,
-  which has one slot a layer and so shows the mean over iterations (`router_losses`);
-* a padding mask reaches the load counts of the expert bias without an error (the stock code broadcasts it wrongly);
-* an expert's capacity is that of the real tokens, and padding takes none of it (`model.capacity`);
-* noise on its input is for training: the stock code draws it in evaluation as well;
+* auxiliary and z-losses are also recorded in this router's `stats`, and 1/C of each goes into Megatron's tracker, which
+  has one slot per layer and so shows the mean over iterations (`router_losses`);
+* the load counts of the expert bias respect the padding mask (Megatron broadcasts it wrongly);
+* an expert's capacity is computed without padding, which takes none of it (`model.capacity`);
+* input jitter is applied in training only (Megatron applies it in evaluation too);
 * experts can be masked: their logits are -inf (`chain.no_return`);
-* a pass that is recomputed takes the choices of the first one, whatever its logits have become, and counts nothing.
+* recomputation uses the choices of the first pass, even if logits differ in their last bits, and counts nothing.
 
 S: sequence, B: micro-batch, T = S * B tokens, D: hidden, N: experts.
 """
@@ -25,18 +25,18 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.model.capacity import within_capacity
-from coe_megatron.model.recompute import Choice, RoutingRecord
+from coe_megatron.model.recompute import ReplayedTopK, RoutingRecord
 from coe_megatron.model.router_losses import RouterWithLosses
 
 _DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
 
 class Routing(NamedTuple):
-    """Where T tokens go, as Megatron's routers return it.
+    """Result of a router, which unpacks to Megatron's `probs, routing_map`.
 
     Attributes:
-        gates_TN: g, zero for an expert that was not chosen.
-        chosen_TN: bool, at most K experts of each token.
+        gates_TN: g, Megatron's `probs`; zero for an expert that was not chosen.
+        chosen_TN: bool, Megatron's `routing_map`; at most K experts per token.
     """
 
     gates_TN: torch.Tensor
@@ -47,17 +47,17 @@ class CoERouter(RouterWithLosses):
     """Router W_t of iteration t: g = s where s is among its K largest, else 0, s = softmax(x W_t^T) (paper eq. 7).
 
     Args:
-        config: Megatron's; what it says of routing holds for every iteration.
+        config: Megatron's; its routing settings apply to every iteration.
         chain: the chain's settings.
-        tied_to: the router whose weights this one uses (gating `shared_router`); None for weights of its own.
+        tied_to: the router whose weights this one shares (gating `shared_router`); None for its own weights.
     """
 
     global_tokens_per_expert: torch.Tensor | None
     ga_steps: torch.Tensor
-    router_replay: RouterReplay | Choice | None
+    router_replay: RouterReplay | ReplayedTopK | None
     input_jitter: Any
 
-    # What one call has to know; set on the copy that runs it, never on the router itself.
+    # Arguments of one call, set only on the copy that runs it (`_for_call`).
     _record: RoutingRecord | None = None
     _masked_TN: torch.Tensor | None = None
 
@@ -91,28 +91,33 @@ class CoERouter(RouterWithLosses):
         record: RoutingRecord | None = None,
         masked_TN: torch.Tensor | None = None,
     ) -> Routing:
-        """As the stock method: input [S, B, D] -> gates and choices [T, N].
-
-        Megatron's methods take no arguments of ours, so what a call has to know is on a copy of the router, which
-        shares its weights, its buffers' tensors and its statistics, and goes when the call ends.
+        """Megatron's method with two more arguments: input [S, B, D] -> gates and choices [T, N].
 
         Args:
             padding_mask: [S, B] bool, True at padding.
-            record: written if it is empty; else followed, and nothing is counted.
-            masked_TN: bool [T, N], where a token must not go; None for nowhere.
+            record: filled if it is empty; otherwise its choices are used, and nothing is counted.
+            masked_TN: bool [T, N], experts that a token must not choose; None for none.
+        """
+        call = self._for_call(record, masked_TN)
+        routing = Routing(*super(CoERouter, call).forward(input, padding_mask))
+        self.input_jitter = call.input_jitter  # created in the first call
+        return routing
+
+    def _for_call(self, record: RoutingRecord | None, masked_TN: torch.Tensor | None) -> "CoERouter":
+        """A copy that holds the arguments of one call, which Megatron's methods do not pass on.
+
+        It shares weights, buffers' tensors and statistics with the router.
         """
         call = copy(self)
         call._buffers = dict(self._buffers)
         call._record, call._masked_TN = record, masked_TN
         call._is_recomputed = record is not None and record.is_known
         if record is not None or masked_TN is not None:
-            call.router_replay = Choice(record or RoutingRecord(), masked_TN, self.router_replay)
-        routing = Routing(*super(CoERouter, call).forward(input, padding_mask))
-        self.input_jitter = call.input_jitter  # made in the first call
-        return routing
+            call.router_replay = ReplayedTopK(record or RoutingRecord(), masked_TN, self.router_replay)
+        return call
 
     def apply_input_jitter(self, input: torch.Tensor) -> torch.Tensor:
-        """As the stock method in training; elsewhere the input, and no random number is drawn."""
+        """Megatron's method in training; otherwise the input, without drawing random numbers."""
         return super().apply_input_jitter(input) if self.training else input
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
@@ -122,9 +127,9 @@ class CoERouter(RouterWithLosses):
         return router_gating_linear(input, owner.weight, owner.bias, dtype)
 
     def routing(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> Routing:
-        """As the stock method: logits [S, B, N] -> gates and choices [T, N].
+        """Megatron's method: logits [S, B, N] -> gates and choices [T, N].
 
-        Masked experts get logits of -inf, so that they are in no score, entropy or loss.
+        Logits of masked experts are -inf, so that scores, entropy and losses exclude them.
         """
         if self._masked_TN is not None:
             logits = logits.masked_fill(self._masked_TN.view_as(logits), -math.inf)
@@ -139,7 +144,7 @@ class CoERouter(RouterWithLosses):
         return Routing(gates_TN, chosen_TN)
 
     def _apply_global_aux_loss(self, *args, **kwargs):
-        """As the stock method; a pass that is recomputed averages what the first one did, and adds nothing to it."""
+        """Megatron's method; recomputation averages the counts of the first pass, and adds nothing to them."""
         if self._record is not None and self.global_tokens_per_expert is not None:
             if self._record.counted is None:
                 self._record.counted = self.global_tokens_per_expert.clone(), self.ga_steps.clone()
@@ -150,7 +155,7 @@ class CoERouter(RouterWithLosses):
     def _within_capacity(
         self, gates_TN: torch.Tensor, chosen_TN: torch.Tensor, padding_mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """The choices [T, N] that no expert turns away."""
+        """The choices [T, N] that are not dropped."""
         if self._record is not None and self._record.kept_TN is not None:
             return self._record.kept_TN
         kept_TN = within_capacity(
@@ -166,10 +171,10 @@ class CoERouter(RouterWithLosses):
         return kept_TN
 
     def _apply_expert_bias(self, routing_map: torch.Tensor, padding_mask: torch.Tensor | None = None) -> None:
-        """Nothing: the stock method counts here, but a capacity is still to be applied. See `_count`."""
+        """Do nothing: Megatron counts here, before a capacity is applied; `_count` does it after."""
 
     def _count(self, chosen_TN: torch.Tensor, padding_mask: torch.Tensor | None) -> None:
-        """Count each expert's load: for the statistics, and for the expert bias if it is on."""
+        """Add to each expert's load, for the statistics and, if it is on, the expert bias."""
         counted_TN = chosen_TN if padding_mask is None else chosen_TN & ~padding_mask.reshape(-1, 1)
         load_N = counted_TN.sum(dim=0)
         self.stats.add_load(load_N)

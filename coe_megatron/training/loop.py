@@ -1,9 +1,10 @@
-"""Pretraining: from a config to a trained model with its metrics and checkpoints. Called by launch/pretrain_coe.py.
+"""Pretraining: from a config to a trained model with its metrics and checkpoints. Called by cli/pretraining.py.
 
 A step takes `global_batch` samples. Each micro-batch contributes the sum of its token losses over the number of counted
 tokens of the whole step, on all ranks and in all micro-batches, so that a token weighs the same wherever it falls.
 """
 
+import itertools
 import platform
 import sys
 import time
@@ -11,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,7 +52,7 @@ from coe_megatron.zero.train_step import train_step
 Result = TypeVar("Result")
 
 
-class Interrupted(Exception):
+class StoppedOnRequest(Exception):
     """The run was asked to stop, and has saved a checkpoint.
 
     Args:
@@ -80,7 +80,7 @@ def train(
 
     Raises:
         ConfigError: config, data and folder do not fit together; one line that says what would.
-        Interrupted: the run was asked to stop; all ranks have stopped after the same step and saved.
+        StoppedOnRequest: the run was asked to stop; all ranks have stopped after the same step and saved.
         Diverged: the loss diverged, and `recovery` allows no further rollback.
         CheckpointNotSaved: the last checkpoint could not be written.
         OutputLost: the output folder was removed or moved during the run.
@@ -126,7 +126,7 @@ def _attempt(
         raise
     except BaseException as error:
         if output is not None:
-            output.end("interrupted" if isinstance(error, Interrupted) else f"failed: {error!r}")
+            output.end("interrupted" if isinstance(error, StoppedOnRequest) else f"failed: {error!r}")
         raise
 
 
@@ -161,7 +161,7 @@ class Pretraining:
     def run(self) -> None:
         """Run the remaining steps, with evaluations and checkpoints."""
         first, steps = self.state.step, self.config.training.steps
-        seen = chain.from_iterable(part.batches for part in self.data.validation.values())
+        seen = itertools.chain.from_iterable(part.batches for part in self.data.validation.values())
         entropy = evaluation.unigram_entropy(seen, self.shape.vocab_size)
         if self.output is not None:
             self.output.describe(self._facts(entropy), self.config, done=first >= steps)
@@ -208,7 +208,7 @@ class Pretraining:
                 self._save(save, log, last=bool(stop) or step == steps)
                 clock = _Clock(self.state)  # evaluating and saving are not training time
             if stop and self.state.step < steps:
-                raise Interrupted(f"stopped after step {self.state.step} of {steps}", stop)
+                raise StoppedOnRequest(f"stopped after step {self.state.step} of {steps}", stop)
 
     def _save(self, due: bool, logged: bool, last: bool) -> None:
         self.hang_detector.heartbeat(f"the checkpoint of step {self.state.step}")
@@ -245,7 +245,6 @@ class Pretraining:
         batches = self.data.batches.for_step(step + self.state.data_offset)
         own = torch.stack([batch["loss_mask"].sum() for batch in batches]).double().sum()
         counted = float(evaluation.all_reduce_sum(own))
-        stop = _stop_status_of_all(self.stop_request.status())
         zero.set_lr(self.engine, learning_rate(settings, step, self.config.training.steps))
         with self.memory.step():
             total = train_step(
@@ -258,6 +257,7 @@ class Pretraining:
             )
         loss, applied = float(evaluation.all_reduce_sum(total)), zero.was_applied(self.engine)
         update_router_state(model, applied)
+        stop = _stop_status_of_all(self.stop_request.status())
         self.state.step, self.state.tokens = step + 1, self.state.tokens + int(counted)
         if message := recovery.record_step(policy, self.state, loss, applied):
             self.progress.say(message)

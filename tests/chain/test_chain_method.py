@@ -144,7 +144,7 @@ def test_forward_and_backward_are_finite_and_reach_every_parameter(gating, resid
         layer = make_layer(ChainSettings(iterations, gating, residual, norm_placement), router, shared_ffn=2).to(dtype)
         output = layer(torch.randn(2, 5, 4, dtype=dtype))
         assert output.stream.dtype == dtype and output.stream.isfinite().all()
-        assert output.routings[0].weights_TN.dtype == torch.float32
+        assert output.routings[0].gates_TN.dtype == torch.float32
         assert len(output.losses) == len(output.routings) == iterations
         (output.stream.float().square().sum() + output.total_loss).backward()
         for name, parameter in layer.named_parameters():

@@ -48,8 +48,8 @@ def test_weights_by_hand():
     ]
     for settings, expected in cases:
         routing = routing_of(logits, settings)
-        torch.testing.assert_close(routing.weights_TN, torch.tensor([expected], dtype=torch.float64))
-        assert torch.equal(routing.chosen_TN, routing.weights_TN > 0)
+        torch.testing.assert_close(routing.gates_TN, torch.tensor([expected], dtype=torch.float64))
+        assert torch.equal(routing.chosen_TN, routing.gates_TN > 0)
 
 
 def test_scores_are_fp32_for_half_precision_tokens():
@@ -91,7 +91,7 @@ def test_bias_moves_the_choice_but_not_the_weights():
     moved = route(x, weight, settings, torch.tensor([0.0, 0.0, 10.0]))
     assert plain.chosen_TN.tolist() == [[True, False, False]]
     assert moved.chosen_TN.tolist() == [[False, False, True]]
-    torch.testing.assert_close(moved.weights_TN, torch.tensor([[0.0, 0.0, 0.5]]))
+    torch.testing.assert_close(moved.gates_TN, torch.tensor([[0.0, 0.0, 0.5]]))
 
 
 def test_bias_goes_up_for_the_idle_and_down_for_the_busy():
@@ -183,7 +183,7 @@ def test_routing_and_losses_equal_megatrons(megatron, settings):
         expert_bias=bias,
     )
     assert torch.equal(ours.chosen_TN, chosen)
-    torch.testing.assert_close(ours.weights_TN, weights)
+    torch.testing.assert_close(ours.gates_TN, weights)
 
     valid = torch.arange(length) < torch.tensor([[5], [2], [4]])
     padding = ~valid.flatten()

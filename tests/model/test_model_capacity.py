@@ -105,7 +105,7 @@ def plain_chain(layer: CoELayer, x_TD: Tensor, real_T: Tensor) -> tuple[Tensor, 
         if t < len(layer.routers):
             router = layer.routers[t].tied_to or layer.routers[t]
             routing = route(state_TD, router.weight, settings)
-            gates_TN = routing.weights_TN
+            gates_TN = routing.gates_TN
             kept.append(keep(gates_TN, routing.chosen_TN, real_T, layer.config.moe_token_drop_policy))
         f_TD = torch.zeros_like(x_TD)
         for token, expert in kept[-1].nonzero().tolist():

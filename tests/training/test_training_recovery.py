@@ -21,7 +21,7 @@ from coe_megatron.errors import ConfigError
 from coe_megatron.model.layer import routers
 from coe_megatron.run.metrics_log import read_metrics
 from coe_megatron.training import loop, recovery
-from coe_megatron.training.loop import Interrupted, Pretraining
+from coe_megatron.training.loop import Pretraining, StoppedOnRequest
 from coe_megatron.training.progress import Progress
 
 NAN = math.nan
@@ -160,7 +160,7 @@ def test_stopped_in_the_midst_of_bad_steps_it_counts_on(
 
     config = small(prepared, tmp_path, POLICY)
     with planted(TWICE):
-        with pytest.raises(Interrupted, match="after step 6"):
+        with pytest.raises(StoppedOnRequest, match="after step 6"):
             attempt(config, ask)
         assert checkpoints(tmp_path) == [4, 6]
         attempt(config)
@@ -176,7 +176,7 @@ def test_stopped_in_the_step_that_rolls_back_it_goes_on_behind_the_data(
             signal.raise_signal(signal.SIGTERM)
 
     config = small(prepared, tmp_path, POLICY)
-    with planted(TWICE), pytest.raises(Interrupted, match="after step 4"):
+    with planted(TWICE), pytest.raises(StoppedOnRequest, match="after step 4"):
         attempt(config, ask)
     attempt(config)  # nothing is planted any more: it must not meet that data again
     assert losses(tmp_path) == losses(rollbacks)
