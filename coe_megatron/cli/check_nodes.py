@@ -23,9 +23,9 @@ EPILOG = """One process per node takes part; if a node has several processes, al
 of the nodes come from srun's or torchrun's variables, or, without srun and torchrun, from --nodes and --name. The
 rendezvous is on the first node.
 
-A node is bad if it does not answer, if memory, disk or clock exceed a limit, if --output cannot be written, if its
-devices differ from those of most nodes, or if it is slow even with the faster of its two neighbours in the list (with
-only two nodes, the check cannot tell which one is slow, so give --bandwidth). --report contains
+A node is bad if it does not answer, if free memory, free disk space or its clock is beyond a limit, if --output cannot
+be written, if its devices differ from those of most nodes, or if it is slow even with the faster of its two neighbours
+in the list (with only two nodes, the check cannot tell which one is slow, so give --bandwidth). --report contains
 {"nodes": {NAME: {...}}, "bad": {NAME: REASON}, "all_nodes": {...}}. Bandwidths are in GB/s (1e9 bytes). For an
 all-to-all they count the bytes that leave a node, (N - 1) / N of a message with N nodes; for an all-reduce, twice that.
 
@@ -54,7 +54,7 @@ def make_parser() -> Parser:
         "--nodes", metavar="A,B,...", help="the names of all nodes (default: from srun's or torchrun's variables)"
     )
     parser.add_argument("--name", help="the name of this node, one of --nodes")
-    rendezvous = f"address of the first node and a free port there (default: its name and {_PORT}; torchrun's own)"
+    rendezvous = f"the first node and a free port there (default: torchrun's rendezvous, else its name and {_PORT})"
     parser.add_argument("--rendezvous", metavar="ADDRESS:PORT", help=rendezvous)
     for name, about in LIMITS.items():
         parser.add_argument(f"--{name}", type=above_0 if name in _ABOVE_0 else limit, metavar="NUMBER", help=about)

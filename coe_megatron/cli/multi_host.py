@@ -18,7 +18,7 @@ from coe_megatron.config.arguments import Parser, program_name, write_out
 from coe_megatron.distributed.environment import LARGEST_PORT, MOST_RANKS, whole_number
 from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.files import as_argument, user_path
-from coe_megatron.launcher.hosts import MOST_SLOTS, Host, from_file, from_list, ranks_per_node
+from coe_megatron.launcher.hosts import MAX_SLOTS, Host, from_file, from_list, ranks_per_node
 from coe_megatron.launcher.ssh_launcher import EXPORTED, RemoteCommands, command_string, exported, run_on_host
 from coe_megatron.launcher.torchrun_supervisor import Requests
 from coe_megatron.run.exit_status import ExitStatus
@@ -158,7 +158,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
     """
     hosts = from_list(options.hosts) if options.hosts is not None else from_file(options.hostfile)
     given = options.ranks_per_node
-    ranks = ranks_per_node(hosts, given and whole_number("--ranks-per-node", given, 1, MOST_SLOTS))
+    ranks = ranks_per_node(hosts, given and whole_number("--ranks-per-node", given, 1, MAX_SLOTS))
     options.max_restarts = whole_number("--max-restarts", options.max_restarts, 0, MOST_RANKS)
     if options.min_hosts is not None:
         options.min_hosts = whole_number("--min-hosts (at most the number of hosts)", options.min_hosts, 1, len(hosts))

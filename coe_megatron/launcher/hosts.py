@@ -10,12 +10,12 @@ from coe_megatron.files import problem, read_limited
 
 _FILE_BYTES = 1 << 22
 _NAME = re.compile(r"([A-Za-z0-9._-]+@)?[A-Za-z0-9][A-Za-z0-9._-]*")  # ssh would take a leading - for an option
-MOST_SLOTS = 4096
+MAX_SLOTS = 4096
 
 
 @dataclass(frozen=True)
 class Host:
-    """A host as the user names it; `slots` is the most ranks on it, None if not given."""
+    """A host as the user names it; `slots` is the largest number of ranks on it, None if not given."""
 
     name: str
     slots: int | None = None
@@ -99,7 +99,7 @@ def _name(text: str, where: str) -> str:
 
 def _slots(text: str, where: str) -> int:
     try:
-        return whole_number("slots", text, 1, MOST_SLOTS)
+        return whole_number("slots", text, 1, MAX_SLOTS)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
 

@@ -110,7 +110,7 @@ class Report:
         head = ("node", "devices", "memory", "on device", "disk", "clock", "all-to-all", "all-reduce")
         lines = aligned([head, *(_cells(name, node) for name, node in self.nodes.items())], "<<>")
         if self.all_nodes:
-            lines.append(f"all good nodes: {_both(self.all_nodes)}")
+            lines.append(f"all good nodes: {_as_text(self.all_nodes)}")
         return "\n".join(lines + [f"bad: {name}: {reason}" for name, reason in self.bad.items()])
 
 
@@ -122,7 +122,7 @@ def _cells(name: str, node: Node) -> list[str]:
     return [name, devices, *sizes, skew, *speeds]
 
 
-def _both(speeds: dict[str, float]) -> str:
+def _as_text(speeds: dict[str, float]) -> str:
     return f"all-to-all {speeds['all_to_all']:.3g} GB/s, all-reduce {speeds['all_reduce']:.3g} GB/s"
 
 
@@ -202,10 +202,10 @@ def _write_and_read(folder: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def _within(seconds: float, look: Callable[[], Node]) -> Node:
-    """The result of `look`, or a node with a problem if it takes too long (a dead file server never answers)."""
+def _within(seconds: float, measure: Callable[[], Node]) -> Node:
+    """The result of `measure`, or a node with a problem if it takes too long (a dead file server never answers)."""
     found: list[Node] = []
-    thread = threading.Thread(target=lambda: found.append(look()), daemon=True)
+    thread = threading.Thread(target=lambda: found.append(measure()), daemon=True)
     thread.start()
     thread.join(seconds / 2)  # the other half is for reporting it
     return (
@@ -326,9 +326,9 @@ class _Coordinator(_Worker):
         self._compare_clocks()
         self._compare_speeds(self._good())
         self._time_all_nodes(self._good())
-        gone = {name for name, reason in self.bad.items() if reason.startswith(_NO_ANSWER)}
-        there = [index for index, name in enumerate(self.env.names) if name not in gone]
-        self._ask({index: {"what": "end"} for index in there}, seconds=1)
+        silent = {name for name, reason in self.bad.items() if reason.startswith(_NO_ANSWER)}
+        answering = [index for index, name in enumerate(self.env.names) if name not in silent]
+        self._ask({index: {"what": "end"} for index in answering}, seconds=1)
         return Report(self.nodes, self.bad, self.all_nodes)
 
     def _good(self) -> list[int]:
@@ -368,9 +368,9 @@ class _Coordinator(_Worker):
         devices = [tuple(self.nodes[self.env.names[index]].devices) for index in self._good()]
         for index in self._good():
             name = self.env.names[index]
-            usual = max(devices, key=devices.count)
-            if (own := tuple(self.nodes[name].devices)) != usual:
-                self.bad[name] = f"devices are {_count(own)}, but most nodes have {_count(usual)}"
+            most_common = max(devices, key=devices.count)
+            if (own := tuple(self.nodes[name].devices)) != most_common:
+                self.bad[name] = f"devices are {_count(own)}, but most nodes have {_count(most_common)}"
 
     def _compare_clocks(self) -> None:
         for index in self._good():
@@ -414,13 +414,13 @@ class _Coordinator(_Worker):
             self.bad[self.env.names[index]] = "cannot exchange data with its neighbours, unlike other nodes"
         for what in ("all_to_all", "all_reduce"):
             best = {index: max(speed[what] for speed in speeds[index]) for index in connected}
-            usual = statistics.median(best.values()) if best else 0
+            median = statistics.median(best.values()) if best else 0
             for index, speed in best.items():
                 name = self.env.names[index]
                 setattr(self.nodes[name], what, speed)
-                if speed < max(usual / self.limits.slow, self.limits.bandwidth):
-                    reason = f"slow: {what.replace('_', '-')} {speed:.3g} GB/s with its better neighbour"
-                    self.bad.setdefault(name, f"{reason}, the median is {usual:.3g} GB/s")
+                if speed < max(median / self.limits.slow, self.limits.bandwidth):
+                    reason = f"slow: {what.replace('_', '-')} {speed:.3g} GB/s with its faster neighbour"
+                    self.bad.setdefault(name, f"{reason}, the median is {median:.3g} GB/s")
 
     def _time_all_nodes(self, members: list[int]) -> None:
         if len(members) < 2:

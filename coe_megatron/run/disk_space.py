@@ -67,8 +67,8 @@ def _checkpoints_to_come(config: RunConfig, done: list[int]) -> int:
     training, latest = config.training, max(done, default=0)
     milestones = [step for step in training.milestones if step > latest]
     saves = -(-training.steps // training.save_every) - latest // training.save_every
-    most = training.keep_checkpoints + 1 + len(milestones) - len(done)
-    return 0 if latest >= training.steps else max(1, min(most, saves + len(milestones)))
+    largest = training.keep_checkpoints + 1 + len(milestones) - len(done)
+    return 0 if latest >= training.steps else max(1, min(largest, saves + len(milestones)))
 
 
 def _write_problem(folder: Path) -> str:

@@ -74,7 +74,7 @@ class Outcome:
         rows = {
             "model": self.record["model"],
             "parameters": f"{parameters['total']:,} in all, {parameters['active']:,} active per token",
-            **self._learned(),
+            **self._results(),
             "loss plot": self.loss_plot or "none",
             "metrics": self.folder / METRICS,
             "TensorBoard": f"tensorboard --logdir {self.folder / TENSORBOARD}",
@@ -82,7 +82,7 @@ class Outcome:
         }
         return aligned_facts(rows)
 
-    def _learned(self) -> dict[str, str]:
+    def _results(self) -> dict[str, str]:
         if not self.evaluations:
             return {"validation loss": "unknown: metrics.jsonl has none"}
         first, last = self.evaluations[0], self.evaluations[-1]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#666666"  # distinct for colour-blind readers and in print
 _SIGNATURE, _LAST = b"\x89PNG\r\n\x1a\n", b"IEND"  # a PNG's beginning, and its last chunk
-_MOST_BYTES = 1 << 26
+_MAX_BYTES = 1 << 26
 _MAX_LOSS = 1e9  # nats; larger values are not drawn
 _MAX_NAME = 200  # characters
 _DASHES = ("--", ":", "-.")  # of single validation sets, in the colour of the validation loss
@@ -92,7 +92,7 @@ def _name(text: str) -> str:
 def is_complete_png(path: Path) -> bool:
     """Whether a file is a complete PNG, by the checksums of its chunks."""
     try:
-        content = read_limited(path, path.name, _MOST_BYTES)
+        content = read_limited(path, path.name, _MAX_BYTES)
     except ValueError:
         return False
     kind, rest = b"", content.removeprefix(_SIGNATURE)
