@@ -20,7 +20,7 @@ from coe_megatron.data.datasets import StepBatches
 from coe_megatron.errors import ConfigError
 from coe_megatron.model.layer import routers
 from coe_megatron.run.metrics_log import read_metrics
-from coe_megatron.training import loop, recovery
+from coe_megatron.training import evaluation, loop, recovery
 from coe_megatron.training.loop import Pretraining, StoppedOnRequest
 from coe_megatron.training.progress import Progress
 
@@ -146,6 +146,23 @@ def test_killed_after_a_roll_back_it_goes_on_as_if_nothing_had_been(
             "data_offset",
         ):
             assert found.get(name) == expected.get(name), (found["step"], name)
+
+
+def test_asked_during_a_step_it_stops_after_that_step(
+    single_rank: None, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+    plain = evaluation.masked_loss_sum
+
+    def masked_loss_sum(*args: Any) -> torch.Tensor:
+        if steps[-1:] == [3]:
+            signal.raise_signal(signal.SIGTERM)
+        return plain(*args)
+
+    monkeypatch.setattr(evaluation, "masked_loss_sum", masked_loss_sum)
+    with pytest.raises(StoppedOnRequest, match="after step 3"):
+        attempt(small(prepared, tmp_path), lambda _run, step: steps.append(step))
+    assert steps == [1, 2, 3] and checkpoints(tmp_path)[-1] == 3
 
 
 @pytest.mark.slow
