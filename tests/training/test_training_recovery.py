@@ -219,7 +219,7 @@ def test_after_as_many_roll_backs_as_are_allowed_a_run_gives_up(
     assert [line["data_offset"] for line in lines(tmp_path)[8:]] == [0, 12, 12, 12, 12]
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_the_count_of_roll_backs_outlives_checkpoints_and_restarts(
     single_rank: None, prepared: Path, tmp_path: Path
 ) -> None:
@@ -243,7 +243,7 @@ def test_without_a_checkpoint_there_is_nothing_to_roll_back_to(
         attempt(small(prepared, tmp_path, {"skips": 3}))
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_an_exploding_loss_is_left_out_where_a_factor_is_given(
     single_rank: None, prepared: Path, tmp_path: Path, said: list[str]
 ) -> None:
