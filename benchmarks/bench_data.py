@@ -20,7 +20,7 @@ from pathlib import Path
 import bench_options
 from bench_options import positive
 
-from coe_megatron.config.arguments import Parser, write_out
+from coe_megatron.cli.arguments import Parser, write_out
 from coe_megatron.data.options import add_document_options, templates
 from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.files import user_path

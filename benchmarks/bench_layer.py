@@ -16,7 +16,7 @@ import bench_options
 from bench_options import positive
 
 from coe_megatron.chain.settings import ChainSettings
-from coe_megatron.config.arguments import Parser, write_out
+from coe_megatron.cli.arguments import Parser, write_out
 from coe_megatron.errors import ConfigError
 from coe_megatron.estimate.closed_forms import ModelShape
 from coe_megatron.lean_imports import import_megatron

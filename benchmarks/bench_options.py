@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from coe_megatron import scratch
-from coe_megatron.config.arguments import Parser
+from coe_megatron.cli.arguments import Parser
 from coe_megatron.distributed.environment import whole_number
 from coe_megatron.errors import ConfigError
 from coe_megatron.files import problem, require_folder, require_replaceable, user_path, write_atomically

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from coe_megatron.config.arguments import Parser, write_out
+from coe_megatron.cli.arguments import Parser, write_out
 
 RANK = """
 import os, signal, sys, time

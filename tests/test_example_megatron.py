@@ -157,6 +157,7 @@ def found(request: pytest.FixtureRequest, alone: Path) -> list[tuple[Found, Foun
 
 
 @pytest.mark.ranks
+@pytest.mark.slow
 def test_several_ranks_train_as_one_does(found: list[tuple[Found, Found]]) -> None:
     for rank, (right, _) in enumerate(found):
         assert len(right) == len(ITERATIONS) * len(OPTIMIZERS) + 1
@@ -165,6 +166,7 @@ def test_several_ranks_train_as_one_does(found: list[tuple[Found, Found]]) -> No
 
 
 @pytest.mark.ranks
+@pytest.mark.slow
 def test_mistakes_would_show(found: list[tuple[Found, Found]]) -> None:
     for rank, (_, wrong) in enumerate(found):
         for what, worst in wrong.items():

@@ -83,6 +83,7 @@ PLANTED: dict[str, Callable[[], list[str]]] = {
 KILLED = "the process was ended by SIGSEGV"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PLANTED)
 def test_a_planted_mistake_is_found(kind: str) -> None:
     verdict = judge(PLANTED[kind], ["key"], TIGHT)

@@ -156,6 +156,7 @@ seeds: [1]
 
 
 @pytest.mark.run
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_an_installed_wheel_trains_the_quickstart_and_runs_a_study(wheel: Path, tmp_path: Path) -> None:
     """In an environment of its own, which has the other packages from that of these tests, but not the checkout."""

@@ -61,7 +61,7 @@ def test_the_commands_for_ones_own_text_train_and_cut_no_document(tmp_path: Path
 
 
 @pytest.mark.run
-@pytest.mark.parametrize("layout", ["", "--expert 2", "--pipeline 2"])
+@pytest.mark.parametrize("layout", ["", "--expert 2", pytest.param("--pipeline 2", marks=pytest.mark.slow)])
 def test_the_example_in_megatron_learns(layout: str) -> None:
     command = f"examples/chain_in_megatron.py {layout}".strip()
     assert command in README

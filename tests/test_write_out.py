@@ -9,7 +9,7 @@ import pytest
 from programs import ROOT
 
 STATUS = [sys.executable, "launch/status.py", "configs"]
-SKIPPED = "import sys; from coe_megatron.config.arguments import write_out; sys.exit(not write_out('zu gro\\u00df'))"
+SKIPPED = "import sys; from coe_megatron.cli.arguments import write_out; sys.exit(not write_out('zu gro\\u00df'))"
 
 
 def run(command: list[str], **more: Any) -> subprocess.CompletedProcess[str]:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Never
 
-from coe_megatron.config.arguments import Parser, program_name, write_out
+from coe_megatron.cli.arguments import Parser, program_name, write_out
 from coe_megatron.distributed.environment import LARGEST_PORT, MOST_RANKS, DistributedEnv, whole_number
 from coe_megatron.errors import ConfigError
 from coe_megatron.files import problem, require_folder, require_replaceable, user_path, write_atomically

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from coe_megatron.config.arguments import Parser, program_name, write_out
+from coe_megatron.cli.arguments import Parser, program_name, write_out
 from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.files import require_folder, require_writable, user_path
 

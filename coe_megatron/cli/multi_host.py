@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from coe_megatron.cli.arguments import Parser, program_name, write_out
 from coe_megatron.config import load
-from coe_megatron.config.arguments import Parser, program_name, write_out
 from coe_megatron.distributed.environment import LARGEST_PORT, MOST_RANKS, whole_number
 from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.files import as_argument, user_path

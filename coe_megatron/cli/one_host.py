@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from coe_megatron import scratch
-from coe_megatron.config.arguments import Parser, program_name
+from coe_megatron.cli.arguments import Parser, program_name
 from coe_megatron.distributed.environment import MOST_RANKS, whole_number
 from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.launcher import network

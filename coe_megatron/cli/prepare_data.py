@@ -5,7 +5,7 @@ import os
 import sys
 import warnings
 
-from coe_megatron.config.arguments import Parser, program_name, write_out
+from coe_megatron.cli.arguments import Parser, program_name, write_out
 from coe_megatron.data.manifest import Manifest
 from coe_megatron.data.options import add_document_options, templates
 from coe_megatron.data.prepare import MAX_WORKERS, PrepareSettings, prepare, resumable_progress

@@ -29,9 +29,9 @@ from functools import partial
 from pathlib import Path
 
 from coe_megatron import scratch
+from coe_megatron.cli.arguments import Parser, program_name, write_out
 from coe_megatron.cli.pretrain import RESUMES, leave
 from coe_megatron.config import RunConfig, load
-from coe_megatron.config.arguments import Parser, program_name, write_out
 from coe_megatron.config.load import parse
 from coe_megatron.data.folders import missing_folders
 from coe_megatron.distributed.environment import DistributedEnv

@@ -20,8 +20,8 @@ import os
 import sys
 from pathlib import Path
 
+from coe_megatron.cli.arguments import Parser
 from coe_megatron.config import load
-from coe_megatron.config.arguments import Parser
 from coe_megatron.distributed.environment import MOST_RANKS, whole_number
 from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.files import problem, require_folder, require_writable, user_path

@@ -6,7 +6,7 @@ import math
 import sys
 import time
 
-from coe_megatron.config.arguments import Parser, program_name, write_out
+from coe_megatron.cli.arguments import Parser, program_name, write_out
 from coe_megatron.errors import ConfigError
 from coe_megatron.files import require_folder, user_path
 from coe_megatron.run.status import statuses, table

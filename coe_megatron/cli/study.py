@@ -12,7 +12,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from coe_megatron.config.arguments import Parser, program_name, write_out
+from coe_megatron.cli.arguments import Parser, program_name, write_out
 from coe_megatron.config.layout import layout
 from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.estimate.devices import DEVICES

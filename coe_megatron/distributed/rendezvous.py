@@ -16,7 +16,7 @@ from coe_megatron.distributed.environment import DistributedEnv
 
 LOOPBACK = "127.0.0.1"
 _BACKLOG = 4096
-_POLL_SECONDS = 0.2
+_FIRST_POLL, _LAST_POLL = 0.01, 0.25  # seconds; doubled after each poll, to spare the store of many ranks
 _DNS_TIMEOUT = 10  # seconds: while a cluster is being set up, a name may be registered late
 _ALL_HERE = "all here"
 _NAMED = 8  # most missing ranks that a message names
@@ -84,17 +84,17 @@ def connect_store(address: str, port: int, seconds: float) -> dist.Store:
     """
     deadline = time.monotonic() + seconds
     dns_deadline = time.monotonic() + min(seconds, _DNS_TIMEOUT)
-    while True:
+    for pause in _pauses():
         left = deadline - time.monotonic()
         try:
-            with socket.create_connection((address, port), timeout=max(left, _POLL_SECONDS)) as probe:
+            with socket.create_connection((address, port), timeout=max(left, _LAST_POLL)) as probe:
                 found = str(probe.getpeername()[0])
             break
         except (OSError, UnicodeError) as error:  # UnicodeError: an invalid name, such as one with an empty label
             unknown = isinstance(error, socket.gaierror | UnicodeError)
             if time.monotonic() > (dns_deadline if unknown else deadline) or isinstance(error, UnicodeError):
                 raise OSError(_reason(error, seconds)) from None
-            time.sleep(_POLL_SECONDS)
+            time.sleep(pause)
     return dist.TCPStore(found, port, is_master=False, timeout=default_pg_timeout, wait_for_workers=False)
 
 
@@ -138,8 +138,17 @@ def _gather(env: DistributedEnv, store: dist.Store, deadline: float) -> None:
 
 
 def _wait(store: dist.Store, keys: list[str], deadline: float) -> bool:
-    while not store.check(keys):
+    for pause in _pauses():
+        if store.check(keys):
+            break
         if time.monotonic() > deadline:
             return False
-        time.sleep(_POLL_SECONDS)
+        time.sleep(pause)
     return True
+
+
+def _pauses() -> Iterator[float]:
+    pause = _FIRST_POLL
+    while True:
+        yield pause
+        pause = min(2 * pause, _LAST_POLL)

@@ -75,7 +75,7 @@ def test_bad_heads_are_refused():
         ModelSettings(11, 9, 1, 2, 6, RouterSettings(4, 2), ChainSettings())
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_the_example_learns_and_is_short(capsys):
     spec = importlib.util.spec_from_file_location("chain_in_50_lines", EXAMPLE)
     example = importlib.util.module_from_spec(spec)

@@ -132,7 +132,7 @@ def valid() -> list[dict[str, Any]]:
     return [sized, *(mutated(plain(load(path)), [(("model", "vocab_size"), 512)]) for path in CONFIGS)]
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @given(data=st.data())
 @settings(FIXED, max_examples=200)
 def test_a_changed_config_is_costed_or_refused_in_one_line(
@@ -168,7 +168,7 @@ PATHS = st.one_of(st.sampled_from(ODD), st.text(PRINTED, min_size=1)).filter(
 )
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @given(text=PATHS, name=PATHS)
 @settings(FIXED, max_examples=60, phases=[Phase.explicit, Phase.generate])
 def test_any_text_is_the_same_in_the_runs_own_config_and_in_a_studys(text: str, name: str, tmp_path: Path) -> None:

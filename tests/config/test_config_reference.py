@@ -12,5 +12,5 @@ def test_the_document_is_current() -> None:
 
 
 def test_a_setting_is_told_with_its_values_default_and_meaning() -> None:
-    assert "| `chain.gating` | `independent`, `shared_router`, `fixed` | `independent` | which router" in reference()
+    assert "| `chain.gating` | `independent`, `shared_router`, `fixed` | `independent` | router of" in reference()
     assert "| `optimizer.betas` | [number ≥ 0, < 1; number ≥ 0, < 1] | `[0.9, 0.95]` | of AdamW. |" in reference()

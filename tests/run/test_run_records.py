@@ -80,7 +80,9 @@ def damage(path: Path, how: str) -> bytes:
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize(
+    "how", ["torn", *(pytest.param(how, marks=pytest.mark.slow) for how in DAMAGES if how != "torn")]
+)
 def test_a_run_goes_on_whatever_its_records_hold(
     how: str, single_rank: None, run: Path, whole: Path, prepared: Path
 ) -> None:
@@ -160,7 +162,9 @@ def test_what_is_put_among_checkpoints_while_a_run_goes_on_costs_none(
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(
-    ("how", "when"), [("removed", 1), ("removed", 4), ("moved", 2), ("moved", 4), ("another in its place", 2)]
+    ("how", "when"),
+    [("removed", 1), ("another in its place", 2)]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in [("removed", 4), ("moved", 2), ("moved", 4)]],
 )
 def test_an_output_that_is_gone_ends_the_run_and_nothing_is_made_in_its_place(
     how: str, when: int, single_rank: None, prepared: Path, tmp_path: Path

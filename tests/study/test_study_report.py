@@ -80,7 +80,7 @@ def report(plan: Plan, folder: Path, title: str = "A study") -> tuple[str, Page]
     return (folder / "report.md").read_text(), Page((folder / "report.html").read_text())
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_every_figure_is_made_and_the_same_again(plan: Plan, tmp_path: Path) -> None:
     leave_all(plan.study.runs, loss_of)
     text, page = report(plan, tmp_path / "report")
@@ -179,7 +179,7 @@ def test_no_line_joins_arms_that_differ_in_more(study_file: Write, tmp_path: Pat
         assert legend(found["scaling-iterations"]) == list(axes["design"])
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_learning_rates_are_drawn_where_they_are_an_axis(study_file: Write, tmp_path: Path) -> None:
     """And a figure that is not drawn any more goes with the report it was in; what else lies there stays."""
     folder = tmp_path / "report"

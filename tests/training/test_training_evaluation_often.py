@@ -35,7 +35,7 @@ from coe_megatron.zero import engine as zero
 from coe_megatron.zero import optimizer_states as states
 from coe_megatron.zero import train_step as passes
 
-pytestmark = [pytest.mark.ranks, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ranks, pytest.mark.slow, pytest.mark.timeout(900)]
 LENGTH, VOCAB, STEPS = 12, 64, 2
 NOISY = RunConfig(
     model=ModelSettings(

@@ -20,7 +20,7 @@ from coe_megatron.data.datasets import StepBatches
 from coe_megatron.errors import ConfigError
 from coe_megatron.model.layer import routers
 from coe_megatron.run.metrics_log import read_metrics
-from coe_megatron.training import loop, recovery
+from coe_megatron.training import evaluation, loop, recovery
 from coe_megatron.training.loop import Pretraining, StoppedOnRequest
 from coe_megatron.training.progress import Progress
 
@@ -148,6 +148,23 @@ def test_killed_after_a_roll_back_it_goes_on_as_if_nothing_had_been(
             assert found.get(name) == expected.get(name), (found["step"], name)
 
 
+def test_asked_during_a_step_it_stops_after_that_step(
+    single_rank: None, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+    plain = evaluation.masked_loss_sum
+
+    def masked_loss_sum(*args: Any) -> torch.Tensor:
+        if steps[-1:] == [3]:
+            signal.raise_signal(signal.SIGTERM)
+        return plain(*args)
+
+    monkeypatch.setattr(evaluation, "masked_loss_sum", masked_loss_sum)
+    with pytest.raises(StoppedOnRequest, match="after step 3"):
+        attempt(small(prepared, tmp_path), lambda _run, step: steps.append(step))
+    assert steps == [1, 2, 3] and checkpoints(tmp_path)[-1] == 3
+
+
 @pytest.mark.slow
 def test_stopped_in_the_midst_of_bad_steps_it_counts_on(
     single_rank: None, rollbacks: Path, prepared: Path, tmp_path: Path
@@ -202,7 +219,7 @@ def test_after_as_many_roll_backs_as_are_allowed_a_run_gives_up(
     assert [line["data_offset"] for line in lines(tmp_path)[8:]] == [0, 12, 12, 12, 12]
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_the_count_of_roll_backs_outlives_checkpoints_and_restarts(
     single_rank: None, prepared: Path, tmp_path: Path
 ) -> None:
@@ -226,7 +243,7 @@ def test_without_a_checkpoint_there_is_nothing_to_roll_back_to(
         attempt(small(prepared, tmp_path, {"skips": 3}))
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_an_exploding_loss_is_left_out_where_a_factor_is_given(
     single_rank: None, prepared: Path, tmp_path: Path, said: list[str]
 ) -> None:

@@ -11,7 +11,7 @@ from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.checkpoint import save_load
 from coe_megatron.config.settings import OptimizerSettings
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.slow]
 CHAINS = {
     "gains": ChainSettings(3, learned_scale=1.0, conditioned=True),
     "no return": ChainSettings(3, no_return=True, aux_loss_reduction="mean"),
