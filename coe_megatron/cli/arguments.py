@@ -1,4 +1,4 @@
-"""Command lines: a mistake is one line on stderr, from rank 0 alone, and exit status 2."""
+"""Parses command lines: a mistake is one line on stderr, only on rank 0, with exit status 2."""
 
 import argparse
 import os
@@ -20,9 +20,9 @@ _DASHED = re.compile(r"(?<=unrecognized arguments: )--(output|[a-z_]+(?:\.\w+)+)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without the usage before an error; under torchrun ranks other than 0 stay silent.
+    """argparse without the usage before an error; under torchrun, ranks other than 0 print nothing.
 
-    An option with `type=user_path` says what is wrong with a path, not only that something is.
+    For an option with `type=user_path`, the error says what is wrong with the path.
     """
 
     def __init__(self, prog: str, description: str | None, epilog: str | None = None) -> None:
@@ -33,35 +33,35 @@ class Parser(argparse.ArgumentParser):
         self._silent = rank_of(os.environ) != 0
 
     def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
-        """As argparse's, which would take `--option=--` for an option with an empty list."""
+        """Like argparse's, but `--option=--` is an error; argparse would parse it as an empty list."""
         words = list(sys.argv[1:] if args is None else args)
         options = words[: words.index("--")] if "--" in words else words
         if wrong := next((word for word in options if re.fullmatch(r"-[^=]*=--", word)), None):
-            self.error(f"argument {wrong.partition('=')[0]}: -- is no value")
+            self.error(f"argument {wrong.partition('=')[0]}: -- is not a value")
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> Never:
         if setting := _DASHED.search(message):
             message = (
-                f"{setting[0]} is no option: a setting is given without --, as {setting[1]}={setting[2] or 'VALUE'}"
+                f"{setting[0]} is not an option: give settings without --, as {setting[1]}={setting[2] or 'VALUE'}"
             )
         self.refuse(ExitStatus.MISTAKE, message)
 
     def refuse(self, status: ExitStatus, message: str, aloud: bool = False) -> Never:
-        """End the program with a line on stderr, also for torchrun's report.
+        """Exit with a line on stderr, which is also written to the error file for torchrun.
 
         Args:
-            aloud: also on ranks other than 0: it is this rank's own matter.
+            aloud: print on ranks other than 0 too, since the error concerns this rank only.
         """
         write_error_file(status, one_line(message), environment=os.environ)
         silent = self._silent and not aloud
-        if silent:  # the first rank to end makes torchrun kill the others, rank 0 before it has spoken
+        if silent:  # torchrun kills all ranks when the first one exits, perhaps before rank 0 has printed the line
             time.sleep(_SECONDS_FOR_RANK_0)
         self.exit(status, None if silent else f"{self.prog}: error: {one_line(message)}\n")
 
 
 def program_name(script: str, file: str) -> str:
-    """A program's name in its messages: `file` when started as that file of launch/, else its console script's."""
+    """The name of a program in its messages: `file` if it was started as that file of launch/, else `script`."""
     return file if Path(sys.argv[0]).name == file else script
 
 
@@ -73,10 +73,10 @@ def _checked(kind: Callable[[str], Path | str], text: str) -> Path | str:
 
 
 def write_out(text: str) -> bool:
-    """Print what was asked for; False if the reader has gone away, as `head` does, which is no error.
+    """Print a result to stdout; False if its reader has ended, as `head` does, which is not an error.
 
     Raises:
-        SystemExit: it cannot be written, as on a full disk: status 1, said in a line on stderr.
+        SystemExit: it cannot be written, for example to a full disk: status 1, with a line on stderr.
     """
     try:
         print(text, flush=True)
@@ -84,7 +84,7 @@ def write_out(text: str) -> bool:
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         return write_out(text)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that closing it is no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that closing stdout causes no error
         if isinstance(error, BrokenPipeError):
             return False
         print(f"error: standard output cannot be written: {error.strerror}", file=sys.stderr)

@@ -31,7 +31,7 @@ from coe_megatron.slurm.job import JobPlan, rendezvous_port
 from coe_megatron.slurm.requeue import AttemptRefused, Attempts
 from coe_megatron.slurm.spare_nodes import bad_nodes, choose
 
-_MOST_REQUEUES = 1_000_000
+_MAX_REQUEUES = 1_000_000
 _NUMBERS, _LARGEST = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"), (1 << 32) - 1
 
 
@@ -53,7 +53,7 @@ def make_parser() -> Parser:
 
 
 def max_requeues() -> int:
-    return whole_number("COE_MAX_REQUEUES", os.environ.get("COE_MAX_REQUEUES", "3"), 0, _MOST_REQUEUES)
+    return whole_number("COE_MAX_REQUEUES", os.environ.get("COE_MAX_REQUEUES", "3"), 0, _MAX_REQUEUES)
 
 
 def attempts_in(logs: Path) -> Attempts:

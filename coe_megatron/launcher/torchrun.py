@@ -67,9 +67,9 @@ def _start_ranks_from(preloaded: Preloaded) -> None:
 
 
 def _name_events_cheaply() -> None:
-    """Replace how torchrun's rendezvous finds the name of a calling method.
+    """Replace the function with which torchrun's rendezvous finds the name of the calling method.
 
-    It inspects the whole stack twelve times, each time all imported modules: half a second after `load`.
+    Torch's own inspects the whole stack and all imported modules, twelve times: this takes half a second after `load`.
     """
     from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 

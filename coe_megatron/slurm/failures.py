@@ -140,7 +140,7 @@ def _last_lines(path: Path) -> list[str]:
     return [one_line(line) for line in _end_of(path, _LAST_BYTES).splitlines()[-_LAST_LINES:]]
 
 
-def _end_of(path: Path, most: int) -> str:
+def _end_of(path: Path, max_bytes: int) -> str:
     with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - most))
-        return file.read(most).decode(errors="replace")
+        file.seek(max(0, path.stat().st_size - max_bytes))
+        return file.read(max_bytes).decode(errors="replace")

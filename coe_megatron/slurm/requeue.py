@@ -78,7 +78,7 @@ class Attempts:
 
     Args:
         folder: created when the first attempt begins.
-        limit: the most consecutive requeues without a newer checkpoint.
+        limit: the largest number of consecutive requeues without a newer checkpoint.
 
     Raises:
         ConfigError: something else is in the place of the file, or it cannot be read or written.

@@ -5,16 +5,16 @@
 #     bash launch/slurm/chain.sh NUMBER [options of sbatch --] CONFIG.yaml [key.sub=value ...]
 #
 # NUMBER is from 1 to 1000. If sbatch refuses a job, the earlier jobs stay submitted, and a line on stderr lists them.
-most=1000
-usage="chain.sh NUMBER [options of sbatch --] CONFIG.yaml [key.sub=value ...], NUMBER from 1 to $most"
+max_jobs=1000
+usage="chain.sh NUMBER [options of sbatch --] CONFIG.yaml [key.sub=value ...], NUMBER from 1 to $max_jobs"
 mistake() { printf 'chain.sh: error: %s\n' "$*" >&2; exit 2; }
 
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
     printf 'usage: %s\n' "$usage"
-    sed -n '2,/^most=/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    sed -n '2,/^max_jobs=/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     exit 0
 fi
-[[ ${1:-} =~ ^[1-9][0-9]{0,3}$ && $1 -le most ]] || mistake "${1:-no number}: $usage"
+[[ ${1:-} =~ ^[1-9][0-9]{0,3}$ && $1 -le max_jobs ]] || mistake "${1:-no number}: $usage"
 number=$1
 shift
 options=()
