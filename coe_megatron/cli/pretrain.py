@@ -1,4 +1,4 @@
-"""Entry point of pretraining (coe_megatron/cli/pretraining.py): sets signal handlers before it imports anything else."""
+"""Entry point of pretraining (coe_megatron/cli/pretraining.py): sets signal handlers before it imports anything."""
 
 import os
 import signal

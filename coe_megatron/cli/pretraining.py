@@ -130,7 +130,7 @@ def _require_stop_file(path: Path | None) -> None:
 
 
 def _pretrain(parser: Parser, env: DistributedEnv, checked: RunConfig | None, stop_file: Path | None) -> ExitStatus:
-    """Train; `checked` and `stop_file` are given on rank 0 only, since a thousand ranks must not all read the config."""
+    """Train; `checked` and `stop_file` are given on rank 0 only, so that not every rank reads the config."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         stop_with_parent()
     torchruns = env.log_dir.parents[2:3] if env.log_dir and env.local_rank == 0 else ()

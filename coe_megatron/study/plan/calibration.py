@@ -13,9 +13,9 @@ from coe_megatron.config.settings import Count
 from coe_megatron.errors import ConfigError
 from coe_megatron.files import problem, read_limited, require_file, require_folder
 from coe_megatron.parsing import JSON_BYTES, first_of, parse_json
+from coe_megatron.run.metrics_check import find_damaged_times
 from coe_megatron.run.metrics_log import read_metrics
 from coe_megatron.study.plan.amounts import Amounts, Speed, evaluations, saves
-from coe_megatron.study.run.metrics_check import find_damaged_times
 
 _MAX_RATE = 1e21  # FLOP/s, far above that of any rank
 _MIN_STEPS = 3  # logged steps; the first is excluded, since it includes one-time costs of a process

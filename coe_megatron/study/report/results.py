@@ -12,11 +12,11 @@ from typing import Any
 
 from coe_megatron.errors import one_line
 from coe_megatron.estimate.memory import MEASURED
+from coe_megatron.run.metrics_check import find_damage
 from coe_megatron.run.metrics_log import read_metrics
 from coe_megatron.study.plan.arms import Run
 from coe_megatron.study.plan.calibration import seconds_in_steps
 from coe_megatron.study.plan.cost_table import ArmPlan, Plan
-from coe_megatron.study.run.metrics_check import find_damage
 from coe_megatron.study.run.runner import changed, stands
 
 _FORMULA = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n]")  # start of a cell that spreadsheets evaluate
