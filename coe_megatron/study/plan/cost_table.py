@@ -190,12 +190,12 @@ def make_plan(
     return Plan(study, arms, speed, price)
 
 
-def _device(asked: str | None, own: str | None) -> Device | None:
+def _device(option: str | None, own: str | None) -> Device | None:
     """The device of the option, or the study's own."""
     try:
-        return device_named(name) if (name := asked or own) is not None else None
+        return device_named(name) if (name := option or own) is not None else None
     except ConfigError as error:
-        raise ConfigError(f"{'--device' if asked else 'device'} is {error}") from None
+        raise ConfigError(f"{'--device' if option else 'device'} is {error}") from None
 
 
 def _memory(text: str) -> int:
