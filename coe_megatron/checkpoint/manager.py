@@ -106,7 +106,7 @@ class CheckpointManager:
             The state; None if there is no checkpoint up to `step`.
 
         Raises:
-            ConfigError: there are checkpoints as old, and none of them is whole.
+            ConfigError: there are checkpoints up to `step`, but none is complete.
         """
         self._pending, self._pending_message = False, ""
         if self._background is not None:
@@ -248,11 +248,12 @@ class CheckpointManager:
         for kind in kinds:
             if state.get(kind) != self._identity[kind]:
                 raise ConfigError(
-                    f"{setting} has {_DIFFERENCES[kind]} than {whose}: give the data that it was trained on"
+                    f"{setting} has {_DIFFERENCES[kind]} than {whose}: use the data that it was trained on"
                 )
 
     def _require_steps(self, done: int) -> None:
         if (steps := self._config.training.steps) < done:
             raise ConfigError(
-                f"training.steps is {steps}: the run in {self._run} has done {done}; give as many or another output"
+                f"training.steps is {steps}: the run in {self._run} has done {done}; set at least that many, or use "
+                "another output"
             )

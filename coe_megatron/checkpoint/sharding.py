@@ -48,7 +48,7 @@ Shards = dict[str, Shard]
 RngStates = dict[str, torch.Tensor]
 Tensors = dict[str, Any]
 _TRACKED = "tracker."
-_MAX_LINE = 500  # characters of an error
+_MAX_LINE = 500  # columns of an error
 
 
 def copy_to_host(engine: Engine) -> Tensors:

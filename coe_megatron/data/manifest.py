@@ -154,7 +154,8 @@ class Manifest:
             raise ValueError("it is not a JSON object")
         found = content.pop("format", None), content.pop("version", None)
         if found != (FORMAT, VERSION):
-            raise ValueError(f"it is format {found[0]!r:.50}, version {found[1]!r:.50}")
+            format_, version = (shortened(repr(each), 50) for each in found)
+            raise ValueError(f"it is format {format_}, version {version}")
         _require_keys(content, _names(cls), "it")
         for place, kind, keys in (("splits", SplitSummary, get_args(Split)), ("files", FileSummary, DATA_FILES)):
             _require_keys(content[place], keys, place)
@@ -209,7 +210,7 @@ def _require_keys(value: Any, wanted: Collection[str], place: str) -> None:
     if missing := set(wanted) - value.keys():
         raise ValueError(f"{place} has no {min(missing)}")
     if unknown := value.keys() - set(wanted):
-        raise ValueError(f"{place} has the unknown key {min(unknown)!r:.50}")
+        raise ValueError(f"{place} has the unknown key {shortened(repr(min(unknown)), 50)}")
 
 
 def _reason(error: ValueError) -> str:

@@ -158,7 +158,7 @@ def test_what_is_no_manifest_is_refused_soon(folder, write, reason):
         (lambda path: (path.unlink(), path.mkdir()), "it is a folder, where a file is needed"),
         (lambda path: (path.unlink(), os.mkfifo(path)), "it is a special file, where a file is needed"),
         (lambda path: (path.unlink(), path.symlink_to("/dev/zero")), "it is a special file, where a file is needed"),
-        (lambda path: (path.unlink(), path.symlink_to("nowhere")), "it is a link to nowhere, where nothing is"),
+        (lambda path: (path.unlink(), path.symlink_to("nowhere")), "it is a dangling link to nowhere"),
         (lambda path: (path.unlink(), path.symlink_to(path.name)), "it cannot be used: too many levels of symbolic"),
     ],
 )
@@ -176,7 +176,7 @@ def test_whatever_is_where_a_file_should_be(folder, name, damage, reason):
         ("file", "it is a file, where a folder is needed"),
         ("file/below", "not a directory"),
         ("link", "it is a link to nowhere"),
-        ("nul\0", "it is no path"),
+        ("nul\0", "it is not a valid path"),
         ("empty", "is no prepared data: it has no manifest.json (launch/prepare_data.py makes one)"),
         ("nothing", "is no prepared data"),
     ],

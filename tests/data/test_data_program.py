@@ -43,7 +43,7 @@ PLACES = {
     "folder.jsonl": "it is a folder, where a file is needed",
     "fifo.jsonl": "it is a special file, where a file is needed",
     "zero.jsonl": "it is a special file, where a file is needed",
-    "dangling.jsonl": "it is a link to nowhere, where nothing is",
+    "dangling.jsonl": "it is a dangling link to nowhere",
     "loop.jsonl": "too many levels of symbolic links",
     "in.jsonl/below.jsonl": "not a directory",
     "~nobody.at.all/in.jsonl": "there is no such user",

@@ -444,7 +444,7 @@ def test_a_blend_with_named_sets_goes_on_with_another_number_of_ranks(
     back = python(*common, f"output={parted}", "training.steps=5", "parallel.expert=1")
     assert back.returncode == 2
     assert back.stderr.endswith(
-        f"training.steps is 5: the run in {parted} has done 6; give as many or another output\n"
+        f"training.steps is 5: the run in {parted} has done 6; set at least that many, or use another output\n"
     )
     other = python(*common, f"output={parted}", "parallel.expert=1", "data.blend.1.weight=2")
     assert other.returncode == 2
