@@ -34,7 +34,7 @@ def launch(program: str, *arguments: str, **variables: str) -> subprocess.Comple
         ((CONFIG,), "one of the arguments --hosts --hostfile is required"),
         (("--hosts", "a,a", CONFIG), "--hosts is 'a,a': a is given twice"),
         (("--hostfile", "nowhere", CONFIG), "--hostfile is nowhere: there is no such file"),
-        (("--hosts=--", CONFIG), "argument --hosts: -- is no value"),
+        (("--hosts=--", CONFIG), "argument --hosts: -- is not a value"),
         (("--hosts", "a@b@c", CONFIG), "'a@b@c' is not a host name"),
         (("--hosts", "a:" + "9" * 5000, CONFIG), "it must be a whole number from 1 to 4096"),
         (("--hosts", "a,b", "--remote-shell", "'", CONFIG), "No closing quotation"),

@@ -1,4 +1,4 @@
-"""Command lines: a mistake is one line on stderr, from rank 0 alone, and exit status 2."""
+"""Command lines: rank 0 reports a mistake in one line on stderr; all ranks exit with status 2."""
 
 import argparse
 import os
@@ -20,9 +20,9 @@ _DASHED = re.compile(r"(?<=unrecognized arguments: )--(output|[a-z_]+(?:\.\w+)+)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without the usage before an error; under torchrun ranks other than 0 stay silent.
+    """argparse without the usage text before an error; under torchrun only rank 0 prints.
 
-    An option with `type=user_path` says what is wrong with a path, not only that something is.
+    The error of an option with `type=user_path` includes the reason.
     """
 
     def __init__(self, prog: str, description: str | None, epilog: str | None = None) -> None:
@@ -33,35 +33,35 @@ class Parser(argparse.ArgumentParser):
         self._silent = rank_of(os.environ) != 0
 
     def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
-        """As argparse's, which would take `--option=--` for an option with an empty list."""
+        """As argparse's, but refuses `--option=--`, which argparse reads as an empty list."""
         words = list(sys.argv[1:] if args is None else args)
         options = words[: words.index("--")] if "--" in words else words
         if wrong := next((word for word in options if re.fullmatch(r"-[^=]*=--", word)), None):
-            self.error(f"argument {wrong.partition('=')[0]}: -- is no value")
+            self.error(f"argument {wrong.partition('=')[0]}: -- is not a value")
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> Never:
         if setting := _DASHED.search(message):
             message = (
-                f"{setting[0]} is no option: a setting is given without --, as {setting[1]}={setting[2] or 'VALUE'}"
+                f"{setting[0]} is not an option: give a setting without --, as {setting[1]}={setting[2] or 'VALUE'}"
             )
         self.refuse(ExitStatus.MISTAKE, message)
 
-    def refuse(self, status: ExitStatus, message: str, aloud: bool = False) -> Never:
-        """End the program with a line on stderr, also for torchrun's report.
+    def refuse(self, status: ExitStatus, message: str, all_ranks: bool = False) -> Never:
+        """Exit with a line on stderr, which is also written to torchrun's error file.
 
         Args:
-            aloud: also on ranks other than 0: it is this rank's own matter.
+            all_ranks: print on ranks other than 0 too, because the error concerns this rank only.
         """
         write_error_file(status, one_line(message), environment=os.environ)
-        silent = self._silent and not aloud
-        if silent:  # the first rank to end makes torchrun kill the others, rank 0 before it has spoken
+        silent = self._silent and not all_ranks
+        if silent:  # when the first rank exits, torchrun kills the others: rank 0 must have time to print
             time.sleep(_SECONDS_FOR_RANK_0)
         self.exit(status, None if silent else f"{self.prog}: error: {one_line(message)}\n")
 
 
 def program_name(script: str, file: str) -> str:
-    """A program's name in its messages: `file` when started as that file of launch/, else its console script's."""
+    """A program's name in its messages: `file` if started as that file of launch/, otherwise `script`."""
     return file if Path(sys.argv[0]).name == file else script
 
 
@@ -73,10 +73,10 @@ def _checked(kind: Callable[[str], Path | str], text: str) -> Path | str:
 
 
 def write_out(text: str) -> bool:
-    """Print what was asked for; False if the reader has gone away, as `head` does, which is no error.
+    """Print a program's output; returns False if the reader has closed the pipe (`head`), which is not an error.
 
     Raises:
-        SystemExit: it cannot be written, as on a full disk: status 1, said in a line on stderr.
+        SystemExit: it cannot be written, for example on a full disk: status 1, with a line on stderr.
     """
     try:
         print(text, flush=True)

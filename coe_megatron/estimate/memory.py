@@ -109,7 +109,7 @@ def _gathered(run: RunShape, has: ParameterShards) -> int:
     """
     if run.config.zero.stage < 3:
         return 0
-    return run.element_bytes * min(has.gathered, max(has.largest, has.sizes.live) + has.sizes.prefetch_bucket)
+    return run.element_bytes * min(has.gathered, max(has.largest, has.sizes.max_live) + has.sizes.prefetch_bucket)
 
 
 def _gradients(run: RunShape, has: ParameterShards) -> int:

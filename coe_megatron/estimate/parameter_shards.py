@@ -94,7 +94,7 @@ def parameter_shards(run: RunShape, stage: int) -> ParameterShards:
         dense_replicas=ranks.data,
         expert_replicas=ranks.expert_data,
         apart=_are_apart(ranks),
-        small=vectors + sum(size for kind, size in in_order if kind == "dense" and size <= sizes.never_cut),
+        small=vectors + sum(size for kind, size in in_order if kind == "dense" and size <= sizes.persistence_threshold),
         largest=max(
             -(-(layers // ranks.tensor + whole) // own.layers) + cut * experts // max(1, own.num_moe_layers),
             table,

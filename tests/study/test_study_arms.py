@@ -121,7 +121,7 @@ DESIGN = {"a": {"moe.topk": 4}, "b": {"moe.topk": 2}}
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"axis": {}}, "axis is not a setting; did you mean axes?"),
     ({"axes": {"a": {"n" * 256: {}}}}, "axes.a has a label of 256 bytes"),
-    ({"output": None}, "output is missing: a value is needed there"),
+    ({"output": None}, "output is missing: a value is required"),
     ({"base": None}, "base is missing"),
     ({"base": 7}, "base is 7: it must name a run config or a list of them"),
     ({"base": "none.yaml"}, "there is no such file"),

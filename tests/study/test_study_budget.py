@@ -162,7 +162,7 @@ MISTAKES = [
         budget("flops", "optimizer.lr", [1, 9]),
         "budget.solve is optimizer.lr: it must name an integer setting",
     ),
-    (budget("flops", "model.mla", [1, 9]), "model.mla is 1: it must hold keys of its own: kv_lora_rank"),
+    (budget("flops", "model.mla", [1, 9]), "model.mla is 1: it must be a section with the keys kv_lora_rank"),
     (budget("flops", "data.reset_at_documents", [1, 9]), "it must name an integer setting"),
     (budget("flops", "training.log_every", [1, 9]), "flops cannot be solved for training.log_every: it is the same"),
     (budget("flops", "training.steps", [7, 9], 5), "budget.range is [7, 9]: it contains no multiple of 5"),
