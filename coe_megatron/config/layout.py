@@ -41,6 +41,11 @@ class Layout:
         """Replicas of each expert."""
         return self.world_size // (self.expert_tensor * self.expert * self.pipeline)
 
+    @property
+    def separate_experts(self) -> bool:
+        """Whether replicas of experts form other groups than replicas of the dense parameters."""
+        return self.expert > 1 or self.expert_tensor != self.tensor
+
     def __str__(self) -> str:
         """For example `data 4, tensor 2, expert 2`; sizes of 1 are omitted, except data."""
         sizes = {"tensor": self.tensor, "pipeline": self.pipeline, "expert": self.expert}
@@ -131,7 +136,7 @@ def _pipeline(config: RunConfig) -> Iterator[str]:
             f"zero.stage is {config.zero.stage}: with parallel.pipeline ({stages}) it must be 0 or 1, because stages 2 "
             "and 3 partition gradients after each micro-batch, and a pipeline has several in flight"
         )
-    elif config.zero.stage == 1 and _has_separate_expert_groups(config) and not all(map(any, _by_stage(config))):
+    elif config.zero.stage == 1 and layout(config).separate_experts and not all(map(any, _by_stage(config))):
         yield (
             f"moe.layer_freq is {config.moe.layer_freq}: with parallel.pipeline ({stages}) each stage needs a layer "
             "with experts, or zero.stage must be 0: otherwise DeepSpeed's sum of expert gradient norms would deadlock"
@@ -141,11 +146,6 @@ def _pipeline(config: RunConfig) -> Iterator[str]:
             f"model.untied_embeddings is false: with parallel.pipeline ({stages}) it must be true, because the first "
             "stage holds the embedding and the last one the output layer"
         )
-
-
-def _has_separate_expert_groups(config: RunConfig) -> bool:
-    """Whether replicas of experts form other groups than replicas of the dense parameters."""
-    return config.parallel.expert > 1 or config.parallel.expert_tensor != config.parallel.tensor
 
 
 def _by_stage(config: RunConfig) -> list[tuple[int, ...]]:

@@ -359,7 +359,7 @@ def test_missing_data_is_a_mistake_where_it_is_needed(
     capsys.readouterr()
     if "{a}" not in overrides[0]:
         told = refused(capsys, *arguments, "model.vocab_size=null", "--dry-run")
-        assert told.startswith("model.vocab_size is null: without prepared data it must be given")
+        assert told.startswith("model.vocab_size is null: without prepared data it must be set")
 
 
 def test_there_are_forty_different_ones() -> None:
@@ -414,4 +414,4 @@ def test_under_torchrun_rank_0_says_it_once(
 @pytest.mark.ranks
 def test_under_torchrun_rank_0_alone_says_what_a_run_costs(config: Path) -> None:
     done = torchrun(PROGRAM, config, "data.path=nowhere", "--dry-run", seconds=60)
-    assert done.returncode == 0 and done.stdout.count("tokens a step") == 1
+    assert done.returncode == 0 and done.stdout.count("tokens per step") == 1
