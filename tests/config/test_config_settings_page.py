@@ -12,7 +12,5 @@ def test_the_page_is_current() -> None:
 
 
 def test_a_setting_has_values_default_and_meaning() -> None:
-    assert (
-        "| `chain.gating` | `independent`, `shared_router`, `fixed` | `independent` | which router" in settings_page()
-    )
+    assert "| `chain.gating` | `independent`, `shared_router`, `fixed` | `independent` | router of" in settings_page()
     assert "| `optimizer.betas` | [number ≥ 0, < 1; number ≥ 0, < 1] | `[0.9, 0.95]` | of AdamW. |" in settings_page()

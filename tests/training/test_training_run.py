@@ -97,7 +97,7 @@ def test_a_finished_run_tells_how_long_it_took(finished: Path) -> None:
     attempt = json.loads((finished / "run.json").read_text())["attempts"][-1]
     began, ended = (datetime.fromisoformat(attempt[name]) for name in ("began", "ended"))
     config = load(finished / "config.yaml", ["parallel.world_size=2"])
-    estimated = Amounts(speed).seconds(config)
+    estimated = Amounts(speed).run(config).seconds
     assert min(speed.rate, speed.saving, estimated.evaluations) > 0
     in_steps = sum(line["step_seconds"] for line in read_metrics(finished / "metrics.jsonl")[1:])
     took = (ended - began).total_seconds()

@@ -206,20 +206,20 @@ def _memory(text: str) -> int:
 
 
 def _plan(arm: Arm, amounts: Amounts, solved: Solved | None, memory: int | None) -> ArmPlan:
-    config, run = arm.config, amounts.run(arm.config)
-    cost = estimate(run)
+    run = amounts.run(arm.config)
+    cost = estimate(run.shape)
     return ArmPlan(
         arm,
         parameters=cost.parameters.total,
         active_parameters=cost.parameters.active,
         flops_per_token=cost.flops_per_token.total,
-        flops=amounts.of("flops", config),
-        expert_flops=amounts.of("expert_compute", config),
+        flops=run.of("flops"),
+        expert_flops=run.of("expert_compute"),
         components=components(cost.memory),
-        ranks=run.layout.world_size,
-        seconds=amounts.seconds(config) if amounts.speed else None,
+        ranks=run.shape.layout.world_size,
+        seconds=run.seconds if amounts.speed else None,
         solved=solved,
-        too_large=refusal(run, cost, memory) if memory is not None else None,
+        too_large=refusal(run.shape, cost, memory) if memory is not None else None,
     )
 
 
