@@ -84,7 +84,7 @@ def write_out(text: str) -> bool:
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         return write_out(text)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that closing it is no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that closing it raises no error
         if isinstance(error, BrokenPipeError):
             return False
         print(f"error: standard output cannot be written: {error.strerror}", file=sys.stderr)

@@ -114,14 +114,14 @@ class Manifest:
         """
         if kind_of(folder, name) is None or kind_of(require_folder(folder, name) / MANIFEST, name) is None:
             raise ConfigError(
-                f"{name}: {folder} is no prepared data: it has no {MANIFEST} (launch/prepare_data.py makes one)"
+                f"{name}: {folder} is not prepared data: it has no {MANIFEST} (launch/prepare_data.py creates one)"
             )
         path = folder / MANIFEST
         content = read_limited(path, name, _MAX_BYTES)
         try:
             manifest = cls._from_json(parse_json(content))
         except ValueError as error:
-            message = f"{path} is no manifest of format {FORMAT}, version {VERSION}: {_reason(error)}"
+            message = f"{path} is not a manifest of format {FORMAT}, version {VERSION}: {_reason(error)}"
             raise ConfigError(f"{name}: {message}") from error
         manifest._check_sizes(folder, name)
         if manifest._summarize(folder, TOKENIZER, name).sha256 != manifest.tokenizer_sha256:
@@ -129,7 +129,7 @@ class Manifest:
         return manifest
 
     def check(self, folder: Path, file: str, name: str = "the data") -> None:
-        """Check the SHA-256 of a file against the manifest; reads the whole file.
+        """Check the SHA-256 of a file against the manifest; reads the complete file.
 
         Raises:
             ConfigError: the file has changed since it was prepared.

@@ -301,11 +301,11 @@ def nothing(folder: Path) -> None:
 DATA: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "file cut": (cut, "", "data.path: {a} is incomplete: train.bin has 10 bytes instead of"),
     "file missing": (lambda folder: (folder / "valid.idx").unlink(), "", "valid.idx is missing; prepare it again"),
-    "manifest missing": (lambda folder: (folder / MANIFEST).unlink(), "", "data.path: {a} is no prepared data"),
-    "manifest no JSON": (replace(MANIFEST, b"{"), "", "manifest.json is no manifest of format coe_megatron.data, ver"),
+    "manifest missing": (lambda folder: (folder / MANIFEST).unlink(), "", "data.path: {a} is not prepared data"),
+    "manifest no JSON": (replace(MANIFEST, b"{"), "", "manifest.json is not a manifest of format coe_megatron.data"),
     "manifest null": (replace(MANIFEST, b"null"), "", "coe_megatron.data, version 2: it is not a JSON object"),
-    "manifest no text": (replace(MANIFEST, b"\xff"), "", "data.path: {a}/manifest.json is no manifest"),
-    "other version": (rewrite(version=7), "", "is no manifest of format coe_megatron.data, version 2: it is format"),
+    "manifest no text": (replace(MANIFEST, b"\xff"), "", "data.path: {a}/manifest.json is not a manifest"),
+    "other version": (rewrite(version=7), "", "is not a manifest of format coe_megatron.data, version 2: it is format"),
     "other type": (rewrite(vocab_size="many"), "", "version 2: vocab_size: Input should be a valid integer"),
     "no splits": (rewrite(splits={}), "", "version 2: splits has no train"),
     "tokenizer of other data": (swap_tokenizers, "", "tokenizer.model"),
@@ -345,9 +345,9 @@ def test_a_mistake_in_the_data(
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["data.path=nowhere"], "data.path: nowhere is no prepared data: it has no manifest.json"),
-        (["data.blend=[{path: nowhere, weight: 1}]"], "data.blend.0.path: nowhere is no prepared data"),
-        (["data.path={a}", "data.validation={far: nowhere}"], "data.validation.far: nowhere is no prepared data"),
+        (["data.path=nowhere"], "data.path: nowhere is not prepared data: it has no manifest.json"),
+        (["data.blend=[{path: nowhere, weight: 1}]"], "data.blend.0.path: nowhere is not prepared data"),
+        (["data.path={a}", "data.validation={far: nowhere}"], "data.validation.far: nowhere is not prepared data"),
     ],
 )
 def test_missing_data_is_a_mistake_where_it_is_needed(

@@ -43,7 +43,7 @@ def calibrate(folder: Path, half_rows: float) -> Speed:
     """The speed of the run in a folder.
 
     The time of a step is the median over logged steps, except the first. Start-up and checkpoints can be measured only
-    if a single attempt made the whole run; otherwise they count as 0.
+    if a single attempt completed the run; otherwise they count as 0.
 
     Args:
         half_rows: that of its kind of device (see `estimate.devices.Device`).

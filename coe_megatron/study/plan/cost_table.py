@@ -62,7 +62,7 @@ class Plan:
     Attributes:
         study: the study, with its budget solved.
         arms: costs of its arms, in order.
-        speed: the speed behind predicted seconds, and its source; None if unknown.
+        speed: the speed from which seconds are predicted, and its source; None if unknown.
         price: price per device hour, in any currency.
     """
 
