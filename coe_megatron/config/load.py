@@ -53,42 +53,42 @@ def load(path: str | Path, overrides: Sequence[str] = (), world_size: int | None
 
 
 def resolve(
-    values: Any, overrides: Sequence[str] = (), world_size: int | None = None, whose: str = "the config"
+    values: Any, overrides: Sequence[str] = (), world_size: int | None = None, source: str = "the config"
 ) -> RunConfig:
     """Apply overrides to what `read` returned, and check the result; arguments and errors as for `load`.
 
     Args:
-        whose: name of the config in messages.
+        source: name of the config in messages.
     """
     values = deepcopy(values)
     for text in overrides:
         _override(values, text)
-    config = parse(plain(values, whose))
+    config = parse(plain(values, source))
     check(config, world_size)
     if len(config.data.blend or ()) + len(config.data.validation or ()) > _FEW_FOLDERS:
         size = len(dump(config).encode())
         if size > parsing.CONFIG_BYTES:
             raise ConfigError(
-                f"{whose}: data.blend and data.validation have too many folders, or paths that are too long: the "
+                f"{source}: data.blend and data.validation have too many folders, or paths that are too long: the "
                 f"resolved config has {size:,} bytes, and {parsing.CONFIG_BYTES:,} are allowed"
             )
     return config
 
 
-def plain(values: Any, whose: str) -> Any:
+def plain(values: Any, source: str) -> Any:
     """Convert OmegaConf's containers to dicts and lists, and resolve references to other keys."""
-    check_references(OmegaConf.to_container(values), whose)
+    check_references(OmegaConf.to_container(values), source)
     try:
         resolved = OmegaConf.to_container(values, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{whose}: {_omegaconf_message(error, 'it', 'has no value')}") from None
+        raise ConfigError(f"{source}: {_omegaconf_message(error, 'it', 'has no value')}") from None
     for key, value in _leaves(resolved, ""):
         if "${" in str(value):  # in config.yaml it would be read as a reference
-            raise ConfigError(f"{whose}: {shortened(key)} is {shown(value)}: ${{ is allowed only in references")
+            raise ConfigError(f"{source}: {shortened(key)} is {shown(value)}: ${{ is allowed only in references")
     return resolved
 
 
-def check_references(values: Any, whose: str) -> None:
+def check_references(values: Any, source: str) -> None:
     """Check that each reference names a value without references or an environment variable, so that text stays short.
 
     Raises:
@@ -97,10 +97,10 @@ def check_references(values: Any, whose: str) -> None:
     leaves = {key: str(value) for key, value in _leaves(values, "")}
     for key, text in leaves.items():
         if "${" in key:
-            raise ConfigError(f"{whose}: {shown(key)} is not a setting: only values may have references")
+            raise ConfigError(f"{source}: {shown(key)} is not a setting: only values may have references")
         if "${" not in text:
             continue
-        size, prefix = len(text), f"{whose}: {shortened(key)} is {shown(text)}"
+        size, prefix = len(text), f"{source}: {shortened(key)} is {shown(text)}"
         for name in _REFERENCE.findall(text):
             if variable := _VARIABLE.fullmatch(name):
                 size += len(os.environ.get(variable[1], ""))
@@ -113,7 +113,7 @@ def check_references(values: Any, whose: str) -> None:
                 raise ConfigError(f"{prefix}: {shortened(name)} is a reference itself; refer to the value it names")
             size += len(leaves.get(name, ""))
         if size > _LONGEST_TEXT:
-            raise ConfigError(f"{whose}: {shortened(key)} has references to more than {_LONGEST_TEXT:,} characters")
+            raise ConfigError(f"{source}: {shortened(key)} has references to more than {_LONGEST_TEXT:,} characters")
 
 
 def _leaves(values: Any, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -179,17 +179,17 @@ def read(
     return _Files(key, prepare).read(find(path), "the config file", ())
 
 
-def read_all(whose: str, paths: Sequence[Path]) -> Any:
+def read_all(source: str, paths: Sequence[Path]) -> Any:
     """Merge the settings of several files, later ones over earlier ones; size limits apply to all of them in total.
 
     Args:
-        whose: the key that names the files.
+        source: the key that names the files.
 
     Raises:
         ConfigError: as `read`, or a key has incompatible types in two files.
     """
     files = _Files("base", lambda _path, values: values)
-    return merge(whose, *(files.read(path, whose, ()) for path in paths))
+    return merge(source, *(files.read(path, source, ()) for path in paths))
 
 
 class _Files:
@@ -231,25 +231,27 @@ class _Files:
         names = [bases] if isinstance(bases, str) else bases
         if not isinstance(names, Sequence) or not all(isinstance(name, str) and name for name in names):
             raise ConfigError(f"{path}: {self._key} is {shown(bases)}: it must name a file or a list of files")
-        whose = f"{self._key} in {path}"
-        paths = [find(Path(_expanded(name, whose)), path.parent) for name in dict.fromkeys(names)]
-        found = [self.read(base, whose, above) for base in paths]
+        source = f"{self._key} in {path}"
+        paths = [find(Path(_expanded(name, source)), path.parent) for name in dict.fromkeys(names)]
+        found = [self.read(base, source, above) for base in paths]
         return merge(str(path), *found, values)
 
 
-def _expanded(text: str, whose: str) -> str:
+def _expanded(text: str, source: str) -> str:
     try:
         return expand_user(text)
     except ConfigError as error:
-        raise ConfigError(f"{whose} is {error}") from None
+        raise ConfigError(f"{source} is {error}") from None
 
 
-def merge(whose: str, *given: Any) -> Any:
+def merge(source: str, *given: Any) -> Any:
     """Merge settings, later ones over earlier ones; ConfigError if a key has incompatible types."""
     try:
         return OmegaConf.merge(*given)
     except (OmegaConfBaseException, TypeError) as error:  # for example, a section instead of a list
-        raise ConfigError(f"{whose}: it is not compatible with the settings it changes: {_first_line(error)}") from None
+        raise ConfigError(
+            f"{source}: it is not compatible with the settings it changes: {_first_line(error)}"
+        ) from None
 
 
 def _read_yaml(path: Path) -> tuple[Any, int]:
