@@ -126,7 +126,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"base": 7}, "base is 7: it must name a run config or a list of them"),
     ({"base": "none.yaml"}, "there is no such file"),
     ({"base": "${nothing}"}, "base has no value: Interpolation key 'nothing' not found"),
-    ({"base": ["${a}"], "a": "${b}${b}", "b": "${c}${c}"}, "a is a reference itself, refer to what it names"),
+    ({"base": ["${a}"], "a": "${b}${b}", "b": "${c}${c}"}, "a is a reference itself; refer to the value it names"),
     ({"set": {"moe.ffn_hidden_size": "["}}, "moe.ffn_hidden_size is '[': it should be an integer"),
     ({"base_study": "study.yaml"}, "base_study leads back to this file"),
     ({"seeds": []}, "seeds is []: it should have at least 1 item"),
