@@ -134,7 +134,7 @@ def test_a_missing_folder_is_an_error_where_data_is_needed(parent):
 
 def test_a_broken_folder_is_always_an_error(tmp_path):
     (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match=r"^data\.path: .*is no manifest"):
+    with pytest.raises(ValueError, match=r"^data\.path: .*is not a manifest"):
         check_folders(DataSettings(path=str(tmp_path)), needed=False)
 
 

@@ -154,7 +154,7 @@ def test_what_is_no_manifest_is_refused_soon(folder, write, reason):
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (lambda path: path.unlink(), "is missing|no prepared data"),
+        (lambda path: path.unlink(), "is missing|not prepared data"),
         (lambda path: (path.unlink(), path.mkdir()), "it is a folder, where a file is needed"),
         (lambda path: (path.unlink(), os.mkfifo(path)), "it is a special file, where a file is needed"),
         (lambda path: (path.unlink(), path.symlink_to("/dev/zero")), "it is a special file, where a file is needed"),
