@@ -173,8 +173,8 @@ def test_a_second_run_with_the_output_of_another_is_refused(config: Path, prepar
         (("configs/quickstart.yaml", "parallel.expert=1", "data.path=nowhere"), "nowhere"),
         (("configs/quickstart.yaml", "parallel.expert=1", "model.seq_lenth=9"), "did you mean model.seq_length?"),
         (("configs/quickstart.yaml", "parallel.expert=1", "--jsn"), "unrecognized arguments: --jsn"),
-        (("configs/quickstart.yaml", "--json"), "--json goes with --dry-run"),
-        (("configs/quickstart.yaml", "--device-memory", "80GiB"), "--device-memory goes with --dry-run"),
+        (("configs/quickstart.yaml", "--json"), "--json needs --dry-run"),
+        (("configs/quickstart.yaml", "--device-memory", "80GiB"), "--device-memory needs --dry-run"),
         (
             ("configs/1024-gpus.yaml", "data.path=nowhere", "--dry-run", "--device-memory", "30 GiB"),
             "--device-memory '30 GiB' must be a number above 0 and one of GiB, GB, MiB, MB, such as 80GiB",
