@@ -53,7 +53,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 
 docs: $(INSTALLED)
-	$(BIN)/python -m coe_megatron.config.reference docs/settings.md
+	$(BIN)/python -m coe_megatron.config.settings_page docs/settings.md
 
 # Installed once, and again when the pins or the project's metadata change.
 $(INSTALLED): constraints.txt pyproject.toml

@@ -1,11 +1,11 @@
-"""Times each phase of a preparation on one core. Without --input, of the built-in corpus.
+"""Times each phase of a preparation on one core; without --input, of the built-in corpus.
 
 read    decompress and cut into lines, or generate the built-in corpus
 parse   JSON and template
-encode  text to token ids, as a preparation does it
-write   chunks to the disk, and joined as Megatron's indexed datasets
-plain   SentencePiece's own encoding of the same text, for comparison with encode; no part of a preparation
-whole   read, parse, encode and write together
+encode  text to token ids, as in a preparation
+write   chunks to disk, then join them to Megatron's indexed datasets
+plain   SentencePiece's own encoding of the same text, for comparison with encode; not part of a preparation
+total   read, parse, encode and write
 
     python benchmarks/bench_data.py
     python benchmarks/bench_data.py --input wiki.jsonl.xz --vocab-size 16384

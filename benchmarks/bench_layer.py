@@ -1,5 +1,5 @@
 """Times forward and backward of one MoE sub-layer: Megatron's own (local spec), ours with the same weights, and
-ours as CoE-2 with half the experts a token. Without sizes, the default table of shapes.
+ours as CoE-2 with half the experts per token. Without sizes, the default table of shapes.
 
     python benchmarks/bench_layer.py
     python benchmarks/bench_layer.py --hidden 256 --ffn 176 --tokens 512 2048
@@ -23,7 +23,7 @@ from coe_megatron.lean_imports import import_megatron
 
 
 class Sizes(NamedTuple):
-    """One row of the table; the shared expert is as wide as a routed one unless another width is asked for."""
+    """One row of the table; the shared expert is as wide as a routed one unless --shared-ffn is given."""
 
     hidden: int
     ffn: int
@@ -44,7 +44,7 @@ SIZES = {
     "hidden": "hidden size",
     "ffn": "width of an expert",
     "experts": "routed experts",
-    "topk": "experts a token, even",
+    "topk": "experts per token, even",
 }
 
 
@@ -53,27 +53,29 @@ def main(arguments: list[str] | None = None) -> int:
     parser = bench_options.parser("bench_layer.py", __doc__)
     for (name, text), default in zip(SIZES.items(), TABLE[0], strict=False):
         parser.add_argument(f"--{name}", type=positive, metavar="N", help=f"{text} (default: {default})")
-    parser.add_argument("--shared-ffn", type=int, metavar="N", help="width of the shared expert, 0 for none (ffn)")
+    parser.add_argument(
+        "--shared-ffn", type=int, metavar="N", help="width of the shared expert, 0 for none (default: --ffn)"
+    )
     parser.add_argument("--tokens", type=positive, nargs="+", metavar="N", help=f"(default: {TABLE[0].tokens})")
-    parser.add_argument("--repeats", type=positive, default=20, metavar="N", help="rounds of a shape (default: 20)")
+    parser.add_argument("--repeats", type=positive, default=20, metavar="N", help="rounds per shape (default: 20)")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--threads", type=positive, metavar="N", help="threads of the CPU (default: torch's)")
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's)")
     return bench_options.run(parser, measure, arguments)
 
 
 def _shapes(options: argparse.Namespace) -> list[ModelShape]:
-    """The sizes asked for with each number of tokens, or the table where none is asked for."""
-    asked = {name: value for name in SIZES if (value := getattr(options, name)) is not None}
-    if not asked and options.tokens is None and options.shared_ffn is None:
+    """The given sizes with each number of tokens, or the table if no size is given."""
+    given = {name: value for name in SIZES if (value := getattr(options, name)) is not None}
+    if not given and options.tokens is None and options.shared_ffn is None:
         return [_shape(sizes, sizes.ffn) for sizes in TABLE]
-    sizes = TABLE[0]._replace(**asked)
+    sizes = TABLE[0]._replace(**given)
     shared_ffn = sizes.ffn if options.shared_ffn is None else options.shared_ffn
     return [_shape(sizes._replace(tokens=tokens), shared_ffn) for tokens in options.tokens or [sizes.tokens]]
 
 
 def _shape(sizes: Sizes, shared_ffn: int) -> ModelShape:
     if sizes.topk % 2:
-        raise ConfigError(f"topk is {sizes.topk}: it must be even, for CoE-2 takes half of it in each iteration")
+        raise ConfigError(f"topk is {sizes.topk}: it must be even, since CoE-2 uses half of it in each iteration")
     if shared_ffn < 0:
         raise ConfigError(f"shared_ffn is {shared_ffn}: it must be at least 0")
     return ModelShape(
@@ -95,10 +97,10 @@ def measure(options: argparse.Namespace, parser: Parser) -> int:
         shapes = _shapes(options)
     except ConfigError as error:
         parser.error(str(error).removeprefix("shape."))
-    # torch on CPU takes memory in huge pages if asked: an expert's gradients are large tensors made anew in each step,
-    # and with small pages the kernel needs up to a quarter of the time to hand them out.
+    # Makes torch use huge pages on CPU: each step allocates gradients of experts, which are large tensors, and with
+    # small pages the kernel takes up to a quarter of the time to provide them.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    # Imported here: the stack takes seconds, and a mistake in the arguments should not.
+    # Imported here, since these imports take seconds and a mistake in the arguments should be reported immediately.
     from coe_megatron.training.console import quiet_libraries
 
     quiet_libraries()
@@ -107,7 +109,7 @@ def measure(options: argparse.Namespace, parser: Parser) -> int:
     import torch
 
     if options.clock == "cpu" and torch.cuda.is_available():
-        parser.error("--clock is cpu: it does not see what a CUDA device does, use wall")
+        parser.error("--clock is cpu: it does not measure a CUDA device, use wall")
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
@@ -115,10 +117,10 @@ def measure(options: argparse.Namespace, parser: Parser) -> int:
     except layer_times.LayersDifferError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    asked = {name: getattr(options, name) for name in ("dtype", "clock", "repeats")}
-    measured = {**layer_times.machine(), "THP_MEM_ALLOC_ENABLE": os.environ["THP_MEM_ALLOC_ENABLE"], **asked}
-    said = ", ".join(f"{name} {value}" for name, value in measured.items())
-    write_out(f"forward and backward of one MoE sub-layer; {said}")
+    chosen = {name: getattr(options, name) for name in ("dtype", "clock", "repeats")}
+    measured = {**layer_times.machine(), "THP_MEM_ALLOC_ENABLE": os.environ["THP_MEM_ALLOC_ENABLE"], **chosen}
+    conditions = ", ".join(f"{name} {value}" for name, value in measured.items())
+    write_out(f"forward and backward of one MoE sub-layer; {conditions}")
     write_out("ratios from minima/medians; speed-up: stock over ours; CoE/MoE: CoE-2(K/2) over MoE(K), both ours")
     write_out(layer_times.table(results))
     bench_options.write(options.json, {"machine": measured, "results": [result.as_dict() for result in results]})

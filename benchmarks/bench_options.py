@@ -1,4 +1,4 @@
-"""What the benchmark programs have in common: their options, where their numbers go, how they end."""
+"""Common parts of the benchmark programs: options, JSON output, exit status."""
 
 import argparse
 import json
@@ -12,17 +12,18 @@ from coe_megatron.cli.arguments import Parser
 from coe_megatron.distributed.environment import whole_number
 from coe_megatron.errors import ConfigError
 from coe_megatron.files import problem, require_folder, require_replaceable, user_path, write_atomically
+from coe_megatron.text import shortened
 
 LARGEST = 1 << 31
 Measure = Callable[[argparse.Namespace, Parser], int]
 
 
 def parser(name: str, about: str) -> Parser:
-    """With the options that all benchmarks have."""
+    """A parser with the options that all benchmarks have."""
     made = Parser(prog=name, description=about)
     clock = "cpu: this process's CPU time, for busy machines"
     made.add_argument("--clock", choices=("wall", "cpu"), default="wall", help=clock)
-    made.add_argument("--json", type=user_path, metavar="FILE", help="write what was measured here as well")
+    made.add_argument("--json", type=user_path, metavar="FILE", help="also write the results to this file")
     return made
 
 
@@ -43,15 +44,15 @@ def run(made: Parser, measure: Measure, arguments: list[str] | None) -> int:
 
 
 def positive(text: str) -> int:
-    """The type of an option that is a number of things."""
+    """The type of an option that is a count."""
     try:
         return whole_number("the value", text, 1, LARGEST)
     except ConfigError:
-        raise argparse.ArgumentTypeError(f"{text[:50]!r} is not an integer from 1 to {LARGEST}") from None
+        raise argparse.ArgumentTypeError(f"{shortened(text, 50)!r} is not an integer from 1 to {LARGEST}") from None
 
 
 def write(path: Path | None, document: dict[str, Any]) -> None:
-    """The numbers as JSON, where that was asked for."""
+    """Write the results as JSON if --json was given."""
     if path is not None:
         try:
             write_atomically(path, json.dumps(document, indent=1) + "\n")

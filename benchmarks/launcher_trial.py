@@ -1,10 +1,10 @@
-"""Tries launchers against what one_host.py and multi_host.py promise; docs/experiments.md has the result.
+"""Compares launchers with the guarantees of one_host.py and multi_host.py; docs/experiments.md has the results.
 
     python benchmarks/launcher_trial.py [--ft ft_launcher] [--only LAUNCHER] [--hold SECONDS]
 
-Two ranks without torch, which save for --hold seconds when asked to stop (longer than the 30 that torchrun and
-DeepSpeed give), are started by each launcher and disturbed in several ways. A remote shell that runs its command here
-stands for ssh; DeepSpeed starts several hosts with pdsh, which must be installed. All that is left is killed by its id.
+Each launcher starts two ranks without torch, which save for --hold seconds when asked to stop (longer than the 30 that
+torchrun and DeepSpeed allow); then they are disturbed in several ways. A remote shell that runs its command on this
+host replaces ssh; DeepSpeed needs pdsh for several hosts. Remaining processes are killed by id.
 """
 
 import argparse
@@ -27,9 +27,9 @@ from pathlib import Path
 from coe_megatron.run.exit_status import write_error_file
 
 folder, how, rank = Path(os.environ["TRIAL_FOLDER"]), os.environ["TRIAL_HOW"], os.environ["RANK"]
-asked = []
+stops = []
 for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-    signal.signal(number, lambda *_: asked.append(1))
+    signal.signal(number, lambda *_: stops.append(1))
 if "TORCHELASTIC_RUN_ID" in os.environ:
     from coe_megatron.training.signals import stop_with_parent
     stop_with_parent()
@@ -37,7 +37,7 @@ print(f"rank {rank} speaks", flush=True)
 (folder / f"rank-{rank}-{os.getpid()}").touch()
 
 def end(status):
-    write_error_file(status, "so it is", environment=os.environ)
+    write_error_file(status, "planned", environment=os.environ)
     sys.exit(status)
 
 if how == "fail":  # rank 1 diverges, rank 0 loses its peer
@@ -45,7 +45,7 @@ if how == "fail":  # rank 1 diverges, rank 0 loses its peer
     end(4 if rank == "1" else 1)
 if how == "mistake":
     end(2)
-while not asked:
+while not stops:
     time.sleep(0.1)
 until = time.monotonic() + float(os.environ["TRIAL_HOLD"])
 while time.monotonic() < until:
@@ -53,7 +53,7 @@ while time.monotonic() < until:
 (folder / f"saved-{rank}").touch()
 end(3)
 """
-# What ssh is to a launcher: HOST COMMAND after options; what runs there outlives it, with its stdin at an end.
+# As ssh, takes HOST COMMAND after options; the command outlives it, with its stdin closed.
 SHELL = """#!{python}
 import os, psutil, subprocess, sys, threading
 from pathlib import Path
@@ -64,7 +64,7 @@ host, command = words[0], " ".join(words[1:])
 if host == "127.0.0.3":
     sys.exit("ssh: connect to host 127.0.0.3 port 22: Connection refused")
 pid = Path(os.environ["TRIAL_FOLDER"], "on-" + host)
-if "pkill" in command:  # DeepSpeed's, by a pattern that might hit others: here by id
+if "pkill" in command:  # DeepSpeed kills by a pattern, which could match other processes; we kill by id
     for process in psutil.Process(int(pid.read_text())).children():
         if "deepspeed.launcher.launch" in process.cmdline():
             process.terminate()
@@ -86,23 +86,23 @@ for line in there.stdout:
 os._exit(there.wait() % 256)  # the thread waits for stdin
 """
 HOSTS = ("127.0.0.1", "127.0.0.2")
-START, END = 300, 200  # seconds that a start and an end may take
+START, END = 300, 200  # limits in seconds for start and end
 
 
 class Trial:
-    """One launcher's run in a folder of its own."""
+    """One run of a launcher, in its own folder."""
 
     def __init__(self, command: list[str], how: str, hold: float, path: Path) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix=f"{how}-", dir=path))
         own = {"TRIAL_FOLDER": str(self.folder), "TRIAL_HOW": how, "TRIAL_HOLD": str(hold), "OMP_NUM_THREADS": "1"}
         environment = {**os.environ, **own, "PATH": f"{path}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        self.said = self.folder / "said"
-        with self.said.open("w") as said:
-            self.launcher = psutil.Popen(command, env=environment, stdout=said, stderr=said, start_new_session=True)
+        self.output = self.folder / "output"
+        with self.output.open("w") as output:
+            self.launcher = psutil.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
         self.seen: set[psutil.Process] = set()
 
     def ranks(self) -> list[psutil.Process]:
-        """Those that live."""
+        """The processes of ranks that are alive."""
         found = []
         for path in self.folder.glob("rank-*"):
             with suppress(psutil.NoSuchProcess):
@@ -118,13 +118,13 @@ class Trial:
         deadline = time.monotonic() + START
         while self.starts() < len(HOSTS):
             if self.launcher.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"no ranks: {self.said.read_text()[-2000:]}")
+                raise RuntimeError(f"no ranks: {self.output.read_text()[-2000:]}")
             time.sleep(0.2)
         self.seen = set(self.launcher.children(recursive=True)) | set(self.ranks())
         time.sleep(1)
 
     def wait(self) -> str:
-        """The exit status, and how many ranks had saved and how many lived when the launcher ended."""
+        """The exit status, and the numbers of ranks that had saved and that were alive when the launcher ended."""
         began = time.monotonic()
         try:
             status = str(self.launcher.wait(timeout=END))
@@ -132,16 +132,16 @@ class Trial:
             status = f"none in {END} s"
         took = time.monotonic() - began
         saved = len(list(self.folder.glob("saved-*")))
-        said = f"status {status} after {took:.0f} s, {saved} of 2 saved"
+        result = f"status {status} after {took:.0f} s, {saved} of 2 saved"
         if not self.ranks():
-            return said
-        said += f", {len(self.ranks())} ranks alive then"
+            return result
+        result += f", {len(self.ranks())} ranks alive then"
         psutil.wait_procs(self.seen, timeout=90)
         saved = len(list(self.folder.glob("saved-*")))
-        return f"{said}, {len(self.ranks())} 90 s later or less, and {saved} of 2 saved"
+        return f"{result}, {len(self.ranks())} 90 s later or less, and {saved} of 2 saved"
 
     def clear(self) -> None:
-        """Kill by id all that was started."""
+        """Kill all processes that were started, by id."""
         left = self.seen | set(self.ranks())
         with suppress(psutil.NoSuchProcess):
             left |= {self.launcher, *self.launcher.children(recursive=True)}
@@ -161,7 +161,7 @@ def one_signal(trial: Trial) -> str:
 
 
 def ctrl_c(trial: Trial) -> str:
-    """To all of the terminal's processes, as a shell has it."""
+    """Send SIGINT to the process group, as a terminal does."""
     trial.wait_for_ranks()
     os.killpg(trial.launcher.pid, signal.SIGINT)
     return trial.wait()
@@ -176,8 +176,8 @@ def killed(trial: Trial) -> str:
 
 
 def restarts(trial: Trial) -> str:
-    said = trial.wait().partition(" after")[0]
-    return f"{trial.starts()} ranks started, {said}"
+    status = trial.wait().partition(" after")[0]
+    return f"{trial.starts()} ranks started, {status}"
 
 
 def ports(trial: Trial) -> str:
@@ -187,13 +187,13 @@ def ports(trial: Trial) -> str:
         with suppress(psutil.NoSuchProcess):
             found = process.net_connections("tcp")
             listening |= {one.laddr.ip for one in found if one.status == psutil.CONN_LISTEN}
-    lines = [line for line in trial.said.read_text().splitlines() if "speaks" in line]
+    lines = [line for line in trial.output.read_text().splitlines() if "speaks" in line]
     return f"listens at {sorted(listening) or 'none'}; output is {sorted(lines)}"
 
 
 def unreachable(trial: Trial) -> str:
     status = trial.wait().partition(" after")[0]
-    lines = trial.said.read_text().splitlines()
+    lines = trial.output.read_text().splitlines()
     return f"{status}, {len(lines)} lines, the last: {lines[-1] if lines else ''}"
 
 
@@ -247,9 +247,9 @@ def launchers(ft: str | None, path: Path) -> dict[str, Callable[[str], list[str]
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="launcher_trial.py", description=__doc__)
     parser.add_argument("--ft", metavar="PROGRAM", help="nvidia-resiliency-ext's ft_launcher")
-    parser.add_argument("--only", metavar="LAUNCHER", help="this one alone")
-    parser.add_argument("--scene", metavar="TEXT", default="", help="scenes whose name has this")
-    parser.add_argument("--hold", type=float, default=45, help="seconds that a save takes (default: 45)")
+    parser.add_argument("--only", metavar="LAUNCHER", help="run only this launcher")
+    parser.add_argument("--scene", metavar="TEXT", default="", help="run only scenes whose name contains this")
+    parser.add_argument("--hold", type=float, default=45, help="duration of a save in seconds (default: 45)")
     options: argparse.Namespace = parser.parse_args(arguments)
     path = Path(tempfile.mkdtemp(prefix="trial-"))
     (path / "rank.py").write_text(RANK)

@@ -1,7 +1,7 @@
 """Times one MoE sub-layer, forward and backward: Megatron's own, ours with C = 1, and CoE-2 with half the experts.
 
-The three take turns, so that what else goes on in the machine strikes all of them; ratios of minima and of medians are
-reported. One process; on CUDA each step is waited for.
+The three alternate, so that other load on the machine affects all of them equally; ratios of minima and of medians are
+reported. One process; on CUDA each step is synchronised.
 
 A shape is a `ModelShape` of one layer whose sequence is the batch: T = `seq_length` tokens.
 """
@@ -27,13 +27,13 @@ from coe_megatron.text import aligned
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-# Largest difference of outputs, relative to the largest output, that rounding explains.
+# Largest difference of outputs due to rounding, relative to the largest output.
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 _WARM_UP = 2
 
 
 class LayersDifferError(RuntimeError):
-    """Our layer does not compute what Megatron's does, so comparing their times would mean nothing."""
+    """Our layer computes another output than Megatron's, so their times cannot be compared."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ class Seconds:
 
 @dataclass(frozen=True)
 class LayerTimes:
-    """What was measured at one shape.
+    """The measured times for one shape.
 
     Attributes:
-        stock: Megatron's layer, local spec (its experts one after the other).
+        stock: Megatron's layer, local spec (its experts run sequentially).
         ours: CoELayer with C = 1 and the same weights.
-        coe: CoELayer with C = 2 and K / 2 experts a token and iteration.
+        coe: CoELayer with C = 2 and K / 2 experts per token and iteration.
         difference: of the outputs of stock and ours, relative to the largest one.
     """
 
@@ -76,7 +76,7 @@ class LayerTimes:
 
     @property
     def flops_ratio(self) -> float:
-        """CoE over MoE, by the closed form: what router and shared experts cost when they run twice."""
+        """CoE over MoE, by the closed form: above 1, since router and shared experts run twice."""
         return _layer_flops(halved_chain(self.shape)) / _layer_flops(self.shape)
 
     @property
@@ -86,7 +86,7 @@ class LayerTimes:
 
     @property
     def time_over_flops(self) -> Seconds:
-        """1 where the chain costs just what its FLOPs say."""
+        """Time ratio over FLOPs ratio: 1 if the chain's time is proportional to its FLOPs."""
         ratio, flops = self.time_ratio, self.flops_ratio
         return Seconds(ratio.minimum / flops, ratio.median / flops)
 
@@ -118,11 +118,11 @@ def benchmark_layers(
     clock: str = "wall",
     on_round: Callable[[int, ModelShape | None], None] = lambda rounds, finished: None,
 ) -> list[LayerTimes]:
-    """Start the process's groups, measure each shape on CUDA if there is one and else on the CPU, and end the groups.
+    """Create process groups, time each shape (on CUDA if available, otherwise on the CPU), and destroy the groups.
 
     Args:
-        clock: `wall`, or `cpu` for the CPU time of this process, which a busy machine disturbs less (and which does
-            not see what a CUDA device does).
+        clock: `wall`, or `cpu` for the CPU time of this process, which is less sensitive to other load (and
+            does not measure a CUDA device).
         on_round: called after each round with the rounds done in all and, after its last round, the shape.
 
     Raises:
@@ -150,7 +150,7 @@ def time_layers(
     clock: str = "wall",
     on_round: Callable[[int], None] = lambda rounds: None,
 ) -> LayerTimes:
-    """Build the three layers of one shape, compare outputs, and time them in turns; Megatron's groups must exist."""
+    """Build the three layers of one shape, compare outputs, and time them alternately; Megatron's groups must exist."""
     stock, ours, coe = _stock(shape, dtype), _ours(shape, dtype), _ours(halved_chain(shape), dtype)
     _copy_weights(stock, ours)
     hidden = torch.randn(shape.seq_length, 1, shape.hidden, dtype=dtype, device=device, requires_grad=True)
@@ -158,18 +158,18 @@ def time_layers(
     difference = _require_equal(stock, ours, hidden)
     layers = {"stock": stock, "ours": ours, "coe": coe}
     seconds: dict[str, list[float]] = {name: [] for name in layers}
-    for turn in range(-_WARM_UP, repeats):
+    for round_ in range(-_WARM_UP, repeats):
         for name, layer in layers.items():
             step = _step_seconds(layer, hidden, gradient, CLOCKS[clock])
-            if turn >= 0:
+            if round_ >= 0:
                 seconds[name].append(step)
-        if turn >= 0:
-            on_round(turn + 1)
+        if round_ >= 0:
+            on_round(round_ + 1)
     return LayerTimes(shape, **{name: Seconds.of(steps) for name, steps in seconds.items()}, difference=difference)
 
 
 def machine() -> dict[str, str | int]:
-    """What the numbers depend on besides the code."""
+    """The hardware and software that the results depend on."""
     cuda = torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name() if cuda else f"CPU ({torch.backends.cpu.get_cpu_capability()})",
@@ -180,7 +180,7 @@ def machine() -> dict[str, str | int]:
 
 
 def table(results: list[LayerTimes]) -> str:
-    """A line for each shape; ratios from minima and, behind a slash, from medians."""
+    """A line per shape; ratios of minima, then after a slash of medians."""
     head = ["d", "ffn", "N", "K", "T", "stock", "ours", "CoE-2(K/2)", "speed-up", "CoE/MoE", "FLOPs", "time/FLOPs"]
     return "\n".join(aligned([head, *map(_cells, results)], ">"))
 

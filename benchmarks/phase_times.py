@@ -45,7 +45,7 @@ class PhaseTimes:
     seconds: dict[str, float]
 
     def rate(self, *phases: str) -> float:
-        """Throughput in megabytes of text per second, over the given phases together."""
+        """Throughput in megabytes of text per second, over the total time of the given phases."""
         return self.bytes / 1e6 / sum(self.seconds[phase] for phase in phases)
 
     @property

@@ -1,8 +1,8 @@
-"""Paths that users name, looked at before anything is done with them, and files that must survive a power cut.
+"""Checks of paths that users name, and atomic, durable writes. Standard library only.
 
-Every check raises a ConfigError of one line that names the setting or option, the path, and what is wrong with it,
-whatever the file system answers: no permission, a name that is too long, a dangling link, a file where a folder should
-be, a pipe or a device. Standard library only.
+Every check raises a ConfigError of one line that names the setting or option, the path, and the problem, whatever the
+file system reports: no permission, a name that is too long, a dangling link, a file instead of a folder, a pipe or a
+device.
 """
 
 import os
@@ -19,55 +19,57 @@ from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.text import shortened
 
 Kind = Literal["file", "folder", "special file"]
-_TEMPORARY = ".tmp"  # ending of what `atomic_file` writes beside
+_TEMPORARY = ".tmp"  # suffix of the temporary file of `atomic_file`
 
 
 def expand_user(text: str) -> str:
-    """A path with `~` or `~name` at its beginning replaced by that user's home; any other text as it is.
+    """Replace `~` or `~name` at the start of a path by that user's home folder.
 
     Raises:
         ConfigError: there is no such user.
     """
     expanded = os.path.expanduser(text)
     if expanded.startswith("~"):
-        raise ConfigError(f"{_shown(text)}: there is no such user here; a name that begins with ~ is written ./~name")
+        raise ConfigError(
+            f"{_shown(text)}: there is no such user here; write a file name that begins with ~ as ./~name"
+        )
     return expanded
 
 
 def user_path(text: str) -> Path:
-    """`expand_user` as the type of an argparse option; an empty path is refused, for it would mean this folder."""
+    """`expand_user` as the type of an argparse option; refuses an empty path, which would mean the current folder."""
     if not text:
-        raise ConfigError("a path is needed, not an empty text")
+        raise ConfigError("the path is empty")
     return Path(expand_user(text))
 
 
 def as_argument(path: Path) -> str:
-    """A path as an argument that no program takes for an option, or for somebody's home: what `user_path` undoes."""
+    """A path as an argument that cannot be read as an option or as a home folder."""
     return f".{os.sep}{path}" if str(path).startswith(("-", "~")) else str(path)
 
 
 def kind_of(path: Path, name: str) -> Kind | None:
-    """What is at a path, links followed; None if nothing is.
+    """The kind of file at a path, after following links; None if nothing exists there.
 
     Args:
-        name: of the setting or option, for the message.
+        name: the setting or option, for the message.
 
     Raises:
-        ConfigError: it cannot be looked at, or is a link that leads nowhere.
+        ConfigError: the path cannot be accessed, or is a dangling link.
     """
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
         if os.path.islink(path):
-            raise problem(path, name, f"it is a link to {_shown(os.readlink(path))}, where nothing is") from None
+            raise problem(path, name, f"it is a dangling link to {_shown(os.readlink(path))}") from None
         return None
-    except (OSError, ValueError) as error:  # a ValueError: a NUL, or text that no file name can hold
+    except (OSError, ValueError) as error:  # ValueError: a NUL, or text that cannot be encoded as a file name
         raise problem(path, name, error) from None
     return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "special file"
 
 
 def require_file(path: Path, name: str) -> Path:
-    """A plain file that can be read; returns it. Raises as `kind_of`, and if it is missing or something else."""
+    """Check that a path is a readable plain file, and return it. Raises as `kind_of`, and if it is not."""
     _require(kind_of(path, name), "file", path, name)
     if not os.access(path, os.R_OK, effective_ids=True):
         raise problem(path, name, "it cannot be read: permission denied")
@@ -75,7 +77,7 @@ def require_file(path: Path, name: str) -> Path:
 
 
 def require_folder(path: Path, name: str) -> Path:
-    """A folder that can be listed and entered; returns it. Raises as `kind_of`, and if it is missing or otherwise."""
+    """Check that a path is a folder that can be listed and entered, and return it. Raises as `kind_of`, and if not."""
     _require(kind_of(path, name), "folder", path, name)
     if not os.access(path, os.R_OK | os.X_OK, effective_ids=True):
         raise problem(path, name, "it cannot be read: permission denied")
@@ -83,15 +85,15 @@ def require_folder(path: Path, name: str) -> Path:
 
 
 def require_writable(path: Path, name: str, kind: Literal["file", "folder"], spare: int = 0) -> Path:
-    """A place for a file or folder: one of that kind that can be written, or nothing yet where it can be made.
+    """Check that a file or folder can be written, or created if it does not exist; returns the path.
 
-    Nothing is written: also for `--dry-run`. Folders above that are missing will have to be made.
+    This writes nothing, so that `--dry-run` can use it. Missing parent folders count as creatable.
 
     Args:
         spare: bytes by which a temporary name beside it is longer.
 
     Raises:
-        ConfigError: as `kind_of`, and if it cannot be written there.
+        ConfigError: as `kind_of`, or it cannot be written there.
     """
     found = kind_of(path, name)
     if found is not None:
@@ -101,21 +103,21 @@ def require_writable(path: Path, name: str, kind: Literal["file", "folder"], spa
         missing.append(place.name)
         place = place.parent
     if missing and found != "folder":
-        raise problem(path, name, f"{_shown(place)} is a {found}, and no folder")
+        raise problem(path, name, f"{_shown(place)} is a {found}, not a folder")
     longest = os.pathconf(place, "PC_NAME_MAX") - spare
     if too_long := [each for each in missing if len(os.fsencode(each)) > longest]:
         raise problem(path, name, f"{_shown(too_long[0])} is too long for a name (at most {longest} bytes)")
     if not os.access(place, os.W_OK | (os.X_OK if found == "folder" else 0), effective_ids=True):
-        said = "it" if not missing else _shown(place)
-        raise problem(path, name, f"{said} cannot be written: permission denied, or a read-only file system")
+        subject = "it" if not missing else _shown(place)
+        raise problem(path, name, f"{subject} cannot be written: permission denied, or a read-only file system")
     return path
 
 
 def require_replaceable(path: Path, name: str) -> Path:
-    """A file that `write_atomically` can write, the temporary name beside it included; returns it.
+    """Check that `write_atomically` can write a file, including its temporary name; returns the path.
 
     Raises:
-        ConfigError: as `require_writable`, and if a folder has the temporary name.
+        ConfigError: as `require_writable`, or a folder has the temporary name.
     """
     require_writable(path, name, "file", spare=len(_TEMPORARY))
     beside = _beside(path)
@@ -125,7 +127,7 @@ def require_replaceable(path: Path, name: str) -> Path:
 
 
 def is_plain_file(path: Path) -> bool:
-    """Whether a plain file is at a path itself: no link to one, nothing that reading would wait for."""
+    """Whether a path is a plain file itself: not a link, and not a pipe that would block a read."""
     try:
         return stat.S_ISREG(os.lstat(path).st_mode)
     except OSError:
@@ -145,27 +147,27 @@ def read_limited(path: Path, name: str, most: int) -> bytes:
     except OSError as error:
         raise problem(path, name, error) from None
     if len(content) > most:
-        raise problem(path, name, f"it has more than {most:,} bytes, which is too much for what it should hold")
+        raise problem(path, name, f"it has more than {most:,} bytes, which is too large for its kind")
     return content
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Put a file in the place of an older one; as `atomic_file`."""
+    """Write a file atomically; see `atomic_file`."""
     with atomic_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which then takes the place of an older one: after a power cut either is there, and whole.
+    """A file to write, which then replaces an older one: after a power cut, one of the two exists and is complete.
 
     Raises:
-        OSError: it cannot be written; the older one is there still.
+        OSError: writing failed; the older file is unchanged.
     """
     temporary = _beside(path)
-    made = new_file(temporary)
+    opened = new_file(temporary)
     try:
-        with made as file:
+        with opened as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -177,13 +179,12 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def new_file(path: Path) -> BinaryIO:
-    """A new plain file to write, open, in the place of what an attempt that was cut short may have left.
+    """Create a plain file and open it for writing, after removing what an interrupted attempt may have left there.
 
-    What is there is removed, and neither opened nor followed: a pipe would wait for its reader, and a link may lead to
-    a file that is none of ours.
+    The old entry is neither opened nor followed: a pipe would block, and a link could lead to a file of somebody else.
 
     Raises:
-        OSError: it cannot be made; of a folder in its place it says so.
+        OSError: it cannot be created; IsADirectoryError if a folder has its name.
     """
     try:
         with suppress(FileNotFoundError):
@@ -197,10 +198,10 @@ def new_file(path: Path) -> BinaryIO:
 
 
 def remove(path: Path, ignore_errors: bool = False) -> None:
-    """Remove a folder with all that is in it; of a link, a pipe or a file the entry alone, which is not opened.
+    """Remove a folder with its contents, or a file, link or pipe without opening it; does nothing if it is missing.
 
     Raises:
-        OSError: it cannot be removed, unless that is ignored. That nothing is there is no error.
+        OSError: it cannot be removed, and `ignore_errors` is False.
     """
     with suppress(OSError) if ignore_errors else nullcontext():
         try:
@@ -208,19 +209,19 @@ def remove(path: Path, ignore_errors: bool = False) -> None:
         except FileNotFoundError:
             return
         if stat.S_ISDIR(mode):
-            shutil.rmtree(path, ignore_errors)  # of a pipe it would wait for a writer
+            shutil.rmtree(path, ignore_errors)  # blocks if given a pipe
         else:
             path.unlink(missing_ok=True)
 
 
 def set_aside(path: Path, why: str) -> Path:
-    """Give what is damaged another name, `X.damaged` or `X.damaged-2` and so on, and say so in a line on stderr.
+    """Rename something damaged to `X.damaged` (`X.damaged-2` and so on), and report it on stderr in one line.
 
     Args:
-        why: what is wrong with it, to follow its path.
+        why: what is wrong with it; follows the path in the message.
 
     Returns:
-        Where it is now.
+        The new path.
 
     Raises:
         OSError: it cannot be renamed.
@@ -229,12 +230,12 @@ def set_aside(path: Path, why: str) -> Path:
     aside = next(name for name in names if not os.path.lexists(name))
     os.rename(path, aside)
     to_disk(path.parent)
-    print(one_line(f"{path} {why}: it is kept as {aside.name}, and made anew"), file=sys.stderr)
+    print(one_line(f"{path} {why}: it is kept as {aside.name} and created again"), file=sys.stderr)
     return aside
 
 
 def to_disk(path: Path) -> None:
-    """Bring a file's content, or a folder's own entries (names, renames), to the disk before this returns."""
+    """Flush a file's content, or a folder's own entries (names, renames), to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -243,12 +244,12 @@ def to_disk(path: Path) -> None:
 
 
 def problem(path: Path | str, name: str, reason: str | OSError | ValueError) -> ConfigError:
-    """The error that says in one line what is wrong with a path; `name` is the setting or option that gave it."""
+    """The error for a path, in one line; `name` is the setting or option that names the path."""
     if isinstance(reason, OSError):
-        said = reason.strerror or str(reason)
-        reason = f"it cannot be used: {said[:1].lower()}{said[1:]}"
+        text = reason.strerror or str(reason)
+        reason = f"it cannot be used: {text[:1].lower()}{text[1:]}"
     elif isinstance(reason, ValueError):
-        reason = f"it is no path ({reason})"
+        reason = f"it is not a valid path ({reason})"
     return ConfigError(f"{name} is {_shown(path)}: {reason}")
 
 

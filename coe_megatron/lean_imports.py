@@ -1,10 +1,10 @@
-"""Imports Megatron-Core and DeepSpeed without what they bring in passing, which is half of a program's start.
+"""Imports Megatron-Core and DeepSpeed without dependencies that a run may not need, which halves the start-up time.
 
-* `@torch.compile` over 41 functions imports Inductor at once, also where none of them is ever called (on a CPU, say):
-  here the first call of a function does.
-* Megatron's inference imports Weights & Biases where that is installed; a run that uses it imports it itself.
+* Megatron-Core decorates 41 functions with `@torch.compile`, which imports Inductor immediately, even if none of them
+  is ever called (on a CPU, for example). Here Inductor is imported by the first call of such a function.
+* Megatron-Core's inference code imports Weights & Biases if it is installed; a run that uses it imports it itself.
 
-Programs call it, and what imports these late; importing the package changes nothing.
+Programs and late imports call these functions; importing this package changes nothing.
 """
 
 import gc
@@ -17,21 +17,21 @@ from typing import Any
 
 
 def import_megatron() -> None:
-    """Import Megatron-Core's heart; does nothing where that has happened."""
+    """Import `megatron.core`; does nothing if it is already imported."""
     if "megatron.core" not in sys.modules:
-        with _compiling_later(), _without("wandb"):
+        with _deferred_compilation(), _hidden("wandb"):
             importlib.import_module("megatron.core")
 
 
 def import_deepspeed_muon() -> None:
-    """Import Muon, which `deepspeed.initialize` does whatever the optimizer is: it brings Inductor too."""
-    with _compiling_later():
+    """Import Muon, as `deepspeed.initialize` does for any optimizer, without Inductor."""
+    with _deferred_compilation():
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 
 
 @contextmanager
 def without_collection() -> Iterator[None]:
-    """While this lasts Python does not look for garbage: imports make next to none, and take a fifth less time."""
+    """Disable garbage collection: imports create almost no garbage, and take a fifth less time without it."""
     before = gc.isenabled()
     gc.disable()
     try:
@@ -42,19 +42,19 @@ def without_collection() -> Iterator[None]:
 
 
 @contextmanager
-def _compiling_later() -> Iterator[None]:
+def _deferred_compilation() -> Iterator[None]:
     import torch
 
     compile_now = torch.compile
-    torch.compile = _at_first_call(compile_now)
+    torch.compile = _compile_at_first_call(compile_now)
     try:
         yield
     finally:
         torch.compile = compile_now
 
 
-def _at_first_call(compile_now: Callable) -> Callable:
-    """`torch.compile` for functions, with or without options, put off to the first call of each."""
+def _compile_at_first_call(compile_now: Callable) -> Callable:
+    """`torch.compile` for functions, with or without options, deferred to the first call of each."""
 
     def decorate(function: Callable | None = None, **options: Any) -> Callable:
         if function is None:
@@ -73,8 +73,8 @@ def _at_first_call(compile_now: Callable) -> Callable:
 
 
 @contextmanager
-def _without(name: str) -> Iterator[None]:
-    """As if a package were not installed, unless it is imported already."""
+def _hidden(name: str) -> Iterator[None]:
+    """Make a package look as if it were not installed, unless it is already imported."""
     if name in sys.modules:
         yield
         return

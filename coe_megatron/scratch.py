@@ -1,8 +1,9 @@
-"""Temporary files of a program and of all that it starts lie in one folder, which goes with them, killed or not.
+"""One folder for the temporary files of a program and its child processes, removed after they end, even if killed.
 
-Torch, W&B and Python leave their temporary files behind when they are killed, torchrun its logs in any case. Here all
-of them come to lie in `coe-UID/run-...` in the usual place (TMPDIR, else /tmp). Whoever uses such a folder holds a lock
-on it, which the kernel takes back when the process ends; a folder that nobody holds is removed by the next that enters.
+Torch, W&B and Python leave their temporary files behind when they are killed, and torchrun always leaves its logs. This
+module directs all of them to `coe-UID/run-...` in the usual folder (TMPDIR, or /tmp). Each process that uses such a
+folder holds a lock on it, which the kernel releases when the process ends; the next program that calls `enter` removes
+folders without a lock.
 """
 
 import atexit
@@ -21,23 +22,23 @@ _RUN, _TORCHRUN = "run-", "torchrun-"
 
 
 def enter(torchruns_logs: Path | None = None) -> Path:
-    """Have this process and its children put temporary files into a folder of theirs, which is returned.
+    """Create a folder for the temporary files of this process and its children, and return it.
 
-    A process that was started by another one with such a folder shares that. The process that made it removes it at
-    its end. To be called once, before anything has a temporary file.
+    A process whose parent has such a folder uses the parent's. The process that created the folder removes it at exit.
+    Call this once, before anything creates a temporary file.
 
     Args:
-        torchruns_logs: a folder that torchrun, started by hand, has made for its logs in the usual place and never
-            removes: it goes as well, but only when torchrun has ended, so at the next start.
+        torchruns_logs: folder that a torchrun started by hand created for its logs, which it never removes. It is
+            removed too, at a later start, since torchrun must have ended.
 
     Raises:
         ConfigError: TMPDIR cannot be used; one line.
     """
-    place = _usual_place()
-    if place.name.startswith(_RUN) and place.parent.name == _own():
+    place = _usual_folder()
+    if place.name.startswith(_RUN) and place.parent.name == _user_folder():
         _hold(place)
         return place
-    home = place / _own()
+    home = place / _user_folder()
     try:
         home.mkdir(mode=0o700, exist_ok=True)
         _require_own(home)
@@ -50,37 +51,37 @@ def enter(torchruns_logs: Path | None = None) -> Path:
     if torchruns_logs is not None and _is_torchruns(torchruns_logs, place):
         (folder / f"{_TORCHRUN}{os.getppid()}").symlink_to(torchruns_logs)
     os.environ["TMPDIR"], tempfile.tempdir = str(folder), None
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home / "torchinductor"))  # is worth keeping
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home / "torchinductor"))  # kept for later runs
     atexit.register(_leave, folder, os.getpid())
     return folder
 
 
-def _own() -> str:
-    return f"coe-{os.getuid()}"  # short: the names of sockets in it may have 107 bytes
+def _user_folder() -> str:
+    return f"coe-{os.getuid()}"  # short, since paths of sockets in it are limited to 107 bytes
 
 
-def _usual_place() -> Path:
+def _usual_folder() -> Path:
     try:
         return Path(tempfile.gettempdir())
     except OSError as error:
-        raise ConfigError(f"TMPDIR: no folder for temporary files can be written ({error.strerror})") from None
+        raise ConfigError(f"TMPDIR: no folder for temporary files is writable ({error.strerror})") from None
 
 
 def _require_own(home: Path) -> None:
-    """In a place where everybody may write, somebody else may have been first."""
+    """Check that the folder is this user's: in a folder that all can write to, another user may have created it."""
     found = home.lstat()
     if found.st_uid != os.getuid() or home.is_symlink() or found.st_mode & 0o022:
-        raise problem(home, "the folder for temporary files (TMPDIR)", "it belongs to somebody else, or is no folder")
+        raise problem(home, "the folder for temporary files (TMPDIR)", "it belongs to another user, or is not a folder")
 
 
 def _hold(folder: Path) -> None:
-    with suppress(OSError):  # a file system without locks: then nobody else gets one either, and nothing is removed
+    with suppress(OSError):  # without locks on this file system, no process removes anything
         fcntl.flock(os.open(folder, os.O_RDONLY | os.O_DIRECTORY), fcntl.LOCK_SH)  # open until this process ends
 
 
 @contextmanager
 def _locked(home: Path) -> Iterator[None]:
-    """Nobody looks for what is left while another makes a folder that it does not hold yet."""
+    """Lock the parent folder, so that `_sweep` does not remove a folder between its creation and its lock."""
     descriptor = os.open(home, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with suppress(OSError):
@@ -91,7 +92,7 @@ def _locked(home: Path) -> Iterator[None]:
 
 
 def _sweep(home: Path) -> None:
-    """Remove what was left by those that were killed."""
+    """Remove the folders of processes that were killed."""
     for folder in home.glob(f"{_RUN}*"):
         with suppress(OSError):
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -105,7 +106,7 @@ def _sweep(home: Path) -> None:
 def _remove(folder: Path, place: Path) -> None:
     for link in folder.glob(f"{_TORCHRUN}*"):
         if Path("/proc", link.name.removeprefix(_TORCHRUN)).exists():
-            return  # it may still read there how its ranks ended
+            return  # torchrun may still read how its ranks ended
         logs = Path(os.readlink(link))
         if _is_torchruns(logs, place):
             shutil.rmtree(logs, ignore_errors=True)
@@ -118,5 +119,5 @@ def _is_torchruns(logs: Path, place: Path) -> bool:
 
 
 def _leave(folder: Path, process: int) -> None:
-    if os.getpid() == process and not any(folder.glob(f"{_TORCHRUN}*")):  # and not in a child that was forked
+    if os.getpid() == process and not any(folder.glob(f"{_TORCHRUN}*")):  # not in a forked child
         shutil.rmtree(folder, ignore_errors=True)

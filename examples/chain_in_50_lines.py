@@ -1,6 +1,6 @@
 """A two-iteration Chain-of-Experts model learns running sums modulo 7 on a CPU, in seconds and without Megatron.
 
-A row reads x1 s1 x2 s2 ..., where s_t = (s_{t-1} + x_t) mod 7. Only the sums can be known, and only they count.
+A row is x1 s1 x2 s2 ..., where s_t = (s_{t-1} + x_t) mod 7. Only the sums are predictable, and only they count.
 """
 
 import torch
@@ -13,7 +13,7 @@ MODULUS = 7
 
 
 def batch(rows: int = 32, terms: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens [rows, 2 * terms], and which of them are sums."""
+    """Tokens [rows, 2 * terms], and a mask of the sums."""
     x = torch.randint(MODULUS, (rows, terms))
     sums = x.cumsum(dim=1) % MODULUS
     tokens = torch.stack([x, sums], dim=2).flatten(1)

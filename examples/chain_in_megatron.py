@@ -1,12 +1,12 @@
-"""A Chain-of-Experts in a loop of Megatron-Core's parts learns a few random sequences by heart, on GPUs or CPUs.
+"""Trains a Chain-of-Experts with Megatron-Core until it has memorised a few random sequences, on GPUs or CPUs.
 
     python examples/chain_in_megatron.py
     torchrun --nproc-per-node 2 examples/chain_in_megatron.py --expert 2
     torchrun --nproc-per-node 2 examples/chain_in_megatron.py --pipeline 2
     torchrun --nproc-per-node 4 examples/chain_in_megatron.py --expert 2 --pipeline 2
 
-Megatron's are the groups, the model, the data-parallel wrapper and the schedule that drives them; the optimizer is
-torch's. What a chain needs of the program is the layer spec in `build` and, for some machines, two lines in `start`.
+Process groups, model, data-parallel wrapper and schedule are Megatron's; the optimizer is torch's. A chain needs only
+the layer spec in `build` and, on some machines, two lines in `start`.
 """
 
 import argparse
@@ -33,18 +33,18 @@ VOCABULARY, LENGTH, ROWS, MICRO_BATCH = 512, 32, 8, 2
 
 
 def start(expert: int, pipeline: int, seed: int) -> torch.device:
-    """Join the ranks that torchrun started, or be the only one; Megatron's groups and seeds; this rank's device."""
-    megatron_compat.install()  # these two do nothing where there is nothing to replace
+    """Initialise process groups (of torchrun's ranks, or of one process) and seeds; returns this rank's device."""
+    megatron_compat.install()  # both do nothing if nothing needs to be replaced
     without_cuda.install()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", dist.get_node_local_rank(fallback_rank=0))
         torch.cuda.set_device(device)
-    alone = {} if dist.is_torchelastic_launched() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **alone)
+    single = {} if dist.is_torchelastic_launched() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **single)
     parallel_state.initialize_model_parallel(pipeline_model_parallel_size=pipeline, expert_model_parallel_size=expert)
-    torch.manual_seed(seed)  # the data, the same on all ranks
-    model_parallel_cuda_manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())  # the weights
+    torch.manual_seed(seed)  # data, equal on all ranks
+    model_parallel_cuda_manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())  # weights
     return device
 
 
@@ -62,7 +62,7 @@ def configure(expert: int, pipeline: int) -> TransformerConfig:
 
 
 def build(config: TransformerConfig, chain: ChainSettings, device: torch.device) -> DistributedDataParallel:
-    """This rank's stage of the model, with its share of the experts."""
+    """This rank's stage of the model, with its shard of the experts."""
     model = GPTModel(
         config,
         coe_layer_spec(config, chain),
@@ -76,7 +76,7 @@ def build(config: TransformerConfig, chain: ChainSettings, device: torch.device)
 
 
 def forward_step(batches: Iterator[torch.Tensor], model: DistributedDataParallel) -> tuple[torch.Tensor, Callable]:
-    """One micro-batch through this stage, and the function that makes a loss of what the last stage returns."""
+    """Run one micro-batch through this stage; returns its output and the loss function of the last stage."""
     row = next(batches)  # [MICRO_BATCH, LENGTH + 1]
     tokens, labels = row[:, :-1], row[:, 1:].contiguous()
     positions = torch.arange(LENGTH, device=row.device).expand(len(row), -1)
@@ -84,10 +84,10 @@ def forward_step(batches: Iterator[torch.Tensor], model: DistributedDataParallel
 
 
 def token_loss(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sum and number of a micro-batch's losses [MICRO_BATCH, LENGTH], and what the schedule is to return.
+    """Sum and number of a micro-batch's losses [MICRO_BATCH, LENGTH], and their mean, which the schedule returns.
 
-    Megatron takes the mean of the micro-batches' means and scales auxiliary losses alike. Where micro-batches differ in
-    tokens, `calculate_per_token_loss` makes it the mean over tokens (and 0.16.1 then divides the coefficient of
+    Megatron averages the means of micro-batches and scales auxiliary losses accordingly. If micro-batches differ in
+    tokens, `calculate_per_token_loss` averages over tokens (and 0.16.1 then divides the coefficient of
     `seq_aux_loss` by the rows of a micro-batch).
     """
     number = torch.tensor(losses.numel(), dtype=torch.int, device=losses.device)
@@ -95,9 +95,9 @@ def token_loss(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.
 
 
 def gradient_norm(model: DistributedDataParallel) -> float:
-    """The norm of the whole model's gradient: dense weights differ between stages, experts between expert ranks too.
+    """The gradient norm of the complete model: stages hold different dense weights, and expert ranks different experts.
 
-    Tensor parallelism would need more: some weights are on all of its ranks, and each counts once.
+    With tensor parallelism, weights that are replicated on its ranks would have to be counted once.
     """
     dense, experts = torch.zeros(2, device=next(model.parameters()).device)
     for parameter in model.parameters():
@@ -111,14 +111,14 @@ def gradient_norm(model: DistributedDataParallel) -> float:
 def train_step(
     model: DistributedDataParallel, optimizer: torch.optim.Optimizer, rows: torch.Tensor, clip: float = 1.0
 ) -> tuple[float, float]:
-    """One step on this rank's share of rows [ROWS, LENGTH + 1]; the loss in nats a token and the gradient's norm.
+    """One step on this rank's shard of rows [ROWS, LENGTH + 1]; returns loss in nats per token, and gradient norm.
 
-    The loss is that of all ranks' rows, known to the last stage (0 on the others); the norm is that before clipping.
+    The loss is over the rows of all ranks, on the last stage (0 on the others); the norm is before clipping.
     """
     group = parallel_state.get_data_parallel_group()
     batches = rows.chunk(group.size())[group.rank()].split(MICRO_BATCH)
     model.zero_grad_buffer()
-    optimizer.zero_grad()  # to None: Megatron adds what backward leaves in `grad` to `main_grad`
+    optimizer.zero_grad()  # to None: Megatron adds `grad` to `main_grad` in the backward pass
     losses = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iter(batches),
@@ -140,17 +140,17 @@ def train_step(
 def main(steps: int = 40, seed: int = 0) -> None:
     """Build and train from a seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--expert", type=int, default=1, help="ranks that divide the experts of a layer")
-    parser.add_argument("--pipeline", type=int, default=1, help="ranks that divide the layers")
+    parser.add_argument("--expert", type=int, default=1, help="ranks that share the experts of a layer")
+    parser.add_argument("--pipeline", type=int, default=1, help="stages of layers")
     layout = vars(parser.parse_args())
     device = start(**layout, seed=seed)
     model = build(configure(**layout), ChainSettings(iterations=2), device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     rows = torch.randint(VOCABULARY, (ROWS, LENGTH + 1), device=device)
-    speaks = parallel_state.is_pipeline_last_stage() and parallel_state.get_data_parallel_rank() == 0
+    prints = parallel_state.is_pipeline_last_stage() and parallel_state.get_data_parallel_rank() == 0
     for step in range(1, steps + 1):
         loss, norm = train_step(model, optimizer, rows)
-        if speaks and step in (1, *range(10, steps, 10), steps):
+        if prints and step in (1, *range(10, steps, 10), steps):
             print(f"step {step:>3}  loss {loss:.3f}  gradient norm {norm:.3f}")
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()

@@ -22,7 +22,7 @@ from coe_megatron.config.settings import OptimizerSettings, TrainingSettings, Ze
 from coe_megatron.model import coe_block_spec
 from coe_megatron.model.router_state import update_router_state
 from coe_megatron.zero import engine as zero
-from coe_megatron.zero import train_step as passes
+from coe_megatron.zero.train_step import train_step
 
 ROWS, SEQUENCE, VOCAB = 8, 12, 64
 Named = dict[str, torch.Tensor]
@@ -135,7 +135,7 @@ def take_steps(
         zero.set_lr(engine, rate / (1 + step))
         batches = list(micro_batches(step, engine.train_micro_batch_size_per_gpu()))
         with _seen_before_the_step(engine, trace) if step == first else nullcontext():
-            loss = passes.train_step(engine, batches, _forward, loss_of)
+            loss = train_step(engine, batches, _forward, loss_of)
         update_router_state(engine.module)
         trace.norms.append(zero.gradient_norm(engine))
         trace.losses.append(float(_summed(loss)))

@@ -55,14 +55,14 @@ def said(check: Callable[..., object], *arguments: object) -> str:
 
 BAD = {
     "missing": "there is no such",
-    "dangling": "it is a link to /nowhere/at/all, where nothing is",
+    "dangling": "it is a dangling link to /nowhere/at/all",
     "loop": "too many levels of symbolic links",
     "fifo": "it is a special file, where a",
     "file/below": "it cannot be used: not a directory",
     LONG: "it cannot be used: file name too long",
     "/".join(["d" * 200] * 30): "it cannot be used: file name too long",
-    "a\0b": "it is no path",
-    "a\ud800b": "it is no path",
+    "a\0b": "it is not a valid path",
+    "a\ud800b": "it is not a valid path",
 }
 
 

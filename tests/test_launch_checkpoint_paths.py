@@ -43,7 +43,7 @@ NO_FOLDER = {
     "file": "it is a file, where a folder is needed",
     "pipe": "it is a special file, where a folder is needed",
     "/dev/null": "it is a special file, where a folder is needed",
-    "dangling": "it is a link to nowhere, where nothing is",
+    "dangling": "it is a dangling link to nowhere",
     "missing": "there is no such folder",
     LONG: "file name too long",
     "file/below": "not a directory",

@@ -40,7 +40,7 @@ def test_a_function_is_compiled_at_its_first_call_and_once() -> None:
         calls.append(options)
         return lambda *arguments: ("compiled", function(*arguments))
 
-    decorate = lean_imports._at_first_call(compile_now)
+    decorate = lean_imports._compile_at_first_call(compile_now)
 
     @decorate
     def plain(x: torch.Tensor) -> torch.Tensor:

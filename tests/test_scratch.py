@@ -109,6 +109,6 @@ def test_a_folder_that_another_may_have_made_is_refused(
     else:
         home.mkdir()
         home.chmod(0o777)
-    monkeypatch.setattr(scratch, "_usual_place", lambda: tmp_path)
+    monkeypatch.setattr(scratch, "_usual_folder", lambda: tmp_path)
     with pytest.raises(ConfigError, match=r"^the folder for temporary files \(TMPDIR\) is .*: it "):
         scratch.enter()

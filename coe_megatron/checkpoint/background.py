@@ -10,10 +10,10 @@ from coe_megatron.distributed.collectives import Group, is_rank0
 
 
 class Background:
-    """Runs one task at a time in a thread of this process. It forks no process, so none can be left behind.
+    """Runs one task at a time in a thread of this process. It forks no process that could outlive this one.
 
-    The threads communicate over their own gloo group, since training uses the other groups at the same time. All ranks
-    must create this together and call `wait` before the process ends: the interpreter aborts if it exits while torch
+    The threads communicate over their own gloo group, since training uses the other groups at the same time. Creating
+    it is collective. All ranks must call `wait` before the process ends: the interpreter aborts if it exits while torch
     runs in a thread.
     """
 

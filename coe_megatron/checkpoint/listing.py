@@ -51,7 +51,7 @@ def steps_after(folder: Path, step: int) -> set[int]:
 
 
 def unfinished(folder: Path) -> list[Path]:
-    """What interrupted saves have left behind."""
+    """The unfinished checkpoints that interrupted saves have left."""
     return [found for found in newest_first(folder) if not finished(found)]
 
 

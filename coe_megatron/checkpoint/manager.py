@@ -63,7 +63,7 @@ class CheckpointManager:
 
     Args:
         folder: of the run.
-        engine: whose weights and states are saved and loaded.
+        engine: its weights and states are saved and loaded.
         size: bytes of a checkpoint.
     """
 
@@ -106,7 +106,7 @@ class CheckpointManager:
             The state; None if there is no checkpoint up to `step`.
 
         Raises:
-            ConfigError: there are checkpoints as old, and none of them is whole.
+            ConfigError: there are checkpoints up to `step`, but none is complete.
         """
         self._pending, self._pending_message = False, ""
         if self._background is not None:
@@ -243,16 +243,17 @@ class CheckpointManager:
         self._require_same(state, ("tokenizer",), f"training.warm_start {source}")
         return f"starts from the weights of {checkpoint}, after {state.get('tokens', 0):,} tokens"
 
-    def _require_same(self, state: dict[str, Any], kinds: tuple[str, ...], whose: str) -> None:
+    def _require_same(self, state: dict[str, Any], kinds: tuple[str, ...], source: str) -> None:
         setting = "data.path" if self._config.data.blend is None else "data.blend"
         for kind in kinds:
             if state.get(kind) != self._identity[kind]:
                 raise ConfigError(
-                    f"{setting} has {_DIFFERENCES[kind]} than {whose}: give the data that it was trained on"
+                    f"{setting} has {_DIFFERENCES[kind]} than {source}: use the data that it was trained on"
                 )
 
     def _require_steps(self, done: int) -> None:
         if (steps := self._config.training.steps) < done:
             raise ConfigError(
-                f"training.steps is {steps}: the run in {self._run} has done {done}; give as many or another output"
+                f"training.steps is {steps}: the run in {self._run} has done {done}; set at least that many, or use "
+                "another output"
             )

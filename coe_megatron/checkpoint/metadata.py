@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from coe_megatron.errors import ConfigError
 from coe_megatron.files import read_limited
 from coe_megatron.parsing import parse_json
+from coe_megatron.text import shortened
 
 METADATA = "state.json"
 _MOST_BYTES = 1 << 20
@@ -58,7 +59,7 @@ class CheckpointMetadata:
     Attributes:
         optimizer_steps: AdamW's step count; None if the checkpoint has no moments.
         state: of the training loop.
-        derived_from: names of the checkpoints that a tool made this one from.
+        derived_from: names of the checkpoints from which a tool made this one.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -82,7 +83,8 @@ class CheckpointMetadata:
             return found
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-            place, wanted = ".".join(map(str, first["loc"]))[:100], first["msg"].lower().partition(" or an instance")[0]
+            place = shortened(".".join(map(str, first["loc"])), 100)
+            wanted = first["msg"].lower().partition(" or an instance")[0]
             raise ConfigError(f"{METADATA} is invalid: {place or 'top level'}: {wanted}") from None
         except ValueError as error:
             raise ConfigError(f"{METADATA} cannot be read: {error}") from None

@@ -62,8 +62,8 @@ def save(
         folder: of this run's checkpoints; created if needed.
         step: steps done.
         state: of the training loop, as `load_latest` will return it; must be JSON values.
-        background: writes while training continues; until it is done, the copies take host memory (see
-            `sharding.copy_to_host`). This waits for its previous task first, so that there is only one copy at a time.
+        background: writes while training continues; until it is done, the snapshot takes host memory (see
+            `sharding.copy_to_host`). This waits for its previous task first, so that there is one snapshot at a time.
 
     Returns:
         The checkpoint's folder. An existing checkpoint of the same step is replaced.

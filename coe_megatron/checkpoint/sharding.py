@@ -48,14 +48,14 @@ Shards = dict[str, Shard]
 RngStates = dict[str, torch.Tensor]
 Tensors = dict[str, Any]
 _TRACKED = "tracker."
-_MAX_LINE = 500  # characters of an error
+_MAX_LINE = 500  # columns of an error
 
 
 def copy_to_host(engine: Engine) -> Tensors:
     """Copy to host memory the weights and optimizer states that this rank will write; collective.
 
     Replicated tensors are divided among their ranks, evenly by bytes. The copy takes as much host memory as the rank
-    writes: 16 bytes per parameter (14 with bf16) divided by the number of ranks that share it. ZeRO stage 3 also needs
+    writes: 16 bytes per parameter (14 with bf16) divided by the number of ranks that shard it. ZeRO stage 3 also needs
     device memory for the rank's full weights.
     """
     with torch.no_grad(), optimizer_states.gathered_weights(engine), _no_deprecation_warnings():
@@ -177,7 +177,7 @@ def _assign_writers(planned: dict[str, list[ShardedTensor]]) -> None:
 
 
 def _to_host(data: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy in host memory, with storage of its own."""
+    """A contiguous copy in host memory, with its own storage."""
     return torch.empty(data.shape, dtype=data.dtype).copy_(data)
 
 

@@ -32,10 +32,11 @@ from coe_megatron.checkpoint.tensor_index import TensorIndex
 from coe_megatron.checkpoint.torch_file_check import SavedTensor, inspect_saved
 from coe_megatron.distributed.collectives import os_error_of
 from coe_megatron.errors import ConfigError
+from coe_megatron.text import shortened
 
 OPTIMIZER = "optimizer."  # AdamW's states are named `optimizer.<kind>.<key of the weight>`
 MASTER = f"{OPTIMIZER}fp32_param."
-_MAX_LINE = 500  # characters of an error; torch's are long
+_MAX_LINE = 500  # columns of an error; torch's messages are long
 _FOR_MEGATRON = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -92,7 +93,8 @@ class Reader(dcp.FileSystemReader):
         try:
             return super().read_data(plan, planner)
         except (RuntimeError, pickle.UnpicklingError, OSError) as error:
-            raise ConfigError(f"a part in {self.folder} cannot be read: {error}"[:_MAX_LINE]) from error
+            reason = shortened(str(error), _MAX_LINE)
+            raise ConfigError(f"a part in {self.folder} cannot be read: {reason}") from error
 
     def part(self, key: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
         """Read any part of a tensor, however it is stored; loads each stored part that it overlaps once."""

@@ -239,7 +239,7 @@ def _require_out(out: Path, overwrite: bool, sources: Sequence[Path]) -> None:
     require_writable(out, "OUT", "folder", spare=_SUFFIX_LENGTH)
     if os.path.lexists(out):
         if not overwrite:
-            raise ConfigError(f"{out} exists: name another folder, or give --overwrite")
+            raise ConfigError(f"{out} exists: name another folder, or use --overwrite")
         if out.is_symlink() or not listing.is_checkpoint(out):
             raise ConfigError(f"{out} is not a checkpoint and will not be replaced: name another folder")
     place = out.resolve()

@@ -15,6 +15,7 @@ from typing import IO, Any, ClassVar
 import torch
 
 from coe_megatron.checkpoint.safe_unpickler import Disallowed, Unpickler
+from coe_megatron.text import shortened
 
 _MAX_READ = 1 << 16  # bytes; the pickle of a tensor takes 160, that of a rank's RNG states 500
 _CUDA_STATE = 16  # bytes
@@ -62,7 +63,7 @@ def inspect_saved(file: IO[bytes], size: int, start: int = 0) -> Any:
                 raise ValueError("its numbers are not little-endian")
             return _Saved(archive, folder).load(archive.read(pickled[0]))
     except Disallowed as error:
-        raise ValueError(f"it needs {str(error)[:100]}, which no tensor needs") from error
+        raise ValueError(f"it needs {shortened(str(error), 100)}, which no tensor needs") from error
     except (zipfile.BadZipFile, NotImplementedError, EOFError, KeyError) as error:  # the second: an unknown kind of zip
         raise ValueError(_INVALID) from error
 

@@ -1,4 +1,4 @@
-"""Parses command lines: a mistake is one line on stderr, only on rank 0, with exit status 2."""
+"""Command lines: rank 0 reports a mistake in one line on stderr; all ranks exit with status 2."""
 
 import argparse
 import os
@@ -20,9 +20,9 @@ _DASHED = re.compile(r"(?<=unrecognized arguments: )--(output|[a-z_]+(?:\.\w+)+)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without the usage before an error; under torchrun, ranks other than 0 print nothing.
+    """argparse without the usage text before an error; under torchrun only rank 0 prints.
 
-    For an option with `type=user_path`, the error says what is wrong with the path.
+    The error of an option with `type=user_path` includes the reason.
     """
 
     def __init__(self, prog: str, description: str | None, epilog: str | None = None) -> None:
@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
         self._silent = rank_of(os.environ) != 0
 
     def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
-        """Like argparse's, but `--option=--` is an error; argparse would parse it as an empty list."""
+        """As argparse's, but refuses `--option=--`, which argparse reads as an empty list."""
         words = list(sys.argv[1:] if args is None else args)
         options = words[: words.index("--")] if "--" in words else words
         if wrong := next((word for word in options if re.fullmatch(r"-[^=]*=--", word)), None):
@@ -43,25 +43,25 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Never:
         if setting := _DASHED.search(message):
             message = (
-                f"{setting[0]} is not an option: give settings without --, as {setting[1]}={setting[2] or 'VALUE'}"
+                f"{setting[0]} is not an option: give a setting without --, as {setting[1]}={setting[2] or 'VALUE'}"
             )
         self.refuse(ExitStatus.MISTAKE, message)
 
-    def refuse(self, status: ExitStatus, message: str, aloud: bool = False) -> Never:
-        """Exit with a line on stderr, which is also written to the error file for torchrun.
+    def refuse(self, status: ExitStatus, message: str, all_ranks: bool = False) -> Never:
+        """Exit with a line on stderr, which is also written to torchrun's error file.
 
         Args:
-            aloud: print on ranks other than 0 too, since the error concerns this rank only.
+            all_ranks: print on ranks other than 0 too, because the error concerns this rank only.
         """
         write_error_file(status, one_line(message), environment=os.environ)
-        silent = self._silent and not aloud
-        if silent:  # torchrun kills all ranks when the first one exits, perhaps before rank 0 has printed the line
+        silent = self._silent and not all_ranks
+        if silent:  # when the first rank exits, torchrun kills the others: rank 0 must have time to print
             time.sleep(_SECONDS_FOR_RANK_0)
         self.exit(status, None if silent else f"{self.prog}: error: {one_line(message)}\n")
 
 
 def program_name(script: str, file: str) -> str:
-    """The name of a program in its messages: `file` if it was started as that file of launch/, else `script`."""
+    """A program's name in its messages: `file` if started as that file of launch/, otherwise `script`."""
     return file if Path(sys.argv[0]).name == file else script
 
 
@@ -73,10 +73,10 @@ def _checked(kind: Callable[[str], Path | str], text: str) -> Path | str:
 
 
 def write_out(text: str) -> bool:
-    """Print a result to stdout; False if its reader has ended, as `head` does, which is not an error.
+    """Print a program's output; returns False if the reader has closed the pipe (`head`), which is not an error.
 
     Raises:
-        SystemExit: it cannot be written, for example to a full disk: status 1, with a line on stderr.
+        SystemExit: it cannot be written, for example on a full disk: status 1, with a line on stderr.
     """
     try:
         print(text, flush=True)
@@ -84,7 +84,7 @@ def write_out(text: str) -> bool:
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         return write_out(text)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that closing stdout causes no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that closing it raises no error
         if isinstance(error, BrokenPipeError):
             return False
         print(f"error: standard output cannot be written: {error.strerror}", file=sys.stderr)

@@ -97,7 +97,7 @@ def _distributed_env(parser: Parser) -> DistributedEnv:
         return DistributedEnv.from_environment(os.environ)
     except ConfigError as error:
         # Under torchrun only the first rank prints; a rank that was started by hand prints its own line.
-        parser.refuse(ExitStatus.MISTAKE, str(error), aloud="TORCHELASTIC_RUN_ID" not in os.environ)
+        parser.refuse(ExitStatus.MISTAKE, str(error), all_ranks="TORCHELASTIC_RUN_ID" not in os.environ)
 
 
 def _print_estimate(env: DistributedEnv, config: RunConfig, as_json: bool, device_memory: str | None) -> int:
@@ -151,7 +151,7 @@ def _pretrain(parser: Parser, env: DistributedEnv, checked: RunConfig | None, st
     try:
         store = rendezvous(env)
     except RendezvousError as error:  # under a launcher a node may be lost; otherwise it is the user's mistake
-        parser.refuse(ExitStatus.FAILED if env.launched else ExitStatus.MISTAKE, str(error), aloud=True)
+        parser.refuse(ExitStatus.FAILED if env.launched else ExitStatus.MISTAKE, str(error), all_ranks=True)
     if checked is not None:
         store.set("config", json.dumps(asdict(checked)))
     config = parse(json.loads(store.get("config")))
@@ -164,7 +164,7 @@ def _pretrain(parser: Parser, env: DistributedEnv, checked: RunConfig | None, st
         leave()
     except DamagedTokens as error:
         whose = f"rank {env.rank}: " if env.world_size > 1 else ""
-        parser.refuse(ExitStatus.MISTAKE, f"{whose}{error}", aloud=True)
+        parser.refuse(ExitStatus.MISTAKE, f"{whose}{error}", all_ranks=True)
     except ConfigError:
         raise
     except StoppedOnRequest as error:

@@ -24,7 +24,7 @@ from coe_megatron.study.plan.arms import Run
 from coe_megatron.study.plan.cost_table import Plan, make_plan
 from coe_megatron.study.plan.names import listed
 from coe_megatron.study.run.paths import check_places, config_of, write_config
-from coe_megatron.study.run.runner import Ended, Runner, devices_here, is_finished, seed_by_seed, stands
+from coe_megatron.study.run.runner import Runner, RunResult, is_finished, run_status, seed_by_seed, usable_devices
 from coe_megatron.study.run.slurm_arrays import submissions
 
 EPILOG = """examples:
@@ -109,7 +109,7 @@ def whole_number(text: str) -> int:
 
 
 def run(plan: Plan, options: argparse.Namespace) -> ExitStatus:
-    devices = devices_here(options.devices, os.environ)
+    devices = usable_devices(options.devices, os.environ)
     if not (open_runs := _open_runs(plan, options)):
         return ExitStatus.DONE
     requests = Requests()
@@ -158,7 +158,7 @@ def _selected(plan: Plan, options: argparse.Namespace) -> list[Run]:
     return [each for each in plan.study.runs if options.only in (None, each.arm) and options.seed in (None, each.seed)]
 
 
-def _conclude(ended: list[Ended], runs: int, requests: Requests) -> ExitStatus:
+def _conclude(ended: list[RunResult], runs: int, requests: Requests) -> ExitStatus:
     done = [each for each in ended if each.status is ExitStatus.DONE]
     if requests.stop.is_set() and len(done) < runs:
         say(f"stopped with {len(done)} of {runs} runs done; the same command resumes")
@@ -172,7 +172,7 @@ def _conclude(ended: list[Ended], runs: int, requests: Requests) -> ExitStatus:
 
 def show(plan: Plan, options: argparse.Namespace) -> ExitStatus:
     now = time.time()
-    rows = [stands(each, now) for each in plan.study.runs]
+    rows = [run_status(each, now) for each in plan.study.runs]
     write_out(json.dumps([row.as_dict() for row in rows], indent=2) if options.json else table(rows, now))
     return ExitStatus.DONE
 

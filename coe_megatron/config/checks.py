@@ -1,4 +1,4 @@
-"""What settings demand of each other. Each rule is one line for the user; torch is not needed to check them."""
+"""Rules that involve several settings; each reports a violation in one line. Does not import torch."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -11,14 +11,14 @@ from coe_megatron.config.native import read_native
 from coe_megatron.config.settings import DataSettings, ModelSettings, MoESettings, RunConfig
 from coe_megatron.errors import ConfigError
 
-_MOST_ITERATIONS = 20_000  # of all layers together: what is listed for each would take minutes
+_MOST_ITERATIONS = 20_000  # over all layers: per-iteration estimates of more would take minutes
 
 
 def check(config: RunConfig, world_size: int | None = None) -> None:
-    """Raise ConfigError with the first rule that is broken.
+    """Raise ConfigError for the first broken rule.
 
     Args:
-        world_size: number of ranks; when None `parallel.world_size`, or as few as the layout allows.
+        world_size: number of ranks; None means `parallel.world_size`, or the fewest that the layout allows.
     """
     for problem in problems(config, world_size):
         raise ConfigError(problem)
@@ -28,8 +28,9 @@ def problems(config: RunConfig, world_size: int | None = None) -> Iterator[str]:
     """Every broken rule, one line each."""
     yield from _model(config.model)
     yield from _moe(config.moe, config.model.num_layers)
-    if config.chain.iterations > (most := _MOST_ITERATIONS // config.model.num_layers):
-        yield f"chain.iterations is {config.chain.iterations}: with so many layers it must be at most {most}"
+    iterations, layers = config.chain.iterations, config.model.num_layers
+    if iterations > (most := _MOST_ITERATIONS // layers):
+        yield f"chain.iterations is {iterations}: with {layers} layers it must be at most {most}"
     yield from _chain_layers(config)
     try:
         config.chain.require_experts(config.moe.num_experts, config.moe.topk, config.moe.num_groups)
@@ -57,13 +58,13 @@ def _model(model: ModelSettings) -> Iterator[str]:
     if model.mla is None and model.kv_channels is None and model.hidden_size % heads:
         yield (
             f"model.num_attention_heads is {heads}: it must divide model.hidden_size ({model.hidden_size}), "
-            "or model.kv_channels must give the size of a head"
+            "or model.kv_channels must be set"
         )
     if model.mla is not None and model.mla.qk_pos_emb_head_dim % 2:
         yield f"model.mla.qk_pos_emb_head_dim is {model.mla.qk_pos_emb_head_dim}: rotary positions need an even number"
     if model.mla is None and (model.kv_channels or model.hidden_size // heads) % 2:
         size = model.kv_channels or model.hidden_size // heads
-        yield f"model.kv_channels is {size}: rotary positions need an even size of a head"
+        yield f"model.kv_channels is {size}: rotary positions need an even head size"
     if model.num_query_groups is not None and heads % model.num_query_groups:
         yield f"model.num_query_groups is {model.num_query_groups}: it must divide model.num_attention_heads ({heads})"
     if model.mla is not None and model.num_query_groups is not None:
@@ -86,7 +87,7 @@ def _moe(moe: MoESettings, layers: int) -> Iterator[str]:
     if moe.renormalise and moe.score_function == "sigmoid":
         yield "moe.renormalise is true: sigmoid gates are renormalised anyway, leave it false"
     if moe.score_function == "softmax" and moe.renormalise and moe.topk == 1:
-        yield "moe.renormalise is true: with moe.topk 1 every gate would be 1 and the router learn nothing"
+        yield "moe.renormalise is true: with moe.topk 1 every gate would be 1, so the router would learn nothing"
     if moe.pad_to_capacity and moe.capacity_factor is None:
         yield "moe.pad_to_capacity is true: it needs a moe.capacity_factor"
     if moe.pad_to_capacity and moe.dispatcher == "allgather":
@@ -105,7 +106,7 @@ def _groups(moe: MoESettings, groups: int, chosen: int) -> Iterator[str]:
 
 
 def _alignment(config: RunConfig) -> Iterator[str]:
-    """Rows that torch's grouped product takes."""
+    """Row sizes that torch's grouped matrix product accepts."""
     multiple = row_multiple(config.training.element_bytes)
     for name, value in (
         ("model.hidden_size", config.model.hidden_size),
@@ -117,7 +118,7 @@ def _alignment(config: RunConfig) -> Iterator[str]:
 
 def _data(data: DataSettings) -> Iterator[str]:
     if data.reset_at_documents and data.samples == "row":
-        yield "data.reset_at_documents is true: it goes with data.samples packed, in a row there is one document alone"
+        yield "data.reset_at_documents is true: it requires data.samples packed, since a row is a single document"
     if data.blend is not None and not data.blend:
         yield "data.blend is []: it must name at least one folder, or be null"
     if data.validation is not None and not data.validation:
@@ -143,8 +144,8 @@ def _training(config: RunConfig) -> Iterator[str]:
         yield f"optimizer.min_lr is {config.optimizer.min_lr}: with optimizer.decay constant it has no meaning, use 0"
     if config.optimizer.decay == "wsd" and config.optimizer.warmup + config.optimizer.cooldown > 1:
         yield (
-            f"optimizer.cooldown is {config.optimizer.cooldown}: with optimizer.warmup ({config.optimizer.warmup}) it "
-            "must leave a share of the steps, so their sum must be at most 1"
+            f"optimizer.cooldown is {config.optimizer.cooldown}: with optimizer.warmup ({config.optimizer.warmup}) "
+            "the sum must be at most 1"
         )
 
 
@@ -160,15 +161,15 @@ def _steps(config: RunConfig, world_size: int | None) -> Iterator[str]:
     ranks = config.parallel.world_size or world_size
     if profile.first_step is not None and ranks and max(profile.ranks, default=0) >= ranks:
         yield f"profile.ranks is {profile.ranks}: the run has ranks 0 to {ranks - 1}"
-    begun = config.training.warm_start
-    if begun is not None and Path(begun).is_relative_to(config.output):
-        yield f"training.warm_start is {begun}: it must name another run than output, which goes on by itself"
+    source = config.training.warm_start
+    if source is not None and Path(source).is_relative_to(config.output):
+        yield f"training.warm_start is {source}: it must name another run than output, which resumes by itself"
 
 
 def _zero(config: RunConfig) -> Iterator[str]:
     zero = config.zero
     if zero.stage == 0 and config.training.precision == "bf16":
-        yield "zero.stage is 0: without fp32 master weights it is for training.precision fp32, take 1 to 3 with bf16"
+        yield "zero.stage is 0: it has no fp32 master weights; use 1, 2 or 3, or training.precision fp32"
     if zero.stage == 0 and zero.offload_optimizer:
         yield "zero.offload_optimizer is true: it needs zero.stage 1, 2 or 3"
     if zero.deepspeed is not None:
@@ -180,8 +181,8 @@ def _zero(config: RunConfig) -> Iterator[str]:
             stages = config.parallel.pipeline
             if stages > 1 and native.get("zero_optimization", {}).get("overlap_comm"):
                 yield (
-                    f"zero.deepspeed is {zero.deepspeed}: it says zero_optimization.overlap_comm true, which does not "
-                    f"go with parallel.pipeline ({stages}): its gradients are reduced after all micro-batches"
+                    f"zero.deepspeed is {zero.deepspeed}: it sets zero_optimization.overlap_comm true, which "
+                    f"parallel.pipeline ({stages}) does not support: gradients are reduced after all micro-batches"
                 )
     if zero.stage != 3 and zero.offload_parameters:
         yield f"zero.offload_parameters is true: it needs zero.stage 3, not {zero.stage}"

@@ -1,4 +1,4 @@
-"""What a setting may be, in words: for docs/settings.md and for messages."""
+"""Descriptions of the valid values of a setting, for docs/settings.md and for messages."""
 
 import re
 from typing import Any, Literal, get_args, get_origin
@@ -7,13 +7,13 @@ from coe_megatron.config.settings import LARGEST, PathText
 
 
 def should_be(hint: Any) -> str:
-    """The same for a message."""
+    """The valid values of a type, for a message."""
     text = describe(hint).replace("`", "").replace("true, false", "true or false")
     return f"{'an' if text.startswith('integer') else 'a'} {text}" if text.startswith(_COUNTABLE) else text
 
 
 def describe(hint: Any) -> str:
-    """What a setting of that type may be, in Markdown."""
+    """The valid values of a type, in Markdown."""
     if get_origin(hint) is Literal:
         return ", ".join(f"`{value}`" for value in get_args(hint))
     if hint == PathText:
@@ -42,7 +42,7 @@ def _bounds(metadata: tuple[Any, ...]) -> str:
     limits = []
     for part in constraints:
         for name, sign in (("ge", "≥"), ("gt", ">"), ("lt", "<"), ("le", "≤")):
-            if (limit := getattr(part, name, None)) not in (None, LARGEST):  # that one goes without saying
+            if (limit := getattr(part, name, None)) not in (None, LARGEST):  # no need to mention the largest integer
                 limits.append(f"{sign} {limit}")
     return f" {', '.join(limits)}" if limits else ""
 

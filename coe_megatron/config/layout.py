@@ -1,7 +1,8 @@
-"""How ranks divide the work: the sizes of a layout, and the one place that says which layouts are valid and why.
+"""Parallel layouts: the sizes, and all rules for valid layouts.
 
-Of TP x PP ranks each group holds the dense parameters once, of ETP x EP x PP ranks the experts; what is left of all
-ranks is data parallelism, of replicas of the one and of the other. Megatron builds its groups from the same numbers.
+Each group of TP x PP ranks holds the dense parameters once, and each group of ETP x EP x PP ranks the experts. The
+remaining factor of the world size is data parallelism: replicas of the dense parameters, and replicas of the experts.
+Megatron builds its process groups from the same sizes.
 """
 
 from collections.abc import Iterator
@@ -14,14 +15,14 @@ from coe_megatron.config.settings import RunConfig
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes that multiply to the number of ranks.
+    """The sizes of a parallel layout.
 
     Attributes:
         world_size: number of ranks.
-        tensor: TP, ranks that cut attention, shared experts, embedding and, between these, the sequence.
+        tensor: TP, ranks that shard attention, shared experts, embedding and, in between, the sequence.
         pipeline: PP, stages of consecutive layers.
-        expert: EP, ranks that divide the experts of a layer among them.
-        expert_tensor: ETP, ranks that cut every expert.
+        expert: EP, ranks that share the experts of a layer.
+        expert_tensor: ETP, ranks that shard each expert.
     """
 
     world_size: int
@@ -32,26 +33,31 @@ class Layout:
 
     @property
     def data(self) -> int:
-        """Replicas of the dense parameters; each has micro-batches of its own."""
+        """Replicas of the dense parameters; each processes its own micro-batches."""
         return self.world_size // (self.tensor * self.pipeline)
 
     @property
     def expert_data(self) -> int:
-        """Replicas of an expert."""
+        """Replicas of each expert."""
         return self.world_size // (self.expert_tensor * self.expert * self.pipeline)
 
+    @property
+    def separate_experts(self) -> bool:
+        """Whether replicas of experts form other groups than replicas of the dense parameters."""
+        return self.expert > 1 or self.expert_tensor != self.tensor
+
     def __str__(self) -> str:
-        """Such as `data 4, tensor 2, expert 2`; what is 1 is left out, but for data."""
+        """For example `data 4, tensor 2, expert 2`; sizes of 1 are omitted, except data."""
         sizes = {"tensor": self.tensor, "pipeline": self.pipeline, "expert": self.expert}
         sizes["expert tensor"] = self.expert_tensor
         return ", ".join([f"data {self.data}", *(f"{name} {size}" for name, size in sizes.items() if size > 1)])
 
 
 def layout(config: RunConfig, world_size: int | None = None) -> Layout:
-    """The run's layout.
+    """The layout of a run.
 
     Args:
-        world_size: number of ranks; when None `parallel.world_size`, or as few as the other sizes allow.
+        world_size: number of ranks; None means `parallel.world_size`, or the fewest that the other sizes allow.
     """
     parallel = config.parallel
     size = world_size or parallel.world_size or _unit(config)
@@ -59,7 +65,7 @@ def layout(config: RunConfig, world_size: int | None = None) -> Layout:
 
 
 def moe_pattern(config: RunConfig) -> tuple[int, ...]:
-    """1 for each layer with experts, 0 for each dense one, as Megatron reads `layer_freq`."""
+    """For each layer 1 if it is MoE, 0 if it is dense, as Megatron interprets `layer_freq`."""
     frequency = config.moe.layer_freq
     if isinstance(frequency, int):
         return tuple(int(layer % frequency == 0) for layer in range(config.model.num_layers))
@@ -67,13 +73,13 @@ def moe_pattern(config: RunConfig) -> tuple[int, ...]:
 
 
 def chain_pattern(config: RunConfig) -> tuple[int, ...]:
-    """1 for each layer that is a chain, 0 for each that has experts but is none, or has none."""
+    """For each layer 1 if it is a chain, 0 if it is a plain MoE or dense layer."""
     pattern = enumerate(moe_pattern(config), start=1)
     return tuple(int(has_experts and config.chain.is_chain(number)) for number, has_experts in pattern)
 
 
 def problems(config: RunConfig, world_size: int | None = None) -> Iterator[str]:
-    """Every rule that a layout breaks, one line each."""
+    """Every rule that the layout breaks, one line each."""
     yield from _tensor(config)
     yield from _experts(config)
     yield from _pipeline(config)
@@ -81,7 +87,7 @@ def problems(config: RunConfig, world_size: int | None = None) -> Iterator[str]:
 
 
 def _unit(config: RunConfig) -> int:
-    """The number of ranks must be a multiple of this."""
+    """The number that must divide the number of ranks."""
     parallel = config.parallel
     return parallel.pipeline * lcm(parallel.tensor, parallel.expert * parallel.expert_tensor)
 
@@ -91,18 +97,18 @@ def _tensor(config: RunConfig) -> Iterator[str]:
     if size > 1 and model.mla is not None:
         yield (
             f"parallel.tensor is {size}: with model.mla it must be 1, because Megatron-Core 0.16.1 without Transformer "
-            "Engine then leaves out a part of the gradients of attention; take parallel.expert or parallel.pipeline"
+            "Engine then omits part of the gradients of attention; use parallel.expert or parallel.pipeline"
         )
-    cut = {
+    sharded = {
         "model.num_attention_heads": model.num_attention_heads,
         "model.num_query_groups": model.num_query_groups or size,
         "model.seq_length": model.seq_length,
-        "model.vocab_size": model.vocab_size or 64,  # the tokenizer's size is rounded up to a multiple of that
+        "model.vocab_size": model.vocab_size or 64,  # the tokenizer's size is rounded up to a multiple of 64
         "the width of the shared experts": moe.num_shared_experts * moe.ffn_hidden_size,
     }
     if isinstance(moe.layer_freq, list) or moe.layer_freq > 1:
-        cut["model.ffn_hidden_size"] = model.ffn_hidden_size or 4 * model.hidden_size
-    for name, value in cut.items():
+        sharded["model.ffn_hidden_size"] = model.ffn_hidden_size or 4 * model.hidden_size
+    for name, value in sharded.items():
         if value % size:
             yield f"parallel.tensor is {size}: it must divide {name} ({value})"
 
@@ -128,43 +134,38 @@ def _pipeline(config: RunConfig) -> Iterator[str]:
     if config.zero.stage > 1:
         yield (
             f"zero.stage is {config.zero.stage}: with parallel.pipeline ({stages}) it must be 0 or 1, because stages 2 "
-            "and 3 take gradients away after every micro-batch, of which a pipeline has several under way"
+            "and 3 partition gradients after each micro-batch, and a pipeline has several in flight"
         )
-    elif config.zero.stage == 1 and _are_apart(config) and not all(map(any, _by_stage(config))):
+    elif config.zero.stage == 1 and layout(config).separate_experts and not all(map(any, _by_stage(config))):
         yield (
             f"moe.layer_freq is {config.moe.layer_freq}: with parallel.pipeline ({stages}) each stage needs a layer "
-            "with experts, or zero.stage be 0: DeepSpeed's stages would wait for each other's norms of experts"
+            "with experts, or zero.stage must be 0: otherwise DeepSpeed's sum of expert gradient norms would deadlock"
         )
     if not config.model.untied_embeddings:
         yield (
             f"model.untied_embeddings is false: with parallel.pipeline ({stages}) it must be true, because the first "
-            "stage would hold the embedding and the last one the output layer"
+            "stage holds the embedding and the last one the output layer"
         )
 
 
-def _are_apart(config: RunConfig) -> bool:
-    """Whether experts have other replicas than what is dense."""
-    return config.parallel.expert > 1 or config.parallel.expert_tensor != config.parallel.tensor
-
-
 def _by_stage(config: RunConfig) -> list[tuple[int, ...]]:
-    """`moe_pattern` cut into pipeline stages; that divides the layers."""
+    """`moe_pattern` by pipeline stage; the number of stages divides the number of layers."""
     pattern, count = moe_pattern(config), config.model.num_layers // config.parallel.pipeline
     return [pattern[first : first + count] for first in range(0, len(pattern), max(1, count))]
 
 
 def _ranks(config: RunConfig, world_size: int | None) -> Iterator[str]:
-    meant, unit, training = config.parallel.world_size, _unit(config), config.training
-    if None not in (meant, world_size) and meant != world_size:
-        yield f"parallel.world_size is {meant}: {world_size} ranks were started, start as many or leave it null"
-    found = layout(config, meant or world_size)
+    required, unit, training = config.parallel.world_size, _unit(config), config.training
+    if None not in (required, world_size) and required != world_size:
+        yield f"parallel.world_size is {required}: {world_size} ranks were started, start {required} or set it to null"
+    found = layout(config, required or world_size)
     if found.world_size % unit:
         sizes = {name: getattr(config.parallel, name) for name in ("tensor", "pipeline", "expert", "expert_tensor")}
-        which = [name for name, size in sizes.items() if size > 1]
+        names = [name for name, size in sizes.items() if size > 1]
         yield (
-            f"{' and '.join(f'parallel.{name} is {sizes[name]}' for name in which)}: the number of ranks "
-            f"({found.world_size}) must be a multiple of {unit}; start so many (torchrun --nproc-per-node {unit}) or "
-            f"give {' '.join(f'parallel.{name}=1' for name in which)}"
+            f"{' and '.join(f'parallel.{name} is {sizes[name]}' for name in names)}: the number of ranks "
+            f"({found.world_size}) must be a multiple of {unit}; start {unit} (torchrun --nproc-per-node {unit}) or "
+            f"set {' '.join(f'parallel.{name}=1' for name in names)}"
         )
         return
     rows = training.micro_batch * found.data

@@ -1,4 +1,4 @@
-"""From a YAML file and overrides to a checked RunConfig; whatever is wrong becomes one line that names the field."""
+"""Load a RunConfig from YAML and overrides, and check it; every error is one line that names the field."""
 
 import difflib
 import os
@@ -27,12 +27,12 @@ from coe_megatron.text import shortened
 Settings = TypeVar("Settings")
 
 
-_MOST_FILES = 64  # that one config is made of
-_FEW_FOLDERS = 16  # whose paths, each within bounds, make no config too long
+_MOST_FILES = 64  # of one config, including its bases
+_FEW_FOLDERS = 16  # with so few paths, a config cannot exceed its size limit
 _LONGEST_OVERRIDE = 1 << 14
-_LONGEST_TEXT = 1 << 12  # of one setting, references replaced
+_LONGEST_TEXT = 1 << 12  # of one setting, after references are resolved
 _REFERENCE = re.compile(r"\$\{(.*?)\}")
-_VARIABLE = re.compile(r"oc\.env:(\w+)(,[^,]*)?")  # and what holds where it is not set
+_VARIABLE = re.compile(r"oc\.env:(\w+)(,[^,]*)?")  # name and default value
 _NAME = re.compile(r"[\w-]+(\.[\w-]+)*")
 
 
@@ -40,84 +40,84 @@ def load(path: str | Path, overrides: Sequence[str] = (), world_size: int | None
     """Read a config.
 
     Args:
-        path: YAML file; keys are the fields of RunConfig, missing ones take their defaults. The key `base` names one
-            file or a list of files, relative to this one, whose settings hold where this one says nothing; of several
-            the later wins. Where no such file is, each of them may be a packaged config (`quickstart.yaml`).
-        overrides: `key.sub=value`, the value written as in YAML; they win over the file. In a list a number is a key.
-        world_size: number of ranks, if known, to check the layout and the batch against.
+        path: YAML file with the fields of RunConfig; omitted fields have their defaults. The key `base` names one file
+            or a list of files, relative to this one, to inherit settings from; later files override earlier ones. A
+            file that does not exist may be a packaged config (`quickstart.yaml`).
+        overrides: `key.sub=value`, with the value as in YAML; they override the file. A number is an index in a list.
+        world_size: number of ranks, if known, to check layout and batch.
 
     Raises:
-        ConfigError: with one line that names the field, its value and what would be valid.
+        ConfigError: one line that names the field, its value and what would be valid.
     """
     return resolve(read(Path(path)), overrides, world_size, str(path))
 
 
 def resolve(
-    values: Any, overrides: Sequence[str] = (), world_size: int | None = None, whose: str = "the config"
+    values: Any, overrides: Sequence[str] = (), world_size: int | None = None, source: str = "the config"
 ) -> RunConfig:
-    """What `read` has read, under overrides, as a checked RunConfig; arguments and errors as of `load`.
+    """Apply overrides to what `read` returned, and check the result; arguments and errors as for `load`.
 
     Args:
-        whose: for messages.
+        source: name of the config in messages.
     """
     values = deepcopy(values)
     for text in overrides:
         _override(values, text)
-    config = parse(plain(values, whose))
+    config = parse(plain(values, source))
     check(config, world_size)
     if len(config.data.blend or ()) + len(config.data.validation or ()) > _FEW_FOLDERS:
         size = len(dump(config).encode())
         if size > parsing.CONFIG_BYTES:
             raise ConfigError(
-                f"{whose}: data.blend and data.validation have too many folders, or paths too long: written out the "
-                f"config has {size:,} bytes, and {parsing.CONFIG_BYTES:,} are allowed"
+                f"{source}: data.blend and data.validation have too many folders, or paths that are too long: the "
+                f"resolved config has {size:,} bytes, and {parsing.CONFIG_BYTES:,} are allowed"
             )
     return config
 
 
-def plain(values: Any, whose: str) -> Any:
-    """OmegaConf's containers as dicts and lists, references to other keys resolved."""
-    check_references(OmegaConf.to_container(values), whose)
+def plain(values: Any, source: str) -> Any:
+    """Convert OmegaConf's containers to dicts and lists, and resolve references to other keys."""
+    check_references(OmegaConf.to_container(values), source)
     try:
         resolved = OmegaConf.to_container(values, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{whose}: {_of_omegaconf(error, 'it', 'has no value')}") from None
+        raise ConfigError(f"{source}: {_omegaconf_message(error, 'it', 'has no value')}") from None
     for key, value in _leaves(resolved, ""):
-        if "${" in str(value):  # written into config.yaml, it would be a reference
-            raise ConfigError(f"{whose}: {shortened(key)} is {shown(value)}: no text may hold ${{ but as a reference")
+        if "${" in str(value):  # in config.yaml it would be read as a reference
+            raise ConfigError(f"{source}: {shortened(key)} is {shown(value)}: ${{ is allowed only in references")
     return resolved
 
 
-def check_references(values: Any, whose: str) -> None:
-    """That no text grows beyond bounds by its references: each must name a value that has none, or the environment.
+def check_references(values: Any, source: str) -> None:
+    """Check that each reference names a value without references or an environment variable, so that text stays short.
 
     Raises:
-        ConfigError: one line that names the key. What else may be wrong with a reference OmegaConf says.
+        ConfigError: one line that names the key. OmegaConf reports other errors in references.
     """
     leaves = {key: str(value) for key, value in _leaves(values, "")}
     for key, text in leaves.items():
         if "${" in key:
-            raise ConfigError(f"{whose}: {shown(key)} is not a setting: only values may have references")
+            raise ConfigError(f"{source}: {shown(key)} is not a setting: only values may have references")
         if "${" not in text:
             continue
-        size, said = len(text), f"{whose}: {shortened(key)} is {shown(text)}"
+        size, prefix = len(text), f"{source}: {shortened(key)} is {shown(text)}"
         for name in _REFERENCE.findall(text):
             if variable := _VARIABLE.fullmatch(name):
                 size += len(os.environ.get(variable[1], ""))
                 continue
             if not _NAME.fullmatch(name):
-                raise ConfigError(f"{said}: a reference is ${{key.sub}} or ${{oc.env:VARIABLE}}")
+                raise ConfigError(f"{prefix}: a reference is ${{key.sub}} or ${{oc.env:VARIABLE}}")
             if name not in leaves and any(other.startswith(f"{name}.") for other in leaves):
-                raise ConfigError(f"{said}: {shortened(name)} is a section, and a reference must name a value")
+                raise ConfigError(f"{prefix}: {shortened(name)} is a section, but a reference must name a value")
             if "${" in leaves.get(name, ""):
-                raise ConfigError(f"{said}: {shortened(name)} is a reference itself, refer to what it names")
+                raise ConfigError(f"{prefix}: {shortened(name)} is a reference itself; refer to the value it names")
             size += len(leaves.get(name, ""))
         if size > _LONGEST_TEXT:
-            raise ConfigError(f"{whose}: {shortened(key)} has references to more than {_LONGEST_TEXT:,} characters")
+            raise ConfigError(f"{source}: {shortened(key)} has references to more than {_LONGEST_TEXT:,} characters")
 
 
 def _leaves(values: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    """Every value that is no section and no list, by its dotted key."""
+    """All values except sections and lists, by dotted key."""
     if isinstance(values, dict | list):
         for key, value in values.items() if isinstance(values, dict) else enumerate(values):
             yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
@@ -126,26 +126,26 @@ def _leaves(values: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def parse(values: Any) -> RunConfig:
-    """Nested dict -> RunConfig; ConfigError on unknown keys and wrong types or values."""
+    """Convert a nested dict to a RunConfig; ConfigError for unknown keys, wrong types and invalid values."""
     return parse_as(RunConfig, values)
 
 
 def parse_as(cls: type[Settings], values: Any) -> Settings:
-    """Nested dict -> a dataclass of settings, of a run or of something else; raises as `parse`."""
-    key: Any = cls  # mypy takes instances' want of a hash for the class's
+    """Convert a nested dict to a dataclass of settings; raises as `parse`."""
+    key: Any = cls  # mypy believes that the class is not hashable, as its instances are not
     try:
         found = _adapter(key).validate_python(values)
     except ValidationError as error:
-        # A misspelt key is missing under its right name too, and its own line says more.
-        told = min(error.errors(), key=lambda found: found["type"] == "missing")
-        raise ConfigError(_explain(cls, told)) from None
+        # A misspelt required key is also reported as missing; report the misspelling, which is more helpful.
+        reported = min(error.errors(), key=lambda found: found["type"] == "missing")
+        raise ConfigError(_explain(cls, reported)) from None
     for problem in _misread(values, asdict(found)):
         raise ConfigError(problem)
     return found
 
 
 def flat(config: RunConfig) -> dict[str, Any]:
-    """Every setting by its whole name, such as `moe.topk`."""
+    """Every setting by its dotted name, such as `moe.topk`."""
     return dict(_flat(asdict(config), ""))
 
 
@@ -158,7 +158,7 @@ def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def dump(config: RunConfig) -> str:
-    """The whole config as YAML; `load` reads it back to an equal config."""
+    """The complete config as YAML, which `load` reads to an equal config."""
     return parsing.to_yaml(_without_tuples(asdict(config)))
 
 
@@ -167,11 +167,11 @@ def read(
     key: str = "base",
     prepare: Callable[[Path, Any], Any] = lambda _path, values: values,
 ) -> Any:
-    """A file's settings over those of its bases, unchecked; each file is read once.
+    """Read a file's settings, merged over those of its bases, without checks; each file is read once.
 
     Args:
-        key: that names the bases.
-        prepare: what is done with each file's own settings.
+        key: the key that names the bases.
+        prepare: called with each file's path and own settings; returns the settings to use.
 
     Raises:
         ConfigError: one line that names the file and what is wrong with it.
@@ -179,21 +179,21 @@ def read(
     return _Files(key, prepare).read(find(path), "the config file", ())
 
 
-def read_all(whose: str, paths: Sequence[Path]) -> Any:
-    """The settings of several files over each other, the later ones winning, together within the bounds of one config.
+def read_all(source: str, paths: Sequence[Path]) -> Any:
+    """Merge the settings of several files, later ones over earlier ones; size limits apply to all of them in total.
 
     Args:
-        whose: key that names the files.
+        source: the key that names the files.
 
     Raises:
-        ConfigError: as `read`, and if they do not fit together.
+        ConfigError: as `read`, or a key has incompatible types in two files.
     """
     files = _Files("base", lambda _path, values: values)
-    return merge(whose, *(files.read(path, whose, ()) for path in paths))
+    return merge(source, *(files.read(path, source, ()) for path in paths))
 
 
 class _Files:
-    """The files of one config, together within bounds."""
+    """Reads the files of one config; size limits apply to all of them in total."""
 
     def __init__(self, key: str, prepare: Callable[[Path, Any], Any]) -> None:
         self._key, self._prepare = key, prepare
@@ -201,11 +201,11 @@ class _Files:
         self._nodes = 0
 
     def read(self, path: Path, name: str, including: tuple[Path, ...]) -> Any:
-        """Settings of a file over those of its bases.
+        """The settings of a file, merged over those of its bases.
 
         Args:
-            name: what names the file, for messages.
-            including: the chain of files that led here.
+            name: the key or argument that names the file, for messages.
+            including: the files that include this one, outermost first.
         """
         require_file(path, name)
         where = Path(os.path.realpath(path))
@@ -222,48 +222,50 @@ class _Files:
         values, nodes = _read_yaml(path)
         self._nodes += nodes
         if self._nodes > parsing.MOST_NODES:
-            raise ConfigError(f"{path}: with what its {self._key} names it has more than {parsing.MOST_NODES:,} keys")
+            raise ConfigError(f"{path}: including {self._key} it has more than {parsing.MOST_NODES:,} keys")
         try:
             values = self._prepare(path, values)
             bases = plain(OmegaConf.create({self._key: values.pop(self._key, [])}), str(path))[self._key]
         except OmegaConfBaseException as error:
-            raise ConfigError(f"{path}: {_of_omegaconf(error, self._key, 'has no value')}") from None
+            raise ConfigError(f"{path}: {_omegaconf_message(error, self._key, 'has no value')}") from None
         names = [bases] if isinstance(bases, str) else bases
         if not isinstance(names, Sequence) or not all(isinstance(name, str) and name for name in names):
             raise ConfigError(f"{path}: {self._key} is {shown(bases)}: it must name a file or a list of files")
-        whose = f"{self._key} in {path}"
-        paths = [find(Path(_expanded(name, whose)), path.parent) for name in dict.fromkeys(names)]
-        found = [self.read(base, whose, above) for base in paths]
+        source = f"{self._key} in {path}"
+        paths = [find(Path(_expanded(name, source)), path.parent) for name in dict.fromkeys(names)]
+        found = [self.read(base, source, above) for base in paths]
         return merge(str(path), *found, values)
 
 
-def _expanded(text: str, whose: str) -> str:
+def _expanded(text: str, source: str) -> str:
     try:
         return expand_user(text)
     except ConfigError as error:
-        raise ConfigError(f"{whose} is {error}") from None
+        raise ConfigError(f"{source} is {error}") from None
 
 
-def merge(whose: str, *given: Any) -> Any:
-    """Settings over each other, the later ones winning; ConfigError where one is keys and another is not."""
+def merge(source: str, *given: Any) -> Any:
+    """Merge settings, later ones over earlier ones; ConfigError if a key has incompatible types."""
     try:
         return OmegaConf.merge(*given)
-    except (OmegaConfBaseException, TypeError) as error:  # such as keys where there was a list
-        raise ConfigError(f"{whose}: it does not fit to what it changes: {_first_line(error)}") from None
+    except (OmegaConfBaseException, TypeError) as error:  # for example, a section instead of a list
+        raise ConfigError(
+            f"{source}: it is not compatible with the settings it changes: {_first_line(error)}"
+        ) from None
 
 
 def _read_yaml(path: Path) -> tuple[Any, int]:
-    """A file's mapping of keys, as OmegaConf holds it, and the number of its nodes."""
+    """The settings in a file, as an OmegaConf container, and its number of nodes."""
     content = read_limited(path, "the config file", parsing.CONFIG_BYTES)
     try:
         text = content.decode("utf-8-sig")
         nodes = parsing.check_yaml(text)
-        values = OmegaConf.create(text) if nodes > 1 else None  # of a single value it makes no config
+        values = OmegaConf.create(text) if nodes > 1 else None  # a single value is not a config
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: cannot be read: it must be text in UTF-8 ({error.reason})") from None
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {_of_omegaconf(error, 'its YAML', 'is not valid')}") from None
-    except (YAMLError, ValueError, RecursionError) as error:  # a ValueError: a number of thousands of digits, say
+        raise ConfigError(f"{path}: {_omegaconf_message(error, 'its YAML', 'is not valid')}") from None
+    except (YAMLError, ValueError, RecursionError) as error:  # ValueError: for example, a number of thousands of digits
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not OmegaConf.is_dict(values) or not values:
         raise ConfigError(f"{path}: a config must be a mapping of keys to values, such as model: {{num_layers: 4}}")
@@ -271,16 +273,16 @@ def _read_yaml(path: Path) -> tuple[Any, int]:
 
 
 def _override(values: Any, text: str) -> None:
-    """Put an override's value in its place, which may be in a list (`data.blend.0.path=...`)."""
+    """Apply an override; keys may contain list indices (`data.blend.0.path=...`)."""
     key, equals, given = text.partition("=")
     if len(text) > _LONGEST_OVERRIDE:
         raise ConfigError(f"override {shown(text)}: it has more than {_LONGEST_OVERRIDE:,} characters")
     if not equals or not _KEY.fullmatch(key) or len(re.split(r"[.\[]", key)) > parsing.DEEPEST:
         raise ConfigError(f"override {shown(text)}: write it as key.sub=value")
     if key == "base":
-        raise ConfigError(f"override {shown(text)}: base must stand in a config file")
-    if said := _beyond_a_list(values, re.findall(r"[^.\[\]]+", key)):
-        raise ConfigError(f"override {shown(text)}: {said}")
+        raise ConfigError(f"override {shown(text)}: base is allowed only in a config file")
+    if problem := _index_problem(values, re.findall(r"[^.\[\]]+", key)):
+        raise ConfigError(f"override {shown(text)}: {problem}")
     try:
         parsing.check_yaml(given)
         value: Any = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
@@ -288,19 +290,21 @@ def _override(values: Any, text: str) -> None:
             (value,) = value.values()
         OmegaConf.update(values, key, value)
     except (YAMLError, OmegaConfBaseException, ValueError, TypeError, IndexError, RecursionError) as error:
-        said = " ".join(str(error).split())
-        raise ConfigError(f"override {shown(text)}: write it as key.sub=value, the value as in YAML ({said})") from None
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"override {shown(text)}: write it as key.sub=value, the value as in YAML ({reason})"
+        ) from None
 
 
-def _beyond_a_list(values: Any, path: Sequence[str]) -> str:
-    """What is there where a path leads to a place that its list does not have; "" for any other path."""
+def _index_problem(values: Any, path: Sequence[str]) -> str:
+    """A message if a path contains an index that is out of range for its list; otherwise empty."""
     for depth, part in enumerate(path):
         if OmegaConf.is_list(values) and part.isdecimal() and (len(part) > 9 or int(part) >= len(values)):
-            places = {0: "no entries", 1: "one entry (0)"}
-            return f"{'.'.join(path[:depth])} has {places.get(n := len(values), f'{n} entries (0 to {n - 1})')}"
+            entries = {0: "no entries", 1: "one entry (0)"}
+            return f"{'.'.join(path[:depth])} has {entries.get(n := len(values), f'{n} entries (0 to {n - 1})')}"
         try:
             values = values[int(part) if OmegaConf.is_list(values) else part]
-        except (OmegaConfBaseException, ValueError, TypeError, LookupError):  # what else is wrong with it is told later
+        except (OmegaConfBaseException, ValueError, TypeError, LookupError):  # the caller reports other errors
             break
     return ""
 
@@ -313,13 +317,13 @@ def _explain(cls: type, error: Any) -> str:
     name = ".".join(path if _is_union_tag(last) else [*path, str(last)])
     match error["type"]:
         case "missing":
-            return f"{name} is missing: a value is needed there"
+            return f"{name} is missing: a value is required"
         case "dataclass_type":
             names = ", ".join(_field_names(cls, name.split(".") if name else []))
-            return f"{name or 'the config'} is {shown(error['input'])}: it must hold keys of its own: {names}"
+            return f"{name or 'the config'} is {shown(error['input'])}: it must be a section with the keys {names}"
         case "value_error":
-            said = str(error["ctx"]["error"])
-            return f"{name} is {said}" if isinstance(error["input"], str) else said
+            message = str(error["ctx"]["error"])
+            return f"{name} is {message}" if isinstance(error["input"], str) else message
         case kind if kind.endswith(("_parsing", "_type", "_from_float")):
             return f"{name} is {shown(error['input'])}: it should be {should_be(_hint(cls, name.split('.')))}"
         case _:
@@ -328,7 +332,7 @@ def _explain(cls: type, error: Any) -> str:
 
 
 def _unknown(cls: type, path: Sequence[str], key: object) -> str:
-    """One line on a key that is none of a section's; of YAML's dotted keys too, which are no sections."""
+    """The message for an unknown key of a section, also for a dotted key in YAML, which names no section."""
     names = _field_names(cls, path)
     name = ".".join([*path, key if isinstance(key, str) and key.isidentifier() and len(key) < 100 else shown(key)])
     near = [".".join([*path, close]) for close in difflib.get_close_matches(str(key)[:100], names, n=1, cutoff=0.5)]
@@ -340,7 +344,7 @@ def _unknown(cls: type, path: Sequence[str], key: object) -> str:
 
 
 def _hint(cls: Any, path: Sequence[str]) -> Any:
-    """The type of a setting, with its bounds; of a place in a list or of a name in a mapping that of what is there."""
+    """The type of a setting with its bounds; for an entry of a list or mapping, the type of the entry."""
     hint = cls
     for part in path:
         found = next((inner for inner in dataclasses_in(hint)), None)
@@ -353,7 +357,7 @@ def _hint(cls: Any, path: Sequence[str]) -> Any:
 
 
 def _settings(cls: Any) -> Iterator[str]:
-    """The dotted names of all settings; N stands for a place in a list."""
+    """The dotted names of all settings; N stands for a list index."""
     for name, hint in get_type_hints(cls).items():
         yield name
         prefix = f"{name}.N" if is_listed(hint) else name
@@ -362,7 +366,7 @@ def _settings(cls: Any) -> Iterator[str]:
 
 
 def _misread(given: Any, found: Any, name: str = "") -> Iterator[str]:
-    """What pydantic takes and nobody can have meant: true for 1, and text that is empty or has line breaks."""
+    """Report values that pydantic accepts but nobody intends: true as 1, and text that is empty or has line breaks."""
     if isinstance(given, dict):
         for key, value in given.items():
             yield from _misread(value, found[key], f"{name}.{key}" if name else key)
@@ -376,14 +380,14 @@ def _misread(given: Any, found: Any, name: str = "") -> Iterator[str]:
 
 
 def shown(value: object) -> str:
-    """A value as YAML has it, cut where it is long."""
+    """A value as in YAML, shortened."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return shortened(repr(value), 100)
 
 
-def _of_omegaconf(error: OmegaConfBaseException, otherwise: str, said: str) -> str:
-    return f"{shortened(error.full_key or otherwise)} {said}: {_first_line(error)}"
+def _omegaconf_message(error: OmegaConfBaseException, subject: str, predicate: str) -> str:
+    return f"{shortened(error.full_key or subject)} {predicate}: {_first_line(error)}"
 
 
 def _first_line(error: Exception) -> str:
@@ -391,12 +395,12 @@ def _first_line(error: Exception) -> str:
 
 
 def _is_union_tag(part: object) -> bool:
-    """pydantic adds the tried member of a union to the location (`int`, `list[...]`, a class): no key of ours."""
+    """Whether a part of a location is the member of a union (`int`, `list[...]`, a class), which pydantic adds."""
     return isinstance(part, str) and (not part.isidentifier() or part in ("int", "float", "str", "MLASettings"))
 
 
 def dataclasses_in(hint: Any) -> Iterator[Any]:
-    """The dataclasses that a type is made of."""
+    """The dataclasses in a type."""
     if isinstance(hint, type) and is_dataclass(hint):
         yield hint
     for inner in get_args(hint):
@@ -404,13 +408,13 @@ def dataclasses_in(hint: Any) -> Iterator[Any]:
 
 
 def is_listed(hint: Any) -> bool:
-    """Whether a type, or one of several that it may be, is a list."""
+    """Whether a type, or a member of a union, is a list."""
     return list in (get_origin(hint), *map(get_origin, get_args(hint)))
 
 
 def _field_names(cls: Any, path: Sequence[str]) -> list[str]:
     for part in path:
-        if part.isdecimal():  # a place in a list
+        if part.isdecimal():  # a list index
             continue
         cls = next(dataclasses_in(get_type_hints(cls).get(part)), None)
         if cls is None:
@@ -437,10 +441,12 @@ def _forbid_unknown_keys(cls: Any) -> None:
             _forbid_unknown_keys(inner)
 
 
-_STUDY = "it is a study, which launch/study.py takes"
-_RUN = "it is the config of a run, which launch/pretrain_coe.py takes, and a study as its base"
+_STUDY = "it is a study, for launch/study.py"
+_RUN = "it is the config of a run, for launch/pretrain_coe.py, or for a study as its base"
 _ELSEWHERE: dict[str, dict[object, str]] = {
     "RunConfig": dict.fromkeys(("axes", "base_study", "baseline", "budget", "seeds", "skip"), _STUDY),
     "StudySettings": dict.fromkeys((each.name for each in fields(RunConfig) if each.name != "output"), _RUN),
 }
-_KEY = re.compile(r"[^.\[\]$]+(\.[^.\[\]$]+|\[[^.\[\]$]+\])*")  # key.sub, and key[sub], which OmegaConf reads alike
+_KEY = re.compile(
+    r"[^.\[\]$]+(\.[^.\[\]$]+|\[[^.\[\]$]+\])*"
+)  # key.sub, or key[sub], which means the same in OmegaConf

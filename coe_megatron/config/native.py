@@ -1,14 +1,14 @@
-"""DeepSpeed's own JSON, merged over what the settings make of it; torch is not needed to check one."""
+"""DeepSpeed's own JSON (`zero.deepspeed`), merged over the config that our settings give. Does not import torch."""
 
 from pathlib import Path
 from typing import Any
 
-from coe_megatron.config.zero_sizes import sizes_trouble
+from coe_megatron.config.zero_sizes import sizes_problem
 from coe_megatron.errors import ConfigError
 from coe_megatron.files import read_limited
 from coe_megatron.parsing import CONFIG_BYTES, parse_json
 
-# What a setting decides, and which; said twice it could contradict the layout or the batch.
+# Keys that a setting decides: set in the JSON too, they could contradict the layout or the batch.
 _DECIDED = {
     "train_batch_size": "training.global_batch",
     "train_micro_batch_size_per_gpu": "training.micro_batch",
@@ -38,10 +38,10 @@ _DECIDED = {
 
 
 def read_native(path: str) -> dict[str, Any]:
-    """The JSON object of a file.
+    """Read the JSON object of a file.
 
     Raises:
-        ConfigError: it cannot be read, or says what a setting decides; one line that names both.
+        ConfigError: it cannot be read, or sets what one of our settings decides; one line that names both.
     """
     content = read_limited(Path(path), "zero.deepspeed", CONFIG_BYTES)
     try:
@@ -52,14 +52,14 @@ def read_native(path: str) -> dict[str, Any]:
         raise ConfigError(f"zero.deepspeed is {path}: it must hold a JSON object")
     for key, setting in _DECIDED.items():
         if _holds(native, key.split(".")):
-            raise ConfigError(f"zero.deepspeed is {path}: it says {key}, which {setting} decides; leave it out")
-    if said := sizes_trouble(native):
-        raise ConfigError(f"zero.deepspeed is {path}: {said}")
+            raise ConfigError(f"zero.deepspeed is {path}: it sets {key}, which {setting} decides; remove it")
+    if problem := sizes_problem(native):
+        raise ConfigError(f"zero.deepspeed is {path}: {problem}")
     return native
 
 
 def merged(ours: dict[str, Any], native: dict[str, Any]) -> dict[str, Any]:
-    """`native` over `ours`, objects key by key."""
+    """Merge `native` over `ours`, recursively."""
     inner = {key: merged(ours[key], value) for key, value in native.items() if _both_objects(ours.get(key), value)}
     return {**ours, **native, **inner}
 

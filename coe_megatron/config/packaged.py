@@ -1,4 +1,4 @@
-"""The configs that come with the package, by name: from an installed wheel as from a checkout."""
+"""Finds the configs that are packaged with this project, in an installed wheel as in a checkout."""
 
 import os
 from pathlib import Path
@@ -7,9 +7,9 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def find(path: Path, folder: Path = Path()) -> Path:
-    """A config's path, relative to `folder`; where nothing is, the packaged config of that name, if there is one.
+    """The path of a config relative to `folder`; if nothing exists there, the packaged config of that name, if any.
 
-    A packaged config's name is its path below configs/ in this repository, with or without `configs/` before it.
+    The name of a packaged config is its path in configs/ of this repository, with or without a leading `configs/`.
     """
     here = folder / path
     packaged = CONFIGS / (path.relative_to("configs") if path.parts[:1] == ("configs",) else path)

@@ -1,78 +1,79 @@
-"""How large DeepSpeed's buckets and thresholds are: they follow the model, so no constant hides what models differ in.
+"""Sizes of DeepSpeed's buckets and thresholds, as fractions of a rank's parameters.
 
-DeepSpeed's own sizes are for models of billions of parameters: below some 50 million a bucket would be larger than the
-gradients it is for, and stage 3 would cut nothing and let go of nothing. What the keys of `zero_optimization` do, read
-in the source of 0.19.8 (`runtime/zero`, `runtime/engine.py`), and what we take of a rank's P parameters:
+DeepSpeed's defaults are for models of billions of parameters: with fewer than about 50 million, a bucket would be
+larger than all gradients, and stage 3 would neither partition parameters nor release gathered ones. In DeepSpeed 0.19.8
+(`runtime/zero`, `runtime/engine.py`) the keys of `zero_optimization` have these meanings; the fractions of a rank's P
+parameters are ours:
 
-* `reduce_bucket_size`, P / 8: gradients reduced at once, in a buffer of that size in stages 1 to 3, and in two of them
-  where stages 1 and 2 overlap; a larger tensor is reduced without. Stage 0, and stage 1 in bf16, have no buffer but
-  copy so many (DeepSpeed has them copy 500 million, and we tell them otherwise);
-* `allgather_bucket_size`, P / 8: weights gathered at once after a step, in place; it must be even;
-* `stage3_prefetch_bucket_size`, P / 8: weights gathered ahead, anew whenever a module is entered;
-* `stage3_max_live_parameters`, P / 4: where so many weights are whole none are gathered ahead;
-* `stage3_max_reuse_distance`, P / 8: weights that are needed again within so many parameters stay whole;
-* `stage3_param_persistence_threshold`, P / 1000: tensors of at most so many parameters are never cut.
+* `reduce_bucket_size`, P / 8: gradients reduced at once, in a buffer of this size in stages 1 to 3 (two buffers if
+  stages 1 and 2 overlap); a larger tensor is reduced without a buffer. Stage 0, and stage 1 in bf16, have no buffer but
+  copy this many gradients (500 million by default; `zero.engine.build_engine` passes our size);
+* `allgather_bucket_size`, P / 8: weights gathered at once after a step, in place; must be even;
+* `stage3_prefetch_bucket_size`, P / 8: weights prefetched each time a module is entered;
+* `stage3_max_live_parameters`, P / 4: prefetching stops while this many weights are gathered;
+* `stage3_max_reuse_distance`, P / 8: weights that are used again within this many parameters stay gathered;
+* `stage3_param_persistence_threshold`, P / 1000: tensors up to this size are never partitioned.
 
-`sub_group_size` only cuts a step into smaller ones, and offloading keeps a buffer of the largest tensor: these cost
-nothing that does not follow the model anyway.
+`sub_group_size` only splits the optimizer step, and offloading buffers the largest tensor; both costs scale with the
+model already.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
-_MOST = {"live": 1_000_000_000, "never_cut": 100_000}  # DeepSpeed's own
-_MOST_BUCKET = 50_000_000  # as DeepSpeed has it for gathering ahead; 500 million for reducing is much
+_MOST = {"max_live": 1_000_000_000, "persistence_threshold": 100_000}  # DeepSpeed's defaults
+_MOST_BUCKET = 50_000_000  # DeepSpeed's default for prefetching; its 500 million for reducing takes much memory
 
 
 @dataclass(frozen=True)
 class ZeroSizes:
-    """In parameters.
+    """Sizes in parameters; see the docstring of the module.
 
     Attributes:
         reduce_bucket: gradients reduced at once.
         allgather_bucket: weights gathered at once after a step.
-        prefetch_bucket: weights that stage 3 gathers ahead.
-        reuse_distance: stage 3 keeps gathered what it needs again within so many.
-        live: stage 3 gathers nothing ahead where so many are there.
-        never_cut: a tensor of at most so many is whole on every rank in stage 3.
-        overlap: `overlap_comm`: stages 1 and 2 reduce gradients while the backward pass goes on, from a second buffer.
+        prefetch_bucket: weights that stage 3 prefetches.
+        reuse_distance: stage 3 keeps weights gathered that are used again within this distance.
+        max_live: stage 3 does not prefetch while this many weights are gathered.
+        persistence_threshold: stage 3 replicates tensors up to this size on every rank.
+        overlap: `overlap_comm`: stages 1 and 2 reduce gradients during the backward pass, with a second buffer.
     """
 
     reduce_bucket: int
     allgather_bucket: int
     prefetch_bucket: int
     reuse_distance: int
-    live: int
-    never_cut: int
+    max_live: int
+    persistence_threshold: int
     overlap: bool
 
     @classmethod
     def of(cls, parameters: int, native: dict[str, Any]) -> "ZeroSizes":
-        """Those of a rank with so many parameters before ZeRO cuts them; `native`, of `zero.deepspeed`, goes first."""
+        """The sizes of a rank with this many unpartitioned parameters; `native` (`zero.deepspeed`) overrides them."""
         bucket = min(_MOST_BUCKET, 2 * -(-parameters // 16))
-        shares = {"live": parameters // 4, "never_cut": parameters // 1000}
-        ours = dict.fromkeys(_KEYS, bucket) | {name: min(_MOST[name], share) for name, share in shares.items()}
+        fractions = {"max_live": parameters // 4, "persistence_threshold": parameters // 1000}
+        ours = dict.fromkeys(_KEYS, bucket) | {name: min(_MOST[name], size) for name, size in fractions.items()}
         own = native.get("zero_optimization", {})
         given = {name: int(own[key]) for name, keys in _KEYS.items() for key in keys if key in own}
         return cls(**ours | given, overlap=own.get("overlap_comm", True))
 
     def as_native(self) -> dict[str, int]:
-        """In DeepSpeed's words."""
+        """The keys of DeepSpeed's `zero_optimization`."""
         return {keys[0]: getattr(self, name) for name, keys in _KEYS.items()}
 
 
-_KEYS = {  # DeepSpeed takes either name of a setting
+_KEYS = {  # DeepSpeed accepts either name
     "reduce_bucket": ("reduce_bucket_size",),
     "allgather_bucket": ("allgather_bucket_size",),
     "prefetch_bucket": ("stage3_prefetch_bucket_size", "prefetch_bucket_size"),
     "reuse_distance": ("stage3_max_reuse_distance", "max_reuse_distance"),
-    "live": ("stage3_max_live_parameters", "max_live_parameters"),
-    "never_cut": ("stage3_param_persistence_threshold", "param_persistence_threshold"),
+    "max_live": ("stage3_max_live_parameters", "max_live_parameters"),
+    "persistence_threshold": ("stage3_param_persistence_threshold", "param_persistence_threshold"),
 }
-_MAY_BE_0 = {"prefetch_bucket", "reuse_distance", "never_cut"}
+_MAY_BE_0 = {"prefetch_bucket", "reuse_distance", "persistence_threshold"}
 
 
-def sizes_trouble(native: dict[str, Any]) -> str | None:
+def sizes_problem(native: dict[str, Any]) -> str | None:
     """What is wrong with the sizes in DeepSpeed's JSON, in one line; None if nothing is."""
     own = native.get("zero_optimization", {})
     if not isinstance(own, dict):

@@ -64,7 +64,7 @@ class PreparedData:
             name: the setting that names the folder, for messages.
 
         Raises:
-            ConfigError: it is no prepared data, has another format, is incomplete, or is damaged.
+            ConfigError: it is not prepared data, has another format, is incomplete, or is damaged.
         """
         folder = Path(folder)
         manifest = Manifest.read(folder, name)
@@ -116,7 +116,7 @@ class PreparedData:
         Every token except the first is a label exactly once. The remainder that fills no window is dropped in training
         and padded in validation.
 
-        Under torch.distributed all ranks must call this together: rank 0 builds the index, the others wait.
+        Under torch.distributed all ranks must call this: rank 0 builds the index, the others wait.
 
         Args:
             seed: seed of the order of documents, and so of the windows.
@@ -284,8 +284,8 @@ class BlendedOrder:
     """An endless order of the samples of several corpora, as a function of the seed alone.
 
     At every position, each corpus has provided its weight in samples to within about one (Megatron's
-    `build_blending_indices`: the next sample comes from the corpus that is furthest behind). Each corpus is permuted
-    anew in each of its epochs; the permutation depends on (seed, epoch, corpus).
+    `build_blending_indices`: the next sample comes from the corpus that is furthest behind). Each corpus is
+    permuted again in each of its epochs; the permutation depends on (seed, epoch, corpus).
 
     Args:
         sizes: number of samples of each corpus.

@@ -135,7 +135,7 @@ def read_encoded(path: Path, vocab_size: int) -> tuple[dict[str, Encoded], int]:
         vocab_size: size of the tokenizer that encoded the documents.
 
     Raises:
-        DamagedChunk: it is no plain file, or its content is not valid for such a tokenizer.
+        DamagedChunk: it is not a plain file, or its content is not valid for such a tokenizer.
     """
     try:
         arrays = _arrays(path)
@@ -148,7 +148,7 @@ def read_encoded(path: Path, vocab_size: int) -> tuple[dict[str, Encoded], int]:
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     """All arrays of a chunk by name; ValueError if the file is not a chunk."""
     if not is_plain_file(path):
-        raise ValueError("it is no plain file")
+        raise ValueError("it is not a plain file")
     loaded = np.load(path, allow_pickle=False)
     if not isinstance(loaded, np.lib.npyio.NpzFile):
         raise ValueError("it is a single array")

@@ -21,7 +21,7 @@ class DataFolder:
         """Its manifest.
 
         Raises:
-            ConfigError: it is no prepared data, or is incomplete; the message names the setting.
+            ConfigError: it is not prepared data, or is incomplete; the message names the setting.
         """
         return Manifest.read(self.path, self.setting)
 

@@ -114,14 +114,14 @@ class Manifest:
         """
         if kind_of(folder, name) is None or kind_of(require_folder(folder, name) / MANIFEST, name) is None:
             raise ConfigError(
-                f"{name}: {folder} is no prepared data: it has no {MANIFEST} (launch/prepare_data.py makes one)"
+                f"{name}: {folder} is not prepared data: it has no {MANIFEST} (launch/prepare_data.py creates one)"
             )
         path = folder / MANIFEST
         content = read_limited(path, name, _MAX_BYTES)
         try:
             manifest = cls._from_json(parse_json(content))
         except ValueError as error:
-            message = f"{path} is no manifest of format {FORMAT}, version {VERSION}: {_reason(error)}"
+            message = f"{path} is not a manifest of format {FORMAT}, version {VERSION}: {_reason(error)}"
             raise ConfigError(f"{name}: {message}") from error
         manifest._check_sizes(folder, name)
         if manifest._summarize(folder, TOKENIZER, name).sha256 != manifest.tokenizer_sha256:
@@ -129,7 +129,7 @@ class Manifest:
         return manifest
 
     def check(self, folder: Path, file: str, name: str = "the data") -> None:
-        """Check the SHA-256 of a file against the manifest; reads the whole file.
+        """Check the SHA-256 of a file against the manifest; reads the complete file.
 
         Raises:
             ConfigError: the file has changed since it was prepared.
@@ -154,7 +154,8 @@ class Manifest:
             raise ValueError("it is not a JSON object")
         found = content.pop("format", None), content.pop("version", None)
         if found != (FORMAT, VERSION):
-            raise ValueError(f"it is format {found[0]!r:.50}, version {found[1]!r:.50}")
+            format_, version = (shortened(repr(each), 50) for each in found)
+            raise ValueError(f"it is format {format_}, version {version}")
         _require_keys(content, _names(cls), "it")
         for place, kind, keys in (("splits", SplitSummary, get_args(Split)), ("files", FileSummary, DATA_FILES)):
             _require_keys(content[place], keys, place)
@@ -209,7 +210,7 @@ def _require_keys(value: Any, wanted: Collection[str], place: str) -> None:
     if missing := set(wanted) - value.keys():
         raise ValueError(f"{place} has no {min(missing)}")
     if unknown := value.keys() - set(wanted):
-        raise ValueError(f"{place} has the unknown key {min(unknown)!r:.50}")
+        raise ValueError(f"{place} has the unknown key {shortened(repr(min(unknown)), 50)}")
 
 
 def _reason(error: ValueError) -> str:

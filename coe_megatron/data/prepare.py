@@ -426,8 +426,8 @@ class _SplitWriter:
 
 def _entropy(counts: np.ndarray) -> float:
     """Shannon entropy in nats of the distribution given by counts."""
-    shares = counts[counts > 0] / counts.sum()
-    return float(-(shares * np.log(shares)).sum())
+    frequencies = counts[counts > 0] / counts.sum()
+    return float(-(frequencies * np.log(frequencies)).sum())
 
 
 def _token_dtype(vocab_size: int) -> Any:

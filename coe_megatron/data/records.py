@@ -63,7 +63,7 @@ class Template:
         try:
             document.encode()
         except UnicodeEncodeError:
-            raise MalformedRecord("half of a surrogate pair is no character") from None
+            raise MalformedRecord("half of a surrogate pair is not a character") from None
         return document
 
     @cached_property

@@ -6,7 +6,7 @@
     tokenizer.model
     tokenizer.sha256  checksum of the model that encoded the chunks; with another model everything starts over
     chunks/N.npz      encoded chunks, each complete
-    whole/            the output itself, renamed to its path once every byte is on disk
+    complete/         the output itself, renamed to its path once every byte is on disk
 """
 
 import fcntl
@@ -66,21 +66,21 @@ class Staging:
 
     def new_output(self) -> Path:
         """Create an empty folder for the output."""
-        whole = self._folder / "whole"
-        remove(whole)
-        whole.mkdir()
-        return whole
+        folder = self._folder / "complete"
+        remove(folder)
+        folder.mkdir()
+        return folder
 
     def publish(self, output: Path) -> None:
         """Rename the complete output to its path; older data there is replaced only now."""
-        whole, replaced = self._folder / "whole", self._folder / "replaced"
-        for path in whole.iterdir():
+        complete, replaced = self._folder / "complete", self._folder / "replaced"
+        for path in complete.iterdir():
             to_disk(path)
-        to_disk(whole)
+        to_disk(complete)
         remove(replaced)
         if output.exists():
             output.rename(replaced)
-        whole.rename(output)
+        complete.rename(output)
         to_disk(output.parent)
 
     def begin(self, job: dict[str, Any]) -> str:
@@ -182,7 +182,7 @@ def _open_lock(path: Path) -> BinaryIO:
     """Open the lock file, creating it if needed; follows no link and does not block on a pipe.
 
     Raises:
-        ConfigError: the path is no plain file. We do not remove it, since another process may just have locked it.
+        ConfigError: the path is not a plain file. We do not remove it, since another process may just have locked it.
         OSError: it cannot be opened; FileNotFoundError if the folder does not exist.
     """
     if os.path.lexists(path) and not is_plain_file(path):

@@ -46,7 +46,7 @@ class Tokenizer:
             name: the option or setting that names the file, for messages.
 
         Raises:
-            ConfigError: the file cannot be read, is no SentencePiece model, or has no end-of-sentence piece.
+            ConfigError: the file cannot be read, is not a SentencePiece model, or has no end-of-sentence piece.
         """
         from sentencepiece import SentencePieceProcessor
 
@@ -57,7 +57,7 @@ class Tokenizer:
             self._processor = SentencePieceProcessor(model_proto=model)
             proto = _parsed(model)
         except (RuntimeError, UnicodeDecodeError) as error:  # the latter when SentencePiece's own message is not UTF-8
-            raise problem(path, name, "it is no SentencePiece model") from error
+            raise problem(path, name, "it is not a SentencePiece model") from error
         self.vocab_size: int = self._processor.vocab_size()
         self.eos_id: int = self._processor.eos_id()
         if self.eos_id < 0:
@@ -204,7 +204,7 @@ def _fixed_options() -> dict[str, Any]:
 
 def _sample(texts: Iterable[str], max_characters: int) -> list[str]:
     """Lines of the texts with at most `max_characters` characters: all lines, or those with the smallest checksums.
-    The sample is spread over the whole text and reproducible. NUL is removed, since it would end SentencePiece's input.
+    The sample is spread over the text and reproducible. NUL is removed, since it would end SentencePiece's input.
     """
     ceiling, size = 1 << 32, 0
     kept: list[tuple[int, str]] = []
@@ -234,4 +234,4 @@ def _remedy(message: str) -> str:
         return f"the text allows at most {limit[1]}"
     if limit or "sentences_.empty()" in message:
         return "there is too little text to train any tokenizer"
-    return f"SentencePiece cannot train so many pieces on the text: {message.rpartition('] ')[2].strip()}"
+    return f"SentencePiece cannot train this many pieces on the text: {message.rpartition('] ')[2].strip()}"

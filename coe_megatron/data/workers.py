@@ -43,7 +43,7 @@ def ordered_map(function: Callable[..., Result], tasks: Iterable[tuple[Any, ...]
 
 
 def _init_worker() -> None:
-    """Ignore Ctrl-C, which the whole process group receives and the parent handles; end when the parent ends."""
+    """Ignore Ctrl-C, which all processes of the group receive and the parent handles; end when the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -124,7 +124,7 @@ class MegatronGroups:
 
     @staticmethod
     def get_model_parallel_world_size() -> int:
-        """Number of ranks that together hold one model."""
+        """Number of ranks that hold one replica of the model."""
         return parallel_state.get_model_parallel_group().size()
 
     @staticmethod

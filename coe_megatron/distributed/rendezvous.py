@@ -27,7 +27,7 @@ class RendezvousError(Exception):
 
 
 def rendezvous(env: DistributedEnv) -> dist.Store:
-    """Wait for all ranks of this attempt and return the store they share; a single process gets a local store.
+    """Wait for all ranks of this attempt and return their common store; a single process gets a local store.
 
     Several ranks connect to the address that their launcher gives (MASTER_ADDR, MASTER_PORT).
 

@@ -1,1 +1,1 @@
-"""What a run will cost, from its config alone: no torch, no data, no second rank. Behind `--dry-run`."""
+"""Predicts the cost of a run from its config, for `--dry-run`; needs no torch, no data and no other rank."""

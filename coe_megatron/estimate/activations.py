@@ -1,14 +1,15 @@
-"""Closed forms of the memory between forward and backward pass: what is kept, what is recomputed, and the peak.
+"""Closed forms of activation memory: what the forward pass keeps, what the backward pass recomputes, and the peak.
 
-Needs no torch. Tests hold every form against the tensors that the built Megatron model keeps on the CPU. On CUDA
-torch's RMSNorm is one kernel, which need not keep the normed input, and dropout masks are bytes: the forms
-should be upper bounds there; nothing was measured. Rows that a capacity turns away are counted, a router's fp64 is not.
+Does not import torch. Tests compare every form with the tensors that the Megatron model keeps on the CPU. On CUDA, the
+forms should be upper bounds, but this is not measured: torch's RMSNorm is a single kernel, which need not keep the
+normalised input, and dropout masks take bytes. Dropped tokens are counted, and fp64 in a router is not.
 
-Tensor parallelism comes with sequence parallelism, as Megatron has it for experts: between layers a rank has T / TP
-tokens, inside attention and shared experts all T with 1 / TP of the width. So all but token numbers and rotary angles
-is cut, the gathered input of a product is not kept (it is gathered again), and the logits are those of V / TP words.
+Tensor parallelism includes sequence parallelism, which Megatron requires with experts: between layers a rank has T / TP
+tokens; inside attention and shared experts it has all T tokens with 1 / TP of the width. So everything except token ids
+and rotary angles is sharded, the gathered input of a product is not kept (the backward pass gathers it again), and a
+rank has the logits of V / TP words.
 
-Letters: T tokens of a micro-batch on a rank, b bytes of an element, D hidden, N experts, K chosen for a token, F ffn.
+Letters: T tokens of a micro-batch on a rank, b bytes of an element, D hidden, N experts, K experts per token, F ffn.
 """
 
 from collections import Counter
@@ -27,28 +28,29 @@ _OF_CHAINS = ("norms", "state", "routers", "experts", "shared")
 
 
 @dataclass(frozen=True)
-class Pass:
-    """What a forward and backward pass of one rank depends on besides the model.
+class PassSettings:
+    """What the memory of a forward and backward pass of one rank depends on, besides the model.
 
     Attributes:
-        micro_batch: sequences of S tokens.
-        element: b, bytes of an element of weights and hidden states; routers and losses take fp32 anyway.
-        recompute: what the backward pass computes again. `none`; `experts`, what lies between the two products of an
-            expert; `iteration`, each iteration of a chain on its own; `layer`, a whole chain at once.
+        micro_batch: number of sequences of S tokens.
+        element_bytes: b, bytes of an element of weights and hidden states; routers and losses always use fp32.
+        recompute: activations that the backward pass recomputes: `none`; `experts`, the activation function between an
+            expert's two matrix products; `iteration`, one iteration of a chain at a time; `layer`, the whole chain at
+            once.
         scores: `softmax` over all experts, `renormalised` over the chosen ones, or `sigmoid`.
-        balanced: the routers have an auxiliary loss.
-        z_loss: they have a z-loss.
-        jitter: noise on their input.
-        dropout: of the hidden states (that of attention weights has a fused kernel on CUDA, and is not counted).
-        expert_parallel: EP, the ranks that divide the experts among them.
-        tensor: TP, the ranks that cut everything else; and the sequence between layers.
-        expert_tensor: ETP, the ranks that cut every expert: each gets the rows of all of them.
-        first, last: the rank has the embedding; the output layer and the loss.
-        in_flight: micro-batches that a pipeline keeps at once on this rank.
+        balanced: whether the routers have an auxiliary loss.
+        z_loss: whether they have a z-loss.
+        jitter: whether their input has noise.
+        dropout: whether hidden states have dropout (dropout of attention weights is fused on CUDA and not counted).
+        expert_parallel: EP, ranks that share the experts of a layer.
+        tensor: TP, ranks that shard everything else, and the sequence between layers.
+        expert_tensor: ETP, ranks that shard each expert; each of them gets the rows of all.
+        first, last: whether the rank has the embedding, and whether it has the output layer and the loss.
+        in_flight: number of micro-batches that a pipeline keeps on this rank at the same time.
     """
 
     micro_batch: int
-    element: int = 4
+    element_bytes: int = 4
     recompute: Recompute = "none"
     scores: Scores = "softmax"
     balanced: bool = True
@@ -65,18 +67,17 @@ class Pass:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes on one rank for one micro-batch.
-
-    Routing is taken to be uniform: with expert parallelism as many rows reach a rank as it sends.
+    """Bytes on one rank for one micro-batch, assuming uniform routing: each rank receives as many rows as it sends.
 
     Attributes:
-        kept: by kind, what lies between the passes. `state`: the inputs of the iterations and what each passes on;
-            `routers`: scores, choices, and the order of the rows; `output`: logits (their softmax) and loss.
-        recomputed: the most that the backward pass computes again at once.
-        logits_gradient: what the loss's gradient takes beside the softmax, which it overwrites.
-        gradients: what the backward pass of an iteration's experts holds beside that: gradients of their rows and, over
-            more than one iteration, of one layer's experts, which autograd adds up before it hands them on.
-        in_flight: micro-batches of which `kept` is there at once; the backward pass is in one of them.
+        kept: by kind, what the forward pass keeps for the backward pass. `state`: inputs and outputs of iterations;
+            `routers`: scores, choices, and the order of rows; `output`: logits (their softmax) and loss.
+        recomputed: maximum of what the backward pass recomputes at a time.
+        logits_gradient: gradient of the loss, in addition to the softmax, which it overwrites.
+        gradients: gradients in the backward pass of one iteration's experts: those of their rows and, with more than
+            one iteration, those of one layer's experts, which autograd sums over iterations.
+        in_flight: number of micro-batches whose `kept` is allocated at the same time; one of them is in its backward
+            pass.
     """
 
     kept: dict[str, int]
@@ -87,109 +88,118 @@ class Activations:
 
     @property
     def peak(self) -> int:
-        """Bytes where the backward pass holds most: at the logits, or in the last chain when the logits are gone."""
+        """Bytes at the peak of the backward pass: at the logits, or in the last chain after the logits are freed."""
         total = sum(self.kept.values())
         in_pass = max(total + self.logits_gradient, total - self.kept["output"] + self.recomputed + self.gradients)
         return (self.in_flight - 1) * total + in_pass
 
 
-def activations(shape: ModelShape, run: Pass) -> Activations:
-    """What the model keeps on one rank for one micro-batch, and its peak.
+def activations(shape: ModelShape, settings: PassSettings) -> Activations:
+    """Activation memory of one rank for one micro-batch.
 
     Args:
-        shape: the whole model, or the layers of the rank's pipeline stage.
+        shape: the complete model, or the layers of the rank's pipeline stage.
     """
-    whole, tokens = run.micro_batch * shape.seq_length, _tokens(shape, run)
+    all_tokens, tokens = settings.micro_batch * shape.seq_length, _tokens(shape, settings)
     dense = shape.layers - shape.num_moe_layers
-    kinds = [(count, _chain(kind, run)) for count, kind in shape.moe_kinds]
+    kinds = [(count, _chain(kind, settings)) for count, kind in shape.moe_kinds]
     own_norms = sum(count for count, kind in shape.moe_kinds if kind.chain.norm_placement == "iteration_norm")
-    norms = run.last + 2 * shape.layers - own_norms
+    norms = settings.last + 2 * shape.layers - own_norms
     kept = {
-        "embedding": whole * _INDEX * run.first,
-        "attention": shape.layers * _attention(shape, run),
-        "dense": dense * tokens * run.element * (shape.hidden + _feed_forward(shape, shape.dense_ffn)),
+        "embedding": all_tokens * _INDEX * settings.first,
+        "attention": shape.layers * _attention(shape, settings),
+        "dense": dense * tokens * settings.element_bytes * (shape.hidden + _feed_forward(shape, shape.dense_ffn)),
         **{kind: sum(count * chain[kind] for count, chain in kinds) for kind in _OF_CHAINS},
-        "dropout": tokens * run.element * shape.hidden * (run.first + 2 * shape.layers) if run.dropout else 0,
-        "output": _output(shape, run) * run.last,
+        "dropout": tokens * settings.element_bytes * shape.hidden * (settings.first + 2 * shape.layers)
+        if settings.dropout
+        else 0,
+        "output": _output(shape, settings) * settings.last,
     }
-    kept["norms"] += norms * tokens * _norm(shape, run, shape.hidden)
-    logits_gradient = tokens * shape.vocab * run.element * run.last if run.element < _FP32 else 0
-    of_layers = [(_recomputed(kind, run), _gradients(kind, run)) for _, kind in shape.moe_kinds]
+    kept["norms"] += norms * tokens * _norm(shape, settings, shape.hidden)
+    logits_gradient = (
+        tokens * shape.vocab * settings.element_bytes * settings.last if settings.element_bytes < _FP32 else 0
+    )
+    of_layers = [(_recomputed(kind, settings), _gradients(kind, settings)) for _, kind in shape.moe_kinds]
     recomputed, gradients = max(of_layers, key=sum, default=(0, 0))
-    return Activations(kept, recomputed, logits_gradient, gradients, run.in_flight)
+    return Activations(kept, recomputed, logits_gradient, gradients, settings.in_flight)
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of a pass: the embedding, a layer's attention, its feed-forward, or the output layer with the loss.
+    """A part of a pass: the embedding, a layer's attention or feed-forward, or the output layer with the loss.
 
     Attributes:
-        kept: bytes that it keeps for its backward pass.
-        working: bytes that its backward pass takes beside that.
-        late: bytes of both that are left when the first gradient of its weights is there; a chain's are added up over
-            its iterations, and come with the first of these.
-        last: the same at the other gradients.
+        kept: bytes that its forward pass keeps.
+        working: additional bytes in its backward pass.
+        at_first_gradient: bytes of both that are left when its first weight gradient is complete; the gradients of a
+            chain are summed over iterations, so they are complete in the backward pass of the first iteration.
+        at_later_gradients: the same at the other gradients.
     """
 
     kept: int
     working: int
-    late: int
-    last: int
+    at_first_gradient: int
+    at_later_gradients: int
 
 
-def segments(shape: ModelShape, run: Pass) -> list[Segment]:
-    """What `activations` adds up, in the order of a forward pass: embedding, attention and feed-forward of each layer,
-    and output layer; empty where the rank has none.
+def segments(shape: ModelShape, settings: PassSettings) -> list[Segment]:
+    """The parts of `activations` in the order of a forward pass: embedding, attention and feed-forward of each layer,
+    output layer. A part that the rank does not have is empty.
     """
-    tokens = _tokens(shape, run)
-    state = tokens * run.element * shape.hidden
-    dropout = state if run.dropout else 0
-    norm = tokens * _norm(shape, run, shape.hidden)
-    ffn = tokens * run.element * _feed_forward(shape, shape.dense_ffn)
-    attention = _whole(norm + _attention(shape, run) + dropout, 4 * state)
-    dense = _whole(norm + state + ffn + dropout, state + ffn)
-    kinds = [_moe_segment(kind, run, norm, dropout) for _, kind in shape.moe_kinds]
+    tokens = _tokens(shape, settings)
+    state = tokens * settings.element_bytes * shape.hidden
+    dropout = state if settings.dropout else 0
+    norm = tokens * _norm(shape, settings, shape.hidden)
+    ffn = tokens * settings.element_bytes * _feed_forward(shape, shape.dense_ffn)
+    attention = _segment(norm + _attention(shape, settings) + dropout, 4 * state)
+    dense = _segment(norm + state + ffn + dropout, state + ffn)
+    kinds = [_moe_segment(kind, settings, norm, dropout) for _, kind in shape.moe_kinds]
     pattern = shape.moe_layers if isinstance(shape.moe_layers, tuple) else (1,) * shape.layers
-    found = [_whole(run.micro_batch * shape.seq_length * _INDEX + dropout, state) if run.first else _whole(0, 0)]
+    found = [
+        _segment(settings.micro_batch * shape.seq_length * _INDEX + dropout, state)
+        if settings.first
+        else _segment(0, 0)
+    ]
     for is_moe, is_chain in zip(pattern, shape.chains or pattern, strict=True):
-        # Of two kinds chains are the first.
+        # `moe_kinds` has chains first.
         found += [attention, (kinds[0] if is_chain else kinds[-1]) if is_moe else dense]
-    logits = tokens * shape.vocab * run.element if run.element < _FP32 else 0
-    return [*found, _whole(_output(shape, run) + norm, logits + state) if run.last else _whole(0, 0)]
+    logits = tokens * shape.vocab * settings.element_bytes if settings.element_bytes < _FP32 else 0
+    return [*found, _segment(_output(shape, settings) + norm, logits + state) if settings.last else _segment(0, 0)]
 
 
-def _whole(kept: int, working: int) -> Segment:
+def _segment(kept: int, working: int) -> Segment:
     return Segment(kept, working, kept + working, kept + working)
 
 
-def _moe_segment(shape: ModelShape, run: Pass, norm: int, dropout: int) -> Segment:
+def _moe_segment(shape: ModelShape, settings: PassSettings, norm: int, dropout: int) -> Segment:
     own_norms, c = shape.chain.norm_placement == "iteration_norm", shape.chain.iterations
-    kept = sum(_chain(shape, run).values()) + (0 if own_norms else norm) + dropout
-    recomputed = _recomputed(shape, run)
-    there = kept // c + recomputed // (c if run.recompute == "layer" else 1)
-    rows, state = _tokens(shape, run) * shape.topk * run.element, run.expert_tensor * shape.hidden
-    # The experts' second product comes first; after the first one, nothing but the gradient of their input is left.
+    kept = sum(_chain(shape, settings).values()) + (0 if own_norms else norm) + dropout
+    recomputed = _recomputed(shape, settings)
+    left = kept // c + recomputed // (c if settings.recompute == "layer" else 1)
+    rows, state = _tokens(shape, settings) * shape.topk * settings.element_bytes, settings.expert_tensor * shape.hidden
+    # The gradient of the experts' second product comes first; after that of the first one, only the gradient of their
+    # input is left.
     return Segment(
         kept,
-        recomputed + _gradients(shape, run),
-        late=there + rows * (state + shape.expert_ffn),
-        last=there - rows * ((shape.ffn_matrices - 1) * shape.expert_ffn + _between(shape)),
+        recomputed + _gradients(shape, settings),
+        at_first_gradient=left + rows * (state + shape.expert_ffn),
+        at_later_gradients=left - rows * ((shape.ffn_matrices - 1) * shape.expert_ffn + _between(shape)),
     )
 
 
-def _tokens(shape: ModelShape, run: Pass) -> int:
-    """Tokens of a micro-batch whose hidden states lie on this rank."""
-    return run.micro_batch * shape.seq_length // run.tensor
+def _tokens(shape: ModelShape, settings: PassSettings) -> int:
+    """Tokens of a micro-batch whose hidden states are on this rank."""
+    return settings.micro_batch * shape.seq_length // settings.tensor
 
 
-def _output(shape: ModelShape, run: Pass) -> int:
-    """The last hidden states, the softmax of the logits, and of every position label, mask and loss."""
-    states = _tokens(shape, run) * (run.element * shape.hidden + _FP32 * shape.vocab)
-    return states + run.micro_batch * shape.seq_length * (_INDEX + 1 + _FP32)
+def _output(shape: ModelShape, settings: PassSettings) -> int:
+    """The last hidden states, the softmax of the logits, and a label, mask and loss for every position."""
+    states = _tokens(shape, settings) * (settings.element_bytes * shape.hidden + _FP32 * shape.vocab)
+    return states + settings.micro_batch * shape.seq_length * (_INDEX + 1 + _FP32)
 
 
 def extra_flops(shape: ModelShape, recompute: Recompute) -> int:
-    """FLOPs a token that recomputing adds to `training_flops`: matrix products alone, so none for `experts`."""
+    """FLOPs per token that recomputation adds to `training_flops`: only matrix products, so none for `experts`."""
     if recompute not in get_args(Recompute):
         raise ConfigError(f"recompute is {recompute!r}: it must be one of {', '.join(get_args(Recompute))}")
     if recompute in ("none", "experts"):
@@ -198,31 +208,32 @@ def extra_flops(shape: ModelShape, recompute: Recompute) -> int:
     return flops.routers + flops.experts + flops.shared
 
 
-def _chain(shape: ModelShape, run: Pass) -> dict[str, int]:
-    """What one layer keeps, of a shape whose MoE layers are all of one kind; by kind of what is kept."""
-    tokens, c = _tokens(shape, run), shape.chain.iterations
-    state = tokens * run.element * shape.hidden
+def _chain(shape: ModelShape, settings: PassSettings) -> dict[str, int]:
+    """What one MoE layer keeps, by kind, for a shape whose MoE layers are all chains or all plain."""
+    tokens, c = _tokens(shape, settings), shape.chain.iterations
+    state = tokens * settings.element_bytes * shape.hidden
     routes = shape.routings * tokens * shape.topk * _INDEX
     kept = dict.fromkeys(_OF_CHAINS, 0)
-    if run.recompute == "layer":
+    if settings.recompute == "layer":
         return kept | {"state": state, "routers": routes}
-    if run.recompute == "iteration":
+    if settings.recompute == "iteration":
         given = tokens * shape.experts * (_FP32 + 1) if c > shape.routings else 0
         masked = tokens * shape.experts * (c - 1) if shape.chain.no_return else 0
         return kept | {"state": c * state, "routers": routes + given + masked}
     for kind_of_iteration, times in _iterations(shape).items():
-        for kind, size in _iteration(shape, run, kind_of_iteration).items():
+        for kind, size in _iteration(shape, settings, kind_of_iteration).items():
             kept[kind] += times * size
     return kept
 
 
 @dataclass(frozen=True)
 class _Iteration:
-    """In what the iterations of a chain differ.
+    """Differences between the iterations of a chain.
 
     Attributes:
-        routes: or uses a routing again.
-        masks: keeps a mask of its own, of two or more earlier iterations; of one it is that one's own choice.
+        routes: whether it has its own routing, or reuses an earlier one.
+        masks: whether it keeps a mask of experts of two or more earlier iterations; for a single earlier iteration, the
+            mask is that iteration's choice.
     """
 
     routes: bool
@@ -230,127 +241,134 @@ class _Iteration:
 
 
 def _iterations(shape: ModelShape) -> Counter[_Iteration]:
-    """How many iterations of each kind a chain has."""
+    """The number of iterations of each kind in a chain."""
     return Counter(
         _Iteration(t < shape.routings, t > 1 and shape.chain.no_return) for t in range(shape.chain.iterations)
     )
 
 
-def _recomputed(shape: ModelShape, run: Pass) -> int:
-    """The most that the backward pass computes again at once: of one iteration, or of a chain."""
-    if run.recompute == "none":
+def _recomputed(shape: ModelShape, settings: PassSettings) -> int:
+    """The maximum that the backward pass recomputes at a time: of one iteration, or of a chain."""
+    if settings.recompute == "none":
         return 0
-    if run.recompute == "experts":
-        return _tokens(shape, run) * shape.topk * run.element * _between(shape)
-    each = [(sum(_iteration(shape, run, kind).values()), times) for kind, times in _iterations(shape).items()]
-    known = shape.routings * _tokens(shape, run) * shape.topk * _INDEX  # the routes, kept anyway
-    state = _tokens(shape, run) * run.element * shape.hidden  # as is the input of what is recomputed
-    if run.recompute == "iteration":
+    if settings.recompute == "experts":
+        return _tokens(shape, settings) * shape.topk * settings.element_bytes * _between(shape)
+    each = [(sum(_iteration(shape, settings, kind).values()), times) for kind, times in _iterations(shape).items()]
+    known = shape.routings * _tokens(shape, settings) * shape.topk * _INDEX  # the choices, which are kept
+    state = (
+        _tokens(shape, settings) * settings.element_bytes * shape.hidden
+    )  # the input of what is recomputed, which is kept too
+    if settings.recompute == "iteration":
         return max(size for size, _ in each) - known // shape.routings - state
     return sum(times * size for size, times in each) - known - state
 
 
-def _gradients(shape: ModelShape, run: Pass) -> int:
-    """See Activations.gradients."""
-    experts = shape.experts // run.expert_parallel * shape.ffn_matrices * shape.hidden * shape.expert_ffn
-    experts //= run.expert_tensor
-    return _row_gradients(shape, run) + run.element * (experts if shape.chain.iterations > 1 else 0)
+def _gradients(shape: ModelShape, settings: PassSettings) -> int:
+    """See `Activations.gradients`."""
+    experts = shape.experts // settings.expert_parallel * shape.ffn_matrices * shape.hidden * shape.expert_ffn
+    experts //= settings.expert_tensor
+    return _row_gradients(shape, settings) + settings.element_bytes * (experts if shape.chain.iterations > 1 else 0)
 
 
-def _row_gradients(shape: ModelShape, run: Pass) -> int:
-    rows = _tokens(shape, run) * shape.topk
-    return run.element * rows * (run.expert_tensor * shape.hidden + shape.ffn_matrices * shape.expert_ffn)
+def _row_gradients(shape: ModelShape, settings: PassSettings) -> int:
+    rows = _tokens(shape, settings) * shape.topk
+    return (
+        settings.element_bytes * rows * (settings.expert_tensor * shape.hidden + shape.ffn_matrices * shape.expert_ffn)
+    )
 
 
-def _iteration(shape: ModelShape, run: Pass, kind: _Iteration) -> dict[str, int]:
-    """What one iteration keeps where nothing is recomputed but, perhaps, in the experts.
+def _iteration(shape: ModelShape, settings: PassSettings, kind: _Iteration) -> dict[str, int]:
+    """What one iteration keeps if at most its experts are recomputed.
 
-    Its input is kept for the first products of router and shared experts; who routes copies of it alone does not.
+    Its input is kept for the first products of router and shared experts; permuted tokens are kept separately.
     """
-    tokens, b = _tokens(shape, run), run.element
-    reads_input = bool(shape.shared_ffn) or (kind.routes and not run.jitter)
-    jittered = 2 * b * shape.hidden if kind.routes and run.jitter else 0
+    tokens, b = _tokens(shape, settings), settings.element_bytes
+    reads_input = bool(shape.shared_ffn) or (kind.routes and not settings.jitter)
+    jittered = 2 * b * shape.hidden if kind.routes and settings.jitter else 0
     own_norm = shape.chain.norm_placement == "iteration_norm"
-    states = reads_input + shape.gains // shape.chain.iterations  # F_t and x, for their gains' gradients
+    states = reads_input + shape.gains // shape.chain.iterations  # F_t and x, for the gradients of their gains
     return {
-        "norms": tokens * _norm(shape, run, shape.hidden) if own_norm else 0,
+        "norms": tokens * _norm(shape, settings, shape.hidden) if own_norm else 0,
         "state": states * tokens * b * shape.hidden,
-        "routers": tokens * (jittered + _router(shape, run, kind.routes) + shape.experts * kind.masks),
-        "experts": tokens * shape.topk * _row(shape, run),
+        "routers": tokens * (jittered + _router(shape, settings, kind.routes) + shape.experts * kind.masks),
+        "experts": tokens * shape.topk * _row(shape, settings),
         "shared": tokens * b * _feed_forward(shape, shape.shared_ffn) if shape.shared_ffn else 0,
     }
 
 
-def _router(shape: ModelShape, run: Pass, routed: bool) -> int:
-    """Bytes a token: to sort its copies (the gates and choices of all experts, the order of rows), and to choose."""
+def _router(shape: ModelShape, settings: PassSettings, routed: bool) -> int:
+    """Bytes per token of permutation (gates and choices of all experts, order of rows) and of routing."""
     n, k = shape.experts, shape.topk
     order = n * (_FP32 + 1) + k * _INDEX
     if not routed:
         return order
     chosen = k * _INDEX
-    scores = {"softmax": n, "renormalised": k, "sigmoid": n + (k + 1 if k > 1 else 0)}[run.scores] * _FP32
-    losses = (n * run.balanced + (n + 1) * run.z_loss) * _FP32
+    scores = {"softmax": n, "renormalised": k, "sigmoid": n + (k + 1 if k > 1 else 0)}[settings.scores] * _FP32
+    losses = (n * settings.balanced + (n + 1) * settings.z_loss) * _FP32
     return order + chosen + scores + losses
 
 
-def _row(shape: ModelShape, run: Pass) -> int:
-    """Bytes of a token's copy in an expert: its input, the first product, its gate, and what `experts` recomputes."""
+def _row(shape: ModelShape, settings: PassSettings) -> int:
+    """Bytes of a permuted token in an expert: its input, the first product, its gate, and what `experts` recomputes."""
     first = (2 if shape.swiglu else 1) * shape.expert_ffn
-    between = 0 if run.recompute == "experts" else _between(shape)
-    return run.element * (run.expert_tensor * shape.hidden + first + between) + run.expert_tensor * _FP32
+    between = 0 if settings.recompute == "experts" else _between(shape)
+    return (
+        settings.element_bytes * (settings.expert_tensor * shape.hidden + first + between)
+        + settings.expert_tensor * _FP32
+    )
 
 
 def _between(shape: ModelShape) -> int:
-    """Elements of a row between the products: SiLU, its product with the other half (or GELU), and that weighted."""
+    """Elements of a row between the products: SiLU, its product with the other half (or GELU), and the weighted row."""
     return (3 if shape.swiglu else 2) * shape.expert_ffn
 
 
 def _feed_forward(shape: ModelShape, ffn: int) -> int:
-    """Elements a token behind the input of Megatron's feed-forward: two halves, one again, SiLU, product; or GELU."""
+    """Elements per token in a dense feed-forward, after its input: two halves, one copied, SiLU, product; or GELU."""
     return (5 if shape.swiglu else 2) * ffn
 
 
-def _norm(shape: ModelShape, run: Pass, width: int) -> int:
-    """Bytes a row: RMSNorm keeps its input and the normed one in fp32, LayerNorm its input and two moments."""
-    return run.element * (width + 2) if shape.layer_norm else _FP32 * (2 * width + 1)
+def _norm(shape: ModelShape, settings: PassSettings, width: int) -> int:
+    """Bytes per row: RMSNorm keeps its input and output in fp32, LayerNorm its input and two moments."""
+    return settings.element_bytes * (width + 2) if shape.layer_norm else _FP32 * (2 * width + 1)
 
 
-def _attention(shape: ModelShape, run: Pass) -> int:
-    """Bytes of one layer: its input, what makes queries, keys and values of it, the kernel's part, and the angles."""
-    tokens, b = _tokens(shape, run), run.element
-    kernel = _FP32 * shape.heads  # a logarithm for each head and position; never S x S weights
+def _attention(shape: ModelShape, settings: PassSettings) -> int:
+    """Bytes of one layer: its input, queries, keys and values, the attention kernel, and rotary angles."""
+    tokens, b = _tokens(shape, settings), settings.element_bytes
+    kernel = _FP32 * shape.heads  # a logarithm per head and position; the S x S weights are not kept
     if shape.attention == "mla":
-        per_token, angles = _latent_attention(shape, run), shape.qk_rope
+        per_token, angles = _latent_attention(shape, settings), shape.qk_rope
     else:
-        per_token, angles = _grouped_attention(shape, run), shape.head_width
-    # Sine and cosine, for queries and keys apart.
+        per_token, angles = _grouped_attention(shape, settings), shape.head_width
+    # Sine and cosine, separately for queries and keys.
     return tokens * (b * shape.hidden + per_token + kernel) + shape.seq_length * b * 4 * angles
 
 
-def _grouped_attention(shape: ModelShape, run: Pass) -> int:
-    """Bytes a token: keys and queries before rotation stay, since values are a part of the same tensor."""
-    b, size, heads, groups = run.element, shape.head_width, shape.heads, shape.kv_groups or shape.heads
+def _grouped_attention(shape: ModelShape, settings: PassSettings) -> int:
+    """Bytes per token: keys and queries before rotation stay allocated, since values are views of the same tensor."""
+    b, size, heads, groups = settings.element_bytes, shape.head_width, shape.heads, shape.kv_groups or shape.heads
     straight = b * size * (heads + 2 * groups)
     rotated, out = b * size * (heads + groups), b * size * heads
     if not shape.qk_layernorm:
         return straight + rotated + out
     rows = heads + groups
-    normed = rows * _norm(shape, run, size)
-    if shape.layer_norm or b == _FP32:  # the input of a norm in its own dtype is a part of `straight`
+    normed = rows * _norm(shape, settings, size)
+    if shape.layer_norm or b == _FP32:  # the norm's input is a view of `straight`
         normed -= rows * size * b
-        normed += b * size * heads if groups < heads else 0  # but grouped queries are copied
+        normed += b * size * heads if groups < heads else 0  # except grouped queries, which are copied
     return straight + normed + rotated + out
 
 
-def _latent_attention(shape: ModelShape, run: Pass) -> int:
-    """Bytes a token: the latents and their norms, then queries, keys and values of all heads."""
-    b, rank, queries = run.element, shape.kv_lora_rank, shape.q_lora_rank
-    latents = b * rank + _norm(shape, run, rank)
+def _latent_attention(shape: ModelShape, settings: PassSettings) -> int:
+    """Bytes per token: the latents and their norms, then queries, keys and values of all heads."""
+    b, rank, queries = settings.element_bytes, shape.kv_lora_rank, shape.q_lora_rank
+    latents = b * rank + _norm(shape, settings, rank)
     if shape.layer_norm or b == _FP32:
-        latents += b * shape.qk_rope  # the norm's input is a part of a tensor that holds the shared key too
+        latents += b * shape.qk_rope  # the norm's input is a view of a tensor that also has the shared key
     if queries is not None:
-        latents += b * queries + _norm(shape, run, queries)
+        latents += b * queries + _norm(shape, settings, queries)
     size, value = shape.qk_nope + shape.qk_rope, shape.v_head_dim
-    # Short values are padded for the kernel, and its output is cut to their size.
+    # If values are shorter than keys, they are padded for the kernel, and its output is sliced.
     values = 2 * size + value if value < size else 2 * value
     return latents + b * shape.heads * (2 * size + values)

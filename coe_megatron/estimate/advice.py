@@ -1,4 +1,4 @@
-"""Whether a run fits into a device's memory, and the cheapest change of its settings with which it would."""
+"""Whether a run fits into a device's memory, and if not, the cheapest change of settings that makes it fit."""
 
 import re
 from collections.abc import Iterator
@@ -18,10 +18,10 @@ _UNITS = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6}
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as `80GiB`.
+    """Parse a size such as `80GiB` to bytes.
 
     Raises:
-        ConfigError: it is none; one line.
+        ConfigError: it is not a size; one line.
     """
     found = re.fullmatch(rf"(\d{{1,9}}(?:\.\d{{1,9}})?)({'|'.join(_UNITS)})", text, re.ASCII)
     count = int(float(found[1]) * _UNITS[found[2]]) if found else 0
@@ -31,11 +31,11 @@ def parse_size(text: str) -> int:
 
 
 def refusal(run: RunShape, cost: RunEstimate, device_memory: int) -> str | None:
-    """Why a run does not fit, and what would; None if it fits.
+    """Why a run does not fit, and which change would make it fit; None if it fits.
 
     Args:
         cost: the run's estimate.
-        device_memory: bytes.
+        device_memory: in bytes.
     """
     if cost.needed <= device_memory:
         return None
@@ -43,14 +43,14 @@ def refusal(run: RunShape, cost: RunEstimate, device_memory: int) -> str | None:
     needs = f"a rank needs {size(cost.needed)}, most of it {largest} ({size(cost.memory[largest])})"
     found = cheapest_change(run, device_memory)
     if found is None:
-        return f"{needs}; nothing that was tried fits"
+        return f"{needs}; no change that was tried makes it fit"
     changes, needed = found
     listed = " ".join(f"{name}={str(value).lower()}" for name, value in changes.items())
     return f"{needs}; {listed} would fit ({size(needed)})"
 
 
 def cheapest_change(run: RunShape, device_memory: int) -> tuple[Changes, int] | None:
-    """The first that fits, of single changes and then of pairs, and what a rank would need with it."""
+    """The cheapest change that fits, and the memory per rank with it; tries single changes, then pairs."""
     for changes in _in_order_of_cost(list(_candidates(run.config))):
         changed = _apply(run.config, changes)
         if next(problems(changed, run.layout.world_size), None) is None:
@@ -61,12 +61,13 @@ def cheapest_change(run: RunShape, device_memory: int) -> tuple[Changes, int] | 
 
 
 def _candidates(config: RunConfig) -> Iterator[Changes]:
-    """Single changes; what a run pays for each grows from one to the next.
+    """Single changes in increasing order of cost.
 
-    `experts` repeats no product. Stages 1 and 2 send more gradients at most, smaller micro-batches make smaller
-    products. `iteration` and `layer` repeat the forward pass of all experts. More expert parallelism sends more tokens,
-    first inside a node. Stage 3 sends weights twice a micro-batch, tensor parallelism hidden states several times a
-    layer, and a pipeline waits; an optimizer, or weights, in host memory make the device wait for host and bus.
+    Recompute mode `experts` repeats no matrix product. ZeRO stages 1 and 2 at most send more gradients, and smaller
+    micro-batches make smaller products. `iteration` and `layer` repeat the forward pass of all experts. More expert
+    parallelism sends more tokens. Stage 3 sends weights twice per micro-batch, tensor parallelism sends hidden states
+    several times per layer, and a pipeline has a bubble. With optimizer states or weights in host memory, the device
+    waits for host and bus.
     """
     zero, parallel, modes = config.zero, config.parallel, ("none", "experts", "iteration", "layer")
     recompute = [{"moe.recompute": mode} for mode in modes[modes.index(config.moe.recompute) + 1 :]]
@@ -84,7 +85,7 @@ def _candidates(config: RunConfig) -> Iterator[Changes]:
 
 
 def _in_order_of_cost(single: list[Changes]) -> Iterator[Changes]:
-    """Single changes, then pairs by what costs more in them."""
+    """Single changes, then pairs in the order of their more expensive change."""
     yield from single
     pairs = sorted(combinations(range(len(single)), 2), key=lambda pair: (pair[1], pair[0]))
     for first, second in pairs:

@@ -1,4 +1,4 @@
-"""How much a checkpoint takes on the disk, without torch; tests hold it against checkpoints that were saved."""
+"""Predicted size of a checkpoint on disk; tests compare it with saved checkpoints. Does not import torch."""
 
 from coe_megatron.config.layout import Layout
 from coe_megatron.estimate import closed_forms
@@ -6,26 +6,27 @@ from coe_megatron.estimate.closed_forms import ModelShape
 from coe_megatron.estimate.run_shape import RunShape
 
 _KINDS = 4  # a weight, its fp32 master and AdamW's two moments
-_MASTER_AND_MOMENTS = 12  # bytes a parameter
-# Measured: torch writes each part of a tensor as a file of its own within a file, and lists it in `.metadata`.
-_BYTES_A_PART = 1_750
-_BYTES_A_RANK = 23_000  # the states of its generators, on the CPU
+_MASTER_AND_MOMENTS = 12  # bytes per parameter
+# Measured: torch writes each part of a tensor as a separate archive within a file, and lists it in `.metadata`.
+_BYTES_PER_PART = 1_750
+_BYTES_PER_RANK = 23_000  # RNG states on the CPU
 
 
 def checkpoint_bytes(run: RunShape) -> int:
     """Bytes of one checkpoint."""
-    of_tensors = (run.element_bytes + _MASTER_AND_MOMENTS) * closed_forms.parameters(run.model).total
-    return of_tensors + _KINDS * _parts(run.model, run.layout) * _BYTES_A_PART + run.layout.world_size * _BYTES_A_RANK
+    tensor_bytes = (run.element_bytes + _MASTER_AND_MOMENTS) * closed_forms.parameters(run.model).total
+    part_bytes = _KINDS * _parts(run.model, run.layout) * _BYTES_PER_PART
+    return tensor_bytes + part_bytes + run.layout.world_size * _BYTES_PER_RANK
 
 
-def _parts(shape: ModelShape, ranks: Layout) -> int:
-    """In how many parts weights are stored: experts one by one, the halves of SwiGLU apart, each as it is cut.
+def _parts(shape: ModelShape, layout: Layout) -> int:
+    """Number of stored parts of the weights: each expert, each half of SwiGLU, and each shard is a part.
 
-    Norms are counted as four a layer: the parts of experts are what weighs.
+    Norms count as four per layer; experts have by far the most parts.
     """
     attention = len(("qkv", "output")) if shape.attention == "mha" else 4
-    experts = shape.experts * shape.ffn_matrices * ranks.expert_tensor
-    shared = shape.ffn_matrices * ranks.tensor * bool(shape.shared_ffn)
-    dense = (shape.layers - shape.num_moe_layers) * shape.ffn_matrices * ranks.tensor
+    experts = shape.experts * shape.ffn_matrices * layout.expert_tensor
+    shared = shape.ffn_matrices * layout.tensor * bool(shape.shared_ffn)
+    dense = (shape.layers - shape.num_moe_layers) * shape.ffn_matrices * layout.tensor
     moe = sum(count * (experts + shared + kind.routers + kind.gains) for count, kind in shape.moe_kinds)
-    return moe + dense + shape.layers * (attention * ranks.tensor + 4) + 2 * ranks.tensor
+    return moe + dense + shape.layers * (attention * layout.tensor + 4) + 2 * layout.tensor

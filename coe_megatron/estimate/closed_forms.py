@@ -1,11 +1,11 @@
 """Closed forms: parameters, FLOPs and combinations of a Chain-of-Experts language model, as plain integers.
 
-Needs no torch, so that a program can say what a run costs before it loads anything. Tests hold every form against the
-built model.
+Does not import torch, so that a program can report the cost of a run quickly. Tests compare every form with the built
+model.
 
-Conventions: a multiply-add is 2 FLOPs, and only matrix products count. Attention is causal, but each token is charged
-for all S positions, as Megatron-Core and most reports do; a kernel that skips the masked half does less. Training is
-3 x forward (the backward pass has two products for each forward one), without recomputation.
+Conventions: a multiply-add is 2 FLOPs, and only matrix products count. Attention counts all S positions for each token
+although it is causal, as in Megatron-Core and most reports; a kernel that skips masked positions does less. Training is
+3 x forward (the backward pass has two products for each one of the forward pass), without recomputation.
 """
 
 import math
@@ -21,33 +21,33 @@ Attention = Literal["mha", "mla"]
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Everything about a model that its parameters and FLOPs depend on. Linear layers have no biases.
+    """All sizes of a model that its parameters and FLOPs depend on. Linear layers have no biases.
 
     Attributes:
         layers: transformer layers.
         hidden: D.
-        vocab: rows of the embedding, padding included.
+        vocab: rows of the embedding, including padding.
         heads: attention heads.
-        seq_length: S, tokens of a sequence.
+        seq_length: S, tokens per sequence.
         experts: N routed experts of a MoE layer.
-        topk: K, experts a token visits in one iteration.
+        topk: K, experts per token in one iteration.
         expert_ffn: F, of one routed expert.
-        shared_ffn: width of all shared experts together; 0 for none.
-        dense_ffn: width of the feed-forward of a layer that is not MoE; may be 0 where every layer is.
-        moe_layers: how many layers are MoE, or a 0/1 for each layer; None for all of them.
-        chains: a 0/1 for each layer: which MoE layers are chains, the others choosing C·K experts at once; None: all.
+        shared_ffn: total width of the shared experts; 0 for none.
+        dense_ffn: width of the feed-forward of dense layers; may be 0 if there are none.
+        moe_layers: number of MoE layers, or a 0/1 per layer; None for all layers.
+        chains: a 0/1 per layer: which MoE layers are chains; plain ones choose C·K experts at once. None for all.
         attention: `mha` (with kv_groups) or `mla` (with the five fields at the end).
-        kv_groups: key/value heads of `mha`; None for as many as heads.
+        kv_groups: key/value heads of `mha`; None for `heads`.
         head_dim: of `mha`; None for hidden / heads.
         kv_lora_rank: of `mla`, the width of the compressed keys and values.
-        q_lora_rank: of `mla`, the width of compressed queries; None for queries straight from the hidden state.
-        qk_nope: of `mla`, dimensions of a query head without position.
-        qk_rope: of `mla`, dimensions with position; one key of this width is shared by all heads.
-        v_head_dim: of `mla`.
-        qk_layernorm: norms on the queries and keys of `mha`; the latents of `mla` have theirs anyway.
-        layer_norm: every norm is a LayerNorm, with a bias, and not an RMSNorm.
-        swiglu: two halves in the first matrix of every feed-forward, else one.
-        untied_embeddings: the output layer has weights of its own.
+        q_lora_rank: of `mla`, the width of compressed queries; None projects queries directly from the hidden state.
+        qk_nope: of `mla`, dimensions of a query head without rotary position.
+        qk_rope: of `mla`, dimensions with rotary position; all heads share one key of this width.
+        v_head_dim: of `mla`, the size of a value head.
+        qk_layernorm: norms on the queries and keys of `mha`; `mla` always normalises its latents.
+        layer_norm: every norm is a LayerNorm (with a bias) instead of an RMSNorm.
+        swiglu: the first matrix of every feed-forward has two halves.
+        untied_embeddings: the output layer has its own weights.
         chain: iterations, gating, norm placement.
 
     Raises:
@@ -97,14 +97,14 @@ class ModelShape:
         if self.chains is not None:
             self._check_chains(self.chains)
         needs_dense = self.num_moe_layers < self.layers
-        self._require(self.dense_ffn >= needs_dense, "dense_ffn", "at least 1 where a layer is not MoE")
+        self._require(self.dense_ffn >= needs_dense, "dense_ffn", "at least 1 if a layer is dense")
 
     def _check_chains(self, chains: tuple[int, ...]) -> None:
         self._require(len(chains) == self.layers, "chains", f"{self.layers} numbers")
         moe = (1,) * self.layers if self.moe_layers is None else self.moe_layers
         within = isinstance(moe, tuple) and all(map(operator.le, chains, moe))
-        self._require(within, "chains", "1 only where a layer of moe_layers, which must say which, is MoE")
-        self._require(self.chain.iterations * self.topk <= self.experts, "topk", "at most experts / C beside `chains`")
+        self._require(within, "chains", "1 only for MoE layers, which moe_layers must list")
+        self._require(self.chain.iterations * self.topk <= self.experts, "topk", "at most experts / C with `chains`")
 
     def _require(self, valid: bool, name: str, values: str) -> None:
         if not valid:
@@ -112,14 +112,14 @@ class ModelShape:
 
     @property
     def num_moe_layers(self) -> int:
-        """How many layers are MoE."""
+        """Number of MoE layers."""
         if isinstance(self.moe_layers, tuple):
             return sum(map(bool, self.moe_layers))
         return self.layers if self.moe_layers is None else self.moe_layers
 
     @property
     def moe_kinds(self) -> list[tuple[int, "ModelShape"]]:
-        """How many MoE layers are chains and how many plain, if any, each with a shape in which all are of the kind."""
+        """Numbers of chains and plain MoE layers, if any, each with a shape whose MoE layers are all of this kind."""
         chains = self.num_moe_layers if self.chains is None else sum(self.chains)
         kinds = [(chains, replace(self, chains=None))] if chains else []
         if plain := self.num_moe_layers - chains:
@@ -129,42 +129,42 @@ class ModelShape:
 
     @property
     def head_width(self) -> int:
-        """Dimensions of a head of `mha`."""
+        """Size of a head of `mha`."""
         return self.head_dim or self.hidden // self.heads
 
     @property
     def routings(self) -> int:
-        """How often a layer routes a token: once if `fixed`, else in each of C iterations."""
+        """Routings of a token per layer: one with `fixed` gating, otherwise C."""
         return 1 if self.chain.gating == "fixed" else self.chain.iterations
 
     @property
     def routers(self) -> int:
-        """Router weights of a layer: C if `independent`, else 1."""
+        """Routers per layer: C with `independent` gating, otherwise one."""
         return self.chain.iterations if self.chain.gating == "independent" else 1
 
     @property
     def gains(self) -> int:
-        """Learned gains of a chain, [D] each: one an iteration with `learned_scale`, and one with `conditioned`."""
+        """Learned gains of a chain, [D] each: one per iteration for `learned_scale`, and one for `conditioned`."""
         return self.chain.iterations * ((self.chain.learned_scale is not None) + self.chain.conditioned)
 
     @property
     def ffn_matrices(self) -> int:
-        """Matrices of hidden x width in a feed-forward: 3 for SwiGLU, else 2."""
+        """Matrices of hidden x width in a feed-forward: 3 for SwiGLU, otherwise 2."""
         return 3 if self.swiglu else 2
 
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters of the whole model by kind.
+    """Parameters of the complete model by kind.
 
     Attributes:
         embedding, output: vocab x hidden each; output is 0 when tied.
         attention: matrices of all layers.
         norms: gains (and biases) of all layers, of the latents of `mla`, and of the final norm.
-        final_norm: the part of `norms` that stands behind the last layer.
-        gains: of the chains themselves, in all layers (see ChainSettings).
+        final_norm: the part of `norms` after the last layer.
+        gains: learned gains of the chains (see ChainSettings).
         routers, experts, shared, dense: of all layers.
-        idle_experts: the part of `experts` that a token cannot reach: all but min(N, R·K) experts a layer.
+        idle_experts: the part of `experts` that one token cannot use: all but min(N, R·K) experts per layer.
     """
 
     embedding: int
@@ -186,22 +186,22 @@ class ParameterCount:
 
     @property
     def without_embeddings(self) -> int:
-        """All parameters but embedding and output layer."""
+        """All parameters except embedding and output layer."""
         matrices = self.attention + self.routers + self.experts + self.shared + self.dense
         return matrices + self.norms + self.gains
 
     @property
     def active(self) -> int:
-        """Parameters that one token can use at most: all but the experts it cannot reach.
+        """The maximum number of parameters that one token uses.
 
-        A chain may visit other experts in every iteration, so min(N, R·K) experts a layer count, R being the
-        routings. Embedding and output layer count in full.
+        A chain may choose other experts in each of its R routings, so min(N, R·K) experts per layer count. Embedding
+        and output layer count in full.
         """
         return self.total - self.idle_experts
 
     @property
     def active_without_embeddings(self) -> int:
-        """`active` but for embedding and output layer."""
+        """`active` without embedding and output layer."""
         return self.without_embeddings - self.idle_experts
 
 
@@ -209,25 +209,25 @@ def parameters(shape: ModelShape) -> ParameterCount:
     """Parameters of the model by kind."""
     moe, dense, kinds = shape.num_moe_layers, shape.layers - shape.num_moe_layers, shape.moe_kinds
     expert = shape.ffn_matrices * shape.hidden * shape.expert_ffn
-    unreachable = sum(count * max(0, kind.experts - kind.routings * kind.topk) for count, kind in kinds)
+    idle = sum(count * max(0, kind.experts - kind.routings * kind.topk) for count, kind in kinds)
     table = shape.vocab * shape.hidden
     return ParameterCount(
         embedding=table,
         output=table if shape.untied_embeddings else 0,
         attention=shape.layers * _attention_matrices(shape),
         norms=_norm_gains(shape),
-        final_norm=_of_a_norm(shape) * shape.hidden,
+        final_norm=_vectors_per_norm(shape) * shape.hidden,
         gains=sum(count * kind.gains for count, kind in kinds) * shape.hidden,
         routers=sum(count * kind.routers for count, kind in kinds) * shape.experts * shape.hidden,
         experts=moe * shape.experts * expert,
         shared=moe * shape.ffn_matrices * shape.hidden * shape.shared_ffn,
         dense=dense * shape.ffn_matrices * shape.hidden * shape.dense_ffn,
-        idle_experts=unreachable * expert,
+        idle_experts=idle * expert,
     )
 
 
 def _attention_matrices(shape: ModelShape) -> int:
-    """Parameters of the matrices of one layer's attention, which are its multiply-adds a token as well."""
+    """Parameters of the matrices of one layer's attention; also their multiply-adds per token."""
     d, heads = shape.hidden, shape.heads
     if shape.attention == "mha":
         width = shape.head_width
@@ -242,7 +242,7 @@ def _attention_matrices(shape: ModelShape) -> int:
 
 
 def _norm_gains(shape: ModelShape) -> int:
-    """Of norms before and inside attention, before the feed-forward (C in `iteration_norm`), and the final one."""
+    """Parameters of norms: before and in attention, before the feed-forward (C with `iteration_norm`), final."""
     in_moe = sum(
         count * (kind.chain.iterations if kind.chain.norm_placement == "iteration_norm" else 1)
         for count, kind in shape.moe_kinds
@@ -253,26 +253,26 @@ def _norm_gains(shape: ModelShape) -> int:
     else:
         inside = 2 * shape.head_width if shape.qk_layernorm else 0
     gains = (shape.layers + in_moe + in_dense + 1) * shape.hidden + shape.layers * inside
-    return _of_a_norm(shape) * gains
+    return _vectors_per_norm(shape) * gains
 
 
-def _of_a_norm(shape: ModelShape) -> int:
-    """Parameters of a norm for each dimension: a gain, and a bias in LayerNorm."""
+def _vectors_per_norm(shape: ModelShape) -> int:
+    """Parameters of a norm per dimension: a gain, and in LayerNorm a bias."""
     return 2 if shape.layer_norm else 1
 
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs a token by kind, over all layers.
+    """FLOPs per token by kind, over all layers.
 
     Attributes:
-        attention: the matrices around attention.
-        attention_scores: queries times keys and weights times values, over all S positions.
-        routers: R routings a layer.
-        experts: C·K experts a layer.
-        shared: C passes a layer through the shared experts.
-        dense: feed-forward of layers that are not MoE.
-        output: hidden state to vocabulary; tied or not.
+        attention: projections of attention.
+        attention_scores: products with keys and values, over all S positions.
+        routers: R routings per layer.
+        experts: C·K experts per layer.
+        shared: C passes per layer through the shared experts.
+        dense: feed-forward of dense layers.
+        output: the output layer, tied or not.
     """
 
     attention: int
@@ -285,7 +285,7 @@ class Flops:
 
     @property
     def total(self) -> int:
-        """All FLOPs of a token."""
+        """All FLOPs per token."""
         return sum(getattr(self, kind.name) for kind in fields(self))
 
     def times(self, factor: int) -> "Flops":
@@ -296,7 +296,7 @@ class Flops:
 def forward_flops(shape: ModelShape) -> Flops:
     """FLOPs of the forward pass for one token of a sequence of `seq_length`, by kind."""
     dense, kinds = shape.layers - shape.num_moe_layers, shape.moe_kinds
-    feed_forward = 2 * shape.ffn_matrices * shape.hidden  # for each unit of width
+    feed_forward = 2 * shape.ffn_matrices * shape.hidden  # per unit of width
     return Flops(
         attention=2 * shape.layers * _attention_matrices(shape),
         attention_scores=2 * shape.layers * shape.seq_length * _score_width(shape),
@@ -314,14 +314,14 @@ def training_flops(shape: ModelShape) -> Flops:
 
 
 def _score_width(shape: ModelShape) -> int:
-    """Multiply-adds of one query against one position: the widths of keys and of values, over all heads."""
+    """Multiply-adds per query and position: the widths of keys and values, over all heads."""
     if shape.attention == "mla":
         return shape.heads * (shape.qk_nope + shape.qk_rope + shape.v_head_dim)
     return shape.heads * 2 * shape.head_width
 
 
 def expert_combinations(experts: int, topk: int, iterations: int = 1) -> int:
-    """How many choices of experts a token has in a layer: binomial(N, K) ** C, an iteration's being independent.
+    """The number of possible expert choices of a token in a layer: binomial(N, K) ** C, with independent iterations.
 
     The paper claims 823 times more for CoE-2(4/64) than for MoE(8/64). Its own formula, this one, gives
     C(64,4)² / C(64,8) = 91.2.

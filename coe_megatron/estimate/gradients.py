@@ -1,8 +1,8 @@
-"""What a rank holds at each moment of a step: from the last loss back to the embedding, and in the update.
+"""Memory of gradients and activations during the backward pass of a step, and in the optimizer update.
 
-Activations go as gradients come, so their sum says nothing: a step's peak is the largest of the moments. They follow
-DeepSpeed 0.19.8 tensor by tensor (`runtime/zero/stage_1_and_2.py`, `stage3.py`, `bf16_optimizer.py`, `engine.py`);
-tests hold them against running engines.
+Activations are freed as gradients appear, so the sum of their maxima would be too large: the peak of a step is the
+largest of its moments. This follows DeepSpeed 0.19.8 tensor by tensor (`runtime/zero/stage_1_and_2.py`, `stage3.py`,
+`bf16_optimizer.py`, `engine.py`); tests compare it with running engines.
 """
 
 from collections.abc import Iterator
@@ -17,28 +17,28 @@ _FP32 = 4
 
 
 class Gradients(NamedTuple):
-    """Bytes.
+    """Bytes of gradients.
 
     Attributes:
-        summed: what stays when the pass has ended: sums of micro-batches, or gradients in their places.
-        fresh: what does not: gradients to be added, or waiting to be reduced.
-        buckets: in which they are reduced, with the copies that DeepSpeed makes of a bucket.
+        accumulated: resident after the backward pass: sums over micro-batches, or the gradients themselves.
+        temporary: freed by the end of the backward pass: gradients that are to be added or reduced.
+        buckets: communication buckets, with DeepSpeed's copies of their contents.
     """
 
-    summed: int
-    fresh: int
+    accumulated: int
+    temporary: int
     buckets: int
 
 
 @dataclass(frozen=True)
 class Moment:
-    """Bytes of what comes and goes in a step.
+    """Bytes of what is allocated and freed within a step, at one moment.
 
     Attributes:
-        gradients: and their buckets.
-        activations: with what the backward pass takes beside them.
-        gathered: weights of stage 3 that are whole meanwhile.
-        update: what the optimizer takes for its step.
+        gradients: gradients and communication buckets.
+        activations: activations and temporaries of the backward pass.
+        gathered: weights that stage 3 has gathered.
+        update: temporaries of the optimizer update.
     """
 
     gradients: Gradients
@@ -48,170 +48,180 @@ class Moment:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """All bytes."""
         return sum(self.gradients) + self.activations + self.gathered + self.update
 
 
 @dataclass(frozen=True)
 class Reduction:
-    """How gradients are summed and reduced.
+    """How gradients are accumulated and reduced.
 
     Attributes:
-        stage: of ZeRO.
-        element: bytes of a weight's gradient as it comes.
-        summed: there were micro-batches before the last one.
-        buffers: of stages 1 and 2, one or two.
-        whole: stage 1 in fp32 sums whole gradients and reduces them when all passes have ended (pipelines).
+        stage: ZeRO stage.
+        element_bytes: bytes of an element of a gradient as autograd computes it.
+        accumulates: whether there were micro-batches before the last one.
+        buffers: number of bucket buffers in stages 1 and 2, one or two.
+        pipelined: whether gradients are reduced only after all micro-batches; stage 1 in fp32 then accumulates full
+            gradients.
     """
 
     stage: int
-    element: int
-    summed: bool
+    element_bytes: int
+    accumulates: bool
     buffers: int
-    whole: bool = False
+    pipelined: bool = False
 
     @property
     def bf16(self) -> bool:
-        """Weights are bf16."""
-        return self.element < _FP32
+        """Whether weights are bf16."""
+        return self.element_bytes < _FP32
 
     @property
     def in_place(self) -> bool:
-        """Whole fp32 sums are reduced where they lie: stage 0, and stage 1 in bf16."""
+        """Whether full fp32 sums are reduced in place: in stage 0, and in stage 1 with bf16."""
         return self.stage == 0 or (self.stage == 1 and self.bf16)
 
     def buffer(self, sizes: ZeroSizes) -> int:
-        """Bytes of the buckets; stage 2 has them as gradients come."""
+        """Bytes of the bucket buffers; those of stage 2 have the dtype of the gradients."""
         if self.in_place:
             return 0
-        return (self.element if self.stage == 2 else _FP32) * self.buffers * sizes.reduce_bucket
+        return (self.element_bytes if self.stage == 2 else _FP32) * self.buffers * sizes.reduce_bucket
 
 
 def moments(
-    has: ParameterShards, segments: list[Segment], how: Reduction, earlier: int = 0, gathered: int = 0
+    shards: ParameterShards, segments: list[Segment], reduction: Reduction, earlier: int = 0, gathered: int = 0
 ) -> Iterator[Moment]:
-    """Those of the last micro-batch's backward pass and of the update.
+    """Moments of the last micro-batch's backward pass, and of the update.
 
     Args:
-        segments: in the order of the forward pass, as `has.segments`.
-        earlier: bytes of activations of other micro-batches that a pipeline has in flight.
-        gathered: bytes of weights that stage 3 has whole within the pass.
+        segments: in the order of the forward pass, like `shards.segments`.
+        earlier: bytes of activations of other micro-batches in flight in a pipeline.
+        gathered: bytes of weights that stage 3 has gathered in the backward pass.
     """
-    gradients = _Sums(has, how) if how.in_place or how.whole else _Buckets(has, how)
+    full = reduction.in_place or reduction.pipelined
+    gradients = _FullSums(shards, reduction) if full else _Buckets(shards, reduction)
     left = earlier + sum(segment.kept for segment in segments)
-    for segment, tensors in zip(reversed(segments), reversed(has.segments), strict=True):
+    for segment, tensors in zip(reversed(segments), reversed(shards.segments), strict=True):
         yield Moment(gradients.now, left + segment.working, gathered)
         for number, size in enumerate(tensors):
-            there = left - segment.kept + (segment.last if number else segment.late)
-            for most in gradients.arrive(size):
-                yield Moment(most, there, gathered)
+            remaining = segment.at_later_gradients if number else segment.at_first_gradient
+            for peak in gradients.add(size):
+                yield Moment(peak, left - segment.kept + remaining, gathered)
         left -= segment.kept
     yield Moment(gradients.end(), left, gathered)
-    yield from _update(has, how)
+    yield from _update(shards, reduction)
 
 
-class _Sums:
-    """Gradients are added to whole sums in fp32 as they come, and reduced when all are there."""
+class _FullSums:
+    """Gradients are added to full fp32 sums as they appear, and reduced after the backward pass."""
 
-    def __init__(self, has: ParameterShards, how: Reduction) -> None:
-        self._has, self._how = has, how
-        self.now = Gradients(_FP32 * has.whole if how.summed or how.bf16 else 0, 0, how.buffer(has.sizes))
+    def __init__(self, shards: ParameterShards, reduction: Reduction) -> None:
+        self._shards, self._reduction = shards, reduction
+        allocated = _FP32 * shards.total if reduction.accumulates or reduction.bf16 else 0
+        self.now = Gradients(allocated, 0, reduction.buffer(shards.sizes))
 
-    def arrive(self, size: int) -> Iterator[Gradients]:
-        """A tensor of so many parameters has its gradient; what there is meanwhile."""
-        if self._how.bf16:
-            yield self.now._replace(fresh=(self._how.element + _FP32) * size)
-        elif self._how.summed:
-            yield self.now._replace(fresh=_FP32 * size)
+    def add(self, size: int) -> Iterator[Gradients]:
+        """Add the gradient of a tensor of `size` parameters; yields the memory at its peaks."""
+        if self._reduction.bf16:
+            yield self.now._replace(temporary=(self._reduction.element_bytes + _FP32) * size)
+        elif self._reduction.accumulates:
+            yield self.now._replace(temporary=_FP32 * size)
         else:
-            self.now = self.now._replace(summed=self.now.summed + _FP32 * size)
+            self.now = self.now._replace(accumulated=self.now.accumulated + _FP32 * size)
             yield self.now
 
     def end(self) -> Gradients:
-        """DeepSpeed copies them end to end until there are more than a bucket holds; in bf16 they lie so anyway."""
-        has = self._has
-        if self._how.whole and not self._how.in_place:
-            return Gradients(_FP32 * has.whole, _FP32 * has.touched, self.now.buckets)
-        copied = 0 if self._how.bf16 else min(has.whole, has.sizes.reduce_bucket + has.largest_tensor)
-        return Gradients(_FP32 * has.whole, 0, _FP32 * copied)
+        """The reduction: in fp32, DeepSpeed copies gradients into flat buckets; in bf16 they are flat already."""
+        shards = self._shards
+        if self._reduction.pipelined and not self._reduction.in_place:
+            return Gradients(_FP32 * shards.total, _FP32 * shards.overlapping, self.now.buckets)
+        copied = 0 if self._reduction.bf16 else min(shards.total, shards.sizes.reduce_bucket + shards.largest_tensor)
+        return Gradients(_FP32 * shards.total, 0, _FP32 * copied)
 
 
 class _Buckets:
     """Gradients are copied into a bucket, which is reduced when the next one does not fit.
 
-    A tensor larger than the bucket waits where it is, and takes a bucket's place. What is reduced and the rank's own
-    goes to a buffer; the rest is let go of, in stage 1 at the end of the step where it did not fit into the bucket.
-    The rank is the one that holds the end of the model: it needs that buffer first, when most activations are there.
+    A tensor larger than the bucket is reduced in its own memory, instead of a bucket. After a reduction, the rank's own
+    partition is copied into a buffer and the rest is freed; stage 1 frees tensors larger than the bucket only at the
+    end of the step. This models the rank with the last partition of the model, which needs that buffer first, when most
+    activations are still allocated.
     """
 
-    def __init__(self, has: ParameterShards, how: Reduction) -> None:
-        self._has, self._how = has, how
-        self._in_bucket = self._waiting = self._arrived = 0
-        own = _FP32 * (has.part if how.bf16 or how.stage == 3 else has.touched)
-        there = how.stage == 3 or (how.stage == 2 and how.summed)
-        self._own = 0 if how.stage == 3 or (there and how.bf16) else own  # the buffer that is still to come
-        self._own_stays = not there
-        self._adds = how.stage == 1 and how.summed  # to whole sums, out of which it reduces
-        self._summed, self._fresh = _FP32 * has.whole if self._adds else own * there, 0
+    def __init__(self, shards: ParameterShards, reduction: Reduction) -> None:
+        self._shards, self._reduction = shards, reduction
+        self._in_bucket = self._oversized = self._seen = 0
+        separate = reduction.bf16 or reduction.stage == 3
+        own = _FP32 * (shards.partition if separate else shards.overlapping)
+        allocated = reduction.stage == 3 or (reduction.stage == 2 and reduction.accumulates)
+        # The buffer of the own partition, if it is not allocated yet.
+        self._own = 0 if reduction.stage == 3 or (allocated and reduction.bf16) else own
+        self._own_stays = not allocated
+        self._adds = reduction.stage == 1 and reduction.accumulates  # to full sums, from which it reduces
+        self._accumulated = _FP32 * shards.total if self._adds else own * allocated
+        self._temporary = 0
 
     @property
     def now(self) -> Gradients:
-        """What there is."""
-        return Gradients(self._summed, self._fresh, self._how.buffer(self._has.sizes))
+        """The memory at this moment."""
+        return Gradients(self._accumulated, self._temporary, self._reduction.buffer(self._shards.sizes))
 
-    def arrive(self, size: int) -> Iterator[Gradients]:
-        """As `_Sums.arrive`."""
-        room = self._has.sizes.reduce_bucket
-        self._fresh += self._how.element * size
+    def add(self, size: int) -> Iterator[Gradients]:
+        """As `_FullSums.add`."""
+        capacity = self._shards.sizes.reduce_bucket
+        self._temporary += self._reduction.element_bytes * size
         yield self.now
         if self._adds:
-            self._fresh -= self._how.element * size
-        if self._in_bucket and self._in_bucket + size > room:
+            self._temporary -= self._reduction.element_bytes * size
+        if self._in_bucket and self._in_bucket + size > capacity:
             yield self._reduce()
-        if size <= room:
-            self._forget(size)
+        if size <= capacity:
+            self._free(size)
         else:
-            self._waiting = size
+            self._oversized = size
         self._in_bucket += size
-        self._arrived += size
+        self._seen += size
 
     def end(self) -> Gradients:
-        """What is left in the bucket is reduced."""
+        """Reduce the rest of the bucket."""
         return self._reduce()
 
     def _reduce(self) -> Gradients:
         if self._own_stays:
-            self._summed += self._own
+            self._accumulated += self._own
         else:
-            self._fresh += self._own
+            self._temporary += self._own
         self._own, now = 0, self.now
-        most = now._replace(buckets=now.buckets + self._copied())
-        if self._how.stage > 1 or self._arrived <= self._has.part:
-            self._forget(self._waiting)
-        self._waiting = self._in_bucket = 0
-        return most
+        peak = now._replace(buckets=now.buckets + self._copied())
+        if self._reduction.stage > 1 or self._seen <= self._shards.partition:
+            self._free(self._oversized)
+        self._oversized = self._in_bucket = 0
+        return peak
 
     def _copied(self) -> int:
-        """Bytes that are copied to reduce what is in the bucket; in fp32 none where all of it is one rank's."""
-        if self._how.stage == 3:
+        """Bytes that are copied to reduce the bucket; none in fp32 if all of it belongs to one rank."""
+        if self._reduction.stage == 3:
             return _FP32 * self._in_bucket
-        if self._how.bf16:
-            return (self._how.element + _FP32) * self._in_bucket
-        return _FP32 * self._in_bucket if self._in_bucket > self._has.part else 0
+        if self._reduction.bf16:
+            return (self._reduction.element_bytes + _FP32) * self._in_bucket
+        return _FP32 * self._in_bucket if self._in_bucket > self._shards.partition else 0
 
-    def _forget(self, size: int) -> None:
+    def _free(self, size: int) -> None:
         if self._adds:
-            self._summed -= _FP32 * size
+            self._accumulated -= _FP32 * size
         else:
-            self._fresh -= self._how.element * size
+            self._temporary -= self._reduction.element_bytes * size
 
 
-def _update(has: ParameterShards, how: Reduction) -> Iterator[Moment]:
-    """Fused AdamW takes nothing for itself; but stages 1 and 2 in fp32, and 3, lay its gradients end to end before."""
-    if how.stage == 0 or (how.stage == 1 and (how.bf16 or how.whole)):
-        yield Moment(Gradients(_FP32 * has.whole, 0, 0))
-    elif how.stage == 2 and how.bf16:
-        yield Moment(Gradients(_FP32 * has.part, 0, 0))
+def _update(shards: ParameterShards, reduction: Reduction) -> Iterator[Moment]:
+    """Fused AdamW needs no temporaries, but stages 1 and 2 in fp32, and stage 3, flatten its gradients first."""
+    stage = reduction.stage
+    if stage == 0 or (stage == 1 and (reduction.bf16 or reduction.pipelined)):
+        yield Moment(Gradients(_FP32 * shards.total, 0, 0))
+    elif stage == 2 and reduction.bf16:
+        yield Moment(Gradients(_FP32 * shards.partition, 0, 0))
     else:
-        reduced, buckets = (has.part, how.buffer(has.sizes)) if how.stage == 3 else (has.touched, 0)
-        yield Moment(Gradients(_FP32 * reduced, 0, buckets), update=_FP32 * has.stepped)
+        reduced, buckets = shards.overlapping, 0
+        if stage == 3:
+            reduced, buckets = shards.partition, reduction.buffer(shards.sizes)
+        yield Moment(Gradients(_FP32 * reduced, 0, buckets), update=_FP32 * shards.largest_update)

@@ -1,4 +1,4 @@
-"""Closed forms of what one rank holds, in bytes by kind; tests hold them against running engines on the CPU."""
+"""Closed forms of the memory of one rank, in bytes by kind; tests compare them with running engines on the CPU."""
 
 from dataclasses import dataclass
 
@@ -8,21 +8,22 @@ from coe_megatron.estimate.parameter_shards import ParameterShards, parameter_sh
 from coe_megatron.estimate.run_shape import RunShape
 
 MEASURED = ("weights", "gradients", "optimizer", "communication_buckets", "activations")  # components of a rank
-_MASTER_AND_MOMENTS = 12  # bytes a parameter: fp32 master weight and AdamW's two moments
-_FP32 = 4  # bytes; gradients are summed and sent in fp32
+_MASTER_AND_MOMENTS = 12  # bytes per parameter: fp32 master weight and AdamW's two moments
+_FP32 = 4  # bytes; gradients are accumulated and reduced in fp32
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the device of a rank of a pipeline stage.
+    """Memory of a rank of a pipeline stage, in bytes.
 
     Attributes:
-        kinds: at the moment of a step when it holds most. `gradients` are summed or wait to be reduced, in
-            `communication_buckets` (with copies that DeepSpeed makes of them). `gathered` are weights of stage 3 that
-            are whole for a moment, `whole_sequence` the hidden states that tensor parallelism gathers, in a buffer of
-            Megatron's for all layers. `step` is what AdamW's step takes.
-        measured: by the kinds that can be told apart in a running engine, each at its own most; `peak` of all together.
-        host: what such a rank keeps in its host's memory by choice.
+        kinds: device memory at the peak of a step. `gradients` are accumulated or waiting to be reduced, in
+            `communication_buckets` (which include DeepSpeed's copies of them). `gathered` are weights that stage 3 has
+            gathered; `gathered_sequence` are the hidden states that tensor parallelism gathers, in a buffer that
+            Megatron uses for all layers. `step` are temporaries of AdamW's update.
+        measured: the kinds that can be distinguished in a running engine, each at its own maximum; `peak` is the
+            maximum of their sum.
+        host: memory of the host, for what is offloaded.
     """
 
     kinds: dict[str, int]
@@ -31,102 +32,102 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """At that moment."""
+        """Device memory at the peak."""
         return sum(self.kinds.values())
 
 
 def memory(run: RunShape, stage: int) -> Memory:
-    """What a rank of a pipeline stage (from 0) holds."""
-    has, zero = parameter_shards(run, stage), run.config.zero
-    course, how = _course(run, stage, has)
-    peak = max(course, key=lambda moment: moment.total)
+    """The memory of a rank of a pipeline stage (from 0)."""
+    shards, zero = parameter_shards(run, stage), run.config.zero
+    step, reduction = _moments_of_step(run, stage, shards)
+    peak = max(step, key=lambda moment: moment.total)
     kinds = {
-        "weights": _weights(run, has),
+        "weights": _weights(run, shards),
         "gathered": peak.gathered,
-        "gradients": peak.gradients.summed + peak.gradients.fresh,
+        "gradients": peak.gradients.accumulated + peak.gradients.temporary,
         "communication_buckets": peak.gradients.buckets,
-        "optimizer": 0 if zero.offload_optimizer else _optimizer(run, has),
+        "optimizer": 0 if zero.offload_optimizer else _optimizer(run, shards),
         "activations": peak.activations,
-        "whole_sequence": _whole_sequence(run) if run.layout.tensor > 1 else 0,
+        "gathered_sequence": _gathered_sequence(run) if run.layout.tensor > 1 else 0,
         "step": 0 if zero.offload_optimizer else peak.update,
     }
     host = {
-        "optimizer": _optimizer(run, has) if zero.offload_optimizer else 0,
-        "weights": run.element_bytes * has.part if zero.offload_parameters else 0,
+        "optimizer": _optimizer(run, shards) if zero.offload_optimizer else 0,
+        "weights": run.element_bytes * shards.partition if zero.offload_parameters else 0,
     }
-    measured = _as_measured(run, has, course, how, kinds)
+    measured = _measured(run, shards, step, reduction, kinds)
     return Memory(kinds, measured, {name: size for name, size in host.items() if size})
 
 
 def components(kinds: dict[str, int]) -> dict[str, int]:
-    """`Memory.kinds` by MEASURED, and what is left: what stage 3 and tensor parallelism gather, and AdamW's step."""
+    """`Memory.kinds` by MEASURED, and `other`: what stage 3 and tensor parallelism gather, and AdamW's temporaries."""
     found = {name: kinds[name] for name in MEASURED}
     return found | {"other": sum(kinds.values()) - sum(found.values())}
 
 
-def _as_measured(
-    run: RunShape, has: ParameterShards, course: list[Moment], how: Reduction, kinds: dict[str, int]
+def _measured(
+    run: RunShape, shards: ParameterShards, step: list[Moment], reduction: Reduction, kinds: dict[str, int]
 ) -> dict[str, int]:
-    buffer = how.buffer(has.sizes)
-    in_pass = max((each for each in course if each.activations), key=lambda moment: moment.total)
-    copies = max(0, in_pass.gradients.buckets - buffer)
+    buffer = reduction.buffer(shards.sizes)
+    backward_peak = max((moment for moment in step if moment.activations), key=lambda moment: moment.total)
+    copies = max(0, backward_peak.gradients.buckets - buffer)
     return {
         "weights": kinds["weights"],
         "optimizer": kinds["optimizer"],
-        "gradients": _gradients(run, has) + kinds["whole_sequence"],
+        "gradients": _gradients(run, shards) + kinds["gathered_sequence"],
         "communication_buckets": buffer,
-        "activations": in_pass.activations + in_pass.gathered + in_pass.gradients.fresh + copies,
+        "activations": backward_peak.activations + backward_peak.gathered + backward_peak.gradients.temporary + copies,
         "peak": sum(kinds.values()),
     }
 
 
-def _course(run: RunShape, stage: int, has: ParameterShards) -> tuple[list[Moment], Reduction]:
+def _moments_of_step(run: RunShape, stage: int, shards: ParameterShards) -> tuple[list[Moment], Reduction]:
     """The moments of a step, and how it reduces gradients."""
-    zero, passes = run.config.zero, run.stage_pass(stage)
-    parts = segments(run.stage_model(stage), passes)
-    how = Reduction(
+    zero, pass_settings = run.config.zero, run.stage_pass(stage)
+    parts = segments(run.stage_model(stage), pass_settings)
+    reduction = Reduction(
         zero.stage,
         run.element_bytes,
-        summed=run.micro_batches > 1,
-        buffers=2 if has.sizes.overlap and zero.stage < 3 and run.layout.pipeline == 1 else 1,
-        whole=run.layout.pipeline > 1,
+        accumulates=run.micro_batches > 1,
+        buffers=2 if shards.sizes.overlap and zero.stage < 3 and run.layout.pipeline == 1 else 1,
+        pipelined=run.layout.pipeline > 1,
     )
-    earlier = (passes.in_flight - 1) * sum(part.kept for part in parts)
-    return list(moments(has, parts, how, earlier, _gathered(run, has))), how
+    earlier = (pass_settings.in_flight - 1) * sum(part.kept for part in parts)
+    return list(moments(shards, parts, reduction, earlier, _gathered(run, shards))), reduction
 
 
-def _weights(run: RunShape, has: ParameterShards) -> int:
+def _weights(run: RunShape, shards: ParameterShards) -> int:
     if run.config.zero.stage < 3:
-        return run.element_bytes * has.whole
-    cut = 0 if run.config.zero.offload_parameters else has.part
-    return run.element_bytes * (cut + has.small * (has.dense_replicas > 1))
+        return run.element_bytes * shards.total
+    partition = 0 if run.config.zero.offload_parameters else shards.partition
+    return run.element_bytes * (partition + shards.persistent * (shards.dense_replicas > 1))
 
 
-def _gathered(run: RunShape, has: ParameterShards) -> int:
-    """The largest layer or table, and what is gathered ahead.
-
-    Nothing where nothing is cut, on one rank.
-    """
+def _gathered(run: RunShape, shards: ParameterShards) -> int:
+    """The largest layer or table, and what is prefetched; 0 if nothing is partitioned, as on one rank."""
     if run.config.zero.stage < 3:
         return 0
-    return run.element_bytes * min(has.gathered, max(has.largest, has.sizes.live) + has.sizes.prefetch_bucket)
+    sizes = shards.sizes
+    return run.element_bytes * min(shards.gathered, max(shards.largest_module, sizes.max_live) + sizes.prefetch_bucket)
 
 
-def _gradients(run: RunShape, has: ParameterShards) -> int:
-    """Stage 1 sums whole gradients over micro-batches, in bf16 always.
+def _gradients(run: RunShape, shards: ParameterShards) -> int:
+    """Gradients between two backward passes.
 
-    Stages 1 and 2 in fp32 keep whole tensors of which a part is the rank's.
+    Stage 1 accumulates full gradients over micro-batches, in bf16 always. Stages 1 and 2 in fp32 keep all tensors that
+    overlap the rank's partition.
     """
     stage, bf16 = run.config.zero.stage, run.config.training.precision == "bf16"
     if stage == 0 or (stage == 1 and (bf16 or run.micro_batches > 1 or run.layout.pipeline > 1)):
-        return _FP32 * has.whole
-    return _FP32 * (has.part if bf16 or stage == 3 else has.touched)
+        return _FP32 * shards.total
+    return _FP32 * (shards.partition if bf16 or stage == 3 else shards.overlapping)
 
 
-def _whole_sequence(run: RunShape) -> int:
+def _gathered_sequence(run: RunShape) -> int:
     return run.element_bytes * run.config.training.micro_batch * run.model.seq_length * run.model.hidden
 
 
-def _optimizer(run: RunShape, has: ParameterShards) -> int:
-    whole = run.config.zero.stage == 0
-    return (_MASTER_AND_MOMENTS - _FP32) * has.whole if whole else _MASTER_AND_MOMENTS * has.part
+def _optimizer(run: RunShape, shards: ParameterShards) -> int:
+    if run.config.zero.stage == 0:  # the weights are fp32 and serve as masters
+        return (_MASTER_AND_MOMENTS - _FP32) * shards.total
+    return _MASTER_AND_MOMENTS * shards.partition

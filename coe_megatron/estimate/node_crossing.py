@@ -1,4 +1,4 @@
-"""Whether tokens travel across nodes to their experts though they need not."""
+"""Warns if the experts' all-to-all crosses nodes although another layout would avoid it."""
 
 from dataclasses import replace
 
@@ -8,13 +8,12 @@ from coe_megatron.estimate.run_shape import RunShape
 
 
 def needless_crossing(run: RunShape, cost: RunEstimate) -> str | None:
-    """A line with the bytes, and with the largest `parallel.expert` that would keep them inside nodes.
+    """A line with the bytes, and with the largest `parallel.expert` that keeps the all-to-all inside nodes.
 
-    None where nothing crosses. What crosses because an expert alone is spread over nodes (`parallel.expert_tensor`) has
-    no remedy here.
+    None if it does not cross nodes, or if only `parallel.expert_tensor` makes it cross.
 
     Args:
-        cost: the run's estimate; `parallel.ranks_per_node` says what a node is.
+        cost: the run's estimate; `parallel.ranks_per_node` defines nodes.
     """
     crossing = cost.communication["all_to_all"].across_nodes
     if not crossing:
@@ -26,12 +25,12 @@ def needless_crossing(run: RunShape, cost: RunEstimate) -> str | None:
             other = estimate(run.changed(changed))
             if not other.communication["all_to_all"].across_nodes:
                 return (
-                    f"the all-to-all sends {size(crossing)} a rank and step across nodes of "
-                    f"{config.parallel.ranks_per_node}; parallel.expert={count} would keep it inside them, "
-                    f"{_memory(other.needed - cost.needed)}"
+                    f"the all-to-all sends {size(crossing)} per rank and step across nodes of "
+                    f"{config.parallel.ranks_per_node} ranks; parallel.expert={count} would keep it inside nodes, "
+                    f"{_memory_change(other.needed - cost.needed)}"
                 )
     return None
 
 
-def _memory(more: int) -> str:
-    return f"for {size(abs(more))} {'more' if more > 0 else 'less'} memory a rank"
+def _memory_change(more: int) -> str:
+    return f"with {size(abs(more))} {'more' if more > 0 else 'less'} memory per rank"

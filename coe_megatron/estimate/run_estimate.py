@@ -1,6 +1,7 @@
-"""The cost of a run as a whole: parameters, FLOPs, the memory of the rank that holds most, and what ranks send.
+"""The estimated cost of a run: parameters, FLOPs, memory and communication.
 
-Bytes are of one rank. Where pipeline stages differ, those of the stage that holds, or sends, most.
+Bytes are per rank. If pipeline stages differ, memory is that of the stage with the most memory, and communication that
+of the stage that sends most.
 """
 
 from dataclasses import asdict, dataclass
@@ -25,21 +26,22 @@ class RunEstimate:
     """The cost of a run.
 
     Attributes:
-        parameters: of the whole model, by kind.
+        layout: the parallel layout.
+        micro_batch: sequences per micro-batch of a rank.
+        micro_batches: micro-batches per step on each replica.
+        bubble: fraction of a step in which a pipeline stage is idle.
+        parameters: of the complete model, by kind.
         flops_per_token: forward and backward, by kind.
-        tokens_per_step: positions of a global batch, padding among them.
-        layout: how the ranks divide the work.
-        micro_batch: sequences that a rank passes at once.
-        micro_batches: of a step, on each replica.
-        bubble: share of a step in which a pipeline stage waits.
-        stage: the pipeline stage (from 0) that holds most; the five below are its.
-        memory: bytes a rank holds at the peak of a step, by kind (see `estimate.memory`).
-        measured: bytes by the kinds that `training.memory_meter` measures, each at its own most.
-        host: bytes a rank keeps in host memory by `zero.offload_...`.
-        activations: bytes of a micro-batch's activations in each mode of `moe.recompute`, uniform routing assumed.
+        tokens_per_step: positions of a global batch, including padding.
+        stage: the pipeline stage (from 0) with the most memory; memory, measured, host and activations are of this
+            stage.
+        memory: bytes per rank at the peak of a step, by kind (see `estimate.memory`).
+        measured: bytes by the kinds that `training.memory_meter` measures, each at its own maximum.
+        host: bytes per rank in host memory, with `zero.offload_...`.
+        activations: bytes of a micro-batch's activations for each mode of `moe.recompute`, assuming uniform routing.
         recompute: the run's `moe.recompute`.
-        extra_flops: FLOPs a token that each mode adds to `flops_per_token`.
-        communication: bytes a rank of the stage that sends most sends in one step, by what for and by link.
+        extra_flops: FLOPs per token that each mode adds to `flops_per_token`.
+        communication: bytes per rank and step of the stage that sends most, by purpose and link.
     """
 
     layout: Layout
@@ -73,7 +75,7 @@ class RunEstimate:
                 "data": self.layout.data,
                 "expert_data": self.layout.expert_data,
                 "micro_batch": self.micro_batch,
-                "micro_batches_a_step": self.micro_batches,
+                "micro_batches_per_step": self.micro_batches,
                 "pipeline_bubble": self.bubble,
             },
             "parameters": totals | asdict(counted),
@@ -93,21 +95,21 @@ class RunEstimate:
         }
 
     def table(self) -> str:
-        """The same for a person."""
+        """The same as a text table."""
         counted, flops = self.parameters, self.flops_per_token
         of_stage = f" (pipeline stage {self.stage + 1} of {self.layout.pipeline})" if self.layout.pipeline > 1 else ""
         rows = {
             "layout": f"{self.layout.world_size:,} ranks: {self.layout}; each expert on {self.layout.expert_data:,}",
-            "batches": f"{self.micro_batches:,} micro-batches of {self.micro_batch} a step"
+            "batches": f"{self.micro_batches:,} micro-batches of {self.micro_batch} per step"
             + (f", pipeline bubble {self.bubble:.1%}" if self.bubble else ""),
-            "parameters": f"{counted.total:,} in all, {counted.active:,} active for a token, "
+            "parameters": f"{counted.total:,} in total, {counted.active:,} active per token, "
             f"{counted.without_embeddings:,} without embeddings",
             "": ", ".join(f"{name} {value:,}" for name, value in asdict(counted).items() if value),
-            "FLOPs a token": f"{flops.total:,} to train (forward and backward)",
+            "FLOPs per token": f"{flops.total:,} in training (forward and backward)",
             " ": ", ".join(f"{name} {value / flops.total:.1%}" for name, value in asdict(flops).items() if value),
-            "tokens a step": f"{self.tokens_per_step:,}, {self.tokens_per_step * flops.total / 1e12:.3g} TFLOP",
-            "memory a rank": f"{_sizes(self.memory)}{of_stage}",
-            **({"in host memory": _sizes(self.host)} if self.host else {}),
+            "tokens per step": f"{self.tokens_per_step:,}, {self.tokens_per_step * flops.total / 1e12:.3g} TFLOP",
+            "memory per rank": f"{_sizes(self.memory)}{of_stage}",
+            **({"host memory per rank": _sizes(self.host)} if self.host else {}),
             "recompute": f"{self.recompute}; activations by mode: {', '.join(map(self._mode, self.activations))}",
             **{f"sent {link.replace('_', ' ')}": _sizes(self._sent(link)) for link in ("inside_node", "across_nodes")},
         }
@@ -122,10 +124,10 @@ class RunEstimate:
 
 
 def estimate(run: RunShape, stage: int | None = None) -> RunEstimate:
-    """The cost of a run.
+    """Estimate the cost of a run.
 
     Args:
-        stage: the pipeline stage (from 0) whose memory it shall be; the one that holds most when None.
+        stage: the pipeline stage (from 0) whose memory to report; None for the one with the most memory.
     """
     config, stages = run.config, range(run.layout.pipeline)
     held = {each: memory(run, each) for each in (stages if stage is None else [stage])}
@@ -151,13 +153,13 @@ def estimate(run: RunShape, stage: int | None = None) -> RunEstimate:
 
 
 def vocabulary(config: RunConfig, *, data_needed: bool = False) -> int:
-    """Rows of the embedding: `model.vocab_size`, or what the prepared data's tokenizer asks for.
+    """Rows of the embedding: `model.vocab_size`, or the padded size of the tokenizer of the prepared data.
 
     Args:
-        data_needed: that there is no data is an error, also where `model.vocab_size` is given.
+        data_needed: missing data is an error even if `model.vocab_size` is given.
 
     Raises:
-        ConfigError: neither is there to tell, or there is data and it does not suit (see `check_data`).
+        ConfigError: neither is available, or the data do not fit the config (see `check_data`).
     """
     manifest = check_data(config, needed=data_needed)
     if manifest is not None:
@@ -165,14 +167,14 @@ def vocabulary(config: RunConfig, *, data_needed: bool = False) -> int:
     if config.model.vocab_size is None:
         missing = next(data_folders(config.data))
         raise ConfigError(
-            "model.vocab_size is null: without prepared data it must be given "
+            "model.vocab_size is null: without prepared data it must be set "
             f"(there is no folder {missing.path}, which {missing.setting} names)"
         )
     return config.model.vocab_size
 
 
 def size(count: int) -> str:
-    """Bytes for a person."""
+    """Bytes as text, in MiB or GiB."""
     return f"{count / 2**30:,.1f} GiB" if count >= 10 * 2**30 else f"{count / 2**20:,.1f} MiB"
 
 

@@ -1,4 +1,4 @@
-"""What a run is, once its config, its tokenizer and the number of its ranks are known: built once, and handed on."""
+"""`RunShape`: a run's config, vocabulary size and layout, from which all estimates are computed."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -8,18 +8,18 @@ from coe_megatron.config import layout as layouts
 from coe_megatron.config.layout import Layout, chain_pattern, moe_pattern
 from coe_megatron.config.settings import RunConfig
 from coe_megatron.errors import ConfigError
-from coe_megatron.estimate.activations import Pass, Scores
+from coe_megatron.estimate.activations import PassSettings, Scores
 from coe_megatron.estimate.closed_forms import ModelShape
 
 
 @dataclass(frozen=True)
 class RunShape:
-    """A run for all that is computed of it.
+    """A run, as the input of all estimates.
 
     Attributes:
         config: its settings.
-        vocab_size: rows of the embedding, padding included.
-        layout: how its ranks divide the work.
+        vocab_size: rows of the embedding, including padding.
+        layout: its parallel layout.
     """
 
     config: RunConfig
@@ -28,31 +28,31 @@ class RunShape:
 
     @classmethod
     def of(cls, config: RunConfig, vocab_size: int, world_size: int | None = None) -> "RunShape":
-        """Args: `world_size` is the number of ranks; when None as `config.layout.layout` has it."""
+        """The shape of a run; `world_size` as in `config.layout.layout`."""
         return cls(config, vocab_size, layouts.layout(config, world_size))
 
     def changed(self, config: RunConfig) -> "RunShape":
-        """The same ranks and vocabulary with another config."""
+        """The shape with another config, but the same world size and vocabulary."""
         return RunShape.of(config, self.vocab_size, self.layout.world_size)
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches of a step on each replica."""
+        """Micro-batches per step on each replica."""
         return self.config.training.global_batch // (self.config.training.micro_batch * self.layout.data)
 
     @property
     def tokens_per_replica(self) -> int:
-        """Tokens that a replica passes in a step."""
+        """Tokens per step on each replica."""
         return self.config.training.global_batch * self.config.model.seq_length // self.layout.data
 
     @property
     def element_bytes(self) -> int:
-        """Of a weight, and of an element of a hidden state."""
+        """Bytes of an element of weights and hidden states."""
         return self.config.training.element_bytes
 
     @cached_property
     def model(self) -> ModelShape:
-        """The model for the closed forms."""
+        """The shape of the model, for the closed forms."""
         config, model, moe, mla = self.config, self.config.model, self.config.moe, self.config.model.mla
         return ModelShape(
             layers=model.num_layers,
@@ -83,19 +83,19 @@ class RunShape:
         )
 
     def stage_model(self, stage: int) -> ModelShape:
-        """The layers of a pipeline stage (from 0); embedding and output layer count as in the whole model."""
+        """The layers of a pipeline stage (from 0), with embedding and output layer as in the complete model."""
         layers = self.model.layers // self.layout.pipeline
         own = slice(stage * layers, (stage + 1) * layers)
         chains = None if self.model.chains is None else self.model.chains[own]
         return replace(self.model, layers=layers, moe_layers=moe_pattern(self.config)[own], chains=chains)
 
-    def micro_batch(self, recompute: Recompute | None = None) -> Pass:
-        """A micro-batch's pass through the model; `recompute` takes the place of the run's own."""
+    def pass_settings(self, recompute: Recompute | None = None) -> PassSettings:
+        """A micro-batch's pass through the complete model; `recompute` replaces the run's own mode."""
         moe = self.config.moe
         scores: Scores = "renormalised" if moe.renormalise else moe.score_function
-        return Pass(
+        return PassSettings(
             micro_batch=self.config.training.micro_batch,
-            element=self.element_bytes,
+            element_bytes=self.element_bytes,
             recompute=recompute or moe.recompute,
             scores=scores,
             balanced=moe.load_balancing != "none" and moe.aux_loss_coeff > 0,
@@ -107,12 +107,12 @@ class RunShape:
             expert_tensor=self.layout.expert_tensor,
         )
 
-    def stage_pass(self, stage: int, recompute: Recompute | None = None) -> Pass:
-        """The passes of a pipeline stage: under 1F1B stage p of P keeps P - p micro-batches, if there are so many."""
+    def stage_pass(self, stage: int, recompute: Recompute | None = None) -> PassSettings:
+        """The passes of a pipeline stage: under 1F1B, stage p of P keeps at most P - p micro-batches."""
         stages = self.layout.pipeline
         in_flight = min(stages - stage, self.micro_batches)
-        whole = self.micro_batch(recompute)
-        return replace(whole, first=stage == 0, last=stage == stages - 1, in_flight=in_flight)
+        complete = self.pass_settings(recompute)
+        return replace(complete, first=stage == 0, last=stage == stages - 1, in_flight=in_flight)
 
 
 def padded_vocabulary(config: RunConfig, tokenizer_size: int) -> int:
@@ -126,7 +126,7 @@ def padded_vocabulary(config: RunConfig, tokenizer_size: int) -> int:
         return -(-tokenizer_size // 64) * 64
     if wanted < tokenizer_size:
         raise ConfigError(
-            f"model.vocab_size is {wanted}: the tokenizer has {tokenizer_size} pieces, so at least that many, "
-            "or null for as many as it has"
+            f"model.vocab_size is {wanted}: the tokenizer has {tokenizer_size} pieces; set at least that many, "
+            "or null for the tokenizer's size"
         )
     return wanted

@@ -8,20 +8,22 @@
 
 `zero.train_step` does this, for pipelines too.
 
-What the gradients are:
+The gradients are:
 
-* of the loss: the SUM over ranks and micro-batches. The training loop divides the token losses of a micro-batch by the
-  number of counted tokens in the step (all ranks, all micro-batches), so rows are weighted by their tokens;
-* of auxiliary losses, which Megatron attaches inside the model (load balancing, z-loss): the MEAN over ranks and
-  micro-batches, so that their coefficients mean the same with any layout.
+* of the token loss: the mean over the counted tokens of the global batch, at every ZeRO stage; the stages differ only
+  in clipping. The training loop divides the token losses of a micro-batch by the number of counted tokens in the step
+  (all ranks, all micro-batches), and the quotients are summed over ranks and micro-batches;
+* of auxiliary losses, which Megatron attaches inside the model (load balancing, z-loss): the mean over ranks and
+  micro-batches, so that their coefficients mean the same in any layout.
 
-Where a step's loss or a gradient is scaled; this is all of it.
+This is the complete list of factors on a step's losses and gradients. The factors of a pipeline are applied in
+`zero.train_step`.
 
-The loss:
+Token loss:
 
 * `training.loop.Pretraining._train_step`: the sum of a micro-batch's token losses / counted tokens of the step.
-* `zero.train_step.train_step`: times 1, or NaN for a step to skip. In a pipeline also times micro-batches, by which
-  Megatron's schedule divides, and times data-parallel ranks, by which DeepSpeed divides.
+* `zero.train_step.train_step`: times 1, or NaN for a step to skip. In a pipeline also times micro-batches and times
+  data-parallel ranks, because Megatron's schedule divides by the former and DeepSpeed by the latter.
 * `zero.engine.backward`: without a pipeline, times data-parallel ranks; DeepSpeed's division by micro-batches is off.
 
 Auxiliary losses, before they are attached to gates or logits:
@@ -29,10 +31,10 @@ Auxiliary losses, before they are attached to gates or logits:
 * `model.build._balancing_coefficient`: the coefficient of the global auxiliary loss times replicas.
 * `model.router_losses._with_divided_coefficients`: with `chain.aux_loss_reduction: mean` coefficients / C.
 * Megatron's TopKRouter: the coefficient; `seq_aux_loss` / sequences of the micro-batch.
-* `model.router_losses.RouterWithLosses.apply_z_loss`: / ranks that have parts of the same sequence, and by this rank's
-  share of their tokens.
-* `model.router_losses.RouterWithLosses.attach_and_log_load_balancing_loss`, and `apply_z_loss`: times tokens where
-  Megatron divides every gradient by them (`calculate_per_token_loss`, which `build_model` leaves off).
+* `model.router_losses.RouterWithLosses.apply_z_loss`: / ranks that hold parts of the same sequence, times this rank's
+  fraction of their tokens.
+* `model.router_losses.RouterWithLosses.attach_and_log_load_balancing_loss`, and `apply_z_loss`: times tokens if
+  Megatron divides every gradient by them (`calculate_per_token_loss`, which `build_model` does not set).
 
 Auxiliary losses, in the backward pass (MoEAuxLossAutoScaler):
 
@@ -40,13 +42,13 @@ Auxiliary losses, in the backward pass (MoEAuxLossAutoScaler):
 
 Gradients:
 
-* `zero.engine._reduce_sequence_parallel_gradients`: summed over tensor-parallel ranks, where these have other tokens;
-  not divided.
+* `zero.engine._reduce_sequence_parallel_gradients`: summed over tensor-parallel ranks if each has its own tokens, not
+  divided.
 * DeepSpeed: summed over data-parallel ranks and divided by their number; an expert's over its replicas, and divided by
   the same number, since these have seen the tokens of all ranks.
-* DeepSpeed's clipping; with stage 0 `zero.grad_clip.clip`.
+* Clipping: by DeepSpeed, in stage 0 by `zero.grad_clip.clip`.
 
-For reports alone: `model.router_losses.RouterWithLosses._track` puts 1/C of a loss into Megatron's tracker, and
+For reports only, `model.router_losses.RouterWithLosses._track` adds 1/C of a loss to Megatron's tracker, and
 `model.routing_stats` and `training.evaluation` take means.
 """
 
@@ -84,7 +86,7 @@ def build_engine(
     model: torch.nn.Module,
     optimizer: OptimizerSettings,
     training: TrainingSettings,
-    zero: ZeroSettings,
+    zero_settings: ZeroSettings,
     accumulation: int,
 ) -> Engine:
     """Build the DeepSpeed engine: AdamW, ZeRO, gradient clipping and, with bf16, fp32 masters and gradient sums.
@@ -103,13 +105,14 @@ def build_engine(
     """
     _prepare_deepspeed()
     _reduce_sequence_parallel_gradients(model)
-    native = {} if zero.deepspeed is None else run_on_rank0(partial(read_native, zero.deepspeed))
+    deepspeed_json = zero_settings.deepspeed
+    native = {} if deepspeed_json is None else run_on_rank0(partial(read_native, deepspeed_json))
     sizes = ZeroSizes.of(sum(parameter.numel() for parameter in model.parameters()), native)
-    if zero.stage == 3:
+    if zero_settings.stage == 3:
         set_z3_leaf_modules(model, [CoELayer], raise_if_not_found=False)  # gathered once per pass, not C times
     # DeepSpeed reports its memory on stdout, which is reserved for the output of programs.
     with expert_groups.expert_placeholder(model), redirect_stdout(io.StringIO()):
-        groups = _parameter_groups(model, optimizer, zero.stage == 1 and training.precision == "bf16")
+        groups = _parameter_groups(model, optimizer, zero_settings.stage == 1 and training.precision == "bf16")
         # Fused AdamW allocates no temporaries as large as the parameters, which would set the memory peak on few ranks.
         adam = torch.optim.AdamW(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True)
         try:
@@ -117,17 +120,17 @@ def build_engine(
                 model=model,
                 optimizer=adam,
                 mpu=MegatronGroups(),
-                config=merged(_config(optimizer, training, zero, sizes, accumulation), native),
+                config=merged(_config(optimizer, training, zero_settings, sizes, accumulation), native),
                 dist_init_required=False,
             )
         except ValidationError as error:  # of zero.deepspeed: our own config is valid
             first = error.errors()[0]
             raise ConfigError(
-                f"zero.deepspeed is {zero.deepspeed}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+                f"zero.deepspeed is {deepspeed_json}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
             ) from error
     # By default stage 0, and stage 1 in bf16, copy up to 500 million gradients into one buffer.
     engine.allreduce_gradients = partial(engine.allreduce_gradients, bucket_size=sizes.reduce_bucket)
-    if zero.stage == 0:
+    if zero_settings.stage == 0:
         engine.clip_fp32_gradients = partial(_clip_gradients, engine)  # replaces DeepSpeed's, see `grad_clip`
     optimizer_states.create(engine)
     return engine
@@ -193,15 +196,20 @@ def _clip_gradients(engine: Engine) -> None:
 
 
 def _config(
-    optimizer: OptimizerSettings, training: TrainingSettings, zero: ZeroSettings, sizes: ZeroSizes, accumulation: int
+    optimizer: OptimizerSettings,
+    training: TrainingSettings,
+    zero_settings: ZeroSettings,
+    sizes: ZeroSizes,
+    accumulation: int,
 ) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": training.micro_batch,
         "gradient_accumulation_steps": accumulation,
         # In a pipeline Megatron's schedule runs the backward passes, and the engine reduces gradients in `step`.
         "managed_gradient_accumulation": _one_stage(),
-        "gradient_clipping": optimizer.clip or (math.inf if zero.stage == 0 else 0.0),  # inf: only compute the norm
-        "zero_optimization": _zero_config(zero) | sizes.as_native(),
+        "gradient_clipping": optimizer.clip
+        or (math.inf if zero_settings.stage == 0 else 0.0),  # inf: only compute the norm
+        "zero_optimization": _zero_config(zero_settings) | sizes.as_native(),
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW is as fast on a CPU, and needs no compiler
         # Stage 1 adds each gradient to its fp32 sum at once: it keeps none in bf16, and pipelines work.
         "bf16": {"enabled": training.precision == "bf16", "immediate_grad_update": True},
@@ -214,11 +222,11 @@ def _config(
     }
 
 
-def _zero_config(zero: ZeroSettings) -> dict[str, Any]:
-    offloaded = {"offload_optimizer": zero.offload_optimizer, "offload_param": zero.offload_parameters}
+def _zero_config(settings: ZeroSettings) -> dict[str, Any]:
+    offloaded = {"offload_optimizer": settings.offload_optimizer, "offload_param": settings.offload_parameters}
     return {
-        "stage": zero.stage,
-        "overlap_comm": zero.stage > 0 and _one_stage(),
+        "stage": settings.stage,
+        "overlap_comm": settings.stage > 0 and _one_stage(),
         **{name: {"device": "cpu"} for name, enabled in offloaded.items() if enabled},
     }
 
@@ -233,13 +241,10 @@ def _parameter_groups(
     """Groups by weight decay (matrices, routers if configured) and, as DeepSpeed requires, by dense and expert.
 
     Args:
-        matrices_first: order matrices before vectors of the same kind. Stage 1 in bf16 then reduces matrices in place;
-            behind a small group it would copy them to reduce both together. Otherwise matrices come last, where AdamW
-            steps them with the least other memory in use.
+        matrices_first: order matrices before vectors, among dense parameters and among experts. Stage 1 in bf16 then
+            reduces matrices in place; after a small group it would copy them to reduce both in one bucket. Otherwise
+            matrices come last, where AdamW steps them with the least other memory in use.
     """
-
-    def in_order(expert: bool, decays: bool) -> tuple[bool, bool]:
-        return expert, decays != matrices_first
 
     exempt = set() if optimizer.decay_routers else {p for _, _, router in routers(model) for p in router.parameters()}
     found: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
@@ -247,21 +252,22 @@ def _parameter_groups(
         if parameter.requires_grad:
             decays = parameter.ndim > 1 and parameter not in exempt
             found.setdefault((expert_groups.is_expert(parameter), decays), []).append(parameter)
+    kinds = (True, False) if matrices_first else (False, True)
     return [
         {
-            "params": parameters,
+            "params": found[expert, decays],
             "weight_decay": optimizer.weight_decay if decays else 0.0,
             "name": expert_groups.group_name() if expert else "dense",
             "moe": expert,
         }
-        for (expert, decays), parameters in sorted(
-            found.items(), key=lambda item: (item[0][0], item[0][1] != matrices_first)
-        )
+        for expert in (False, True)
+        for decays in kinds
+        if (expert, decays) in found
     ]
 
 
 def _prepare_deepspeed() -> None:
-    """Send DeepSpeed's warnings to stderr, tell it the device, and keep it from compiling anything at the start.
+    """Send DeepSpeed's warnings to stderr, set its device, and keep it from compiling anything at the start.
 
     DeepSpeed logs to stdout by default. It reads the device from LOCAL_RANK only, even in a process that torchrun did
     not start. On CPU it would compile a shared-memory all-reduce that only its inference uses; an empty table of

@@ -11,7 +11,7 @@ from coe_megatron.zero import expert_groups
 
 
 def gradient_norm(model: torch.nn.Module) -> float:
-    """2-norm of the gradients of the whole model, each parameter counted once; collective."""
+    """2-norm of the gradients of the complete model, each parameter counted once; collective."""
     dense, experts = (
         torch.zeros(1, dtype=torch.float64, device=torch.cuda.current_device()) for _ in ("dense", "experts")
     )

@@ -2,7 +2,7 @@
 
 Stages 1 and 2 flatten a parameter group and split it into equal partitions, regardless of where a parameter ends; stage
 3 partitions every parameter. DeepSpeed's `safe_get_full_...` and `safe_set_full_...` gather and scatter a parameter.
-Reads are collective: all ranks that share a parameter call them in the same order. Values are restored bit by bit,
+Reads are collective: all ranks that hold a parameter call them in the same order. Values are restored bit by bit,
 except for the sign of zeros.
 """
 

@@ -4,7 +4,7 @@
     sums = evaluate(engine, batches, forward, sums_fn, size)
 
 `forward(model, batch)` runs this rank's pipeline stage: the last stage returns the input of `loss_fn(output, batch)`,
-the others return hidden states, which the schedule sends on. All ranks that hold one model together pass the same
+the others return hidden states, which the schedule sends to the next stage. All ranks of one replica pass the same
 batches.
 """
 
@@ -31,7 +31,9 @@ def train_step(
     after_backward: Callable[[], None] = lambda: None,
     max_loss: float | None = None,
 ) -> torch.Tensor:
-    """One optimizer step over its micro-batches; `zero.engine` defines their gradients.
+    """One optimizer step over its micro-batches; the docstring of `zero.engine` defines the scale of gradients.
+
+    The factors of a pipeline are applied here; without a pipeline, `zero.engine.backward` applies its own.
 
     A step with a loss or gradient that is not finite on any rank is skipped: weights and optimizer states stay
     unchanged on all ranks, and `zero.engine.was_applied` is False.
@@ -60,7 +62,7 @@ def train_step(
         return torch.stack(losses).double().sum()
 
     def scaled(output: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        # The schedule divides by the number of micro-batches, and DeepSpeed by the number of replicas.
+        # Undoes the division by micro-batches (Megatron's schedule) and by data-parallel ranks (DeepSpeed).
         loss = recorded(loss_fn(output, batch))
         return loss * (len(batches) * engine.dp_world_size), losses[-1]
 

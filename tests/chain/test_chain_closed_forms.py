@@ -227,7 +227,7 @@ def test_norms_on_queries_and_keys_and_with_biases():
         ({"moe_layers": 5}, "moe_layers is 5"),
         ({"moe_layers": 3}, "dense_ffn is 0"),
         ({"chains": (1, 0)}, "chains is .*4 numbers"),
-        ({"chains": (1, 1, 0, 0), "moe_layers": (0, 1, 1, 1), "dense_ffn": 8}, "chains is .*1 only where"),
+        ({"chains": (1, 1, 0, 0), "moe_layers": (0, 1, 1, 1), "dense_ffn": 8}, "chains is .*1 only for"),
         ({"chains": (1, 1, 0, 0), "chain": ChainSettings(8)}, "topk is 8.*at most experts / C"),
         ({"chain": ChainSettings(8, no_return=True)}, "no_return is true: 8 iterations with 8 experts each need 64"),
     ],

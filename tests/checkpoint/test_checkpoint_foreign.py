@@ -133,7 +133,7 @@ VOUCHED: dict[str, tuple[Change, str]] = {
     "a negative step": (facts(step=-1), "state.json is invalid: step"),
     "a huge step": (facts(step=10**400), "state.json is invalid: step"),
     "a step that is true": (facts(step=True), "state.json is invalid: step"),
-    "a step that is NaN": (facts(step=float("nan")), "state.json cannot be read: NaN is no JSON"),
+    "a step that is NaN": (facts(step=float("nan")), "state.json cannot be read: NaN is not valid JSON"),
     "an extra number that overflows": (
         lambda checkpoint: overflow(checkpoint, '"tokens"', '"extra": 1e400, "tokens"'),
         "state.json cannot be read: 1e400 is too large for a number",

@@ -136,7 +136,7 @@ def test_what_a_checkpoint_holds(run: Path, single_rank: None) -> None:
         (lambda run, out: tools.latest(run, 4), "holds 3 finished checkpoints, but 4 are requested"),
         (lambda run, out: tools.average([run, out / "tokenizer"], out / "x"), "is of another tokenizer than"),
         (lambda run, out: tools.average([run, out / "model"], out / "x"), "is of another model than"),
-        (lambda run, out: tools.reshard(run, run), "exists: name another folder, or give --overwrite"),
+        (lambda run, out: tools.reshard(run, run), "exists: name another folder, or use --overwrite"),
         (lambda run, out: tools.reshard(run, out, overwrite=True), "is not a checkpoint and will not be replaced"),
         (lambda run, out: tools.reshard(out / "incomplete", out / "x"), "is not complete: state.json is missing"),
         (lambda run, out: list(tools.verify(out)), "holds no checkpoint"),

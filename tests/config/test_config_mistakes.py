@@ -36,7 +36,7 @@ OVERRIDES: list[tuple[str, str]] = [
     ("num_layers=2", "num_layers is not a setting; did you mean model.num_layers?"),
     ("chain.path=a", "chain.path is not a setting; did you mean data.path or data.blend.N.path?"),
     ("chain.zzz=2", "chain.zzz is not a setting; valid keys: iterations, gating, residual"),
-    ("base=other.yaml", "override 'base=other.yaml': base must stand in a config file"),
+    ("base=other.yaml", "override 'base=other.yaml': base is allowed only in a config file"),
     # overrides
     ("topk", "override 'topk': write it as key.sub=value"),
     ("=3", "override '=3': write it as key.sub=value"),
@@ -51,7 +51,7 @@ OVERRIDES: list[tuple[str, str]] = [
     ("data.blend=[{path: a, weight: 1}] & data.blend." + "9" * 5000 + ".path=x", "data.blend has one entry (0)"),
     ("training.milestones=[] & training.milestones.0=5", "training.milestones has no entries"),
     ("zero.stage=4", "zero.stage is 4: it should be 0, 1, 2 or 3"),
-    ("zero.stage=0 & training.precision=bf16", "zero.stage is 0: without fp32 master weights"),
+    ("zero.stage=0 & training.precision=bf16", "zero.stage is 0: it has no fp32 master weights"),
     ("zero.stage=0 & zero.offload_optimizer=true", "zero.offload_optimizer is true: it needs zero.stage 1, 2 or 3"),
     ("zero.offload_parameters=true", "zero.offload_parameters is true: it needs zero.stage 3, not 1"),
     ("training.milestones.last=3", "override 'training.milestones.last=3': write it as key.sub=value"),
@@ -69,13 +69,13 @@ OVERRIDES: list[tuple[str, str]] = [
     ("output=7", "output is 7: it should be a path"),
     ("output=''", "output is '': it should be text on one line"),
     ("optimizer.betas=0.9", "optimizer.betas is 0.9: it should be [number ≥ 0, < 1; number ≥ 0, < 1]"),
-    ("optimizer.betas=[0.9]", "optimizer.betas.1 is missing: a value is needed there"),
+    ("optimizer.betas=[0.9]", "optimizer.betas.1 is missing: a value is required"),
     ("optimizer.betas=[0.9,0.95,0.99]", "optimizer.betas is [0.9, 0.95, 0.99]: it should have at most 2 items"),
     ("training.milestones=5", "training.milestones is 5: it should be a list of integers ≥ 1"),
-    ("model.mla=true", "model.mla is true: it must hold keys of its own: kv_lora_rank, q_lora_rank"),
-    ("moe=7", "moe is 7: it must hold keys of its own: num_experts, topk"),
-    ("data.blend=[a, b]", "data.blend.0 is 'a': it must hold keys of its own: path, weight"),
-    ("data.blend=[{path: a}]", "data.blend.0.weight is missing: a value is needed there"),
+    ("model.mla=true", "model.mla is true: it must be a section with the keys kv_lora_rank, q_lora_rank"),
+    ("moe=7", "moe is 7: it must be a section with the keys num_experts, topk"),
+    ("data.blend=[a, b]", "data.blend.0 is 'a': it must be a section with the keys path, weight"),
+    ("data.blend=[{path: a}]", "data.blend.0.weight is missing: a value is required"),
     # ranges
     ("moe.topk=0", "moe.topk is 0: it should be greater than or equal to 1"),
     ("training.steps=-3", "training.steps is -3: it should be greater than or equal to 1"),
@@ -89,7 +89,7 @@ OVERRIDES: list[tuple[str, str]] = [
     ("optimizer.warmup=100", "optimizer.warmup is 100: it should be less than 1"),
     ("optimizer.betas=[0.9,1.5]", "optimizer.betas.1 is 1.5: it should be less than 1"),
     ("chain.iterations=0", "chain.iterations is 0: it must be an integer of at least 1"),
-    ("chain.iterations=2_000_000_000", "chain.iterations is 2000000000: with so many layers it must be at most 10000"),
+    ("chain.iterations=2_000_000_000", "chain.iterations is 2000000000: with 2 layers it must be at most 10000"),
     ("moe.capacity_factor=0", "moe.capacity_factor is 0: it should be greater than 0"),
     ("chain.learned_scale=.inf", "chain.learned_scale is inf: it must be a finite number, or null"),
     ("chain.learned_scale=true", "chain.learned_scale is true: it should be a number"),
@@ -119,7 +119,7 @@ OVERRIDES: list[tuple[str, str]] = [
     ("moe.topk=9", "moe.topk is 9: it must be at most moe.num_experts (8)"),
     ("model.num_attention_heads=3", "model.num_attention_heads is 3: it must divide model.hidden_size (32)"),
     ("model.num_query_groups=3", "model.num_query_groups is 3: it must divide model.num_attention_heads (2)"),
-    ("model.hidden_size=34", "model.kv_channels is 17: rotary positions need an even size of a head"),
+    ("model.hidden_size=34", "model.kv_channels is 17: rotary positions need an even head size"),
     ("moe.ffn_hidden_size=18", "moe.ffn_hidden_size is 18: in fp32 it must be a multiple of 4"),
     ("moe.num_groups=4", "moe.num_groups and moe.group_topk must be given together"),
     ("moe.num_groups=3 & moe.group_topk=1", "moe.num_groups is 3: it must divide moe.num_experts (8)"),
@@ -132,8 +132,8 @@ OVERRIDES: list[tuple[str, str]] = [
     ("parallel.world_size=3", "training.global_batch is 16: it must be a multiple of training.micro_batch x"),
     (
         "parallel.expert=2 & parallel.world_size=3",
-        "parallel.expert is 2: the number of ranks (3) must be a multiple of 2; start so many "
-        "(torchrun --nproc-per-node 2) or give parallel.expert=1",
+        "parallel.expert is 2: the number of ranks (3) must be a multiple of 2; start 2 "
+        "(torchrun --nproc-per-node 2) or set parallel.expert=1",
     ),
     ("parallel.expert=8", "training.global_batch is 16: it must be a multiple of training.micro_batch x"),
     ("parallel.tensor=4", "parallel.tensor is 4: it must divide model.num_attention_heads (2)"),
@@ -150,8 +150,8 @@ OVERRIDES: list[tuple[str, str]] = [
     ("parallel.context=2", "parallel.context is not a setting; valid keys: tensor, pipeline, expert, expert_tensor"),
     (
         "parallel.tensor=2 & parallel.pipeline=2 & parallel.world_size=6",
-        "parallel.tensor is 2 and parallel.pipeline is 2: the number of ranks (6) must be a multiple of 4; start so "
-        "many (torchrun --nproc-per-node 4) or give parallel.tensor=1 parallel.pipeline=1",
+        "parallel.tensor is 2 and parallel.pipeline is 2: the number of ranks (6) must be a multiple of 4; start "
+        "4 (torchrun --nproc-per-node 4) or set parallel.tensor=1 parallel.pipeline=1",
     ),
     ("training.micro_batch=5", "training.micro_batch is 5: it must divide training.global_batch (16)"),
     ("optimizer.min_lr=1", "optimizer.min_lr is 1.0: it must be at most optimizer.lr (0.0003)"),
@@ -165,7 +165,7 @@ OVERRIDES: list[tuple[str, str]] = [
         "profile.ranks is [4]: the run has ranks 0 to 3",
     ),
     ("training.warm_start=runs/mistakes", "training.warm_start is runs/mistakes: it must name another run than output"),
-    ("data.reset_at_documents=true", "data.reset_at_documents is true: it goes with data.samples packed"),
+    ("data.reset_at_documents=true", "data.reset_at_documents is true: it requires data.samples packed"),
     ("data.blend=[]", "data.blend is []: it must name at least one folder, or be null"),
     ("data.validation={a/b: x}", "data.validation has the name 'a/b': a name is text on one line without slashes"),
     # what refers to something else
@@ -186,7 +186,7 @@ FILES: dict[str, tuple[str | bytes, str]] = {
     "other encoding": ("model: {}".encode("utf-16"), "config.yaml: cannot be read: it must be text in UTF-8"),
     "a dotted key": ("model.seq_length: 3\n", "'model.seq_length' is not a setting; valid keys: output, model"),
     "a number as key": ("model: {1: 2}\n", "model.1 is not a setting; valid keys: num_layers"),
-    "a section without keys": ("model:\n", "model is null: it must hold keys of its own: num_layers"),
+    "a section without keys": ("model:\n", "model is null: it must be a section with the keys num_layers"),
     "an unclosed reference": ("moe: {topk: '${moe.'}\n", "config.yaml: moe.topk is not valid: "),
     "many digits": ("moe: {topk: " + "9" * 5000 + "}\n", "config.yaml: not valid YAML: "),
     "a line break in text": ('output: "a\\nb"\n', "output is 'a\\nb': it should be text on one line"),
@@ -301,11 +301,11 @@ def nothing(folder: Path) -> None:
 DATA: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "file cut": (cut, "", "data.path: {a} is incomplete: train.bin has 10 bytes instead of"),
     "file missing": (lambda folder: (folder / "valid.idx").unlink(), "", "valid.idx is missing; prepare it again"),
-    "manifest missing": (lambda folder: (folder / MANIFEST).unlink(), "", "data.path: {a} is no prepared data"),
-    "manifest no JSON": (replace(MANIFEST, b"{"), "", "manifest.json is no manifest of format coe_megatron.data, ver"),
+    "manifest missing": (lambda folder: (folder / MANIFEST).unlink(), "", "data.path: {a} is not prepared data"),
+    "manifest no JSON": (replace(MANIFEST, b"{"), "", "manifest.json is not a manifest of format coe_megatron.data"),
     "manifest null": (replace(MANIFEST, b"null"), "", "coe_megatron.data, version 2: it is not a JSON object"),
-    "manifest no text": (replace(MANIFEST, b"\xff"), "", "data.path: {a}/manifest.json is no manifest"),
-    "other version": (rewrite(version=7), "", "is no manifest of format coe_megatron.data, version 2: it is format"),
+    "manifest no text": (replace(MANIFEST, b"\xff"), "", "data.path: {a}/manifest.json is not a manifest"),
+    "other version": (rewrite(version=7), "", "is not a manifest of format coe_megatron.data, version 2: it is format"),
     "other type": (rewrite(vocab_size="many"), "", "version 2: vocab_size: Input should be a valid integer"),
     "no splits": (rewrite(splits={}), "", "version 2: splits has no train"),
     "tokenizer of other data": (swap_tokenizers, "", "tokenizer.model"),
@@ -345,9 +345,9 @@ def test_a_mistake_in_the_data(
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["data.path=nowhere"], "data.path: nowhere is no prepared data: it has no manifest.json"),
-        (["data.blend=[{path: nowhere, weight: 1}]"], "data.blend.0.path: nowhere is no prepared data"),
-        (["data.path={a}", "data.validation={far: nowhere}"], "data.validation.far: nowhere is no prepared data"),
+        (["data.path=nowhere"], "data.path: nowhere is not prepared data: it has no manifest.json"),
+        (["data.blend=[{path: nowhere, weight: 1}]"], "data.blend.0.path: nowhere is not prepared data"),
+        (["data.path={a}", "data.validation={far: nowhere}"], "data.validation.far: nowhere is not prepared data"),
     ],
 )
 def test_missing_data_is_a_mistake_where_it_is_needed(
@@ -359,7 +359,7 @@ def test_missing_data_is_a_mistake_where_it_is_needed(
     capsys.readouterr()
     if "{a}" not in overrides[0]:
         told = refused(capsys, *arguments, "model.vocab_size=null", "--dry-run")
-        assert told.startswith("model.vocab_size is null: without prepared data it must be given")
+        assert told.startswith("model.vocab_size is null: without prepared data it must be set")
 
 
 def test_there_are_forty_different_ones() -> None:
@@ -414,4 +414,4 @@ def test_under_torchrun_rank_0_says_it_once(
 @pytest.mark.ranks
 def test_under_torchrun_rank_0_alone_says_what_a_run_costs(config: Path) -> None:
     done = torchrun(PROGRAM, config, "data.path=nowhere", "--dry-run", seconds=60)
-    assert done.returncode == 0 and done.stdout.count("tokens a step") == 1
+    assert done.returncode == 0 and done.stdout.count("tokens per step") == 1

@@ -25,7 +25,7 @@ def test_a_file_that_is_there_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert load("quickstart.yaml").training.steps == 7
     Path("quickstart.yaml").unlink()
     Path("quickstart.yaml").symlink_to("nowhere")
-    with pytest.raises(ConfigError, match="it is a link to nowhere"):
+    with pytest.raises(ConfigError, match="it is a dangling link to nowhere"):
         load("quickstart.yaml")
 
 

@@ -15,7 +15,7 @@ def test_sizes_follow_the_model(parameters: int) -> None:
     sizes = ZeroSizes.of(parameters, {})
     assert sizes.reduce_bucket == sizes.prefetch_bucket == pytest.approx(parameters / 8, abs=2)
     assert sizes.allgather_bucket % 2 == 0  # DeepSpeed asserts it
-    assert (sizes.live, sizes.never_cut) == (parameters // 4, parameters // 1000)
+    assert (sizes.max_live, sizes.persistence_threshold) == (parameters // 4, parameters // 1000)
 
 
 def test_of_the_largest_models_they_are_deepspeeds() -> None:
@@ -25,7 +25,7 @@ def test_of_the_largest_models_they_are_deepspeeds() -> None:
 def test_deepspeeds_json_goes_first_under_either_name() -> None:
     own = {"reduce_bucket_size": 5e8, "stage3_prefetch_bucket_size": 0, "max_live_parameters": 7}
     sizes = ZeroSizes.of(1000, {"zero_optimization": own})
-    assert (sizes.reduce_bucket, sizes.prefetch_bucket, sizes.live) == (500_000_000, 0, 7)
+    assert (sizes.reduce_bucket, sizes.prefetch_bucket, sizes.max_live) == (500_000_000, 0, 7)
     said = sizes.as_native()
     assert (said["reduce_bucket_size"], said["stage3_max_live_parameters"]) == (500_000_000, 7)
 

@@ -125,7 +125,7 @@ def test_folders_of_several_tokenizers_are_refused(parent):
 
 def test_a_missing_folder_is_an_error_where_data_is_needed(parent):
     settings = blend(parent, "nowhere", "a")
-    with pytest.raises(ValueError, match=r"data\.blend\.0\.path: .*nowhere is no prepared data"):
+    with pytest.raises(ValueError, match=r"data\.blend\.0\.path: .*nowhere is not prepared data"):
         check_folders(settings, needed=True)
     found = check_folders(settings, needed=False)
     assert found is not None and found.vocab_size == 290
@@ -134,7 +134,7 @@ def test_a_missing_folder_is_an_error_where_data_is_needed(parent):
 
 def test_a_broken_folder_is_always_an_error(tmp_path):
     (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match=r"^data\.path: .*is no manifest"):
+    with pytest.raises(ValueError, match=r"^data\.path: .*is not a manifest"):
         check_folders(DataSettings(path=str(tmp_path)), needed=False)
 
 

@@ -161,8 +161,8 @@ def test_wrong_sizes_are_named(data, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / MANIFEST).unlink(), "is no prepared data: it has no manifest.json"),
-        (lambda folder: (folder / MANIFEST).write_text("{"), "is no manifest of format"),
+        (lambda folder: (folder / MANIFEST).unlink(), "is not prepared data: it has no manifest.json"),
+        (lambda folder: (folder / MANIFEST).write_text("{"), "is not a manifest of format"),
         (lambda folder: (folder / MANIFEST).write_text('{"format": "other", "version": 1}'), "format 'other'"),
         (lambda folder: (folder / "valid.idx").unlink(), "is incomplete: valid.idx is missing"),
         (

@@ -120,14 +120,14 @@ def test_an_unknown_key_is_named(folder, place):
 def test_numbers_that_contradict_each_other_are_named(folder, place, value, reason):
     content = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps(changed(content, place, value)))
-    assert f"{folder / MANIFEST} is no manifest of format coe_megatron.data, version 2: {reason}" in refused(folder)
+    assert f"{folder / MANIFEST} is not a manifest of format coe_megatron.data, version 2: {reason}" in refused(folder)
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(
     ("write", "reason"),
     [
-        (lambda content: b"", "is no manifest"),
+        (lambda content: b"", "is not a manifest"),
         (lambda content: b"[" * 100_000, "nested too deep"),
         (lambda content: b'{"a":' * 100_000, "nested too deep"),
         (lambda content: b"[" * 100 + b"]" * 100, "nested more than 32 levels deep"),
@@ -154,11 +154,11 @@ def test_what_is_no_manifest_is_refused_soon(folder, write, reason):
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (lambda path: path.unlink(), "is missing|no prepared data"),
+        (lambda path: path.unlink(), "is missing|not prepared data"),
         (lambda path: (path.unlink(), path.mkdir()), "it is a folder, where a file is needed"),
         (lambda path: (path.unlink(), os.mkfifo(path)), "it is a special file, where a file is needed"),
         (lambda path: (path.unlink(), path.symlink_to("/dev/zero")), "it is a special file, where a file is needed"),
-        (lambda path: (path.unlink(), path.symlink_to("nowhere")), "it is a link to nowhere, where nothing is"),
+        (lambda path: (path.unlink(), path.symlink_to("nowhere")), "it is a dangling link to nowhere"),
         (lambda path: (path.unlink(), path.symlink_to(path.name)), "it cannot be used: too many levels of symbolic"),
     ],
 )
@@ -175,10 +175,10 @@ def test_whatever_is_where_a_file_should_be(folder, name, damage, reason):
         ("n" * 256, "file name too long"),
         ("file", "it is a file, where a folder is needed"),
         ("file/below", "not a directory"),
-        ("link", "it is a link to nowhere"),
-        ("nul\0", "it is no path"),
-        ("empty", "is no prepared data: it has no manifest.json (launch/prepare_data.py makes one)"),
-        ("nothing", "is no prepared data"),
+        ("link", "it is a dangling link to nowhere"),
+        ("nul\0", "it is not a valid path"),
+        ("empty", "is not prepared data: it has no manifest.json (launch/prepare_data.py creates one)"),
+        ("nothing", "is not prepared data"),
     ],
 )
 def test_whatever_is_where_the_folder_should_be(tmp_path, path, reason):

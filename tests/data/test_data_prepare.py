@@ -387,7 +387,7 @@ def a_folder(path):
     "name",
     [
         *("chunks/000000.npz", "chunks/000003.npz.tmp", "chunks", "job.json", "job.json.tmp"),
-        *("tokenizer.model", "tokenizer.model.partial", "tokenizer.sha256", "whole", "replaced"),
+        *("tokenizer.model", "tokenizer.model.partial", "tokenizer.sha256", "complete", "replaced"),
     ],
 )
 def test_what_is_no_file_of_ours_in_the_hidden_folder_holds_nothing_up(settings, stopped, name, made):

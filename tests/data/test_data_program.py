@@ -43,7 +43,7 @@ PLACES = {
     "folder.jsonl": "it is a folder, where a file is needed",
     "fifo.jsonl": "it is a special file, where a file is needed",
     "zero.jsonl": "it is a special file, where a file is needed",
-    "dangling.jsonl": "it is a link to nowhere, where nothing is",
+    "dangling.jsonl": "it is a dangling link to nowhere",
     "loop.jsonl": "too many levels of symbolic links",
     "in.jsonl/below.jsonl": "not a directory",
     "~nobody.at.all/in.jsonl": "there is no such user",
@@ -63,7 +63,7 @@ def make_places(folder):
 @pytest.mark.parametrize("option", ["input", "valid", "tokenizer"])
 def test_a_path_that_cannot_be_read_is_named_with_its_option(run, tmp_path, option, path):
     if (option, path) == ("tokenizer", "in.what"):
-        path, expected = "in.jsonl", "it is no SentencePiece model"
+        path, expected = "in.jsonl", "it is not a SentencePiece model"
     else:
         expected = PLACES[path]
     make_places(tmp_path)
@@ -82,7 +82,7 @@ def test_a_path_that_cannot_be_read_is_named_with_its_option(run, tmp_path, opti
         ("in.jsonl", "it is a file, where a folder is needed"),
         ("in.jsonl/below", "not a directory"),
         ("fifo", "it is a special file"),
-        ("dangling", "it is a link to nowhere"),
+        ("dangling", "it is a dangling link to nowhere"),
         ("loop", "too many levels"),
         ("busy", "the hidden folder beside --output is"),
         ("full", "it is not empty"),

@@ -26,8 +26,8 @@ PACKERS = {
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        ('{"text": NaN}', "NaN is no JSON"),
-        ('{"text": "a", "other": [{"deep": -Infinity}]}', "-Infinity is no JSON"),
+        ('{"text": NaN}', "NaN is not valid JSON"),
+        ('{"text": "a", "other": [{"deep": -Infinity}]}', "-Infinity is not valid JSON"),
         ('{"text": 1e999}', "not valid JSON (1e999 is too large for a number)"),
         ('{"text": ' + "7" * 5000 + "}", "not valid JSON (Exceeds the limit"),
         ('{"text": "a", "meta": ' + "[" * 257 + "]" * 257 + "}", "nested more than 256 levels deep"),

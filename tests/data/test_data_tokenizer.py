@@ -174,10 +174,10 @@ def test_an_unknown_model_type_is_refused(tmp_path):
 
 def test_what_is_no_model_is_refused(tmp_path):
     (tmp_path / "model").write_bytes(b"not a model")
-    with pytest.raises(ValueError, match="is no SentencePiece model"):
+    with pytest.raises(ValueError, match="is not a SentencePiece model"):
         Tokenizer(tmp_path / "model")
     (tmp_path / "model").write_bytes(b"")
-    with pytest.raises(ConfigError, match=r"^--tokenizer is .*model: it is no SentencePiece model$"):
+    with pytest.raises(ConfigError, match=r"^--tokenizer is .*model: it is not a SentencePiece model$"):
         Tokenizer(tmp_path / "model", "--tokenizer")
     with pytest.raises(ConfigError, match="there is no such file"):
         Tokenizer(tmp_path / "none")

@@ -86,7 +86,7 @@ def test_activations_grow_with_the_micro_batch_and_not_with_the_ranks() -> None:
 
 def test_without_data_the_vocabulary_must_be_given() -> None:
     config = load(PAPER / "moe_8-64.yaml", ["model.vocab_size=null", "data.path=nowhere"])
-    with pytest.raises(ValueError, match=r"model\.vocab_size is null: without prepared data it must be given"):
+    with pytest.raises(ValueError, match=r"model\.vocab_size is null: without prepared data it must be set"):
         vocabulary(config)
 
 

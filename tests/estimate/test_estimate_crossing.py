@@ -25,11 +25,11 @@ def warning(**parallel: int) -> tuple[RunConfig, str | None]:
 )
 def test_what_would_stay_inside_and_what_it_costs(expert: int, ranks_per_node: int, better: int) -> None:
     config, said = warning(expert=expert, ranks_per_node=ranks_per_node, world_size=32)
-    assert said is not None and f"parallel.expert={better} would keep it inside them, for " in said
+    assert said is not None and f"parallel.expert={better} would keep it inside nodes, with " in said
     here = estimate(RunShape.of(config, VOCABULARY))
     there = estimate(RunShape.of(replace(config, parallel=replace(config.parallel, expert=better)), VOCABULARY))
-    assert f"sends {size(here.communication['all_to_all'].across_nodes)} a rank and step across nodes" in said
-    assert said.endswith(f"{size(there.needed - here.needed)} more memory a rank") and there.needed > here.needed
+    assert f"sends {size(here.communication['all_to_all'].across_nodes)} per rank and step across nodes" in said
+    assert said.endswith(f"{size(there.needed - here.needed)} more memory per rank") and there.needed > here.needed
     assert there.communication["all_to_all"].across_nodes == 0
 
 

@@ -75,9 +75,9 @@ def test_megatrons_groups_and_who_of_them_shares_a_node() -> None:
         (group(16, 16, 1, 8).all_to_all(1600), 700, 800),
         (group(64, 8, 8, 8).ring(800, 2), 0, 1400),
         (group(16, 8, 2, 8).ring(800, 2), 1050, 350),
-        (group(64, 4, 16, 8).to_the_next(100), 0, 100),
-        (group(16, 4, 4, 8).to_the_next(300), 200, 100),
-        (group(16, 1, 1, 8).to_the_next(100), 0, 0),
+        (group(64, 4, 16, 8).to_next(100), 0, 100),
+        (group(16, 4, 4, 8).to_next(300), 200, 100),
+        (group(16, 1, 1, 8).to_next(100), 0, 0),
         # EP 4 on nodes of 6: of ranks 0-3, 4-7 and 8-11 those in the middle lie in two nodes, two and two
         (group(12, 4, 1, 6).all_to_all(1200), 700, 200),
         (group(12, 4, 1, 6).ring(1200, 1), 750, 150),
@@ -85,7 +85,7 @@ def test_megatrons_groups_and_who_of_them_shares_a_node() -> None:
         (group(6, 3, 2, 4).ring(300, 2), 134, 266),
         (group(6, 3, 2, 4).all_to_all(300), 67, 133),
         # stages of 3 ranks on nodes of 4: 0, 3 | 6 and 1 | 4, 7 and 2 | 5 | 8
-        (group(9, 3, 3, 4).to_the_next(600), 200, 400),
+        (group(9, 3, 3, 4).to_next(600), 200, 400),
     ],
 )
 def test_what_crosses_nodes(sent: Sent, inside: int, across: int) -> None:

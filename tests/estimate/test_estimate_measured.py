@@ -20,7 +20,7 @@ from coe_megatron.model.build import build_model
 from coe_megatron.training import evaluation
 from coe_megatron.training.memory_meter import MemoryMeter
 from coe_megatron.zero import engine as zero
-from coe_megatron.zero import train_step as passes
+from coe_megatron.zero.train_step import train_step
 
 VOCABULARY = 2048
 STAGES = [(0, "fp32"), *((stage, precision) for stage in (1, 2, 3) for precision in ("fp32", "bf16"))]
@@ -103,9 +103,7 @@ def found_in(config: RunConfig, vocabulary: int = VOCABULARY) -> Found:
     }
     for _ in range(2 if config.zero.stage == 3 else 1):
         with meter.step():
-            passes.train_step(
-                engine, [batch] * count, evaluation.forward, evaluation.masked_loss_sum, meter.after_backward
-            )
+            train_step(engine, [batch] * count, evaluation.forward, evaluation.masked_loss_sum, meter.after_backward)
     return memory(run, parallel_state.get_pipeline_model_parallel_rank()).measured, meter.measured()
 
 

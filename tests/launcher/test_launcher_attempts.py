@@ -149,7 +149,7 @@ def test_the_program_begins_and_ends_an_attempt(begin: list[str], tmp_path: Path
 @pytest.mark.parametrize(
     ("settings", "environment", "said"),
     [
-        ([""], "3", "argument config: a path is needed, not an empty text"),
+        ([""], "3", "argument config: the path is empty"),
         (["~no-such-user/o.yaml"], "3", "argument config: ~no-such-user/o.yaml: there is no such user here"),
         (["nowhere.yaml"], "3", "the config file is nowhere.yaml: there is no such file"),
         (["configs/quickstart.yaml", "moe.topk=0"], "3", "moe.topk is 0: it "),

@@ -84,7 +84,7 @@ def test_ranks_that_do_not_fit(hosts: str, requested: int | None, says: str) -> 
     [
         ("folder", "it is a folder, where a file is needed"),
         ("pipe", "it is a special file, where a file is needed"),
-        ("link", "it is a link to nowhere, where nothing is"),
+        ("link", "it is a dangling link to nowhere"),
         ("long", "file name too long"),
         ("bytes", "it is not UTF-8 text"),
         ("large", "it has more than"),

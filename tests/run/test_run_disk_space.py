@@ -151,7 +151,7 @@ def test_a_run_that_is_stopped_on_a_full_disk_says_that_it_is_not_saved(
     def stop(run: Pretraining, step: int) -> None:
         if step == 6:
             fill(disk)
-            run.interruption._handle(15, None)
+            run.stop_request._handle(15, None)
 
     with pytest.raises(store.CheckpointNotSaved, match="step-00000006 could not be saved"):
         attempt(small(prepared, disk / "run"), stop)

@@ -12,7 +12,7 @@ from model_build import reset_megatron
 from coe_megatron.errors import ConfigError
 from coe_megatron.estimate.run_shape import RunShape
 from coe_megatron.model.build import build_model
-from coe_megatron.study.plan.amounts import Amounts, Speed, tokens
+from coe_megatron.study.plan.amounts import Amounts, Speed
 from coe_megatron.study.plan.arms import make_study
 from coe_megatron.study.plan.budget import Solved, nearest, solve
 from coe_megatron.study.plan.study_file import Quantity, read_study
@@ -45,13 +45,13 @@ def test_no_other_value_comes_nearer(
     study_file: Write, equal: Quantity, key: str, bounds: list[int], multiple: int
 ) -> None:
     study, solved = found(study_file(budget=budget(equal, key, bounds, multiple)))
-    wanted = AMOUNTS.of(equal, study.baseline.config)
+    wanted = AMOUNTS.run(study.baseline.config).of(equal)
     assert solved[study.baseline.name].deviation == 0
     for arm in study.arms[1:]:
         best = solved[arm.name]
-        assert AMOUNTS.of(equal, arm.config) == best.amount == pytest.approx(wanted * (1 + best.deviation))
+        assert AMOUNTS.run(arm.config).of(equal) == best.amount == pytest.approx(wanted * (1 + best.deviation))
         for value in range(-(-bounds[0] // multiple) * multiple, bounds[1] + 1, multiple):
-            other = AMOUNTS.of(equal, study.with_setting(arm, key, value).config)
+            other = AMOUNTS.run(study.with_setting(arm, key, value).config).of(equal)
             assert abs(best.amount - wanted) <= abs(other - wanted), (arm.name, value)
 
 
@@ -77,10 +77,10 @@ def test_amounts_are_those_of_built_models(
 ) -> None:
     study, solved = found(study_file(budget=budget(equal, key, bounds, multiple)))
     for arm in study.arms:
-        counted = built(arm.config)
-        assert counted["parameters"] == AMOUNTS.of("parameters", arm.config)
-        assert counted["flops"] == pytest.approx(AMOUNTS.of("flops", arm.config), rel=0.01)
-        assert counted["expert_compute"] == pytest.approx(AMOUNTS.of("expert_compute", arm.config), rel=0.01)
+        counted, totals = built(arm.config), AMOUNTS.run(arm.config)
+        assert counted["parameters"] == totals.of("parameters")
+        assert counted["flops"] == pytest.approx(totals.of("flops"), rel=0.01)
+        assert counted["expert_compute"] == pytest.approx(totals.of("expert_compute"), rel=0.01)
         assert counted[equal] == pytest.approx(solved[arm.name].amount, rel=0.01)
 
 
@@ -111,7 +111,7 @@ def _flops(config: Any, model: torch.nn.Module, experts_alone: bool = False) -> 
                 total += sum(kinds.values())
     else:
         total = counter.get_total_flops()
-    return 3 * total / ids.numel() * tokens(config)
+    return 3 * total / ids.numel() * AMOUNTS.run(config).tokens
 
 
 @pytest.mark.parametrize("wanted", [-3, 0, 17, 50, 50.4, 51, 1e6])
@@ -162,7 +162,7 @@ MISTAKES = [
         budget("flops", "optimizer.lr", [1, 9]),
         "budget.solve is optimizer.lr: it must name an integer setting",
     ),
-    (budget("flops", "model.mla", [1, 9]), "model.mla is 1: it must hold keys of its own: kv_lora_rank"),
+    (budget("flops", "model.mla", [1, 9]), "model.mla is 1: it must be a section with the keys kv_lora_rank"),
     (budget("flops", "data.reset_at_documents", [1, 9]), "it must name an integer setting"),
     (budget("flops", "training.log_every", [1, 9]), "flops cannot be solved for training.log_every: it is the same"),
     (budget("flops", "training.steps", [7, 9], 5), "budget.range is [7, 9]: it contains no multiple of 5"),

@@ -12,7 +12,7 @@ import pytest
 from coe_megatron.config import RunConfig, dump
 from coe_megatron.config.settings import DataSettings, ModelSettings, TrainingSettings
 from coe_megatron.errors import ConfigError
-from coe_megatron.study.plan.amounts import Amounts, Speed, evaluations, saves
+from coe_megatron.study.plan.amounts import Amounts, Speed
 from coe_megatron.study.plan.calibration import calibrate
 
 HALF_ROWS = 24.0
@@ -62,10 +62,11 @@ def on_its_ranks(config: RunConfig) -> RunConfig:
 
 def test_the_run_itself_is_predicted(run: Write) -> None:
     speed = calibrate(run(), HALF_ROWS)
-    seconds = Amounts(speed).seconds(on_its_ranks(CONFIG))
+    totals = Amounts(speed).run(on_its_ranks(CONFIG))
+    seconds = totals.seconds
     assert seconds.steps == pytest.approx(50 * A_STEP)
-    assert seconds.evaluations == pytest.approx(evaluations(CONFIG) * A_PASS) and evaluations(CONFIG) == 4
-    assert seconds.checkpoints == pytest.approx(saves(CONFIG) * A_SAVE) and saves(CONFIG) == 4
+    assert seconds.evaluations == pytest.approx(totals.evaluations * A_PASS) and totals.evaluations == 4
+    assert seconds.checkpoints == pytest.approx(totals.checkpoints * A_SAVE) and totals.checkpoints == 4
     assert seconds.startup == pytest.approx(STARTUP)
     assert seconds.total == pytest.approx(STARTUP + 50 * A_STEP + 4 * A_PASS + 4 * A_SAVE)
 
@@ -73,8 +74,8 @@ def test_the_run_itself_is_predicted(run: Write) -> None:
 def test_another_run_takes_longer_by_its_flops(run: Write) -> None:
     amounts = Amounts(calibrate(run(), HALF_ROWS))
     larger = replace(CONFIG, model=replace(CONFIG.model, num_layers=8), training=replace(CONFIG.training, steps=500))
-    one, other = (amounts.seconds(on_its_ranks(config)) for config in (CONFIG, larger))
-    ratio = amounts.weighted_flops(larger, HALF_ROWS) / amounts.weighted_flops(CONFIG, HALF_ROWS)
+    one, other = (amounts.run(on_its_ranks(config)).seconds for config in (CONFIG, larger))
+    ratio = amounts.run(larger).weighted_flops(HALF_ROWS) / amounts.run(CONFIG).weighted_flops(HALF_ROWS)
     assert 1.5 < ratio < 2
     assert other.steps == pytest.approx(10 * ratio * one.steps)
     assert other.startup == one.startup
@@ -87,9 +88,10 @@ def test_few_rows_for_an_expert_take_longer_than_their_flops() -> None:
     moe = replace(
         chain, moe=replace(chain.moe, topk=8), chain=replace(chain.chain, iterations=1, gating="shared_router")
     )
-    flops = [amounts.flops(config) for config in (moe, chain)]
+    runs = [amounts.run(config) for config in (moe, chain)]
+    flops = [each.flops_per_token for each in runs]
     assert flops[0].experts == flops[1].experts
-    weighted = [amounts.weighted_flops(config, HALF_ROWS) for config in (moe, chain)]
+    weighted = [each.weighted_flops(HALF_ROWS) for each in runs]
     rows = 16 * 128 * 8 / 64
     routers = flops[1].routers - flops[0].routers
     assert weighted[1] - weighted[0] - routers == pytest.approx(flops[0].experts * HALF_ROWS / rows)
@@ -99,7 +101,7 @@ def test_few_rows_for_an_expert_take_longer_than_their_flops() -> None:
 def test_of_a_run_in_several_attempts_only_steps_are_told(run: Write, how: dict[str, Any]) -> None:
     speed = calibrate(run(**how), HALF_ROWS)
     assert (speed.startup, speed.saving) == (0, 0)
-    assert Amounts(speed).seconds(on_its_ranks(CONFIG)).steps == pytest.approx(50 * A_STEP)
+    assert Amounts(speed).run(on_its_ranks(CONFIG)).seconds.steps == pytest.approx(50 * A_STEP)
 
 
 def test_what_is_no_calibration_is_one_line(run: Write, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def a_folder(path: Path) -> None:
     ("place", "made", "said"),
     [
         (lambda run: Path(run.config.output).parents[1], a_file, "output is "),
-        (lambda run: Path(run.config.output).parents[1], a_link, "where nothing is"),
+        (lambda run: Path(run.config.output).parents[1], a_link, "it is a dangling link to "),
         (lambda run: Path(run.config.output).parent, a_file, "the folder of arm moe-4-8_prenorm is "),
         (lambda run: Path(run.config.output), a_pipe, "the folder of arm moe-4-8_prenorm, seed 1 is "),
         (config_of, a_folder, "the config of arm moe-4-8_prenorm, seed 1 is "),

@@ -123,7 +123,7 @@ def test_what_is_not_finished_counts_in_nothing(plan: Plan, changes: Mapping[str
 def test_a_run_of_other_settings_counts_in_nothing(plan: Plan) -> None:
     run = plan.study.runs[0]
     leave(replace(run, config=replace(run.config, moe=replace(run.config.moe, topk=3))))
-    assert collect(plan)[0].state == "was run with moe.topk 3, and the study has 4 now"
+    assert collect(plan)[0].state == "was run with moe.topk 3, but the study now has 4"
     assert by_name(plan)[MOE].losses == {}
 
 

@@ -20,7 +20,15 @@ from coe_megatron.study.plan.arms import Run, make_study
 from coe_megatron.study.plan.study_file import read_study
 from coe_megatron.study.run import runner
 from coe_megatron.study.run.paths import config_of, log_of, write_config
-from coe_megatron.study.run.runner import Ended, Runner, devices_here, is_finished, seed_by_seed, stands, why
+from coe_megatron.study.run.runner import (
+    Runner,
+    RunResult,
+    failure_reason,
+    is_finished,
+    run_status,
+    seed_by_seed,
+    usable_devices,
+)
 
 STAND_IN = Path(__file__).with_name("study_stand_in.py")
 Write = Callable[..., Path]
@@ -40,7 +48,7 @@ class Place:
     def runs(self, *overrides: str) -> list[Run]:
         return seed_by_seed(make_study(read_study(self.file), overrides).runs)
 
-    def go(self, runs: list[Run], devices: tuple[str, ...] = (), at_once: int = 1) -> dict[str, Ended]:
+    def go(self, runs: list[Run], devices: tuple[str, ...] = (), at_once: int = 1) -> dict[str, RunResult]:
         """By name, how runs ended."""
         ended = Runner(devices, at_once, self.said.append).run(runs, self.requests)
         return {name(each.run): each for each in ended}
@@ -89,7 +97,7 @@ def test_runs_go_seed_by_seed_one_after_another(place: Place) -> None:
     assert begun == [f"{arm}/seed-{seed}" for seed in (1, 2) for arm in (MOE, COE, NORM)]
     assert most_at_once(place.events) == 1 and {each.status for each in ended.values()} == {ExitStatus.DONE}
     assert all(is_finished(run) for run in place.runs())
-    assert place.said[0].startswith(f"{MOE}, seed 1: begins, log in ") and "(1 of 6, some " in place.said[1]
+    assert place.said[0].startswith(f"{MOE}, seed 1: started, log in ") and "(1 of 6, about " in place.said[1]
     assert place.said[-1].startswith(f"{NORM}, seed 2: done, after ") and place.said[-1].endswith("(6 of 6)")
 
 
@@ -114,7 +122,7 @@ def test_runs_of_several_ranks_have_as_many_devices(place: Place) -> None:
 def test_a_run_that_needs_more_devices_than_there_are_is_refused_and_the_rest_goes_on(place: Place) -> None:
     large = place.runs("parallel.expert=4", "training.micro_batch=1")[0]
     ended = place.go([large, *place.runs()[1:3]], devices=("0",))
-    assert ended[name(large)].reason == "its 4 ranks need a device each, and there are 1"
+    assert ended[name(large)].reason == "its 4 ranks need one device each, but there are only 1"
     assert [each.status.name for each in ended.values()] == ["MISTAKE", "DONE", "DONE"]
     assert any(line.startswith(f"{MOE}, seed 1: MISTAKE: its 4 ranks ") for line in place.said)
     assert len(place.events) == 4
@@ -125,7 +133,7 @@ def test_a_run_that_needs_more_devices_than_there_are_is_refused_and_the_rest_go
     [
         ("fail", "DIVERGED", "the loss is nan"),
         ("refused", "MISTAKE", "data.path is nowhere"),
-        ("silent", "FAILED", "without a word; its log is "),
+        ("silent", "FAILED", "no error message; its log is "),
     ],
 )
 def test_a_run_that_fails_stops_no_other_and_its_error_is_shown(
@@ -149,8 +157,8 @@ def test_an_old_error_is_not_taken_for_the_new_one(place: Place) -> None:
     place.how[name(run)] = "refused"
     assert place.go([run])[name(run)].reason == "data.path is nowhere"
     place.how[name(run)] = "silent"
-    assert "without a word" in place.go([run])[name(run)].reason
-    assert why(run) == ""
+    assert "no error message" in place.go([run])[name(run)].reason
+    assert failure_reason(run) == ""
 
 
 def test_what_another_process_writes_is_waited_for(place: Place) -> None:
@@ -229,7 +237,7 @@ running.Runner((), 2, lambda text: None).run(runs, Requests())
 def test_what_a_run_that_has_begun_was_run_with_must_not_change(place: Place) -> None:
     leave(place.runs()[0], outcome="interrupted")
     assert not is_finished(place.runs()[0])
-    with pytest.raises(ConfigError, match=r"seed-1 was run with optimizer.lr \S+, and the study has 0.5 now: give the"):
+    with pytest.raises(ConfigError, match=r"seed-1 was run with optimizer.lr \S+, but the study now has 0.5: give the"):
         is_finished(place.runs("optimizer.lr=0.5")[0])
 
 
@@ -261,7 +269,7 @@ def test_what_cannot_be_written_beside_a_run_is_said_and_stops_no_other(place: P
     assert ended[name(run)].status is ExitStatus.MISTAKE
     assert f"the run's {what} is {path}: it is a" in ended[name(run)].reason
     assert ended[name(other)].status is ExitStatus.DONE
-    assert why(run) == ""
+    assert failure_reason(run) == ""
 
 
 def test_a_run_that_was_killed_as_it_began_begins_again(place: Place) -> None:
@@ -274,11 +282,12 @@ def test_a_refused_run_has_a_row_of_its_own(place: Place) -> None:
     run, waiting = place.runs()[:2]
     place.how[name(run)] = "refused"
     place.go([run])
-    row = stands(run, time.time())
+    row = run_status(run, time.time())
     assert (row.state, row.reason, row.log) == ("failed", "data.path is nowhere", f"{run.config.output}.log")
     Path(f"{waiting.config.output}.log").parent.mkdir(exist_ok=True)
     Path(f"{waiting.config.output}.log").write_text("study.py begins: torchrun\nloading\n")
-    assert (stands(waiting, time.time()).state, why(waiting)) == ("no run", "")  # it is only about to begin
+    assert run_status(waiting, time.time()).state == "no run"  # it is only about to begin
+    assert failure_reason(waiting) == ""
 
 
 @pytest.mark.parametrize(
@@ -294,13 +303,13 @@ def test_a_refused_run_has_a_row_of_its_own(place: Place) -> None:
         ("MIG-GPU-8932f937/1/0", {}, ["MIG-GPU-8932f937/1/0"]),
     ],
 )
-def test_devices_here(asked: str | None, environment: Mapping[str, str], found: list[str]) -> None:
-    assert devices_here(asked, environment) == found
+def test_usable_devices(asked: str | None, environment: Mapping[str, str], found: list[str]) -> None:
+    assert usable_devices(asked, environment) == found
 
 
 def test_no_device_is_named_twice() -> None:
-    with pytest.raises(ConfigError, match=r"^--devices is 0,0: each must be another$"):
-        devices_here("0,0", {})
+    with pytest.raises(ConfigError, match=r"^--devices is 0,0: name each device once$"):
+        usable_devices("0,0", {})
 
 
 @pytest.mark.parametrize("names", ["a,b", "0,-1", "00", "0;1", "cuda:0", "0 1", "²", "GPU-", "1" * 5, "x" * 10**5])
@@ -310,9 +319,9 @@ def test_what_is_no_device_is_named(names: str) -> None:
         ("CUDA_VISIBLE_DEVICES", None, {"CUDA_VISIBLE_DEVICES": names}),
     ):
         with pytest.raises(
-            ConfigError, match=rf"^{whose} is .* is no GPU, which is a number .* GPU- or MIG-$"
+            ConfigError, match=rf"^{whose} is .* is not a GPU: use its number .* GPU- or MIG-$"
         ) as error:
-            devices_here(asked, environment)
+            usable_devices(asked, environment)
         assert len(str(error.value)) < 400
 
 
@@ -331,8 +340,8 @@ def test_the_program_runs_nothing_twice_and_names_what_changed(place: Place) -> 
     [
         (("--only", "moe"), f"--only is moe: it must be an arm, one of {MOE}, {COE}, {NORM}"),
         (("--seed", "9"), "--seed is 9: it must be one of 1, 2"),
-        (("--devices", "1,1"), "--devices is 1,1: each must be another"),
-        (("--devices", "a,b"), "--devices is a,b: a is no GPU, which is a number"),
+        (("--devices", "1,1"), "--devices is 1,1: name each device once"),
+        (("--devices", "a,b"), "--devices is a,b: a is not a GPU: use its number"),
         (("--at-once", "0"), "argument --at-once: 0 must be a whole number of at least 1"),
     ],
 )

@@ -80,7 +80,7 @@ def built(config: RunConfig) -> tuple[torch.nn.Module, Callable[[], torch.Tensor
 
 def expected(config: RunConfig):
     run = RunShape.of(config, VOCABULARY)
-    return activations(run.model, run.micro_batch())
+    return activations(run.model, run.pass_settings())
 
 
 def measured_and_expected(config: RunConfig) -> tuple[int, int]:

@@ -33,7 +33,7 @@ from coe_megatron.model.router_state import update_router_state
 from coe_megatron.training.evaluation import Batch, ValidationSet, forward, masked_loss_sum, validate
 from coe_megatron.zero import engine as zero
 from coe_megatron.zero import optimizer_states as states
-from coe_megatron.zero import train_step as passes
+from coe_megatron.zero.train_step import train_step
 
 pytestmark = [pytest.mark.ranks, pytest.mark.slow, pytest.mark.timeout(900)]
 LENGTH, VOCAB, STEPS = 12, 64, 2
@@ -116,7 +116,7 @@ def train(config: RunConfig, evaluate: bool, packed: bool) -> dict[str, Any]:
             found["valid"] += _evaluated(engine, validation)
         routing_stats.reset_routing(engine.module)
         batches = [batch_of(10 * step + number, packed) for number in range(steps)]
-        loss = passes.train_step(engine, batches, forward, lambda losses, batch: masked_loss_sum(losses, batch) / 100)
+        loss = train_step(engine, batches, forward, lambda losses, batch: masked_loss_sum(losses, batch) / 100)
         update_router_state(engine.module)
         found["loss"].append(float(loss))
         found["norm"].append(zero.gradient_norm(engine))

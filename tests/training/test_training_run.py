@@ -97,7 +97,7 @@ def test_a_finished_run_tells_how_long_it_took(finished: Path) -> None:
     attempt = json.loads((finished / "run.json").read_text())["attempts"][-1]
     began, ended = (datetime.fromisoformat(attempt[name]) for name in ("began", "ended"))
     config = load(finished / "config.yaml", ["parallel.world_size=2"])
-    estimated = Amounts(speed).seconds(config)
+    estimated = Amounts(speed).run(config).seconds
     assert min(speed.rate, speed.saving, estimated.evaluations) > 0
     in_steps = sum(line["step_seconds"] for line in read_metrics(finished / "metrics.jsonl")[1:])
     took = (ended - began).total_seconds()
@@ -173,8 +173,8 @@ def test_a_second_run_with_the_output_of_another_is_refused(config: Path, prepar
         (("configs/quickstart.yaml", "parallel.expert=1", "data.path=nowhere"), "nowhere"),
         (("configs/quickstart.yaml", "parallel.expert=1", "model.seq_lenth=9"), "did you mean model.seq_length?"),
         (("configs/quickstart.yaml", "parallel.expert=1", "--jsn"), "unrecognized arguments: --jsn"),
-        (("configs/quickstart.yaml", "--json"), "--json goes with --dry-run"),
-        (("configs/quickstart.yaml", "--device-memory", "80GiB"), "--device-memory goes with --dry-run"),
+        (("configs/quickstart.yaml", "--json"), "--json needs --dry-run"),
+        (("configs/quickstart.yaml", "--device-memory", "80GiB"), "--device-memory needs --dry-run"),
         (
             ("configs/1024-gpus.yaml", "data.path=nowhere", "--dry-run", "--device-memory", "30 GiB"),
             "--device-memory '30 GiB' must be a number above 0 and one of GiB, GB, MiB, MB, such as 80GiB",
@@ -444,7 +444,7 @@ def test_a_blend_with_named_sets_goes_on_with_another_number_of_ranks(
     back = python(*common, f"output={parted}", "training.steps=5", "parallel.expert=1")
     assert back.returncode == 2
     assert back.stderr.endswith(
-        f"training.steps is 5: the run in {parted} has done 6; give as many or another output\n"
+        f"training.steps is 5: the run in {parted} has done 6; set at least that many, or use another output\n"
     )
     other = python(*common, f"output={parted}", "parallel.expert=1", "data.blend.1.weight=2")
     assert other.returncode == 2

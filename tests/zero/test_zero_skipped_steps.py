@@ -13,7 +13,7 @@ from ranks import run_ranks
 from coe_megatron.model.router_state import update_router_state
 from coe_megatron.zero import engine as zero
 from coe_megatron.zero import optimizer_states as states
-from coe_megatron.zero import train_step as passes
+from coe_megatron.zero.train_step import train_step
 
 KINDS = {
     "stage 0": {"stage": 0},
@@ -96,7 +96,7 @@ def step(engine: Any, number: int, mishap: str = "") -> float:
         return model(tokens, positions, None, labels=batch["labels"])
 
     seen: list[torch.Tensor] = []
-    passes.train_step(engine, batches, forward, loss_of, max_loss=1e-3 if mishap == "too large" else 1e3)
+    train_step(engine, batches, forward, loss_of, max_loss=1e-3 if mishap == "too large" else 1e3)
     update_router_state(engine.module)
     for hook in hooks:
         hook.remove()

@@ -24,12 +24,12 @@ class Calc:
         return number(self.value)
 
     def __int__(self) -> int:
-        assert self.value.denominator == 1, f"{self.eq} is no whole number"
+        assert self.value.denominator == 1, f"{self.eq} is not a whole number"
         return int(self.value)
 
     @property
     def eq(self) -> str:
-        """The whole equation, such as "4 * 3 = 12"."""
+        """The complete equation, such as "4 * 3 = 12"."""
         return f"{self.expression} = {self}"
 
 
@@ -46,7 +46,7 @@ def calc(expression: str) -> Calc:
     """Evaluate an expression of numbers, + - * / and parentheses exactly.
 
     Raises:
-        AssertionError: anything else stands in it, or it divides by zero: the template is wrong.
+        AssertionError: it contains anything else or divides by zero, which is a mistake in the template.
     """
     return Calc(expression, _evaluate(ast.parse(expression, mode="eval").body))
 
@@ -72,5 +72,5 @@ def _evaluate(node: ast.expr) -> Fraction:
     if isinstance(node, ast.BinOp):
         operation = _OPERATORS[type(node.op)]
         return operation(_evaluate(node.left), _evaluate(node.right))
-    assert isinstance(node, ast.Constant), f"{ast.unparse(node)} is no number"
+    assert isinstance(node, ast.Constant), f"{ast.unparse(node)} is not a number"
     return Fraction(str(node.value))

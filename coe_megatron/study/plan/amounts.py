@@ -7,15 +7,15 @@ Communication and pipeline bubbles are not included.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from coe_megatron.config import RunConfig
-from coe_megatron.config.layout import layout
 from coe_megatron.data.folders import validation_paths
 from coe_megatron.data.manifest import Manifest
 from coe_megatron.errors import ConfigError
 from coe_megatron.estimate.activations import extra_flops
-from coe_megatron.estimate.closed_forms import Flops, ModelShape, parameters, training_flops
+from coe_megatron.estimate.closed_forms import Flops, parameters, training_flops
 from coe_megatron.estimate.devices import Device
 from coe_megatron.estimate.run_estimate import estimate, vocabulary
 from coe_megatron.estimate.run_shape import RunShape
@@ -47,7 +47,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Seconds:
-    """Seconds of a whole run, by purpose."""
+    """Seconds of a run, by purpose."""
 
     startup: float
     steps: float
@@ -62,7 +62,7 @@ class Seconds:
 
 @dataclass
 class Amounts:
-    """Computes totals of configs; caches what it reads of prepared data.
+    """Computes totals of runs; caches what it reads of prepared data.
 
     Attributes:
         speed: needed for seconds; None if unknown.
@@ -72,62 +72,19 @@ class Amounts:
     _vocabularies: dict[tuple[str, int | None, int], int] = field(default_factory=dict)
     _validation: dict[str, Manifest | None] = field(default_factory=dict)
 
-    def of(self, quantity: Quantity, config: RunConfig) -> float:
-        """One total of a whole run.
+    def run(self, config: RunConfig) -> "RunTotals":
+        """The totals of the run of a config.
 
         Raises:
-            ConfigError: seconds need a speed; or as `estimate.run_estimate.vocabulary`.
+            ConfigError: as `estimate.run_estimate.vocabulary`.
         """
-        match quantity:
-            case "parameters":
-                return parameters(self.shape(config)).total
-            case "memory":
-                return estimate(self.run(config)).needed
-            case "wall_clock":
-                return self.seconds(config).total
-            case "flops":
-                return tokens(config) * self.flops(config).total
-            case "expert_compute":
-                flops = self.flops(config)
-                return tokens(config) * (flops.experts + flops.shared)
+        return RunTotals(self, RunShape.of(config, self._vocabulary(config)))
 
-    def run(self, config: RunConfig) -> RunShape:
-        """The run that a config makes."""
-        return RunShape.of(config, self._vocabulary(config))
+    def validation_samples(self, config: RunConfig) -> int:
+        """Samples per evaluation; if data are not prepared yet, `validation_samples` per validation set."""
+        return sum(self._validation_samples(config))
 
-    def shape(self, config: RunConfig) -> ModelShape:
-        """Shape of the run's model."""
-        return self.run(config).model
-
-    def flops(self, config: RunConfig) -> Flops:
-        """FLOPs per token, forward and backward, without recomputation."""
-        return training_flops(self.shape(config))
-
-    def seconds(self, config: RunConfig) -> Seconds:
-        """Predicted seconds of the run; raises as `of`."""
-        if self.speed is None:
-            raise ConfigError("wall_clock requires a device: name it in the study file (device) or with --device")
-        speed = self.speed
-        seconds_per_token = self.weighted_flops(config, speed.half_rows) / speed.rate / layout(config).world_size
-        return Seconds(
-            startup=speed.startup,
-            steps=tokens(config) * seconds_per_token,
-            evaluations=evaluations(config) * self.evaluated(config) * seconds_per_token / 3,
-            checkpoints=saves(config) * speed.saving,
-        )
-
-    def weighted_flops(self, config: RunConfig, half_rows: float) -> float:
-        """Training FLOPs per token with recomputation; routed experts cost more the fewer rows they have."""
-        shape, flops, parallel = self.shape(config), self.flops(config), config.parallel
-        positions = config.training.micro_batch * shape.seq_length * parallel.expert * parallel.expert_tensor
-        rows = positions / parallel.tensor * shape.topk / shape.experts
-        return flops.total + extra_flops(shape, config.moe.recompute) + flops.experts * half_rows / rows
-
-    def evaluated(self, config: RunConfig) -> int:
-        """Tokens per evaluation, padding included; if data are not prepared yet, the limit of `validation_samples`."""
-        return sum(self._samples(config)) * config.model.seq_length
-
-    def _samples(self, config: RunConfig) -> Iterator[int]:
+    def _validation_samples(self, config: RunConfig) -> Iterator[int]:
         limit = config.data.validation_samples
         for name, path in validation_paths(config.data).items():
             if path not in self._validation:
@@ -147,22 +104,83 @@ class Amounts:
         return self._vocabularies[key]
 
 
+@dataclass(frozen=True)
+class RunTotals:
+    """Totals of one run; `Amounts.run` creates it."""
+
+    amounts: Amounts
+    shape: RunShape
+
+    def of(self, quantity: Quantity) -> float:
+        """One total, by name; raises as `seconds`."""
+        match quantity:
+            case "parameters":
+                return parameters(self.shape.model).total
+            case "memory":
+                return estimate(self.shape).needed
+            case "wall_clock":
+                return self.seconds.total
+            case "flops":
+                return self.tokens * self.flops_per_token.total
+            case "expert_compute":
+                return self.tokens * (self.flops_per_token.experts + self.flops_per_token.shared)
+
+    @cached_property
+    def flops_per_token(self) -> Flops:
+        """FLOPs per token, forward and backward, without recomputation."""
+        return training_flops(self.shape.model)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all steps, including padding."""
+        training = self.shape.config.training
+        return training.steps * training.global_batch * self.shape.config.model.seq_length
+
+    @property
+    def evaluations(self) -> int:
+        """Number of evaluations: before the first step, every `evaluate_every` steps, and after the last step."""
+        training = self.shape.config.training
+        return 1 + -(-training.steps // training.evaluate_every)
+
+    @property
+    def tokens_per_evaluation(self) -> int:
+        """Tokens per evaluation, including padding."""
+        return self.amounts.validation_samples(self.shape.config) * self.shape.config.model.seq_length
+
+    @property
+    def checkpoints(self) -> int:
+        """Number of checkpoints: every `save_every` steps, at milestones, and after the last step."""
+        training = self.shape.config.training
+        steps, every = training.steps, training.save_every
+        return -(-steps // every) + sum(step % every > 0 and step < steps for step in set(training.milestones))
+
+    @property
+    def seconds(self) -> Seconds:
+        """Predicted seconds.
+
+        Raises:
+            ConfigError: the speed is unknown.
+        """
+        speed = self.amounts.speed
+        if speed is None:
+            raise ConfigError("wall_clock requires a device: name it in the study file (device) or with --device")
+        seconds_per_token = self.weighted_flops(speed.half_rows) / speed.rate / self.shape.layout.world_size
+        return Seconds(
+            startup=speed.startup,
+            steps=self.tokens * seconds_per_token,
+            evaluations=self.evaluations * self.tokens_per_evaluation * seconds_per_token / 3,
+            checkpoints=self.checkpoints * speed.saving,
+        )
+
+    def weighted_flops(self, half_rows: float) -> float:
+        """Training FLOPs per token with recomputation; routed experts cost more the fewer rows they have."""
+        model, config, flops = self.shape.model, self.shape.config, self.flops_per_token
+        positions = config.training.micro_batch * model.seq_length
+        positions *= config.parallel.expert * config.parallel.expert_tensor
+        rows = positions / config.parallel.tensor * model.topk / model.experts
+        return flops.total + extra_flops(model, config.moe.recompute) + flops.experts * half_rows / rows
+
+
 def _manifest(folder: Path, name: str) -> Manifest | None:
     """The manifest of prepared data; None if the folder does not exist yet."""
     return None if kind_of(folder, name) is None else Manifest.read(folder)
-
-
-def tokens(config: RunConfig) -> int:
-    """Tokens of all steps of a run, padding included."""
-    return config.training.steps * config.training.global_batch * config.model.seq_length
-
-
-def evaluations(config: RunConfig) -> int:
-    """Number of evaluations: before the first step, every `evaluate_every` steps, and after the last step."""
-    return 1 + -(-config.training.steps // config.training.evaluate_every)
-
-
-def saves(config: RunConfig) -> int:
-    """Number of checkpoints: every `save_every` steps, at milestones, and after the last step."""
-    steps, every = config.training.steps, config.training.save_every
-    return -(-steps // every) + sum(step % every > 0 and step < steps for step in set(config.training.milestones))

@@ -172,7 +172,7 @@ def _points(name: str, given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _zipped(where: str, given: Mapping[str, list[Any]]) -> dict[str, dict[str, Any]]:
-    """The points of an axis of lists: the first values together, then the second values, and so on."""
+    """The points of an axis of lists: the first values of all lists, then the second values, and so on."""
     lengths = {key: len(value) for key, value in given.items()}
     if len(set(lengths.values())) > 1:
         details = ", ".join(f"{key} has {length}" for key, length in list(lengths.items())[:20])

@@ -47,7 +47,7 @@ def solve(study: Study, amounts: Amounts) -> tuple[Study, dict[str, Solved]]:
     budget = study.settings.budget
     if budget is None:
         return study, {}
-    wanted = amounts.of(budget.equal, study.baseline.config)
+    wanted = amounts.run(study.baseline.config).of(budget.equal)
     arms, found = [], {}
     for arm in study.arms:
         if arm is study.baseline:
@@ -108,7 +108,7 @@ def _solve(budget: Budget, config: RunConfig, wanted: float, amounts: Amounts) -
 
     def amount(value: int) -> float:
         try:
-            return amounts.of(budget.equal, changed(value))
+            return amounts.run(changed(value)).of(budget.equal)
         except ConfigError as error:
             raise ConfigError(f"budget.range includes {budget.solve} {value}: {error}") from error
 

@@ -13,9 +13,9 @@ from coe_megatron.config.settings import Count
 from coe_megatron.errors import ConfigError
 from coe_megatron.files import problem, read_limited, require_file, require_folder
 from coe_megatron.parsing import JSON_BYTES, first_of, parse_json
+from coe_megatron.run.metrics_check import find_damaged_times
 from coe_megatron.run.metrics_log import read_metrics
-from coe_megatron.study.plan.amounts import Amounts, Speed, evaluations, saves
-from coe_megatron.study.run.metrics_check import find_damaged_times
+from coe_megatron.study.plan.amounts import Amounts, Speed
 
 _MAX_RATE = 1e21  # FLOP/s, far above that of any rank
 _MIN_STEPS = 3  # logged steps; the first is excluded, since it includes one-time costs of a process
@@ -43,7 +43,7 @@ def calibrate(folder: Path, half_rows: float) -> Speed:
     """The speed of the run in a folder.
 
     The time of a step is the median over logged steps, except the first. Start-up and checkpoints can be measured only
-    if a single attempt made the whole run; otherwise they count as 0.
+    if a single attempt completed the run; otherwise they count as 0.
 
     Args:
         half_rows: that of its kind of device (see `estimate.devices.Device`).
@@ -61,9 +61,9 @@ def calibrate(folder: Path, half_rows: float) -> Speed:
         raise ConfigError(
             f"--calibration is {folder}: its metrics.jsonl has {len(logged)} logged steps; {_MIN_STEPS} are needed"
         )
-    amounts = Amounts()
+    run = Amounts().run(config)
     step_seconds = median(line["step_seconds"] for line in logged[1:])
-    flops = amounts.weighted_flops(config, half_rows)
+    flops = run.weighted_flops(half_rows)
     rate = flops * config.training.global_batch * config.model.seq_length / step_seconds / record.ranks
     if not 1 <= rate < _MAX_RATE:
         raise ConfigError(
@@ -73,9 +73,9 @@ def calibrate(folder: Path, half_rows: float) -> Speed:
     only = record.attempts[0]
     if len(record.attempts) > 1 or only.outcome != "finished" or only.began is None or only.ended is None:
         return Speed(rate, half_rows)
-    evaluation_seconds = flops / 3 * amounts.evaluated(config) / rate / record.ranks
-    save_seconds = _seconds_save_seconds(config, lines, evaluation_seconds)
-    known = seconds_in_steps(logged) + evaluations(config) * evaluation_seconds + saves(config) * save_seconds
+    evaluation_seconds = flops / 3 * run.tokens_per_evaluation / rate / record.ranks
+    save_seconds = _save_seconds(config, lines, evaluation_seconds)
+    known = seconds_in_steps(logged) + run.evaluations * evaluation_seconds + run.checkpoints * save_seconds
     return Speed(rate, half_rows, max(0.0, (only.ended - only.began).total_seconds() - known), save_seconds)
 
 
@@ -111,7 +111,7 @@ def seconds_in_steps(logged: Sequence[Mapping[str, Any]]) -> float:
     return sum((line["step"] - earlier) * line["step_seconds"] for line, earlier in zip(logged, before, strict=False))
 
 
-def _seconds_save_seconds(config: RunConfig, lines: Sequence[Mapping[str, Any]], evaluation_seconds: float) -> float:
+def _save_seconds(config: RunConfig, lines: Sequence[Mapping[str, Any]], evaluation_seconds: float) -> float:
     """Seconds per checkpoint: the time until a late step, less steps and evaluations, divided by checkpoints.
 
     `eta_seconds` is the time since the first evaluation started, divided by the steps done, times the steps left.

@@ -62,7 +62,7 @@ class Plan:
     Attributes:
         study: the study, with its budget solved.
         arms: costs of its arms, in order.
-        speed: the speed behind predicted seconds, and its source; None if unknown.
+        speed: the speed from which seconds are predicted, and its source; None if unknown.
         price: price per device hour, in any currency.
     """
 
@@ -190,12 +190,12 @@ def make_plan(
     return Plan(study, arms, speed, price)
 
 
-def _device(asked: str | None, own: str | None) -> Device | None:
+def _device(option: str | None, own: str | None) -> Device | None:
     """The device of the option, or the study's own."""
     try:
-        return device_named(name) if (name := asked or own) is not None else None
+        return device_named(name) if (name := option or own) is not None else None
     except ConfigError as error:
-        raise ConfigError(f"{'--device' if asked else 'device'} is {error}") from None
+        raise ConfigError(f"{'--device' if option else 'device'} is {error}") from None
 
 
 def _memory(text: str) -> int:
@@ -206,20 +206,20 @@ def _memory(text: str) -> int:
 
 
 def _plan(arm: Arm, amounts: Amounts, solved: Solved | None, memory: int | None) -> ArmPlan:
-    config, run = arm.config, amounts.run(arm.config)
-    cost = estimate(run)
+    run = amounts.run(arm.config)
+    cost = estimate(run.shape)
     return ArmPlan(
         arm,
         parameters=cost.parameters.total,
         active_parameters=cost.parameters.active,
         flops_per_token=cost.flops_per_token.total,
-        flops=amounts.of("flops", config),
-        expert_flops=amounts.of("expert_compute", config),
+        flops=run.of("flops"),
+        expert_flops=run.of("expert_compute"),
         components=components(cost.memory),
-        ranks=run.layout.world_size,
-        seconds=amounts.seconds(config) if amounts.speed else None,
+        ranks=run.shape.layout.world_size,
+        seconds=run.seconds if amounts.speed else None,
         solved=solved,
-        too_large=refusal(run, cost, memory) if memory is not None else None,
+        too_large=refusal(run.shape, cost, memory) if memory is not None else None,
     )
 
 

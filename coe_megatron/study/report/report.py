@@ -280,7 +280,9 @@ def render(figure: StudyFigure, kind: str) -> bytes:
     image = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": figure.name}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # such a glyph is drawn as a box
-        warnings.filterwarnings("ignore", "constrained_layout not applied")  # long labels leave no room for the axes
+        warnings.filterwarnings(
+            "ignore", "constrained_layout not applied"
+        )  # long labels may leave no space for the axes
         metadata = {"Date": None} if kind == "svg" else None
         figure.figure.savefig(image, format=kind, dpi=150, metadata=metadata)
     return image.getvalue()

@@ -12,12 +12,12 @@ from typing import Any
 
 from coe_megatron.errors import one_line
 from coe_megatron.estimate.memory import MEASURED
+from coe_megatron.run.metrics_check import find_damage
 from coe_megatron.run.metrics_log import read_metrics
 from coe_megatron.study.plan.arms import Run
 from coe_megatron.study.plan.calibration import seconds_in_steps
 from coe_megatron.study.plan.cost_table import ArmPlan, Plan
-from coe_megatron.study.run.metrics_check import find_damage
-from coe_megatron.study.run.runner import changed, stands
+from coe_megatron.study.run.runner import changed, run_status
 
 _FORMULA = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n]")  # start of a cell that spreadsheets evaluate
 _NUMBER = re.compile(r"[-+]?\d+(\.\d*)?(e[-+]?\d+)?", re.IGNORECASE)
@@ -97,7 +97,7 @@ def timings_csv(results: Sequence[Result]) -> str:
 
 
 def _result(arm: ArmPlan, run: Run, now: float) -> Result:
-    found, path = stands(run, now), Path(run.config.output) / "metrics.jsonl"
+    found, path = run_status(run, now), Path(run.config.output) / "metrics.jsonl"
     try:
         lines = read_metrics(path)
     except (ValueError, OSError) as error:

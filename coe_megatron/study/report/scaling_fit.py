@@ -48,8 +48,8 @@ class Fit:
 def fit(summaries: Sequence[Summary]) -> Fit | None:
     """Fit the arms that have finished runs; None if there are too few different points.
 
-    Each arm is one point, the mean over its seeds. Seeds are no separate points: they share what the fit does not model
-    of their arm, so the interval would be too narrow.
+    Each arm is one point, the mean over its seeds. Seeds are not separate points: what the fit does not model is
+    the same for all seeds of an arm, so the interval would be too narrow.
     """
     known = [summary for summary in summaries if summary.mean is not None]
     design, used, excluded = _design([_logarithms(summary.arm) for summary in known])

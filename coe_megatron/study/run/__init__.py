@@ -1,1 +1,1 @@
-"""The runs of a study: started here or as SLURM arrays. Without torch."""
+"""Starts the runs of a study, on this host or as SLURM job arrays. Does not import torch."""

@@ -1,4 +1,4 @@
-"""Paths of a study's runs: OUTPUT/ARM/seed-S, with its complete config and its log beside it."""
+"""Paths of a study's runs: the folder OUTPUT/ARM/seed-S, and beside it the run's complete config and its log."""
 
 from pathlib import Path
 from typing import Literal
@@ -29,7 +29,7 @@ def write_config(run: Run) -> Path:
     """Write the run's complete config to a file beside its folder; `pretrain_coe.py FILE` repeats the run.
 
     Raises:
-        ConfigError: the path is no file, or cannot be written.
+        ConfigError: the path is not a file, or cannot be written.
         OSError: writing failed.
     """
     path = require_replaceable(config_of(run), "the run's config")

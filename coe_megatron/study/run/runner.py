@@ -1,4 +1,4 @@
-"""The runs of a study on this machine, one after another or packed on its devices; what is done is not done again."""
+"""Runs a study on this host, one run after another or several in parallel on its devices; skips finished runs."""
 
 import os
 import re
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import mean
 
 from coe_megatron.config import RunConfig, flat, load
 from coe_megatron.config.layout import layout
@@ -26,14 +27,13 @@ from coe_megatron.study.plan.cost_table import format_duration
 from coe_megatron.study.run.paths import log_of, write_config
 from coe_megatron.text import shortened
 
-_POLL_SECONDS = 0.2  # seconds
-_BEGINS = "study.py begins: "  # the first line of every attempt in a run's log
-_LAST_WORDS = re.compile(r"coe-[\w-]+: (?:error|ended with status \d+ \((?!STOPPED)\w+\), rank \d+): (.*)")
-_LOG_END = 1 << 20  # bytes of a log in which an error is looked for
-_DEVICE = re.compile(r"0|[1-9][0-9]{0,3}|(GPU|MIG)-[0-9A-Za-z/-]+", re.ASCII)  # as CUDA_VISIBLE_DEVICES has them
-_NO_DEVICES = (["-1"], ["NoDevFiles"])  # as CUDA, and SLURM for a job without GPUs, have it
-_SHOWN = 100  # characters of such a text in a message
-
+_POLL_SECONDS = 0.2
+_ATTEMPT_LINE = "study.py begins: "  # starts the first line of every attempt in a run's log
+_ERROR_LINE = re.compile(r"coe-[\w-]+: (?:error|ended with status \d+ \((?!STOPPED)\w+\), rank \d+): (.*)")
+_LOG_TAIL = 1 << 20  # bytes at the end of a log that are searched for an error
+_DEVICE = re.compile(r"0|[1-9][0-9]{0,3}|(GPU|MIG)-[0-9A-Za-z/-]+", re.ASCII)  # in CUDA_VISIBLE_DEVICES
+_NO_DEVICES = (["-1"], ["NoDevFiles"])  # values that mean none, of CUDA and of SLURM in a job without GPUs
+_SHOWN = 100  # columns of a device list in a message
 
 _NO_FAILURE = {
     ExitStatus.DONE: "done",
@@ -43,8 +43,8 @@ _NO_FAILURE = {
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How a run ended here; `reason` is empty of one that did not fail."""
+class RunResult:
+    """How a run ended; `reason` is empty unless it failed."""
 
     run: Run
     status: ExitStatus
@@ -57,12 +57,12 @@ class _Child:
     run: Run
     process: subprocess.Popen
     devices: list[str]
-    began: float = field(default_factory=time.monotonic)
-    told: set[str] = field(default_factory=set)
+    started: float = field(default_factory=time.monotonic)
+    forwarded: set[str] = field(default_factory=set)  # requests sent to it
 
 
 def seed_by_seed(runs: Iterable[Run]) -> list[Run]:
-    """All arms with the first seed, then with the second: a study that is broken off still compares its arms."""
+    """All arms with the first seed, then with the second, so that an interrupted study can still compare its arms."""
     by_seed: dict[int, list[Run]] = {}
     for run in runs:
         by_seed.setdefault(run.seed, []).append(run)
@@ -70,122 +70,121 @@ def seed_by_seed(runs: Iterable[Run]) -> list[Run]:
 
 
 def is_finished(run: Run) -> bool:
-    """Whether it came to its last step.
+    """Whether a run has reached its last step.
 
-    One whose run.json or config.yaml is damaged is not counted: started again it sets them aside, and goes on from its
-    checkpoints, or says that it is finished.
+    A run with a damaged run.json or config.yaml counts as not finished: when it is started again, it sets these files
+    aside and resumes from its checkpoints, or reports that it is finished.
 
     Raises:
-        ConfigError: it did so, or began, with other settings than the study has now; one line that names one of them.
+        ConfigError: the run was started with settings that differ from the study's; one line that names one of them.
     """
     folder = Path(run.config.output)
     state = status(folder, time.time()).state
     try:
-        then = _settings(run)
+        used = _used_settings(run)
     except ConfigError:
         return False
-    if state == "no run" or then is None:  # None of one that was killed as it began
+    if state == "no run" or used is None:  # None: it was killed before it wrote its config
         return False
-    if said := _difference(then, run.config):
-        raise ConfigError(f"{folder} {said}: give the study another output, or move this folder away")
+    if difference := _difference(used, run.config):
+        raise ConfigError(f"{folder} {difference}: give the study another output, or move this folder away")
     return state == "finished"
 
 
 def changed(run: Run) -> str:
-    """What the settings of a run that has begun have against those that the study has now; empty if they are equal."""
+    """How the settings of a started run differ from the study's; empty if they are equal."""
     try:
-        then = _settings(run)
+        used = _used_settings(run)
     except ConfigError as error:
         return f"has settings that cannot be read ({error})"
-    return "has no config.yaml" if then is None else _difference(then, run.config)
+    return "has no config.yaml" if used is None else _difference(used, run.config)
 
 
-def _settings(run: Run) -> RunConfig | None:
-    """Of a run that has begun; None if it has no config.yaml. ConfigError if that is damaged."""
+def _used_settings(run: Run) -> RunConfig | None:
+    """The settings of a started run; None if it has no config.yaml. ConfigError if the file is damaged."""
     path = Path(run.config.output) / "config.yaml"
     return None if kind_of(path, "config.yaml") is None else load(path)
 
 
 def command(run: Run, config: Path) -> list[str]:
-    """What starts a run on this host."""
+    """The command line that starts a run on this host."""
     ranks = layout(run.config).world_size
     torchrun = ["--standalone", "--nproc-per-node", str(ranks), "-m", "coe_megatron.cli.pretrain", as_argument(config)]
     return [sys.executable, "-m", "coe_megatron.cli.one_host", "--watch-stdin", "--", *torchrun]
 
 
 class Runner:
-    """Starts runs, as many as fit, and tells of each. One that fails stops no other.
+    """Starts as many runs as fit at a time, and reports each. A failed run does not stop the others.
 
-    A run whose folder another process writes, such as one that a killed study has left behind and that is still saving,
-    waits for that.
+    A run waits while another process writes its folder, for example a run of a killed study that is still saving.
 
     Args:
-        devices: GPUs, as CUDA_VISIBLE_DEVICES names them, each for one run at a time; empty on CPU.
-        at_once: how many runs at a time.
-        say: takes each line for the user.
+        devices: names of GPUs as in CUDA_VISIBLE_DEVICES, each used by one run at a time; empty on CPU.
+        at_once: maximum number of parallel runs.
+        say: called with each line for the user.
     """
 
     def __init__(self, devices: Sequence[str], at_once: int, say: Callable[[str], None]) -> None:
         self._all, self._free = list(devices), list(devices)
         self._at_once, self._say = at_once, say
         self._children: list[_Child] = []
-        self._held: set[str] = set()
-        self._preloaded: Preloaded | None = None  # on CPU, from the first run on
+        self._locked: set[str] = set()  # folders that another process has written while their runs waited
+        self._preloaded: Preloaded | None = None  # on CPU, created with the first run
 
-    def run(self, runs: Sequence[Run], requests: Requests) -> list[Ended]:
-        """All of them in their order, but for those that must wait for more devices than are free.
+    def run(self, runs: Sequence[Run], requests: Requests) -> list[RunResult]:
+        """Run all, in order, except that a run that needs more devices than are free lets later runs go first.
 
         Args:
-            requests: to stop: runs save, and none is started any more; to end: at once.
+            requests: `stop` makes running runs save and starts no others; `end` ends them immediately.
 
         Returns:
-            How those ended that were started.
+            The results of the runs that were started or refused.
         """
-        waiting, ended = deque(runs), list[Ended]()
+        waiting, results = deque(runs), list[RunResult]()
         try:
             while (waiting and not requests.stop.is_set()) or self._children:
-                over = [] if requests.stop.is_set() else self._start(waiting)
-                self._tell(requests)
-                for one in (*over, *self._bury_all(waiting)):
-                    ended.append(one)
-                    self._report(ended, len(runs))
+                not_started = [] if requests.stop.is_set() else self._start(waiting)
+                self._forward(requests)
+                for result in (*not_started, *self._collect(waiting)):
+                    results.append(result)
+                    self._report(results, len(runs))
                 time.sleep(_POLL_SECONDS)
         finally:
             for child in self._children:
-                _say_to(child, "end")
+                _send(child, "end")
             for child in self._children:
                 child.process.wait()
             if self._preloaded is not None:
                 self._preloaded.close()
                 self._preloaded = None
-        return ended
+        return results
 
-    def _start(self, waiting: deque[Run]) -> list[Ended]:
-        """Start what can be; returns what is over without that."""
-        over, later = [], []
+    def _start(self, waiting: deque[Run]) -> list[RunResult]:
+        """Start the runs that fit; returns results of runs that were not started (refused, or finished elsewhere)."""
+        results, later = [], []
         while waiting and len(self._children) < self._at_once:
             run = waiting.popleft()
             needed = layout(run.config).world_size if self._all else 0
             if needed > len(self._all):
-                reason = f"its {needed} ranks need a device each, and there are {len(self._all)}"
-                over.append(Ended(run, ExitStatus.MISTAKE, 0.0, reason))
-            elif needed > len(self._free) or self._is_held(run):
+                reason = f"its {needed} ranks need one device each, but there are only {len(self._all)}"
+                results.append(RunResult(run, ExitStatus.MISTAKE, 0.0, reason))
+            elif needed > len(self._free) or self._is_locked(run):
                 later.append(run)
-            elif run.config.output in self._held and _came_to_its_end(run):  # by whoever held it
-                over.append(Ended(run, ExitStatus.DONE, 0.0))
+            elif run.config.output in self._locked and _reached_last_step(run):  # in the other process
+                results.append(RunResult(run, ExitStatus.DONE, 0.0))
             else:
                 try:
                     self._children.append(self._launch(run, self._free[:needed]))
                 except OSError as error:
-                    over.append(Ended(run, ExitStatus.FAILED, 0.0, f"it cannot be started: {error.strerror}"))
+                    results.append(RunResult(run, ExitStatus.FAILED, 0.0, f"it cannot be started: {error.strerror}"))
                     continue
                 except ConfigError as error:
-                    over.append(Ended(run, ExitStatus.MISTAKE, 0.0, str(error)))
+                    results.append(RunResult(run, ExitStatus.MISTAKE, 0.0, str(error)))
                     continue
                 self._free = self._free[needed:]
-                self._say(f"{_name(run)}: begins, log in {log_of(run)}")
+                self._say(f"{_name(run)}: started, log in {log_of(run)}")
         waiting.extendleft(reversed(later))
-        return over
+        return results
 
     def _launch(self, run: Run, devices: list[str]) -> _Child:
         environment = dict(os.environ)
@@ -196,8 +195,8 @@ class Runner:
             self._preloaded = Preloaded((*TRAINING, *PICTURES))
         words = command(run, write_config(run))
         with require_writable(log_of(run), "the run's log", "file").open("a") as log:
-            print(f"{_BEGINS}{shlex.join(words)}", file=log, flush=True)
-            # A session of its own: Ctrl-C is for the study, which asks its runs to save.
+            print(f"{_ATTEMPT_LINE}{shlex.join(words)}", file=log, flush=True)
+            # In its own session, Ctrl-C reaches only this process, which then asks the runs to save.
             process = Popen(
                 words,
                 self._preloaded,
@@ -210,56 +209,60 @@ class Runner:
             )
         return _Child(run, process, devices)
 
-    def _is_held(self, run: Run) -> bool:
-        """Whether another process writes the run's folder; said once."""
-        held = bool(is_held(Path(run.config.output)))
-        if held and run.config.output not in self._held:
-            self._held.add(run.config.output)
+    def _is_locked(self, run: Run) -> bool:
+        """Whether another process writes the run's folder; reported once."""
+        locked = bool(is_held(Path(run.config.output)))
+        if locked and run.config.output not in self._locked:
+            self._locked.add(run.config.output)
             self._say(f"{_name(run)}: waits for another process, which writes {run.config.output}")
-        return held
+        return locked
 
-    def _tell(self, requests: Requests) -> None:
-        for word, asked in (("stop", requests.stop), ("end", requests.end)):
+    def _forward(self, requests: Requests) -> None:
+        """Send new requests to all running runs."""
+        for word, requested in (("stop", requests.stop), ("end", requests.end)):
             for child in self._children:
-                if asked.is_set() and word not in child.told:
-                    child.told.add(word)
-                    _say_to(child, word)
+                if requested.is_set() and word not in child.forwarded:
+                    child.forwarded.add(word)
+                    _send(child, word)
 
-    def _bury_all(self, waiting: deque[Run]) -> list[Ended]:
-        """How those ended that have; one whose folder another process took first waits again."""
-        ended = []
+    def _collect(self, waiting: deque[Run]) -> list[RunResult]:
+        """Results of the runs that have ended; a run that found its folder locked is put back into the queue."""
+        results = []
         for child in [child for child in self._children if child.process.poll() is not None]:
             self._children.remove(child)
             self._free = sorted(self._free + child.devices, key=self._all.index)
-            how = known_status(child.process.returncode)
-            if how is ExitStatus.BUSY:
+            status = known_status(child.process.returncode)
+            if status is ExitStatus.BUSY:
                 waiting.append(child.run)
                 continue
-            reason = "" if how in _NO_FAILURE else why(child.run) or f"without a word; its log is {log_of(child.run)}"
-            ended.append(Ended(child.run, how, time.monotonic() - child.began, reason))
-        return ended
+            no_message = f"no error message; its log is {log_of(child.run)}"
+            reason = "" if status in _NO_FAILURE else failure_reason(child.run) or no_message
+            results.append(RunResult(child.run, status, time.monotonic() - child.started, reason))
+        return results
 
-    def _report(self, ended: Sequence[Ended], runs: int) -> None:
-        last = ended[-1]
-        how = _NO_FAILURE.get(last.status) or f"{last.status.name}: {last.reason}"
-        took = [each.seconds for each in ended if each.status is ExitStatus.DONE and each.seconds]
-        left = runs - len(ended)
+    def _report(self, results: Sequence[RunResult], runs: int) -> None:
+        last = results[-1]
+        outcome = _NO_FAILURE.get(last.status) or f"{last.status.name}: {last.reason}"
+        durations = [each.seconds for each in results if each.status is ExitStatus.DONE and each.seconds]
+        left = runs - len(results)
         rounds = left / max(1, min(self._at_once, left))
-        soon = f", some {format_duration(rounds * sum(took) / len(took))} left" if took and left else ""
-        self._say(f"{_name(last.run)}: {how}, after {format_duration(last.seconds)} ({len(ended)} of {runs}{soon})")
+        eta = f", about {format_duration(rounds * mean(durations))} left" if durations and left else ""
+        self._say(
+            f"{_name(last.run)}: {outcome}, after {format_duration(last.seconds)} ({len(results)} of {runs}{eta})"
+        )
 
 
-def devices_here(asked: str | None, environment: Mapping[str, str]) -> list[str]:
-    """The GPUs a program of ours may use, as CUDA_VISIBLE_DEVICES names them; none on a machine without.
+def usable_devices(option: str | None, environment: Mapping[str, str]) -> list[str]:
+    """The GPUs to use, named as in CUDA_VISIBLE_DEVICES; empty on a host without GPUs.
 
     Args:
-        asked: names with commas between; when None those of CUDA_VISIBLE_DEVICES, and without that all.
+        option: comma-separated names; None means those of CUDA_VISIBLE_DEVICES, or all GPUs if that is not set.
 
     Raises:
-        ConfigError: one of those that were asked for is there twice, or one is no name of a device.
+        ConfigError: a name is repeated in `option`, or is not the name of a device.
     """
-    whose, given = (
-        ("CUDA_VISIBLE_DEVICES", environment.get("CUDA_VISIBLE_DEVICES")) if asked is None else ("--devices", asked)
+    source, given = (
+        ("CUDA_VISIBLE_DEVICES", environment.get("CUDA_VISIBLE_DEVICES")) if option is None else ("--devices", option)
     )
     if given is not None:
         names = [name.strip() for name in given.split(",") if name.strip()]
@@ -267,50 +270,51 @@ def devices_here(asked: str | None, environment: Mapping[str, str]) -> list[str]
             return []
         if wrong := next((name for name in names if not _DEVICE.fullmatch(name)), None):
             raise ConfigError(
-                f"{whose} is {shortened(given, _SHOWN)}: {shortened(wrong, _SHOWN)} is no GPU, which is a number as of "
+                f"{source} is {shortened(given, _SHOWN)}: {shortened(wrong, _SHOWN)} is not a GPU: use its number in "
                 "nvidia-smi, such as 0, or a name that begins with GPU- or MIG-"
             )
-        if asked is not None and len(set(names)) < len(names):
-            raise ConfigError(f"--devices is {asked}: each must be another")
+        if option is not None and len(set(names)) < len(names):
+            raise ConfigError(f"--devices is {option}: name each device once")
         return names
     found = (path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia*"))
     return sorted((number for number in found if number.isdecimal()), key=int)
 
 
-def why(run: Run) -> str:
-    """Why a run did not come to its end, in one line, as the log of its last attempt or its run.json tells.
+def failure_reason(run: Run) -> str:
+    """Why a run failed, in one line, from the log of its last attempt or its run.json.
 
-    Empty where there is nothing to tell: it goes on, was asked to stop, or was killed.
+    Empty if it is still running, was asked to stop, or was killed.
     """
     with suppress(OSError, ConfigError):
-        if said := _LAST_WORDS.findall(_end_of(require_file(log_of(run), "log")).rpartition(_BEGINS)[2]):
-            return one_line(said[-1])
+        last_attempt = _tail(require_file(log_of(run), "log")).rpartition(_ATTEMPT_LINE)[2]
+        if errors := _ERROR_LINE.findall(last_attempt):
+            return one_line(errors[-1])
     return status(Path(run.config.output), time.time()).reason or ""
 
 
-def _end_of(log: Path) -> str:
+def _tail(log: Path) -> str:
     with log.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - _LOG_END))
-        return file.read(_LOG_END).decode(errors="replace")
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _LOG_TAIL))
+        return file.read(_LOG_TAIL).decode(errors="replace")
 
 
-def stands(run: Run, now: float) -> Status:
-    """How a run stands, at `now` seconds since 1970; one that was refused before it began has left but a log."""
-    kind_of(Path(run.config.output), "output")  # a name that is too long, no rights: said, for there may be a run
+def run_status(run: Run, now: float) -> Status:
+    """The status of a run at `now` seconds since 1970; a run that was refused at its start has only a log."""
+    kind_of(Path(run.config.output), "output")  # raises if the folder cannot be accessed: there may be a run in it
     found = status(Path(run.config.output), now)
-    if found.state == "no run" and (reason := why(run)):
+    if found.state == "no run" and (reason := failure_reason(run)):
         return replace(found, state="failed", reason=reason, log=str(log_of(run)))
     return found
 
 
-def _say_to(child: _Child, word: str) -> None:
+def _send(child: _Child, word: str) -> None:
     assert child.process.stdin is not None
     with suppress(OSError):  # it has just ended
         child.process.stdin.write(f"{word}\n")
         child.process.stdin.flush()
 
 
-def _came_to_its_end(run: Run) -> bool:
+def _reached_last_step(run: Run) -> bool:
     return status(Path(run.config.output), time.time()).state == "finished"
 
 
@@ -318,10 +322,10 @@ def _name(run: Run) -> str:
     return f"{run.arm}, seed {run.seed}"
 
 
-def _difference(then: RunConfig, now: RunConfig) -> str:
-    """The first setting that differs, with its value then and now; empty if none does."""
-    was, values = flat(then), flat(now)
-    for key, value in values.items():
-        if key != "output" and was.get(key) != value:
-            return f"was run with {key} {was.get(key)}, and the study has {value} now"
+def _difference(used: RunConfig, wanted: RunConfig) -> str:
+    """The first setting that differs, with both values; empty if there is none."""
+    old, new = flat(used), flat(wanted)
+    for key, value in new.items():
+        if key != "output" and old.get(key) != value:
+            return f"was run with {key} {old.get(key)}, but the study now has {value}"
     return ""

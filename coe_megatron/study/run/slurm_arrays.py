@@ -1,4 +1,4 @@
-"""The runs of a study as arrays of SLURM jobs, one for each number of ranks that there is among them."""
+"""Submits the runs of a study as SLURM job arrays, one array per number of ranks."""
 
 import shlex
 import subprocess
@@ -16,11 +16,11 @@ from coe_megatron.study.run.paths import config_of
 
 @dataclass(frozen=True)
 class Submission:
-    """One array.
+    """One job array.
 
     Attributes:
-        command: sbatch's; the configs of the runs must be written before.
-        environment: variables beside those of this process.
+        command: the sbatch command; write the configs of the runs before it is run.
+        environment: variables to set in addition to those of this process.
     """
 
     runs: list[Run]
@@ -28,15 +28,15 @@ class Submission:
     environment: Mapping[str, str]
 
     def __str__(self) -> str:
-        """As a shell takes it."""
+        """As a shell command."""
         settings = (f"{name}={shlex.quote(value)}" for name, value in self.environment.items())
         return f"{' '.join(settings)} {shlex.join(self.command)}"
 
     def submit(self, environment: Mapping[str, str]) -> str:
-        """Hand it to SLURM; returns the job's number.
+        """Submit it to SLURM; returns the job id.
 
         Raises:
-            ConfigError: sbatch is not there, or refuses; one line with its last word.
+            ConfigError: sbatch is not installed or fails; one line with the last line of its error.
         """
         try:
             done = subprocess.run(
@@ -49,32 +49,30 @@ class Submission:
                 check=False,
             )
         except FileNotFoundError:
-            raise ConfigError(
-                "sbatch is not installed here: submit where SLURM's tools are, or see --dry-run"
-            ) from None
-        except OSError as error:  # such as more configs than a command line holds
-            said = f"{(error.strerror or str(error)).lower()}, with {len(self.runs):,} runs"
-            raise ConfigError(f"sbatch cannot be started: {said}; --only and --seed take fewer") from None
+            raise ConfigError("sbatch is not installed here: submit on a host with SLURM, or use --dry-run") from None
+        except OSError as error:  # for example, the configs do not fit on a command line
+            reason = f"{(error.strerror or str(error)).lower()}, with {len(self.runs):,} runs"
+            raise ConfigError(f"sbatch cannot be started: {reason}; --only and --seed select fewer") from None
         if done.returncode:
-            words = done.stderr.strip().splitlines() or ["no word"]
-            raise ConfigError(f"sbatch ended with status {done.returncode}: {words[-1]}")
+            lines = done.stderr.strip().splitlines() or ["no error message"]
+            raise ConfigError(f"sbatch ended with status {done.returncode}: {lines[-1]}")
         return done.stdout.strip().partition(";")[0]
 
 
 def submissions(
     runs: Sequence[Run], ranks_per_node: int | None, at_once: int | None, options: Sequence[str]
 ) -> list[Submission]:
-    """The arrays for some runs.
+    """The arrays that run `runs`.
 
     Args:
-        ranks_per_node: of a run; all of its ranks on one node when None.
-        at_once: so many tasks of an array at a time; as many as SLURM has room for when None.
-        options: of sbatch, which win over ours.
+        ranks_per_node: ranks of a run per node; None puts all of them on one node.
+        at_once: maximum number of running tasks per array; None leaves it to SLURM.
+        options: options of sbatch, which override ours.
 
     Raises:
-        ConfigError: the ranks of a run do not fill nodes.
+        ConfigError: `ranks_per_node` does not divide the ranks of a run, or the first of `options` is not an option.
     """
-    if options and not options[0].startswith("-"):  # sbatch would take it for the script
+    if options and not options[0].startswith("-"):  # sbatch would use it as the script
         raise ConfigError(f"--sbatch begins with {options[0]}: it must hold options, such as --time=1:00:00")
     by_ranks: dict[int, list[Run]] = {}
     for run in runs:
@@ -88,7 +86,7 @@ def _submission(
     own = min(ranks, ranks_per_node)
     if ranks % own:
         raise ConfigError(
-            f"--ranks-per-node is {ranks_per_node}: {runs[0].arm} has {ranks} ranks, which it must divide"
+            f"--ranks-per-node is {ranks_per_node}: {runs[0].arm} has {ranks} ranks, which is not a multiple of it"
         )
     array = f"--array=0-{len(runs) - 1}{f'%{at_once}' if at_once else ''}"
     own_names = ("--job-name=coe-study", "--output=slurm-%A_%a.log")
@@ -99,6 +97,6 @@ def _submission(
 
 
 def _home() -> dict[str, str]:
-    """Where the job finds this project: in a checkout, else where the Python that runs this has it installed."""
+    """Variables that tell the job where this project is: a checkout, or the Python in which it is installed."""
     root = SCRIPTS.parents[2]
     return {"COE_HOME": str(root)} if (root / "launch/pretrain_coe.py").is_file() else {"COE_PYTHON": sys.executable}

@@ -60,7 +60,9 @@ def loads(results: Sequence[Result], styles: Mapping[str, ArmStyle]) -> StudyFig
     figure, grid = new_figure(rows, columns, width=3.0 * columns + 1, height=0.6 + 2.4 * rows)
     top = max(max(part["load"]) * len(part["load"]) for _, parts in arms for part in parts)
     for axes, (name, parts) in zip(grid.flat, arms, strict=False):
-        load = np.array([sorted((share * len(part["load"]) for share in part["load"]), reverse=True) for part in parts])
+        load = np.array(
+            [sorted((fraction * len(part["load"]) for fraction in part["load"]), reverse=True) for part in parts]
+        )
         image = axes.imshow(load, aspect="auto", cmap="viridis", vmin=0, vmax=top, interpolation="nearest")
         ticks = range(0, len(parts), math.ceil(len(parts) / _MAX_TICKS))
         axes.set_yticks(ticks, [f"{parts[row]['layer']}.{parts[row]['iteration']}" for row in ticks], fontsize=7)

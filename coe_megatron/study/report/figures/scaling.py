@@ -27,7 +27,7 @@ _SCALED: dict[str, tuple[str, Callable[[Any], float]]] = {
     "steps": ("steps", lambda config: config.training.steps),
     "learning-rate": ("learning rate", lambda config: config.optimizer.lr),
 }
-_MIN_VALUES = {"learning-rate": 3}  # values; two may belong to two norm placements instead of an axis of their own
+_MIN_VALUES = {"learning-rate": 3}  # values; two may belong to two norm placements instead of a separate axis
 
 
 def scaling(summaries: Sequence[Summary], styles: Mapping[str, ArmStyle]) -> Iterator[StudyFigure]:
