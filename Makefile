@@ -15,6 +15,8 @@ BIN := .venv/bin
 SIDE_BY_SIDE := $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 INSTALLED := .venv/installed
 export PYTHONUNBUFFERED := 1
+# Some containers set it; without byte code every process compiles its imports, and pytest all tests, again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: quickstart test test-rest test-all test-full lint check format docs clean
 

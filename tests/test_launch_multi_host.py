@@ -16,6 +16,8 @@ from programs import ROOT, Program
 
 from coe_megatron.run.exit_status import ExitStatus
 
+pytestmark = pytest.mark.thorough
+
 CONFIG = "configs/quickstart.yaml"
 DOWN = """sh -c 'test "$0" != down || { echo "no route to host $0" >&2; exit 255; }'"""
 
@@ -27,7 +29,6 @@ def launch(program: str, *arguments: str, **variables: str) -> subprocess.Comple
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -128,7 +129,6 @@ def test_a_mistake_on_one_host_is_one_line(arguments: tuple[str, ...], says: str
     assert says in done.stderr
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -199,7 +199,6 @@ def test_what_torchrun_does_not_take_is_one_line(arguments: tuple[str, ...], say
     assert done.returncode == ExitStatus.MISTAKE
 
 
-@pytest.mark.thorough
 def test_a_variable_that_torchrun_cannot_read_is_named() -> None:
     done = launch("one_host.py", "--", "--nproc-per-node", "1", "launch/status.py", PET_NNODES="abc")
     assert done.returncode == ExitStatus.MISTAKE

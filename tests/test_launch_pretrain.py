@@ -15,6 +15,8 @@ from coe_megatron.data.prepare import PrepareSettings, prepare
 from coe_megatron.launcher.network import free_port
 from coe_megatron.training import loop
 
+pytestmark = pytest.mark.thorough
+
 PROGRAM = ROOT / "launch" / "pretrain_coe.py"
 SAID = "interrupted; the same command resumes from the most recent checkpoint\n"
 INTERRUPTS = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"

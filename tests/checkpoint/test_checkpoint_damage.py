@@ -23,6 +23,8 @@ from coe_megatron.checkpoint.names import name_of, step_of
 from coe_megatron.checkpoint.storage import Reader
 from coe_megatron.errors import ConfigError
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.fixture
 def engine(single_rank: None) -> DeepSpeedEngine:
@@ -39,7 +41,6 @@ def run(engine: DeepSpeedEngine, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.thorough
 def test_a_byte_changed_or_a_file_cut_is_always_found(
     engine: DeepSpeedEngine, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -69,7 +70,6 @@ def damages(whole: bytes) -> Iterator[bytes]:
         yield whole[:kept]
 
 
-@pytest.mark.thorough
 def test_no_byte_of_the_manifest_can_change(run: Path) -> None:
     """Also a blank for a line break, which JSON would not mind."""
     path = run / name_of(2) / MANIFEST
@@ -128,7 +128,6 @@ def test_a_list_of_tensors_that_runs_code_is_refused_unread(
     assert not proof.exists()
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [

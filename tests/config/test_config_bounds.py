@@ -15,6 +15,8 @@ from coe_megatron.config.load import read
 from coe_megatron.errors import ConfigError
 from coe_megatron.study.plan.study_file import read_study
 
+pytestmark = pytest.mark.thorough
+
 QUICKSTART = ROOT / "configs/quickstart.yaml"
 
 
@@ -199,7 +201,6 @@ MANY_RANKS = ["parallel.world_size=1000000", "training.global_batch=1000000", "t
 MANY_STAGES = ["model.num_layers=9984", "parallel.pipeline=256", "training.global_batch=256", "training.micro_batch=1"]
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("settings", [WORST, MANY_RANKS, MANY_STAGES], ids=["layers", "ranks", "stages"])
 def test_a_dry_run_of_the_largest_there_is_stays_small(settings: list[str]) -> None:
     code = f"""

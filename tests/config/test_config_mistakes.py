@@ -366,6 +366,7 @@ def test_there_are_forty_different_ones() -> None:
     assert len({said for _, said in OVERRIDES} | set(FILES) | set(DATA)) >= 40
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dry", [True, False])
 @pytest.mark.parametrize(("override", "said"), [OVERRIDES[1], ("data.path={a}", "train.bin has 10 bytes instead of")])
 def test_the_program_itself(override: str, said: str, dry: bool, config: Path, prepared: Path, tmp_path: Path) -> None:

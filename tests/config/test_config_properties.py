@@ -25,6 +25,8 @@ from coe_megatron.estimate.run_estimate import estimate, vocabulary
 from coe_megatron.estimate.run_shape import RunShape
 from coe_megatron.study.plan.arms import override
 
+pytestmark = pytest.mark.thorough
+
 CONFIGS = sorted(
     path for path in (Path(__file__).parents[2] / "configs").rglob("*.yaml") if "studies" not in path.parts
 )

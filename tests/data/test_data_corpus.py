@@ -17,6 +17,8 @@ from coe_megatron.corpus.templates.words import Draw
 from coe_megatron.corpus.word_problems import FAMILIES, HELD_OUT, STORY_PERCENT, generate, templates
 from coe_megatron.data.manifest import Split
 
+pytestmark = pytest.mark.thorough
+
 NUMBER = r"\d+(?:\.\d+)?"
 EQUATION = re.compile(rf"([\d(][\d.\s()*/+-]*?) = ({NUMBER})")
 ENDING = re.compile(rf"The answer is ({NUMBER})\.$")
@@ -113,7 +115,6 @@ def test_problems_of_templates(name, check):
         check(problem)
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
 def test_stories_of_every_setting_with_each_of_its_events(setting):
     draw = Draw(random.Random(setting.name))
@@ -135,7 +136,6 @@ def test_counts_of_stories_are_whole_and_positive():
             assert all(number.isdigit() and int(number) > 0 for number in numbers)
 
 
-@pytest.mark.thorough
 def test_training_never_tells_a_story_of_a_held_out_plot_in_any_setting(monkeypatch):
     told = {split: set() for split in SPLITS}
     seen = {split: set() for split in SPLITS}

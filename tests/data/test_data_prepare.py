@@ -31,6 +31,8 @@ from coe_megatron.data.records import Template
 from coe_megatron.data.tokenizer import Tokenizer, train_tokenizer
 from coe_megatron.errors import ConfigError
 
+pytestmark = pytest.mark.thorough
+
 PROGRAM = Path(__file__).parents[2] / "launch" / "prepare_data.py"
 RECORDS = list(generate("train", 60, 2))
 TEXTS = [f"{record['query']}\n{record['response']}" for record in RECORDS]
@@ -629,7 +631,6 @@ def test_the_program_prepares_and_reports(settings):
     assert decoded(settings.output, "train") == TEXTS
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -17,6 +17,8 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 
 from coe_megatron.local_backend import megatron_compat, without_cuda
 
+pytestmark = pytest.mark.thorough
+
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has CUDA, so Megatron's own code runs")
 no_te = pytest.mark.skipif(megatron_compat.has_transformer_engine(), reason="Transformer Engine is installed")
 
@@ -107,7 +109,6 @@ def as_it_is() -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.thorough
 def test_importing_the_package_loads_no_engine(as_it_is: dict) -> None:
     assert as_it_is["loaded by the package"] == []
     assert as_it_is["loaded by the modules"] == []

@@ -15,6 +15,8 @@ from coe_megatron.distributed.environment import DistributedEnv
 from coe_megatron.distributed.rendezvous import RendezvousError, connect_store, rendezvous, serve_store
 from coe_megatron.launcher.network import free_port
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.fixture
 def pair() -> DistributedEnv:

@@ -10,6 +10,8 @@ from programs import python
 from coe_megatron.run.exit_status import ExitStatus
 from coe_megatron.slurm.requeue import AttemptRefused, Attempts, latest_step
 
+pytestmark = pytest.mark.thorough
+
 PROGRAM = "coe_megatron.cli.slurm_job"
 
 

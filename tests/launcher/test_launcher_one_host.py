@@ -16,6 +16,8 @@ from coe_megatron.launcher import torchrun_supervisor
 from coe_megatron.launcher.torchrun_supervisor import Report, Requests, catches, read_reports, root_cause, supervise
 from coe_megatron.run.exit_status import ExitStatus
 
+pytestmark = pytest.mark.thorough
+
 # A rank that notes SIGUSR1 and then saves for a second; its one argument is where.
 RANK = """
 import signal, sys, time

@@ -16,6 +16,8 @@ from coe_megatron.launcher.ssh_launcher import RemoteCommands, command_string, e
 from coe_megatron.launcher.torchrun_supervisor import Requests
 from coe_megatron.run.exit_status import ExitStatus
 
+pytestmark = pytest.mark.thorough
+
 WAITS = "read word; echo told $word; test $word = end && exit 130; exit 3"
 
 

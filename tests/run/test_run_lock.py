@@ -16,6 +16,8 @@ from coe_megatron.config import RunConfig
 from coe_megatron.errors import ConfigError
 from coe_megatron.run import folder, lock
 
+pytestmark = pytest.mark.thorough
+
 HOLD = """
 import sys, time
 from pathlib import Path

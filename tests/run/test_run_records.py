@@ -26,6 +26,8 @@ from coe_megatron.run.folder import OutputLost
 from coe_megatron.run.loss_plot import is_complete_png
 from coe_megatron.run.metrics_log import read_metrics
 
+pytestmark = pytest.mark.thorough
+
 RECORDS = ("run.json", "config.yaml", "metrics.jsonl", "loss.png")
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda content: b"",
@@ -79,7 +81,6 @@ def damage(path: Path, how: str) -> bytes:
     return content
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize(
     "how", ["torn", *(pytest.param(how, marks=pytest.mark.slow) for how in DAMAGES if how != "torn")]
 )
@@ -134,7 +135,6 @@ def test_a_finished_run_is_left_as_it_is(more: dict[str, int], single_rank: None
     assert contents(run) == before
 
 
-@pytest.mark.thorough
 def test_a_finished_run_whose_last_checkpoint_is_damaged_goes_on(single_rank: None, run: Path, prepared: Path) -> None:
     (run / "checkpoints" / "step-00000004" / "state.json").write_text("{}")
     attempt(run_config(prepared, run))
@@ -142,7 +142,6 @@ def test_a_finished_run_whose_last_checkpoint_is_damaged_goes_on(single_rank: No
     assert [each["outcome"] for each in attempts] == ["finished", "finished"]
 
 
-@pytest.mark.thorough
 @pytest.mark.timeout(120)
 def test_what_is_put_among_checkpoints_while_a_run_goes_on_costs_none(
     single_rank: None, prepared: Path, tmp_path: Path
@@ -160,7 +159,6 @@ def test_what_is_put_among_checkpoints_while_a_run_goes_on_costs_none(
     assert os.listdir(checkpoints) == ["step-00000004"] and listing.problem(checkpoints / "step-00000004") is None
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("how", "when"),
     [("removed", 1), ("another in its place", 2)]
@@ -190,7 +188,6 @@ def test_an_output_that_is_gone_ends_the_run_and_nothing_is_made_in_its_place(
         assert [line[0] for line in losses(run)] == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.thorough
 def test_an_output_that_is_gone_at_the_very_end_is_no_key_error(
     single_rank: None, run: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,8 @@ import pytest
 from programs import ROOT
 from slurm_place import Place
 
+pytestmark = pytest.mark.thorough
+
 SCRIPTS = sorted((ROOT / "launch" / "slurm").glob("*.s*"))
 
 

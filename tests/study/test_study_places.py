@@ -12,6 +12,8 @@ from coe_megatron.study.plan.arms import Run, Study, make_study
 from coe_megatron.study.plan.study_file import read_study
 from coe_megatron.study.run.paths import config_of, log_of, write_config
 
+pytestmark = pytest.mark.thorough
+
 Write = Callable[..., Path]
 Program = Callable[..., tuple[int, str, str]]
 COMMANDS = ("plan", "run", "submit", "status", "report")

@@ -21,6 +21,8 @@ from coe_megatron.study.report.figures.style import StudyFigure, arm_styles
 from coe_megatron.study.report.report import as_markdown, render, write_report
 from coe_megatron.study.report.results import collect, results_csv
 
+pytestmark = pytest.mark.thorough
+
 Write = Callable[..., Path]
 DESIGNS = {
     f"C{iterations}": {"chain.iterations": iterations, "moe.topk": 8 // iterations, "model.num_layers": 4}
@@ -111,7 +113,6 @@ def test_what_the_tables_say(plan: Plan, tmp_path: Path) -> None:
     assert re.fullmatch(r"\d+ / 402", first[6].strip()) and first[7].strip().endswith(" s / 56 s")
 
 
-@pytest.mark.thorough
 def test_labels_and_errors_are_text_whatever_they_hold(study_file: Write, tmp_path: Path) -> None:
     wild = "a|b <script>x</script> *c* _d_ `e` & [f](g)"
     axes = {"design": {wild: {"moe.topk": 2}, "plain": {"moe.topk": 4}}}
@@ -130,7 +131,6 @@ def test_a_study_that_has_not_begun_has_a_report_too(plan: Plan, tmp_path: Path)
     assert "0 of 12 runs are finished" in text and len(as_table(text)) == 14 and page.sources == []
 
 
-@pytest.mark.thorough
 def test_one_arm_with_one_seed_and_one_evaluation(study_file: Write, tmp_path: Path) -> None:
     changes = {"axes": {"design": {"only": {"moe.topk": 2}}}, "baseline": {"design": "only"}, "seeds": [7]}
     file = study_file(output=str(tmp_path / "out"), skip=None, set={"training.evaluate_every": 100}, **changes)
@@ -211,7 +211,6 @@ def test_no_two_arms_look_alike_without_colours(study_file: Write, tmp_path: Pat
     )
 
 
-@pytest.mark.thorough
 def test_the_program_names_its_files_and_a_folder_that_cannot_be_written(plan: Plan, tmp_path: Path) -> None:
     file = tmp_path / "study.yaml"
     done = python("launch/study.py", "report", file, "--to", tmp_path / "there")
@@ -248,7 +247,6 @@ def legend(drawing: StudyFigure) -> list[str]:
     return [text.get_text() for text in found.get_texts()]
 
 
-@pytest.mark.thorough
 @pytest.mark.filterwarnings("error")
 def test_figures_draw_labels_literally(hostile: Plan) -> None:
     """Without warnings of glyphs that are missing; long labels are cut, and what is alike then has a number."""

@@ -18,6 +18,8 @@ from coe_megatron.study.report.figures.memory import pareto
 from coe_megatron.study.report.results import _cell, collect, results_csv, timings_csv
 from coe_megatron.study.report.scaling_fit import fit
 
+pytestmark = pytest.mark.thorough
+
 Write = Callable[..., Path]
 MOE, COE, NORM = "moe-4-8_prenorm", "coe-2-2-8_prenorm", "coe-2-2-8_iteration-norm"
 LOSSES = {(MOE, 1): 4.0, (MOE, 2): 4.1, (COE, 1): 3.7, (COE, 2): 3.9, (NORM, 1): 4.2, (NORM, 2): 4.2}

@@ -30,6 +30,8 @@ from coe_megatron.study.run.runner import (
     usable_devices,
 )
 
+pytestmark = pytest.mark.thorough
+
 STAND_IN = Path(__file__).with_name("study_stand_in.py")
 Write = Callable[..., Path]
 MOE, COE, NORM = "moe-4-8_prenorm", "coe-2-2-8_prenorm", "coe-2-2-8_iteration-norm"

@@ -18,6 +18,8 @@ from coe_megatron.study.plan.study_file import read_study
 from coe_megatron.study.run.paths import config_of
 from coe_megatron.study.run.slurm_arrays import submissions
 
+pytestmark = pytest.mark.thorough
+
 Write = Callable[..., Path]
 Program = Callable[..., tuple[int, str, str]]
 HOSTILE = """-o %j,a b'c"$(touch executed)`touch executed`;touch executed #\\*"""

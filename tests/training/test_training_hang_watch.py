@@ -4,7 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from programs import ROOT
+
+pytestmark = pytest.mark.thorough
 
 PROGRAM = """
 import ctypes, os, signal, subprocess, sys, time

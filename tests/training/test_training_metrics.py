@@ -20,6 +20,8 @@ from coe_megatron.run.loss_plot import draw_loss, is_complete_png
 from coe_megatron.run.metrics_log import read_metrics
 from coe_megatron.training.metrics import CompositeMetrics, open_metrics
 
+pytestmark = pytest.mark.thorough
+
 
 def test_what_is_written_is_read_and_shown_in_tensorboard(tmp_path: Path) -> None:
     writer = open_metrics(tmp_path, RunConfig())
@@ -225,7 +227,6 @@ def wandb_offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     wandb.teardown()
 
 
-@pytest.mark.thorough
 def test_weights_and_biases_offline_goes_on_as_the_same_run(wandb_offline: None, tmp_path: Path) -> None:
     config = parse({"logging": {"wandb": True}})
     for step in (1, 2):

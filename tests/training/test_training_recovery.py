@@ -24,6 +24,8 @@ from coe_megatron.training import evaluation, loop, recovery
 from coe_megatron.training.loop import Pretraining, StoppedOnRequest
 from coe_megatron.training.progress import Progress
 
+pytestmark = pytest.mark.thorough
+
 NAN = math.nan
 TWICE = {5: NAN, 6: NAN}  # with `skips` 2 the run rolls back after step 7, to step 4 and past the data of steps 5 to 7
 POLICY = {"skips": 2}
@@ -57,7 +59,6 @@ def killed_before(step: int, after_rollback: bool = True) -> Callable[[Pretraini
     return kill
 
 
-@pytest.mark.thorough
 def test_a_nan_in_one_batch_leaves_one_step_out(
     single_rank: None, prepared: Path, tmp_path: Path, said: list[str]
 ) -> None:
@@ -72,7 +73,6 @@ def test_a_nan_in_one_batch_leaves_one_step_out(
     assert (tmp_path / "loss.png").exists()
 
 
-@pytest.mark.thorough
 def test_a_skipped_step_updates_no_expert_bias(
     single_rank: None, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,7 +105,6 @@ def rollbacks(megatron_groups: None, prepared: Path, tmp_path_factory: pytest.Te
     return folder
 
 
-@pytest.mark.thorough
 def test_a_run_rolls_back_and_goes_past_the_data(rollbacks: Path, prepared: Path, tmp_path: Path) -> None:
     """To the bit the run whose data never had what was passed over."""
     plain = StepBatches.for_step
@@ -232,7 +231,6 @@ def test_the_count_of_roll_backs_outlives_checkpoints_and_restarts(
             attempt(config)
 
 
-@pytest.mark.thorough
 def test_without_a_checkpoint_there_is_nothing_to_roll_back_to(
     single_rank: None, prepared: Path, tmp_path: Path
 ) -> None:
