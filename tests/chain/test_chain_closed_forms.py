@@ -180,6 +180,7 @@ def test_parameters_equal_those_of_the_built_model(chain, swiglu):
     assert count.attention == sum(p.numel() for a in model.attentions for p in (a.qkv.weight, a.out.weight))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("chain", CHAINS)
 @pytest.mark.parametrize("swiglu", [True, False])
 def test_flops_equal_those_counted_in_the_built_model(chain, swiglu):

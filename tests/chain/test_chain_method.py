@@ -90,7 +90,7 @@ def plain_chain(layer, h):
 
 
 @pytest.mark.parametrize(("gating", "residual", "norm_placement"), KINDS)
-@pytest.mark.parametrize("iterations", [1, 2, 3])
+@pytest.mark.parametrize("iterations", [1, 2, pytest.param(3, marks=pytest.mark.thorough)])
 def test_equals_the_equations_in_plain_python(gating, residual, norm_placement, iterations):
     layer = make_layer(ChainSettings(iterations, gating, residual, norm_placement), shared_ffn=2)
     h = torch.randn(2, 3, 4, dtype=torch.float64)

@@ -117,7 +117,7 @@ def plain_chain(layer: CoELayer, x_TD: Tensor, real_T: Tensor) -> tuple[Tensor, 
 
 @torch.no_grad()
 @pytest.mark.parametrize("gating", get_args(Gating))
-@pytest.mark.parametrize("iterations", [1, 2, 3])
+@pytest.mark.parametrize("iterations", [1, 2, pytest.param(3, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("kind", list(KINDS)[:6])
 def test_equals_the_loop_in_plain_sight(kind: str, iterations: int, gating: Gating) -> None:
     for length in (6, 14):

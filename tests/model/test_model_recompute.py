@@ -180,6 +180,7 @@ def test_megatrons_replay_is_asked_in_the_first_pass(mode: Recompute) -> None:
         assert torch.equal(load, 2 * routes.flatten().bincount(minlength=len(load)))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("feature", FEATURES)
 def test_nothing_of_a_call_stays_on_routers_and_dispatcher(feature: str, mode: Recompute) -> None:

@@ -52,7 +52,7 @@ def detailed_step(layer: Any, batches: list[Batch]) -> list[RoutingReport]:
     return report_routing(layer)
 
 
-@pytest.mark.parametrize("iterations", [1, 2, 3])
+@pytest.mark.parametrize("iterations", [1, 2, pytest.param(3, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("combination", CHAINS, ids="-".join)
 def test_reports_are_the_oracle_s(combination: tuple[str, str, str], iterations: int) -> None:
     oracle, layer = pair(chain_of(combination, iterations), **SHARED)

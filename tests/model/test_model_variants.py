@@ -44,7 +44,7 @@ def compare(config: Any, chain: ChainSettings) -> dict[str, float]:
     return errors(layer_step(layer, h_BSD, grad_BSD), oracle_step(oracle, h_BSD, grad_BSD))
 
 
-@pytest.mark.parametrize("iterations", [1, 2, 3])
+@pytest.mark.parametrize("iterations", [1, 2, pytest.param(3, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_equals_oracle(variant: str, iterations: int) -> None:
     found = compare(make_config(**LOSSES, **SHARED), chain_of(variant, iterations))

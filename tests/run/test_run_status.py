@@ -18,6 +18,8 @@ from coe_megatron.config import dump, parse
 from coe_megatron.run import lock
 from coe_megatron.run.status import Status, find_runs, status, statuses, table
 
+pytestmark = pytest.mark.thorough
+
 NOW = 1_800_000_000.0
 STEPS: list[dict[str, Any]] = [
     {"step": 0, "tokens": 0, "valid_loss": 6.25},
