@@ -15,13 +15,15 @@ import megatron.core
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.config.settings import ParallelSettings
 from coe_megatron.distributed import process_groups
 from coe_megatron.estimate.closed_forms import ModelShape, forward_flops
+from coe_megatron.local_backend.megatron_compat import build_moe_layer
 from coe_megatron.model import CoELayer, coe_layer_spec
 from coe_megatron.text import aligned
 
@@ -231,7 +233,7 @@ def _ours(shape: ModelShape, dtype: torch.dtype) -> CoELayer:
 
 
 def _build(spec: ModuleSpec, config: TransformerConfig) -> MoELayer:
-    layer = build_module(spec.submodules.mlp, config=config).to(torch.cuda.current_device())
+    layer = build_moe_layer(spec.submodules.mlp, config, get_default_pg_collection()).to(torch.cuda.current_device())
     layer.set_layer_number(1)
     return layer
 

@@ -5,21 +5,25 @@ S: sequence, B: batch, D: hidden. Megatron's tensors are [S, B, D], the oracle's
 """
 
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_moe_layer_wise_logging_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_default_pg_collection
 from megatron.core.transformer.moe.router_replay import RouterReplay
-from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from coe_megatron.chain.method import ChainOfExperts
 from coe_megatron.chain.routing import RouterSettings
 from coe_megatron.chain.settings import ChainSettings
+from coe_megatron.local_backend.megatron_compat import build_moe_layer
 from coe_megatron.model import CoELayer, coe_layer_spec
 
 EXPERTS, TOPK, HIDDEN, FFN = 8, 2, 16, 24
@@ -69,15 +73,22 @@ def make_config(base: type = TransformerConfig, **changes: Any) -> TransformerCo
 def make_stock(config: TransformerConfig) -> MoELayer:
     """Megatron's MoE layer with its sequential experts, as layer 1."""
     spec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, normalization=config.normalization)
-    layer = build_module(spec.submodules.mlp, config=config)
+    layer = build_moe_layer(spec.submodules.mlp, config, get_default_pg_collection())
     layer.set_layer_number(1)
     return layer
+
+
+def mlp_class(mlp: Any) -> type:
+    """The class that a layer spec's `mlp` builds: of a ModuleSpec, a partial, or a partial of a class method."""
+    function = mlp.module if isinstance(mlp, ModuleSpec) else mlp.func
+    return getattr(function, "__self__", function)
 
 
 def make_coe(config: TransformerConfig, **chain: Any) -> CoELayer:
     """Our layer alone, as layer 1; by default with one iteration."""
     settings = ChainSettings(**({"iterations": 1} | chain))
-    layer = build_module(coe_layer_spec(config, settings).submodules.mlp, config=config)
+    spec = coe_layer_spec(config, settings)
+    layer = build_moe_layer(spec.submodules.mlp, config, get_default_pg_collection())
     layer.set_layer_number(1)
     return layer
 
@@ -194,11 +205,20 @@ def errors(values: Named, truths: Named) -> dict[str, float]:
 
 def tracked_losses() -> Named:
     """What Megatron's tracker of auxiliary losses holds, by name and layer."""
-    return {name: entry["values"].clone() for name, entry in get_moe_layer_wise_logging_tracker().items()}
+    tracked = tracker()
+    return {
+        name: (entry["values"] if isinstance(entry, dict) else entry.values).clone() for name, entry in tracked.items()
+    }
+
+
+def tracker() -> dict[str, Any]:
+    if find_spec("megatron.core.transformer.moe.moe_logging"):
+        return import_module("megatron.core.transformer.moe.moe_logging").get_moe_metrics_tracker()._metrics
+    return moe_utils.get_moe_layer_wise_logging_tracker()
 
 
 def reset_megatron() -> None:
     """Forget what Megatron keeps in modules: tracked losses, the auxiliary losses' scale, routers to replay."""
-    get_moe_layer_wise_logging_tracker().clear()
+    tracker().clear()
     MoEAuxLossAutoScaler.main_loss_backward_scale = None
     RouterReplay.clear_global_router_replay_instances()

@@ -157,8 +157,7 @@ class ChainOfExperts(nn.Module):
         delta_TD, routings, masked_TN = torch.zeros_like(h_TD), list[Routing](), None
         for t in range(self.chain.iterations):
             input_TD = self._iteration_input(t, x_TD)
-            reuses = self.chain.gating == "fixed" and t > 0
-            routings.append(routings[0] if reuses else self._route(t, input_TD, masked_TN))
+            routings.append(self._route(t, input_TD, masked_TN) if t < self.num_routings else routings[0])  # `fixed`
             masked_TN = self.variants.masked(masked_TN, routings[t].chosen_TN)
             f_TD = self.variants.increment(t, self._experts(input_TD, routings[t]))
             # Not x(C) - x(0), which loses digits and differs from a MoE at C = 1.

@@ -36,7 +36,7 @@ class GroupedExperts(MegatronModule):
 
     Args:
         num_local_experts: E.
-        submodules: ignored; accepted because Megatron passes it.
+        submodules, name: ignored; Megatron-Core 0.16.1 and 0.19.2 pass them.
         pg_collection: groups `ep`, `expt_tp`, `expt_dp`.
         recompute: keep only the rows and the first product, and recompute the activation in the backward pass. This
             keeps D + 2F instead of D + 5F numbers per row (without gating D + F instead of D + 4F), at the cost of
@@ -54,6 +54,7 @@ class GroupedExperts(MegatronModule):
         submodules: MLPSubmodules | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         recompute: bool = False,
+        name: str | None = None,
     ) -> None:
         super().__init__(config=config)
         _refuse_unsupported(config)

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -66,6 +66,7 @@ class CoELayer(MoELayer):
         recompute: activations that the backward pass recomputes (`moe.recompute`); `experts` is done by the experts
             module. Megatron's `recompute_modules` `moe` and `moe_act` mean `layer` and `experts`.
         topk: K; None takes the config's `moe_router_topk`.
+        later: arguments that later releases of Megatron-Core pass (`is_mtp_layer`, `name`).
 
     Raises:
         ConfigError: the config asks for something that cannot go with a chain; the message says what and why.
@@ -83,6 +84,7 @@ class CoELayer(MoELayer):
         norm: type = Norm,
         recompute: Recompute = "none",
         topk: int | None = None,
+        **later: Any,
     ) -> None:
         chain = chain or ChainSettings()
         if topk is not None:  # for this layer only
@@ -94,12 +96,14 @@ class CoELayer(MoELayer):
         assert submodules is not None, "CoELayer needs submodules: take them from coe_layer_spec"
         groups = pg_collection or get_default_pg_collection()
         router = partial(CoERouter, chain=chain)
-        super().__init__(config, replace(submodules, router=router), layer_number, groups)
+        super().__init__(config, replace(submodules, router=router), layer_number, groups, **later)
         self.chain, self.recompute = chain, recompute
         self.probe: ChainProbe | None = None  # set by routing_stats.reset_routing for a step whose metrics are logged
+        of_router = {name: value for name, value in later.items() if name == "is_mtp_layer"}
         tied_to = self.router if chain.gating == "shared_router" else None
         self.later_routers = torch.nn.ModuleList(
-            router(config=config, pg_collection=groups, tied_to=tied_to) for _ in range(self.router.num_routers - 1)
+            router(config=config, pg_collection=groups, tied_to=tied_to, **of_router)
+            for _ in range(self.router.num_routers - 1)
         )
         if type(self.token_dispatcher) is MoEAlltoAllTokenDispatcher:
             self.token_dispatcher = AllToAllDispatcher(

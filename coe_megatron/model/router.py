@@ -50,6 +50,7 @@ class CoERouter(RouterWithLosses):
         config: Megatron's; its routing settings apply to every iteration.
         chain: the chain's settings.
         tied_to: the router whose weights this one shares (gating `shared_router`); None for its own weights.
+        later: arguments that later releases of Megatron-Core pass (`is_mtp_layer`).
     """
 
     global_tokens_per_expert: torch.Tensor | None
@@ -67,13 +68,14 @@ class CoERouter(RouterWithLosses):
         pg_collection: ProcessGroupCollection | None = None,
         chain: ChainSettings | None = None,
         tied_to: "CoERouter | None" = None,
+        **later: Any,
     ) -> None:
         chain = chain or ChainSettings(iterations=1)
         self.capacity_factor = config.moe_expert_capacity_factor
         if self.capacity_factor is not None:  # `routing` applies it, which can keep to a record
             config = copy(config)
             config.moe_expert_capacity_factor = None
-        super().__init__(config, pg_collection, chain)
+        super().__init__(config, pg_collection, chain, **later)
         self._tied_to = (tied_to,)  # in a tuple, so that torch does not take it for a child
         if tied_to is not None:
             del self.weight, self.bias

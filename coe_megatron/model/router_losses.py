@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, save_to_aux_losses_tracker, z_loss_func
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, z_loss_func
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from coe_megatron.chain.settings import ChainSettings
+from coe_megatron.local_backend.megatron_compat import per_token_ranks, track_loss
 from coe_megatron.model.router_stats import RouterStats
 
 
@@ -28,11 +29,13 @@ class RouterWithLosses(TopKRouter):
 
     _is_recomputed = False  # set by CoERouter for a call
 
-    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection, chain: ChainSettings) -> None:
+    def __init__(
+        self, config: TransformerConfig, pg_collection: ProcessGroupCollection, chain: ChainSettings, **later: Any
+    ) -> None:
         self.num_routers = 1 if chain.gating == "fixed" else chain.iterations
         if chain.aux_loss_reduction == "mean":
             config = _with_divided_coefficients(config, self.num_routers)
-        super().__init__(config=config, pg_collection=pg_collection)
+        super().__init__(config=config, pg_collection=pg_collection, **later)
         self.stats = RouterStats()
 
     @property
@@ -47,16 +50,17 @@ class RouterWithLosses(TopKRouter):
         aux_loss,
         aux_loss_name,
         reduce_group,
-        reduce_group_has_dp=False,
         valid_token_count=None,
+        **averaging,
     ):
-        """As the stock method; the loss is also recorded here, and 1/C of it goes into Megatron's tracker."""
+        """Megatron's method; also records the loss here, and adds 1/C of it to Megatron's tracker."""
         if self.is_counting:
             loss = aux_loss.detach() / aux_loss_coeff  # what this rank's tokens add to the loss of all in reduce_group
             self.stats.add_loss(aux_loss_name, loss * reduce_group.size())
-            self._track(aux_loss_name, loss, reduce_group, reduce_group_has_dp)
+            self._track(aux_loss_name, loss, reduce_group=reduce_group, **averaging)
         if self.calculate_per_token_loss:  # Megatron then divides every gradient by the number of tokens
-            aux_loss = aux_loss * (activation.shape[0] if valid_token_count is None else valid_token_count)
+            tokens = activation.shape[0] if valid_token_count is None else valid_token_count
+            aux_loss = aux_loss * tokens * per_token_ranks(self.tp_cp_group)
         return MoEAuxLossAutoScaler.apply(activation, aux_loss)
 
     def apply_z_loss(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -78,7 +82,7 @@ class RouterWithLosses(TopKRouter):
             self.stats.add_loss("z_loss", loss.detach() / coefficient)
             self._track("z_loss", loss.detach() / coefficient)
         if self.calculate_per_token_loss:  # Megatron then divides every gradient by the number of tokens
-            loss = loss * tokens
+            loss = loss * tokens * per_token_ranks(self.tp_cp_group)
         return MoEAuxLossAutoScaler.apply(logits, loss)
 
     def _mean_over_parts(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -89,9 +93,9 @@ class RouterWithLosses(TopKRouter):
             torch.distributed.all_reduce(total, group=self.tp_cp_group)
         return total.clamp(min=1) / ranks
 
-    def _track(self, name: str, loss: torch.Tensor, *reduced: Any) -> None:
+    def _track(self, name: str, loss: torch.Tensor, **reduction: Any) -> None:
         layers = self.config.num_layers + (self.config.mtp_num_layers or 0)
-        save_to_aux_losses_tracker(name, loss / self.num_routers, self.layer_number, layers, *reduced)
+        track_loss(name, loss / self.num_routers, self.layer_number, layers, **reduction)
 
 
 def _with_divided_coefficients(config: TransformerConfig, num_routers: int) -> TransformerConfig:

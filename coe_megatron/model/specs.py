@@ -5,6 +5,7 @@ Engine also the experts (grouped), the norm (sequence parallelism) and the core 
 """
 
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -15,7 +16,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -25,6 +26,8 @@ from coe_megatron.chain.settings import ChainSettings, Recompute
 from coe_megatron.errors import ConfigError
 from coe_megatron.local_backend.attention import SDPACoreAttention
 from coe_megatron.local_backend.experts import GroupedExperts
+from coe_megatron.local_backend.latent_attention import LatentAttention
+from coe_megatron.local_backend.megatron_compat import experts_spec, moe_layer_spec, moe_submodules
 from coe_megatron.local_backend.norm import Norm
 from coe_megatron.model.layer import CoELayer
 from coe_megatron.model.recompute import recompute_mode
@@ -47,10 +50,10 @@ def coe_layer_spec(
             alone need `coe_block_spec`, and so do dense layers (`moe_layer_freq`).
         recompute: what the backward pass computes again instead of keeping it; see CoELayer.
         use_transformer_engine: build on Megatron's Transformer Engine spec (its experts with `moe_grouped_gemm`).
-            Written against Megatron-Core 0.16.1, not yet run on a machine with Transformer Engine.
-        pg_collection: process groups of the layer; Megatron's global ones when None. Megatron hands the model's own to
-            layer classes that it knows by name, and for CoELayer logs "Unknown MLP type" instead: only who gives
-            GPTModel a `pg_collection` needs to act on that, by giving it here too.
+            Not yet run on a machine with Transformer Engine.
+        pg_collection: process groups of the layer, for Megatron-Core 0.16.1, which does not pass those of the model to
+            CoELayer and logs "Unknown MLP type": if you give GPTModel a `pg_collection`, give it here too. 0.19.2
+            passes them, and this argument has no effect.
     """
     if config.num_moe_experts is None:
         raise ConfigError("num_moe_experts is None: a Chain-of-Experts layer needs at least one routed expert")
@@ -139,26 +142,20 @@ def _convert(
     if not use_transformer_engine:
         norm = Norm
         _use_torch_parts(parts)
-    if parts.mlp.module is MoELayer:
-        parts.mlp.module = CoELayer
-        parts.mlp.params = {
-            **(parts.mlp.params or {}),
-            "chain": chain,
-            "norm": norm,
-            "recompute": recompute,
-            "topk": topk,
-        }
-        if pg_collection is not None:
-            parts.mlp.params["pg_collection"] = pg_collection
+    submodules = moe_submodules(parts.mlp)
+    if submodules is not None:
         if not use_transformer_engine:
-            parts.mlp.submodules.experts = ModuleSpec(
-                module=GroupedExperts, params={"recompute": recompute == "experts"}
-            )
+            experts = experts_spec(GroupedExperts, recompute=recompute == "experts")
+            submodules = replace(submodules, experts=experts)
+        arguments = {"chain": chain, "norm": norm, "recompute": recompute, "topk": topk}
+        parts.mlp = moe_layer_spec(CoELayer, submodules, pg_collection, **arguments)
         _use_norm_placement(parts, chain)
     return spec
 
 
 def _use_torch_parts(parts: TransformerLayerSubmodules) -> None:
+    if parts.self_attention.module is MLASelfAttention:
+        parts.self_attention.module = LatentAttention
     attention = parts.self_attention.submodules
     attention.core_attention = SDPACoreAttention
     parts.input_layernorm = parts.pre_mlp_layernorm = Norm

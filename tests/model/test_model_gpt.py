@@ -7,7 +7,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import MLATransformerConfig
-from model_build import LOSSES, MLA, copy_from_stock, make_config, make_gpt, make_stock
+from model_build import LOSSES, MLA, copy_from_stock, make_config, make_gpt, make_stock, mlp_class
 
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.local_backend.norm import Norm
@@ -92,7 +92,7 @@ def test_layers_of_a_block_spec_share_no_spec() -> None:
     config = make_config(num_layers=4, moe_layer_freq=[0, 1, 0, 1])
     specs = coe_block_spec(config).layer_specs
     assert len({id(spec) for spec in specs}) == len({id(spec.submodules) for spec in specs}) == 4
-    assert [spec.submodules.mlp.module for spec in specs] == [MLP, CoELayer, MLP, CoELayer]
+    assert [mlp_class(spec.submodules.mlp) for spec in specs] == [MLP, CoELayer, MLP, CoELayer]
     assert len({id(spec.submodules.sharded_state_dict_keys_map) for spec in specs}) == 4
 
 

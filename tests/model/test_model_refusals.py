@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.enums import AttnMaskType
-from model_build import make_coe, make_config
+from model_build import make_coe, make_config, mlp_class
 
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.local_backend.attention import SDPACoreAttention
 from coe_megatron.local_backend.experts import GroupedExperts
+from coe_megatron.local_backend.megatron_compat import moe_submodules
 from coe_megatron.local_backend.norm import Norm
 from coe_megatron.model import coe_block_spec, coe_layer_spec
 from coe_megatron.model.layer import CoELayer
@@ -44,8 +46,8 @@ def build_layer(config: Any) -> CoELayer:
 
 def build_own_layer(config: Any) -> CoELayer:
     """A layer in a spec of the user's own, which refuses nothing before."""
-    submodules = coe_layer_spec(make_config()).submodules.mlp.submodules
-    return CoELayer(config, submodules, chain=ChainSettings(2))
+    stock = get_gpt_layer_local_spec(num_experts=4, normalization="RMSNorm").submodules.mlp
+    return CoELayer(config, moe_submodules(stock), chain=ChainSettings(2))
 
 
 SPECS = (coe_layer_spec, coe_block_spec)
@@ -107,7 +109,7 @@ def test_refusal_names_field_value_and_what_is_valid(build: Any, changes: dict, 
 
 
 def test_a_list_without_dense_layers_is_no_reason_to_refuse() -> None:
-    assert coe_layer_spec(changed(moe_layer_freq=[1, 1])).submodules.mlp.module is CoELayer
+    assert mlp_class(coe_layer_spec(changed(moe_layer_freq=[1, 1])).submodules.mlp) is CoELayer
 
 
 @pytest.mark.parametrize(
