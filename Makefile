@@ -6,14 +6,17 @@
 #   make test-all     both: everything that needs no GPU, with a covering few of the many layouts
 #   make test-full    make test-all, and all layouts with all ZeRO stages (about an hour more)
 #   make format       format and fix what can be fixed; make docs: write docs/settings.md anew
+# Python 3.11 installs Megatron-Core 0.16.1, Python 3.12 and newer 0.19.2. Both can live side by side, for example
+# make test PYTHON=python3.12 VENV=.venv-3.12
 PYTHON ?= python3
+VENV ?= .venv
 # Files of tests that run side by side, each with up to a few processes: one for a core is about right. Jobs with
 # time limits, slow networks and what takes minutes of all cores have the machine to themselves.
 WORKERS ?= 2
 ALONE := slurm or network or alone
-BIN := .venv/bin
+BIN := $(VENV)/bin
 SIDE_BY_SIDE := $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
-INSTALLED := .venv/installed
+INSTALLED := $(VENV)/installed
 export PYTHONUNBUFFERED := 1
 # Some containers set it; without byte code every process compiles its imports, and pytest all tests, again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -63,10 +66,12 @@ $(INSTALLED): constraints.txt pyproject.toml
 		{ echo "error: Python 3.11 or newer is needed; name one with make PYTHON=..." >&2; exit 1; }
 	@command -v c++ >/dev/null || \
 		{ echo "error: a C++ compiler (c++) is needed: DeepSpeed builds kernels with it" >&2; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -c 'import platform; from importlib.metadata import version; \
+		print("installed for Python", platform.python_version() + ": Megatron-Core", version("megatron-core"))'
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info runs data .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info runs data .pytest_cache .mypy_cache .ruff_cache

@@ -5,7 +5,7 @@
 
 # Modules:
 # module purge
-# module load python/3.11 cuda/12.8
+# module load python/3.12 cuda/13.0
 
 # A Python environment (default: the repository's .venv if it exists, else python3):
 # source /shared/environments/coe/bin/activate                                    # venv
