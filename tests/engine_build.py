@@ -137,7 +137,7 @@ def take_steps(
         with _seen_before_the_step(engine, trace) if step == first else nullcontext():
             loss = train_step(engine, batches, _forward, loss_of)
         update_router_state(engine.module)
-        trace.norms.append(zero.gradient_norm(engine))
+        trace.norms.append(float(zero.gradient_norm(engine)))
         trace.losses.append(float(_summed(loss)))
     trace.weights = {name: weight.detach().clone() for name, weight in engine.module.named_parameters()}
     return trace

@@ -6,6 +6,7 @@ If process groups are not initialised, this process is treated as the only rank.
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from coe_megatron.errors import ConfigError
@@ -88,3 +89,17 @@ def os_error_of(error: BaseException) -> BaseException:
     while before is not None and not isinstance(before, OSError):
         before = before.__cause__ or before.__context__
     return before or error
+
+
+def to_device(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy a CPU tensor to this rank's device, from pinned memory, so that the host does not wait for the device."""
+    if tensor.is_cuda or not torch.cuda.is_available():
+        return tensor
+    return tensor.pin_memory().to(torch.cuda.current_device(), non_blocking=True)
+
+
+def read(*numbers: float | torch.Tensor) -> list[float]:
+    """Numbers and tensors of one number, as floats: one copy to the host for all of them."""
+    tensors = [number.double().reshape(()) for number in numbers if isinstance(number, torch.Tensor)]
+    values = iter(torch.stack(tensors).tolist() if tensors else [])
+    return [next(values) if isinstance(number, torch.Tensor) else number for number in numbers]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
+from coe_megatron.distributed.collectives import to_device
 from coe_megatron.errors import ConfigError
 from coe_megatron.zero import train_step
 from coe_megatron.zero.engine import Engine
@@ -88,7 +89,7 @@ def _sums(engine: Engine, batches: Sequence[Batch]) -> tuple[float, float]:
     def sums_of(token_losses: torch.Tensor, batch: Batch) -> torch.Tensor:
         return torch.stack([masked_loss_sum(token_losses, batch), batch["loss_mask"].sum()]).double()
 
-    nats, tokens = all_reduce_sum(train_step.evaluate(engine, batches, forward, sums_of, size=2)).tolist()
+    nats, tokens = data_parallel_sum(train_step.evaluate(engine, batches, forward, sums_of, size=2)).tolist()
     return nats, tokens
 
 
@@ -98,13 +99,13 @@ def unigram_entropy(batches: Iterable[Batch], vocab_size: int) -> float:
     for batch in batches:
         labels = batch["labels"][batch["loss_mask"] > 0]
         counts += torch.bincount(labels, minlength=vocab_size).double()
-    shares = all_reduce_sum(counts)
+    shares = data_parallel_sum(counts).cpu()
     shares = shares[shares > 0] / shares.sum()
     return -float((shares * shares.log()).sum())
 
 
-def all_reduce_sum(values: torch.Tensor, group: torch.distributed.ProcessGroup | None = None) -> torch.Tensor:
-    """Sum of a tensor over the data-parallel ranks (or those of a group), as a CPU tensor of the same dtype."""
-    moved = values.to(torch.cuda.current_device())
-    torch.distributed.all_reduce(moved, group=group or parallel_state.get_data_parallel_group())
-    return moved.cpu()
+def data_parallel_sum(values: torch.Tensor) -> torch.Tensor:
+    """Sum of a tensor over the data-parallel ranks, on this rank's device; the host does not wait for it."""
+    summed = to_device(values).clone()
+    torch.distributed.all_reduce(summed, group=parallel_state.get_data_parallel_group())
+    return summed

@@ -5,6 +5,7 @@ tokens of the whole step, on all ranks and in all micro-batches, so that a token
 """
 
 import itertools
+import math
 import platform
 import sys
 import time
@@ -23,7 +24,7 @@ from coe_megatron.checkpoint.save_load import CheckpointNotSaved
 from coe_megatron.config import RunConfig
 from coe_megatron.data.run_data import RunData
 from coe_megatron.distributed import process_groups
-from coe_megatron.distributed.collectives import all_gather, is_rank0, run_on_rank0
+from coe_megatron.distributed.collectives import all_gather, is_rank0, read, run_on_rank0, to_device
 from coe_megatron.errors import ConfigError
 from coe_megatron.estimate import closed_forms
 from coe_megatron.estimate.checkpoint_size import checkpoint_bytes
@@ -151,6 +152,7 @@ class Pretraining:
         self.flops = closed_forms.training_flops(shape.model)
         self.peak_flops = devices.peak_flops(config.training.precision)
         self.memory = MemoryMeter(self.engine)
+        self.grad_norm = math.nan  # of the last step
         self.nodes = all_gather([f"node {node} {platform.node()}"])
         # Replace `parallel.ranks_per_node` by the actual number.
         parallel = replace(config.parallel, ranks_per_node=min(Counter(self.nodes).values()))
@@ -244,24 +246,27 @@ class Pretraining:
         routing_stats.reset_routing(model, detailed=self._due("log_every", "evaluate_every", ahead=1), pairs=last)
         batches = self.data.batches.for_step(step + self.state.data_offset)
         own = torch.stack([batch["loss_mask"].sum() for batch in batches]).double().sum()
-        counted = float(evaluation.all_reduce_sum(own))
+        counted = evaluation.data_parallel_sum(own)
+        divisor = counted.clamp(min=1).float()
         zero.set_lr(self.engine, learning_rate(settings, step, self.config.training.steps))
         with self.memory.step():
             total = train_step(
                 self.engine,
                 batches,
                 evaluation.forward,
-                lambda token_losses, batch: evaluation.masked_loss_sum(token_losses, batch) / max(counted, 1),
+                lambda token_losses, batch: evaluation.masked_loss_sum(token_losses, batch) / divisor,
                 self.memory.after_backward,
                 recovery.loss_limit(policy, self.state),
             )
-        loss, applied = float(evaluation.all_reduce_sum(total)), zero.was_applied(self.engine)
+        summed, stop = evaluation.data_parallel_sum(total), _stop_status_of_all(self.stop_request.status())
+        # One copy to the host per step: it waits for the device.
+        loss, tokens, status, self.grad_norm = read(summed, counted, stop, zero.gradient_norm(self.engine))
+        applied = math.isfinite(self.grad_norm)
         update_router_state(model, applied)
-        stop = _stop_status_of_all(self.stop_request.status())
-        self.state.step, self.state.tokens = step + 1, self.state.tokens + int(counted)
+        self.state.step, self.state.tokens = step + 1, self.state.tokens + int(tokens)
         if message := recovery.record_step(policy, self.state, loss, applied):
             self.progress.say(message)
-        return loss, stop
+        return loss, ExitStatus(int(status))
 
     def _log(self, loss: float, clock: "_Clock") -> dict[str, float]:
         """Write the metrics of the step just done; returns the values for the progress line."""
@@ -278,7 +283,7 @@ class Pretraining:
             "rollbacks": len(self.state.rollbacks),
             "data_offset": self.state.data_offset,
             "learning_rate": learning_rate(settings, step - 1, self.config.training.steps),
-            "grad_norm": zero.gradient_norm(self.engine),
+            "grad_norm": self.grad_norm,
             **routing_stats.summary(reports),
             "step_seconds": seconds,
             "tokens_per_second": tokens_per_second,
@@ -346,11 +351,11 @@ class Pretraining:
             self.progress.say(self.start_message)
 
 
-def _stop_status_of_all(stop: ExitStatus) -> ExitStatus:
+def _stop_status_of_all(stop: ExitStatus) -> torch.Tensor:
     """The highest status over all ranks; DONE if none of them was asked to stop."""
-    status = torch.tensor(int(stop), device=torch.cuda.current_device())
+    status = to_device(torch.tensor(int(stop))).clone()
     torch.distributed.all_reduce(status, torch.distributed.ReduceOp.MAX)
-    return ExitStatus(int(status))
+    return status
 
 
 class _Clock:

@@ -156,18 +156,18 @@ def set_lr(engine: Engine, lr: float) -> None:
         group["lr"] = lr
 
 
-def gradient_norm(engine: Engine) -> float:
-    """The 2-norm of all gradients of the last step, before clipping; infinite if the step was skipped.
+def gradient_norm(engine: Engine) -> float | torch.Tensor:
+    """The 2-norm of all gradients of the last step, before clipping, equal on all ranks; on the device in bf16.
 
-    A step with a gradient that is not finite is skipped.
+    It is not finite if the step was skipped, that is, if a gradient was not finite.
     """
-    return float(engine.get_global_grad_norm())
+    return engine.get_global_grad_norm()
 
 
 def was_applied(engine: Engine) -> bool:
     """Whether the last step was applied, not skipped: it changed weights, optimizer states and step count.
 
-    Equal on all ranks.
+    Equal on all ranks. The host waits for the device.
     """
     return math.isfinite(gradient_norm(engine))
 

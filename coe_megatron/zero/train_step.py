@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from coe_megatron.distributed.collectives import to_device
 from coe_megatron.zero.engine import Engine, backward
 
 Batch: TypeAlias = dict[str, torch.Tensor]
@@ -55,7 +56,7 @@ def train_step(
         return loss * _one_or_nan(losses, max_loss if len(losses) == len(batches) else None)
 
     if _stages() == 1:
-        for batch in map(_on_device, batches):
+        for batch in _on_device(batches):
             backward(engine, recorded(loss_fn(forward(engine, batch), batch)))
             after_backward()
             engine.step()
@@ -78,7 +79,7 @@ def evaluate(engine: Engine, batches: Sequence[Batch], forward: Forward, sums_fn
     was_training = engine.training
     engine.eval()
     if _stages() == 1:
-        total = torch.stack([sums_fn(forward(engine, batch), batch) for batch in map(_on_device, batches)]).sum(0)
+        total = torch.stack([sums_fn(forward(engine, batch), batch) for batch in _on_device(batches)]).sum(0)
     else:
         sums = _run_pipeline(
             engine, batches, forward, lambda output, batch: (output.sum(), sums_fn(output, batch)), forward_only=True
@@ -100,8 +101,13 @@ def _one_or_nan(losses: Sequence[torch.Tensor], max_loss: float | None) -> torch
     return torch.where(total <= max_loss, 1.0, torch.nan).to(losses[-1])
 
 
-def _on_device(batch: Batch) -> Batch:
-    return {name: tensor.to(torch.cuda.current_device()) for name, tensor in batch.items()}
+def _on_device(batches: Sequence[Batch]) -> Iterator[Batch]:
+    """The batches on this rank's device; each is sent before the one before it is used, and the host never waits."""
+    sent = [{name: to_device(tensor) for name, tensor in batch.items()} for batch in batches[:1]]
+    for batch in batches[1:]:
+        sent.append({name: to_device(tensor) for name, tensor in batch.items()})
+        yield sent.pop(0)
+    yield from sent
 
 
 def _stages() -> int:
@@ -124,7 +130,7 @@ def _run_pipeline(
     rows, length = batches[0]["tokens"].shape
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=map(_on_device, batches),
+        data_iterator=_on_device(batches),
         model=engine.module,
         num_microbatches=len(batches),
         seq_length=length,

@@ -119,7 +119,7 @@ def train(config: RunConfig, evaluate: bool, packed: bool) -> dict[str, Any]:
         loss = train_step(engine, batches, forward, lambda losses, batch: masked_loss_sum(losses, batch) / 100)
         update_router_state(engine.module)
         found["loss"].append(float(loss))
-        found["norm"].append(zero.gradient_norm(engine))
+        found["norm"].append(float(zero.gradient_norm(engine)))
     found["valid"].append(validate(engine, validation)["valid_loss"])
     with states.gathered_weights(engine):
         named = [*engine.module.named_parameters(), *engine.module.named_buffers()]

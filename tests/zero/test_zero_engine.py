@@ -156,7 +156,7 @@ def try_promises() -> dict:
     found["moved without a rate"] = moved(engine, embedding, rate=0.0)
     found["moved"] = moved(engine, embedding, rate=1e-3)
     found["moved by it"] = moved(engine, embedding, rate=1e-3, factor=float("inf"))
-    found["norm of a loss that is not finite"] = zero.gradient_norm(engine)
+    found["norm of a loss that is not finite"] = float(zero.gradient_norm(engine))
     return found
 
 

@@ -100,7 +100,7 @@ def step(engine: Any, number: int, mishap: str = "") -> float:
     update_router_state(engine.module)
     for hook in hooks:
         hook.remove()
-    return zero.gradient_norm(engine)
+    return float(zero.gradient_norm(engine))
 
 
 def spoil_first() -> Any:

@@ -1,0 +1,61 @@
+"""Runs programs on the pretended CUDA device, forked from a process that has installed it and imported all."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from programs import ROOT, TORCHRUN
+
+from coe_megatron.launcher.preloaded import TRAINING, Popen, Preloaded
+
+HERE = Path(__file__).parent
+SKIP = pytest.mark.skipif(
+    torch.version.cuda is not None,
+    reason="the pretended device needs torch's CPU build, whose CUDA dispatch key is empty",
+)
+BUILD = Path(torch.hub.get_dir()).parent / "pretend_cuda" / f"{sys.version_info.minor}-{torch.__version__}"
+
+
+@cache
+def pretended() -> Preloaded:
+    BUILD.mkdir(parents=True, exist_ok=True)
+    before = dict(os.environ)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent), before.get("PYTHONPATH", "")])
+    os.environ["PRETEND_CUDA_BUILD"] = str(BUILD)
+    try:
+        return Preloaded(("pretended", *TRAINING))
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def rehearse(
+    *arguments: object, ranks: int = 0, seconds: float = 300, on_cpu: bool = False, **environment: str
+) -> tuple[int, str]:
+    """`python ARGUMENTS`, or torchrun with `ranks`, on the pretended device or the CPU; exit status and output."""
+    command = [*TORCHRUN, str(ranks)] if ranks else [sys.executable]
+    path = os.pathsep.join([str(HERE), str(HERE.parent), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment}
+    process = Popen(
+        [*command, *map(str, arguments)], None if on_cpu else pretended(), cwd=ROOT, env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    with process:
+        out = process.communicate(timeout=seconds)[0]
+    return process.returncode, out
+
+
+def waits(path: Path, rank: int = 0) -> Counter[str]:
+    """What made the host of a rank wait: by kind and line of source."""
+    return Counter(json.loads(Path(f"{path}.{rank}").read_text())["syncs"])
+
+
+def notes(path: Path, rank: int = 0) -> dict[str, Any]:
+    return json.loads(Path(f"{path}.{rank}").read_text())["notes"]

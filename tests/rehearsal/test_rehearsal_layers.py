@@ -1,0 +1,71 @@
+"""Layers of all kinds on a pretended CUDA device: the CPU's numbers, and a known number of waits of the host."""
+
+from pathlib import Path
+from typing import Any
+
+import layers
+import pytest
+import torch
+from rehearse import SKIP, rehearse
+
+pytestmark = [pytest.mark.rehearsal, pytest.mark.run, SKIP]
+SCRIPT = Path(layers.__file__)
+# Per iteration, forward and backward: Megatron's permutation selects rows twice, and split sizes go to the host.
+PER_ITERATION = (3, 0)
+RECOMPUTED = (3, 3)
+FP32 = (5, 4)  # without fast kernels each grouped product reads its offsets on the host
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    path = tmp_path_factory.mktemp("layers") / "found.pt"
+    status, out = rehearse(SCRIPT, path)
+    assert status == 0, out[-3000:]
+    return torch.load(path, weights_only=False)
+
+
+@pytest.fixture(scope="module")
+def truth(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    path = tmp_path_factory.mktemp("layers") / "truth.pt"
+    status, out = rehearse(SCRIPT, path, on_cpu=True)
+    assert status == 0, out[-3000:]
+    return torch.load(path, weights_only=False)
+
+
+@pytest.mark.parametrize("name", layers.CASES)
+def test_layers_compute_what_they_do_on_the_cpu(name: str, found: dict, truth: dict) -> None:
+    ours, theirs = found[name], truth[name]
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        if isinstance(value, torch.Tensor):
+            assert ours[key].isfinite().all(), key
+            torch.testing.assert_close(ours[key], value, rtol=1e-5, atol=1e-6, msg=key)
+    assert str(ours["report"]) == str(theirs["report"])
+
+
+@pytest.mark.parametrize("name", layers.CASES)
+def test_the_host_waits_no_more_than_it_did(name: str, found: dict) -> None:
+    assert (found[name]["forward waits"], found[name]["backward waits"]) == expected_waits(name)
+
+
+def expected_waits(name: str) -> tuple[int, int]:
+    _, chain, recompute = layers.CASES[name]
+    iterations = chain.get("iterations", 2)
+    forward, backward = RECOMPUTED if recompute in ("iteration", "layer") else PER_ITERATION
+    if name == "fp32":
+        forward, backward = FP32
+    return forward * iterations, backward * iterations
+
+
+@pytest.mark.parametrize("mistake", layers.MISTAKES)
+def test_a_planted_mistake_is_noticed(mistake: str, found: dict, tmp_path: Path) -> None:
+    status, out = rehearse(SCRIPT, tmp_path / "found.pt", mistake)
+    if mistake == "a tensor on another device":
+        assert status != 0 and "found at least two devices" in out
+        return
+    assert status == 0, out[-3000:]
+    wrong = torch.load(tmp_path / "found.pt", weights_only=False)
+    if mistake == "a read in the layer":
+        assert wrong["forward waits"] > found["bf16"]["forward waits"]
+    else:
+        assert not wrong["out 0"].isfinite().all()
