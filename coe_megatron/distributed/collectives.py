@@ -99,7 +99,9 @@ def to_device(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def read(*numbers: float | torch.Tensor) -> list[float]:
-    """Numbers and tensors of one number, as floats: one copy to the host for all of them."""
-    tensors = [number.double().reshape(()) for number in numbers if isinstance(number, torch.Tensor)]
-    values = iter(torch.stack(tensors).tolist() if tensors else [])
-    return [next(values) if isinstance(number, torch.Tensor) else number for number in numbers]
+    """Numbers and tensors of one number, on any device, as floats: one copy to the host for all of them."""
+    there = [number.double().reshape(()) for number in numbers if isinstance(number, torch.Tensor) and number.is_cuda]
+    values = iter(torch.stack(there).tolist() if there else [])
+    return [
+        next(values) if isinstance(number, torch.Tensor) and number.is_cuda else float(number) for number in numbers
+    ]

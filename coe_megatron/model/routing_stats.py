@@ -118,7 +118,10 @@ def _as_vector(layer: CoELayer, t: int) -> torch.Tensor:
     stats = _router(layer, t).stats
     assert layer.probe is not None and stats.load is not None, "no detailed training step since reset_routing"
     recorded = [*(stats.losses[name] for name in sorted(stats.losses)), stats.calls, stats.entropy]
-    scalars = [torch.as_tensor(value).to(stats.load).view(1) for value in recorded]
+    scalars = [
+        value.to(stats.load).view(1) if isinstance(value, torch.Tensor) else stats.load.new_full((1,), value)
+        for value in recorded
+    ]
     pairs = () if layer.probe.pairs is None or t == 0 else (layer.probe.pairs[t].flatten(),)
     return torch.cat([*scalars, layer.probe.sums[t], stats.load, *pairs])
 

@@ -16,7 +16,7 @@ _log = _watching.__enter__()
 
 
 def _write_counts() -> None:
-    if path := os.environ.get("WAITS"):
+    if (path := os.environ.get("WAITS")) and any(_log.values()):
         with open(f"{path}.{os.environ.get('RANK', '0')}", "w") as file:
             json.dump(_log, file)
 
