@@ -10,6 +10,8 @@
 # make test PYTHON=python3.12 VENV=.venv-3.12
 PYTHON ?= python3
 VENV ?= .venv
+# Files or folders of tests, all when empty: make test TESTS="tests/model tests/zero"
+TESTS ?=
 # Files of tests that run side by side, each with up to a few processes: one for a core is about right. Jobs with
 # time limits, slow networks and what takes minutes of all cores have the machine to themselves.
 WORKERS ?= 2
@@ -21,7 +23,7 @@ export PYTHONUNBUFFERED := 1
 # Some containers set it; without byte code every process compiles its imports, and pytest all tests, again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test test-rest test-all test-full lint check format docs clean
+.PHONY: quickstart test test-side test-rest test-all test-full lint check format docs clean
 
 quickstart: $(INSTALLED) data/builtin/manifest.json
 	OMP_NUM_THREADS=1 $(BIN)/python launch/one_host.py -- --nproc-per-node 2 launch/pretrain_coe.py configs/quickstart.yaml
@@ -30,9 +32,12 @@ CORPUS := $(wildcard coe_megatron/data/*.py coe_megatron/corpus/*.py coe_megatro
 data/builtin/manifest.json: $(INSTALLED) $(CORPUS)
 	$(BIN)/python launch/prepare_data.py --builtin 20000 --vocab-size 2048 --output data/builtin --overwrite
 
-test: $(INSTALLED)
-	$(SIDE_BY_SIDE) -m "not gpu and not slow and not full and not ($(ALONE))"
-	$(BIN)/pytest -m "($(ALONE)) and not slow and not full"
+test: test-side
+	$(BIN)/pytest -m "($(ALONE)) and not slow and not full" $(TESTS)
+
+# The tests of make test that run side by side.
+test-side: $(INSTALLED)
+	$(SIDE_BY_SIDE) -m "not gpu and not slow and not full and not ($(ALONE))" $(TESTS)
 
 test-rest: $(INSTALLED)
 	$(SIDE_BY_SIDE) -m "slow and not gpu and not full and not ($(ALONE))"
