@@ -1,10 +1,11 @@
 """Lets Megatron-Core run without a CUDA device. Programs call `install()`; importing does nothing.
 
-Replacements and reasons (Megatron-Core 0.16.1):
+Replacements and reasons (Megatron-Core 0.16.1 and 0.19.2):
 
 * `torch.cuda.current_device`: Megatron allocates with `device=torch.cuda.current_device()` in some thirty places.
   Without CUDA the call would raise; it now returns the CPU.
 * `torch.cuda.synchronize`: called when a distributed checkpoint is saved; without CUDA it does nothing.
+* `torch.cuda.current_stream`: 0.19.2 takes it before gradients are reduced, and uses it with CUDA graphs only.
 * `random._get_cuda_rng_state`, `random._set_cuda_rng_state`, `random.CudaRNGStatesTracker`: Megatron
   forks CUDA generators for dropout, initialisation and recompute; these use states of the CPU generator instead.
 * `MoEAlltoAllTokenDispatcher.cuda_dtoh_stream` and `._maybe_dtoh_and_synchronize`: these copy split sizes to the
@@ -33,6 +34,7 @@ def install() -> None:
 
     torch.cuda.current_device = _cpu_device  # type: ignore[assignment]
     torch.cuda.synchronize = _no_synchronize  # type: ignore[assignment]
+    torch.cuda.current_stream = _no_stream  # type: ignore[assignment]
     random._get_cuda_rng_state = _get_rng_state
     random._set_cuda_rng_state = _set_rng_state
     random.CudaRNGStatesTracker = _cpu_tracker(random.CudaRNGStatesTracker)
@@ -47,6 +49,10 @@ def _cpu_device() -> torch.device:
 
 
 def _no_synchronize(_device: object = None) -> None:
+    pass
+
+
+def _no_stream(_device: object = None) -> None:
     pass
 
 
