@@ -27,6 +27,7 @@ BUILD = Path(torch.hub.get_dir()).parent / "pretend_cuda" / f"{sys.version_info.
 def pretended() -> Preloaded:
     BUILD.mkdir(parents=True, exist_ok=True)
     before = dict(os.environ)
+    os.environ.pop("DS_ACCELERATOR", None)  # set by coe_megatron.zero in this process, which has no CUDA
     os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent), before.get("PYTHONPATH", "")])
     os.environ["PRETEND_CUDA_BUILD"] = str(BUILD)
     try:
@@ -42,7 +43,8 @@ def rehearse(
     """`python ARGUMENTS`, or torchrun with `ranks`, on the pretended device or the CPU; exit status and output."""
     command = [*TORCHRUN, str(ranks)] if ranks else [sys.executable]
     path = os.pathsep.join([str(HERE), str(HERE.parent), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment}
+    own = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    environment = {**own, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment}
     process = Popen(
         [*command, *map(str, arguments)], None if on_cpu else pretended(), cwd=ROOT, env=environment,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
