@@ -70,7 +70,7 @@ def ours(found: Counter[str]) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.full) for name in CASES]
 )
 def test_pretraining_has_the_cpus_losses_and_no_new_waits(name: str, data: Path, weights: Path, tmp_path: Path) -> None:
     ranks, settings, expected = CASES[name]
@@ -82,7 +82,7 @@ def test_pretraining_has_the_cpus_losses_and_no_new_waits(name: str, data: Path,
     assert {file: count / 2 for file, count in ours(long - short).items()} == expected
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_run_is_resumed_saved_in_the_background_and_profiled(data: Path, tmp_path: Path) -> None:
     more = ["training.background_saving=true", "training.save_every=2"]
     profile = ["profile.first_step=2", "profile.steps=1", "profile.memory=true"]
@@ -93,7 +93,7 @@ def test_a_run_is_resumed_saved_in_the_background_and_profiled(data: Path, tmp_p
     assert any((tmp_path / "run" / "profile").iterdir())
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(("ranks", "layout"), [(0, ""), (2, "--expert 2"), (2, "--pipeline 2")])
 def test_the_megatron_example_learns(ranks: int, layout: str) -> None:
     status, out = rehearse("examples/chain_in_megatron.py", *layout.split(), ranks=ranks)
