@@ -5,8 +5,6 @@ S: sequence, B: batch, D: hidden. Megatron's tensors are [S, B, D], the oracle's
 """
 
 from collections.abc import Callable
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -212,8 +210,8 @@ def tracked_losses() -> Named:
 
 
 def tracker() -> dict[str, Any]:
-    if find_spec("megatron.core.transformer.moe.moe_logging"):
-        return import_module("megatron.core.transformer.moe.moe_logging").get_moe_metrics_tracker()._metrics
+    if hasattr(moe_utils, "get_moe_metrics_tracker"):
+        return moe_utils.get_moe_metrics_tracker()._metrics
     return moe_utils.get_moe_layer_wise_logging_tracker()
 
 

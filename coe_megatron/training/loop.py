@@ -261,7 +261,7 @@ class Pretraining:
         summed, stop = evaluation.data_parallel_sum(total), _stop_status_of_all(self.stop_request.status())
         # One copy to the host per step: it waits for the device.
         loss, tokens, status, self.grad_norm = read(summed, counted, stop, zero.gradient_norm(self.engine))
-        applied = math.isfinite(self.grad_norm)
+        applied = zero.was_applied(self.grad_norm)
         update_router_state(model, applied)
         self.state.step, self.state.tokens = step + 1, self.state.tokens + int(tokens)
         if message := recovery.record_step(policy, self.state, loss, applied):
@@ -353,7 +353,7 @@ class Pretraining:
 
 def _stop_status_of_all(stop: ExitStatus) -> torch.Tensor:
     """The highest status over all ranks; DONE if none of them was asked to stop."""
-    status = to_device(torch.tensor(int(stop))).clone()
+    status = to_device(torch.tensor(int(stop)))
     torch.distributed.all_reduce(status, torch.distributed.ReduceOp.MAX)
     return status
 

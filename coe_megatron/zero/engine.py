@@ -164,12 +164,9 @@ def gradient_norm(engine: Engine) -> float | torch.Tensor:
     return engine.get_global_grad_norm()
 
 
-def was_applied(engine: Engine) -> bool:
-    """Whether the last step was applied, not skipped: it changed weights, optimizer states and step count.
-
-    Equal on all ranks. The host waits for the device.
-    """
-    return math.isfinite(gradient_norm(engine))
+def was_applied(norm: float) -> bool:
+    """Whether a step of this `gradient_norm` was applied, not skipped: it changed weights, states and step count."""
+    return math.isfinite(norm)
 
 
 def _reduce_sequence_parallel_gradients(model: torch.nn.Module) -> None:

@@ -9,6 +9,7 @@ batches.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, pairwise
 from typing import TypeAlias
 
 import torch
@@ -37,7 +38,7 @@ def train_step(
     The factors of a pipeline are applied here; without a pipeline, `zero.engine.backward` applies its own.
 
     A step with a loss or gradient that is not finite on any rank is skipped: weights and optimizer states stay
-    unchanged on all ranks, and `zero.engine.was_applied` is False.
+    unchanged on all ranks, and `zero.engine.was_applied` is False for its gradient norm.
 
     Args:
         batches: as many as the engine accumulates, `tokens` [B, S] of equal shape; moved to the device one by one.
@@ -103,11 +104,8 @@ def _one_or_nan(losses: Sequence[torch.Tensor], max_loss: float | None) -> torch
 
 def _on_device(batches: Sequence[Batch]) -> Iterator[Batch]:
     """The batches on this rank's device; each is sent before the one before it is used, and the host never waits."""
-    sent = [{name: to_device(tensor) for name, tensor in batch.items()} for batch in batches[:1]]
-    for batch in batches[1:]:
-        sent.append({name: to_device(tensor) for name, tensor in batch.items()})
-        yield sent.pop(0)
-    yield from sent
+    copies = ({name: to_device(tensor) for name, tensor in batch.items()} for batch in batches)
+    return (batch for batch, _ahead in pairwise(chain(copies, [{}])))
 
 
 def _stages() -> int:

@@ -77,7 +77,6 @@ def run(name: str) -> dict[str, Any]:
     found |= {f"buffer {key}": value.cpu() for key, value in layer.named_buffers()}
     layer.eval()
     with torch.no_grad():
-        before = waits()
         found["evaluation"] = layer._forward_mlp(h_SBD).cpu()
     return found
 

@@ -7,7 +7,6 @@ import sys
 from collections import Counter
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -57,7 +56,3 @@ def rehearse(
 def waits(path: Path, rank: int = 0) -> Counter[str]:
     """What made the host of a rank wait: by kind and line of source."""
     return Counter(json.loads(Path(f"{path}.{rank}").read_text())["syncs"])
-
-
-def notes(path: Path, rank: int = 0) -> dict[str, Any]:
-    return json.loads(Path(f"{path}.{rank}").read_text())["notes"]

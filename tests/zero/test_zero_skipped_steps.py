@@ -66,9 +66,16 @@ def try_one(kind: str) -> dict[str, dict]:
     found: dict[str, dict] = {}
     for mishap in MISHAPS:
         step(engine, 7, mishap)
-        found[mishap] = {"taken": zero.was_applied(engine), "changed": different(held(engine), before)}
+        found[mishap] = {
+            "taken": zero.was_applied(float(zero.gradient_norm(engine))),
+            "changed": different(held(engine), before),
+        }
     again = step(engine, 1)
-    found["none"] = {"taken": zero.was_applied(engine), "changed": different(held(engine), after), "norm": again - norm}
+    found["none"] = {
+        "taken": zero.was_applied(float(zero.gradient_norm(engine))),
+        "changed": different(held(engine), after),
+        "norm": again - norm,
+    }
     return found
 
 
