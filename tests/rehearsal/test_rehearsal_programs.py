@@ -27,7 +27,7 @@ CASES: dict[str, tuple[int, list[str], dict[str, int]]] = {
     "pipeline": (2, ["parallel.pipeline=2"], STEP),
     "tensor": (2, ["parallel.tensor=2"], STEP),
 }
-QUICK = ("stage 1", "expert")
+TIERS: dict[str, tuple[pytest.MarkDecorator, ...]] = {"stage 1": (), "expert": (pytest.mark.slow,)}  # others: full
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +69,7 @@ def ours(found: Counter[str]) -> dict[str, int]:
     return dict(files)
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.full) for name in CASES]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=TIERS.get(name, (pytest.mark.full,))) for name in CASES])
 def test_pretraining_has_the_cpus_losses_and_no_new_waits(name: str, data: Path, weights: Path, tmp_path: Path) -> None:
     ranks, settings, expected = CASES[name]
     settings = [*settings, f"training.warm_start={weights}"]
