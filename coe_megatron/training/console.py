@@ -7,6 +7,7 @@ from functools import partial
 _IRRELEVANT = {  # logger: beginning of its message
     "megatron.core.transformer.transformer_layer": "Unknown MLP type",
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    "torch.utils.cpp_extension": "No CUDA runtime is found",
 }
 
 
@@ -15,7 +16,7 @@ def quiet_libraries() -> None:
 
     Megatron warns that Apex and Transformer Engine are missing and that its own defaults are deprecated, torch warns
     that Megatron uses deprecated names. Megatron 0.16.1 warns that it does not know CoELayer, 0.19.2 that its GPTModel
-    gets no new features. Errors are kept.
+    gets no new features; torch's CUDA build warns that there is no CUDA device. Errors are kept.
     """
     warnings.filterwarnings("ignore", module=r"megatron\.")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")

@@ -21,6 +21,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+import torch.profiler
 import torch.utils.cpp_extension
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -209,7 +210,10 @@ class Watch(TorchDispatchMode):
     @staticmethod
     def _later(result, real):
         _note("D2H async", "notes")
-        result.fill_(float("nan") if real.is_floating_point() else True if real.dtype is torch.bool else -(10**6))
+        if real.is_floating_point():
+            result.fill_(float("nan"))
+        else:
+            result.fill_(True if real.dtype is torch.bool else torch.iinfo(real.dtype).max)
         _pending.append((_current(), result, real))
         return result
 
@@ -262,6 +266,17 @@ def watch():
         WATCH.log = None
 
 
+def _profile_the_host_only():
+    """torch's profiler would ask for CUDA events at every operator, and raise and swallow an error each time."""
+    profile = torch.profiler.profile
+    start = profile.__init__
+
+    def start_on_host(self, *, activities=None, **options):
+        start(self, activities=[torch.profiler.ProfilerActivity.CPU], **options)
+
+    profile.__init__ = start_on_host
+
+
 def install(build=None):
     """Pretend from here on, in this process."""
     global WATCH
@@ -305,6 +320,7 @@ def install(build=None):
     for name in ("range_push", "range_pop", "mark"):
         setattr(cuda.nvtx, name, nothing)
     torch.Tensor.record_stream = nothing
+    _profile_the_host_only()
     start = torch.distributed.init_process_group
 
     def init_process_group(backend=None, **options):

@@ -1,7 +1,7 @@
 """Gives this process, and all that it forks, a pretended CUDA device when imported.
 
 With WAITS=FILE in a program's environment, FILE.RANK gets what made the host wait for the device ("syncs") and
-what else was noted ("notes"), as JSON, by line of source with counts.
+what else was noted ("notes"), as JSON, by line of source with counts; `step_waits` adds the waits of each step.
 """
 
 import atexit

@@ -4,13 +4,13 @@ import json
 import os
 import subprocess
 import sys
-from collections import Counter
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from programs import ROOT, TORCHRUN
+from programs import ROOT, TORCHRUN, kill
 
 from coe_megatron.launcher.preloaded import TRAINING, Popen, Preloaded
 
@@ -30,7 +30,7 @@ def pretended() -> Preloaded:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent), before.get("PYTHONPATH", "")])
     os.environ["PRETEND_CUDA_BUILD"] = str(BUILD)
     try:
-        return Preloaded(("pretended", *TRAINING))
+        return Preloaded(("pretended", *TRAINING, "step_waits"))
     finally:
         os.environ.clear()
         os.environ.update(before)
@@ -49,10 +49,13 @@ def rehearse(
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     with process:
-        out = process.communicate(timeout=seconds)[0]
+        try:
+            out = process.communicate(timeout=seconds)[0]
+        finally:
+            kill(process)
     return process.returncode, out
 
 
-def waits(path: Path, rank: int = 0) -> Counter[str]:
-    """What made the host of a rank wait: by kind and line of source."""
-    return Counter(json.loads(Path(f"{path}.{rank}").read_text())["syncs"])
+def notes(path: Path, rank: int = 0) -> dict[str, Any]:
+    """What a rank noted by kind and line of source: all its waits as `syncs`, and those of each step as `steps`."""
+    return json.loads(Path(f"{path}.{rank}").read_text())

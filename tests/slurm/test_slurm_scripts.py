@@ -100,8 +100,14 @@ def test_a_job_with_variables_in_part_is_one_line(environment: dict[str, str], s
     (tmp_path / "squeue").symlink_to("/bin/true")
     (tmp_path / "scontrol").write_text("#!/bin/sh\n${SCONTROL:-echo n1}\n")
     (tmp_path / "scontrol").chmod(0o755)
-    given = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "COE_HOME": str(ROOT), "SLURM_JOB_NODELIST": "n1"}
-    given |= {"SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n1", "SLURM_CPUS_ON_NODE": "1", **environment}
+    given = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "COE_HOME": str(ROOT), "COE_PYTHON": sys.executable}
+    given |= {
+        "SLURM_JOB_NODELIST": "n1",
+        "SLURM_JOB_ID": "7",
+        "SLURMD_NODENAME": "n1",
+        "SLURM_CPUS_ON_NODE": "1",
+        **environment,
+    }
     command = ["bash", ROOT / "launch" / "slurm" / "pretrain.sbatch", "c.yaml"]
     done = subprocess.run(command, env=given, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, (tmp_path / "x").exists()) == (2, "", False)

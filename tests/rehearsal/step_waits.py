@@ -1,0 +1,21 @@
+"""Notes what made the host wait in each step of pretraining; imported after the loop, beside `pretended`."""
+
+from collections import Counter
+
+import pretended
+
+from coe_megatron.training.loop import Pretraining
+
+_train_step, _before = Pretraining._train_step, Counter[str]()
+
+
+def _noting(self: Pretraining, step: int) -> object:
+    """A step with its logging: from one call to the next."""
+    global _before
+    now = Counter(pretended._log["syncs"])
+    pretended._log.setdefault("steps", []).append(now - _before)
+    _before = now
+    return _train_step(self, step)
+
+
+Pretraining._train_step = _noting
