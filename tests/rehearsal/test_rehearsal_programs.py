@@ -116,11 +116,16 @@ def test_pretraining_has_the_cpus_losses_and_no_new_waits(
 
 @pytest.mark.slow
 def test_a_run_is_resumed_saved_in_the_background_and_profiled(data: Path, tmp_path: Path) -> None:
-    more = ["optimizer.warmup=0", "training.background_saving=true", "training.save_every=2"]
+    more = [
+        "optimizer.warmup=0",
+        "optimizer.decay=constant",
+        "training.background_saving=true",
+        "training.save_every=2",
+    ]
     profile = ["profile.first_step=2", "profile.steps=1", "profile.memory=true"]
     pretrain(data, tmp_path / "run", *more, *profile, "training.steps=2")
     pretrain(data, tmp_path / "run", *more, "training.steps=4")
-    pretrain(data, tmp_path / "whole", "optimizer.warmup=0", "training.steps=4")
+    pretrain(data, tmp_path / "whole", "optimizer.warmup=0", "optimizer.decay=constant", "training.steps=4")
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     assert any((tmp_path / "run" / "profile").iterdir())
 
