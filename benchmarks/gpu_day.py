@@ -1,0 +1,204 @@
+"""The GPU day: what holds on this machine's first CUDA device, in eight minutes at most.
+
+    make gpu
+    python benchmarks/gpu_day.py --part layers      # one part again, in this process, without a time limit
+
+The parts are the GPU tier, layers and steps against Megatron's own, kernels, parity with the CPU, and the paper's arms.
+Each is a process with a time limit; one that fails or takes too long is reported, and the next goes on. report.json and
+report.md in the output folder are written anew after each part. On a real device the README's table "verified on" gets
+its row if the GPU tier has passed.
+
+Exit status: 0 all parts done; 1 a part failed; 2 a bad argument, or no CUDA device; 130 interrupted from the keyboard.
+"""
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from contextlib import nullcontext, suppress
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import gpu_page
+from bench_options import positive
+
+from coe_megatron import scratch
+from coe_megatron.cli.arguments import Parser, write_out
+from coe_megatron.errors import ConfigError, one_line
+from coe_megatron.files import require_folder, user_path, write_atomically
+from coe_megatron.lean_imports import import_megatron
+from coe_megatron.launcher.preloaded import Popen, Preloaded, is_loaded
+
+ROOT = Path(__file__).resolve().parents[1]
+# Seconds of each part; arms take what is left. Those with Transformer Engine need it.
+PARTS = {"tier": 110, "layers": 45, "layers_te": 40, "steps": 60, "steps_te": 45, "kernels": 40, "parity": 60, "arms": 300}
+_DRAWING = 10  # seconds kept for the last page
+_START = 20  # seconds that a part may take to begin and to end
+_SHORTEST = 15  # a part with less time is not begun
+OUTPUT, JSON, LOGS = "gpu-report", "report.json", "logs"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, run the parts, write the report; returns the exit status."""
+    parser = Parser(prog="gpu_day.py", description=__doc__)
+    parser.add_argument("--output", type=user_path, default=Path(OUTPUT), help="folder of the report")
+    parser.add_argument("--seconds", type=positive, default=480, help="time of all parts together (default: 480)")
+    parser.add_argument("--quick", action="store_true", help="small sizes, for a rehearsal: times mean nothing")
+    parser.add_argument("--part", choices=PARTS, help="run this part alone, here, and add it to the report")
+    options = parser.parse_args(arguments)
+    try:
+        scratch.enter()
+        (options.output / LOGS).mkdir(parents=True, exist_ok=True)
+        require_folder(options.output, "--output")
+    except OSError as error:
+        parser.error(f"--output is {options.output}: {error.strerror}")
+    except ConfigError as error:
+        parser.error(str(error))
+    import torch
+
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device: the GPU day needs one (python -c 'import torch; print(torch.cuda.is_available())')")
+    report = Report(options.output)
+    if options.part:
+        return run_here(report, options)
+    return run_all(report, options)
+
+
+class Report:
+    """report.json, which the process of a part and the one that started it write in turn."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def read(self) -> dict[str, Any]:
+        with suppress(FileNotFoundError):
+            return json.loads((self.folder / JSON).read_text())
+        return {"parts": {}}
+
+    def update(self, part: str | None = None, **values: Any) -> dict[str, Any]:
+        """Set values of a part, or of the report; returns all of it."""
+        report = self.read()
+        (report if part is None else report["parts"].setdefault(part, {})).update(values)
+        write_atomically(self.folder / JSON, json.dumps(report, indent=1) + "\n")
+        return report
+
+
+def run_all(report: Report, options: argparse.Namespace) -> int:
+    """Every part in its process; returns the exit status."""
+    start = time.monotonic()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    report.update(parts={}, date=date.today().isoformat(), quick=options.quick, machine=None)
+    statuses: list[str] = []
+    # In a rehearsal this process is a fork of one that pretends a device, and so have parts to be.
+    with Preloaded() if is_loaded() else nullcontext() as preloaded:
+        for part, limit in PARTS.items():
+            left = options.seconds - _DRAWING - (time.monotonic() - start)
+            values = _run(part, min(limit, left), options, preloaded)
+            gpu_page.write(report.update(part, **values), report.folder)
+            statuses.append(values["status"])
+            remark = f": {values['error']}" if values["error"] else ""
+            write_out(f"{part}: {values['status']} in {values['seconds']:.0f} s{remark}")
+            if "interrupted" in statuses:
+                break
+    write_out(f"{time.monotonic() - start:.0f} s in all; the report is {report.folder / gpu_page.PAGE}")
+    fill_readme(report)
+    return 130 if "interrupted" in statuses else 1 if "failed" in statuses else 0
+
+
+def _run(part: str, limit: float, options: argparse.Namespace, preloaded: Preloaded | None) -> dict[str, Any]:
+    """Run a part in a process; returns its `status`, `seconds` and `error`, a line that is empty if it is done."""
+    from coe_megatron.local_backend.megatron_compat import has_transformer_engine  # imports torch
+
+    if part.endswith("_te") and not has_transformer_engine():
+        return {"status": "skipped", "seconds": 0.0, "error": "Transformer Engine is not installed"}
+    if limit < _SHORTEST:
+        return {"status": "failed", "seconds": 0.0, "error": "no time was left"}
+    write_out(f"{part}: at most {limit:.0f} s")
+    start, log = time.monotonic(), options.output / LOGS / f"{part}.txt"
+    command = [sys.executable, __file__, "--part", part, "--output", str(options.output), "--seconds", str(int(limit))]
+    with log.open("w") as file:
+        process = Popen(
+            [*command, *["--quick"] * options.quick], preloaded, cwd=ROOT, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        try:
+            code = process.wait(limit)
+            status, error = ("done", "") if code == 0 else ("failed", _last_line(log) if code == 1 else f"exit status {code}: {_last_line(log)}")
+        except subprocess.TimeoutExpired:
+            status, error = "failed", f"it took more than {limit:.0f} s"
+        except KeyboardInterrupt:
+            status, error = "interrupted", ""
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with all that it has started
+            process.wait()
+    return {"status": status, "seconds": time.monotonic() - start, "error": error}
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").split("\n")
+    return one_line(next((line for line in reversed(lines) if line.strip()), "it wrote nothing"))[:300]
+
+
+def run_here(report: Report, options: argparse.Namespace) -> int:
+    """One part in this process."""
+    from coe_megatron.training.console import quiet_libraries
+
+    quiet_libraries()
+    import_megatron()
+    import gpu_parts
+
+    report.update(machine=gpu_parts.facts())
+    seconds = max(options.seconds - _START, 1)
+    task = gpu_parts.Task(options.quick, seconds, lambda results: report.update(options.part, results=results))
+    try:
+        getattr(gpu_parts, options.part)(task)
+    except gpu_parts.PartFailed as error:
+        print(error, file=sys.stderr)
+        return 1
+    except Exception as error:
+        traceback.print_exc()
+        print(gpu_parts.summary(error), file=sys.stderr)  # the last line, which the report has
+        return 1
+    return 0
+
+
+def fill_readme(report: Report) -> None:
+    """Add the device's rows to the README's table "verified on", or say why not."""
+    found, readme = report.read(), ROOT / "README.md"
+    tier = found["parts"].get("tier", {}).get("status")
+    if found["machine"] is None or found["machine"]["pretended"]:
+        missing = "no GPU ran this"
+    elif found["quick"] or report.folder.resolve() != ROOT / OUTPUT:
+        missing = f"that takes all sizes, and the report in {OUTPUT}"
+    elif tier != "done":
+        missing = "the GPU tier has not passed"
+    else:
+        write_atomically(readme, verified_on(readme.read_text(), found))
+        return
+    write_out(f"README.md gets no row: {missing}")
+
+
+def verified_on(text: str, report: dict[str, Any]) -> str:
+    """The README with rows for this report: instead of those of the same device and release, or of "none yet"."""
+    machine, tests = report["machine"], report["parts"]["tier"]["results"]["passed"]
+    place = f"{machine['device']}, Python {machine['python'].rpartition('.')[0]}"
+    rest = f"{machine['cuda']} | {machine['torch']} | {machine['megatron_core']} | {machine['deepspeed']} | | {report['date']} |"
+    rows = {"NVIDIA GPU (NCCL)": f"{place}: [{len(tests)} GPU tests]({OUTPUT}/{gpu_page.PAGE})"}
+    if machine["transformer_engine"] and (with_te := [name for name in tests if "transformer_engine" in name]):
+        rows["Transformer Engine"] = f"Transformer Engine {machine['transformer_engine']}, {place}: {len(with_te)} tests"
+    for none_yet, cell in rows.items():
+        before, table, after = re.split(r"(^\| verified on .*\n(?:\|.*\n)+)", text, maxsplit=1, flags=re.MULTILINE)
+        old = re.compile(rf"^\| (?:{re.escape(none_yet)}.*none yet|{re.escape(cell.partition(':')[0])}:).*\n", re.MULTILINE)
+        text = before + old.sub("", table) + f"| {cell} | {rest}\n" + after
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())
