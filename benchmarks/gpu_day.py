@@ -32,15 +32,24 @@ from coe_megatron import scratch
 from coe_megatron.cli.arguments import Parser, write_out
 from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.files import require_folder, user_path, write_atomically
-from coe_megatron.lean_imports import import_megatron
 from coe_megatron.launcher.preloaded import Popen, Preloaded, is_loaded
+from coe_megatron.lean_imports import import_megatron
 
 ROOT = Path(__file__).resolve().parents[1]
-# Seconds of each part; arms take what is left. Those with Transformer Engine need it.
-PARTS = {"tier": 110, "layers": 45, "layers_te": 40, "steps": 60, "steps_te": 45, "kernels": 40, "parity": 60, "arms": 300}
+PARTS = {  # in this order, with their seconds at most; the arms that fit into what is left come last
+    "tier": 110,
+    "layers": 45,
+    "layers_te": 40,  # with Transformer Engine alone
+    "steps": 60,
+    "steps_te": 45,
+    "kernels": 40,
+    "parity": 60,
+    "arms": 300,
+}
 _DRAWING = 10  # seconds kept for the last page
 _START = 20  # seconds that a part may take to begin and to end
 _SHORTEST = 15  # a part with less time is not begun
+PROGRAM = str(Path(__file__).resolve())
 OUTPUT, JSON, LOGS = "gpu-report", "report.json", "logs"
 
 
@@ -63,7 +72,9 @@ def main(arguments: list[str] | None = None) -> int:
     import torch
 
     if not torch.cuda.is_available():
-        parser.error("no CUDA device: the GPU day needs one (python -c 'import torch; print(torch.cuda.is_available())')")
+        parser.error(
+            "no CUDA device: the GPU day needs one (python -c 'import torch; print(torch.cuda.is_available())')"
+        )
     report = Report(options.output)
     if options.part:
         return run_here(report, options)
@@ -120,8 +131,9 @@ def _run(part: str, limit: float, options: argparse.Namespace, preloaded: Preloa
     if limit < _SHORTEST:
         return {"status": "failed", "seconds": 0.0, "error": "no time was left"}
     write_out(f"{part}: at most {limit:.0f} s")
-    start, log = time.monotonic(), options.output / LOGS / f"{part}.txt"
-    command = [sys.executable, __file__, "--part", part, "--output", str(options.output), "--seconds", str(int(limit))]
+    start, output = time.monotonic(), options.output.resolve()
+    log = output / LOGS / f"{part}.txt"
+    command = [sys.executable, PROGRAM, "--part", part, "--output", str(output), "--seconds", str(int(limit))]
     with log.open("w") as file:
         process = Popen(
             [*command, *["--quick"] * options.quick], preloaded, cwd=ROOT, start_new_session=True,
@@ -129,7 +141,11 @@ def _run(part: str, limit: float, options: argparse.Namespace, preloaded: Preloa
         )  # fmt: skip
         try:
             code = process.wait(limit)
-            status, error = ("done", "") if code == 0 else ("failed", _last_line(log) if code == 1 else f"exit status {code}: {_last_line(log)}")
+            status, error = (
+                ("done", "")
+                if code == 0
+                else ("failed", _last_line(log) if code == 1 else f"exit status {code}: {_last_line(log)}")
+            )
         except subprocess.TimeoutExpired:
             status, error = "failed", f"it took more than {limit:.0f} s"
         except KeyboardInterrupt:
@@ -189,14 +205,18 @@ def verified_on(text: str, report: dict[str, Any]) -> str:
     """The README with rows for this report: instead of those of the same device and release, or of "none yet"."""
     machine, tests = report["machine"], report["parts"]["tier"]["results"]["passed"]
     place = f"{machine['device']}, Python {machine['python'].rpartition('.')[0]}"
-    rest = f"{machine['cuda']} | {machine['torch']} | {machine['megatron_core']} | {machine['deepspeed']} | | {report['date']} |"
+    versions = [machine[name] for name in ("cuda", "torch", "megatron_core", "deepspeed")]
     rows = {"NVIDIA GPU (NCCL)": f"{place}: [{len(tests)} GPU tests]({OUTPUT}/{gpu_page.PAGE})"}
     if machine["transformer_engine"] and (with_te := [name for name in tests if "transformer_engine" in name]):
-        rows["Transformer Engine"] = f"Transformer Engine {machine['transformer_engine']}, {place}: {len(with_te)} tests"
+        rows["Transformer Engine"] = (
+            f"Transformer Engine {machine['transformer_engine']}, {place}: {len(with_te)} tests"
+        )
     for none_yet, cell in rows.items():
         before, table, after = re.split(r"(^\| verified on .*\n(?:\|.*\n)+)", text, maxsplit=1, flags=re.MULTILINE)
-        old = re.compile(rf"^\| (?:{re.escape(none_yet)}.*none yet|{re.escape(cell.partition(':')[0])}:).*\n", re.MULTILINE)
-        text = before + old.sub("", table) + f"| {cell} | {rest}\n" + after
+        old = re.compile(
+            rf"^\| (?:{re.escape(none_yet)}.*none yet|{re.escape(cell.partition(':')[0])}:).*\n", re.MULTILINE
+        )
+        text = before + old.sub("", table) + f"| {' | '.join([cell, *versions])} | | {report['date']} |\n" + after
     return text
 
 

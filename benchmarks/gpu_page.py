@@ -30,7 +30,9 @@ TITLES = {
 def write(report: Results, folder: Path) -> None:
     """Write the page and the figures of the parts that have results."""
     lines = [f"# GPU day, {report['date']}", "", *_conditions(report), ""]
-    rows = [[TITLES[part], each["status"], f"{each['seconds']:.0f} s", each["error"]] for part, each in _finished(report)]
+    rows = [
+        [TITLES[part], each["status"], f"{each['seconds']:.0f} s", each["error"]] for part, each in _finished(report)
+    ]
     lines += _table(["part", "status", "time", "remark"], rows)
     for part, each in _finished(report):
         if results := each.get("results"):
@@ -66,7 +68,10 @@ def _layers(found: list[Results], _folder: Path) -> list[str]:
         ratios = [f"{each[name]['median']:.2f}" for name in ("speed_up", "time_ratio", "time_over_flops")]
         rows.append([*map(str, sizes), *times, *ratios])
     head = ["d", "ffn", "N", "K", "T", "stock", "ours", "CoE-2(K/2)", "stock/ours", "CoE/MoE", "by FLOPs"]
-    text = "Forward and backward of one MoE sub-layer with a shared expert in bf16, medians. CoE/MoE is both ours; by FLOPs: over the ratio of FLOPs."
+    text = (
+        "Medians of forward and backward of one MoE sub-layer with a shared expert in bf16. CoE/MoE are both ours; by "
+    )
+    text += "FLOPs is that ratio over the ratio of FLOPs."
     return [text, "", *_table(head, rows)]
 
 
@@ -77,38 +82,35 @@ def _steps(found: Results, _folder: Path) -> list[str]:
         [names[name], each["arm"], *_speed(each), f"{each['seconds']['median'] / ours['median']:.2f}" if ours else "-"]
         for name, each in found.items()
     ]
-    return ["The same model and optimizer around the layers.", "", *_table(["layer", "arm", *_SPEED, "time over ours"], rows)]
+    table = _table(["layer", "arm", *_SPEED, "time over ours"], rows)
+    return ["The same model and optimizer around the layers.", "", *table]
 
 
 def _arms(found: Results, folder: Path) -> list[str]:
     done = {arm: each for arm, each in found.items() if "seconds" in each}
-    rows = [
-        [arm, *_speed(each), *map(_gib, _peaks(each)), _percent(_peaks(each))] for arm, each in done.items()
-    ]
+    rows = [[arm, *_speed(each), *map(_gib, _peaks(each)), _percent(_peaks(each))] for arm, each in done.items()]
     lines = _table(["arm", *_SPEED, "peak predicted", "measured", "difference"], rows)
-    lines += ["", *(f"- `{arm}`: {each.get('error') or each['left_out']}" for arm, each in found.items() if arm not in done)]
-    if not done:
-        return lines
-    drawn = [("throughput", _draw_throughput), ("memory", _draw_memory)]
-    return [*lines, "", *(_drawn(name, draw, done, folder) for name, draw in drawn)]
+    missing = [f"- `{arm}`: {each.get('error') or each['left_out']}" for arm, each in found.items() if arm not in done]
+    drawn = {"throughput": _draw_throughput, "memory": _draw_memory} if done else {}
+    return [*lines, "", *missing, "", *(_drawn(name, draw, done, folder) for name, draw in drawn.items())]
 
 
 def _kernels(found: Results, folder: Path) -> list[str]:
     heaviest, total = found["heaviest"][:_SHOWN], found["milliseconds"]
-    rows = [
-        [f"`{each['name'][:_LONGEST]}`", f"{each['milliseconds']:.2f} ms", f"{each['milliseconds'] / total:.1%}", str(each["calls"])]
-        for each in heaviest
-    ]
+    rows = []
+    for each in heaviest:
+        spent = each["milliseconds"]
+        rows.append([f"`{each['name'][:_LONGEST]}`", f"{spent:.2f} ms", f"{spent / total:.1%}", str(each["calls"])])
     text = f"{found['of']}, {total:.1f} ms in all."
     table = _table(["name", "time", "share", "calls"], rows)
     return [text, "", *table, "", _drawn("kernels", _draw_kernels, found, folder)]
 
 
 def _parity(found: Results, _folder: Path) -> list[str]:
-    rows = [
-        [name, str(len(each["cpu"])), f"{each['cpu'][0]:.4f}", f"{each['cpu'][-1]:.4f}", f"{each['worst']:.1e}", f"{each['tolerance']:.0e}"]
-        for name, each in found.items()
-    ]
+    rows = []
+    for name, each in found.items():
+        first, *_, last = (f"{loss:.4f}" for loss in each["cpu"])
+        rows.append([name, str(len(each["cpu"])), first, last, f"{each['worst']:.1e}", f"{each['tolerance']:.0e}"])
     return _table(["precision", "steps", "first loss", "last loss", "worst relative difference", "tolerance"], rows)
 
 
@@ -145,12 +147,12 @@ def _draw_throughput(axes: Axes, done: Results) -> None:
 
 
 def _draw_memory(axes: Axes, done: Results) -> None:
-    for offset, kind, colour in ((-0.2, "predicted", COLOURS[4]), (0.2, "measured", COLOURS[1])):
-        sizes = [(_peaks(each)[kind == "measured"] or 0) / _GIB for each in done.values()]
-        axes.barh([at + offset for at in range(len(done))], sizes, height=0.38, color=colour, label=kind)
+    for number, (kind, colour) in enumerate((("predicted", COLOURS[4]), ("measured", COLOURS[1]))):
+        sizes = [(_peaks(each)[number] or 0) / _GIB for each in done.values()]
+        axes.barh([at - 0.2 + 0.4 * number for at in range(len(done))], sizes, height=0.38, color=colour, label=kind)
     axes.set_yticks(range(len(done)), list(done))
     axes.set_xlabel("peak memory (GiB)")
-    axes.legend(frameon=False, fontsize="small")
+    axes.figure.legend(loc="outside upper right", ncols=2, frameon=False, fontsize="small")
 
 
 def _draw_kernels(axes: Axes, found: Results) -> None:
@@ -166,7 +168,7 @@ def _drawn(name: str, draw: Callable[[Axes, Results], None], results: Results, f
     figure, grid = new_figure(width=8.0, height=1.2 + 0.3 * bars)
     draw(grid[0, 0], results)
     style_axes(grid[0, 0])
-    grid[0, 0].invert_yaxis()
+    grid[0, 0].set_ylim(bars - 0.4, -0.6)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
     write_atomically(folder / f"{name}.png", image.getvalue())

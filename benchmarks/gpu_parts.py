@@ -1,4 +1,4 @@
-"""The parts of the GPU day. Each runs in a process of its own and calls `write` with all it has, as often as it has more.
+"""The parts of the GPU day. Each has a process of its own, and calls `write` with all its results when there are more.
 
 Imported late by gpu_day.py, since these imports take seconds.
 """
@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -65,7 +65,7 @@ class Task:
 
     quick: bool
     seconds: float
-    write: Callable[[Any], None]
+    write: Callable[[Any], object]
 
 
 def facts() -> dict[str, Any]:
@@ -87,16 +87,20 @@ def tier(task: Task) -> None:
     """The tests marked `gpu`; the quick tier leaves out those that run whole programs."""
     outcomes = _Outcomes(task.write)
     marked = "gpu and not run" if task.quick else "gpu"
-    status = pytest.main(["-m", marked, "-p", "no:cacheprovider", "--rootdir", str(ROOT), str(ROOT / "tests/gpu")], [outcomes])
+    status = pytest.main(
+        ["-m", marked, "-p", "no:cacheprovider", "--rootdir", str(ROOT), str(ROOT / "tests/gpu")], [outcomes]
+    )
     failed = outcomes.tests["failed"]
     if status or not outcomes.tests["passed"]:
-        raise PartFailed(f"{len(failed)} tests failed: {', '.join(failed)}" if failed else f"pytest ended with {status!r}")
+        raise PartFailed(
+            f"{len(failed)} tests failed: {', '.join(failed)}" if failed else f"pytest ended with {status!r}"
+        )
 
 
 class _Outcomes:
     """A plugin of pytest that keeps the names of tests by outcome."""
 
-    def __init__(self, write: Callable[[Any], None]) -> None:
+    def __init__(self, write: Callable[[Any], object]) -> None:
         self.tests: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": []}
         self._write = write
 

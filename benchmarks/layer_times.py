@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import megatron.core
 import torch
@@ -259,12 +259,12 @@ def _copy_weights(stock: MoELayer, ours: CoELayer) -> None:
         # Transformer Engine's modules also have an extra state, which ours do not.
         weights = {name: weight.detach() for name, weight in stock.shared_experts.named_parameters()}
         ours.shared_experts.load_state_dict(weights)
-    for index in range(len(ours.experts.weight1)):
+    for index in range(stock.config.num_moe_experts):
         ours.experts.weight1[index].copy_(_expert_weight(stock.experts, "linear_fc1", index))
         ours.experts.weight2[index].copy_(_expert_weight(stock.experts, "linear_fc2", index))
 
 
-def _expert_weight(experts: torch.nn.Module, linear: str, index: int) -> torch.Tensor:
+def _expert_weight(experts: Any, linear: str, index: int) -> torch.Tensor:
     """A weight of one expert: a module of its own with the local spec, a parameter with Transformer Engine."""
     if hasattr(experts, "local_experts"):
         return getattr(experts.local_experts[index], linear).weight

@@ -51,8 +51,9 @@ def time_steps(
         weights: read the initial weights from this file; write them there if it does not exist.
 
     Returns:
-        For JSON: `allocated_before` in bytes (0 on the CPU), `seconds` of a step, `tokens_per_second`, `tflops`, `mfu` (None if the device's peak is unknown),
-        `losses` of all steps, `memory` and `memory_predicted` in bytes by kind, and `kernels`.
+        For JSON: `seconds` of a step, `tokens_per_second`, `tflops`, `mfu` (None if the device's peak is unknown),
+        `losses` of all steps, `memory` and `memory_predicted` in bytes by kind, `allocated_before` in bytes (0 on the
+        CPU), and `kernels`.
 
     Raises:
         FloatingPointError: a loss is not finite.
@@ -76,8 +77,7 @@ def time_steps(
         result |= {"memory": meter.measured(), "memory_predicted": estimate(shape).measured}
         return result | ({"kernels": _kernels(engine, batches, meter)} if profiled else {})
     finally:
-        for tensor in meter.tensors():  # DeepSpeed's hooks keep the engine alive
-            tensor.data = tensor.new_empty(0)
+        _release(engine, meter)
 
 
 def _engine(shape: RunShape, stock: Stock | None, weights: Path | None) -> Engine:
@@ -112,6 +112,14 @@ def stock_block(config: RunConfig, stock: Stock) -> TransformerBlockSubmodules:
     return block
 
 
+def _release(engine: Engine, meter: MemoryMeter) -> None:
+    """Free the memory of an engine, which DeepSpeed's hooks keep alive, for the next one in this process."""
+    for tensor in meter.tensors():
+        tensor.data = tensor.new_empty(0)
+    for parameter in engine.module.parameters():
+        vars(parameter).clear()  # DeepSpeed's views of master weights and moments
+
+
 def _batches(shape: RunShape) -> list[Batch]:
     """The micro-batches of a step, in CPU memory; the same on every device."""
     generator = torch.Generator().manual_seed(shape.config.training.seed)
@@ -137,7 +145,11 @@ def _step(engine: Engine, batches: list[Batch], meter: MemoryMeter) -> float:
     reset_routing(engine.module)
     with meter.step():
         loss = train_step(
-            engine, batches, forward, lambda losses, batch: masked_loss_sum(losses, batch) / tokens, meter.after_backward
+            engine,
+            batches,
+            forward,
+            lambda losses, batch: masked_loss_sum(losses, batch) / tokens,
+            meter.after_backward,
         )
     if torch.cuda.is_available():
         torch.cuda.synchronize()
