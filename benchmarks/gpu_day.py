@@ -1,7 +1,7 @@
 """The GPU day: what holds on this machine's first CUDA device, in eight minutes at most.
 
     make gpu
-    python benchmarks/gpu_day.py --part layers      # one part again, in this process, without a time limit
+    python benchmarks/gpu_day.py --only layers      # one part again
 
 The parts are the GPU tier, layers and steps against Megatron's own, kernels, parity with the CPU, and the paper's arms.
 Each is a process with a time limit; one that fails or takes too long is reported, and the next goes on. report.json and
@@ -31,7 +31,7 @@ from bench_options import positive
 from coe_megatron import scratch
 from coe_megatron.cli.arguments import Parser, write_out
 from coe_megatron.errors import ConfigError, one_line
-from coe_megatron.files import require_folder, user_path, write_atomically
+from coe_megatron.files import kind_of, problem, require_folder, user_path, write_atomically
 from coe_megatron.launcher.preloaded import Popen, Preloaded, is_loaded
 from coe_megatron.lean_imports import import_megatron
 
@@ -59,26 +59,39 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=user_path, default=Path(OUTPUT), help="folder of the report")
     parser.add_argument("--seconds", type=positive, default=480, help="time of all parts together (default: 480)")
     parser.add_argument("--quick", action="store_true", help="small sizes, for a rehearsal: times mean nothing")
-    parser.add_argument("--part", choices=PARTS, help="run this part alone, here, and add it to the report")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=PARTS,
+        metavar="PART",
+        help=f"of {', '.join(PARTS)}; of the others the report keeps what it has",
+    )
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # what the process of a part is asked for
     options = parser.parse_args(arguments)
     try:
         scratch.enter()
-        (options.output / LOGS).mkdir(parents=True, exist_ok=True)
-        require_folder(options.output, "--output")
-    except OSError as error:
-        parser.error(f"--output is {options.output}: {error.strerror}")
+        if kind_of(options.output, "--output") is not None:
+            require_folder(options.output, "--output")
+        _require_device()
+        _make(options.output / LOGS)
     except ConfigError as error:
         parser.error(str(error))
-    import torch
+    run = run_here if options.part else run_all
+    return run(Report(options.output), options)
+
+
+def _require_device() -> None:
+    import torch  # takes seconds
 
     if not torch.cuda.is_available():
-        parser.error(
-            "no CUDA device: the GPU day needs one (python -c 'import torch; print(torch.cuda.is_available())')"
-        )
-    report = Report(options.output)
-    if options.part:
-        return run_here(report, options)
-    return run_all(report, options)
+        raise ConfigError("no CUDA device: torch.cuda.is_available() is False, and the GPU day needs one")
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise problem(folder, "--output", error) from None
 
 
 class Report:
@@ -88,7 +101,7 @@ class Report:
         self.folder = folder
 
     def read(self) -> dict[str, Any]:
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError, ValueError):
             return json.loads((self.folder / JSON).read_text())
         return {"parts": {}}
 
@@ -104,13 +117,14 @@ def run_all(report: Report, options: argparse.Namespace) -> int:
     """Every part in its process; returns the exit status."""
     start = time.monotonic()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    report.update(parts={}, date=date.today().isoformat(), quick=options.quick, machine=None)
+    kept = report.read()["parts"] if options.only else {}
+    report.update(parts=kept, date=date.today().isoformat(), quick=options.quick, machine=None)
     statuses: list[str] = []
     # In a rehearsal this process is a fork of one that pretends a device, and so have parts to be.
     with Preloaded() if is_loaded() else nullcontext() as preloaded:
-        for part, limit in PARTS.items():
+        for part in options.only or PARTS:
             left = options.seconds - _DRAWING - (time.monotonic() - start)
-            values = _run(part, min(limit, left), options, preloaded)
+            values = _run(part, min(PARTS[part], left), options, preloaded)
             gpu_page.write(report.update(part, **values), report.folder)
             statuses.append(values["status"])
             remark = f": {values['error']}" if values["error"] else ""
@@ -118,7 +132,7 @@ def run_all(report: Report, options: argparse.Namespace) -> int:
             if "interrupted" in statuses:
                 break
     write_out(f"{time.monotonic() - start:.0f} s in all; the report is {report.folder / gpu_page.PAGE}")
-    fill_readme(report)
+    fill_readme(report, options)
     return 130 if "interrupted" in statuses else 1 if "failed" in statuses else 0
 
 
@@ -163,7 +177,7 @@ def _last_line(log: Path) -> str:
 
 
 def run_here(report: Report, options: argparse.Namespace) -> int:
-    """One part in this process."""
+    """One part in this process, for the one that started it."""
     from coe_megatron.training.console import quiet_libraries
 
     quiet_libraries()
@@ -185,14 +199,14 @@ def run_here(report: Report, options: argparse.Namespace) -> int:
     return 0
 
 
-def fill_readme(report: Report) -> None:
+def fill_readme(report: Report, options: argparse.Namespace) -> None:
     """Add the device's rows to the README's table "verified on", or say why not."""
     found, readme = report.read(), ROOT / "README.md"
     tier = found["parts"].get("tier", {}).get("status")
     if found["machine"] is None or found["machine"]["pretended"]:
         missing = "no GPU ran this"
-    elif found["quick"] or report.folder.resolve() != ROOT / OUTPUT:
-        missing = f"that takes all sizes, and the report in {OUTPUT}"
+    elif options.quick or options.only or report.folder.resolve() != ROOT / OUTPUT:
+        missing = f"that takes all parts and sizes, and the report in {OUTPUT}"
     elif tier != "done":
         missing = "the GPU tier has not passed"
     else:

@@ -46,7 +46,9 @@ def report(**changes: Any) -> dict[str, Any]:
     return {"date": "2027-01-02", "quick": False, "machine": MACHINE | changes, "parts": parts}
 
 
-def run_all(folder: Path, monkeypatch: pytest.MonkeyPatch, **programs: str) -> tuple[int, dict[str, Any]]:
+def run_all(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, only: list[str] | None = None, **programs: str
+) -> tuple[int, dict[str, Any]]:
     """The GPU day with these programs as its parts; exit status and report."""
     program = folder / "part.py"
     program.write_text(f"import sys\nexec({programs!r}[sys.argv[2]])")
@@ -54,8 +56,9 @@ def run_all(folder: Path, monkeypatch: pytest.MonkeyPatch, **programs: str) -> t
     monkeypatch.setattr(gpu_day, "PARTS", dict.fromkeys(programs, 2))
     monkeypatch.setattr(gpu_day, "_SHORTEST", 0)
     output = folder / "report"
-    (output / "logs").mkdir(parents=True)
-    status = gpu_day.run_all(gpu_day.Report(output), argparse.Namespace(output=output, seconds=60, quick=True))
+    (output / "logs").mkdir(parents=True, exist_ok=True)
+    options = argparse.Namespace(output=output, seconds=60, quick=True, only=only)
+    status = gpu_day.run_all(gpu_day.Report(output), options)
     assert (output / "report.md").exists()
     return status, json.loads((output / "report.json").read_text())
 
@@ -79,6 +82,9 @@ def test_an_interruption_keeps_what_is_there(tmp_path: Path, monkeypatch: pytest
     status, found = run_all(tmp_path, monkeypatch, tier="", layers=INTERRUPTS, kernels="")
     assert status == 130
     assert {part: each["status"] for part, each in found["parts"].items()} == {"tier": "done", "layers": "interrupted"}
+    status, found = run_all(tmp_path, monkeypatch, ["layers"], tier="", layers="", kernels="")
+    assert status == 0
+    assert {part: each["status"] for part, each in found["parts"].items()} == {"tier": "done", "layers": "done"}
 
 
 def test_the_limits_of_all_parts_but_the_last_leave_time_for_it() -> None:
@@ -98,7 +104,7 @@ def test_without_a_device_it_is_one_line() -> None:
     ("arguments", "says"),
     [
         (("--seconds", "0"), "argument --seconds: '0' is not an integer"),
-        (("--part", "all"), "argument --part: invalid choice: 'all'"),
+        (("--only", "all"), "argument --only: invalid choice: 'all'"),
         (("--output", "Makefile"), "--output is Makefile: it is a file, where a folder is needed"),
     ],
 )
@@ -122,28 +128,35 @@ def test_a_device_gets_its_row_once_and_another_one_its_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "options", "says"),
     [
-        ({"machine": MACHINE | {"pretended": True}}, "no GPU ran this"),
-        ({"machine": None}, "no GPU ran this"),
-        ({"quick": True}, "that takes all sizes"),
-        ({"parts": {"tier": {"status": "failed"}}}, "the GPU tier has not passed"),
+        ({"machine": MACHINE | {"pretended": True}}, {}, "no GPU ran this"),
+        ({"machine": None}, {}, "no GPU ran this"),
+        ({}, {"quick": True}, "that takes all parts and sizes"),
+        ({}, {"only": ["tier"]}, "that takes all parts and sizes"),
+        ({"parts": {"tier": {"status": "failed"}}}, {}, "the GPU tier has not passed"),
     ],
 )
 def test_a_row_is_not_claimed_for_less(
-    changes: dict[str, Any], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    changes: dict[str, Any],
+    options: dict[str, Any],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
+    all_of_it = {"quick": False, "only": None}
     monkeypatch.setattr(gpu_day, "ROOT", tmp_path)
     (tmp_path / "README.md").write_text(TABLE)
     (tmp_path / "gpu-report").mkdir()
     place = gpu_day.Report(tmp_path / "gpu-report")
     place.update(**report())
-    gpu_day.fill_readme(place)
+    gpu_day.fill_readme(place, argparse.Namespace(**all_of_it))
     filled = (tmp_path / "README.md").read_text()
     assert "NVIDIA H200" in filled and "README" not in capsys.readouterr().out
     place.update(**changes)
     (tmp_path / "README.md").write_text(TABLE)
-    gpu_day.fill_readme(place)
+    gpu_day.fill_readme(place, argparse.Namespace(**(all_of_it | options)))
     assert (tmp_path / "README.md").read_text() == TABLE and says in capsys.readouterr().out
 
 
