@@ -48,6 +48,7 @@ PARTS = {  # in this order, with their seconds at most; the arms that fit into w
 }
 _DRAWING = 10  # seconds kept for the last page
 _START = 20  # seconds that a part may take to begin and to end
+_QUICK = 3  # times as long for small sizes: a machine without a device is slow, and may be busy
 _SHORTEST = 15  # a part with less time is not begun
 PROGRAM = str(Path(__file__).resolve())
 OUTPUT, JSON, LOGS = "gpu-report", "report.json", "logs"
@@ -77,7 +78,11 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         parser.error(str(error))
     run = run_here if options.part else run_all
-    return run(Report(options.output), options)
+    try:
+        return run(Report(options.output), options)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def _require_device() -> None:
@@ -124,11 +129,16 @@ def run_all(report: Report, options: argparse.Namespace) -> int:
     with Preloaded() if is_loaded() else nullcontext() as preloaded:
         for part in options.only or PARTS:
             left = options.seconds - _DRAWING - (time.monotonic() - start)
-            values = _run(part, min(PARTS[part], left), options, preloaded)
-            gpu_page.write(report.update(part, **values), report.folder)
+            limit = PARTS[part] * (_QUICK if options.quick else 1)
+            values = _run(part, min(limit, left), options, preloaded)
             statuses.append(values["status"])
             remark = f": {values['error']}" if values["error"] else ""
             write_out(f"{part}: {values['status']} in {values['seconds']:.0f} s{remark}")
+            try:
+                gpu_page.write(report.update(part, **values), report.folder)
+            except Exception:  # the numbers are in report.json, and the next part goes on
+                traceback.print_exc()
+                statuses.append("failed")
             if "interrupted" in statuses:
                 break
     write_out(f"{time.monotonic() - start:.0f} s in all; the report is {report.folder / gpu_page.PAGE}")
@@ -155,11 +165,8 @@ def _run(part: str, limit: float, options: argparse.Namespace, preloaded: Preloa
         )  # fmt: skip
         try:
             code = process.wait(limit)
-            status, error = (
-                ("done", "")
-                if code == 0
-                else ("failed", _last_line(log) if code == 1 else f"exit status {code}: {_last_line(log)}")
-            )
+            status = "failed" if code else "done"
+            error = (f"exit status {code}: " if code != 1 else "") + _last_line(log) if code else ""
         except subprocess.TimeoutExpired:
             status, error = "failed", f"it took more than {limit:.0f} s"
         except KeyboardInterrupt:
@@ -222,16 +229,14 @@ def verified_on(text: str, report: dict[str, Any]) -> str:
     versions = [machine[name] for name in ("cuda", "torch", "megatron_core", "deepspeed")]
     rows = {"NVIDIA GPU (NCCL)": f"{place}: [{len(tests)} GPU tests]({OUTPUT}/{gpu_page.PAGE})"}
     if machine["transformer_engine"] and (with_te := [name for name in tests if "transformer_engine" in name]):
-        rows["Transformer Engine"] = (
-            f"Transformer Engine {machine['transformer_engine']}, {place}: {len(with_te)} tests"
-        )
+        engine = f"Transformer Engine {machine['transformer_engine']}"
+        rows["Transformer Engine"] = f"{engine}, {place}: {len(with_te)} tests"
+    before, table, after = re.split(r"(^\| verified on .*\n(?:\|.*\n)+)", text, maxsplit=1, flags=re.MULTILINE)
     for none_yet, cell in rows.items():
-        before, table, after = re.split(r"(^\| verified on .*\n(?:\|.*\n)+)", text, maxsplit=1, flags=re.MULTILINE)
-        old = re.compile(
-            rf"^\| (?:{re.escape(none_yet)}.*none yet|{re.escape(cell.partition(':')[0])}:).*\n", re.MULTILINE
-        )
-        text = before + old.sub("", table) + f"| {' | '.join([cell, *versions])} | | {report['date']} |\n" + after
-    return text
+        old = rf"^\| (?:{re.escape(none_yet)}.*none yet|{re.escape(cell.partition(':')[0])}:).*\n"
+        table = re.sub(old, "", table, flags=re.MULTILINE)
+        table += f"| {' | '.join([cell, *versions])} | | {report['date']} |\n"
+    return before + table + after
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ def run_all(
     monkeypatch.setattr(gpu_day, "PROGRAM", str(program))
     monkeypatch.setattr(gpu_day, "PARTS", dict.fromkeys(programs, 2))
     monkeypatch.setattr(gpu_day, "_SHORTEST", 0)
+    monkeypatch.setattr(gpu_day, "_QUICK", 1)
     output = folder / "report"
     (output / "logs").mkdir(parents=True, exist_ok=True)
     options = argparse.Namespace(output=output, seconds=60, quick=True, only=only)
@@ -76,6 +77,23 @@ def test_a_part_that_fails_or_hangs_is_reported_and_the_next_goes_on(
     said = capsys.readouterr().out
     assert re.search(r"^tier: failed in \d+ s: wrong\nlayers: at most 2 s$", said, re.MULTILINE)
     assert "it took more than 2 s" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_a_page_that_cannot_be_drawn_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    drawn, write = [], gpu_page.write
+
+    def fails_once(*arguments: Any) -> None:
+        drawn.append(arguments)
+        if len(drawn) == 1:
+            raise KeyError("what the page wants")
+        write(*arguments)
+
+    monkeypatch.setattr(gpu_page, "write", fails_once)
+    status, found = run_all(tmp_path, monkeypatch, tier="", layers="")
+    assert status == 1 and [each["status"] for each in found["parts"].values()] == ["done", "done"]
+    assert "what the page wants" in capsys.readouterr().err
 
 
 def test_an_interruption_keeps_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
