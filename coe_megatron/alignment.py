@@ -1,8 +1,8 @@
 """Alignment that torch's grouped matrix product requires of expert sizes."""
 
-_ROW_BYTES = 16
+ALIGNMENT = 16  # bytes
 
 
 def row_multiple(element_bytes: int) -> int:
     """Row sizes of weights and tokens must be multiples of this many elements, which aligns rows to 16 bytes."""
-    return _ROW_BYTES // element_bytes
+    return ALIGNMENT // element_bytes

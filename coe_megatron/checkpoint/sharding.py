@@ -35,6 +35,7 @@ from megatron.core.dist_checkpointing.validation import determine_global_metadat
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
+from coe_megatron.checkpoint.host_copy import HostCopy
 from coe_megatron.checkpoint.storage import OPTIMIZER, Reader, Writer, cause_of, write_for_megatron
 from coe_megatron.checkpoint.tensor_index import TensorIndex
 from coe_megatron.distributed.collectives import Group, all_gather, run_on_rank0
@@ -61,9 +62,11 @@ def copy_to_host(engine: Engine) -> Tensors:
     with torch.no_grad(), optimizer_states.gathered_weights(engine), _no_deprecation_warnings():
         planned = {name: _parts(shard) for name, shard in _all_shards(engine.module, _no_data)}
         _assign_writers(planned)
+        host = HostCopy()
         for name, shard in _all_shards(engine.module, lambda *of: optimizer_states.read(engine, *of)):
             for target, part in zip(planned[name], _parts(shard), strict=True):
-                target.data = _to_host(part.data) if is_main_replica(target.replica_id) else None
+                target.data = host.copy(part.data) if is_main_replica(target.replica_id) else None
+        host.finish()
         by_key, *_ = _replace_state_dict_keys_with_sharded_keys(planned, keep_only_main_replica=True)
         return mcore_to_pyt_state_dict(by_key, is_loading=False)
 
@@ -174,11 +177,6 @@ def _assign_writers(planned: dict[str, list[ShardedTensor]]) -> None:
     distribution = determine_main_replica_uniform_distribution(planned, group)
     distribute_main_replicas_with_precomputed_distribution(planned, group, distribution)
     validate_sharding_integrity(determine_global_metadata(planned)[1])
-
-
-def _to_host(data: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy in host memory, with its own storage."""
-    return torch.empty(data.shape, dtype=data.dtype).copy_(data)
 
 
 def _refuse_other_model(model: torch.nn.Module, reader: Reader, kinds: Sequence[str]) -> None:

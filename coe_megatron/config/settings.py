@@ -30,6 +30,8 @@ class MLASettings:
         qk_head_dim: size of the part of a query or key head without rotary position.
         qk_pos_emb_head_dim: size of the part with rotary position; all heads share its key.
         v_head_dim: size of a value head.
+        pad_values: on CUDA, pad value heads that are smaller than query heads, so that torch's flash attention accepts
+            them instead of its memory-efficient kernel; costs their memory. On CPU they are always padded.
         rotary_scaling_factor: factor by which YaRN extends the context; 1 disables YaRN.
         original_max_position_embeddings: context length before YaRN extends it.
         mscale: YaRN's scale of cosine and sine.
@@ -41,6 +43,7 @@ class MLASettings:
     qk_head_dim: Count = 128
     qk_pos_emb_head_dim: Count = 64
     v_head_dim: Count = 128
+    pad_values: bool = False
     rotary_scaling_factor: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
     original_max_position_embeddings: Count = 4096
     mscale: Positive = 0.707

@@ -26,10 +26,17 @@ class SDPACoreAttention(MegatronModule):
         softmax_scale: factor of the scores; 1/sqrt(H) when None.
         attention_dropout: dropout of the attention weights; from the config when None.
 
+    Attributes:
+        pads_values: on CUDA too pad values to the size of keys if they are shorter (MLA). torch's flash attention
+            needs equal sizes, its memory-efficient kernel does not. On CPU values are always padded: there torch has no
+            other kernel, and would materialise all S x S weights.
+
     Raises:
         ConfigError: the config needs something that torch's attention does not support (context parallelism, sliding
             window, query-key layer scaling, a non-standard softmax).
     """
+
+    pads_values = False
 
     def __init__(
         self,
@@ -73,8 +80,7 @@ class SDPACoreAttention(MegatronModule):
         assert packed_seq_params is None, "packed sequences are not supported by SDPACoreAttention"
         mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
         value_size = value.shape[3]
-        if value_size < key.shape[3] and not value.is_cuda:
-            # On CPU torch has no fused kernel for V != H and would materialise all S x S weights.
+        if value_size < key.shape[3] and (self.pads_values or not value.is_cuda):
             value = F.pad(value, (0, key.shape[3] - value_size))
         query_BASH, key_BGSH, value_BGSV = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         dropout = self.dropout if self.training else 0.0

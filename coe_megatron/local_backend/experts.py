@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from megatron.core.utils import divide
 
-from coe_megatron.alignment import row_multiple
+from coe_megatron.alignment import ALIGNMENT, row_multiple
 from coe_megatron.errors import ConfigError
 
 Activate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -224,7 +224,7 @@ class GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TI: torch.Tensor, weight_EOI: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x_TI, weight_EOI, ends_E)
-        return F.grouped_mm(x_TI, weight_EOI.transpose(1, 2), offs=ends_E)
+        return _product(x_TI, weight_EOI.transpose(1, 2), ends_E)
 
     @staticmethod
     def backward(ctx, grad_TO: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
@@ -232,8 +232,8 @@ class GroupedLinear(torch.autograd.Function):
         grad_TO = grad_TO.contiguous()  # grouped_mm refuses the zero strides of an expanded gradient
         of_x, of_weight, _ = ctx.needs_input_grad
         return (
-            F.grouped_mm(grad_TO, weight_EOI, offs=ends_E) if of_x else None,
-            F.grouped_mm(grad_TO.t(), x_TI, offs=ends_E) if of_weight else None,
+            _product(grad_TO, weight_EOI, ends_E) if of_x else None,
+            _weight_gradient(grad_TO, x_TI, ends_E) if of_weight else None,
             None,
         )
 
@@ -250,7 +250,7 @@ class RecomputedLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.activate = activate
         ctx.save_for_backward(inner_TI, probs_T, weight_EOF, ends_E)
-        return F.grouped_mm(activate(inner_TI, probs_T), weight_EOF.transpose(1, 2), offs=ends_E)
+        return _product(activate(inner_TI, probs_T), weight_EOF.transpose(1, 2), ends_E)
 
     @staticmethod
     def backward(ctx, grad_TO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -259,9 +259,33 @@ class RecomputedLinear(torch.autograd.Function):
         inputs = inner_TI.detach().requires_grad_(), probs_T.detach().requires_grad_()
         with torch.enable_grad():
             active_TF = ctx.activate(*inputs)
-        of_weight = F.grouped_mm(grad_TO.t(), active_TF.detach(), offs=ends_E) if ctx.needs_input_grad[3] else None
-        of_inputs = torch.autograd.grad(active_TF, inputs, F.grouped_mm(grad_TO, weight_EOF, offs=ends_E))
+        of_weight = _weight_gradient(grad_TO, active_TF.detach(), ends_E) if ctx.needs_input_grad[3] else None
+        of_inputs = torch.autograd.grad(active_TF, inputs, _product(grad_TO, weight_EOF, ends_E))
         return None, *of_inputs, of_weight, None
+
+
+def _product(rows_TI: torch.Tensor, weight_EIO: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+    """Rows times the matrix of their expert, [T, O]; a rank may have no rows, for which CUDA's kernel is not made."""
+    if not len(rows_TI):
+        return rows_TI.new_zeros(0, weight_EIO.shape[2])
+    return F.grouped_mm(_aligned(rows_TI), _aligned(weight_EIO), offs=ends_E)
+
+
+def _weight_gradient(grad_TO: torch.Tensor, rows_TI: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+    """The gradient [E, O, I] of the experts' matrices; zero for experts without rows."""
+    if not len(rows_TI):
+        return rows_TI.new_zeros(len(ends_E), grad_TO.shape[1], rows_TI.shape[1])
+    gradient_EOI = F.grouped_mm(_aligned(grad_TO).t(), _aligned(rows_TI), offs=ends_E)
+    if gradient_EOI.is_cuda:
+        # Kernels were seen to leave other numbers and NaN there (pytorch issues 172439 and 193633).
+        is_empty_E = ends_E.diff(prepend=ends_E.new_zeros(1)) == 0
+        gradient_EOI.masked_fill_(is_empty_E[:, None, None], 0)
+    return gradient_EOI
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy if its address (in a flat buffer of ZeRO, say) is not one that CUDA's kernel accepts."""
+    return tensor.clone() if tensor.is_cuda and tensor.data_ptr() % ALIGNMENT else tensor
 
 
 def _refuse_unsupported(config: TransformerConfig) -> None:

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from coe_megatron.config.settings import MLASettings, ModelSettings, MoESettings, RunConfig
+from coe_megatron.local_backend.attention import SDPACoreAttention
 from coe_megatron.model import coe_block_spec
 from coe_megatron.model.layer import routers
 
@@ -39,6 +40,9 @@ def build_model(config: RunConfig, vocab_size: int, block: TransformerBlockSubmo
         for _, _, router in routers(model):
             if router.tied_to is None:
                 torch.nn.init.kaiming_uniform_(router.weight, a=math.sqrt(5))
+    for module in model.modules():
+        if isinstance(module, SDPACoreAttention):
+            module.pads_values = config.model.mla is not None and config.model.mla.pad_values
     return model
 
 

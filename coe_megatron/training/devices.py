@@ -6,6 +6,8 @@ import torch
 
 from coe_megatron.estimate.devices import peak_of
 
+_FAST_CAPABILITIES = (9, 10)
+
 
 def peak_flops(precision: str, device_name: str | None = None) -> float | None:
     """Dense peak of this rank's device in FLOP/s; None on CPU, for an unknown device, or in fp32.
@@ -17,6 +19,29 @@ def peak_flops(precision: str, device_name: str | None = None) -> float | None:
     if device_name is None:
         device_name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return peak_of(device_name) if precision == "bf16" else None
+
+
+def slow_experts(precision: str, capability: tuple[int, int] | None = None) -> str | None:
+    """Why the experts are slow on this rank's device; None if torch has fast grouped products for them, or on CPU.
+
+    In torch 2.13 these are for bf16 on compute capability 9 and 10. Elsewhere a grouped product is a loop over experts,
+    and the host waits for the row counts in each.
+
+    Args:
+        precision: `bf16` or `fp32`.
+        capability: the device's compute capability; asked for when None.
+    """
+    if capability is None:
+        if not torch.cuda.is_available():
+            return None
+        capability = torch.cuda.get_device_capability()
+    major, minor = capability
+    if precision == "bf16" and major in _FAST_CAPABILITIES:
+        return None
+    return (
+        f"experts run one after the other here ({precision}, compute capability {major}.{minor}): torch has fast "
+        "grouped products for bf16 on 9.x and 10.x"
+    )
 
 
 def make_deterministic() -> None:

@@ -342,6 +342,8 @@ class Pretraining:
             self.progress.say(layout_map(ranks, self.nodes, self.config.moe.num_experts))
             if self.cost and (warning := needless_crossing(self.placed_shape, self.cost)):
                 self.progress.say(f"warning: {warning}")
+        if note := devices.slow_experts(self.config.training.precision):
+            self.progress.say(note)
         if self.data.truncated_fraction > 0.05:
             self.progress.say(
                 f"{self.data.truncated_fraction:.0%} of the training documents are longer than model.seq_length "

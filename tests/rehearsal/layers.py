@@ -4,15 +4,20 @@ python tests/rehearsal/layers.py OUTPUT [MISTAKE]
 """
 
 import sys
+from collections import Counter
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from model_build import copy_from_oracle, gradient, make_config, make_layer, make_oracle
 
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.local_backend import megatron_compat, without_cuda
+from coe_megatron.local_backend.attention import SDPACoreAttention
+from coe_megatron.local_backend.experts import GroupedExperts
 from coe_megatron.model.layer import CoELayer
 from coe_megatron.model.router_state import update_router_state
 from coe_megatron.model.routing_stats import report_routing, reset_routing
@@ -41,7 +46,14 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # changes of t
     "global_aux_loss": ({**BF16, **LOSSES, "moe_router_load_balancing_type": "global_aux_loss"}, {}, "none"),
     "expert bias": ({**BF16, **BIAS}, {}, "none"),
     "capacity": ({**BF16, "moe_expert_capacity_factor": 1.0, "moe_token_drop_policy": "probs"}, {}, "none"),
+    "experts without rows": ({**BF16, "num_moe_experts": 64}, {}, "none"),
+    "recompute experts without rows": ({**BF16, "num_moe_experts": 64}, {}, "experts"),
     "allgather": ({**BF16, "moe_token_dispatcher_type": "allgather"}, {}, "none"),
+}
+EXPERTS: dict[str, dict[str, Any]] = {
+    "no rows": {"rows": 0},
+    "no rows, recompute": {"rows": 0, "recompute": True},
+    "an odd address": {"rows": 5, "offset": 3},
 }
 MISTAKES = ("a read in the layer", "a tensor on another device", "an early read")
 
@@ -81,6 +93,40 @@ def run(name: str) -> dict[str, Any]:
     return found
 
 
+def run_experts(rows: int, offset: int = 0, recompute: bool = False) -> dict[str, Any]:
+    """Experts alone, with that many rows for the second of four and weights that far from an aligned address."""
+    torch.manual_seed(2)
+    config = make_config(hidden_size=32, num_moe_experts=4, moe_ffn_hidden_size=16, **BF16)
+    experts = GroupedExperts(4, config, pg_collection=get_default_pg_collection(), recompute=recompute)
+    for weight in experts.parameters():
+        flat = torch.randn(weight.numel() + offset, device="cpu").bfloat16().to(weight.device)
+        weight.data = flat[offset:].view_as(weight)
+    h_TD = torch.randn(rows, 32, device="cpu").bfloat16().to(weight.device).requires_grad_()
+    gates_T = torch.ones(rows, device=h_TD.device, requires_grad=True)
+    out, _ = experts(h_TD, torch.tensor([0, rows, 0, 0]), gates_T)
+    out.float().square().sum().backward()
+    leaves = {"rows": h_TD, "gates": gates_T, **dict(experts.named_parameters())}
+    return {"out": out.detach().cpu()} | {f"gradient of {name}": leaf.grad.cpu() for name, leaf in leaves.items()}
+
+
+def attend(pads_values: bool) -> tuple[torch.Tensor, list[str]]:
+    """Attention with values that are shorter than keys, and the kernel that CUDA would take for it."""
+    torch.manual_seed(3)
+    config = make_config(**BF16)
+    core = SDPACoreAttention(config, 1, AttnMaskType.causal, "self", k_channels=12, v_channels=8)
+    core.pads_values = pads_values
+    device = torch.cuda.current_device()
+    q, k, v = (torch.randn(6, 2, 2, size, device="cpu").bfloat16().to(device) for size in (12, 12, 8))
+    before = kernels()
+    return core(q, k, v, None).cpu(), list(kernels() - before)
+
+
+def kernels() -> Counter[str]:
+    pretended = sys.modules.get("pretended")
+    notes = pretended._log["notes"] if pretended else {}
+    return Counter({line.split(" ")[1]: count for line, count in notes.items() if line.startswith("attention: ")})
+
+
 def make_mistake(mistake: str) -> None:
     """Plant what the rehearsal has to notice."""
     iterate = CoELayer._iterate
@@ -107,4 +153,8 @@ if __name__ == "__main__":
         make_mistake(sys.argv[2])
         torch.save(run("bf16"), sys.argv[1])
     else:
-        torch.save({name: run(name) for name in CASES}, sys.argv[1])
+        found = {name: run(name) for name in CASES}
+        for name, options in EXPERTS.items():
+            found[name] = run_experts(**options)
+        found["attention"] = {pads: attend(pads) for pads in (False, True)}
+        torch.save(found, sys.argv[1])

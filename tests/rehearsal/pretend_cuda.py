@@ -171,7 +171,7 @@ class Watch(TorchDispatchMode):
             if by_bool and (name == "index" or args[2].numel() > 1):
                 self._blocks(f"{name} by bool")
         elif name == "_grouped_mm":
-            self._grouped(*args, **kwargs)
+            return self._grouped(func, *args, **kwargs)
         return func(*args, **kwargs)
 
     @staticmethod
@@ -213,7 +213,7 @@ class Watch(TorchDispatchMode):
         _pending.append((_current(), result, real))
         return result
 
-    def _grouped(self, a, b, offs=None, bias=None, out_dtype=None):
+    def _grouped(self, func, a, b, offs=None, **options):
         if offs is not None and not offs.is_cuda:
             raise RuntimeError("grouped_mm: offs must be on the device (pretended)")
         if {a.dtype, b.dtype} != {torch.bfloat16}:
@@ -223,8 +223,14 @@ class Watch(TorchDispatchMode):
                 raise RuntimeError("grouped_mm: expected data_ptr to be aligned to 16 bytes (pretended)")
         if a.dim() == b.dim() == 2 and (a.stride(-1) == 1 or b.stride(-1) != 1) and (offs.diff() == 0).any():
             raise RuntimeError("grouped_mm: an empty group wants A^T and B row-major (pretended)")
-        if a.shape[0] == 0 or a.shape[-1] == 0:
-            _note("grouped_mm without rows", "notes")
+        if not a.numel() or not b.numel():
+            raise RuntimeError("grouped_mm: null pointers of a product without rows (pretended)")
+        out = func(a, b, offs, **options)
+        if offs is not None and a.dim() == 2:  # what no group covers is left as it was in memory
+            of_rows = torch.arange(len(a), device=a.device) >= offs[-1]
+            uncovered = of_rows[:, None] if b.dim() == 3 else (offs.diff(prepend=offs.new_zeros(1)) == 0)[:, None, None]
+            out.masked_fill_(uncovered, float("nan"))
+        return out
 
 
 class _Functions(TorchFunctionMode):

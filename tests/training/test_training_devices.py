@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from coe_megatron.training.devices import make_deterministic, peak_flops
+from coe_megatron.training.devices import make_deterministic, peak_flops, slow_experts
 
 
 @pytest.mark.parametrize(
@@ -24,13 +24,27 @@ def test_the_peak_of_a_device(name: str, peak: float | None) -> None:
     assert peak_flops("fp32", name) is None
 
 
+@pytest.mark.parametrize(
+    ("precision", "capability", "fast"),
+    [("bf16", (9, 0), True), ("bf16", (10, 3), True), ("bf16", (8, 0), False), ("fp32", (9, 0), False)],
+)
+def test_devices_without_fast_experts_are_named(precision: str, capability: tuple[int, int], fast: bool) -> None:
+    note = slow_experts(precision, capability)
+    assert note is None if fast else f"{precision}, compute capability {capability[0]}.{capability[1]}" in str(note)
+
+
+def test_there_is_no_such_note_on_cpu() -> None:
+    assert torch.cuda.is_available() or slow_experts("fp32") is None
+
+
 def test_deterministic_algorithms_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", {"NCCL_ALGO": "Tree"})
     fills = torch.utils.deterministic.fill_uninitialized_memory
     try:
         make_deterministic()
         assert torch.are_deterministic_algorithms_enabled()
-        assert os.environ == {"NCCL_ALGO": "Tree", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}, "the user's choice stays"
+        assert os.environ["NCCL_ALGO"] == "Tree", "the user's choice stays"
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     finally:
         torch.use_deterministic_algorithms(False)
         torch.utils.deterministic.fill_uninitialized_memory = fills
