@@ -67,13 +67,14 @@ def _shapes(options: argparse.Namespace) -> list[ModelShape]:
     """The given sizes with each number of tokens, or the table if no size is given."""
     given = {name: value for name in SIZES if (value := getattr(options, name)) is not None}
     if not given and options.tokens is None and options.shared_ffn is None:
-        return [_shape(sizes, sizes.ffn) for sizes in TABLE]
+        return [sized(sizes, sizes.ffn) for sizes in TABLE]
     sizes = TABLE[0]._replace(**given)
     shared_ffn = sizes.ffn if options.shared_ffn is None else options.shared_ffn
-    return [_shape(sizes._replace(tokens=tokens), shared_ffn) for tokens in options.tokens or [sizes.tokens]]
+    return [sized(sizes._replace(tokens=tokens), shared_ffn) for tokens in options.tokens or [sizes.tokens]]
 
 
-def _shape(sizes: Sizes, shared_ffn: int) -> ModelShape:
+def sized(sizes: Sizes, shared_ffn: int) -> ModelShape:
+    """The shape of one layer of these sizes."""
     if sizes.topk % 2:
         raise ConfigError(f"topk is {sizes.topk}: it must be even, since CoE-2 uses half of it in each iteration")
     if shared_ffn < 0:

@@ -10,10 +10,14 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 import megatron.core
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -28,6 +32,7 @@ from coe_megatron.model import CoELayer, coe_layer_spec
 from coe_megatron.text import aligned
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Stock = Literal["local", "transformer_engine"]  # Megatron's spec
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 # Largest difference of outputs due to rounding, relative to the largest output.
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -59,7 +64,7 @@ class LayerTimes:
     """The measured times for one shape.
 
     Attributes:
-        stock: Megatron's layer, local spec (its experts run sequentially).
+        stock: Megatron's layer; its experts run sequentially with the local spec, grouped with Transformer Engine.
         ours: CoELayer with C = 1 and the same weights.
         coe: CoELayer with C = 2 and K / 2 experts per token and iteration.
         difference: of the outputs of stock and ours, relative to the largest one.
@@ -151,9 +156,14 @@ def time_layers(
     device: torch.device,
     clock: str = "wall",
     on_round: Callable[[int], None] = lambda rounds: None,
+    spec: Stock = "local",
 ) -> LayerTimes:
-    """Build the three layers of one shape, compare outputs, and time them alternately; Megatron's groups must exist."""
-    stock, ours, coe = _stock(shape, dtype), _ours(shape, dtype), _ours(halved_chain(shape), dtype)
+    """Build the three layers of one shape, compare outputs, and time them alternately; Megatron's groups must exist.
+
+    Args:
+        spec: the spec of Megatron's layer. Not yet run with Transformer Engine.
+    """
+    stock, ours, coe = _stock(shape, dtype, spec), _ours(shape, dtype), _ours(halved_chain(shape), dtype)
     _copy_weights(stock, ours)
     hidden = torch.randn(shape.seq_length, 1, shape.hidden, dtype=dtype, device=device, requires_grad=True)
     gradient = torch.randn_like(hidden)
@@ -223,8 +233,12 @@ def _config(shape: ModelShape, dtype: torch.dtype) -> TransformerConfig:
     )
 
 
-def _stock(shape: ModelShape, dtype: torch.dtype) -> MoELayer:
-    return _build(get_gpt_layer_local_spec(num_experts=shape.experts, normalization="RMSNorm"), _config(shape, dtype))
+def _stock(shape: ModelShape, dtype: torch.dtype, spec: Stock) -> MoELayer:
+    config = _config(shape, dtype)
+    if spec == "local":
+        return _build(get_gpt_layer_local_spec(num_experts=shape.experts, normalization="RMSNorm"), config)
+    grouped = get_gpt_layer_with_transformer_engine_spec(num_experts=shape.experts, moe_grouped_gemm=True)
+    return _build(grouped, replace(config, moe_grouped_gemm=True))
 
 
 def _ours(shape: ModelShape, dtype: torch.dtype) -> CoELayer:
@@ -242,10 +256,19 @@ def _build(spec: ModuleSpec, config: TransformerConfig) -> MoELayer:
 def _copy_weights(stock: MoELayer, ours: CoELayer) -> None:
     ours.router.load_state_dict(stock.router.state_dict())
     if stock.use_shared_expert:
-        ours.shared_experts.load_state_dict(stock.shared_experts.state_dict())
-    for index, expert in enumerate(stock.experts.local_experts):
-        ours.experts.weight1[index].copy_(expert.linear_fc1.weight)
-        ours.experts.weight2[index].copy_(expert.linear_fc2.weight)
+        # Transformer Engine's modules also have an extra state, which ours do not.
+        weights = {name: weight.detach() for name, weight in stock.shared_experts.named_parameters()}
+        ours.shared_experts.load_state_dict(weights)
+    for index in range(stock.config.num_moe_experts):
+        ours.experts.weight1[index].copy_(_expert_weight(stock.experts, "linear_fc1", index))
+        ours.experts.weight2[index].copy_(_expert_weight(stock.experts, "linear_fc2", index))
+
+
+def _expert_weight(experts: Any, linear: str, index: int) -> torch.Tensor:
+    """A weight of one expert: a module of its own with the local spec, a parameter with Transformer Engine."""
+    if hasattr(experts, "local_experts"):
+        return getattr(experts.local_experts[index], linear).weight
+    return getattr(getattr(experts, linear), f"weight{index}")
 
 
 @torch.no_grad()

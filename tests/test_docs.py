@@ -13,11 +13,11 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "docs" / "studies" / "README.md"])
 # The log and the changelog say what was true at their time, and reports are generated.
 CURRENT = [page for page in PAGES if page.name not in ("experiments.md", "CHANGELOG.md", "settings.md")]
-# Options of torchrun, sbatch, srun, pip, docker and tensorboard.
+# Options of torchrun, sbatch, srun, pip, venv, docker and tensorboard.
 FOREIGN = {
     *("--nproc-per-node", "--max-restarts", "--log-dir", "--standalone", "--nnodes"),
     *("--account", "--cpus-per-task", "--exclusive", "--export", "--gpus-per-node", "--nodes", "--ntasks-per-node"),
-    *("--signal", "--time", "--bind_all", "--host", "--logdir"),
+    *("--signal", "--time", "--bind_all", "--host", "--logdir", "--system-site-packages"),
 }
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from coe_megatron.config.settings import MLASettings, ModelSettings, MoESettings, RunConfig
@@ -16,16 +17,17 @@ from coe_megatron.model import coe_block_spec
 from coe_megatron.model.layer import routers
 
 
-def build_model(config: RunConfig, vocab_size: int) -> GPTModel:
+def build_model(config: RunConfig, vocab_size: int, block: TransformerBlockSubmodules | None = None) -> GPTModel:
     """The model of this rank, initialised; Megatron's process groups and seeds have to stand.
 
     Args:
         vocab_size: rows of the embedding, padding included.
+        block: specs of other layers, to compare with; those of `coe_block_spec` when None.
     """
     megatron = transformer_config(config)
     model = GPTModel(
         config=megatron,
-        transformer_layer_spec=coe_block_spec(megatron, config.chain, recompute=config.moe.recompute),
+        transformer_layer_spec=block or coe_block_spec(megatron, config.chain, recompute=config.moe.recompute),
         vocab_size=vocab_size,
         max_sequence_length=config.model.seq_length,
         position_embedding_type="rope",

@@ -50,7 +50,7 @@ class MemoryMeter:
             return
         self._steps_to_measure -= 1
         self._live = LiveBytes()
-        before = _storages(self._engine_tensors())
+        before = _storages(self.tensors())
         with self._live:
             yield
         self._transient = max(self._transient, self._live.peak_transient)
@@ -77,7 +77,7 @@ class MemoryMeter:
         seen = []
         for _ in range(_SAMPLES if torch.distributed.get_world_size() > 1 else 1):
             live.settle()
-            held = _storages(self._engine_tensors())
+            held = _storages(self.tensors())
             seen.append(sum(held.values()) + sum(size for storage, size in live.alive() if storage not in held))
             time.sleep(_SAMPLE_SECONDS if len(seen) < _SAMPLES else 0)
         return min(seen)
@@ -104,7 +104,7 @@ class MemoryMeter:
             return {**kept, "peak_reserved": torch.cuda.max_memory_reserved()}
         return {**kept, "peak_resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
-    def _engine_tensors(self) -> list[torch.Tensor]:
+    def tensors(self) -> list[torch.Tensor]:
         """Tensors that the engine holds: weights, gradients, and those of its optimizer."""
         parameters = list(self._engine.module.parameters())
         gradients = [p.grad for p in parameters if p.grad is not None]

@@ -56,6 +56,7 @@ def test_recomputing_in_bf16(device: torch.device, mode: str) -> None:
     assert max(errors(found[1], found[0]).values()) <= 0.02
 
 
+@pytest.mark.run
 def test_a_run_in_bf16(device: torch.device, tmp_path: Path) -> None:
     data = tmp_path / "data"
     done = python("launch/prepare_data.py", "--builtin", 400, "--vocab-size", 512, "--output", data)
