@@ -35,7 +35,7 @@ ARGUMENTS = """
     --moe-router-pre-softmax --moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 0.001
     --moe-router-dtype fp32 --moe-token-dispatcher-type alltoall --coe-iterations 2
     --micro-batch-size 2 --global-batch-size 8 --train-iters 10 --lr 1e-3 --lr-decay-style constant --bf16
-    --adam-beta2 0.95 --weight-decay 0.01 --clip-grad 1 --use-distributed-optimizer
+    --adam-beta2 0.95 --weight-decay 0.01 --clip-grad 1
     --tokenizer-type SentencePieceTokenizer --save runs/megatron-lm --load runs/megatron-lm --save-interval 5
     --eval-interval 10 --eval-iters 2 --log-interval 1
     --transformer-impl local --no-rope-fusion --no-gradient-accumulation-fusion
@@ -78,7 +78,11 @@ datasets.is_distributed = True  # every rank builds its own
 def main(datasets: Callable = datasets) -> None:
     """Train as the command line says."""
     data = Path(sys.argv[1])
-    paths = {"train-data-path": data / "train", "valid-data-path": data / "valid", "tokenizer-model": data / "tokenizer.model"}
+    paths = {
+        "train-data-path": data / "train",
+        "valid-data-path": data / "valid",
+        "tokenizer-model": data / "tokenizer.model",
+    }
     sys.argv[1:] = [*ARGUMENTS.split(), *(f"--{name}={path}" for name, path in paths.items()), *sys.argv[2:]]
     dataset_utils.compile_helpers = lambda: None  # the wheel has them compiled, and has no Makefile to do it again
     arguments = parse_and_validate_args(extra_args_provider=add_coe_arguments)
