@@ -80,8 +80,11 @@ def chain_settings(arguments: argparse.Namespace) -> ChainSettings:
     Raises:
         ConfigError: a value is not valid; the message names it as `chain.iterations` for `--coe-iterations`.
     """
-    values = {field.name: getattr(arguments, f"coe_{field.name}", field.default) for field in fields(ChainSettings)}
-    return ChainSettings(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    values: dict[str, Any] = {}
+    for field in fields(ChainSettings):
+        value = getattr(arguments, f"coe_{field.name}", field.default)
+        values[field.name] = tuple(value) if isinstance(value, list) else value
+    return ChainSettings(**values)
 
 
 def main() -> None:

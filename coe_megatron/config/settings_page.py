@@ -38,9 +38,10 @@ def _sections(cls: Any, prefix: str) -> Iterator[tuple[Any, str]]:
 
 def _section(cls: Any, prefix: str) -> str:
     text = inspect.getdoc(cls) or ""
-    hints, meanings = get_type_hints(cls, include_extras=True), attribute_meanings(cls)
+    hints = get_type_hints(cls, include_extras=True)
+    meanings = {name: meaning.replace("|", "\\|") for name, meaning in attribute_meanings(cls).items()}
     rows = [
-        f"| `{prefix}{field.name}` | {describe(hints[field.name])} | {_default(field)} | {_cell(meanings[field.name])} |"
+        f"| `{prefix}{field.name}` | {describe(hints[field.name])} | {_default(field)} | {meanings[field.name]} |"
         for field in fields(cls)
         if not is_dataclass(hints[field.name])
     ]
@@ -58,10 +59,6 @@ def attribute_meanings(cls: type) -> dict[str, str]:
     block = (inspect.getdoc(cls) or "").partition("Attributes:")[2].partition("\nRaises:")[0]
     found = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", block, re.MULTILINE)
     return {name: " ".join(meaning.split()) for name, meaning in found}
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
 
 
 def _default(field: Field) -> str:
