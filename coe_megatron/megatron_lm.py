@@ -23,6 +23,7 @@ from coe_megatron.chain.settings import ChainSettings, Recompute
 from coe_megatron.config.settings import MoESettings
 from coe_megatron.config.settings_page import attribute_meanings
 from coe_megatron.errors import ConfigError
+from coe_megatron.local_backend.megatron_compat import has_transformer_engine
 from coe_megatron.model import coe_block_spec
 
 SPEC = ["coe_megatron.megatron_lm", "coe_spec"]
@@ -62,6 +63,9 @@ def coe_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmod
         raise ConfigError("--mtp-num-layers is given: Megatron-LM builds these layers without chains, leave it out")
     if transformer.transformer_impl not in ("local", "transformer_engine"):
         raise ConfigError(f"--transformer-impl is {transformer.transformer_impl}: use local or transformer_engine")
+    use_transformer_engine = transformer.transformer_impl == "transformer_engine"
+    if use_transformer_engine and not has_transformer_engine():
+        raise ConfigError("--transformer-impl is transformer_engine: Transformer Engine is not installed, use local")
     chain = chain_settings(arguments)
     if chain.layers is not None:
         transformer.hetereogenous_dist_checkpoint = True  # Megatron-LM has no argument for it
@@ -69,7 +73,7 @@ def coe_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmod
         transformer,
         chain,
         recompute=getattr(arguments, "coe_recompute", "none"),
-        use_transformer_engine=transformer.transformer_impl == "transformer_engine",
+        use_transformer_engine=use_transformer_engine,
         vp_stage=vp_stage,
     )
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from coe_megatron.config.megatron_flags import FLAGS, Value, frequency, whole
+from coe_megatron.config.megatron_flags import FLAGS, TORCHRUN, Value, frequency, whole
 from coe_megatron.config.settings import RunConfig
 from coe_megatron.errors import ConfigError
 
@@ -127,23 +127,23 @@ class _Given:
             self.note(f"{shown}: {flag.note}")
 
 
-_TORCHRUN = {"--nnodes", "--nproc-per-node", "--node-rank", "--master-addr", "--master-port", "--rdzv-backend",
-             "--rdzv-endpoint", "--rdzv-id", "--max-restarts", "--log-dir"}  # fmt: skip
-
-
 def _flags(command: Sequence[str]) -> dict[str, list[str]]:
     """The words after each flag up to the next; of a repeated flag the last counts, as in argparse."""
     flags: dict[str, list[str]] = {}
     values: list[str] = []
     for word in command:
+        closes = word.endswith(")") and "(" not in word  # an array of arguments
+        word = word.removesuffix(")") if closes else word
         if re.match(r"--\w", word):
             name, given, value = word.partition("=")
             dashed = name.replace("_", "-")  # torchrun takes both
-            values = flags[dashed if dashed in _TORCHRUN else name] = [value] if given else []
-        elif re.search(r"\w+=\($|\[@\]|\[\*\]", word) or word in (")", "&&", ";", "|"):
-            values = []  # an array of arguments begins, ends, or is used; or another command follows
-        else:
-            values.append(word if "(" in word else word.removesuffix(")"))
+            values = flags[dashed if dashed in TORCHRUN else name] = [value] if given else []
+        elif re.search(r"=\($|\[@\]|\[\*\]", word) or word in ("&&", ";", "|"):
+            values = []  # an array begins or is used, or another command follows
+        elif word:
+            values.append(word)
+        if closes:
+            values = []
     return flags
 
 

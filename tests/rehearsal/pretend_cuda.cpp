@@ -1,4 +1,4 @@
-// A CUDA device made of host memory, for torch's CPU build: see pretend_cuda.py.
+// A CUDA device made of host memory, for machines without a GPU: see pretend_cuda.py.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>

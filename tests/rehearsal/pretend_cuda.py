@@ -3,15 +3,16 @@
     pretend_cuda.install(FOLDER)            # before anything asks torch.cuda.is_available(), or imports Megatron
     with pretend_cuda.watch() as log: ...   # log["syncs"], log["notes"]: lines of source with counts
 
-`pretend_cuda.cpp` registers a boxed fallback under torch's CUDA dispatch key, which is empty in a CPU build: operands
-become CPU tensors over the same memory, the operator runs on them, and results come back as CUDA tensors (aliasing is
-kept). These are plain tensors with plain storages: autograd, views, `.data =`, Parameter and DeepSpeed work. Operands
-on two devices are refused unless zero-dimensional, as CUDA does. A TorchDispatchMode notes what would make the host
-wait for the device, with the line of Python that did it; `torch.cuda` gets stand-ins (streams, events, generators). A
-non-blocking copy to the host holds poison until its stream has been waited for, so early reads show.
+`pretend_cuda.cpp` registers a boxed fallback under torch's CUDA dispatch key, in place of the kernels that torch's CUDA
+build has there: operands become CPU tensors over the same memory, the operator runs on them, and results come back as
+CUDA tensors (aliasing is kept). These are plain tensors with plain storages: autograd, views, `.data =`, Parameter and
+DeepSpeed work. Operands on two devices are refused unless zero-dimensional, as CUDA does. A TorchDispatchMode notes
+what would make the host wait for the device, with the line of Python that did it; `torch.cuda` gets stand-ins (streams,
+events, generators). A non-blocking copy to the host holds poison until its stream has been waited for, so early reads
+show.
 
 Not pretended: kernels' own restrictions (but grouped_mm's are checked), numerics, asynchronous errors and NCCL (gloo is
-used). It needs torch's CPU build and a C++ compiler.
+used). It needs a machine without a GPU, and a C++ compiler.
 """
 
 import contextlib

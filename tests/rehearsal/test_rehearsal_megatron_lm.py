@@ -15,7 +15,7 @@ from coe_megatron.config.from_megatron import translate
 pytest.importorskip("megatron.training", reason="Megatron-Core 0.16.1 has no megatron.training")
 from pretrain_megatron_lm import ARGUMENTS
 
-pytestmark = [pytest.mark.rehearsal, pytest.mark.run, pytest.mark.slow, SKIP]
+pytestmark = [pytest.mark.rehearsal, pytest.mark.run, pytest.mark.slow, pytest.mark.timeout(900), SKIP]
 PROGRAM = ROOT / "tests" / "rehearsal" / "megatron_lm.py"
 STEPS, SAVED = 10, 5
 LAYOUTS = {"1 rank": (1, []), "expert": (2, ["--expert-model-parallel-size=2"])}
