@@ -36,12 +36,14 @@ def test_every_setting_of_the_chain_is_an_argument() -> None:
     ("text", "chain"),
     [
         ("--coe-iterations 3 --coe-gating fixed", ChainSettings(iterations=3, gating="fixed")),
-        ("--coe-residual init --coe-norm-placement reference", ChainSettings(residual="init", norm_placement="reference")),
-        ("--coe-aux-loss-reduction mean --coe-learned-scale 0.5", ChainSettings(aux_loss_reduction="mean", learned_scale=0.5)),
+        ("--coe-residual init", ChainSettings(residual="init")),
+        ("--coe-norm-placement reference", ChainSettings(norm_placement="reference")),
+        ("--coe-aux-loss-reduction mean", ChainSettings(aux_loss_reduction="mean")),
+        ("--coe-learned-scale 0.5", ChainSettings(learned_scale=0.5)),
         ("--coe-conditioned --coe-no-return", ChainSettings(conditioned=True, no_return=True)),
         ("--coe-layers 1 3", ChainSettings(layers=(1, 3))),
     ],
-)  # fmt: skip
+)
 def test_arguments_become_settings(text: str, chain: ChainSettings) -> None:
     assert chain_settings(parse(text)) == chain
 

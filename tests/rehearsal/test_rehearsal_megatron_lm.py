@@ -33,9 +33,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def weights(data: Path) -> Path:
-    """The checkpoint that all others start from, after a run of one step."""
+    """The checkpoint that all others start from: initial weights, also the fp32 masters, that bf16 can hold."""
     run = data.parent / "weights"
-    ours(data, run, "fp32", [], "training.steps=1", on_cpu=True)
+    ours(data, run, "bf16", [], "training.steps=1", "optimizer.lr=1e-30", on_cpu=True)
     return run / "checkpoints" / name_of(1)
 
 
@@ -67,7 +67,7 @@ def forget(run: Path, step: int) -> None:
     (run / "latest_checkpointed_iteration.txt").write_text(str(step))
 
 
-@pytest.mark.parametrize("precision", BOUNDS)
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.full)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_megatrons_loop_trains_as_our_program(
     layout: str, precision: str, data: Path, weights: Path, tmp_path: Path
