@@ -14,6 +14,12 @@ from typing import Any
 from coe_megatron.config.megatron_flags import FLAGS, TORCHRUN, Value, frequency, whole
 from coe_megatron.config.settings import RunConfig
 from coe_megatron.errors import ConfigError
+from coe_megatron.parsing import CONFIG_BYTES
+from coe_megatron.text import shortened
+
+_MAY_BE_0 = {"seed", "eval-iters", "lr-warmup-iters", "lr-warmup-samples", "moe-shared-expert-intermediate-size"}
+_LONGEST = CONFIG_BYTES  # a command, with its variables replaced
+_MOST_SUGGESTIONS = 100
 
 
 @dataclass
@@ -52,8 +58,12 @@ def words(text: str) -> list[str]:
         raise ConfigError(f"the command cannot be read: {error}") from None
     variables: dict[str, str] = {}
     kept: list[str] = []
+    length = 0
     for word in found:
         value = _VARIABLE.sub(lambda name: variables.get(name[1] or name[3], name[2] or name[0]), word)
+        length += len(value)
+        if length > _LONGEST:
+            raise ConfigError(f"the command has more than {_LONGEST:,} characters, with its variables replaced")
         if assignment := re.fullmatch(r"(\w+)=([^()]*)", value, re.DOTALL):
             variables[assignment[1]] = assignment[2]
         else:
@@ -105,10 +115,13 @@ class _Given:
         if not values:
             raise ConfigError(f"--{name} has no value")
         try:
-            return read(values[0])
+            found = read(values[0])
         except ValueError:
             kind = {whole: "an integer", float: "a number", frequency: "a number or a list of 0 and 1"}[read]
-            raise ConfigError(f"--{name} is {values[0]!r}: it must be {kind}") from None
+            raise ConfigError(f"--{name} is {shortened(values[0])!r}: it must be {kind}") from None
+        if read is whole and found < 1 and name not in _MAY_BE_0:
+            raise ConfigError(f"--{name} is {found}: it must be at least 1")
+        return found
 
     def required(self, name: str, read: Callable[[str], Value] = whole) -> Value:
         if name not in self:
@@ -116,12 +129,13 @@ class _Given:
         return self.value(name, read)
 
     def note(self, text: str) -> None:
-        self.translation.notes.append(text)
+        self.translation.notes.append(shortened(text, 400))
 
     def _note_unused(self, name: str, values: list[str]) -> None:
-        shown = " ".join([name, *values])
+        shown = shortened(" ".join([name, *values]))
         if (flag := FLAGS.get(name)) is None:
-            near = difflib.get_close_matches(name, FLAGS, n=1, cutoff=0.8)
+            few = len(self.translation.notes) < _MOST_SUGGESTIONS
+            near = difflib.get_close_matches(name[:80], FLAGS, n=1, cutoff=0.8) if few else []
             self.note(f"{shown}: unknown here{f'; did you mean {near[0]}?' if near else ''}")
         elif flag.note and not flag.needless:
             self.note(f"{shown}: {flag.note}")
