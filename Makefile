@@ -68,6 +68,7 @@ format: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(BIN)/python -m coe_megatron.config.settings_page docs/settings.md
+	$(BIN)/python -m coe_megatron.config.megatron_flags docs/from-megatron.md
 
 # Installed once, and again when the pins or the project's metadata change.
 $(INSTALLED): constraints.txt pyproject.toml

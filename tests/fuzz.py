@@ -39,6 +39,7 @@ TARGETS = {
     "config": "fuzz_targets:Config",
     "overrides": "fuzz_targets:Overrides",
     "study": "fuzz_targets:Study",
+    "command": "fuzz_targets:Command",
     "manifest": "fuzz_data:Manifest",
     "text": "fuzz_data:Text",
     "parquet": "fuzz_data:Parquet",

@@ -14,8 +14,11 @@ import fuzz_values as values
 import yaml
 from fuzz_bounds import Bounds, Case
 from hypothesis import strategies as st
+from megatron_commands import DEEPSEEK, MIXTRAL, QWEN
 
+from coe_megatron.cli.from_megatron import page
 from coe_megatron.config import RunConfig, dump, load
+from coe_megatron.config.from_megatron import checked, translate, words
 from coe_megatron.config.load import flat, read, resolve
 from coe_megatron.estimate.run_estimate import estimate, vocabulary
 from coe_megatron.estimate.run_shape import RunShape
@@ -136,6 +139,33 @@ class Study(Target):
         plan = make_plan(folder / self.study, case.options.get("overrides", []), case.options.get("device"))
         assert finite(plan.as_dict()) and printable(plan.table())
         return []
+
+
+class Command(Target):
+    """Commands of Megatron-LM as configs."""
+
+    names = ("--", "the command", *Config.names)
+    script = "pretrain.sh"
+
+    def prepare(self, folder: Path) -> None:
+        (folder / self.script).write_text(MIXTRAL)
+
+    def cases(self) -> st.SearchStrategy[Case]:
+        texts = [MIXTRAL, QWEN, DEEPSEEK]
+        content = values.files([text.encode() for text in texts], [words(text) for text in texts], [_joined])
+        return st.builds(Case, st.fixed_dictionaries({self.script: content}))
+
+    def act(self, folder: Path, case: Case) -> list[str]:
+        found = translate(words((folder / self.script).read_bytes().decode(errors="replace")))
+        checked(found.nested())
+        (folder / "config.yaml").write_text(page(found))
+        load(folder / "config.yaml")
+        return []
+
+
+def _joined(command: Any) -> bytes:
+    parts = command if isinstance(command, list) else [command]
+    return " ".join(map(str, parts)).encode(errors="surrogatepass")
 
 
 def use(config: RunConfig) -> None:

@@ -38,7 +38,8 @@ def _sections(cls: Any, prefix: str) -> Iterator[tuple[Any, str]]:
 
 def _section(cls: Any, prefix: str) -> str:
     text = inspect.getdoc(cls) or ""
-    hints, meanings = get_type_hints(cls, include_extras=True), _meanings(text)
+    hints = get_type_hints(cls, include_extras=True)
+    meanings = {name: meaning.replace("|", "\\|") for name, meaning in attribute_meanings(cls).items()}
     rows = [
         f"| `{prefix}{field.name}` | {describe(hints[field.name])} | {_default(field)} | {meanings[field.name]} |"
         for field in fields(cls)
@@ -53,11 +54,11 @@ def _section(cls: Any, prefix: str) -> str:
     )
 
 
-def _meanings(text: str) -> dict[str, str]:
-    """The text of each attribute in a Google-style docstring."""
-    block = text.partition("Attributes:")[2].partition("\nRaises:")[0]
+def attribute_meanings(cls: type) -> dict[str, str]:
+    """The text of each attribute in the Google-style docstring of a class."""
+    block = (inspect.getdoc(cls) or "").partition("Attributes:")[2].partition("\nRaises:")[0]
     found = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", block, re.MULTILINE)
-    return {name: " ".join(meaning.split()).replace("|", "\\|") for name, meaning in found}
+    return {name: " ".join(meaning.split()) for name, meaning in found}
 
 
 def _default(field: Field) -> str:

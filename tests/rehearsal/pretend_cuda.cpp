@@ -1,4 +1,4 @@
-// A CUDA device made of host memory, for torch's CPU build: see pretend_cuda.py.
+// A CUDA device made of host memory, for machines without a GPU: see pretend_cuda.py.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -140,6 +140,8 @@ struct Hooks final : CUDAHooksInterface {
   DeviceIndex getCurrentDevice() const override { return 0; }
   DeviceIndex deviceCount() const override { return 1; }
   int getNumGPUs() const override { return 1; }
+  long versionCuDNN() const override { return 0; }
+  long versionRuntimeCuDNN() const override { return 0; }
   bool isPinnedPtr(const void* p) const override { return pinned.count(p); }
   Allocator* getPinnedMemoryAllocator() const override { static Pinned a; return &a; }
   const Generator& getDefaultGenerator(DeviceIndex) const override { return at::detail::getDefaultCPUGenerator(); }
@@ -163,8 +165,19 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
     auto full = name.overload_name.empty() ? name.name : name.name + "." + name.overload_name;
     if (full.rfind("aten::", 0) || own.count(full.substr(6))) continue;
     auto op = c10::Dispatcher::singleton().findOp(name);
-    if (op && op->hasKernelForDispatchKey(DispatchKey::CPU) && !op->hasKernelForDispatchKey(DispatchKey::CUDA))
+    if (op && (op->hasKernelForDispatchKey(DispatchKey::CPU) || op->hasKernelForDispatchKey(DispatchKey::CUDA)))
       m.impl(full.c_str(), torch::CppFunction::makeFromBoxedFunction<&pretend>());
   }
 }
+// The CUDA build's kernel has a backward pass that no CPU has.
+static std::tuple<Tensor, Tensor> pretend_rms_norm(const Tensor& x, IntArrayRef shape, const std::optional<Tensor>& weight,
+                                           std::optional<double> eps) {
+  std::vector<int64_t> dims;
+  for (size_t i = 1; i <= shape.size(); ++i) dims.push_back(-int64_t(i));
+  auto wide = x.to(x.scalar_type() == kDouble ? kDouble : kFloat);
+  auto scale = wide.pow(2).mean(dims, true).add(eps.value_or(1.1920929e-7)).rsqrt();
+  auto y = wide * scale;
+  return {(weight.has_value() ? y * *weight : y).type_as(x), scale};
+}
+TORCH_LIBRARY_IMPL(aten, AutogradCUDA, m) { m.impl("_fused_rms_norm", TORCH_FN(pretend_rms_norm)); }
 TORCH_LIBRARY(pretend_cuda, m) { m.def("as_cpu(Tensor t) -> Tensor", &as_cpu); m.def("as_cuda(Tensor t) -> Tensor", &as_cuda); }

@@ -3,15 +3,16 @@
     pretend_cuda.install(FOLDER)            # before anything asks torch.cuda.is_available(), or imports Megatron
     with pretend_cuda.watch() as log: ...   # log["syncs"], log["notes"]: lines of source with counts
 
-`pretend_cuda.cpp` registers a boxed fallback under torch's CUDA dispatch key, which is empty in a CPU build: operands
-become CPU tensors over the same memory, the operator runs on them, and results come back as CUDA tensors (aliasing is
-kept). These are plain tensors with plain storages: autograd, views, `.data =`, Parameter and DeepSpeed work. Operands
-on two devices are refused unless zero-dimensional, as CUDA does. A TorchDispatchMode notes what would make the host
-wait for the device, with the line of Python that did it; `torch.cuda` gets stand-ins (streams, events, generators). A
-non-blocking copy to the host holds poison until its stream has been waited for, so early reads show.
+`pretend_cuda.cpp` registers a boxed fallback under torch's CUDA dispatch key, in place of the kernels that torch's CUDA
+build has there: operands become CPU tensors over the same memory, the operator runs on them, and results come back as
+CUDA tensors (aliasing is kept). These are plain tensors with plain storages: autograd, views, `.data =`, Parameter and
+DeepSpeed work. Operands on two devices are refused unless zero-dimensional, as CUDA does. A TorchDispatchMode notes
+what would make the host wait for the device, with the line of Python that did it; `torch.cuda` gets stand-ins (streams,
+events, generators). A non-blocking copy to the host holds poison until its stream has been waited for, so early reads
+show.
 
 Not pretended: kernels' own restrictions (but grouped_mm's are checked), numerics, asynchronous errors and NCCL (gloo is
-used). It needs torch's CPU build and a C++ compiler.
+used). It needs a machine without a GPU, and a C++ compiler.
 """
 
 import contextlib
@@ -288,6 +289,8 @@ def install(build=None):
     torch.utils.cpp_extension.load(
         "pretend_cuda_ext", source, is_python_module=False, build_directory=build, extra_cflags=["-O0", "-w"]
     )
+    for kind in ("flash", "mem_efficient", "cudnn"):  # the CUDA build's kernels
+        getattr(torch.backends.cuda, f"enable_{kind}_sdp")(False)
     cuda = torch.cuda
     properties = type("Properties", (), {"name": "NVIDIA H100 80GB HBM3 (pretended)", "major": 9, "minor": 0,
         "total_memory": 80 << 30, "multi_processor_count": 132, "pci_domain_id": 0, "pci_bus_id": 0,
