@@ -22,6 +22,7 @@ from model_build import (
     stock_named,
     tracked_losses,
 )
+from ranks import run_ranks
 
 from coe_megatron.model import CoELayer
 
@@ -95,7 +96,7 @@ def make_biased_stock(config: TransformerConfig) -> MoELayer:
 def train_step(layer: MoELayer, padding_mask: torch.Tensor | None = None) -> Named:
     """Two micro-batches forward and backward: outputs, gradients of inputs, tracked losses, counters."""
     reset_megatron()
-    generator, found = torch.Generator().manual_seed(5), {}
+    generator, found = torch.Generator().manual_seed(5 + torch.distributed.get_rank()), {}
     for batch in range(2):
         torch.manual_seed(batch)  # input jitter
         x = torch.randn(SEQUENCE, BATCH, layer.config.hidden_size, generator=generator).requires_grad_()
@@ -173,6 +174,22 @@ def copy_chain_from_stock(layer: CoELayer, first: MoELayer, second: MoELayer) ->
     experts = {name: value for name, value in stock_named(first, lambda p: p).items() if name.startswith("experts.")}
     later = second.router.state_dict(prefix="later_routers.0.")
     layer.load_state_dict(state | experts | later | {"experts._extra_state": None}, strict=True)
+
+
+def compare_on_a_rank(changes: dict) -> None:
+    torch.manual_seed(1)  # weights, the same on both ranks
+    assert_equal_to_stock({"tensor_model_parallel_size": 2, "sequence_parallel": True, **changes})
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("experts", [1, 2])
+@pytest.mark.parametrize("kind", ["aux_loss", "seq_aux_loss", "global_aux_loss"])
+@pytest.mark.parametrize("per_token", [False, True], ids=["loss per micro-batch", "loss per token"])
+def test_equals_stock_layer_with_tensor_parallelism(kind: str, per_token: bool, experts: int) -> None:
+    """Megatron-Core 0.19.2 scales auxiliary losses per token by the ranks of a sequence, 0.16.1 does not."""
+    changes = {**LOSSES, "moe_router_load_balancing_type": kind, "calculate_per_token_loss": per_token}
+    layout = {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": experts}
+    run_ranks(compare_on_a_rank, 2, {**changes, **SHARED, "expert_tensor_parallel_size": experts}, **layout)
 
 
 @pytest.mark.parametrize("kind", ["aux_loss", "seq_aux_loss", "global_aux_loss"])
