@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
-from model_build import copy_from_oracle, gradient, make_config, make_layer, make_oracle
+from model_build import copy_from_oracle, gradient, make_config, make_layer, make_oracle, make_stock
 
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.local_backend import megatron_compat, without_cuda
@@ -93,6 +93,17 @@ def run(name: str) -> dict[str, Any]:
     return found
 
 
+def run_stock(**changes: Any) -> dict[str, int]:
+    """Waits of Megatron's own MoE layer, with its sequential experts."""
+    layer = make_stock(make_config(hidden_size=32, moe_ffn_hidden_size=16, **changes)).to(torch.cuda.current_device())
+    h_SBD = torch.randn(6, 3, 32, device="cpu").to(layer.config.params_dtype).to(torch.cuda.current_device())
+    before = waits()
+    out, _ = layer(h_SBD.requires_grad_())
+    forward = waits()
+    out.float().square().sum().backward()
+    return {"forward waits": forward - before, "backward waits": waits() - forward}
+
+
 def run_experts(rows: int, offset: int = 0, recompute: bool = False) -> dict[str, Any]:
     """Experts alone, with that many rows for the second of four and weights that far from an aligned address."""
     torch.manual_seed(2)
@@ -156,5 +167,6 @@ if __name__ == "__main__":
         found = {name: run(name) for name in CASES}
         for name, options in EXPERTS.items():
             found[name] = run_experts(**options)
+        found |= {"stock, bf16": run_stock(**BF16), "stock, fp32": run_stock()}
         found["attention"] = {pads: attend(pads) for pads in (False, True)}
         torch.save(found, sys.argv[1])

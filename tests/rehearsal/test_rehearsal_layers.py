@@ -18,6 +18,7 @@ PER_ITERATION = (1 + ROWS, 0)
 RECOMPUTED = (1 + ROWS, 1 + ROWS)
 FP32 = (3 + ROWS, 4)  # without fast kernels each grouped product reads its offsets on the host
 ALLGATHER = (3 if ROWS else 2, 0)
+STOCK = PER_ITERATION  # Megatron's own layer, in fp32 too: its experts are plain products
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,11 @@ def expected_waits(name: str) -> tuple[int, int]:
     elif name == "allgather":
         forward, backward = ALLGATHER
     return forward * iterations, backward * iterations
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_megatrons_layer_waits_as_often_per_pass(precision: str, found: dict) -> None:
+    assert tuple(found[f"stock, {precision}"].values()) == STOCK
 
 
 def test_padded_values_get_flash_attention(found: dict, truth: dict) -> None:
