@@ -13,6 +13,7 @@ import runpy
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
@@ -93,8 +94,13 @@ def chain_settings(arguments: argparse.Namespace) -> ChainSettings:
 
 def main() -> None:
     """Run a program of Megatron-LM's with the chain's arguments added to its own."""
-    from megatron.training import arguments
-
+    try:
+        from megatron.training import arguments
+    except ModuleNotFoundError:
+        release = version("megatron-core")
+        line = f"Megatron-Core is {release}: megatron.training comes with 0.19.2 (Python 3.12 or newer)"
+        print(f"megatron_lm: error: {line}", file=sys.stderr)
+        sys.exit(2)
     if len(sys.argv) < 2:
         sys.exit("usage: python -m coe_megatron.megatron_lm PROGRAM ARGUMENT ..., such as pretrain_gpt.py --coe-...")
     megatrons = arguments.add_megatron_arguments

@@ -14,7 +14,7 @@ from model_build import make_config
 
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.errors import ConfigError
-from coe_megatron.megatron_lm import SPEC, add_coe_arguments, chain_settings, coe_spec
+from coe_megatron.megatron_lm import SPEC, add_coe_arguments, chain_settings, coe_spec, main
 from coe_megatron.model import CoELayer
 
 ROOT = Path(__file__).parents[1]
@@ -147,3 +147,11 @@ def test_a_program_is_started_with_the_arguments(tmp_path: Path) -> None:
     wrong = run(str(program), "--coe-iterations", "7")
     assert wrong.returncode == 2 and wrong.stderr.splitlines()[-1] == "pretrain.py: error: seven"
     assert run().returncode == 1
+
+
+def test_without_megatrons_loop_it_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setitem(sys.modules, "megatron.training", None)
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("megatron_lm: error: Megatron-Core is ")
