@@ -115,6 +115,13 @@ def test_pretraining_has_the_cpus_losses_and_no_new_waits(
 
 
 @pytest.mark.slow
+def test_another_read_in_the_loop_is_noticed(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MISTAKE", "1")
+    found = pretrain(data, tmp_path / "run", "training.steps=3")
+    assert ours(found["steps"][-1]) == {**STEP, "distributed/collectives.py": 2}
+
+
+@pytest.mark.slow
 def test_a_run_is_resumed_saved_in_the_background_and_profiled(data: Path, tmp_path: Path) -> None:
     more = [
         "optimizer.warmup=0",
