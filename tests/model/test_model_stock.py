@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 from model_build import (
     BATCH,
@@ -25,6 +26,7 @@ from model_build import (
 from ranks import run_ranks
 
 from coe_megatron.model import CoELayer
+from coe_megatron.model.dispatchers import AllToAllDispatcher
 
 TOLERANCE = 1e-6  # relative to the largest entry, fp32
 CHAIN_TOLERANCE = 5e-6  # gradients of two iterations are summed in another order
@@ -227,3 +229,14 @@ def test_experts_start_with_the_spread_of_the_stock_layer() -> None:
         ours = layer.get_parameter(name)
         assert float(ours.std()) == pytest.approx(float(theirs[name].std()), rel=0.05)
         assert not torch.equal(ours[0], ours[1])
+
+
+@pytest.mark.parametrize("changes", [LOSSES, {**LOSSES, "moe_router_topk": 8}, {**LOSSES, "num_moe_experts": 64}])
+def test_rows_by_sorting_are_megatrons_bit_for_bit(changes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make_coe(make_config(**changes), iterations=2)
+    found = train_step(layer) | {name: gradient(p) for name, p in layer.named_parameters()}
+    layer.zero_grad()
+    for name in ("dispatch_preprocess", "_maybe_dtoh_and_synchronize"):
+        monkeypatch.setattr(AllToAllDispatcher, name, getattr(MoEAlltoAllTokenDispatcher, name))
+    truth = train_step(layer) | {name: gradient(p) for name, p in layer.named_parameters()}
+    assert all(torch.equal(found[name], value) for name, value in truth.items())

@@ -11,14 +11,12 @@ from rehearse import SKIP, rehearse
 
 pytestmark = [pytest.mark.rehearsal, pytest.mark.run, SKIP]
 SCRIPT = Path(layers.__file__)
-# Per iteration, forward and backward: split sizes go to the host, and Megatron's permutation selects rows twice in
-# 0.16.1 (in 0.19.2 only with the dispatcher `allgather`, and once).
+# Per iteration, forward and backward. Megatron's dispatchers copy counts to the host, and its permutation selects rows
+# twice in 0.16.1 (in 0.19.2 only with `allgather`, and once).
 ROWS = 2 if version("megatron-core").startswith("0.16") else 0
-PER_ITERATION = (1 + ROWS, 0)
-RECOMPUTED = (1 + ROWS, 1 + ROWS)
-FP32 = (3 + ROWS, 4)  # without fast kernels each grouped product reads its offsets on the host
+STOCK = (1 + ROWS, 0)  # in fp32 too: its experts are plain products
+FP32 = (2, 4)  # without fast kernels each grouped product reads its offsets on the host
 ALLGATHER = (3 if ROWS else 2, 0)
-STOCK = PER_ITERATION  # Megatron's own layer, in fp32 too: its experts are plain products
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +52,9 @@ def test_the_host_waits_no_more_than_it_did(name: str, found: dict) -> None:
 
 
 def expected_waits(name: str) -> tuple[int, int]:
-    _, chain, recompute = layers.CASES[name]
+    _, chain, _ = layers.CASES[name]
     iterations = chain.get("iterations", 2)
-    forward, backward = RECOMPUTED if recompute in ("iteration", "layer") else PER_ITERATION
-    if name == "fp32":
-        forward, backward = FP32
-    elif name == "allgather":
-        forward, backward = ALLGATHER
+    forward, backward = {"fp32": FP32, "allgather": ALLGATHER, "capacity": STOCK}.get(name, (0, 0))
     return forward * iterations, backward * iterations
 
 

@@ -97,6 +97,10 @@ def of_deepspeed(found: Mapping[str, int]) -> int:
     )
 
 
+def of_dispatch(found: Mapping[str, int]) -> int:
+    return sum(count for line, count in found.items() if "token_dispatcher.py" in line)
+
+
 def tiers() -> list[Any]:
     return [pytest.param(name, marks=() if name == "stage 1" else (pytest.mark.slow,)) for name in CASES]
 
@@ -110,6 +114,7 @@ def test_pretraining_has_the_cpus_losses_and_no_new_waits(
     assert losses(tmp_path / "run") == pytest.approx(truth(name), rel=1e-4)
     step = found["steps"][-1]
     assert ours(step) == (STAGE_0 if name == "stage 0" else STEP)
+    assert of_dispatch(step) == (4 if name == "expert" else 0), "split sizes of 2 layers and 2 iterations"
     assert of_deepspeed(step) == DEEPSPEED[name]
     assert ours(found["syncs"])["checkpoint/host_copy.py"] == 1, "a save waits once, however many tensors it has"
 
