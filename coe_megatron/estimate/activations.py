@@ -297,9 +297,9 @@ def _iteration(shape: ModelShape, settings: PassSettings, kind: _Iteration) -> d
 
 
 def _router(shape: ModelShape, settings: PassSettings, routed: bool) -> int:
-    """Bytes per token of permutation (gates and choices of all experts, order of rows) and of routing."""
+    """Bytes per token of permutation (of each row its token and the place of its gate) and of routing."""
     n, k = shape.experts, shape.topk
-    order = n * (_FP32 + 1) + k * _INDEX
+    order = 2 * k * _INDEX
     if not routed:
         return order
     chosen = k * _INDEX

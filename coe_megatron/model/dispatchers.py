@@ -73,11 +73,10 @@ class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
         self.tokens_per_expert = self.preprocess(routing_map)
         self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_1", self.tokens_per_expert)
         self.hidden_shape_before_permute = tokens_TD.shape
-        chosen_TK = routing_map.to(torch.int8).topk(config.moe_router_topk).indices
-        order = chosen_TK.flatten().argsort(stable=True)
-        self.reversed_local_input_permutation_mapping = order // config.moe_router_topk
-        gates = probs.gather(1, chosen_TK).flatten().index_select(0, order)
-        return tokens_TD.index_select(0, self.reversed_local_input_permutation_mapping), gates
+        experts, order = routing_map.to(torch.int8).topk(config.moe_router_topk).indices.flatten().sort(stable=True)
+        self.reversed_local_input_permutation_mapping = tokens = order // config.moe_router_topk
+        gates = probs.flatten().index_select(0, tokens * self.num_experts + experts)
+        return tokens_TD.index_select(0, tokens), gates
 
     def _maybe_dtoh_and_synchronize(self, point: str, tokens_per_expert: torch.Tensor) -> torch.Tensor:
         """Megatron's copies to the host; on a single rank without capacity nothing needs them."""
