@@ -392,6 +392,7 @@ _MAY_CHANGE = {
     "output",
     "data.path",  # checkpoints record the text and its weights
     "data.blend",
+    "model.backend",  # checkpoints of both are alike
     "moe.recompute",
     "training.steps",
     "training.micro_batch",  # another layout may need another; a step has the same samples

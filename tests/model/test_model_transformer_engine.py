@@ -151,11 +151,15 @@ def stored(model: torch.nn.Module) -> dict[str, tuple[tuple[int, ...], int, torc
 @installed
 @pytest.mark.parametrize("norm_placement", ["prenorm", "reference", "iteration_norm"])
 @pytest.mark.parametrize("make", CONFIGS.values(), ids=CONFIGS)
-def test_checkpoints_of_both_backends_have_the_same_keys(single_rank: None, make: Any, norm_placement: str) -> None:
+def test_checkpoints_of_both_backends_have_the_same_keys(
+    single_rank: None, make: Any, norm_placement: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its modules refuse to be built without CUDA, but can be: only their forward passes need it."""
     shared = {"moe_shared_expert_intermediate_size": 20}
     config, chain = make(**LAYERS, **shared), ChainSettings(2, norm_placement=norm_placement)
     config.use_cpu_initialization = not torch.cuda.is_available()
     local = make_gpt(config, coe_block_spec(config, chain))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     model = make_gpt(config, with_local_names(block_of(config, norm_placement)))
     assert isinstance(model.decoder.layers[1].mlp.experts, TEGroupedMLP)
     assert stored(model) == stored(local)
