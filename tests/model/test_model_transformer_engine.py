@@ -20,7 +20,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
-from model_build import make_config, make_gpt, make_mla_config, mlp_class
+from model_build import make_coe, make_config, make_gpt, make_mla_config, mlp_class
 
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.config.settings import ModelSettings, RunConfig
@@ -165,3 +165,10 @@ def test_checkpoints_of_both_backends_have_the_same_keys(
     assert stored(model) == stored(local)
     count = sum(parameter.numel() for parameter in local.parameters())
     assert sum(parameter.numel() for parameter in model.parameters()) == count
+
+
+@installed
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device, on which its products work")
+def test_routers_of_local_specs_leave_it_alone_without_cuda(single_rank: None) -> None:
+    layer = make_coe(make_config())
+    assert layer(torch.randn(4, 2, 16))[0].isfinite().all()
