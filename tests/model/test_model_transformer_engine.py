@@ -23,13 +23,13 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from model_build import make_coe, make_config, make_gpt, make_mla_config, mlp_class
 
 from coe_megatron.chain.settings import ChainSettings
-from coe_megatron.config.settings import ModelSettings, RunConfig
+from coe_megatron.config.settings import ModelSettings, ParallelSettings, RunConfig
 from coe_megatron.errors import ConfigError
 from coe_megatron.local_backend.latent_attention import LatentAttention
 from coe_megatron.local_backend.megatron_compat import has_transformer_engine, moe_submodules
-from coe_megatron.model import CoELayer, coe_block_spec, coe_layer_spec, unsupported
-from coe_megatron.model.build import require_backend
+from coe_megatron.model import CoELayer, build, coe_block_spec, coe_layer_spec, unsupported
 from coe_megatron.model.specs import with_local_names
+from coe_megatron.zero.expert_groups import is_expert
 
 LAYERS = {"num_layers": 2, "moe_layer_freq": [0, 1], "moe_grouped_gemm": True}
 CONFIGS = {"MHA": make_config, "MLA": make_mla_config, "MLA, q_lora_rank": partial(make_mla_config, q_lora_rank=8)}
@@ -130,11 +130,18 @@ def test_the_query_of_mla_has_no_second_norm(engine: None) -> None:
 def test_a_backend_without_its_device_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     config = RunConfig(model=ModelSettings(backend="transformer_engine"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    require_backend(config)
+    build.require_backend(config)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    require_backend(RunConfig())
+    build.require_backend(RunConfig())
     with pytest.raises(ConfigError, match=r"model\.backend is transformer_engine: .* use local"):
-        require_backend(config)
+        build.require_backend(config)
+
+
+@pytest.mark.parametrize(("parallel", "separate"), [({}, False), ({"expert": 2}, True), ({"tensor": 2}, True)])
+def test_experts_of_other_replicas_are_marked(single_rank: None, parallel: dict[str, int], separate: bool) -> None:
+    layer = make_coe(make_config())
+    build._mark_experts(layer, RunConfig(parallel=ParallelSettings(**parallel)))
+    assert {is_expert(parameter) for parameter in layer.experts.parameters()} == {separate}
 
 
 def stored(model: torch.nn.Module) -> dict[str, tuple[tuple[int, ...], int, torch.dtype]]:
