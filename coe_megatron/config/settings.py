@@ -76,7 +76,7 @@ class ModelSettings:
             paper does not.
         mla: multi-latent attention instead of MHA or GQA; `{}` selects its defaults.
         backend: where experts, linear layers, norms and attention come from: torch and Megatron-Core (`local`), or
-            Transformer Engine, which needs CUDA and bf16 and has not been run yet. Checkpoints fit both.
+            Transformer Engine, which needs CUDA and bf16 and was not run on a GPU yet. Checkpoints fit both.
     """
 
     num_layers: Annotated[int, Field(ge=1, le=10_000)] = 4
