@@ -52,7 +52,7 @@ def coe_layer_spec(
             alone need `coe_block_spec`, and so do dense layers (`moe_layer_freq`).
         recompute: what the backward pass computes again instead of keeping it; see CoELayer.
         use_transformer_engine: build on Megatron's Transformer Engine spec (its experts with `moe_grouped_gemm`).
-            Not yet run on a machine with Transformer Engine.
+            Built without a GPU, but its kernels were not run yet.
         pg_collection: process groups of the layer, for Megatron-Core 0.16.1, which does not pass those of the model to
             CoELayer and logs "Unknown MLP type": if you give GPTModel a `pg_collection`, give it here too. 0.19.2
             passes them, and this argument has no effect.
