@@ -37,7 +37,7 @@ from coe_megatron.lean_imports import import_megatron
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = {  # in this order, with their seconds at most; the arms that fit into what is left come last
-    "tier": 110,
+    "tier": 130,
     "layers": 45,
     "layers_te": 40,  # with Transformer Engine alone
     "steps": 60,

@@ -120,7 +120,7 @@ class _Outcomes:
 
 
 def layers(task: Task, spec: Stock = "local") -> None:
-    """A MoE sub-layer of Megatron's and ours, and a chain with as many expert choices, in bf16."""
+    """A MoE sub-layer of Megatron's and ours, and a chain with as many expert choices, in bf16, all on one backend."""
     device = _start()
     found = []
     for sizes in QUICK_SHAPES if task.quick else SHAPES:
@@ -134,11 +134,11 @@ def layers_te(task: Task) -> None:
 
 
 def steps(task: Task, stock: Stock = "local") -> None:
-    """A training step of the paper's model with Megatron's MoE layers, with ours, and of the chain."""
+    """A training step of the paper's model with Megatron's MoE layers, with ours, and of the chain, on one backend."""
     _start()
     found: dict[str, Any] = {}
     for name, arm, layer in (("stock", "moe_8-64", stock), ("ours", "moe_8-64", None), ("coe", "coe-2_4-64", None)):
-        found[name] = {"arm": arm, **time_steps(_paper(arm, task), _count(task), layer)}
+        found[name] = {"arm": arm, **time_steps(_paper(arm, task, stock), _count(task), layer)}
         task.write(found)
 
 
@@ -205,8 +205,8 @@ def _start() -> torch.device:
     return process_groups.start(RunConfig().parallel, 1234, process_groups.DistributedEnv())
 
 
-def _paper(arm: str, task: Task) -> RunConfig:
-    return load(PAPER / f"{arm}.yaml", QUICK if task.quick else [], 1)
+def _paper(arm: str, task: Task, backend: Stock = "local") -> RunConfig:
+    return load(PAPER / f"{arm}.yaml", [*(QUICK if task.quick else []), f"model.backend={backend}"], 1)
 
 
 def _count(task: Task) -> int:

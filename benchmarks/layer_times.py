@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import megatron.core
 import torch
@@ -161,9 +161,13 @@ def time_layers(
     """Build the three layers of one shape, compare outputs, and time them alternately; Megatron's groups must exist.
 
     Args:
-        spec: the spec of Megatron's layer. Not yet run with Transformer Engine.
+        spec: whose parts all three layers have. Not yet run with Transformer Engine.
     """
-    stock, ours, coe = _stock(shape, dtype, spec), _ours(shape, dtype), _ours(halved_chain(shape), dtype)
+    stock, ours, coe = (
+        _stock(shape, dtype, spec),
+        _ours(shape, dtype, spec),
+        _ours(halved_chain(shape), dtype, spec),
+    )
     _copy_weights(stock, ours)
     hidden = torch.randn(shape.seq_length, 1, shape.hidden, dtype=dtype, device=device, requires_grad=True)
     gradient = torch.randn_like(hidden)
@@ -212,7 +216,7 @@ def _layer_flops(shape: ModelShape) -> int:
     return flops.routers + flops.experts + flops.shared
 
 
-def _config(shape: ModelShape, dtype: torch.dtype) -> TransformerConfig:
+def _config(shape: ModelShape, dtype: torch.dtype, spec: Stock) -> TransformerConfig:
     return TransformerConfig(
         num_layers=1,
         hidden_size=shape.hidden,
@@ -230,20 +234,21 @@ def _config(shape: ModelShape, dtype: torch.dtype) -> TransformerConfig:
         bias_activation_fusion=False,
         add_bias_linear=False,
         params_dtype=dtype,
+        moe_grouped_gemm=spec == "transformer_engine",
     )
 
 
 def _stock(shape: ModelShape, dtype: torch.dtype, spec: Stock) -> MoELayer:
-    config = _config(shape, dtype)
+    config = _config(shape, dtype, spec)
     if spec == "local":
         return _build(get_gpt_layer_local_spec(num_experts=shape.experts, normalization="RMSNorm"), config)
     grouped = get_gpt_layer_with_transformer_engine_spec(num_experts=shape.experts, moe_grouped_gemm=True)
-    return _build(grouped, replace(config, moe_grouped_gemm=True))
+    return _build(grouped, config)
 
 
-def _ours(shape: ModelShape, dtype: torch.dtype) -> CoELayer:
-    config = _config(shape, dtype)
-    return _build(coe_layer_spec(config, shape.chain), config)
+def _ours(shape: ModelShape, dtype: torch.dtype, spec: Stock) -> CoELayer:
+    config = _config(shape, dtype, spec)
+    return _build(coe_layer_spec(config, shape.chain, use_transformer_engine=spec == "transformer_engine"), config)
 
 
 def _build(spec: ModuleSpec, config: TransformerConfig) -> MoELayer:
@@ -254,21 +259,14 @@ def _build(spec: ModuleSpec, config: TransformerConfig) -> MoELayer:
 
 @torch.no_grad()
 def _copy_weights(stock: MoELayer, ours: CoELayer) -> None:
-    ours.router.load_state_dict(stock.router.state_dict())
-    if stock.use_shared_expert:
-        # Transformer Engine's modules also have an extra state, which ours do not.
-        weights = {name: weight.detach() for name, weight in stock.shared_experts.named_parameters()}
-        ours.shared_experts.load_state_dict(weights)
-    for index in range(stock.config.num_moe_experts):
-        ours.experts.weight1[index].copy_(_expert_weight(stock.experts, "linear_fc1", index))
-        ours.experts.weight2[index].copy_(_expert_weight(stock.experts, "linear_fc2", index))
-
-
-def _expert_weight(experts: Any, linear: str, index: int) -> torch.Tensor:
-    """A weight of one expert: a module of its own with the local spec, a parameter with Transformer Engine."""
-    if hasattr(experts, "local_experts"):
-        return getattr(experts.local_experts[index], linear).weight
-    return getattr(getattr(experts, linear), f"weight{index}")
+    """With the local spec Megatron's experts are modules of their own; with Transformer Engine both have the same."""
+    for name, weight in ours.named_parameters():
+        linear = {"experts.weight1": "linear_fc1", "experts.weight2": "linear_fc2"}.get(name)
+        if linear is None:
+            weight.copy_(stock.get_parameter(name))
+        else:
+            experts = stock.experts.local_experts
+            weight.copy_(torch.stack([getattr(expert, linear).weight for expert in experts]))
 
 
 @torch.no_grad()

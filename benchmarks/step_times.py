@@ -8,7 +8,6 @@ import gc
 import math
 import statistics
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,8 @@ def time_steps(
     Args:
         config: a run's; `model.vocab_size` must be set.
         steps: timed steps, after two that are not.
-        stock: take Megatron's own MoE layer in the same model, or its model with Transformer Engine's parts.
+        stock: take Megatron's own MoE layer in the same model, or with `model.backend` transformer_engine all layers of
+            Megatron's Transformer Engine spec.
         profiled: profile one more step.
         weights: read the initial weights from this file; write them there if it does not exist.
 
@@ -101,10 +101,10 @@ def _same_weights(model: torch.nn.Module, path: Path) -> None:
 
 
 def stock_block(config: RunConfig, stock: Stock) -> TransformerBlockSubmodules:
-    """Specs with Megatron's own MoE layers: our block with those exchanged, or all of Transformer Engine's parts."""
+    """Specs with Megatron's own MoE layers: our block with those exchanged, or its own for Transformer Engine."""
     megatron = transformer_config(config)
     if stock == "transformer_engine":
-        return get_gpt_decoder_block_spec(replace(megatron, moe_grouped_gemm=True), use_transformer_engine=True)
+        return get_gpt_decoder_block_spec(megatron, use_transformer_engine=True)
     block = coe_block_spec(megatron, config.chain)
     theirs = get_gpt_decoder_block_spec(megatron, use_transformer_engine=False, normalization=megatron.normalization)
     for layer, other in zip(block.layer_specs, theirs.layer_specs, strict=True):

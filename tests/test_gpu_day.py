@@ -32,7 +32,7 @@ TABLE = """before
 |---|---|---|
 | CPU | | 2.13.0 |
 | NVIDIA GPU (NCCL): `make gpu` | none yet | |
-| Transformer Engine (`use_transformer_engine=True`) | none yet | |
+| Transformer Engine (`model.backend=transformer_engine`) | none yet | |
 
 after
 """

@@ -26,6 +26,7 @@ import traceback
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 from coe_megatron import scratch
@@ -81,6 +82,7 @@ def pretrain(arguments: list[str] | None) -> int:
             return _pretrain(parser, env, None, None)
         config = load(options.config, options.overrides, env.world_size)
         require_output(config)
+        _require_backend(config)
         vocabulary(config, data_needed=True)
         _require_warm_start(config)
         _require_stop_file(options.stop_file)
@@ -115,6 +117,11 @@ def _print_estimate(env: DistributedEnv, config: RunConfig, as_json: bool, devic
         as_text = json.dumps({**cost.as_dict(), "warnings": warnings}, indent=2) if as_json else cost.table()
         write_out(as_text if as_json else "\n".join([as_text, *(f"warning: {each}" for each in warnings)]))
     return 0
+
+
+def _require_backend(config: RunConfig) -> None:
+    if config.model.backend == "transformer_engine" and find_spec("transformer_engine") is None:
+        raise ConfigError("model.backend is transformer_engine: Transformer Engine is not installed, use local")
 
 
 def _require_warm_start(config: RunConfig) -> None:

@@ -37,6 +37,7 @@ def problems(config: RunConfig, world_size: int | None = None) -> Iterator[str]:
     except ConfigError as error:
         yield str(error)
     yield from _alignment(config)
+    yield from _backend(config)
     yield from _data(config.data)
     yield from _training(config)
     yield from layout.problems(config, world_size)
@@ -114,6 +115,21 @@ def _alignment(config: RunConfig) -> Iterator[str]:
     ):
         if value % multiple:
             yield f"{name} is {value}: in {config.training.precision} it must be a multiple of {multiple}"
+
+
+def _backend(config: RunConfig) -> Iterator[str]:
+    """What Transformer Engine does otherwise, or not at all."""
+    if config.model.backend == "local":
+        return
+    engine = "with model.backend transformer_engine"
+    if config.training.precision == "fp32":
+        yield f"training.precision is fp32: {engine} use bf16, since its fp32 products are rounded to TF32"
+    if config.moe.recompute == "experts":
+        yield f"moe.recompute is experts: {engine} use none, iteration or layer"
+    if config.model.mla is not None and config.model.mla.pad_values:
+        yield f"model.mla.pad_values is true: {engine} leave it false, its attention has kernels for such values"
+    if config.data.reset_at_documents:
+        yield f"data.reset_at_documents is true: {engine} it must be false, since its causal attention takes no mask"
 
 
 def _data(data: DataSettings) -> Iterator[str]:

@@ -75,6 +75,8 @@ class ModelSettings:
         scaled_init: divide the output layers' standard deviation by sqrt(2 x num_layers), as Megatron does and the
             paper does not.
         mla: multi-latent attention instead of MHA or GQA; `{}` selects its defaults.
+        backend: where experts, linear layers, norms and attention come from: torch and Megatron-Core (`local`), or
+            Transformer Engine, which needs CUDA and bf16 and was not run on a GPU yet. Checkpoints fit both.
     """
 
     num_layers: Annotated[int, Field(ge=1, le=10_000)] = 4
@@ -96,6 +98,7 @@ class ModelSettings:
     init_method_std: Positive = 0.02
     scaled_init: bool = True
     mla: MLASettings | None = None
+    backend: Literal["local", "transformer_engine"] = "local"
 
 
 @dataclass(frozen=True)
@@ -389,6 +392,7 @@ _MAY_CHANGE = {
     "output",
     "data.path",  # checkpoints record the text and its weights
     "data.blend",
+    "model.backend",  # checkpoints of both are alike
     "moe.recompute",
     "training.steps",
     "training.micro_batch",  # another layout may need another; a step has the same samples

@@ -2,7 +2,8 @@
 
 Does not import torch. Tests compare every form with the tensors that the Megatron model keeps on the CPU. On CUDA, the
 forms should be upper bounds, but this is not measured: torch's RMSNorm is a single kernel, which need not keep the
-normalised input, and dropout masks take bytes. Dropped tokens are counted, and fp64 in a router is not.
+normalised input, and dropout masks take bytes. Dropped tokens are counted, and fp64 in a router is not. The forms are
+those of `model.backend` local; Transformer Engine's modules keep other tensors, which are not counted.
 
 Tensor parallelism includes sequence parallelism, which Megatron requires with experts: between layers a rank has T / TP
 tokens; inside attention and shared experts it has all T tokens with 1 / TP of the width. So everything except token ids

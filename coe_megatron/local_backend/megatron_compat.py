@@ -21,20 +21,23 @@ def has_transformer_engine() -> bool:
 
 
 def install() -> None:
-    """Make 0.16.1 work without Transformer Engine; does nothing on 0.19.2, or if Transformer Engine is installed.
+    """Make 0.16.1 work without Transformer Engine, and both releases with it but without CUDA.
 
-    * `moe_utils.te_general_gemm`: the router's linear layer tests this name for None, but it is undefined without
-      Transformer Engine, so the first forward pass raises a NameError. It becomes None: torch's matmul is used.
-    * `multi_latent_attention.HAVE_TE` is True although Transformer Engine is missing, since its import there succeeds
-      with placeholder classes; `isinstance(..., TELinear)` then raises a TypeError. It becomes False.
+    * `moe_utils.te_general_gemm`: the router's linear layer calls it, also in local specs, unless it is None. Without
+      Transformer Engine it is undefined in 0.16.1, which raises a NameError; with it, it refuses tensors of the CPU. It
+      becomes None: torch's matmul is used.
+    * `multi_latent_attention.HAVE_TE` is True in 0.16.1 although Transformer Engine is missing, since its import there
+      succeeds with placeholder classes; `isinstance(..., TELinear)` then raises a TypeError. It becomes False.
     """
-    if not _OLD or has_transformer_engine():
-        return
-    from megatron.core.transformer import multi_latent_attention
-    from megatron.core.transformer.moe import moe_utils
+    missing = _OLD and not has_transformer_engine()
+    if missing or (has_transformer_engine() and not torch.cuda.is_available()):
+        from megatron.core.transformer.moe import moe_utils
 
-    moe_utils.te_general_gemm = None
-    multi_latent_attention.HAVE_TE = False
+        moe_utils.te_general_gemm = None
+    if missing:
+        from megatron.core.transformer import multi_latent_attention
+
+        multi_latent_attention.HAVE_TE = False
 
 
 def moe_submodules(mlp: Any) -> Any:

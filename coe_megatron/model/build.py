@@ -12,9 +12,11 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from coe_megatron.config.settings import MLASettings, ModelSettings, MoESettings, RunConfig
+from coe_megatron.errors import ConfigError
 from coe_megatron.local_backend.attention import SDPACoreAttention
 from coe_megatron.model import coe_block_spec
-from coe_megatron.model.layer import routers
+from coe_megatron.model.layer import coe_layers, routers
+from coe_megatron.model.specs import with_local_names
 
 
 def build_model(config: RunConfig, vocab_size: int, block: TransformerBlockSubmodules | None = None) -> GPTModel:
@@ -22,12 +24,12 @@ def build_model(config: RunConfig, vocab_size: int, block: TransformerBlockSubmo
 
     Args:
         vocab_size: rows of the embedding, padding included.
-        block: specs of other layers, to compare with; those of `coe_block_spec` when None.
+        block: specs of other layers, to compare with; those of `layer_specs` when None.
     """
     megatron = transformer_config(config)
     model = GPTModel(
         config=megatron,
-        transformer_layer_spec=block or coe_block_spec(megatron, config.chain, recompute=config.moe.recompute),
+        transformer_layer_spec=block or layer_specs(config, megatron),
         vocab_size=vocab_size,
         max_sequence_length=config.model.seq_length,
         position_embedding_type="rope",
@@ -43,7 +45,43 @@ def build_model(config: RunConfig, vocab_size: int, block: TransformerBlockSubmo
     for module in model.modules():
         if isinstance(module, SDPACoreAttention):
             module.pads_values = config.model.mla is not None and config.model.mla.pad_values
+    if _on_engine(config):
+        _mark_experts(model, config)
     return model
+
+
+def layer_specs(config: RunConfig, megatron: TransformerConfig) -> TransformerBlockSubmodules:
+    """The specs of this rank's layers with the parts of `model.backend`; checkpoints of both have the same keys.
+
+    Args:
+        megatron: the result of `transformer_config`.
+    """
+    if not _on_engine(config):
+        return coe_block_spec(megatron, config.chain, recompute=config.moe.recompute)
+    block = coe_block_spec(megatron, config.chain, recompute=config.moe.recompute, use_transformer_engine=True)
+    return with_local_names(block)
+
+
+def require_backend(config: RunConfig) -> None:
+    """Raise a ConfigError if this rank does not have what `model.backend` needs."""
+    if _on_engine(config) and not torch.cuda.is_available():
+        raise ConfigError("model.backend is transformer_engine: it needs a CUDA device, and there is none; use local")
+
+
+def _on_engine(config: RunConfig) -> bool:
+    return config.model.backend == "transformer_engine"
+
+
+def _mark_experts(model: GPTModel, config: RunConfig) -> None:
+    """Mark experts whose replicas differ from those of dense parameters.
+
+    Megatron-Core 0.16.1 marks Transformer Engine's by expert parallelism alone, also where ETP differs from TP.
+    """
+    parallel = config.parallel
+    separate = parallel.expert > 1 or parallel.expert_tensor != parallel.tensor
+    for layer in coe_layers(model):
+        for parameter in layer.experts.parameters():
+            parameter.allreduce = not separate
 
 
 def transformer_config(config: RunConfig) -> TransformerConfig:
@@ -54,6 +92,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         **_moe_fields(config.moe),
         **_layout_fields(config),
         "hetereogenous_dist_checkpoint": config.chain.layers is not None,
+        "moe_grouped_gemm": _on_engine(config),
         "bf16": bf16,
         "params_dtype": torch.bfloat16 if bf16 else torch.float32,
     }

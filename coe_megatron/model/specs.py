@@ -1,7 +1,8 @@
 """Spec functions that put Chain-of-Experts layers into anybody's Megatron-Core `GPTModel`.
 
 Both start from Megatron's own specs and exchange parts of a copy: the MoE layer for CoELayer, and without Transformer
-Engine also the experts (grouped), the norm (sequence parallelism) and the core attention (torch's).
+Engine also the experts (grouped), the norm (sequence parallelism) and the core attention (torch's). With Transformer
+Engine all other parts stay Megatron's, so `moe_grouped_gemm` selects grouped experts.
 """
 
 from copy import deepcopy
@@ -9,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from megatron.core.extensions.transformer_engine import TENorm
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_layer_local_spec,
@@ -50,7 +52,7 @@ def coe_layer_spec(
             alone need `coe_block_spec`, and so do dense layers (`moe_layer_freq`).
         recompute: what the backward pass computes again instead of keeping it; see CoELayer.
         use_transformer_engine: build on Megatron's Transformer Engine spec (its experts with `moe_grouped_gemm`).
-            Not yet run on a machine with Transformer Engine.
+            Built without a GPU, but its kernels were not run yet.
         pg_collection: process groups of the layer, for Megatron-Core 0.16.1, which does not pass those of the model to
             CoELayer and logs "Unknown MLP type": if you give GPTModel a `pg_collection`, give it here too. 0.19.2
             passes them, and this argument has no effect.
@@ -121,6 +123,30 @@ def coe_block_spec(
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=layer_norm)
 
 
+def with_local_names(block: TransformerBlockSubmodules) -> TransformerBlockSubmodules:
+    """A block of Transformer Engine's parts as the same model as the local block, under the same checkpoint keys.
+
+    Megatron's specs for Transformer Engine store norms elsewhere, as parts of the linear layer that follows or as norms
+    of their own. With `qk_layernorm` and MLA without `q_lora_rank`, 0.19.2 also gives the query a second norm of the
+    hidden state, which LatentAttention leaves out.
+
+    Args:
+        block: of `coe_block_spec` with Transformer Engine; its layers are changed.
+    """
+    fused, own = "mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."
+    for spec in block.layer_specs:
+        parts: TransformerLayerSubmodules = spec.submodules
+        names = parts.sharded_state_dict_keys_map
+        if parts.self_attention.module is MLASelfAttention:
+            parts.self_attention.module = LatentAttention
+            names[fused] = own
+            for latent, projection in (("q", "linear_q_up_proj"), ("kv", "linear_kv_up_proj")):
+                names[f"self_attention.{projection}.layer_norm_"] = f"self_attention.{latent}_layernorm."
+        else:
+            names.update((name, fused) for name in (own, "mlp.norms.0."))
+    return block
+
+
 def _recompute(config: TransformerConfig, recompute: Recompute, use_transformer_engine: bool) -> Recompute:
     if use_transformer_engine and recompute == "experts":
         raise ConfigError("recompute is 'experts': with Transformer Engine's experts use recompute_modules ['moe_act']")
@@ -138,9 +164,8 @@ def _convert(
     """A copy of Megatron's layer spec with our parts in it (Megatron shares one spec object among its layers)."""
     spec = deepcopy(spec)
     parts: TransformerLayerSubmodules = spec.submodules
-    norm = parts.pre_mlp_layernorm
+    norm = TENorm if use_transformer_engine else Norm
     if not use_transformer_engine:
-        norm = Norm
         _use_torch_parts(parts)
     submodules = moe_submodules(parts.mlp)
     if submodules is not None:

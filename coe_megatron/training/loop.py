@@ -32,7 +32,7 @@ from coe_megatron.estimate.node_crossing import needless_crossing
 from coe_megatron.estimate.run_estimate import estimate, vocabulary
 from coe_megatron.estimate.run_shape import RunShape
 from coe_megatron.model import routing_stats
-from coe_megatron.model.build import build_model
+from coe_megatron.model.build import build_model, require_backend
 from coe_megatron.model.router_state import update_router_state
 from coe_megatron.run import disk_space
 from coe_megatron.run import folder as run_folder
@@ -94,6 +94,7 @@ def train(
             stop_request = StopRequest()
             stack.callback(stop_request.restore_handlers)
         hang_detector = stack.enter_context(HangDetector(Path(config.output) / "stacks", env.rank, limit, on_hang))
+        require_backend(config)
         device = process_groups.start(config.parallel, config.training.seed, env, collective_timeout(limit), store)
         with run_on_rank0(lambda: run_folder.begin(config, env.log_dir), shared=False) or nullcontext() as output:
             outcome = _attempt(config, env, device, stop_request, hang_detector, output)

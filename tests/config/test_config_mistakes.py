@@ -52,6 +52,19 @@ OVERRIDES: list[tuple[str, str]] = [
     ("training.milestones=[] & training.milestones.0=5", "training.milestones has no entries"),
     ("zero.stage=4", "zero.stage is 4: it should be 0, 1, 2 or 3"),
     ("zero.stage=0 & training.precision=bf16", "zero.stage is 0: it has no fp32 master weights"),
+    ("model.backend=te", "model.backend is 'te': it should be 'local' or 'transformer_engine'"),
+    ("model.backend=transformer_engine", "training.precision is fp32: with model.backend transformer_engine use bf16"),
+    *(
+        (f"model.backend=transformer_engine & training.precision=bf16 & {setting}", said)
+        for setting, said in (
+            ("moe.recompute=experts", "moe.recompute is experts: with model.backend transformer_engine use none"),
+            ("model.mla={pad_values: true}", "model.mla.pad_values is true: with model.backend"),
+            (
+                "data.samples=packed & data.reset_at_documents=true",
+                "data.reset_at_documents is true: with model.backend transformer_engine it must be false",
+            ),
+        )
+    ),
     ("zero.stage=0 & zero.offload_optimizer=true", "zero.offload_optimizer is true: it needs zero.stage 1, 2 or 3"),
     ("zero.offload_parameters=true", "zero.offload_parameters is true: it needs zero.stage 3, not 1"),
     ("training.milestones.last=3", "override 'training.milestones.last=3': write it as key.sub=value"),
