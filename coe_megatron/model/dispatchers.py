@@ -70,8 +70,8 @@ class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
             return super().dispatch_preprocess(hidden_states, routing_map, probs)
         self.hidden_shape, self.probs, self.routing_map = hidden_states.shape, probs, routing_map
         tokens_TD = hidden_states.view(-1, self.hidden_shape[-1])
-        self.tokens_per_expert = self.preprocess(routing_map)
-        self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_1", self.tokens_per_expert)
+        counts = self.preprocess(routing_map)
+        self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_1", counts)
         self.hidden_shape_before_permute = tokens_TD.shape
         experts, order = routing_map.to(torch.int8).topk(config.moe_router_topk).indices.flatten().sort(stable=True)
         self.reversed_local_input_permutation_mapping = tokens = order // config.moe_router_topk
@@ -90,6 +90,7 @@ class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
         """Rows [T', D] and gates [T'] as they came -> sorted by local expert, with the row count of each expert."""
         if not self._is_sorted or self.shared_experts is not None:
             return super().dispatch_postprocess(global_input_tokens, global_probs)
+        assert self.tokens_per_expert is not None
         counts = self._maybe_dtoh_and_synchronize("before_permutation_2", self.tokens_per_expert)
         counts = self._maybe_dtoh_and_synchronize("before_finish", counts)
         self.tokens_per_expert = None
