@@ -45,7 +45,7 @@ _VARIABLE = re.compile(r"\$(?:\{(\w+)(?::-([^{}]*))?\}|(\w+))")  # $A, ${A} or $
 
 
 def words(text: str) -> list[str]:
-    """The words of a command or a shell script: continued lines and quotes are understood, comments left out.
+    """Split a command or a shell script into arguments, with continued lines and quotes, without comments.
 
     Variables that the script sets to plain values are replaced; arrays of arguments are read where they are set.
 

@@ -42,9 +42,10 @@ def build_model(config: RunConfig, vocab_size: int, block: TransformerBlockSubmo
         for _, _, router in routers(model):
             if router.tied_to is None:
                 torch.nn.init.kaiming_uniform_(router.weight, a=math.sqrt(5))
-    for module in model.modules():
-        if isinstance(module, SDPACoreAttention):
-            module.pads_values = config.model.mla is not None and config.model.mla.pad_values
+    if config.model.mla is not None and config.model.mla.pad_values:
+        for module in model.modules():
+            if isinstance(module, SDPACoreAttention):
+                module.pads_values = True
     if _on_engine(config):
         _mark_experts(model, config)
     return model
@@ -56,10 +57,9 @@ def layer_specs(config: RunConfig, megatron: TransformerConfig) -> TransformerBl
     Args:
         megatron: the result of `transformer_config`.
     """
-    if not _on_engine(config):
-        return coe_block_spec(megatron, config.chain, recompute=config.moe.recompute)
-    block = coe_block_spec(megatron, config.chain, recompute=config.moe.recompute, use_transformer_engine=True)
-    return with_local_names(block)
+    engine = _on_engine(config)
+    block = coe_block_spec(megatron, config.chain, recompute=config.moe.recompute, use_transformer_engine=engine)
+    return with_local_names(block) if engine else block
 
 
 def require_backend(config: RunConfig) -> None:

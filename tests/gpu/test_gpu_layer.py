@@ -57,12 +57,9 @@ def test_recomputing_in_bf16(device: torch.device, mode: str) -> None:
 
 
 @pytest.mark.run
-def test_a_run_in_bf16(device: torch.device, tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    done = python("launch/prepare_data.py", "--builtin", 400, "--vocab-size", 512, "--output", data)
-    assert done.returncode == 0, done.stderr
+def test_a_run_in_bf16(device: torch.device, prepared: Path, tmp_path: Path) -> None:
     settings = ("parallel.expert=1", "training.steps=30", "training.precision=bf16", "model.vocab_size=512")
-    run = ("launch/pretrain_coe.py", "configs/quickstart.yaml", f"data.path={data}", f"output={tmp_path / 'run'}")
+    run = ("launch/pretrain_coe.py", "configs/quickstart.yaml", f"data.path={prepared}", f"output={tmp_path / 'run'}")
     done = python(*run, *settings, seconds=300)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

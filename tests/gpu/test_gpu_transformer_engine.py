@@ -101,14 +101,6 @@ def test_recomputing(device: torch.device, mode: str) -> None:
     assert max(errors(found[1], found[0]).values()) <= 0.02
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "builtin"
-    done = python("launch/prepare_data.py", "--builtin", 400, "--vocab-size", 512, "--output", folder)
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
 def _run(data: Path, output: Path, backend: str, steps: int, *settings: str) -> list[dict[str, Any]]:
     """A run of the quickstart's model in bf16; its records."""
     fixed = ["parallel.expert=1", "training.precision=bf16", "model.vocab_size=512", f"training.steps={steps}"]
@@ -119,12 +111,12 @@ def _run(data: Path, output: Path, backend: str, steps: int, *settings: str) -> 
 
 
 @pytest.mark.run
-def test_runs_on_both_backends_continue_each_other(device: torch.device, data: Path, tmp_path: Path) -> None:
-    lines = _run(data, tmp_path / "te", "transformer_engine", 30)
+def test_runs_on_both_backends_continue_each_other(device: torch.device, prepared: Path, tmp_path: Path) -> None:
+    lines = _run(prepared, tmp_path / "te", "transformer_engine", 30)
     assert lines[-1]["valid_loss"] < lines[0]["valid_loss"] - 1
     still = ("optimizer.lr=1e-12", "training.evaluate_every=1")
-    local = _run(data, tmp_path / "local", "local", 1, f"training.warm_start={tmp_path / 'te'}", *still)
+    local = _run(prepared, tmp_path / "local", "local", 1, f"training.warm_start={tmp_path / 'te'}", *still)
     source = f"training.warm_start={tmp_path / 'local'}"
-    back = _run(data, tmp_path / "back", "transformer_engine", 1, source, "zero.stage=3", *still)
+    back = _run(prepared, tmp_path / "back", "transformer_engine", 1, source, "zero.stage=3", *still)
     for found in (local, back):
         assert found[-1]["valid_loss"] == pytest.approx(lines[-1]["valid_loss"], rel=0.01)

@@ -23,19 +23,10 @@ BOUNDS = {"fp32": 2e-6, "bf16": 1e-4}  # of the difference of losses, relative
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("megatron_lm") / "data"
-    arguments = ("--builtin", 400, "--vocab-size", 512, "--output", folder)
-    status, out = rehearse("launch/prepare_data.py", *arguments, on_cpu=True)
-    assert status == 0, out[-2000:]
-    return folder
-
-
-@pytest.fixture(scope="module")
-def weights(data: Path) -> Path:
+def weights(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint that all others start from: initial weights, also the fp32 masters, that bf16 can hold."""
-    run = data.parent / "weights"
-    ours(data, run, "bf16", [], "training.steps=1", "optimizer.lr=1e-30", on_cpu=True)
+    run = tmp_path_factory.mktemp("megatron_lm") / "weights"
+    ours(prepared, run, "bf16", [], "training.steps=1", "optimizer.lr=1e-30", on_cpu=True)
     return run / "checkpoints" / name_of(1)
 
 
@@ -70,18 +61,18 @@ def forget(run: Path, step: int) -> None:
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.full)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_megatrons_loop_trains_as_our_program(
-    layout: str, precision: str, data: Path, weights: Path, tmp_path: Path
+    layout: str, precision: str, prepared: Path, weights: Path, tmp_path: Path
 ) -> None:
     ranks, flags = LAYOUTS[layout]
-    found = megatrons(data, tmp_path / "megatron", precision, flags, weights, ranks)
-    expected = ours(data, tmp_path / "ours", precision, flags, f"training.warm_start={weights}", ranks=ranks)
+    found = megatrons(prepared, tmp_path / "megatron", precision, flags, weights, ranks)
+    expected = ours(prepared, tmp_path / "ours", precision, flags, f"training.warm_start={weights}", ranks=ranks)
     print(*(f"{step:2} {found[step]:.6f} {expected[step]:.6f}" for step in found), sep="\n")
     assert list(found) == list(range(1, STEPS + 1))
     assert found == pytest.approx(expected, rel=BOUNDS[precision])
 
 
-def test_megatrons_loop_resumes_a_chain(data: Path, weights: Path, tmp_path: Path) -> None:
-    run = (data, tmp_path / "megatron", "bf16", LAYOUTS["expert"][1], weights, 2)
+def test_megatrons_loop_resumes_a_chain(prepared: Path, weights: Path, tmp_path: Path) -> None:
+    run = (prepared, tmp_path / "megatron", "bf16", LAYOUTS["expert"][1], weights, 2)
     whole = megatrons(*run)
     forget(tmp_path / "megatron", SAVED)
     (tmp_path / "megatron-board").rename(tmp_path / "first")

@@ -40,31 +40,22 @@ Truth = Callable[[str], dict[int, float]]
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("rehearsed") / "data"
-    arguments = ("--builtin", "400", "--vocab-size", "512", "--output", folder)
-    status, out = rehearse("launch/prepare_data.py", *arguments, on_cpu=True)
-    assert status == 0, out[-2000:]
-    return folder
-
-
-@pytest.fixture(scope="module")
-def weights(data: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+def weights(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A run on the CPU whose weights the others start from: the device draws other random numbers."""
     folder = tmp_path_factory.mktemp("weights") / "run"
-    pretrain(data, folder, "training.steps=1", on_cpu=True)
+    pretrain(prepared, folder, "training.steps=1", on_cpu=True)
     return f"training.warm_start={folder}"
 
 
 @pytest.fixture(scope="module")
-def truth(data: Path, weights: str, tmp_path_factory: pytest.TempPathFactory) -> Truth:
+def truth(prepared: Path, weights: str, tmp_path_factory: pytest.TempPathFactory) -> Truth:
     """The losses of a case on the CPU; ZeRO's stages share those of stage 1."""
 
     @cache
     def find(name: str) -> dict[int, float]:
         output = tmp_path_factory.mktemp("truth") / "run"
         ranks, settings = CASES[name]
-        pretrain(data, output, "training.steps=3", weights, *settings, ranks=ranks, on_cpu=True)
+        pretrain(prepared, output, "training.steps=3", weights, *settings, ranks=ranks, on_cpu=True)
         return losses(output)
 
     return lambda name: find("stage 1" if name in ("stage 2", "stage 3", "offloaded") else name)
@@ -107,10 +98,10 @@ def tiers() -> list[Any]:
 
 @pytest.mark.parametrize("name", tiers())
 def test_pretraining_has_the_cpus_losses_and_no_new_waits(
-    name: str, data: Path, weights: str, truth: Truth, tmp_path: Path
+    name: str, prepared: Path, weights: str, truth: Truth, tmp_path: Path
 ) -> None:
     ranks, settings = CASES[name]
-    found = pretrain(data, tmp_path / "run", "training.steps=3", weights, *settings, ranks=ranks)
+    found = pretrain(prepared, tmp_path / "run", "training.steps=3", weights, *settings, ranks=ranks)
     assert losses(tmp_path / "run") == pytest.approx(truth(name), rel=1e-4)
     step = found["steps"][-1]
     assert ours(step) == (STAGE_0 if name == "stage 0" else STEP)
@@ -120,14 +111,14 @@ def test_pretraining_has_the_cpus_losses_and_no_new_waits(
 
 
 @pytest.mark.slow
-def test_another_read_in_the_loop_is_noticed(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_read_in_the_loop_is_noticed(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MISTAKE", "1")
-    found = pretrain(data, tmp_path / "run", "training.steps=3")
+    found = pretrain(prepared, tmp_path / "run", "training.steps=3")
     assert ours(found["steps"][-1]) == {**STEP, "distributed/collectives.py": 2}
 
 
 @pytest.mark.slow
-def test_a_run_is_resumed_saved_in_the_background_and_profiled(data: Path, tmp_path: Path) -> None:
+def test_a_run_is_resumed_saved_in_the_background_and_profiled(prepared: Path, tmp_path: Path) -> None:
     more = [
         "optimizer.warmup=0",
         "optimizer.decay=constant",
@@ -135,9 +126,9 @@ def test_a_run_is_resumed_saved_in_the_background_and_profiled(data: Path, tmp_p
         "training.save_every=2",
     ]
     profile = ["profile.first_step=2", "profile.steps=1", "profile.memory=true"]
-    pretrain(data, tmp_path / "run", *more, *profile, "training.steps=2")
-    pretrain(data, tmp_path / "run", *more, "training.steps=4")
-    pretrain(data, tmp_path / "whole", "optimizer.warmup=0", "optimizer.decay=constant", "training.steps=4")
+    pretrain(prepared, tmp_path / "run", *more, *profile, "training.steps=2")
+    pretrain(prepared, tmp_path / "run", *more, "training.steps=4")
+    pretrain(prepared, tmp_path / "whole", "optimizer.warmup=0", "optimizer.decay=constant", "training.steps=4")
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     assert any((tmp_path / "run" / "profile").iterdir())
 
