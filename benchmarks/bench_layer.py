@@ -1,7 +1,9 @@
-"""Times forward and backward of one MoE sub-layer: Megatron's own (local spec), ours with the same weights, and
-ours as CoE-2 with half the experts per token. Without sizes, the default table of shapes.
+"""Times forward and backward of one MoE sub-layer: Megatron's own (local spec), ours with the same weights, ours as
+CoE-2 with half the experts per token, and the latter by the plain loops of the method's definition (fp32 only).
+Without sizes, the default table of shapes.
 
     python benchmarks/bench_layer.py
+    python benchmarks/bench_layer.py --dtype both    # whether bf16 is worth it on this machine
     python benchmarks/bench_layer.py --hidden 256 --ffn 176 --tokens 512 2048
 
 Exit status: 0 done, 1 the layers' outputs differ, 2 a bad argument, 130 interrupted from the keyboard.
@@ -58,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--tokens", type=positive, nargs="+", metavar="N", help=f"(default: {TABLE[0].tokens})")
     parser.add_argument("--repeats", type=positive, default=20, metavar="N", help="rounds per shape (default: 20)")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "both"), default="fp32")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's)")
     return bench_options.run(parser, measure, arguments)
 
@@ -124,6 +126,8 @@ def measure(options: argparse.Namespace, parser: Parser) -> int:
     write_out(f"forward and backward of one MoE sub-layer; {conditions}")
     write_out("ratios from minima/medians; speed-up: stock over ours; CoE/MoE: CoE-2(K/2) over MoE(K), both ours")
     write_out(layer_times.table(results))
+    if options.dtype == "both":
+        write_out(f"\n{layer_times.dtypes_table(results)}")
     bench_options.write(options.json, {"machine": measured, "results": [result.as_dict() for result in results]})
     return 0
 
@@ -139,10 +143,10 @@ def _time_layers(options: argparse.Namespace, shapes: list[ModelShape]) -> list[
         shown = ("hidden", "expert_ffn", "experts", "topk", "seq_length")
         progress.step(rounds, {name: getattr(finished, name) for name in shown} if finished else None)
 
-    dtype = layer_times.DTYPES[options.dtype]
+    dtypes = [dtype for name, dtype in layer_times.DTYPES.items() if options.dtype in (name, "both")]
     try:
         return layer_times.benchmark_layers(
-            shapes, repeats=options.repeats, dtype=dtype, clock=options.clock, on_round=on_round
+            shapes, repeats=options.repeats, dtypes=dtypes, clock=options.clock, on_round=on_round
         )
     finally:
         progress.close()

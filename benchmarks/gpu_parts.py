@@ -125,7 +125,8 @@ def layers(task: Task, spec: Stock = "local") -> None:
     found = []
     for sizes in QUICK_SHAPES if task.quick else SHAPES:
         shape = sized(sizes, sizes.ffn)
-        found.append(time_layers(shape, 3 if task.quick else 20, DTYPES["bf16"], device, spec=spec).as_dict())
+        (timed,) = time_layers(shape, 3 if task.quick else 20, [DTYPES["bf16"]], device, spec=spec)
+        found.append(timed.as_dict())
         task.write(found)
 
 

@@ -1,14 +1,15 @@
-"""Times one MoE sub-layer, forward and backward: Megatron's own, ours with C = 1, and CoE-2 with half the experts.
+"""Times one MoE sub-layer, forward and backward: Megatron's own, ours with C = 1, and CoE-2 with half the experts, by
+our layer and by the plain loops of `coe_megatron.chain.method`.
 
-The three alternate, so that other load on the machine affects all of them equally; ratios of minima and of medians are
-reported. One process; on CUDA each step is synchronised.
+All alternate, also those of several dtypes, so that other load on the machine affects all of them equally; ratios of
+minima and of medians are reported. One process; on CUDA each step is synchronised.
 
 A shape is a `ModelShape` of one layer whose sequence is the batch: T = `seq_length` tokens.
 """
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
@@ -23,6 +24,7 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from coe_megatron.chain.method import ChainOfExperts, RouterSettings
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.config.settings import ParallelSettings
 from coe_megatron.distributed import process_groups
@@ -32,11 +34,15 @@ from coe_megatron.model import CoELayer, coe_layer_spec
 from coe_megatron.text import aligned
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Stock = Literal["local", "transformer_engine"]  # Megatron's spec
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 # Largest difference of outputs due to rounding, relative to the largest output.
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 _WARM_UP = 2
+_AUX_LOSS = 0.01
+_SIZES = ("d", "ffn", "N", "K", "T")  # columns
+LAYERS = ("stock", "ours", "coe", "loops")  # of LayerTimes
 
 
 class LayersDifferError(RuntimeError):
@@ -54,6 +60,9 @@ class Seconds:
     def of(cls, steps: list[float]) -> "Seconds":
         return cls(min(steps), statistics.median(steps))
 
+    def __str__(self) -> str:
+        return f"{self.minimum:.2f}/{self.median:.2f}"
+
     def over(self, other: "Seconds") -> "Seconds":
         """Ratios of minima and of medians."""
         return Seconds(self.minimum / other.minimum, self.median / other.median)
@@ -67,13 +76,16 @@ class LayerTimes:
         stock: Megatron's layer; its experts run sequentially with the local spec, grouped with Transformer Engine.
         ours: CoELayer with C = 1 and the same weights.
         coe: CoELayer with C = 2 and K / 2 experts per token and iteration.
+        loops: the same chain as its definition computes it, expert by expert, with the norm; in fp32, else None.
         difference: of the outputs of stock and ours, relative to the largest one.
     """
 
     shape: ModelShape
+    dtype: torch.dtype
     stock: Seconds
     ours: Seconds
     coe: Seconds
+    loops: Seconds | None
     difference: float
 
     @property
@@ -102,7 +114,8 @@ class LayerTimes:
         shape = {name: getattr(self.shape, name) for name in ("hidden", "expert_ffn", "shared_ffn", "experts", "topk")}
         return {
             "shape": {**shape, "tokens": self.shape.seq_length},
-            "seconds": {name: asdict(getattr(self, name)) for name in ("stock", "ours", "coe")},
+            "dtype": NAMES[self.dtype],
+            "seconds": {name: asdict(timed) for name in LAYERS if (timed := getattr(self, name)) is not None},
             "outputs_difference": self.difference,
             "speed_up": asdict(self.speed_up),
             "flops_ratio": self.flops_ratio,
@@ -121,7 +134,7 @@ def benchmark_layers(
     shapes: list[ModelShape],
     *,
     repeats: int,
-    dtype: torch.dtype = torch.float32,
+    dtypes: Sequence[torch.dtype] = (torch.float32,),
     clock: str = "wall",
     on_round: Callable[[int, ModelShape | None], None] = lambda rounds, finished: None,
 ) -> list[LayerTimes]:
@@ -131,6 +144,9 @@ def benchmark_layers(
         clock: `wall`, or `cpu` for the CPU time of this process, which is less sensitive to other load (and
             does not measure a CUDA device).
         on_round: called after each round with the rounds done in all and, after its last round, the shape.
+
+    Returns:
+        For each shape those of each dtype.
 
     Raises:
         LayersDifferError: our layer's output is not that of Megatron's.
@@ -143,7 +159,7 @@ def benchmark_layers(
             def after(rounds: int, index: int = index, shape: ModelShape = shape) -> None:
                 on_round(index * repeats + rounds, shape if rounds == repeats else None)
 
-            results.append(time_layers(shape, repeats, dtype, device, clock, after))
+            results += time_layers(shape, repeats, dtypes, device, clock, after)
         return results
     finally:
         process_groups.stop()
@@ -152,36 +168,54 @@ def benchmark_layers(
 def time_layers(
     shape: ModelShape,
     repeats: int,
-    dtype: torch.dtype,
+    dtypes: Sequence[torch.dtype],
     device: torch.device,
     clock: str = "wall",
     on_round: Callable[[int], None] = lambda rounds: None,
     spec: Stock = "local",
-) -> LayerTimes:
-    """Build the three layers of one shape, compare outputs, and time them alternately; Megatron's groups must exist.
+) -> list[LayerTimes]:
+    """Build the layers of one shape, compare outputs, and time them alternately; Megatron's groups must exist.
 
     Args:
-        spec: whose parts all three layers have. Not yet run with Transformer Engine.
+        spec: whose parts all layers have but for the loops. Not yet run with Transformer Engine.
+
+    Returns:
+        Of each dtype.
     """
-    stock, ours, coe = (
-        _stock(shape, dtype, spec),
-        _ours(shape, dtype, spec),
-        _ours(halved_chain(shape), dtype, spec),
-    )
-    _copy_weights(stock, ours)
-    hidden = torch.randn(shape.seq_length, 1, shape.hidden, dtype=dtype, device=device, requires_grad=True)
-    gradient = torch.randn_like(hidden)
-    difference = _require_equal(stock, ours, hidden)
-    layers = {"stock": stock, "ours": ours, "coe": coe}
-    seconds: dict[str, list[float]] = {name: [] for name in layers}
+    steps: dict[tuple[torch.dtype, str], Callable[[], None]] = {}
+    differences = {}
+    for dtype in dtypes:
+        layers, differences[dtype] = _layers(shape, dtype, spec, device)
+        steps |= {(dtype, name): _step(layer, shape, dtype, device) for name, layer in layers.items()}
+    seconds: dict[tuple[torch.dtype, str], list[float]] = {which: [] for which in steps}
     for round_ in range(-_WARM_UP, repeats):
-        for name, layer in layers.items():
-            step = _step_seconds(layer, hidden, gradient, CLOCKS[clock])
+        for which, step in steps.items():
+            taken = _seconds(step, device, CLOCKS[clock])
             if round_ >= 0:
-                seconds[name].append(step)
+                seconds[which].append(taken)
         if round_ >= 0:
             on_round(round_ + 1)
-    return LayerTimes(shape, **{name: Seconds.of(steps) for name, steps in seconds.items()}, difference=difference)
+    results = []
+    for dtype in dtypes:
+        stock, ours, coe = (Seconds.of(seconds[dtype, name]) for name in LAYERS[:3])
+        loops = Seconds.of(seconds[dtype, "loops"]) if (dtype, "loops") in seconds else None
+        results.append(LayerTimes(shape, dtype, stock, ours, coe, loops, differences[dtype]))
+    return results
+
+
+def _layers(
+    shape: ModelShape, dtype: torch.dtype, spec: Stock, device: torch.device
+) -> tuple[dict[str, torch.nn.Module], float]:
+    """The layers to time, by name, and how far the outputs of the first two are apart."""
+    chain = halved_chain(shape)
+    stock, ours = _stock(shape, dtype, spec), _ours(shape, dtype, spec)
+    _copy_weights(stock, ours)
+    hidden = torch.randn(shape.seq_length, 1, shape.hidden, dtype=dtype, device=device)
+    difference = _require_equal(stock, ours, hidden)
+    layers: dict[str, torch.nn.Module] = {"stock": stock, "ours": ours, "coe": _ours(chain, dtype, spec)}
+    if dtype == torch.float32:
+        layers["loops"] = _loops(chain, device)
+    return layers, difference
 
 
 def machine() -> dict[str, str | int]:
@@ -196,19 +230,30 @@ def machine() -> dict[str, str | int]:
 
 
 def table(results: list[LayerTimes]) -> str:
-    """A line per shape; ratios of minima, then after a slash of medians."""
-    head = ["d", "ffn", "N", "K", "T", "stock", "ours", "CoE-2(K/2)", "speed-up", "CoE/MoE", "FLOPs", "time/FLOPs"]
-    return "\n".join(aligned([head, *map(_cells, results)], ">"))
+    """A line per shape and dtype; ratios of minima, then after a slash of medians."""
+    head = [*_SIZES, "dtype", "stock", "ours", "CoE-2(K/2)", "speed-up", "loops/CoE"]
+    return "\n".join(aligned([[*head, "CoE/MoE", "FLOPs", "time/FLOPs"], *map(_cells, results)], ">"))
 
 
 def _cells(result: LayerTimes) -> list[str]:
     shape = result.shape
     stock, ours, coe = (f"{1e3 * timed.minimum:.1f} ms" for timed in (result.stock, result.ours, result.coe))
-    speed_up, ratio, excess = (
-        f"{pair.minimum:.2f}/{pair.median:.2f}" for pair in (result.speed_up, result.time_ratio, result.time_over_flops)
-    )
-    sizes = (shape.hidden, shape.expert_ffn, shape.experts, shape.topk, shape.seq_length)
-    return [*map(str, sizes), stock, ours, coe, speed_up, ratio, f"{result.flops_ratio:.3f}", excess]
+    loops = "" if result.loops is None else str(result.loops.over(result.coe))
+    ratios = (str(result.speed_up), loops, str(result.time_ratio), f"{result.flops_ratio:.3f}")
+    return [*_sizes(shape), NAMES[result.dtype], stock, ours, coe, *ratios, str(result.time_over_flops)]
+
+
+def dtypes_table(results: list[LayerTimes]) -> str:
+    """fp32 over bf16 by shape, each of which was timed in both, one after the other: above 1, bf16 is faster."""
+    rows = [[*_SIZES, *(f"fp32/bf16 {name}" for name in LAYERS[:3])]]
+    for fp32, bf16 in zip(results[::2], results[1::2], strict=True):
+        rows.append([*_sizes(fp32.shape), *(str(getattr(fp32, n).over(getattr(bf16, n))) for n in LAYERS[:3])])
+    return "\n".join(aligned(rows, ">"))
+
+
+def _sizes(shape: ModelShape) -> list[str]:
+    """The columns `_SIZES`."""
+    return [str(size) for size in (shape.hidden, shape.expert_ffn, shape.experts, shape.topk, shape.seq_length)]
 
 
 def _layer_flops(shape: ModelShape) -> int:
@@ -227,7 +272,7 @@ def _config(shape: ModelShape, dtype: torch.dtype, spec: Stock) -> TransformerCo
         num_moe_experts=shape.experts,
         moe_router_topk=shape.topk,
         moe_router_load_balancing_type="aux_loss",
-        moe_aux_loss_coeff=0.01,
+        moe_aux_loss_coeff=_AUX_LOSS,
         moe_token_dispatcher_type="alltoall",
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
@@ -257,6 +302,12 @@ def _build(spec: ModuleSpec, config: TransformerConfig) -> MoELayer:
     return layer
 
 
+def _loops(shape: ModelShape, device: torch.device) -> ChainOfExperts:
+    router = RouterSettings(shape.experts, shape.topk, renormalise=True, aux_coeff=_AUX_LOSS)
+    shared = shape.shared_ffn
+    return ChainOfExperts(shape.hidden, shape.expert_ffn, router, shape.chain, shared_ffn=shared).to(device)
+
+
 @torch.no_grad()
 def _copy_weights(stock: MoELayer, ours: CoELayer) -> None:
     """With the local spec Megatron's experts are modules of their own; with Transformer Engine both have the same."""
@@ -278,16 +329,31 @@ def _require_equal(stock: MoELayer, ours: CoELayer, hidden: torch.Tensor) -> flo
     return difference
 
 
-def _step_seconds(layer: MoELayer, hidden: torch.Tensor, gradient: torch.Tensor, clock: Callable[[], float]) -> float:
-    layer.zero_grad(set_to_none=True)
-    hidden.grad = None
-    _wait(hidden)
+def _step(layer: torch.nn.Module, shape: ModelShape, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
+    """Forward and backward on one batch of random states."""
+    hidden = torch.randn(shape.seq_length, 1, shape.hidden, dtype=dtype, device=device, requires_grad=True)
+    gradient = torch.randn_like(hidden)
+
+    def step() -> None:
+        layer.zero_grad(set_to_none=True)
+        hidden.grad = None
+        if isinstance(layer, ChainOfExperts):
+            result = layer(hidden.transpose(0, 1))
+            ((result.stream.transpose(0, 1) * gradient).sum() + result.total_loss).backward()
+        else:
+            layer(hidden)[0].backward(gradient)
+
+    return step
+
+
+def _seconds(step: Callable[[], None], device: torch.device, clock: Callable[[], float]) -> float:
+    _wait(device)
     start = clock()
-    layer(hidden)[0].backward(gradient)
-    _wait(hidden)
+    step()
+    _wait(device)
     return clock() - start
 
 
-def _wait(tensor: torch.Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

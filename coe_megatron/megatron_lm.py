@@ -39,7 +39,11 @@ def add_coe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     meanings = attribute_meanings(ChainSettings)
     for field in fields(ChainSettings):
         _add(group, field.name, field.type, field.default, meanings[field.name])
-    _add(group, "recompute", Recompute, "none", attribute_meanings(MoESettings)["recompute"])
+    ours = attribute_meanings(MoESettings)
+    _add(group, "recompute", Recompute, "none", ours["recompute"])
+    _add(group, "deduplicated", bool, False, "a token travels once to each rank that holds some of its experts")
+    chunks = "parts of the tokens that go through the chain in turns: experts work while tokens of other parts travel"
+    _add(group, "overlap_chunks", int, 1, chunks)
     return parser
 
 
@@ -76,6 +80,8 @@ def coe_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmod
         recompute=getattr(arguments, "coe_recompute", "none"),
         use_transformer_engine=use_transformer_engine,
         vp_stage=vp_stage,
+        deduplicated=getattr(arguments, "coe_deduplicated", False),
+        overlap_chunks=getattr(arguments, "coe_overlap_chunks", 1),
     )
 
 

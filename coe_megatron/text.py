@@ -6,6 +6,8 @@ from itertools import accumulate, zip_longest
 
 from coe_megatron.errors import one_line
 
+_UNITS = (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))
+
 
 def shortened(text: str, most: int = 200) -> str:
     """The text if it fits into `most` columns, otherwise its start and end with … in between.
@@ -37,6 +39,13 @@ def aligned(rows: Iterable[Sequence[str]], sides: str = "<>", between: str = "  
 def aligned_facts(rows: Mapping[str, object]) -> str:
     """A line for each name and its value."""
     return "\n".join(map(one_line, aligned([(name, str(value)) for name, value in rows.items()], "<")))
+
+
+def duration(seconds: float) -> str:
+    """A short time with three digits: `12.3 ms`, `8.1 µs`, `2 s`."""
+    seconds = float(f"{seconds:.3g}")
+    unit, factor = next((each for each in _UNITS if seconds >= each[1]), _UNITS[-1])
+    return f"{float(f'{seconds / factor:.3g}'):g} {unit}"
 
 
 def _prefix(text: str, most: int) -> str:

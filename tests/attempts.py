@@ -10,7 +10,8 @@ import torch
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from coe_megatron.config import RunConfig, parse
-from coe_megatron.data.datasets import Sample, StepBatches
+from coe_megatron.data.datasets import StepBatches
+from coe_megatron.data.samples import Sample
 from coe_megatron.estimate.run_estimate import vocabulary
 from coe_megatron.estimate.run_shape import RunShape
 from coe_megatron.run import folder as run_folder

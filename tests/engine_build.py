@@ -8,7 +8,9 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from deepspeed import DeepSpeedEngine
@@ -21,11 +23,13 @@ from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.config.settings import OptimizerSettings, TrainingSettings, ZeroSettings
 from coe_megatron.model import coe_block_spec
 from coe_megatron.model.router_state import update_router_state
+from coe_megatron.training import evaluation
 from coe_megatron.zero import engine as zero
 from coe_megatron.zero.train_step import train_step
 
 ROWS, SEQUENCE, VOCAB = 8, 12, 64
 Named = dict[str, torch.Tensor]
+_engines: WeakSet[DeepSpeedEngine] = WeakSet()  # whose groups still stand
 
 
 @dataclass
@@ -45,7 +49,9 @@ def use_groups(tensor: int = 1, pipeline: int = 1, expert: int = 1, expert_tenso
     while groups:
         torch.distributed.destroy_process_group(groups.pop())
     parallel_state.destroy_model_parallel()
-    gc.collect()  # an engine is a circle, and holds groups
+    while _engines:
+        _engines.pop().destroy()  # or its hooks keep it, and the groups it knows, whose threads wake all the time
+    gc.collect()  # an engine is a circle
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
@@ -68,10 +74,11 @@ def make_engine(
     balancing: str = "seq_aux_loss",
     topk: int = TOPK,
     spoil: Callable[[torch.nn.Module], None] = lambda model: None,
+    **of_spec: Any,
 ) -> DeepSpeedEngine:
     """Eight experts a layer, two iterations, both auxiliary losses with large coefficients; clipping bites.
 
-    `spoil` may do something to the model before DeepSpeed sees it.
+    `spoil` may do something to the model before DeepSpeed sees it; `of_spec` goes to `coe_block_spec`.
     """
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
@@ -102,7 +109,8 @@ def make_engine(
         "pre_process": parallel_state.is_pipeline_first_stage(),
         "post_process": parallel_state.is_pipeline_last_stage(),
     }
-    model = make_gpt(config, coe_block_spec(config, chain or ChainSettings(iterations=2)), vocab=VOCAB, **place)
+    spec = coe_block_spec(config, chain or ChainSettings(iterations=2), **of_spec)
+    model = make_gpt(config, spec, vocab=VOCAB, **place)
     spoil(model)
     training = TrainingSettings(global_batch=ROWS, micro_batch=micro_batch, precision=precision)
     optimizer = optimizer or OptimizerSettings(lr=1e-2, clip=0.1)
@@ -112,7 +120,9 @@ def make_engine(
         offload_parameters="parameters" in offload,
         deepspeed=native,
     )
-    return zero.build_engine(model, optimizer, training, settings, ROWS // (micro_batch * ranks))
+    engine = zero.build_engine(model, optimizer, training, settings, ROWS // (micro_batch * ranks))
+    _engines.add(engine)
+    return engine
 
 
 def take_steps(
@@ -122,9 +132,13 @@ def take_steps(
     mean_of_means: bool = False,
     spoil_loss: float = 1.0,
     rate: float = 1e-2,
+    padding: bool = False,
 ) -> Trace:
-    """Train on the rows of steps `first` to `first + count - 1`; `mean_of_means` is the wrong way to weigh rows."""
-    trace = Trace()
+    """Train on the rows of steps `first` to `first + count - 1`; `mean_of_means` is the wrong way to weigh rows.
+
+    With `padding` the model is told which positions are padding.
+    """
+    trace, forward = Trace(), partial(_forward, padding=padding)
 
     def loss_of(losses: torch.Tensor, batch: Named) -> torch.Tensor:
         counts = batch["counts"]
@@ -135,7 +149,7 @@ def take_steps(
         zero.set_lr(engine, rate / (1 + step))
         batches = list(micro_batches(step, engine.train_micro_batch_size_per_gpu()))
         with _seen_before_the_step(engine, trace) if step == first else nullcontext():
-            loss = train_step(engine, batches, _forward, loss_of)
+            loss = train_step(engine, batches, forward, loss_of)
         update_router_state(engine.module)
         trace.norms.append(float(zero.gradient_norm(engine)))
         trace.losses.append(float(_summed(loss)))
@@ -157,9 +171,11 @@ def _seen_before_the_step(engine: DeepSpeedEngine, trace: Trace) -> Iterator[Non
     engine._take_model_step = take_step
 
 
-def _forward(model: torch.nn.Module, batch: Named) -> torch.Tensor:
+def _forward(model: torch.nn.Module, batch: Named, padding: bool) -> torch.Tensor:
     tokens = batch["tokens"]
     positions = torch.arange(SEQUENCE).expand(len(tokens), -1)
+    if padding:  # as programs do
+        return evaluation.forward(model, {**batch, "position_ids": positions, "padding_mask": ~batch["counts"]})
     return model(tokens, positions, None, labels=batch["labels"])
 
 

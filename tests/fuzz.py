@@ -1,4 +1,4 @@
-"""Fuzzes what reads users' files: configs, overrides, studies, prepared data, text, Parquet, checkpoints, records.
+"""Fuzzes what reads users' files: configs, studies, node reports, prepared data, text, Parquet, checkpoints, records.
 
     python tests/fuzz.py config --minutes 30 --seed 1     goes on through findings; a JSON summary at the end
     python tests/fuzz.py --replay FILE ...                saved inputs again
@@ -40,10 +40,14 @@ TARGETS = {
     "overrides": "fuzz_targets:Overrides",
     "study": "fuzz_targets:Study",
     "command": "fuzz_targets:Command",
+    "network": "fuzz_targets:Network",
     "manifest": "fuzz_data:Manifest",
+    "tokenizer": "fuzz_data:OtherTokenizer",
+    "indexed": "fuzz_data:Indexed",
     "text": "fuzz_data:Text",
     "parquet": "fuzz_data:Parquet",
     "checkpoint": "fuzz_checkpoint:Checkpoint",
+    "prompts": "fuzz_prompts:Prompts",
     "records": "fuzz_records:Records",
 }
 BATCH = 100  # tries between two reports

@@ -1,5 +1,6 @@
 """Fuzz targets of data: a folder that was prepared, and files to prepare it from."""
 
+import base64
 import gzip
 import io
 import json
@@ -11,6 +12,7 @@ from typing import Any
 import fuzz_values as values
 import pyarrow
 import pyarrow.parquet
+import tokenizers
 from fuzz_bounds import Bounds, Case, attempt
 from fuzz_targets import Target
 from hypothesis import strategies as st
@@ -19,10 +21,12 @@ from coe_megatron.config import parse
 from coe_megatron.data.datasets import PreparedData
 from coe_megatron.data.encode import Recipe
 from coe_megatron.data.folders import check_data
-from coe_megatron.data.manifest import MANIFEST
+from coe_megatron.data.manifest import MANIFEST, TOKENIZER_CONFIG
 from coe_megatron.data.prepare import PrepareSettings, prepare
+from coe_megatron.data.run_data import RunData
 from coe_megatron.data.sources import MalformedRecord, Templates, check_readable, read_chunks
 from coe_megatron.data.tokenizer import Tokenizer
+from coe_megatron.files import remove
 
 
 class Manifest(Target):
@@ -52,6 +56,80 @@ class Manifest(Target):
         row = PreparedData.open(prepared).rows("train", 16)[0]
         assert all(int(token) < manifest.vocab_size for token in row["tokens"])
         return alone + attempt(lambda: manifest.verify(prepared))
+
+
+class OtherTokenizer(Target):
+    """A tokenizer.json or a file of tiktoken, with the configuration beside it, as --tokenizer opens them."""
+
+    names = ("--tokenizer",)
+
+    def prepare(self, folder: Path) -> None:
+        library = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True))
+        library.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+        trainer = tokenizers.trainers.BpeTrainer(vocab_size=60, special_tokens=["</s>"], show_progress=False)
+        library.train_from_iterator(["some words and some other words"], trainer)
+        library.save(str(folder / "tokenizer.json"))
+        tokens = [*(bytes([value]) for value in range(256)), b"he", b"the"]
+        lines = (b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens))
+        (folder / "cl100k_base.tiktoken").write_bytes(b"".join(lines))
+        (folder / TOKENIZER_CONFIG).write_text('{"eos_token": {"content": "</s>"}, "pad_token": null}')
+        names = ("tokenizer.json", "cl100k_base.tiktoken", TOKENIZER_CONFIG)
+        self.contents = {name: (folder / name).read_bytes() for name in names}
+
+    def cases(self) -> st.SearchStrategy[Case]:
+        changes = {}
+        for name, content in self.contents.items():
+            trees = [json.loads(content)] if name.endswith(".json") else []
+            some = values.files([content], trees, [values.json_dump]) if trees else values.damaged(st.just(content))
+            changes[name] = values.file_or_not(some)
+        files = st.fixed_dictionaries({}, optional=changes)
+        option = st.sampled_from((None, None, "</s>", "<|endoftext|>", *values.TEXTS))
+        options = st.fixed_dictionaries({"name": st.sampled_from(["tokenizer.json", "cl100k_base.tiktoken"])})
+        options = st.tuples(options, st.fixed_dictionaries({}, optional={"eos": option})).map(
+            lambda two: two[0] | two[1]
+        )
+        return st.builds(Case, files, options)
+
+    def act(self, folder: Path, case: Case) -> list[str]:
+        name = case.options.get("name", "tokenizer.json")
+        eos = case.options.get("eos") or (None if name == "tokenizer.json" else "<|endoftext|>")
+        tokenizer = Tokenizer(folder / name, "--tokenizer", eos=eos)
+        assert 0 <= tokenizer.eos_id < tokenizer.vocab_size and 0 <= tokenizer.pad_id < tokenizer.vocab_size
+        assert tokenizer.config is not None and json.loads(tokenizer.config)["eos_token"]
+        ids = tokenizer.encode("some words").tolist()
+        assert all(0 <= id_ < tokenizer.vocab_size for id_ in ids)
+        tokenizer.decode(ids)
+        return []
+
+
+class Indexed(Target):
+    """An indexed dataset of Megatron, checked and opened as a run does."""
+
+    names = ("data.path", "model.seq_length", "is damaged", "do not all end")
+
+    def prepare(self, folder: Path) -> None:
+        prepare(PrepareSettings(folder / "prepared", builtin=20, vocab_size=512))
+        self.contents = {name: (folder / "prepared" / name).read_bytes() for name in ("train.bin", "train.idx")}
+        remove(folder / "prepared")
+        for name, content in self.contents.items():
+            (folder / name).write_bytes(content)
+
+    def cases(self) -> st.SearchStrategy[Case]:
+        index = values.damaged(st.just(self.contents["train.idx"]))
+        head = st.tuples(st.binary(max_size=34), index).map(lambda two: two[0] + two[1][len(two[0]) :])
+        files = {"train.idx": values.file_or_not(st.one_of(index, index, head))}
+        files["train.bin"] = values.file_or_not(values.damaged(st.just(self.contents["train.bin"])))
+        return st.builds(Case, st.fixed_dictionaries({}, optional=files))
+
+    def act(self, folder: Path, case: Case) -> list[str]:
+        prefix = str(folder / "train")
+        data = {"path": prefix, "validation": {"all": prefix}}
+        config = parse({"data": data, "model": {"seq_length": 16, "vocab_size": 512}})
+        check_data(config, needed=True)
+        opened = RunData.open(config.data, 512)
+        (rows,) = opened.training_samples(16, seed=0, cache_dir=folder)
+        assert all(0 <= int(token) < 512 for index in range(min(len(rows), 5)) for token in rows[index]["tokens"])
+        return []
 
 
 class Text(Target):

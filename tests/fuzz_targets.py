@@ -20,8 +20,8 @@ from coe_megatron.cli.from_megatron import page
 from coe_megatron.config import RunConfig, dump, load
 from coe_megatron.config.from_megatron import checked, translate, words
 from coe_megatron.config.load import flat, read, resolve
+from coe_megatron.estimate.dispatch import resolved
 from coe_megatron.estimate.run_estimate import estimate, vocabulary
-from coe_megatron.estimate.run_shape import RunShape
 from coe_megatron.study.plan.cost_table import make_plan
 
 ROOT = Path(__file__).parents[1]
@@ -163,6 +163,32 @@ class Command(Target):
         return []
 
 
+class Network(Target):
+    """The node check's report, from which a run takes its dispatch."""
+
+    names = ("parallel.network",)
+    report = "check.json"
+
+    def prepare(self, folder: Path) -> None:
+        (folder / self.report).write_bytes(values.json_indented(self._content()))
+
+    def _content(self) -> dict[str, Any]:
+        speeds = {"all_to_all": 0.02, "all_reduce": 0.03, "latency": 5e-3}
+        nodes = {
+            name: {"host": name, "devices": ["cpu, 2 cores"], "problems": [], **speeds} for name in ("a", "b", "c")
+        }
+        return {"nodes": nodes, "bad": {"c": "slow"}, "all_nodes": speeds}
+
+    def cases(self) -> st.SearchStrategy[Case]:
+        content = values.files([values.json_dump(self._content())], [self._content()], [values.json_indented])
+        return st.builds(Case, st.fixed_dictionaries({self.report: values.file_or_not(content)}))
+
+    def act(self, folder: Path, case: Case) -> list[str]:
+        auto = ["moe.dispatcher=auto", "moe.overlap_chunks=auto", "parallel.expert=2", "parallel.ranks_per_node=1"]
+        use(load(CONFIGS / "quickstart.yaml", [SIZED, *auto, f"parallel.network={folder / self.report}"]))
+        return []
+
+
 def _joined(command: Any) -> bytes:
     parts = command if isinstance(command, list) else [command]
     return " ".join(map(str, parts)).encode(errors="surrogatepass")
@@ -171,7 +197,7 @@ def _joined(command: Any) -> bytes:
 def use(config: RunConfig) -> None:
     """What `--dry-run` says of a config."""
     vocab_size = vocabulary(config) if config.model.vocab_size else 512
-    cost = estimate(RunShape.of(config, vocab_size))
+    cost = estimate(resolved(config, vocab_size))
     assert finite(cost.as_dict()) and printable(cost.table())
 
 

@@ -10,7 +10,8 @@ from programs import python
 
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.estimate.closed_forms import ModelShape
-from coe_megatron.local_backend import experts
+from coe_megatron.local_backend.expert_activation import SwiGLU
+from coe_megatron.local_backend.expert_mlp import Assignment, ExpertMLP, WeightGradients
 
 SHAPE = ModelShape(
     layers=1,
@@ -24,6 +25,8 @@ SHAPE = ModelShape(
     seq_length=32,
     chain=ChainSettings(iterations=1),
 )
+# Of W1, W2, tokens and gates: two experts, 4 wide states, 8 wide inside.
+SIZES = ((2, 16, 4), (2, 4, 8), (5, 4), (5, 1))
 
 
 @pytest.mark.slow
@@ -67,7 +70,12 @@ def test_a_preparation_is_timed_phase_by_phase(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "explained"), [("layer", "CoE-2 with half the experts"), ("data", "plain   SentencePiece's own encoding")]
+    ("kind", "explained"),
+    [
+        ("layer", "CoE-2 with half the experts"),
+        ("data", "plain   SentencePiece's own encoding"),
+        ("dispatch", "Hosts are network namespaces of this machine"),
+    ],
 )
 def test_each_benchmark_explains_itself(kind: str, explained: str) -> None:
     done = python(f"benchmarks/bench_{kind}.py", "--help")
@@ -75,31 +83,31 @@ def test_each_benchmark_explains_itself(kind: str, explained: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("kind", "arguments", "says"),
     [
-        (("--input", "none.jsonl"), "--input is none.jsonl: there is no such file"),
-        (("--vocab-size", "12"), "--vocab-size is 12: it must be at least 261"),
+        ("data", ("--input", "none.jsonl"), "--input is none.jsonl: there is no such file"),
+        ("data", ("--vocab-size", "12"), "--vocab-size is 12: it must be at least 261"),
+        ("dispatch", ("--variant", "moe.dispatch=alltoall"), "moe.dispatch is not a setting"),
+        ("dispatch", ("--variant", "", "--variant", "parallel.expert=1"), "--variant changes parallel"),
+        ("dispatch", ("--expert", "3"), "parallel.expert is 3"),
+        ("dispatch", ("--delay-ms", "-1"), "argument --delay-ms: '-1' is not a number from 0 to 1000000"),
+        ("layer", ("--topk", "3"), "topk is 3: it must be even"),
+        ("layer", ("--experts", "4", "--topk", "8"), "topk is 8: it must be at most experts, 4"),
+        ("layer", ("--hidden", "0"), "argument --hidden: '0' is not an integer from 1 to 2147483648"),
+        ("layer", ("--json", "nowhere/times.json"), "the folder of --json is nowhere: there is no such folder"),
     ],
 )
-def test_a_bad_argument_for_data_is_one_line(arguments: tuple[str, ...], says: str) -> None:
-    done = python("benchmarks/bench_data.py", *arguments)
+def test_a_bad_argument_is_one_line(kind: str, arguments: tuple[str, ...], says: str) -> None:
+    done = python(f"benchmarks/bench_{kind}.py", *arguments)
     assert done.returncode == 2
     assert says in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (("--topk", "3"), "topk is 3: it must be even"),
-        (("--experts", "4", "--topk", "8"), "topk is 8: it must be at most experts, 4"),
-        (("--hidden", "0"), "argument --hidden: '0' is not an integer from 1 to 2147483648"),
-        (("--json", "nowhere/times.json"), "the folder of --json is nowhere: there is no such folder"),
-    ],
-)
-def test_a_bad_argument_is_one_line(arguments: tuple[str, ...], says: str) -> None:
-    done = python("benchmarks/bench_layer.py", *arguments)
-    assert done.returncode == 2
-    assert says in done.stderr and len(done.stderr.splitlines()) == 1
+def test_a_machine_without_network_namespaces_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    done = python("benchmarks/bench_dispatch.py")
+    assert done.returncode == 1
+    assert done.stderr == "error: hosts cannot be made of network namespaces here: no program ip (package iproute2)\n"
 
 
 def test_arguments_are_checked_before_torch_is_imported() -> None:
@@ -110,34 +118,39 @@ def test_arguments_are_checked_before_torch_is_imported() -> None:
 
 
 def test_the_flops_ratio_counts_routers_and_shared_experts_twice() -> None:
-    times = layer_times.LayerTimes(SHAPE, *[layer_times.Seconds(1.0, 1.0)] * 3, difference=0.0)
+    times = layer_times.LayerTimes(SHAPE, torch.float32, *[layer_times.Seconds(1.0, 1.0)] * 4, difference=0.0)
     expert, router = 6 * 16 * 8, 2 * 16 * 8
     assert times.flops_ratio == pytest.approx((4 * expert + 2 * expert + 2 * router) / (5 * expert + router))
 
 
 def test_layers_are_compared_and_timed(single_rank: None) -> None:
-    times = layer_times.time_layers(SHAPE, 1, torch.float32, torch.device("cpu"))
-    assert times.difference < 1e-5
+    dtypes = torch.float32, torch.bfloat16
+    times, in_bf16 = results = layer_times.time_layers(SHAPE, 1, dtypes, torch.device("cpu"))
+    assert times.difference < 1e-5 and in_bf16.difference < 3e-2
     assert 0 < times.ours.minimum == times.ours.median
+    assert times.loops is not None and in_bf16.loops is None
+    ratio = times.coe.minimum / in_bf16.coe.minimum
+    assert layer_times.dtypes_table(results).splitlines()[1].endswith(f"{ratio:.2f}/{ratio:.2f}")
 
 
 def test_layers_that_differ_are_not_timed(single_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = experts.GroupedLinear.forward
-    monkeypatch.setattr(experts.GroupedLinear, "forward", staticmethod(lambda *args: 1.001 * right(*args)))
+    right = SwiGLU.forward
+    monkeypatch.setattr(SwiGLU, "forward", lambda *args: 1.001 * right(*args))
     with pytest.raises(layer_times.LayersDifferError, match="differ by"):
-        layer_times.time_layers(SHAPE, 1, torch.float32, torch.device("cpu"))
+        layer_times.time_layers(SHAPE, 1, [torch.float32], torch.device("cpu"))
 
 
-def test_gradients_of_a_chain_are_added_in_place(single_rank: None) -> None:
-    """Gradients of expert weights arrive whole, not as views: adding those takes fresh memory in each iteration."""
-    weight = torch.randn(2, 8, 4, requires_grad=True)
-    ends = torch.tensor([3, 5], dtype=torch.int32)
-    rows = torch.randn(5, 4, requires_grad=True)
-    result = experts.GroupedLinear.apply(rows, weight, ends)
-    expected = torch.cat([rows[:3] @ weight[0].T, rows[3:] @ weight[1].T])
+def test_gradients_of_a_chain_are_added_in_place() -> None:
+    """Gradients of tokens and weights are no views: adding those takes fresh memory in each iteration."""
+    w1, w2, tokens, gates = inputs = [torch.randn(size, requires_grad=True) for size in SIZES]
+    mlp, ends = ExpertMLP((w1, w2), SwiGLU(), keeps_activation=True), torch.tensor([3, 5], dtype=torch.int32)
+    result = mlp(Assignment(tokens, gates, torch.arange(5), ends), WeightGradients(w1, w2))
+    inner = torch.cat([tokens[:3] @ w1[0].T, tokens[3:] @ w1[1].T])
+    active = gates * torch.nn.functional.silu(inner[:, :8]) * inner[:, 8:]
+    expected = torch.cat([active[:3] @ w2[0].T, active[3:] @ w2[1].T])
     torch.testing.assert_close(result, expected)
     gradient = torch.randn_like(result)
-    of_rows, of_weight = torch.autograd.grad(result, (rows, weight), gradient)
-    for found, truth in zip((of_rows, of_weight), torch.autograd.grad(expected, (rows, weight), gradient), strict=True):
-        torch.testing.assert_close(found, truth)
-    assert of_weight.is_contiguous() and not of_weight._is_view()
+    found = torch.autograd.grad(result, inputs, gradient)
+    for each, truth in zip(found, torch.autograd.grad(expected, inputs, gradient), strict=True):
+        torch.testing.assert_close(each, truth)
+    assert all(each.is_contiguous() and not each._is_view() for each in found[:3])

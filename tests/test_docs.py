@@ -18,7 +18,7 @@ CURRENT = [page for page in PAGES if page.name not in ("experiments.md", "CHANGE
 FOREIGN = {
     *("--nproc-per-node", "--max-restarts", "--log-dir", "--standalone", "--nnodes"),
     *("--account", "--cpus-per-task", "--exclusive", "--export", "--gpus-per-node", "--nodes", "--ntasks-per-node"),
-    *("--signal", "--time", "--bind_all", "--host", "--logdir", "--system-site-packages"),
+    *("--signal", "--time", "--bind_all", "--host", "--logdir", "--system-site-packages", "--append-eod"),
 }
 
 

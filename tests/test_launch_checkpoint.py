@@ -62,7 +62,10 @@ def test_a_run_is_inspected_verified_and_averaged(run: Path) -> None:
         (("reshard", "configs", "x", "--files", 0), "checkpoint.py: error: --files is 0: it must be at least 1"),
         (("average", "configs", "x", "--last", 1), "checkpoint.py: error: --last is 1: it must be at least 2"),
         (("average", "configs"), "checkpoint.py average: error: the following arguments are required: OUT"),
-        (("mend", "configs"), "checkpoint.py: error: argument inspect|verify|reshard|average: invalid choice: 'mend'"),
+        (
+            ("mend", "configs"),
+            "checkpoint.py: error: argument inspect|verify|reshard|average|upcycle|import|export: invalid choice: 'me",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_2(arguments: tuple[object, ...], said: str) -> None:

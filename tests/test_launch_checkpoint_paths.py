@@ -51,12 +51,12 @@ NO_FOLDER = {
 }
 
 
-@pytest.mark.parametrize("command", ["inspect", "verify", "reshard", "average"])
+@pytest.mark.parametrize("command", ["inspect", "verify", "reshard", "average", "upcycle"])
 def test_a_source_that_is_no_folder_is_one_line(
     command: str, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for source, said in NO_FOLDER.items():
-        out = {"reshard": ["out"], "average": ["run", "out"]}.get(command, [])
+        out = {"reshard": ["out"], "average": ["run", "out"], "upcycle": ["out", "--iterations", 2]}.get(command, [])
         assert program(monkeypatch, command, source, *out) == 2
         require_line(capsys, "DIR is ", said)
     assert not Path("out").exists()

@@ -134,7 +134,8 @@ def test_the_rank_that_may_speak() -> None:
 
 
 def test_torch_is_not_imported() -> None:
-    code = "import sys, coe_megatron.distributed.environment, coe_megatron.scratch; sys.exit('torch' in sys.modules)"
+    modules = "coe_megatron.distributed.environment, coe_megatron.scratch, coe_megatron.cli.checkpoint"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert python("-c", code).returncode == 0
 
 

@@ -27,7 +27,7 @@ def parse(text: str) -> argparse.Namespace:
 
 
 def test_every_setting_of_the_chain_is_an_argument() -> None:
-    names = {field.name for field in fields(ChainSettings)} | {"recompute"}
+    names = {field.name for field in fields(ChainSettings)} | {"recompute", "deduplicated", "overlap_chunks"}
     assert {name.removeprefix("coe_") for name in vars(parse("")) if name != "spec"} == names
     assert chain_settings(parse("")) == ChainSettings()
 

@@ -240,7 +240,8 @@ class CheckpointManager:
             checkpoint, state = save_load.load_weights(source, self._engine)
         except ConfigError as error:
             raise ConfigError(f"training.warm_start is {source}: {error}") from error
-        self._require_same(state, ("tokenizer",), f"training.warm_start {source}")
+        if "tokenizer" in state:  # an imported model may have none
+            self._require_same(state, ("tokenizer",), f"training.warm_start {source}")
         return f"starts from the weights of {checkpoint}, after {state.get('tokens', 0):,} tokens"
 
     def _require_same(self, state: dict[str, Any], kinds: tuple[str, ...], source: str) -> None:

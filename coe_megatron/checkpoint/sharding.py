@@ -110,6 +110,25 @@ def load_tensors(engine: Engine, folder: Path, kinds: Sequence[str] = optimizer_
             optimizer_states.write(engine, parameter, kind, loaded[_state_name(kind, name)])
 
 
+def load_model(model: torch.nn.Module, folder: Path) -> None:
+    """Load the weights of a checkpoint of any layout into a model without DeepSpeed; collective.
+
+    Raises:
+        ConfigError: as `load_tensors`.
+    """
+    reader = Reader(folder, run_on_rank0(lambda: TensorIndex.read(folder)))
+    _refuse_other_model(model, reader, ())
+    with torch.no_grad():
+        unknown = model.load_state_dict(_load(_weights(model), reader), strict=False).unexpected_keys
+    assert not unknown, unknown
+
+
+def main_parts(model: torch.nn.Module) -> list[ShardedTensor]:
+    """The parts of weights and buffers that this rank has and no earlier one; of all ranks together the model, once."""
+    parts = (part for shard in _weights(model).values() for part in _parts(shard))
+    return [part for part in parts if is_main_replica(part.replica_id)]
+
+
 def rng_states() -> RngStates:
     """The RNG states of this rank: torch's on CPU and, if present, CUDA, and those of Megatron's tracker."""
     states = {"cpu": torch.get_rng_state()}

@@ -126,13 +126,13 @@ def reshard(source: Path, out: Path, files: int = 1, weights_only: bool = False,
     """
     checkpoint = listing.find(source)
     reader, metadata = Reader(checkpoint / "tensors"), CheckpointMetadata.read(checkpoint)
-    with _new_checkpoint(out, overwrite, [checkpoint]) as folder:
+    with new_checkpoint(out, overwrite, [checkpoint]) as folder:
         if weights_only:
             metadata = replace(metadata, optimizer_steps=None, derived_from=[checkpoint.name])
         else:
             _copy_random(checkpoint, folder)
         write_atomically(folder / METADATA, metadata.as_json())
-        entries = _without_moments(reader.entries) if weights_only else reader.entries
+        entries = without_moments(reader.entries) if weights_only else reader.entries
         storage.write(folder / "tensors", entries, reader.part, files)
     return out
 
@@ -154,10 +154,10 @@ def average(sources: Sequence[Path], out: Path, overwrite: bool = False) -> Path
     checkpoints, (*_, metadata) = zip(*found, strict=True)
     readers = [Reader(checkpoint / "tensors") for checkpoint in checkpoints]
     _require_same_model(found, readers)
-    with _new_checkpoint(out, overwrite, checkpoints) as folder:
+    with new_checkpoint(out, overwrite, checkpoints) as folder:
         metadata = replace(metadata, optimizer_steps=None, derived_from=[checkpoint.name for checkpoint in checkpoints])
         write_atomically(folder / METADATA, metadata.as_json())
-        storage.write(folder / "tensors", _without_moments(readers[-1].entries), partial(_mean, readers))
+        storage.write(folder / "tensors", without_moments(readers[-1].entries), partial(_mean, readers))
     return out
 
 
@@ -179,13 +179,13 @@ def _listed(source: Path) -> list[Path]:
     raise ConfigError(f"{source} holds no checkpoint: name one, or the folder of a run that saved one")
 
 
-def _without_moments(entries: Entries) -> Entries:
+def without_moments(entries: Entries) -> Entries:
     return {key: entry for key, entry in entries.items() if key.startswith(MASTER) or not key.startswith(OPTIMIZER)}
 
 
 def _require_same_model(found: Sequence[tuple[Path, CheckpointMetadata]], readers: Sequence[Reader]) -> None:
     model, tokenizer = (
-        [{key: entry.size for key, entry in _without_moments(reader.entries).items()} for reader in readers],
+        [{key: entry.size for key, entry in without_moments(reader.entries).items()} for reader in readers],
         [metadata.state.get("tokenizer") for _, metadata in found],
     )
     for what, values in (("model", model), ("tokenizer", tokenizer)):
@@ -216,7 +216,7 @@ def _copy_random(checkpoint: Path, folder: Path) -> None:
 
 
 @contextmanager
-def _new_checkpoint(out: Path, overwrite: bool, sources: Sequence[Path]) -> Iterator[Path]:
+def new_checkpoint(out: Path, overwrite: bool, sources: Sequence[Path]) -> Iterator[Path]:
     """A folder to fill; it then gets a manifest and the name `out`. After an error nothing is left behind."""
     _require_out(out, overwrite, sources)
     folder = out.absolute().with_name(partial_name(out.absolute().name))

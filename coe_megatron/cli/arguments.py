@@ -72,17 +72,17 @@ def _checked(kind: Callable[[str], Path | str], text: str) -> Path | str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def write_out(text: str) -> bool:
+def write_out(text: str, end: str = "\n") -> bool:
     """Print a program's output; returns False if the reader has closed the pipe (`head`), which is not an error.
 
     Raises:
         SystemExit: it cannot be written, for example on a full disk: status 1, with a line on stderr.
     """
     try:
-        print(text, flush=True)
+        print(text, end=end, flush=True)
     except UnicodeEncodeError:  # a terminal or a locale without these characters
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-        return write_out(text)
+        return write_out(text, end)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that closing it raises no error
         if isinstance(error, BrokenPipeError):

@@ -1,4 +1,4 @@
-"""Checks nodes before a run: devices, memory, disk, clocks, and the bandwidth between nodes.
+"""Checks nodes before a run: devices, memory, disk, clocks, and bandwidth and latency between nodes.
 
 srun --ntasks-per-node 1 python launch/check_nodes.py --output runs/mine --report check.json
 """
@@ -28,6 +28,7 @@ be written, if its devices differ from those of most nodes, or if it is slow eve
 in the list (with only two nodes, the check cannot tell which one is slow, so give --bandwidth). --report contains
 {"nodes": {NAME: {...}}, "bad": {NAME: REASON}, "all_nodes": {...}}. Bandwidths are in GB/s (1e9 bytes). For an
 all-to-all they count the bytes that leave a node, (N - 1) / N of a message with N nodes; for an all-reduce, twice that.
+"latency" is the seconds that an all-to-all of a few bytes takes. `parallel.network` of a run names the report.
 
 exit status: 0 all nodes are good, 1 at least one is bad (on other nodes than the first: the first does not answer),
 2 an invalid argument."""

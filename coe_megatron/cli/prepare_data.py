@@ -39,7 +39,12 @@ def make_parser() -> Parser:
     source.add_argument("--builtin", type=int, metavar="COUNT", help="number of problems of the built-in corpus")
     parser.add_argument("--output", type=user_path, required=True, metavar="DIR", help="the folder to create")
     parser.add_argument("--vocab-size", type=int, metavar="N", help="number of pieces of the tokenizer to train")
-    parser.add_argument("--tokenizer", type=user_path, metavar="MODEL", help="a SentencePiece model to use instead")
+    tokenizer = "a SentencePiece model, tokenizer.json or .tiktoken file, or a folder with one, to use instead"
+    parser.add_argument("--tokenizer", type=user_path, metavar="FILE", help=tokenizer)
+    eos = "the token that ends a document (default: that of tokenizer_config.json beside tokenizer.json, <|endoftext|>)"
+    parser.add_argument("--eos", metavar="TOKEN", help=eos)
+    encoding = "name of a .tiktoken file's encoding, which has the pattern that splits text (default: the file's name)"
+    parser.add_argument("--encoding", metavar="NAME", help=encoding)
     add_document_options(parser)
     valid = parser.add_mutually_exclusive_group()
     valid.add_argument(

@@ -38,9 +38,9 @@ from coe_megatron.data.folders import missing_folders
 from coe_megatron.distributed.environment import DistributedEnv
 from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.estimate.advice import parse_size, refusal
+from coe_megatron.estimate.dispatch import resolved
 from coe_megatron.estimate.node_crossing import needless_crossing
 from coe_megatron.estimate.run_estimate import estimate, vocabulary
-from coe_megatron.estimate.run_shape import RunShape
 from coe_megatron.files import kind_of, problem, require_folder, user_path
 from coe_megatron.lean_imports import import_megatron, without_collection
 from coe_megatron.run.exit_status import ExitStatus, write_error_file
@@ -83,10 +83,10 @@ def pretrain(arguments: list[str] | None) -> int:
         config = load(options.config, options.overrides, env.world_size)
         require_output(config)
         _require_backend(config)
-        vocabulary(config, data_needed=True)
+        run = resolved(config, vocabulary(config, data_needed=True), env.world_size)
         _require_warm_start(config)
         _require_stop_file(options.stop_file)
-        return _pretrain(parser, env, config, options.stop_file)
+        return _pretrain(parser, env, run.config, options.stop_file)
     except FolderInUse as error:
         parser.refuse(ExitStatus.BUSY, str(error))
     except ConfigError as error:
@@ -103,7 +103,7 @@ def _distributed_env(parser: Parser) -> DistributedEnv:
 
 
 def _print_estimate(env: DistributedEnv, config: RunConfig, as_json: bool, device_memory: str | None) -> int:
-    run = RunShape.of(config, vocabulary(config))
+    run = resolved(config, vocabulary(config))
     cost = estimate(run)
     if device_memory is not None:
         try:

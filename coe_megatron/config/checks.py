@@ -68,6 +68,10 @@ def _model(model: ModelSettings) -> Iterator[str]:
         yield f"model.kv_channels is {size}: rotary positions need an even head size"
     if model.num_query_groups is not None and heads % model.num_query_groups:
         yield f"model.num_query_groups is {model.num_query_groups}: it must divide model.num_attention_heads ({heads})"
+    if model.mla is not None and model.qkv_bias:
+        yield "model.qkv_bias is true: with model.mla leave it false"
+    if model.qk_norm_over_heads and (model.mla is not None or not model.qk_layernorm):
+        yield "model.qk_norm_over_heads is true: it needs model.qk_layernorm, and no model.mla"
     if model.mla is not None and model.num_query_groups is not None:
         yield f"model.num_query_groups is {model.num_query_groups}: with model.mla leave it null"
 
@@ -75,6 +79,8 @@ def _model(model: ModelSettings) -> Iterator[str]:
 def _moe(moe: MoESettings, layers: int) -> Iterator[str]:
     if moe.topk > moe.num_experts:
         yield f"moe.topk is {moe.topk}: it must be at most moe.num_experts ({moe.num_experts})"
+    if moe.shared_expert_gate and not moe.num_shared_experts:
+        yield "moe.shared_expert_gate is true: it needs shared experts, and moe.num_shared_experts is 0"
     if isinstance(moe.layer_freq, list) and len(moe.layer_freq) != layers:
         yield f"moe.layer_freq has {len(moe.layer_freq)} entries: it must have one per layer ({layers})"
     if isinstance(moe.layer_freq, list) and 1 not in moe.layer_freq:
@@ -93,6 +99,12 @@ def _moe(moe: MoESettings, layers: int) -> Iterator[str]:
         yield "moe.pad_to_capacity is true: it needs a moe.capacity_factor"
     if moe.pad_to_capacity and moe.dispatcher == "allgather":
         yield "moe.pad_to_capacity is true: it needs moe.dispatcher alltoall, not allgather"
+    if moe.capacity_factor is not None and moe.dispatcher == "deduplicated":
+        yield "moe.capacity_factor is given: it needs moe.dispatcher alltoall or allgather, not deduplicated"
+    chunks = 1 if moe.overlap_chunks == "auto" else moe.overlap_chunks
+    if chunks > 1 and (moe.capacity_factor is not None or moe.dispatcher == "allgather"):
+        reason = "a moe.capacity_factor" if moe.capacity_factor is not None else "moe.dispatcher allgather"
+        yield f"moe.overlap_chunks is {chunks}: it must be 1 with {reason}"
 
 
 def _groups(moe: MoESettings, groups: int, chosen: int) -> Iterator[str]:
@@ -128,6 +140,8 @@ def _backend(config: RunConfig) -> Iterator[str]:
         yield f"moe.recompute is experts: {engine} use none, iteration or layer"
     if config.model.mla is not None and config.model.mla.pad_values:
         yield f"model.mla.pad_values is true: {engine} leave it false, its attention has kernels for such values"
+    if config.model.qk_norm_over_heads:
+        yield f"model.qk_norm_over_heads is true: {engine} it must be false"
     if config.data.reset_at_documents:
         yield f"data.reset_at_documents is true: {engine} it must be false, since its causal attention takes no mask"
 

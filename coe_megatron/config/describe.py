@@ -1,9 +1,9 @@
-"""Descriptions of the valid values of a setting, for docs/settings.md and for messages."""
+"""Descriptions of the valid values of a setting, for docs/settings.md and for messages, and of a model."""
 
 import re
 from typing import Any, Literal, get_args, get_origin
 
-from coe_megatron.config.settings import LARGEST, PathText
+from coe_megatron.config.settings import LARGEST, PathText, RunConfig
 
 
 def should_be(hint: Any) -> str:
@@ -48,3 +48,10 @@ def _bounds(metadata: tuple[Any, ...]) -> str:
 
 
 _COUNTABLE = ("integer", "number", "list", "path")
+
+
+def notation(config: RunConfig) -> str:
+    """A model in the paper's notation, such as `CoE-2(4/64)+1`."""
+    chain, moe = config.chain, config.moe
+    name = "MoE" if chain.iterations == 1 else f"CoE-{chain.iterations}"
+    return f"{name}({moe.topk}/{moe.num_experts})" + (f"+{moe.num_shared_experts}" if moe.num_shared_experts else "")

@@ -99,6 +99,8 @@ def _tensor(config: RunConfig) -> Iterator[str]:
             f"parallel.tensor is {size}: with model.mla it must be 1, because Megatron-Core 0.16.1 without Transformer "
             "Engine then omits part of the gradients of attention; use parallel.expert or parallel.pipeline"
         )
+    if size > 1 and model.qk_norm_over_heads:
+        yield f"parallel.tensor is {size}: with model.qk_norm_over_heads, whose norms see all heads, it must be 1"
     sharded = {
         "model.num_attention_heads": model.num_attention_heads,
         "model.num_query_groups": model.num_query_groups or size,

@@ -122,6 +122,7 @@ FLAGS: dict[str, Flag] = {
     **_switches(
         swiglu=("model.activation", "swiglu", "gelu"),
         qk_layernorm=("model.qk_layernorm", True, None),
+        add_qkv_bias=("model.qkv_bias", True, None),
         untie_embeddings_and_output_weights=("model.untied_embeddings", True, False),
     ),
     **_together("group-query-attention num-query-groups", "model.num_query_groups"),
@@ -134,7 +135,6 @@ FLAGS: dict[str, Flag] = {
     **_together("position-embedding-type use-rotary-position-embeddings no-position-embedding", "always rope"),
     **_needless("disable-bias-linear", "linear layers have no biases"),
     **_needless("max-position-embeddings", "rotary positions have no table"),
-    **_none("add-qkv-bias", "linear layers have no biases"),
     **_none("squared-relu quick-geglu openai-gelu", "model.activation is swiglu or gelu"),
     **_none(
         "use-rope-scaling rope-scaling-factor rotary-percent rotary-interleaved "
@@ -172,6 +172,7 @@ FLAGS: dict[str, Flag] = {
     **_switches(
         moe_router_enable_expert_bias=("moe.expert_bias", True, None),
         moe_pad_expert_input_to_capacity=("moe.pad_to_capacity", True, None),
+        moe_shared_expert_gate=("moe.shared_expert_gate", True, None),
         moe_router_force_load_balancing=("moe.force_load_balancing", True, None),
     ),
     **_together("moe-ffn-hidden-size", "moe.ffn_hidden_size"),
@@ -185,8 +186,8 @@ FLAGS: dict[str, Flag] = {
     **_needless(
         "moe-grouped-gemm moe-permute-fusion moe-router-fusion", "experts are always grouped; nothing is fused"
     ),
-    **_none("moe-shared-expert-gate moe-latent-size moe-apply-probs-on-input moe-use-upcycling", "not in the layer"),
-    **_none("moe-enable-deepep moe-flex-dispatcher-backend", "moe.dispatcher is alltoall or allgather"),
+    **_none("moe-latent-size moe-apply-probs-on-input moe-use-upcycling", "not in the layer"),
+    **_none("moe-enable-deepep moe-flex-dispatcher-backend", "moe.dispatcher is alltoall, deduplicated or allgather"),
     **_none(
         "moe-shared-expert-overlap overlap-moe-expert-parallel-comm delay-wgrad-compute", "a chain cannot overlap these"
     ),

@@ -9,8 +9,10 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from coe_megatron.chain.settings import ChainSettings, Recompute
+from coe_megatron.errors import ConfigError
 from coe_megatron.files import expand_user
 
+Dispatcher = Literal["alltoall", "deduplicated", "allgather", "auto"]
 LARGEST = 2**31 - 1  # the largest 32-bit size or seed of torch and numpy
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Index = Annotated[int, Field(ge=0, le=LARGEST)]
@@ -62,11 +64,15 @@ class ModelSettings:
         kv_channels: size of a head; hidden_size / num_attention_heads when null. Unused with `mla`.
         ffn_hidden_size: width of dense layers (where `moe.layer_freq` has any); 4 x hidden_size when null.
         seq_length: tokens per sample.
-        vocab_size: rows of the embedding; the tokenizer's size rounded up to a multiple of 64 when null.
+        vocab_size: rows of the embedding; the tokenizer's size rounded up to a multiple of 64 when null. Data without a
+            tokenizer need it.
         activation: of experts and dense layers.
         normalization: of every norm.
         layernorm_epsilon: of every norm.
         qk_layernorm: normalise queries and keys; `mla` always normalises its latents.
+        qk_norm_over_heads: with `qk_layernorm`, one norm over all heads of the queries and one over those of the keys
+            (OLMoE), not a norm of each head; not with tensor parallelism or Transformer Engine.
+        qkv_bias: biases of queries, keys and values (Qwen2); not with `mla`.
         rotary_base: theta of the rotary position embedding.
         untied_embeddings: the output layer has weights of its own.
         hidden_dropout: dropout of the attention and expert outputs, before they are added to the residual stream.
@@ -91,6 +97,8 @@ class ModelSettings:
     normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
     layernorm_epsilon: Positive = 1e-6
     qk_layernorm: bool = False
+    qk_norm_over_heads: bool = False
+    qkv_bias: bool = False
     rotary_base: Count = 10_000
     untied_embeddings: bool = True
     hidden_dropout: Fraction = 0.0
@@ -111,12 +119,15 @@ class MoESettings:
         ffn_hidden_size: width of one expert.
         num_shared_experts: M; each processes every token in every iteration; computed as one expert of M times the
             width.
+        shared_expert_gate: multiply the shared experts' output by a learned gate, sigmoid(w · x) (Qwen2-MoE).
         layer_freq: one MoE layer in every `layer_freq` layers, or a list of 0 (dense) and 1 (MoE), one entry per layer.
         score_function: from router logits to scores.
         renormalise: divide a token's K gates by their sum (softmax scores only).
         scaling: factor on all gates.
-        num_groups: group-limited routing: number of expert groups; null for none.
-        group_topk: group-limited routing: number of groups a token may choose experts from.
+        num_groups: group-limited routing: number of groups of consecutive experts; null for none. A group in each node
+            of an expert-parallel group (`parallel.expert` x `parallel.expert_tensor` / `parallel.ranks_per_node`
+            nodes), or several, limits the nodes to which a token goes; `--dry-run` says to how many.
+        group_topk: group-limited routing: number of groups a token may choose experts from in an iteration.
         router_init: `normal` as all other weights (Megatron), or `kaiming_uniform` with a = sqrt(5) (the paper's code).
         load_balancing: auxiliary loss: `seq_aux_loss` balances each sequence, `aux_loss` each micro-batch of a rank,
             `global_aux_loss` the micro-batches of the step so far, on all ranks; `none` disables it.
@@ -131,7 +142,12 @@ class MoESettings:
         capacity_factor: capacity of an expert as a multiple of its mean load without padding tokens; copies above it
             are dropped, lowest gates first; null drops nothing.
         pad_to_capacity: pad every expert's input to its capacity, so that sizes are fixed.
-        dispatcher: Megatron-Core's token dispatcher.
+        dispatcher: how tokens travel to the ranks of their experts: `alltoall`, a copy for each expert;
+            `deduplicated`, one for each rank that holds some of a token's experts, and their sum back; `allgather`,
+            all tokens to all ranks (Megatron-Core's); `auto`, the faster one of the first two by closed forms and
+            `parallel.network`; `--dry-run` says which and why, and config.yaml in the run's folder records it.
+        overlap_chunks: parts of a micro-batch's tokens that go through the chain in turns: one part's experts work
+            while another part's tokens travel; 1 to wait for all; `auto` for 1, 2 or 4, chosen as `dispatcher` is.
         force_load_balancing: for benchmarks only: random logits replace the router's, so that the load is uniform, as
             `--dry-run` assumes; the model learns nothing useful.
         recompute: activations that the backward pass recomputes: `none`; `experts`, the activation function between an
@@ -142,6 +158,7 @@ class MoESettings:
     topk: Count = 4
     ffn_hidden_size: Count = 88
     num_shared_experts: Index = 1
+    shared_expert_gate: bool = False
     layer_freq: Count | list[Literal[0, 1]] = 1
     score_function: Literal["softmax", "sigmoid"] = "softmax"
     renormalise: bool = False
@@ -157,9 +174,21 @@ class MoESettings:
     input_jitter: Fraction = 0.0
     capacity_factor: Positive | None = None
     pad_to_capacity: bool = False
-    dispatcher: Literal["alltoall", "allgather"] = "alltoall"
+    dispatcher: Dispatcher = "alltoall"
+    overlap_chunks: Count | Literal["auto"] = 1
     force_load_balancing: bool = False
     recompute: Recompute = "none"
+
+    def resolved_chunks(self) -> int:
+        """`overlap_chunks`, where it and `dispatcher` are resolved.
+
+        Raises:
+            ConfigError: one of them is `auto`.
+        """
+        if self.dispatcher == "auto" or self.overlap_chunks == "auto":
+            name = "dispatcher" if self.dispatcher == "auto" else "overlap_chunks"
+            raise ConfigError(f"moe.{name} is auto: coe_megatron.estimate.dispatch.resolved replaces it")
+        return self.overlap_chunks
 
 
 @dataclass(frozen=True)
@@ -167,7 +196,7 @@ class BlendPart:
     """One corpus of a blend.
 
     Attributes:
-        path: a folder written by `launch/prepare_data.py`.
+        path: a folder written by `launch/prepare_data.py`, or the prefix of an indexed dataset of Megatron.
         weight: its share of the samples, relative to the sum of all weights.
     """
 
@@ -177,14 +206,16 @@ class BlendPart:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Training and validation data: folders written by `launch/prepare_data.py`, all with the same tokenizer.
+    """Training and validation data: folders written by `launch/prepare_data.py`, all with the same tokenizer, and
+    indexed datasets of Megatron. A path PREFIX names one of these if the files PREFIX.bin and PREFIX.idx exist.
 
     Attributes:
-        path: the folder.
-        blend: several folders instead of `path`, whose samples are drawn in these proportions; each corpus has its own
-            epochs.
-        validation: name -> folder whose validation split is evaluated; the name labels its loss. When null: `path`,
-            named `valid`, or the folders of `blend`, by their names.
+        path: the folder or prefix. A prefix has no validation split and no tokenizer: set `validation`, and
+            `model.vocab_size` if there is no prepared folder.
+        blend: several folders or prefixes instead of `path`, whose samples are drawn in these proportions; each corpus
+            has its own epochs.
+        validation: name -> folder whose validation split is evaluated, or prefix of which all is; the name labels its
+            loss. When null: `path`, named `valid`, or the folders of `blend`, by their names.
         samples: `row` makes each document one sample, truncated or padded to seq_length, without loss on padding;
             `packed` cuts the concatenated documents into full samples.
         reset_at_documents: in packed samples, mask attention to earlier documents, and count positions from 0 in each.
@@ -239,7 +270,10 @@ class ParallelSettings:
         expert: EP, ranks that share the experts of a layer.
         expert_tensor: ETP, ranks that shard each expert; independent of `tensor`.
         world_size: required number of ranks; null accepts any. `--dry-run` assumes it.
-        ranks_per_node: ranks per node, from which `--dry-run` separates traffic within nodes from traffic across nodes.
+        ranks_per_node: ranks per node, from which `--dry-run` and `auto` settings separate traffic within nodes from
+            traffic across nodes.
+        network: the node check's report (`launch/check_nodes.py --report`), by whose bandwidth and latency settings
+            that are `auto` are chosen, and `--dry-run` predicts times; null: they are chosen by bytes alone.
     """
 
     tensor: Count = 1
@@ -248,6 +282,7 @@ class ParallelSettings:
     expert_tensor: Count = 1
     world_size: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     ranks_per_node: Count = 8
+    network: PathText | None = None
 
 
 @dataclass(frozen=True)
@@ -281,6 +316,9 @@ class TrainingSettings:
         precision: `bf16` is bf16 weights and activations with fp32 master weights; `fp32` is fp32 throughout.
         log_every: steps between two lines of metrics.
         evaluate_every: steps between two evaluations; the last step is always evaluated.
+        evaluate_answers: number of word problems that the model is asked in evaluations, greedily, for
+            `answer_accuracy` in the metrics; 0 for none. Rank 0 gathers the whole model, and needs `coe-megatron[hf]`.
+        answers_file: JSONL with the problems, such as GSM8K's; null for built-in problems that training never sees.
         save_every: steps between two checkpoints; the last step is always saved.
         keep_checkpoints: number of most recent checkpoints to keep.
         milestones: further steps after which a checkpoint is saved, which is never deleted.
@@ -298,6 +336,8 @@ class TrainingSettings:
     precision: Literal["fp32", "bf16"] = "fp32"
     log_every: Count = 10
     evaluate_every: Count = 100
+    evaluate_answers: Index = 0
+    answers_file: PathText | None = None
     save_every: Count = 200
     keep_checkpoints: Count = 2
     milestones: list[Count] = field(default_factory=list)
@@ -393,11 +433,15 @@ _MAY_CHANGE = {
     "data.path",  # checkpoints record the text and its weights
     "data.blend",
     "model.backend",  # checkpoints of both are alike
+    "moe.dispatcher",  # only the order of sums differs
+    "moe.overlap_chunks",
     "moe.recompute",
     "training.steps",
     "training.micro_batch",  # another layout may need another; a step has the same samples
     "training.log_every",
     "training.evaluate_every",
+    "training.evaluate_answers",
+    "training.answers_file",
     "training.save_every",
     "training.keep_checkpoints",
     "training.milestones",

@@ -7,7 +7,8 @@ parameters are ours:
 
 * `reduce_bucket_size`, P / 8: gradients reduced at once, in a buffer of this size in stages 1 to 3 (two buffers if
   stages 1 and 2 overlap); a larger tensor is reduced without a buffer. Stage 0, and stage 1 in bf16, have no buffer but
-  copy this many gradients (500 million by default; `zero.engine.build_engine` passes our size);
+  copy this many gradients (500 million by default; `zero.engine.build_engine` passes our size). At least half a
+  megabyte is reduced at once, or all of a smaller model: with less, ranks mostly wait for each other;
 * `allgather_bucket_size`, P / 8: weights gathered at once after a step, in place; must be even;
 * `stage3_prefetch_bucket_size`, P / 8: weights prefetched each time a module is entered;
 * `stage3_max_live_parameters`, P / 4: prefetching stops while this many weights are gathered;
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _MOST = {"max_live": 1_000_000_000, "persistence_threshold": 100_000}  # DeepSpeed's defaults
+_LEAST_REDUCED = 1 << 17
 _MOST_BUCKET = 50_000_000  # DeepSpeed's default for prefetching; its 500 million for reducing takes much memory
 
 
@@ -53,6 +55,7 @@ class ZeroSizes:
         bucket = min(_MOST_BUCKET, 2 * -(-parameters // 16))
         fractions = {"max_live": parameters // 4, "persistence_threshold": parameters // 1000}
         ours = dict.fromkeys(_KEYS, bucket) | {name: min(_MOST[name], size) for name, size in fractions.items()}
+        ours["reduce_bucket"] = max(bucket, min(_LEAST_REDUCED, parameters))
         own = native.get("zero_optimization", {})
         given = {name: int(own[key]) for name, keys in _KEYS.items() for key in keys if key in own}
         return cls(**ours | given, overlap=own.get("overlap_comm", True))

@@ -19,9 +19,12 @@ Split = Literal["train", "valid"]
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
+TOKENIZERS = ("tokenizer.json", TOKENIZER, "tokenizer.tiktoken")  # Hugging Face's, SentencePiece's, tiktoken's
+TOKENIZER_CONFIG = "tokenizer_config.json"  # beside those that are not SentencePiece's: which token ends a document
 FORMAT = "coe_megatron.data"
 VERSION = 2
-DATA_FILES = ("train.bin", "train.idx", "valid.bin", "valid.idx", TOKENIZER)
+SPLIT_FILES = ("train.bin", "train.idx", "valid.bin", "valid.idx")
+DATA_FILES = (*SPLIT_FILES, TOKENIZER)
 TOKEN_BYTES = {"uint16": 2, "int32": 4}
 INDEX_HEADER_BYTES, INDEX_BYTES = 42, 20  # of Megatron's .idx: fixed, and per document
 _MAX_BYTES = 1 << 22  # of a manifest; usually some hundred bytes, and the names of the inputs
@@ -77,7 +80,7 @@ class Manifest:
     Attributes:
         vocab_size: pieces of the tokenizer.
         token_dtype: dtype of a token in .bin, "uint16" or "int32".
-        tokenizer_sha256: SHA-256 of the tokenizer: its identity.
+        tokenizer_sha256: identity of the tokenizer: the SHA-256 of its file, or `tokenizer_identity`.
         template: templates of a document; a record used the first whose fields it had.
         seed: seed of the split and of the built-in corpus.
         source: names of the input files or number of built-in problems, and how validation was chosen.
@@ -95,6 +98,11 @@ class Manifest:
     malformed: Count
     splits: dict[str, SplitSummary]
     files: dict[str, FileSummary]
+
+    @property
+    def tokenizer(self) -> str:
+        """Name of the tokenizer's file."""
+        return _tokenizer_of(self.files)
 
     def write(self, folder: Path) -> None:
         """Write manifest.json into a folder."""
@@ -124,8 +132,9 @@ class Manifest:
             message = f"{path} is not a manifest of format {FORMAT}, version {VERSION}: {_reason(error)}"
             raise ConfigError(f"{name}: {message}") from error
         manifest._check_sizes(folder, name)
-        if manifest._summarize(folder, TOKENIZER, name).sha256 != manifest.tokenizer_sha256:
-            raise ConfigError(f"{name}: {folder / TOKENIZER} is not the tokenizer this data was prepared with")
+        for file in tokenizer_files(manifest.tokenizer):
+            if manifest._summarize(folder, file, name).sha256 != manifest.files[file].sha256:
+                raise ConfigError(f"{name}: {folder / file} is not the tokenizer this data was prepared with")
         return manifest
 
     def check(self, folder: Path, file: str, name: str = "the data") -> None:
@@ -157,7 +166,8 @@ class Manifest:
             format_, version = (shortened(repr(each), 50) for each in found)
             raise ValueError(f"it is format {format_}, version {version}")
         _require_keys(content, _names(cls), "it")
-        for place, kind, keys in (("splits", SplitSummary, get_args(Split)), ("files", FileSummary, DATA_FILES)):
+        files = (*SPLIT_FILES, *tokenizer_files(_tokenizer_of(content["files"])))
+        for place, kind, keys in (("splits", SplitSummary, get_args(Split)), ("files", FileSummary, files)):
             _require_keys(content[place], keys, place)
             for key in keys:
                 _require_keys(content[place][key], _names(kind), f"{place}.{key}")
@@ -169,8 +179,10 @@ class Manifest:
         """Check that its numbers are consistent with each other."""
         if self.token_dtype != ("uint16" if self.vocab_size < 65500 else "int32"):  # Megatron's own choice
             raise ValueError(f"token_dtype is {self.token_dtype}, which does not fit vocab_size {self.vocab_size}")
-        if self.tokenizer_sha256 != self.files[TOKENIZER].sha256:
-            raise ValueError(f"tokenizer_sha256 differs from that of {TOKENIZER} in files")
+        if self.tokenizer_sha256 != tokenizer_identity(
+            *(self.files[it].sha256 for it in tokenizer_files(self.tokenizer))
+        ):
+            raise ValueError(f"tokenizer_sha256 differs from that of {self.tokenizer} in files")
         for split, summary in self.splits.items():
             expected = summary.tokens * TOKEN_BYTES[self.token_dtype]
             if (found := self.files[f"{split}.bin"].bytes) != expected:
@@ -180,7 +192,7 @@ class Manifest:
                 raise ValueError(f"{split}.idx has {found} bytes, but its number of documents requires {expected}")
 
     def _check_sizes(self, folder: Path, name: str) -> None:
-        for file in DATA_FILES:
+        for file in self.files:
             path, expected = folder / file, self.files[file].bytes
             message = f"{name}: {folder} is incomplete: {file}"
             if kind_of(path, name) is None:
@@ -193,6 +205,21 @@ class Manifest:
             return FileSummary.of(folder / file)
         except OSError as error:
             raise problem(folder / file, name, error) from None
+
+
+def tokenizer_files(tokenizer: str) -> tuple[str, ...]:
+    """Names of the files that make up the tokenizer whose own file has this name."""
+    return (tokenizer,) if tokenizer == TOKENIZER else (tokenizer, TOKENIZER_CONFIG)
+
+
+def tokenizer_identity(model: str, config: str | None = None) -> str:
+    """Identity of a tokenizer: the SHA-256 of its file, or of the two SHA-256 of its file and its configuration."""
+    return model if config is None else hashlib.sha256(f"{model} {config}".encode()).hexdigest()
+
+
+def _tokenizer_of(files: Any) -> str:
+    """The tokenizer's file among the names of a folder's files; that of SentencePiece if there is none."""
+    return next((name for name in TOKENIZERS if isinstance(files, dict) and name in files), TOKENIZER)
 
 
 @cache

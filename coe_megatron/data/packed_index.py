@@ -12,7 +12,6 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from coe_megatron.data.manifest import FileSummary, Split
-from coe_megatron.data.tokenizer import Tokenizer
 from coe_megatron.distributed.collectives import run_on_rank0
 from coe_megatron.errors import one_line
 from coe_megatron.files import problem, read_limited, require_file, set_aside, write_atomically
@@ -21,13 +20,12 @@ from coe_megatron.parsing import JSON_BYTES, first_of
 _LIST = "complete.json"  # lists every other file of an index with its size and SHA-256
 
 
-def gpt_dataset(
-    indexed: Any, prefix: str, split: Split, tokenizer: Tokenizer, cache: Path, options: dict[str, Any]
-) -> Any:
+def gpt_dataset(indexed: Any, prefix: str, split: Split, tokenizer: Any, cache: Path, options: dict[str, Any]) -> Any:
     """Megatron's GPTDataset over one epoch of a split, with its index in `cache`.
 
     Args:
         prefix: path of the split's files without their suffixes.
+        tokenizer: its `vocab_size`, `eos_id` and `sha256`, as `Tokenizer` or `datasets.TokenizerFacts` has them.
         options: Megatron's config: the seed of the order, the sequence length, and the resets at document boundaries.
     """
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
@@ -61,7 +59,7 @@ class _TokenizerFacts:
 
     pad = -1
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Any) -> None:
         self.vocab_size = tokenizer.vocab_size
         self.eod = self.eos = tokenizer.eos_id
         self.unique_identifiers = {"sha256": tokenizer.sha256}

@@ -22,7 +22,19 @@ from tqdm import tqdm
 
 from coe_megatron.corpus.word_problems import generate
 from coe_megatron.data.encode import DamagedChunk, Encoded, Recipe, encode_chunk, read_encoded
-from coe_megatron.data.manifest import DATA_FILES, MANIFEST, TOKENIZER, FileSummary, Manifest, Split, SplitSummary
+from coe_megatron.data.manifest import (
+    DATA_FILES,
+    MANIFEST,
+    SPLIT_FILES,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    TOKENIZERS,
+    FileSummary,
+    Manifest,
+    Split,
+    SplitSummary,
+    tokenizer_files,
+)
 from coe_megatron.data.records import InputError, MalformedRecord, Templates
 from coe_megatron.data.sources import (
     CHUNK_BYTES,
@@ -34,7 +46,14 @@ from coe_megatron.data.sources import (
     read_chunks,
 )
 from coe_megatron.data.staging import Staging, check_staging_folder, open_staging
-from coe_megatron.data.tokenizer import MAX_VOCAB_SIZE, MIN_VOCAB_SIZE, Tokenizer, train_tokenizer
+from coe_megatron.data.tokenizer import (
+    MAX_VOCAB_SIZE,
+    MIN_VOCAB_SIZE,
+    OTHER_SUFFIXES,
+    Tokenizer,
+    find_tokenizer,
+    train_tokenizer,
+)
 from coe_megatron.data.workers import ordered_map
 from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.files import is_plain_file, kind_of, remove, require_file, require_folder, require_writable
@@ -57,7 +76,10 @@ class PrepareSettings:
         inputs: files of documents (see `sources` for the formats); excludes `builtin`.
         builtin: number of training problems to draw from the built-in corpus; excludes `inputs`.
         vocab_size: pieces of the tokenizer to train; with `tokenizer`, the size that it must have.
-        tokenizer: a SentencePiece model to use instead of training one.
+        tokenizer: a SentencePiece model, a tokenizer.json, a .tiktoken file, or a folder that holds one of them, to use
+            instead of training one.
+        eos: the token that ends a document, if `tokenizer` is no SentencePiece model; see `OtherTokenizer`.
+        encoding: tiktoken's name of the encoding of a .tiktoken file; see `OtherTokenizer`.
         template: templates of a document; a record uses the first whose fields it has. The default is "{text}", and
             "query : {query} response : {response}" for the built-in corpus.
         valid_inputs: files of validation documents; if empty, `valid_fraction` applies.
@@ -79,6 +101,8 @@ class PrepareSettings:
     builtin: int | None = None
     vocab_size: int | None = None
     tokenizer: Path | None = None
+    eos: str | None = None
+    encoding: str | None = None
     template: tuple[str, ...] = ()
     valid_inputs: tuple[Path, ...] = ()
     valid_fraction: float = 0.02
@@ -106,6 +130,15 @@ class PrepareSettings:
             )
         if not 1 <= self.workers <= MAX_WORKERS:
             raise ConfigError(f"--workers is {self.workers}: it must be at least 1, and at most {MAX_WORKERS}")
+
+    @property
+    def tokenizer_file(self) -> Path | None:
+        """The file that `tokenizer` names, or that is in the folder of this name; None to train one.
+
+        Raises:
+            ConfigError: the folder holds no tokenizer.
+        """
+        return None if self.tokenizer is None else find_tokenizer(self.tokenizer, "--tokenizer")
 
     @property
     def templates(self) -> Templates:
@@ -141,8 +174,13 @@ class PrepareSettings:
             )
         if not self.skip_malformed:
             self._check_first_records()
-        if self.tokenizer is not None:
-            require_file(self.tokenizer, "--tokenizer")
+        if (tokenizer := self.tokenizer_file) is not None:
+            require_file(tokenizer, "--tokenizer")
+        suffix = "" if tokenizer is None else tokenizer.suffix
+        if self.eos is not None and suffix not in OTHER_SUFFIXES:
+            raise ConfigError(f"--eos is {self.eos}: only a --tokenizer that is no SentencePiece model needs it")
+        if self.encoding is not None and suffix != ".tiktoken":
+            raise ConfigError(f"--encoding is {self.encoding}: only a --tokenizer that is a .tiktoken file has one")
 
     def _check_first_records(self) -> None:
         for path in (*self.inputs, *self.valid_inputs):
@@ -190,7 +228,8 @@ def prepare(settings: PrepareSettings, *, progress: bool = False) -> Manifest:
         tokenizer = _provide_tokenizer(settings, staging, bar)
         chunks = _encode(settings, staging, tokenizer, bar)
         folder = staging.new_output()
-        shutil.copyfile(staging.tokenizer, folder / TOKENIZER)
+        for name in tokenizer_files(staging.tokenizer.name):
+            shutil.copyfile(staging.tokenizer.with_name(name), folder / name)
         splits, malformed = join(settings, chunks, folder, tokenizer.vocab_size)
         manifest = _describe(settings, folder, tokenizer, splits, malformed)
         manifest.write(folder)
@@ -200,13 +239,16 @@ def prepare(settings: PrepareSettings, *, progress: bool = False) -> Manifest:
 
 def _job(settings: PrepareSettings) -> dict[str, Any]:
     """Everything that determines the content of chunks; a job that differs in any value starts over."""
-    paths = (*settings.inputs, *settings.valid_inputs, *([settings.tokenizer] if settings.tokenizer else []))
+    tokenizer = settings.tokenizer_file
+    paths = (*settings.inputs, *settings.valid_inputs, *([tokenizer] if tokenizer else []))
+    other = {"eos": settings.eos, "encoding": settings.encoding}
     return {
         "files": [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths],
         "inputs": len(settings.inputs),
         "builtin": settings.builtin,
         "vocab_size": settings.vocab_size,
-        "tokenizer": settings.tokenizer is not None,
+        "tokenizer": tokenizer is not None,
+        **({} if tokenizer is None or tokenizer.suffix not in OTHER_SUFFIXES else other),
         "template": [template.text for template in settings.templates.choices],
         "valid_fraction": settings.valid_fraction,
         "seed": settings.seed,
@@ -281,17 +323,17 @@ def _provide_tokenizer(settings: PrepareSettings, staging: Staging, bar: Callabl
     if staging.tokenizer.exists():
         return Tokenizer(staging.tokenizer)
     scratch = staging.scratch(TOKENIZER)
-    if settings.tokenizer is None:
+    if (given := settings.tokenizer_file) is None:
         assert settings.vocab_size is not None
         train_tokenizer(training_documents(settings, bar), settings.vocab_size, scratch)
+        staging.store_tokenizer(scratch)
     else:
-        tokenizer = Tokenizer(settings.tokenizer, "--tokenizer")
+        tokenizer = Tokenizer(given, "--tokenizer", eos=settings.eos, encoding=settings.encoding)
         if settings.vocab_size not in (None, tokenizer.vocab_size):
-            raise ConfigError(
-                f"--vocab-size is {settings.vocab_size}: {settings.tokenizer} has {tokenizer.vocab_size} pieces"
-            )
-        shutil.copyfile(settings.tokenizer, scratch)
-    staging.store_tokenizer(scratch)
+            raise ConfigError(f"--vocab-size is {settings.vocab_size}: {given} has {tokenizer.vocab_size} pieces")
+        shutil.copyfile(given, scratch)
+        name = f"tokenizer{given.suffix}" if given.suffix in OTHER_SUFFIXES else TOKENIZER
+        staging.store_tokenizer(scratch, name, tokenizer.config)
     return Tokenizer(staging.tokenizer)
 
 
@@ -440,6 +482,8 @@ def _token_dtype(vocab_size: int) -> Any:
 def _describe(
     settings: PrepareSettings, folder: Path, tokenizer: Tokenizer, splits: dict[str, SplitSummary], malformed: int
 ) -> Manifest:
+    given = next(name for name in TOKENIZERS if (folder / name).exists())
+    files = *SPLIT_FILES, *tokenizer_files(given)
     source: dict[str, Any] = {"builtin": settings.builtin, "valid_fraction": settings.valid_fraction}
     if settings.inputs:
         source = {"input": [path.name for path in settings.inputs], "valid_fraction": settings.valid_fraction}
@@ -454,7 +498,7 @@ def _describe(
         source=source,
         malformed=malformed,
         splits=splits,
-        files={name: FileSummary.of(folder / name) for name in DATA_FILES},
+        files={name: FileSummary.of(folder / name) for name in files},
     )
 
 
@@ -468,7 +512,7 @@ def _check_output(output: Path, overwrite: bool) -> None:
     present = {path.name for path in require_folder(output, "--output").iterdir()}
     if present and not overwrite:
         raise ConfigError(f"--output is {output}: it is not empty; choose another folder, or use --overwrite")
-    if foreign := sorted(present - {*DATA_FILES, MANIFEST}):
+    if foreign := sorted(present - {*DATA_FILES, *TOKENIZERS, TOKENIZER_CONFIG, MANIFEST}):
         raise ConfigError(
             f"--output is {output}: it contains {foreign[0]}, which no preparation wrote; remove it or choose another"
         )

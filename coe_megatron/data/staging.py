@@ -3,7 +3,7 @@
 .NAME.partial/
     lock              held by the running process; released when it ends or dies
     job.json          what is being prepared; a different job starts over
-    tokenizer.model
+    tokenizer.model   or another kind, with its configuration
     tokenizer.sha256  checksum of the model that encoded the chunks; with another model everything starts over
     chunks/N.npz      encoded chunks, each complete
     complete/         the output itself, renamed to its path once every byte is on disk
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from coe_megatron.data.manifest import TOKENIZER, FileSummary
+from coe_megatron.data.manifest import TOKENIZER, TOKENIZER_CONFIG, TOKENIZERS, FileSummary
 from coe_megatron.errors import ConfigError
 from coe_megatron.files import is_plain_file, problem, remove, require_writable, to_disk, write_atomically
 
@@ -41,7 +41,8 @@ class Staging:
     @property
     def tokenizer(self) -> Path:
         """Path of the tokenizer, which exists once it is complete."""
-        return self._folder / TOKENIZER
+        paths = (self._folder / name for name in TOKENIZERS)
+        return next((path for path in paths if os.path.lexists(path)), self._folder / TOKENIZER)
 
     @property
     def chunks_done(self) -> int:
@@ -52,11 +53,14 @@ class Staging:
         """Path of a chunk, which exists once it is complete."""
         return self._chunks / f"{index:06}.npz"
 
-    def store_tokenizer(self, model: Path) -> None:
-        """Write the checksum of a finished model, then rename the model to its path in this folder."""
+    def store_tokenizer(self, model: Path, name: str = TOKENIZER, config: str | None = None) -> None:
+        """Write the checksum of a finished model, and its configuration if it has one; then rename the model to its
+        name in this folder."""
         to_disk(model)
+        if config is not None:
+            write_atomically(self._folder / TOKENIZER_CONFIG, config)
         write_atomically(self._checksum, FileSummary.of(model).sha256)
-        model.rename(self.tokenizer)
+        model.rename(self._folder / name)
 
     def scratch(self, name: str) -> Path:
         """An unused path for an incomplete file."""

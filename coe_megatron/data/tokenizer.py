@@ -1,4 +1,4 @@
-"""SentencePiece tokenizers: train a lossless one, or load one from a file."""
+"""Tokenizers: train a lossless one with SentencePiece, or load one from a file of any kind."""
 
 import hashlib
 import io
@@ -11,10 +11,13 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from coe_megatron.data.manifest import TOKENIZERS, tokenizer_identity
+from coe_megatron.data.other_tokenizers import OtherTokenizer, Processor
 from coe_megatron.errors import ConfigError
-from coe_megatron.files import problem, read_limited
+from coe_megatron.files import kind_of, problem, read_limited
 
 ModelType = Literal["bpe", "unigram"]
+OTHER_SUFFIXES = (".json", ".tiktoken")
 
 PAD_ID, UNK_ID, BOS_ID, EOS_ID = range(4)
 MAX_TRAINING_CHARACTERS = 64_000_000  # more text hardly changes the vocabulary, but costs gigabytes
@@ -30,45 +33,60 @@ _SPACE = "\u2581"  # the space in pieces
 
 
 class Tokenizer:
-    """A SentencePiece model with the attributes that training needs.
+    """A SentencePiece model, a tokenizer.json of Hugging Face or a .tiktoken file, with what training needs of it.
 
     Attributes:
-        vocab_size: the number of pieces; ids are 0 ... vocab_size - 1.
+        vocab_size: the number of pieces (of other kinds the largest id plus 1); ids are 0 ... vocab_size - 1.
         eos_id: id that ends a document.
         pad_id: id that pads rows; eos_id if the model has no pad piece (masks distinguish them).
-        sha256: SHA-256 of the model file in hexadecimal: its identity.
+        sha256: its identity in hexadecimal: the SHA-256 of a model file; of other kinds see `tokenizer_identity`.
+        config: what belongs into tokenizer_config.json beside a copy of the file; None for a SentencePiece model.
     """
 
-    def __init__(self, path: str | Path, name: str = "the tokenizer") -> None:
-        """Read a model file.
+    def __init__(
+        self, path: str | Path, name: str = "the tokenizer", *, eos: str | None = None, encoding: str | None = None
+    ) -> None:
+        """Read a file, of the kind that its name says: .json, .tiktoken, or else a SentencePiece model.
 
         Args:
             name: the option or setting that names the file, for messages.
+            eos, encoding: as in `OtherTokenizer`; a SentencePiece model needs neither.
 
         Raises:
-            ConfigError: the file cannot be read, is not a SentencePiece model, or has no end-of-sentence piece.
+            ConfigError: the file cannot be read, is not of its kind, or has no token that ends a document.
         """
-        from sentencepiece import SentencePieceProcessor
-
-        model = read_limited(Path(path), name, _MAX_MODEL_BYTES)
-        try:
-            if not model:
-                raise RuntimeError("the file is empty")  # SentencePiece would accept it, and fail later
-            self._processor = SentencePieceProcessor(model_proto=model)
-            proto = _parsed(model)
-        except (RuntimeError, UnicodeDecodeError) as error:  # the latter when SentencePiece's own message is not UTF-8
-            raise problem(path, name, "it is not a SentencePiece model") from error
+        path = Path(path)
+        model = read_limited(path, name, _MAX_MODEL_BYTES)
+        self.config: str | None = None
+        self._words: _Words | None = None
+        self.sha256 = hashlib.sha256(model).hexdigest()
+        if path.suffix in OTHER_SUFFIXES:
+            self._processor: Processor = (other := OtherTokenizer(path, model, name, eos, encoding))
+            self.config = other.config
+            self.sha256 = tokenizer_identity(self.sha256, hashlib.sha256(other.config.encode()).hexdigest())
+        else:
+            self._open_sentencepiece(path, model, name)
         self.vocab_size: int = self._processor.vocab_size()
         self.eos_id: int = self._processor.eos_id()
         if self.eos_id < 0:
             raise problem(path, name, "it has no end-of-sentence piece: train it with an eos_id")
         pad_id: int = self._processor.pad_id()
         self.pad_id = pad_id if pad_id >= 0 else self.eos_id
-        self.sha256 = hashlib.sha256(model).hexdigest()
+
+    def _open_sentencepiece(self, path: Path, model: bytes, name: str) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            if not model:
+                raise RuntimeError("the file is empty")  # SentencePiece would accept it, and fail later
+            self._processor = SentencePieceProcessor(model_proto=model)
+            proto = parse_model(model)
+        except (RuntimeError, UnicodeDecodeError) as error:  # the latter when SentencePiece's own message is not UTF-8
+            raise problem(path, name, "it is not a SentencePiece model") from error
         self._words = _Words(self._processor) if _splits_at_spaces(proto) else None
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids of a text [n] int32, without bos or eos, as SentencePiece encodes it.
+        """Token ids of a text [n] int32, without bos or eos, as the library encodes it.
 
         If words can be encoded separately with the same result (`_splits_at_spaces`), we cache the ids of words, since
         most words repeat. A word of more than MAX_WORD_LENGTH characters is split; ids can differ only at the splits.
@@ -84,6 +102,20 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, without control ids such as eos and pad."""
         return self._processor.decode(ids)
+
+
+def find_tokenizer(path: Path, name: str) -> Path:
+    """The tokenizer's file that a path names: the path itself, or the file in the folder at this path.
+
+    Raises:
+        ConfigError: the folder holds none, or the path cannot be accessed.
+    """
+    if kind_of(path, name) != "folder":
+        return path
+    found = next((path / file for file in TOKENIZERS if kind_of(path / file, name) is not None), None)
+    if found is None:
+        raise problem(path, name, f"it is a folder without {', '.join(TOKENIZERS[:-1])} or {TOKENIZERS[-1]}")
+    return found
 
 
 class _Words(dict[str, bytes]):
@@ -115,7 +147,7 @@ def _segments(text: str, start: int) -> Iterator[str]:
         start = end + 1
 
 
-def _parsed(model: bytes) -> Any:
+def parse_model(model: bytes) -> Any:
     """The model as SentencePiece's protobuf message; RuntimeError, as from its processor, if it is not valid."""
     from google.protobuf.message import DecodeError
     from sentencepiece.sentencepiece_model_pb2 import ModelProto

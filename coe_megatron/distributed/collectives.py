@@ -91,6 +91,29 @@ def os_error_of(error: BaseException) -> BaseException:
     return before or error
 
 
+class Pending:
+    """The result of a collective that is under way; other work can be done meanwhile.
+
+    Args:
+        work: None if there is nothing to wait for.
+    """
+
+    def __init__(self, tensor: torch.Tensor, work: dist.Work | None) -> None:
+        self._tensor, self._work = tensor, work
+
+    def result(self) -> torch.Tensor:
+        """Wait (on CUDA the stream waits, and the host does not) and return the result; may be called again."""
+        if self._work is not None:
+            self._work.wait()
+        return self._tensor
+
+
+def start_sum(values: torch.Tensor, group: Group = None) -> Pending:
+    """Start to sum a tensor over a group, on this rank's device; `values` is not changed."""
+    summed = to_device(values).clone()
+    return Pending(summed, dist.all_reduce(summed, group=group, async_op=True))
+
+
 def to_device(tensor: torch.Tensor) -> torch.Tensor:
     """Copy a CPU tensor to this rank's device, from pinned memory, so that the host does not wait for the device."""
     if tensor.is_cuda or not torch.cuda.is_available():

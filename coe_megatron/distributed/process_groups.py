@@ -31,8 +31,7 @@ def start(
 ) -> torch.device:
     """Initialise this rank: local backend, device and CPU affinity, process groups, and seeds.
 
-    All replicas get the same seed and so build equal weights; each pipeline stage gets its own, so that its layers
-    differ from those of the first stage. Call `seed_dropout` after the model is built.
+    The seeds are those of `seed_weights`. Call `seed_dropout` after the model is built.
 
     Args:
         env: rank and world size of this process; read from the environment when None.
@@ -68,7 +67,7 @@ def start(
         expert_tensor_parallel_size=parallel.expert_tensor,
         **({} if timeout is None else {"distributed_timeout_minutes": math.ceil(timeout / timedelta(minutes=1))}),
     )
-    _seed(seed, parallel_state.get_pipeline_model_parallel_rank())
+    seed_weights(seed)
     return device
 
 
@@ -76,6 +75,14 @@ def stop() -> None:
     """Destroy the process groups; collective."""
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+
+
+def seed_weights(seed: int) -> None:
+    """Give all replicas of the model the same seed, so that they build equal weights.
+
+    Each pipeline stage has its own, so that its layers differ from those of the first stage.
+    """
+    _seed(seed, parallel_state.get_pipeline_model_parallel_rank())
 
 
 def seed_dropout(seed: int) -> None:

@@ -13,13 +13,13 @@ rank has the logits of V / TP words.
 Letters: T tokens of a micro-batch on a rank, b bytes of an element, D hidden, N experts, K experts per token, F ffn.
 """
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from coe_megatron.chain.settings import Recompute
 from coe_megatron.errors import ConfigError
-from coe_megatron.estimate.closed_forms import ModelShape, forward_flops
+from coe_megatron.estimate.closed_forms import ModelShape, forward_flops, ranks_of_a_token
+from coe_megatron.estimate.expert_gradients import ExpertUse, expert_gradients
 
 Scores = Literal["softmax", "renormalised", "sigmoid"]
 
@@ -46,6 +46,8 @@ class PassSettings:
         expert_parallel: EP, ranks that share the experts of a layer.
         tensor: TP, ranks that shard everything else, and the sequence between layers.
         expert_tensor: ETP, ranks that shard each expert; each of them gets the rows of all.
+        deduplicated: whether a token travels once to each rank, and not once for each expert.
+        groups: of group-limited routing: how many there are, and how many a token may choose experts from.
         first, last: whether the rank has the embedding, and whether it has the output layer and the loss.
         in_flight: number of micro-batches that a pipeline keeps on this rank at the same time.
     """
@@ -61,6 +63,8 @@ class PassSettings:
     expert_parallel: int = 1
     tensor: int = 1
     expert_tensor: int = 1
+    deduplicated: bool = False
+    groups: tuple[int | None, int | None] = (None, None)
     first: bool = True
     last: bool = True
     in_flight: int = 1
@@ -75,8 +79,8 @@ class Activations:
             `routers`: scores, choices, and the order of rows; `output`: logits (their softmax) and loss.
         recomputed: maximum of what the backward pass recomputes at a time.
         logits_gradient: gradient of the loss, in addition to the softmax, which it overwrites.
-        gradients: gradients in the backward pass of one iteration's experts: those of their rows and, with more than
-            one iteration, those of one layer's experts, which autograd sums over iterations.
+        gradients: gradients in the backward pass of one iteration's experts: those of their rows, and those of one
+            layer's experts, which are summed over iterations.
         in_flight: number of micro-batches whose `kept` is allocated at the same time; one of them is in its backward
             pass.
     """
@@ -173,19 +177,12 @@ def _segment(kept: int, working: int) -> Segment:
 
 
 def _moe_segment(shape: ModelShape, settings: PassSettings, norm: int, dropout: int) -> Segment:
-    own_norms, c = shape.chain.norm_placement == "iteration_norm", shape.chain.iterations
+    own_norms = shape.chain.norm_placement == "iteration_norm"
     kept = sum(_chain(shape, settings).values()) + (0 if own_norms else norm) + dropout
     recomputed = _recomputed(shape, settings)
-    left = kept // c + recomputed // (c if settings.recompute == "layer" else 1)
-    rows, state = _tokens(shape, settings) * shape.topk * settings.element_bytes, settings.expert_tensor * shape.hidden
-    # The gradient of the experts' second product comes first; after that of the first one, only the gradient of their
-    # input is left.
-    return Segment(
-        kept,
-        recomputed + _gradients(shape, settings),
-        at_first_gradient=left + rows * (state + shape.expert_ffn),
-        at_later_gradients=left - rows * ((shape.ffn_matrices - 1) * shape.expert_ffn + _between(shape)),
-    )
+    # The experts' gradients are handed on when those of all iterations are added up: only the gradient of x(0) is left.
+    left = (0 if own_norms else norm) + dropout + _tokens(shape, settings) * settings.element_bytes * shape.hidden
+    return Segment(kept, recomputed + _gradients(shape, settings), at_first_gradient=left, at_later_gradients=left)
 
 
 def _tokens(shape: ModelShape, settings: PassSettings) -> int:
@@ -218,12 +215,12 @@ def _chain(shape: ModelShape, settings: PassSettings) -> dict[str, int]:
     if settings.recompute == "layer":
         return kept | {"state": state, "routers": routes}
     if settings.recompute == "iteration":
-        given = tokens * shape.experts * (_FP32 + 1) if c > shape.routings else 0
+        given = tokens * (shape.experts + shape.topk * _FP32) if c > shape.routings else 0
         masked = tokens * shape.experts * (c - 1) if shape.chain.no_return else 0
         return kept | {"state": c * state, "routers": routes + given + masked}
-    for kind_of_iteration, times in _iterations(shape).items():
-        for kind, size in _iteration(shape, settings, kind_of_iteration).items():
-            kept[kind] += times * size
+    for iteration in _iterations(shape):
+        for kind, size in _iteration(shape, settings, iteration).items():
+            kept[kind] += size
     return kept
 
 
@@ -241,11 +238,9 @@ class _Iteration:
     masks: bool
 
 
-def _iterations(shape: ModelShape) -> Counter[_Iteration]:
-    """The number of iterations of each kind in a chain."""
-    return Counter(
-        _Iteration(t < shape.routings, t > 1 and shape.chain.no_return) for t in range(shape.chain.iterations)
-    )
+def _iterations(shape: ModelShape) -> list[_Iteration]:
+    """The iterations of a chain."""
+    return [_Iteration(t < shape.routings, t > 1 and shape.chain.no_return) for t in range(shape.chain.iterations)]
 
 
 def _recomputed(shape: ModelShape, settings: PassSettings) -> int:
@@ -253,38 +248,52 @@ def _recomputed(shape: ModelShape, settings: PassSettings) -> int:
     if settings.recompute == "none":
         return 0
     if settings.recompute == "experts":
-        return _tokens(shape, settings) * shape.topk * settings.element_bytes * _between(shape)
-    each = [(sum(_iteration(shape, settings, kind).values()), times) for kind, times in _iterations(shape).items()]
+        return _tokens(shape, settings) * shape.topk * settings.element_bytes * shape.expert_ffn
+    each = [sum(_iteration(shape, settings, iteration).values()) for iteration in _iterations(shape)]
     known = shape.routings * _tokens(shape, settings) * shape.topk * _INDEX  # the choices, which are kept
     state = (
         _tokens(shape, settings) * settings.element_bytes * shape.hidden
     )  # the input of what is recomputed, which is kept too
     if settings.recompute == "iteration":
-        return max(size for size, _ in each) - known // shape.routings - state
-    return sum(times * size for size, times in each) - known - state
+        return max(each) - known // shape.routings - state
+    return sum(each) - known - state
 
 
 def _gradients(shape: ModelShape, settings: PassSettings) -> int:
     """See `Activations.gradients`."""
-    experts = shape.experts // settings.expert_parallel * shape.ffn_matrices * shape.hidden * shape.expert_ffn
-    experts //= settings.expert_tensor
-    return _row_gradients(shape, settings) + settings.element_bytes * (experts if shape.chain.iterations > 1 else 0)
-
-
-def _row_gradients(shape: ModelShape, settings: PassSettings) -> int:
-    rows = _tokens(shape, settings) * shape.topk
-    return (
-        settings.element_bytes * rows * (settings.expert_tensor * shape.hidden + shape.ffn_matrices * shape.expert_ffn)
+    tokens, b = _tokens(shape, settings), settings.element_bytes
+    experts = shape.experts // settings.expert_parallel
+    ffn, halves = shape.expert_ffn // settings.expert_tensor, shape.ffn_matrices - 1
+    rows, received = tokens * shape.topk * settings.expert_tensor, tokens
+    if not _is_local(settings):
+        copies = _copies(shape, settings) if settings.deduplicated else shape.topk
+        received = int(tokens * copies * settings.expert_tensor)
+    recomputed = settings.recompute == "experts"
+    use = ExpertUse(
+        rows=rows,
+        tokens=received,
+        hidden=shape.hidden,
+        inner=halves * ffn,
+        ffn=ffn,
+        first=experts * halves * shape.hidden * ffn,
+        second=experts * shape.hidden * ffn,
+        recomputed=recomputed,
     )
+    freed = 0  # the next iteration recomputes as much
+    if settings.recompute != "iteration":
+        kept = sum(_iteration(shape, settings, _iterations(shape)[-1]).values()) // b
+        freed = max(0, kept - received * shape.hidden - (0 if recomputed else rows * ffn))
+    return b * expert_gradients(use, shape.chain.iterations, freed)
 
 
 def _iteration(shape: ModelShape, settings: PassSettings, kind: _Iteration) -> dict[str, int]:
     """What one iteration keeps if at most its experts are recomputed.
 
-    Its input is kept for the first products of router and shared experts; permuted tokens are kept separately.
+    Its input is kept for the first products of router and shared experts, and on a single rank of the experts; several
+    ranks keep the tokens that they received.
     """
     tokens, b = _tokens(shape, settings), settings.element_bytes
-    reads_input = bool(shape.shared_ffn) or (kind.routes and not settings.jitter)
+    reads_input = _is_local(settings) or bool(shape.shared_ffn) or (kind.routes and not settings.jitter)
     jittered = 2 * b * shape.hidden if kind.routes and settings.jitter else 0
     own_norm = shape.chain.norm_placement == "iteration_norm"
     states = reads_input + shape.gains // shape.chain.iterations  # F_t and x, for the gradients of their gains
@@ -292,36 +301,59 @@ def _iteration(shape: ModelShape, settings: PassSettings, kind: _Iteration) -> d
         "norms": tokens * _norm(shape, settings, shape.hidden) if own_norm else 0,
         "state": states * tokens * b * shape.hidden,
         "routers": tokens * (jittered + _router(shape, settings, kind.routes) + shape.experts * kind.masks),
-        "experts": tokens * shape.topk * _row(shape, settings),
-        "shared": tokens * b * _feed_forward(shape, shape.shared_ffn) if shape.shared_ffn else 0,
+        "experts": tokens * shape.topk * _row(shape, settings) + int(tokens * _received(shape, settings, kind.routes)),
+        "shared": _shared(shape, settings),
     }
 
 
+def _shared(shape: ModelShape, settings: PassSettings) -> int:
+    """Bytes of the shared experts, and with a gate of their output and its sigmoid."""
+    gated = shape.hidden + 1 if shape.shared_gate else 0
+    elements = _feed_forward(shape, shape.shared_ffn) + gated if shape.shared_ffn else 0
+    return _tokens(shape, settings) * settings.element_bytes * elements
+
+
+def _is_local(settings: PassSettings) -> bool:
+    """Whether a rank has all experts."""
+    return settings.expert_parallel * settings.expert_tensor == 1
+
+
 def _router(shape: ModelShape, settings: PassSettings, routed: bool) -> int:
-    """Bytes per token of permutation (of each row its token and the place of its gate) and of routing."""
+    """Bytes per token of routing, and of sending: each row's token, and the place of its gate or whether it has one."""
     n, k = shape.experts, shape.topk
-    order = 2 * k * _INDEX
+    if _is_local(settings):
+        sent = 0
+    elif settings.deduplicated:
+        sent = int(_copies(shape, settings) * (_INDEX + k))
+    else:
+        sent = 2 * k * _INDEX
     if not routed:
-        return order
+        return sent
     chosen = k * _INDEX
     scores = {"softmax": n, "renormalised": k, "sigmoid": n + (k + 1 if k > 1 else 0)}[settings.scores] * _FP32
-    losses = (n * settings.balanced + (n + 1) * settings.z_loss) * _FP32
-    return order + chosen + scores + losses
+    balanced = settings.balanced and settings.scores != "softmax"  # whose scores are kept anyway
+    losses = (n * balanced + (n + 1) * settings.z_loss) * _FP32
+    return sent + chosen + scores + losses
 
 
 def _row(shape: ModelShape, settings: PassSettings) -> int:
-    """Bytes of a permuted token in an expert: its input, the first product, its gate, and what `experts` recomputes."""
+    """Bytes of an expert's row: the place of its gate, the first product, and what `experts` recomputes."""
     first = (2 if shape.swiglu else 1) * shape.expert_ffn
-    between = 0 if settings.recompute == "experts" else _between(shape)
-    return (
-        settings.element_bytes * (settings.expert_tensor * shape.hidden + first + between)
-        + settings.expert_tensor * _FP32
-    )
+    active = 0 if settings.recompute == "experts" else shape.expert_ffn
+    return settings.element_bytes * (first + active) + settings.expert_tensor * _INDEX
 
 
-def _between(shape: ModelShape) -> int:
-    """Elements of a row between the products: SiLU, its product with the other half (or GELU), and the weighted row."""
-    return (3 if shape.swiglu else 2) * shape.expert_ffn
+def _received(shape: ModelShape, settings: PassSettings, routed: bool) -> float:
+    """Bytes per token of what the experts get: gates, and unless they are this rank's own, tokens."""
+    if _is_local(settings):
+        return shape.topk * _FP32 * routed
+    copies, slots = (_copies(shape, settings), shape.topk) if settings.deduplicated else (shape.topk, 1)
+    return settings.expert_tensor * copies * (settings.element_bytes * shape.hidden + slots * _FP32)
+
+
+def _copies(shape: ModelShape, settings: PassSettings) -> float:
+    """Ranks that hold some of a token's experts."""
+    return ranks_of_a_token(shape.experts, shape.topk, settings.expert_parallel, *settings.groups)
 
 
 def _feed_forward(shape: ModelShape, ffn: int) -> int:
@@ -355,7 +387,9 @@ def _grouped_attention(shape: ModelShape, settings: PassSettings) -> int:
         return straight + rotated + out
     rows = heads + groups
     normed = rows * _norm(shape, settings, size)
-    if shape.layer_norm or b == _FP32:  # the norm's input is a view of `straight`
+    if shape.qk_norm_over_heads:  # their inputs are copies
+        normed = sum(_norm(shape, settings, width) for width in shape.qk_norm_widths)
+    elif shape.layer_norm or b == _FP32:  # the norm's input is a view of `straight`
         normed -= rows * size * b
         normed += b * size * heads if groups < heads else 0  # except grouped queries, which are copied
     return straight + normed + rotated + out

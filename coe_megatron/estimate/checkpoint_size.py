@@ -24,9 +24,9 @@ def _parts(shape: ModelShape, layout: Layout) -> int:
 
     Norms count as four per layer; experts have by far the most parts.
     """
-    attention = len(("qkv", "output")) if shape.attention == "mha" else 4
+    attention = len(("qkv", "output")) + shape.qkv_bias if shape.attention == "mha" else 4
     experts = shape.experts * shape.ffn_matrices * layout.expert_tensor
-    shared = shape.ffn_matrices * layout.tensor * bool(shape.shared_ffn)
+    shared = shape.ffn_matrices * layout.tensor * bool(shape.shared_ffn) + shape.shared_gate
     dense = (shape.layers - shape.num_moe_layers) * shape.ffn_matrices * layout.tensor
     moe = sum(count * (experts + shared + kind.routers + kind.gains) for count, kind in shape.moe_kinds)
     return moe + dense + shape.layers * (attention * layout.tensor + 4) + 2 * layout.tensor

@@ -11,6 +11,7 @@ although it is causal, as in Megatron-Core and most reports; a kernel that skips
 import math
 import operator
 from dataclasses import dataclass, field, fields, replace
+from fractions import Fraction
 from typing import Literal, get_args
 
 from coe_megatron.chain.settings import ChainSettings
@@ -21,7 +22,7 @@ Attention = Literal["mha", "mla"]
 
 @dataclass(frozen=True)
 class ModelShape:
-    """All sizes of a model that its parameters and FLOPs depend on. Linear layers have no biases.
+    """All sizes of a model that its parameters and FLOPs depend on.
 
     Attributes:
         layers: transformer layers.
@@ -45,6 +46,9 @@ class ModelShape:
         qk_rope: of `mla`, dimensions with rotary position; all heads share one key of this width.
         v_head_dim: of `mla`, the size of a value head.
         qk_layernorm: norms on the queries and keys of `mha`; `mla` always normalises its latents.
+        qk_norm_over_heads: with `qk_layernorm`, these norms are over all heads together.
+        qkv_bias: queries, keys and values of `mha` have biases.
+        shared_gate: the shared experts' output has a learned gate.
         layer_norm: every norm is a LayerNorm (with a bias) instead of an RMSNorm.
         swiglu: the first matrix of every feed-forward has two halves.
         untied_embeddings: the output layer has its own weights.
@@ -75,6 +79,9 @@ class ModelShape:
     qk_rope: int = 0
     v_head_dim: int = 0
     qk_layernorm: bool = False
+    qk_norm_over_heads: bool = False
+    qkv_bias: bool = False
+    shared_gate: bool = False
     layer_norm: bool = False
     swiglu: bool = True
     untied_embeddings: bool = True
@@ -133,6 +140,19 @@ class ModelShape:
         return self.head_dim or self.hidden // self.heads
 
     @property
+    def attention_biases(self) -> int:
+        """Parameters of the biases of a layer's attention."""
+        return self.head_width * (self.heads + 2 * (self.kv_groups or self.heads)) if self.qkv_bias else 0
+
+    @property
+    def qk_norm_widths(self) -> tuple[int, ...]:
+        """Widths of the norms of queries and keys of `mha`; empty without `qk_layernorm`."""
+        if not self.qk_layernorm:
+            return ()
+        counts = (self.heads, self.kv_groups or self.heads) if self.qk_norm_over_heads else (1, 1)
+        return tuple(count * self.head_width for count in counts)
+
+    @property
     def routings(self) -> int:
         """Routings of a token per layer: one with `fixed` gating, otherwise C."""
         return 1 if self.chain.gating == "fixed" else self.chain.iterations
@@ -159,7 +179,7 @@ class ParameterCount:
 
     Attributes:
         embedding, output: vocab x hidden each; output is 0 when tied.
-        attention: matrices of all layers.
+        attention: matrices and biases of all layers.
         norms: gains (and biases) of all layers, of the latents of `mla`, and of the final norm.
         final_norm: the part of `norms` after the last layer.
         gains: learned gains of the chains (see ChainSettings).
@@ -214,13 +234,13 @@ def parameters(shape: ModelShape) -> ParameterCount:
     return ParameterCount(
         embedding=table,
         output=table if shape.untied_embeddings else 0,
-        attention=shape.layers * _attention_matrices(shape),
+        attention=shape.layers * (_attention_matrices(shape) + shape.attention_biases),
         norms=_norm_gains(shape),
         final_norm=_vectors_per_norm(shape) * shape.hidden,
         gains=sum(count * kind.gains for count, kind in kinds) * shape.hidden,
         routers=sum(count * kind.routers for count, kind in kinds) * shape.experts * shape.hidden,
         experts=moe * shape.experts * expert,
-        shared=moe * shape.ffn_matrices * shape.hidden * shape.shared_ffn,
+        shared=moe * shape.hidden * (shape.ffn_matrices * shape.shared_ffn + shape.shared_gate),
         dense=dense * shape.ffn_matrices * shape.hidden * shape.dense_ffn,
         idle_experts=idle * expert,
     )
@@ -248,10 +268,8 @@ def _norm_gains(shape: ModelShape) -> int:
         for count, kind in shape.moe_kinds
     )
     in_dense = shape.layers - shape.num_moe_layers
-    if shape.attention == "mla":
-        inside = shape.kv_lora_rank + (shape.q_lora_rank or 0)
-    else:
-        inside = 2 * shape.head_width if shape.qk_layernorm else 0
+    latents = shape.kv_lora_rank + (shape.q_lora_rank or 0)
+    inside = latents if shape.attention == "mla" else sum(shape.qk_norm_widths)
     gains = (shape.layers + in_moe + in_dense + 1) * shape.hidden + shape.layers * inside
     return _vectors_per_norm(shape) * gains
 
@@ -302,7 +320,8 @@ def forward_flops(shape: ModelShape) -> Flops:
         attention_scores=2 * shape.layers * shape.seq_length * _score_width(shape),
         routers=2 * sum(count * kind.routings for count, kind in kinds) * shape.experts * shape.hidden,
         experts=shape.num_moe_layers * shape.chain.iterations * shape.topk * feed_forward * shape.expert_ffn,
-        shared=sum(count * kind.chain.iterations for count, kind in kinds) * feed_forward * shape.shared_ffn,
+        shared=sum(count * kind.chain.iterations for count, kind in kinds)
+        * (feed_forward * shape.shared_ffn + 2 * shape.hidden * shape.shared_gate),
         dense=dense * feed_forward * shape.dense_ffn,
         output=2 * shape.vocab * shape.hidden,
     )
@@ -327,3 +346,34 @@ def expert_combinations(experts: int, topk: int, iterations: int = 1) -> int:
     C(64,4)² / C(64,8) = 91.2.
     """
     return math.comb(experts, topk) ** iterations
+
+
+def ranks_of_a_token(
+    experts: int, topk: int, ranks: int, groups: int | None = None, group_topk: int | None = None
+) -> float:
+    """The mean number of ranks that hold at least one of a token's experts, with uniform routing.
+
+    EP (1 - C(N - E, K) / C(N, K)) with E = N / EP experts on a rank. If experts come from M of G groups (group-limited
+    routing), K experts are taken to be uniform among those of the M groups.
+
+    Args:
+        ranks: EP; neighbouring experts are on the same rank, and in the same group.
+        groups, group_topk: G and M; None for none.
+    """
+    groups, chosen = (1, 1) if groups is None or group_topk is None else (groups, group_topk)
+    local, size = experts // ranks, experts // groups
+
+    def is_missed(here: int) -> Fraction:
+        """The probability that none of the K is among `here` of the experts in the M groups."""
+        among = chosen * size
+        return Fraction(math.comb(among - here, topk), math.comb(among, topk))
+
+    if ranks >= groups:  # a rank's experts are in one group
+        return float(ranks * Fraction(chosen, groups) * (1 - is_missed(local)))
+    own = groups // ranks
+    missed = sum(
+        Fraction(math.comb(own, here) * math.comb(groups - own, chosen - here), math.comb(groups, chosen))
+        * is_missed(here * size)
+        for here in range(min(own, chosen) + 1)
+    )
+    return float(ranks * (1 - missed))

@@ -56,7 +56,14 @@ def device(name: str) -> Device:
     return DEVICES[name]
 
 
+def find_device(name: str) -> Device | None:
+    """A device by its name in CUDA, or `cpu` with anything after it; None if unknown."""
+    if name.startswith("cpu"):
+        return DEVICES["cpu"]
+    return next((device for device in DEVICES.values() if device.cuda_name and device.cuda_name in name), None)
+
+
 def peak_of(cuda_name: str) -> float | None:
     """Dense bf16 peak in FLOP/s of a device by its name in CUDA; None if unknown."""
-    found = (device for device in DEVICES.values() if device.cuda_name and device.cuda_name in cuda_name)
-    return next((device.peak for device in found), None)
+    found = find_device(cuda_name)
+    return None if found is None else found.peak

@@ -145,12 +145,13 @@ class _Buckets:
     A tensor larger than the bucket is reduced in its own memory, instead of a bucket. After a reduction, the rank's own
     partition is copied into a buffer and the rest is freed; stage 1 frees tensors larger than the bucket only at the
     end of the step. This models the rank with the last partition of the model, which needs that buffer first, when most
-    activations are still allocated.
+    activations are still allocated. Stages 1 and 2 allocate the buckets in each pass when its first gradient is there.
     """
 
     def __init__(self, shards: ParameterShards, reduction: Reduction) -> None:
         self._shards, self._reduction = shards, reduction
         self._in_bucket = self._oversized = self._seen = 0
+        self._has_buckets = reduction.stage == 3
         separate = reduction.bf16 or reduction.stage == 3
         own = _FP32 * (shards.partition if separate else shards.overlapping)
         allocated = reduction.stage == 3 or (reduction.stage == 2 and reduction.accumulates)
@@ -164,13 +165,15 @@ class _Buckets:
     @property
     def now(self) -> Gradients:
         """The memory at this moment."""
-        return Gradients(self._accumulated, self._temporary, self._reduction.buffer(self._shards.sizes))
+        buckets = self._reduction.buffer(self._shards.sizes) if self._has_buckets else 0
+        return Gradients(self._accumulated, self._temporary, buckets)
 
     def add(self, size: int) -> Iterator[Gradients]:
         """As `_FullSums.add`."""
         capacity = self._shards.sizes.reduce_bucket
         self._temporary += self._reduction.element_bytes * size
         yield self.now
+        self._has_buckets = True
         if self._adds:
             self._temporary -= self._reduction.element_bytes * size
         if self._in_bucket and self._in_bucket + size > capacity:

@@ -130,7 +130,8 @@ def _segments(shape: ModelShape, layout: Layout) -> list[list[tuple[str, int]]]:
     d, tensor = shape.hidden, layout.tensor
     router = shape.experts * d
     shared = [(shape.ffn_matrices - 1) * d * shape.shared_ffn // tensor, d * shape.shared_ffn // tensor]
-    plain = [router, *(shared if shape.shared_ffn else [])]
+    gate = [d] if shape.shared_gate else []
+    plain = [router, *([*gate, *shared] if shape.shared_ffn else [])]
     chain = plain + [router] * (shape.routers - 1)
     dense = [(shape.ffn_matrices - 1) * d * shape.dense_ffn // tensor, d * shape.dense_ffn // tensor]
     attention = [("dense", size // tensor) for size in _attention_matrices(shape)]

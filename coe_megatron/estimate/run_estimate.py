@@ -15,7 +15,9 @@ from coe_megatron.errors import ConfigError
 from coe_megatron.estimate import closed_forms
 from coe_megatron.estimate.activations import Activations, activations, extra_flops
 from coe_megatron.estimate.closed_forms import Flops, ParameterCount
+from coe_megatron.estimate.dispatch import Dispatch, dispatch
 from coe_megatron.estimate.memory import memory
+from coe_megatron.estimate.node_limit import NodeLimit, node_limit
 from coe_megatron.estimate.run_shape import RunShape, padded_vocabulary
 from coe_megatron.estimate.traffic import Sent, bubble, traffic
 from coe_megatron.text import aligned_facts
@@ -42,6 +44,8 @@ class RunEstimate:
         recompute: the run's `moe.recompute`.
         extra_flops: FLOPs per token that each mode adds to `flops_per_token`.
         communication: bytes per rank and step of the stage that sends most, by purpose and link.
+        dispatch: how tokens get to their experts; None without expert parallelism.
+        node_limit: to how many nodes a token goes; None without a limit.
     """
 
     layout: Layout
@@ -59,6 +63,8 @@ class RunEstimate:
     activations: dict[str, Activations]
     extra_flops: dict[str, int]
     communication: dict[str, Sent]
+    dispatch: Dispatch | None
+    node_limit: NodeLimit | None
 
     @property
     def needed(self) -> int:
@@ -92,6 +98,8 @@ class RunEstimate:
                 name: {"total": each.total} | asdict(each)
                 for name, each in {"total": sent, **self.communication}.items()
             },
+            "dispatch": self.dispatch and self.dispatch.as_dict(),
+            "node_limit": self.node_limit and self.node_limit.as_dict(),
         }
 
     def table(self) -> str:
@@ -112,6 +120,8 @@ class RunEstimate:
             **({"host memory per rank": _sizes(self.host)} if self.host else {}),
             "recompute": f"{self.recompute}; activations by mode: {', '.join(map(self._mode, self.activations))}",
             **{f"sent {link.replace('_', ' ')}": _sizes(self._sent(link)) for link in ("inside_node", "across_nodes")},
+            **({"dispatch": self.dispatch} if self.dispatch else {}),
+            **({"nodes per token": _of_nodes(self.node_limit)} if self.node_limit else {}),
         }
         return aligned_facts(rows)
 
@@ -149,6 +159,8 @@ def estimate(run: RunShape, stage: int | None = None) -> RunEstimate:
         activations={mode: activations(own, run.stage_pass(most, mode)) for mode in get_args(Recompute)},
         extra_flops={mode: extra_flops(run.model, mode) for mode in get_args(Recompute)},
         communication=max(sent, key=lambda kinds: sum(kinds.values(), Sent(0, 0)).total),
+        dispatch=dispatch(run),
+        node_limit=node_limit(run),
     )
 
 
@@ -166,6 +178,8 @@ def vocabulary(config: RunConfig, *, data_needed: bool = False) -> int:
         return padded_vocabulary(config, manifest.vocab_size)
     if config.model.vocab_size is None:
         missing = next(data_folders(config.data))
+        if missing.is_prefix:
+            raise ConfigError(f"model.vocab_size is null: {missing.without_tokenizer}")
         raise ConfigError(
             "model.vocab_size is null: without prepared data it must be set "
             f"(there is no folder {missing.path}, which {missing.setting} names)"
@@ -176,6 +190,12 @@ def vocabulary(config: RunConfig, *, data_needed: bool = False) -> int:
 def size(count: int) -> str:
     """Bytes as text, in MiB or GiB."""
     return f"{count / 2**30:,.1f} GiB" if count >= 10 * 2**30 else f"{count / 2**20:,.1f} MiB"
+
+
+def _of_nodes(limit: NodeLimit) -> str:
+    nodes = f"at most {limit.most} of {limit.nodes} in an iteration, {limit.mean:.2f} on average"
+    across, without = size(limit.across_nodes), size(limit.across_nodes_without_groups)
+    return f"{nodes} ({limit.mean_without_groups:.2f} without groups); {across} across nodes ({without} without groups)"
 
 
 def _sizes(parts: dict[str, int]) -> str:

@@ -10,6 +10,7 @@ from coe_megatron.config.settings import RunConfig
 from coe_megatron.errors import ConfigError
 from coe_megatron.estimate.activations import PassSettings, Scores
 from coe_megatron.estimate.closed_forms import ModelShape
+from coe_megatron.estimate.measured_network import MeasuredNetwork
 
 
 @dataclass(frozen=True)
@@ -20,20 +21,33 @@ class RunShape:
         config: its settings.
         vocab_size: rows of the embedding, including padding.
         layout: its parallel layout.
+        network: what `parallel.network` names, if it has been read.
+
+    Raises:
+        ConfigError: a setting is `auto`.
     """
 
     config: RunConfig
     vocab_size: int
     layout: Layout
+    network: MeasuredNetwork | None = None
+
+    def __post_init__(self) -> None:
+        self.config.moe.resolved_chunks()
 
     @classmethod
     def of(cls, config: RunConfig, vocab_size: int, world_size: int | None = None) -> "RunShape":
-        """The shape of a run; `world_size` as in `config.layout.layout`."""
+        """The shape of a run without `auto`; `world_size` as in `config.layout.layout`."""
         return cls(config, vocab_size, layouts.layout(config, world_size))
 
     def changed(self, config: RunConfig) -> "RunShape":
-        """The shape with another config, but the same world size and vocabulary."""
-        return RunShape.of(config, self.vocab_size, self.layout.world_size)
+        """The shape with another config, but the same world size, vocabulary and network."""
+        return replace(self, config=config, layout=layouts.layout(config, self.layout.world_size))
+
+    @property
+    def ranks_on_a_node(self) -> int:
+        """Ranks that share a node, by `parallel.ranks_per_node`."""
+        return min(self.config.parallel.ranks_per_node, self.layout.world_size)
 
     @property
     def micro_batches(self) -> int:
@@ -76,6 +90,9 @@ class RunShape:
             qk_rope=mla.qk_pos_emb_head_dim if mla else 0,
             v_head_dim=mla.v_head_dim if mla else 0,
             qk_layernorm=model.qk_layernorm,
+            qk_norm_over_heads=model.qk_norm_over_heads,
+            qkv_bias=model.qkv_bias,
+            shared_gate=moe.shared_expert_gate,
             layer_norm=model.normalization == "LayerNorm",
             swiglu=model.activation == "swiglu",
             untied_embeddings=model.untied_embeddings,
@@ -105,6 +122,8 @@ class RunShape:
             expert_parallel=self.layout.expert,
             tensor=self.layout.tensor,
             expert_tensor=self.layout.expert_tensor,
+            deduplicated=moe.dispatcher == "deduplicated",
+            groups=(moe.num_groups, moe.group_topk),
         )
 
     def stage_pass(self, stage: int, recompute: Recompute | None = None) -> PassSettings:

@@ -19,9 +19,10 @@ from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
+from math import gcd
 
 from coe_megatron.config.layout import Layout
-from coe_megatron.estimate.closed_forms import ModelShape
+from coe_megatron.estimate.closed_forms import ModelShape, ranks_of_a_token
 from coe_megatron.estimate.parameter_shards import ParameterShards, parameter_shards
 from coe_megatron.estimate.run_shape import RunShape
 
@@ -107,11 +108,11 @@ def groups(layout: Layout, ranks_per_node: int) -> dict[str, Group]:
 def traffic(run: RunShape, stage: int) -> dict[str, Sent]:
     """What a rank of a pipeline stage sends in a step, assuming uniform routing.
 
-    Small messages are not included: losses of routers, gradient norms, and maxima and sums of logits.
+    Small messages are not included: losses of routers, gates, gradient norms, and maxima and sums of logits.
     """
     links = groups(run.layout, run.config.parallel.ranks_per_node)
     return {
-        **_expert_traffic(run, run.stage_model(stage), links),
+        **expert_traffic(run, stage),
         "tensor": _tensor_traffic(run, stage, links["tensor"]),
         "pipeline": _pipeline_traffic(run, stage, links["pipeline"]),
         **_replica_traffic(run, parameter_shards(run, stage), links),
@@ -123,25 +124,51 @@ def _state_bytes(run: RunShape) -> int:
     return run.tokens_per_replica // run.layout.tensor * run.model.hidden * run.element_bytes
 
 
-def _expert_traffic(run: RunShape, shape: ModelShape, links: dict[str, Group]) -> dict[str, Sent]:
+def expert_traffic(run: RunShape, stage: int) -> dict[str, Sent]:
     """Dispatch and combine in each of C iterations, forward and backward; forward twice if iterations are recomputed.
 
-    The all-to-all sends each token K times, and with ETP every rank of a group gathers the tokens of all. With
-    `moe.dispatcher` allgather, all tokens are gathered instead.
+    The all-to-all sends each token K times, or once to each rank with some of its experts (`deduplicated`), and with
+    ETP every rank of a group gathers the tokens of all. With `moe.dispatcher` allgather, all tokens are gathered
+    instead.
     """
-    layout, forward = run.layout, _forward_passes(run)
+    layout, forward, shape = run.layout, _forward_passes(run), run.stage_model(stage)
+    links = groups(layout, run.config.parallel.ranks_per_node)
     passes = sum(count * kind.chain.iterations for count, kind in shape.moe_kinds) * 2 * (forward + 1)
     states = _state_bytes(run)
     if run.config.moe.dispatcher == "allgather":
         size = layout.expert * layout.expert_tensor
         both = group(layout.world_size, size, 1, run.config.parallel.ranks_per_node)
         return {"all_to_all": both.ring(passes * states * size, 1), "expert_tensor": Sent(0, 0)}
-    # Plain MoE layers send as many permuted tokens, all at once.
-    rows = shape.num_moe_layers * shape.chain.iterations * 2 * (forward + 1) * states * shape.topk
+    copies = sum(count * kind.chain.iterations * _copies(run, kind) for count, kind in shape.moe_kinds)
+    rows = round(copies * 2 * (forward + 1) * states)
     return {
         "all_to_all": links["expert"].all_to_all(rows),
         "expert_tensor": links["expert_tensor"].ring(rows * layout.expert_tensor, 1),
     }
+
+
+def one_way(run: RunShape, kind: ModelShape) -> Sent:
+    """What a micro-batch sends in an iteration of a kind of MoE layer, to the experts or back."""
+    links = groups(run.layout, run.config.parallel.ranks_per_node)
+    rows = round(_copies(run, kind) * _state_bytes(run) / run.micro_batches)
+    gathered = links["expert_tensor"].ring(rows * run.layout.expert_tensor, 1)
+    return links["expert"].all_to_all(rows) + gathered
+
+
+def expert_nodes(run: RunShape) -> int:
+    """The largest number of nodes that hold a copy of all experts of a layer."""
+    size, ranks_per_node = run.layout.expert * run.layout.expert_tensor, run.config.parallel.ranks_per_node
+    repeats = ranks_per_node // gcd(size, ranks_per_node)  # groups, after which one begins with a node again
+    firsts = range(0, run.layout.world_size, size)[:repeats]
+    return max((first + size - 1) // ranks_per_node - first // ranks_per_node + 1 for first in firsts)
+
+
+def _copies(run: RunShape, shape: ModelShape) -> float:
+    """How often a token is sent in an iteration of a kind of MoE layer."""
+    moe = run.config.moe
+    if moe.dispatcher != "deduplicated":
+        return shape.topk
+    return ranks_of_a_token(shape.experts, shape.topk, run.layout.expert, moe.num_groups, moe.group_topk)
 
 
 def _forward_passes(run: RunShape) -> int:

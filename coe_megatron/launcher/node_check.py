@@ -1,4 +1,4 @@
-"""Checks nodes before a run: devices, memory, disk, clock, and bandwidth to other nodes. Imports torch.
+"""Checks nodes before a run: devices, memory, disk, clock, bandwidth and latency to other nodes. Imports torch.
 
 One process per node takes part. The first node coordinates: all nodes connect to its store, and it collects what each
 node reports. Then pairs of neighbours, and finally all good nodes, time an all-to-all and an all-reduce. Every wait has
@@ -30,12 +30,13 @@ import torch
 import torch.distributed as dist
 
 from coe_megatron.distributed.rendezvous import LOOPBACK, connect_store, serve_store
-from coe_megatron.text import aligned
+from coe_megatron.text import aligned, duration
 
 GIB = 2**30
 _MIN_MESSAGE, _MAX_MESSAGE = 2**18, 2**28  # bytes: doubled until a message takes long enough to be timed
-_MIN_SECONDS = 0.05
+_MIN_SECONDS, _MIN_LATENCIES = 0.05, 10  # so that latency and the start of a connection hardly count
 _REPETITIONS = 3
+_SMALL, _IN_A_ROW = 8, 10  # bytes to each member, and all-to-alls one after the other, to measure the latency
 _WRITTEN = b"coe" * 2**20
 _CLOCK_ROUNDS = 5
 _MAX_TASKS_AHEAD = 10  # the first node may be busy with others for the time of so many tasks
@@ -80,7 +81,7 @@ class Limits:
 
 @dataclass
 class Node:
-    """The measurements of a node; bandwidths in GB/s (1e9 bytes), of its faster pair; None if unknown."""
+    """The measurements of a node; bandwidths in GB/s (1e9 bytes) and latency are of its faster pair; None: unknown."""
 
     host: str = ""
     devices: list[str] = field(default_factory=list)
@@ -90,12 +91,13 @@ class Node:
     skew: float | None = None  # seconds by which its clock is ahead of that of the first node
     all_reduce: float | None = None
     all_to_all: float | None = None
+    latency: float | None = None  # seconds of an all-to-all of a few bytes
     problems: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Report:
-    """All nodes by name, the bad ones with the reason, and the bandwidths (GB/s) over all good nodes."""
+    """All nodes by name, the bad ones with the reason, and bandwidths (GB/s) and latency (s) over all good nodes."""
 
     nodes: dict[str, Node]
     bad: dict[str, str]
@@ -107,7 +109,7 @@ class Report:
 
     def table(self) -> str:
         """A text table: a line per node, one for all good nodes, and one per bad node."""
-        head = ("node", "devices", "memory", "on device", "disk", "clock", "all-to-all", "all-reduce")
+        head = ("node", "devices", "memory", "on device", "disk", "clock", "all-to-all", "all-reduce", "latency")
         lines = aligned([head, *(_cells(name, node) for name, node in self.nodes.items())], "<<>")
         if self.all_nodes:
             lines.append(f"all good nodes: {_as_text(self.all_nodes)}")
@@ -119,11 +121,12 @@ def _cells(name: str, node: Node) -> list[str]:
     sizes = ["-" if size is None else f"{size / GIB:.1f} GiB" for size in (node.memory, node.device_memory, node.disk)]
     skew = "-" if node.skew is None else f"{node.skew * 1000:+.1f} ms"
     speeds = ["-" if speed is None else f"{speed:.3g} GB/s" for speed in (node.all_to_all, node.all_reduce)]
-    return [name, devices, *sizes, skew, *speeds]
+    return [name, devices, *sizes, skew, *speeds, "-" if node.latency is None else duration(node.latency)]
 
 
 def _as_text(speeds: dict[str, float]) -> str:
-    return f"all-to-all {speeds['all_to_all']:.3g} GB/s, all-reduce {speeds['all_reduce']:.3g} GB/s"
+    bandwidths = f"all-to-all {speeds['all_to_all']:.3g} GB/s, all-reduce {speeds['all_reduce']:.3g} GB/s"
+    return f"{bandwidths}, latency {duration(speeds['latency'])}"
 
 
 def check(env: NodeEnv, output: Path, limits: Limits) -> Report | None:
@@ -264,7 +267,7 @@ class _Worker:
         return None
 
     def _speeds(self, members: list[int], prefix: str) -> dict[str, float]:
-        """GB/s between the members; equal on all of them."""
+        """GB/s and latency between the members; equal on all of them."""
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
@@ -274,10 +277,12 @@ class _Worker:
             timeout=timedelta(seconds=self.limits.timeout / 3),  # a third each to connect, to fail, and to report
         )
         try:
+            latency = _latency(device)
             sent = (len(members) - 1) / len(members)  # in an all-to-all this share of a message leaves the node
             return {
-                "all_to_all": sent * _bytes_per_second(_all_to_all, device) / 1e9,
-                "all_reduce": 2 * sent * _bytes_per_second(dist.all_reduce, device) / 1e9,
+                "all_to_all": sent * _bytes_per_second(_all_to_all, device, latency) / 1e9,
+                "all_reduce": 2 * sent * _bytes_per_second(dist.all_reduce, device, latency) / 1e9,
+                "latency": latency,
             }
         finally:
             dist.destroy_process_group()
@@ -288,13 +293,27 @@ def _all_to_all(message: torch.Tensor) -> None:
     dist.all_to_all_single(torch.empty_like(parts), parts)
 
 
-def _bytes_per_second(communicate: Callable[[torch.Tensor], Any], device: torch.device) -> float:
+def _bytes_per_second(communicate: Callable[[torch.Tensor], Any], device: torch.device, latency: float) -> float:
     """Bandwidth for a message that is doubled until it takes long enough; the best of several, since load varies."""
-    size = _MIN_MESSAGE
+    size, enough = _MIN_MESSAGE, max(_MIN_SECONDS, _MIN_LATENCIES * latency)
     _seconds(communicate, size, device)  # the first call connects
-    while (seconds := _seconds(communicate, size, device)) < _MIN_SECONDS and size < _MAX_MESSAGE:
+    while (seconds := _seconds(communicate, size, device)) < enough and size < _MAX_MESSAGE:
         size *= 2
     return size / min(seconds, *(_seconds(communicate, size, device) for _ in range(_REPETITIONS)))
+
+
+def _latency(device: torch.device) -> float:
+    """Seconds of an all-to-all of a few bytes, the best of several, of which the first connects.
+
+    Each is some all-to-alls in a row, since members do not leave a barrier at the same moment.
+    """
+
+    def communicate(message: torch.Tensor) -> None:
+        for _ in range(_IN_A_ROW):
+            _all_to_all(message)
+
+    size = _SMALL * dist.get_world_size()
+    return min(_seconds(communicate, size, device) for _ in range(1 + _REPETITIONS)) / _IN_A_ROW
 
 
 def _seconds(communicate: Callable[[torch.Tensor], Any], size: int, device: torch.device) -> float:
@@ -421,6 +440,8 @@ class _Coordinator(_Worker):
                 if speed < max(median / self.limits.slow, self.limits.bandwidth):
                     reason = f"slow: {what.replace('_', '-')} {speed:.3g} GB/s with its faster neighbour"
                     self.bad.setdefault(name, f"{reason}, the median is {median:.3g} GB/s")
+        for index in connected:
+            self.nodes[self.env.names[index]].latency = min(speed["latency"] for speed in speeds[index])
 
     def _time_all_nodes(self, members: list[int]) -> None:
         if len(members) < 2:

@@ -8,8 +8,6 @@ Megatron's `SequentialMLP` and `TEGroupedMLP` (`experts.experts.linear_fc1.weigh
 value separate), so each can load the other's.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -22,10 +20,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from megatron.core.utils import divide
 
-from coe_megatron.alignment import ALIGNMENT, row_multiple
+from coe_megatron.alignment import row_multiple
 from coe_megatron.errors import ConfigError
-
-Activate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+from coe_megatron.local_backend.expert_activation import FusedSwiGLU, OtherActivation, SwiGLU
+from coe_megatron.local_backend.expert_mlp import Activation, Assignment, ExpertMLP, WeightGradients
 
 
 class GroupedExperts(MegatronModule):
@@ -38,10 +36,10 @@ class GroupedExperts(MegatronModule):
         num_local_experts: E.
         submodules, name: ignored; Megatron-Core 0.16.1 and 0.19.2 pass them.
         pg_collection: groups `ep`, `expt_tp`, `expt_dp`.
-        recompute: keep only the rows and the first product, and recompute the activation in the backward pass. This
-            keeps D + 2F instead of D + 5F numbers per row (without gating D + F instead of D + 4F), at the cost of
-            elementwise work. Keeping only D would also recompute the first product, two thirds of an expert's forward
-            pass; recomputing the whole iteration then saves more.
+        recompute: keep only the first product, and recompute the activation in the backward pass. This keeps 2F
+            instead of 3F numbers per row (without gating F instead of 2F), at the cost of elementwise work. Keeping
+            nothing would also recompute the first product, two thirds of an expert's forward pass; recomputing the
+            whole iteration then saves more.
 
     Raises:
         ConfigError: the config asks for what grouped products do not offer here.
@@ -69,6 +67,7 @@ class GroupedExperts(MegatronModule):
         _require_aligned("moe_ffn_hidden_size", ffn, self.tp_group.size(), config.params_dtype)
         self.weight1 = self._empty(halves * local_ffn, config.hidden_size, tp_axis=0)
         self.weight2 = self._empty(config.hidden_size, local_ffn, tp_axis=1)
+        self._activation = _activation(config)
         if config.perform_initialization:
             self._initialise(ffn, halves)
 
@@ -109,32 +108,37 @@ class GroupedExperts(MegatronModule):
                 self.weight2[local].copy_(full2.chunk(tp, dim=1)[rank])
 
     def forward(
-        self, hidden_TD: torch.Tensor, tokens_per_expert: torch.Tensor, probs_T: torch.Tensor
-    ) -> tuple[torch.Tensor, None]:
-        """Apply each expert to its rows, weighted by their gates before the second product, as in Megatron.
+        self,
+        hidden_RD: torch.Tensor | Assignment,
+        tokens_per_expert: torch.Tensor | None = None,
+        probs_R: torch.Tensor | None = None,
+        *,
+        gradients: WeightGradients | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, None]:
+        """Apply each expert to its rows, weighted by their gates before the second product.
 
         Args:
-            hidden_TD: rows sorted by expert.
-            tokens_per_expert: [E] integers with sum T; may contain zeros.
-            probs_T: the gate g[t,i] of each row (paper eq. 7).
+            hidden_RD: an assignment of tokens; or, as Megatron calls its experts, rows sorted by expert.
+            tokens_per_expert: with rows, [E] integers with sum R; may contain zeros.
+            probs_R: with rows, the gate g[t,i] of each (paper eq. 7).
+            gradients: of `weight_gradients`, which sums those of several calls; None for a single call.
 
         Returns:
-            [T, D] in the input's dtype, and None for Megatron's bias.
+            The sum over each token's experts [M, D]; with rows, their results [R, D] and None for Megatron's bias.
         """
-        ends = tokens_per_expert.to(hidden_TD.device, non_blocking=True).cumsum(0, dtype=torch.int32)
-        inner_TF = GroupedLinear.apply(hidden_TD, self.weight1, ends)
-        if self.recompute:
-            return RecomputedLinear.apply(self._activate, inner_TF, probs_T, self.weight2, ends), None
-        return GroupedLinear.apply(self._activate(inner_TF, probs_T), self.weight2, ends), None
+        mlp = ExpertMLP((self.weight1, self.weight2), self._activation, not self.recompute)
+        gradients = gradients or self.weight_gradients()
+        if isinstance(hidden_RD, Assignment):
+            return mlp(hidden_RD, gradients)
+        assert tokens_per_expert is not None and probs_R is not None
+        ends_E = tokens_per_expert.to(hidden_RD.device, non_blocking=True).cumsum(0, dtype=torch.int32)
+        slots_R = torch.arange(len(hidden_RD), device=hidden_RD.device)
+        return mlp(Assignment(hidden_RD, probs_R.unsqueeze(-1), slots_R, ends_E), gradients), None
 
-    def _activate(self, inner_TF: torch.Tensor, probs_T: torch.Tensor) -> torch.Tensor:
-        """The activation: [T, 2F] (or [T, F] without gating) -> [T, F], weighted by the gates of the router."""
-        if self.config.gated_linear_unit:
-            gate_TF, value_TF = inner_TF.chunk(2, dim=-1)
-            active_TF = self.config.activation_func(gate_TF) * value_TF
-        else:
-            active_TF = self.config.activation_func(inner_TF)
-        return (active_TF * probs_T.unsqueeze(-1)).to(inner_TF.dtype)
+    def weight_gradients(self) -> WeightGradients | None:
+        """What sums the weights' gradients over the iterations of a chain; None if there will be none."""
+        needs_gradients = torch.is_grad_enabled() and self.weight1.requires_grad
+        return WeightGradients(self.weight1, self.weight2) if needs_gradients else None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -214,78 +218,10 @@ def _require_aligned(name: str, size: int, parts: int, dtype: torch.dtype) -> No
         )
 
 
-class GroupedLinear(torch.autograd.Function):
-    """y = x W_e^T for the rows x of each expert e, like autograd but without two costs of the transposed view.
-
-    Autograd's gradient of W would also be a view, and autograd accumulates such gradients over the iterations of a
-    chain in new memory each time, not in place. And a saved view keeps weights alive that ZeRO-3 has released.
-    """
-
-    @staticmethod
-    def forward(ctx, x_TI: torch.Tensor, weight_EOI: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x_TI, weight_EOI, ends_E)
-        return _product(x_TI, weight_EOI.transpose(1, 2), ends_E)
-
-    @staticmethod
-    def backward(ctx, grad_TO: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
-        x_TI, weight_EOI, ends_E = ctx.saved_tensors
-        grad_TO = grad_TO.contiguous()  # grouped_mm refuses the zero strides of an expanded gradient
-        of_x, of_weight, _ = ctx.needs_input_grad
-        return (
-            _product(grad_TO, weight_EOI, ends_E) if of_x else None,
-            _weight_gradient(grad_TO, x_TI, ends_E) if of_weight else None,
-            None,
-        )
-
-
-class RecomputedLinear(torch.autograd.Function):
-    """GroupedLinear of activate(inner, probs); the backward pass recomputes the activation.
-
-    Activation checkpointing around both would have to run the product again as well.
-    """
-
-    @staticmethod
-    def forward(
-        ctx, activate: Activate, inner_TI: torch.Tensor, probs_T: torch.Tensor, weight_EOF: torch.Tensor, ends_E
-    ) -> torch.Tensor:
-        ctx.activate = activate
-        ctx.save_for_backward(inner_TI, probs_T, weight_EOF, ends_E)
-        return _product(activate(inner_TI, probs_T), weight_EOF.transpose(1, 2), ends_E)
-
-    @staticmethod
-    def backward(ctx, grad_TO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        inner_TI, probs_T, weight_EOF, ends_E = ctx.saved_tensors
-        grad_TO = grad_TO.contiguous()  # as in GroupedLinear
-        inputs = inner_TI.detach().requires_grad_(), probs_T.detach().requires_grad_()
-        with torch.enable_grad():
-            active_TF = ctx.activate(*inputs)
-        of_weight = _weight_gradient(grad_TO, active_TF.detach(), ends_E) if ctx.needs_input_grad[3] else None
-        of_inputs = torch.autograd.grad(active_TF, inputs, _product(grad_TO, weight_EOF, ends_E))
-        return None, *of_inputs, of_weight, None
-
-
-def _product(rows_TI: torch.Tensor, weight_EIO: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
-    """Rows times the matrix of their expert, [T, O]; a rank may have no rows, for which CUDA's kernel is not made."""
-    if not len(rows_TI):
-        return rows_TI.new_zeros(0, weight_EIO.shape[2])
-    return F.grouped_mm(_aligned(rows_TI), _aligned(weight_EIO), offs=ends_E)
-
-
-def _weight_gradient(grad_TO: torch.Tensor, rows_TI: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
-    """The gradient [E, O, I] of the experts' matrices; zero for experts without rows."""
-    if not len(rows_TI):
-        return rows_TI.new_zeros(len(ends_E), grad_TO.shape[1], rows_TI.shape[1])
-    gradient_EOI = F.grouped_mm(_aligned(grad_TO).t(), _aligned(rows_TI), offs=ends_E)
-    if gradient_EOI.is_cuda:
-        # Kernels were seen to leave other numbers and NaN there (pytorch issues 172439 and 193633).
-        is_empty_E = ends_E.diff(prepend=ends_E.new_zeros(1)) == 0
-        gradient_EOI.masked_fill_(is_empty_E[:, None, None], 0)
-    return gradient_EOI
-
-
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or a copy if its address (in a flat buffer of ZeRO, say) is not one that CUDA's kernel accepts."""
-    return tensor.clone() if tensor.is_cuda and tensor.data_ptr() % ALIGNMENT else tensor
+def _activation(config: TransformerConfig) -> Activation:
+    if not (config.gated_linear_unit and config.activation_func is F.silu):
+        return OtherActivation(config.activation_func, config.gated_linear_unit)
+    return FusedSwiGLU() if config.bias_activation_fusion else SwiGLU()
 
 
 def _refuse_unsupported(config: TransformerConfig) -> None:

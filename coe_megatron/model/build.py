@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from coe_megatron.config.settings import MLASettings, ModelSettings, MoESettings, RunConfig
 from coe_megatron.errors import ConfigError
 from coe_megatron.local_backend.attention import SDPACoreAttention
+from coe_megatron.local_backend.norm import KeyNorm, QueryNorm
 from coe_megatron.model import coe_block_spec
 from coe_megatron.model.layer import coe_layers, routers
 from coe_megatron.model.specs import with_local_names
@@ -58,7 +59,18 @@ def layer_specs(config: RunConfig, megatron: TransformerConfig) -> TransformerBl
         megatron: the result of `transformer_config`.
     """
     engine = _on_engine(config)
-    block = coe_block_spec(megatron, config.chain, recompute=config.moe.recompute, use_transformer_engine=engine)
+    block = coe_block_spec(
+        megatron,
+        config.chain,
+        recompute=config.moe.recompute,
+        use_transformer_engine=engine,
+        deduplicated=config.moe.dispatcher == "deduplicated",
+        overlap_chunks=config.moe.resolved_chunks(),
+    )
+    if config.model.qk_norm_over_heads:
+        for spec in block.layer_specs:
+            spec.submodules.self_attention.submodules.q_layernorm = QueryNorm
+            spec.submodules.self_attention.submodules.k_layernorm = KeyNorm
     return with_local_names(block) if engine else block
 
 
@@ -126,7 +138,9 @@ def _model_fields(model: ModelSettings) -> dict[str, Any]:
         "gated_linear_unit": model.activation == "swiglu",
         "activation_func": F.silu if model.activation == "swiglu" else F.gelu,
         "add_bias_linear": False,
-        "bias_activation_fusion": False,
+        "add_qkv_bias": model.qkv_bias,
+        # Compiled, which on a CPU takes half a minute and is no faster.
+        "bias_activation_fusion": torch.cuda.is_available() and model.activation == "swiglu",
         "bias_dropout_fusion": False,
         "normalization": model.normalization,
         "layernorm_epsilon": model.layernorm_epsilon,
@@ -144,6 +158,7 @@ def _moe_fields(moe: MoESettings) -> dict[str, Any]:
         "moe_router_topk": moe.topk,
         "moe_ffn_hidden_size": moe.ffn_hidden_size,
         "moe_shared_expert_intermediate_size": moe.num_shared_experts * moe.ffn_hidden_size or None,
+        "moe_shared_expert_gate": moe.shared_expert_gate,
         "moe_layer_freq": moe.layer_freq,
         "moe_router_score_function": moe.score_function,
         "moe_router_pre_softmax": moe.score_function == "softmax" and not moe.renormalise,
@@ -159,7 +174,7 @@ def _moe_fields(moe: MoESettings) -> dict[str, Any]:
         "moe_input_jitter_eps": moe.input_jitter or None,
         "moe_expert_capacity_factor": moe.capacity_factor,
         "moe_pad_expert_input_to_capacity": moe.pad_to_capacity,
-        "moe_token_dispatcher_type": moe.dispatcher,
+        "moe_token_dispatcher_type": "allgather" if moe.dispatcher == "allgather" else "alltoall",
         "moe_router_force_load_balancing": moe.force_load_balancing,
     }
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -30,25 +30,22 @@ from torch.profiler import record_function
 from coe_megatron.chain.settings import ChainSettings, Recompute
 from coe_megatron.chain.variants import Variants
 from coe_megatron.errors import ConfigError
+from coe_megatron.local_backend.expert_mlp import Assignment, WeightGradients
+from coe_megatron.local_backend.experts import GroupedExperts
 from coe_megatron.local_backend.norm import Norm
 from coe_megatron.model.capacity import filled_up, rows_per_expert
 from coe_megatron.model.chain_probe import ChainProbe
+from coe_megatron.model.chunks import Chunk, Iteration, Pass, Steps, in_turns
 from coe_megatron.model.dispatchers import AllToAllDispatcher, for_one_pass
+from coe_megatron.model.exchange import Exchange, RowSums
 from coe_megatron.model.recompute import RoutingRecord, recompute_mode, recomputed
 from coe_megatron.model.router import CoERouter, Routing
-from coe_megatron.model.unsupported import refuse_for_chain, refuse_for_layer
-
-
-class Iteration(NamedTuple):
-    """Result of iteration t.
-
-    Attributes:
-        increment: a_t F_t(c_t x(t-1)), [S, B, D].
-        routing: its gates and choices [T, N].
-    """
-
-    increment: torch.Tensor
-    routing: Routing
+from coe_megatron.model.unsupported import (
+    needs_stock_dispatcher,
+    refuse_for_chain,
+    refuse_for_exchange,
+    refuse_for_layer,
+)
 
 
 class CoELayer(MoELayer):
@@ -66,6 +63,8 @@ class CoELayer(MoELayer):
         recompute: activations that the backward pass recomputes (`moe.recompute`); `experts` is done by the experts
             module. Megatron's `recompute_modules` `moe` and `moe_act` mean `layer` and `experts`.
         topk: K; None takes the config's `moe_router_topk`.
+        deduplicated: a token travels once to each rank with some of its experts (`moe.dispatcher`).
+        overlap_chunks: parts of the tokens that go through the chain in turns (`moe.overlap_chunks`).
         later: arguments that later releases of Megatron-Core pass (`is_mtp_layer`, `name`).
 
     Raises:
@@ -84,6 +83,8 @@ class CoELayer(MoELayer):
         norm: type = Norm,
         recompute: Recompute = "none",
         topk: int | None = None,
+        deduplicated: bool = False,
+        overlap_chunks: int = 1,
         **later: Any,
     ) -> None:
         chain = chain or ChainSettings()
@@ -92,6 +93,7 @@ class CoELayer(MoELayer):
             config.moe_router_topk = topk
         refuse_for_layer(config)
         refuse_for_chain(config, chain)
+        refuse_for_exchange(config, deduplicated, overlap_chunks)
         recompute = recompute_mode(config, recompute)
         assert submodules is not None, "CoELayer needs submodules: take them from coe_layer_spec"
         groups = pg_collection or get_default_pg_collection()
@@ -105,12 +107,17 @@ class CoELayer(MoELayer):
             router(config=config, pg_collection=groups, tied_to=tied_to, **of_router)
             for _ in range(self.router.num_routers - 1)
         )
-        if type(self.token_dispatcher) is MoEAlltoAllTokenDispatcher:
+        self.overlap_chunks, self.exchange = overlap_chunks, None
+        if needs_stock_dispatcher(config) is None:
+            self.exchange = Exchange(config.num_moe_experts, groups.ep, groups.expt_tp, groups.tp_ep, deduplicated)
+        elif type(self.token_dispatcher) is MoEAlltoAllTokenDispatcher:
             self.token_dispatcher = AllToAllDispatcher(
                 self.num_local_experts, self.local_expert_indices, config=config, pg_collection=groups
             )
             if self.shared_expert_overlap:
                 self.token_dispatcher.set_shared_experts(self.shared_experts)
+        for each in self.routers:
+            each.has_sparse_gates = self.exchange is not None
         self.norms = torch.nn.ModuleList(
             build_module(norm, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
             for _ in range(chain.iterations if chain.norm_placement == "iteration_norm" else 0)
@@ -154,58 +161,133 @@ class CoELayer(MoELayer):
         if padding_mask is not None:
             padding_mask = padding_mask.transpose(0, 1).bool()
         recomputes = torch.is_grad_enabled() and self.recompute in ("iteration", "layer")
-        records = [RoutingRecord() if recomputes else None for _ in range(self.chain.iterations)]
+        records = [
+            [RoutingRecord() if recomputes else None for _ in range(self.chain.iterations)]
+            for _ in range(min(self.overlap_chunks, len(hidden_states)))
+        ]
         run_chain = self._recompute_if(self.recompute == "layer", self._run_chain)
         return run_chain(hidden_states, padding_mask, records), None
 
     def _run_chain(
-        self, start: torch.Tensor, padding_mask: torch.Tensor | None, records: list[RoutingRecord | None]
+        self, start: torch.Tensor, padding_mask: torch.Tensor | None, records: list[list[RoutingRecord | None]]
     ) -> torch.Tensor:
-        """x(0) [S, B, D] -> delta, or u + delta with `reference`."""
-        iterate = self._recompute_if(self.recompute == "iteration", self._iterate)
-        probe = self._active_probe(records[0])
-        state = delta = start  # the first iteration replaces delta
-        masked_TN: torch.Tensor | None = None
-        reused: Routing | None = None
-        for t in range(self.chain.iterations):
-            increment, routing = iterate(t, state, padding_mask, records[t], masked_TN, reused)
-            delta = delta + increment if t > 0 and self.chain.sums_increments else increment
-            if t + 1 == self.chain.iterations and probe is None:
-                break  # nothing needs x(C)
-            before, state = state, self._next_state(start, state, increment)
-            if probe is not None:  # here, since recomputation runs the iterations in reverse order
-                probe.record(t, routing.chosen_TN, before, increment, state, padding_mask)
-            masked_TN = self.variants.masked(masked_TN, routing.chosen_TN)
-            reused = routing if self.chain.gating == "fixed" else None
+        """x(0) [S, B, D] -> delta, or u + delta with `reference`; as many chunks of tokens as there are `records`."""
+        is_recomputed = _is_known(records[0][0])
+        gradients = self.experts.weight_gradients() if isinstance(self.experts, GroupedExperts) else None
+        chunks = self._chunks(start, padding_mask, records)
+        if self.recompute == "iteration":
+            for t in range(self.chain.iterations):
+                passes = [chunk.next_pass(t) for chunk in chunks]
+                for chunk, iteration in zip(
+                    chunks, recomputed(self._iterate_all, t, passes, padding_mask, gradients), strict=True
+                ):
+                    self._advance(chunk, t, iteration)
+        else:
+            in_turns([self._through_chain(chunk, gradients) for chunk in chunks])
+        delta = chunks[0].delta if len(chunks) == 1 else torch.cat([chunk.delta for chunk in chunks])
+        for t in range(len(chunks[0].logits)):
+            logits = [chunk.logits[t] for chunk in chunks]
+            delta = self.routers[t].with_losses(delta, logits, padding_mask, records[0][t], is_recomputed)
         if self.chain.norm_placement != "reference":
             return delta
         # Megatron applies hidden_dropout to what it adds to h; with `reference` it adds nothing, so it is applied here.
         return start + torch.nn.functional.dropout(delta, self.config.hidden_dropout, self.training)
 
-    def _iterate(
-        self,
-        t: int,
-        state: torch.Tensor,
-        padding_mask: torch.Tensor | None,
-        record: RoutingRecord | None,
-        masked_TN: torch.Tensor | None,
-        reused: Routing | None,
-    ) -> Iteration:
-        """One pass of Megatron's MoE layer: F_t(x) = sum_i g[t,i] E_i(x) + sum_m S_m(x), or a variant of it.
+    def _chunks(
+        self, start: torch.Tensor, padding_mask: torch.Tensor | None, records: list[list[RoutingRecord | None]]
+    ) -> list[Chunk]:
+        """Neighbouring positions of all sequences, in about equal parts."""
+        counts = self.training and torch.is_grad_enabled() and not _is_known(records[0][0])
+        probe = self.probe if counts else None
+        parts = len(records)
+        masks = [None] * parts if padding_mask is None else padding_mask.tensor_split(parts)
+        return [
+            Chunk(part, part, part, mask, record, copy(probe))
+            for part, mask, record in zip(start.tensor_split(parts), masks, records, strict=True)
+        ]
 
-        Args:
-            state: x(t-1), [S, B, D].
-            masked_TN: bool [T, N], experts that tokens must not choose; None for none.
-            reused: the routing to use (`fixed`); None to route.
+    def _through_chain(self, chunk: Chunk, gradients: WeightGradients | None) -> Steps[None]:
+        """All iterations of a chunk."""
+        for t in range(self.chain.iterations):
+            self._advance(chunk, t, (yield from self._iterate(t, chunk.next_pass(t), gradients)))
+
+    def _iterate_all(
+        self, t: int, passes: list[Pass], padding_mask: torch.Tensor | None, gradients: WeightGradients | None
+    ) -> list[Iteration]:
+        """Iteration t of all chunks, with its losses."""
+        is_recomputed = _is_known(passes[0].record)
+        iterations = in_turns([self._iterate(t, each, gradients) for each in passes])
+        logits = [each.routing.logits for each in iterations if each.routing.logits is not None]
+        if not logits:
+            return iterations
+        first = iterations[0].increment
+        with_losses = self.routers[t].with_losses(first, logits, padding_mask, passes[0].record, is_recomputed)
+        iterations[0] = iterations[0]._replace(increment=with_losses)
+        return [each._replace(routing=each.routing._replace(logits=None)) for each in iterations]
+
+    def _advance(self, chunk: Chunk, t: int, iteration: Iteration) -> None:
+        """Take the result of iteration t."""
+        increment, routing = iteration
+        chunk.delta = chunk.delta + increment if t > 0 and self.chain.sums_increments else increment
+        if routing.logits is not None:
+            chunk.logits.append(routing.logits)
+        if t + 1 == self.chain.iterations and chunk.probe is None:
+            return  # nothing needs x(C)
+        before, chunk.state = chunk.state, self._next_state(chunk.start, chunk.state, increment)
+        if chunk.probe is not None:  # here, since recomputation runs the iterations in reverse order
+            chunk.probe.record(t, routing.chosen_TN, before, increment, chunk.state, chunk.padding_mask)
+        chunk.masked_TN = self.variants.masked(chunk.masked_TN, routing.chosen_TN)
+        if self.chain.gating == "fixed":
+            gates_TN = routing.gates_TN if self.exchange is None else None
+            chunk.reused = routing._replace(logits=None, gates_TN=gates_TN)
+
+    def _iterate(self, t: int, given: Pass, gradients: WeightGradients | None) -> Steps[Iteration]:
+        """One pass through the MoE layer: F_t(x) = sum_i g[t,i] E_i(x) + sum_m S_m(x), or a variant of it.
+
+        It yields where rows are under way to other ranks.
         """
-        with record_function(f"layer {self.layer_number}, iteration {t + 1}"), self._own_dispatcher():
-            hidden = self._iteration_input(t, state)
+        with record_function(f"layer {self.layer_number}, iteration {t + 1}"):
+            hidden = self._iteration_input(t, given.state)
+            if self.exchange is None:
+                # Before the router: Megatron's all-gather returns gradients in a buffer that shared experts overwrite.
+                shared = self.shared_experts_compute(hidden)
+            routing = given.reused
+            if routing is None:
+                is_part = self.overlap_chunks > 1
+                routing = self.routers[t](hidden, given.padding_mask, given.record, given.masked_TN, is_part)
+            if self.exchange is None:
+                output = self._megatron_pass(hidden, routing, shared)
+                return Iteration(self.variants.increment(t, output), routing)
+            tokens_TD = hidden.view(-1, hidden.shape[-1])
+            sizes = routing.sizes or (given.record.sizes if given.record else None)
+            outgoing = self.exchange.depart(tokens_TD, routing.gates_TK, routing.experts_TK, sizes)
+            if given.record:
+                given.record.sizes = outgoing.sizes
             shared = self.shared_experts_compute(hidden)
-            routing = reused or self.routers[t](hidden, padding_mask, record, masked_TN)
-            rows, gates = self.dispatch(*self.preprocess(hidden, *routing))
+            yield
+            returning = self.exchange.work(outgoing, partial(self._sum_of_experts, gradients=gradients))
+            yield
+            output = self.exchange.arrive(returning, len(tokens_TD)).view_as(hidden)
+            output = output if shared is None else output + shared
+            return Iteration(self.variants.increment(t, output), routing._replace(sizes=outgoing.sizes))
+
+    def _sum_of_experts(self, assignment: Assignment, gradients: WeightGradients | None) -> torch.Tensor:
+        """The weighted sum of each token's experts on this rank, [M, D]."""
+        if isinstance(self.experts, GroupedExperts):
+            return self.experts(assignment, gradients=gradients)
+        index_R = assignment.index_R
+        rows_RD = assignment.tokens_MD.index_select(0, index_R)
+        output_RD, bias = self.experts(rows_RD, assignment.counts_E, assignment.gates_R)
+        assert bias is None, "add_bias_linear is not supported"
+        return RowSums.apply(output_RD, index_R, len(assignment.tokens_MD))
+
+    def _megatron_pass(self, hidden: torch.Tensor, routing: Routing, shared: torch.Tensor | None) -> torch.Tensor:
+        """Megatron's methods, for what only its dispatchers can do."""
+        assert routing.gates_TN is not None
+        with self._own_dispatcher():
+            rows, gates = self.dispatch(*self.preprocess(hidden, routing.gates_TN, routing.chosen_TN))
             rows, _ = self.routed_experts_compute(rows, gates)
-            output = self.postprocess(self.combine(rows), shared)
-            return Iteration(self.variants.increment(t, output), routing)
+            return self.postprocess(self.combine(rows), shared)
 
     def _next_state(self, start: torch.Tensor, state: torch.Tensor, increment: torch.Tensor) -> torch.Tensor:
         """x(t) = F_t(x(t-1)) + r(t), [S, B, D] (eq. 8, 10, 9)."""
@@ -220,11 +302,6 @@ class CoELayer(MoELayer):
     def _iteration_input(self, t: int, state: torch.Tensor) -> torch.Tensor:
         """Input of router and experts in iteration t: x(t-1), norm_t of it, or a variant's function of it."""
         return self.norms[t](state) if self.norms else self.variants.iteration_input(t, state)
-
-    def _active_probe(self, record: RoutingRecord | None) -> ChainProbe | None:
-        """The probe to notify; None in evaluation and recomputation."""
-        is_recomputed = record is not None and record.is_known
-        return self.probe if self.training and torch.is_grad_enabled() and not is_recomputed else None
 
     def _recompute_if(self, enabled: bool, function: Callable) -> Callable:
         """`function`, recomputed in the backward pass if `enabled`."""
@@ -250,6 +327,11 @@ class CoELayer(MoELayer):
             rows = rows_per_expert(len(routing_map), topk, config.num_moe_experts, factor)
             routing_map = filled_up(routing_map, rows)
         return super().preprocess(hidden_states, probs, routing_map)
+
+
+def _is_known(record: RoutingRecord | None) -> bool:
+    """Whether this is a second pass."""
+    return record is not None and record.is_known
 
 
 def coe_layers(model: torch.nn.Module) -> Iterator[CoELayer]:

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from coe_megatron.chain.settings import Recompute
 from coe_megatron.errors import ConfigError
+from coe_megatron.model.exchange import Sizes
 from coe_megatron.model.unsupported import refuse_unrecorded
 
 
@@ -56,11 +57,13 @@ class RoutingRecord:
         experts_TK: int64, the experts of each token, in the order of choice.
         kept_TN: bool, the choices that were not dropped for capacity; None without a capacity.
         counted: counts of the global auxiliary loss before this pass: tokens per expert, and micro-batches.
+        sizes: what ranks told each other to send tokens to their experts.
     """
 
     experts_TK: torch.Tensor | None = None
     kept_TN: torch.Tensor | None = None
     counted: tuple[torch.Tensor, torch.Tensor] | None = None
+    sizes: Sizes | None = None
 
     @property
     def is_known(self) -> bool:
@@ -94,7 +97,22 @@ class ReplayedTopK:
             if self.masked_TN is not None:  # a score of 0 does not mask: others may be 0, and a bias raises it
                 ranking_TN = ranking_TN.masked_fill(self.masked_TN, -math.inf)
             _, self.record.experts_TK = choose(ranking_TN, topk, num_groups, group_topk)
-        return scores_TN.gather(1, self.record.experts_TK), self.record.experts_TK
+        return Chosen.apply(scores_TN, self.record.experts_TK), self.record.experts_TK
+
+
+class Chosen(torch.autograd.Function):
+    """torch.gather along the experts, [T, N] -> [T, K], which does not keep its input for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, scores_TN: torch.Tensor, experts_TK: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(experts_TK)
+        ctx.experts = scores_TN.shape[1]
+        return scores_TN.gather(1, experts_TK)
+
+    @staticmethod
+    def backward(ctx, gradient_TK: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (experts_TK,) = ctx.saved_tensors
+        return gradient_TK.new_zeros(len(gradient_TK), ctx.experts).scatter_(1, experts_TK, gradient_TK), None
 
 
 def recomputed(function: Callable, *args: Any, to_the_end: bool = False) -> Any:

@@ -30,10 +30,10 @@ class RouterStats:
         """Add a loss, a scalar without its coefficient."""
         self.losses[name] = self.losses.get(name, 0.0) + value.detach()
 
-    def add_load(self, load_N: torch.Tensor) -> None:
-        """Add the load of one micro-batch."""
+    def add_load(self, load_N: torch.Tensor, calls: int = 1) -> None:
+        """Add the load of one micro-batch, or of a part that does not count as a call."""
         self.load = load_N.double() if self.load is None else self.load + load_N
-        self.calls += 1
+        self.calls += calls
 
     @torch.no_grad()
     def add_entropy(self, logits: torch.Tensor, score_function: str, padding_mask: torch.Tensor | None) -> None:

@@ -7,7 +7,7 @@ Engine all other parts stay Megatron's, so `moe_grouped_gemm` selects grouped ex
 
 from copy import deepcopy
 from dataclasses import replace
-from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.extensions.transformer_engine import TENorm
@@ -43,6 +43,8 @@ def coe_layer_spec(
     recompute: Recompute = "none",
     use_transformer_engine: bool = False,
     pg_collection: ProcessGroupCollection | None = None,
+    deduplicated: bool = False,
+    overlap_chunks: int = 1,
 ) -> ModuleSpec:
     """The spec of one transformer layer whose MLP is a Chain-of-Experts, for `GPTModel(transformer_layer_spec=)`.
 
@@ -56,6 +58,9 @@ def coe_layer_spec(
         pg_collection: process groups of the layer, for Megatron-Core 0.16.1, which does not pass those of the model to
             CoELayer and logs "Unknown MLP type": if you give GPTModel a `pg_collection`, give it here too. 0.19.2
             passes them, and this argument has no effect.
+        deduplicated: a token travels once to each rank with some of its experts; see `model.exchange`.
+        overlap_chunks: parts of the tokens that go through the chain in turns, so that one's experts work while
+            another's rows travel.
     """
     if config.num_moe_experts is None:
         raise ConfigError("num_moe_experts is None: a Chain-of-Experts layer needs at least one routed expert")
@@ -80,7 +85,8 @@ def coe_layer_spec(
             normalization=config.normalization,
         )
     mode = _recompute(config, recompute, use_transformer_engine)
-    return _convert(spec, chain or ChainSettings(), mode, use_transformer_engine, pg_collection)
+    own = {"recompute": mode, "deduplicated": deduplicated, "overlap_chunks": overlap_chunks}
+    return _convert(spec, chain or ChainSettings(), use_transformer_engine, pg_collection, own)
 
 
 def coe_block_spec(
@@ -91,6 +97,8 @@ def coe_block_spec(
     use_transformer_engine: bool = False,
     pg_collection: ProcessGroupCollection | None = None,
     vp_stage: int | None = None,
+    deduplicated: bool = False,
+    overlap_chunks: int = 1,
 ) -> TransformerBlockSubmodules:
     """The specs of this pipeline stage's layers, dense or Chain-of-Experts as `config.moe_layer_freq` says.
 
@@ -112,11 +120,12 @@ def coe_block_spec(
     )
     mode = _recompute(config, recompute, use_transformer_engine)
     first = get_transformer_layer_offset(config, vp_stage=vp_stage) + 1
-    convert = partial(_convert, recompute=mode, use_transformer_engine=use_transformer_engine)
+    own = {"recompute": mode, "deduplicated": deduplicated, "overlap_chunks": overlap_chunks}
+    plain = {**own, "topk": chain.iterations * config.moe_router_topk}
     layers = [
-        convert(spec, chain, pg_collection=pg_collection)
+        _convert(spec, chain, use_transformer_engine, pg_collection, own)
         if chain.is_chain(number)
-        else convert(spec, chain.plain, pg_collection=pg_collection, topk=chain.iterations * config.moe_router_topk)
+        else _convert(spec, chain.plain, use_transformer_engine, pg_collection, plain)
         for number, spec in enumerate(block.layer_specs, start=first)
     ]
     layer_norm = block.layer_norm if use_transformer_engine else Norm
@@ -156,12 +165,15 @@ def _recompute(config: TransformerConfig, recompute: Recompute, use_transformer_
 def _convert(
     spec: ModuleSpec,
     chain: ChainSettings,
-    recompute: Recompute,
     use_transformer_engine: bool,
     pg_collection: ProcessGroupCollection | None,
-    topk: int | None = None,
+    own: dict[str, Any],
 ) -> ModuleSpec:
-    """A copy of Megatron's layer spec with our parts in it (Megatron shares one spec object among its layers)."""
+    """A copy of Megatron's layer spec with our parts in it (Megatron shares one spec object among its layers).
+
+    Args:
+        own: further arguments of CoELayer.
+    """
     spec = deepcopy(spec)
     parts: TransformerLayerSubmodules = spec.submodules
     norm = TENorm if use_transformer_engine else Norm
@@ -170,10 +182,9 @@ def _convert(
     submodules = moe_submodules(parts.mlp)
     if submodules is not None:
         if not use_transformer_engine:
-            experts = experts_spec(GroupedExperts, recompute=recompute == "experts")
+            experts = experts_spec(GroupedExperts, recompute=own["recompute"] == "experts")
             submodules = replace(submodules, experts=experts)
-        arguments = {"chain": chain, "norm": norm, "recompute": recompute, "topk": topk}
-        parts.mlp = moe_layer_spec(CoELayer, submodules, pg_collection, **arguments)
+        parts.mlp = moe_layer_spec(CoELayer, submodules, pg_collection, chain=chain, norm=norm, **own)
         _use_norm_placement(parts, chain)
     return spec
 

@@ -61,6 +61,28 @@ def refuse_for_chain(config: TransformerConfig, chain: ChainSettings) -> None:
         )
 
 
+def needs_stock_dispatcher(config: TransformerConfig) -> str | None:
+    """What of the config only Megatron's token dispatchers can do, as `field is value`; None if there is nothing."""
+    wanted = {
+        "moe_token_dispatcher_type": config.moe_token_dispatcher_type != "alltoall",
+        "moe_expert_capacity_factor": config.moe_expert_capacity_factor is not None,
+        "moe_shared_expert_overlap": config.moe_shared_expert_overlap,
+        "moe_permute_fusion": config.moe_permute_fusion,
+    }
+    return next((f"{name} is {getattr(config, name)!r}" for name, is_wanted in wanted.items() if is_wanted), None)
+
+
+def refuse_for_exchange(config: TransformerConfig, deduplicated: bool, overlap_chunks: int) -> None:
+    """Raise a ConfigError if tokens cannot travel as they are to, see `exchange`."""
+    if overlap_chunks < 1:
+        raise ConfigError(f"overlap_chunks is {overlap_chunks}: it must be at least 1")
+    reason = needs_stock_dispatcher(config)
+    if reason and deduplicated:
+        raise ConfigError(f"{reason}: with the deduplicated dispatcher it must be Megatron's default")
+    if reason and overlap_chunks > 1:
+        raise ConfigError(f"{reason}: with overlap_chunks {overlap_chunks} it must be Megatron's default")
+
+
 def refuse_unrecorded(config: TransformerConfig, feature: str) -> None:
     """Raise a ConfigError if experts are chosen where no RoutingRecord can listen, which the feature needs."""
     if config.moe_router_fusion:

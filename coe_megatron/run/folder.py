@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -321,7 +321,13 @@ def _saved_config(folder: Path) -> RunConfig | None:
     Raises:
         ConfigError: it cannot be used.
     """
-    return load(folder / CONFIG) if (folder / CONFIG).exists() else None
+    path = folder / CONFIG
+    if not path.exists():
+        return None
+    config, (*_, last) = load(path), fields(RunConfig)
+    if f"\n{last.name}:" not in path.read_text():  # the beginning of a config is one too, with defaults for the rest
+        raise ConfigError(f"{path} ends before its section {last.name}")
+    return config
 
 
 def _unusable(folder: Path, error: OSError) -> ConfigError:

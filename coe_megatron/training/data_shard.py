@@ -49,7 +49,7 @@ def open_data_shard(config: RunConfig, data: RunData, index: Path) -> DataShard:
     validation = {
         name: ValidationSet(
             list(validation_batches(samples, training.micro_batch, **shard, limit=limit)),
-            data.validation[name].manifest.splits["valid"].bytes_per_token,
+            data.validation[name].summary("valid").bytes_per_token,
         )
         for name, samples in data.validation_samples(length, seed=training.seed, cache_dir=index).items()
     }

@@ -5,8 +5,13 @@ import os
 import torch
 
 from coe_megatron.estimate.devices import peak_of
+from coe_megatron.local_backend.expert_mlp import has_amx
 
 _FAST_CAPABILITIES = (9, 10)
+_NO_AMX = (
+    "this CPU has no AMX: training.precision fp32 is faster here than bf16 (benchmarks/bench_layer.py --dtype both "
+    "measures by how much)"
+)
 
 
 def peak_flops(precision: str, device_name: str | None = None) -> float | None:
@@ -22,10 +27,10 @@ def peak_flops(precision: str, device_name: str | None = None) -> float | None:
 
 
 def slow_experts(precision: str, capability: tuple[int, int] | None = None) -> str | None:
-    """Why the experts are slow on this rank's device; None if torch has fast grouped products for them, or on CPU.
+    """Why the experts are slow on this rank's device; None if they are not.
 
-    In torch 2.13 these are for bf16 on compute capability 9 and 10. Elsewhere a grouped product is a loop over experts,
-    and the host waits for the row counts in each.
+    In torch 2.13 there are grouped products for bf16 on compute capability 9 and 10. On other GPUs one is a loop over
+    experts, and the host waits for the row counts in each. On a CPU, bf16 is fast with AMX only.
 
     Args:
         precision: `bf16` or `fp32`.
@@ -33,7 +38,7 @@ def slow_experts(precision: str, capability: tuple[int, int] | None = None) -> s
     """
     if capability is None:
         if not torch.cuda.is_available():
-            return None
+            return None if precision != "bf16" or has_amx() else _NO_AMX
         capability = torch.cuda.get_device_capability()
     major, minor = capability
     if precision == "bf16" and major in _FAST_CAPABILITIES:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from coe_megatron.distributed.collectives import to_device
+from coe_megatron.distributed.collectives import start_sum
 from coe_megatron.errors import ConfigError
 from coe_megatron.zero import train_step
 from coe_megatron.zero.engine import Engine
@@ -43,19 +43,48 @@ class ValidationSet:
 
     Attributes:
         batches: in CPU memory.
-        bytes_per_token: average over the text of the set.
+        bytes_per_token: average over the text of the set; None if the text is not known.
     """
 
     batches: Sequence[Batch]
-    bytes_per_token: float
+    bytes_per_token: float | None
 
 
-def validate(engine: Engine, sets: Mapping[str, ValidationSet]) -> dict[str, Any]:
-    """Validation losses over the unmasked tokens of all ranks.
+@dataclass(frozen=True)
+class SetLoss:
+    """The loss of a validation set on all ranks.
 
-    Returns:
-        `valid_loss` in nats per token and `valid_bits_per_byte` over all sets together; if there are several sets, also
-        `valid`: name -> `loss` and `bits_per_byte` of each set.
+    Attributes:
+        nats: sum over the counted tokens.
+        tokens: number of counted tokens.
+        bytes: of the text of these tokens, by the set's average; NaN if that is unknown.
+    """
+
+    nats: float
+    tokens: float
+    bytes: float
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits per byte of text, which does not depend on the tokenizer; NaN if the bytes are unknown."""
+        return self.nats / math.log(2) / self.bytes
+
+    def values(self) -> dict[str, float]:
+        """`loss`, and `bits_per_byte` if it is known."""
+        known = {} if math.isnan(self.bytes) else {"bits_per_byte": self.bits_per_byte}
+        return {"loss": self.loss, **known}
+
+    def __add__(self, other: "SetLoss") -> "SetLoss":
+        return SetLoss(self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes)
+
+
+def set_losses(engine: Engine | torch.nn.Module, sets: Mapping[str, ValidationSet]) -> dict[str, SetLoss]:
+    """The loss of each set over the unmasked tokens of all ranks; collective.
 
     Raises:
         ConfigError: the loss mask of a set is zero everywhere.
@@ -64,17 +93,27 @@ def validate(engine: Engine, sets: Mapping[str, ValidationSet]) -> dict[str, Any
     for name, (_, tokens) in sums.items():
         if not tokens:
             raise ConfigError(f"validation set {name} has no token to compute a loss on: prepare more validation text")
-    byte_counts = {name: tokens * sets[name].bytes_per_token for name, (_, tokens) in sums.items()}
-    nats, tokens = map(sum, zip(*sums.values(), strict=True))
-    values: dict[str, Any] = {
-        "valid_loss": nats / tokens,
-        "valid_bits_per_byte": nats / math.log(2) / sum(byte_counts.values()),
+    return {
+        name: SetLoss(nats, tokens, tokens * (sets[name].bytes_per_token or math.nan))
+        for name, (nats, tokens) in sums.items()
     }
+
+
+def validate(engine: Engine, sets: Mapping[str, ValidationSet]) -> dict[str, Any]:
+    """Validation losses over the unmasked tokens of all ranks.
+
+    Returns:
+        `valid_loss` in nats per token and `valid_bits_per_byte` over all sets together; if there are several sets, also
+        `valid`: name -> `loss` and `bits_per_byte` of each set. Bits per byte are left out where a text is not known.
+
+    Raises:
+        ConfigError: the loss mask of a set is zero everywhere.
+    """
+    losses = set_losses(engine, sets)
+    together = sum(losses.values(), SetLoss(0.0, 0.0, 0.0))
+    values: dict[str, Any] = {f"valid_{name}": value for name, value in together.values().items()}
     if len(sets) > 1:
-        values["valid"] = {
-            name: {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / byte_counts[name]}
-            for name, (nats, tokens) in sums.items()
-        }
+        values["valid"] = {name: found.values() for name, found in losses.items()}
     return values
 
 
@@ -83,7 +122,7 @@ def progress_losses(values: Mapping[str, Any]) -> dict[str, float]:
     return {"valid": values["valid_loss"], **{name: part["loss"] for name, part in values.get("valid", {}).items()}}
 
 
-def _sums(engine: Engine, batches: Sequence[Batch]) -> tuple[float, float]:
+def _sums(engine: Engine | torch.nn.Module, batches: Sequence[Batch]) -> tuple[float, float]:
     """Sum of the loss in nats and number of unmasked tokens, over all ranks."""
 
     def sums_of(token_losses: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -105,7 +144,5 @@ def unigram_entropy(batches: Iterable[Batch], vocab_size: int) -> float:
 
 
 def data_parallel_sum(values: torch.Tensor) -> torch.Tensor:
-    """Sum of a tensor over the data-parallel ranks, on this rank's device; the host does not wait for it."""
-    summed = to_device(values).clone()
-    torch.distributed.all_reduce(summed, group=parallel_state.get_data_parallel_group())
-    return summed
+    """Sum of a tensor over the data-parallel ranks, on this rank's device; on CUDA the host does not wait for it."""
+    return start_sum(values, parallel_state.get_data_parallel_group()).result()

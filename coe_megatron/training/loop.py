@@ -22,12 +22,14 @@ from megatron.core import parallel_state
 from coe_megatron.checkpoint.manager import CheckpointManager, TrainState
 from coe_megatron.checkpoint.save_load import CheckpointNotSaved
 from coe_megatron.config import RunConfig
+from coe_megatron.config.describe import notation
 from coe_megatron.data.run_data import RunData
 from coe_megatron.distributed import process_groups
-from coe_megatron.distributed.collectives import all_gather, is_rank0, read, run_on_rank0, to_device
+from coe_megatron.distributed.collectives import Pending, all_gather, is_rank0, read, run_on_rank0, start_sum, to_device
 from coe_megatron.errors import ConfigError
 from coe_megatron.estimate import closed_forms
 from coe_megatron.estimate.checkpoint_size import checkpoint_bytes
+from coe_megatron.estimate.dispatch import resolved
 from coe_megatron.estimate.node_crossing import needless_crossing
 from coe_megatron.estimate.run_estimate import estimate, vocabulary
 from coe_megatron.estimate.run_shape import RunShape
@@ -51,6 +53,8 @@ from coe_megatron.zero import engine as zero
 from coe_megatron.zero.train_step import train_step
 
 Result = TypeVar("Result")
+
+_REQUESTS = (ExitStatus.DONE, ExitStatus.STOPPED, ExitStatus.INTERRUPTED)  # none, and two to stop
 
 
 class StoppedOnRequest(Exception):
@@ -113,7 +117,7 @@ def _attempt(
     """One attempt of the run; run.json records how it ends. `output` is the run's folder on rank 0, None elsewhere."""
     run = None
     try:
-        shape = run_on_rank0(lambda: RunShape.of(config, vocabulary(config, data_needed=True), env.world_size))
+        shape = run_on_rank0(lambda: resolved(config, vocabulary(config, data_needed=True), env.world_size))
         if warning := run_on_rank0(lambda: disk_space.require(shape), shared=False):
             print(warning, file=sys.stderr)
         run = Pretraining(shape, device, stop_request, hang_detector, env.node_rank, output)
@@ -145,7 +149,7 @@ class Pretraining:
         self.device, self.folder, config = device, Path(shape.config.output), shape.config
         self.stop_request, self.hang_detector = stop_request, hang_detector
         self.main_rank = is_rank0()
-        data = run_on_rank0(lambda: RunData.open(config.data))
+        data = run_on_rank0(lambda: RunData.open(config.data, config.model.vocab_size))
         self.data = open_data_shard(config, data, self.folder / "index")
         self.engine = self._build_engine()
         self.checkpoints = CheckpointManager(self.folder, config, data, self.engine, checkpoint_bytes(shape))
@@ -154,6 +158,11 @@ class Pretraining:
         self.peak_flops = devices.peak_flops(config.training.precision)
         self.memory = MemoryMeter(self.engine)
         self.grad_norm = math.nan  # of the last step
+        self.answers = None
+        if config.training.evaluate_answers:
+            from coe_megatron.training.answer_accuracy import AnswerCheck  # of what few runs need
+
+            self.answers = AnswerCheck(config)
         self.nodes = all_gather([f"node {node} {platform.node()}"])
         # Replace `parallel.ranks_per_node` by the actual number.
         parallel = replace(config.parallel, ranks_per_node=min(Counter(self.nodes).values()))
@@ -215,7 +224,8 @@ class Pretraining:
 
     def _save(self, due: bool, logged: bool, last: bool) -> None:
         self.hang_detector.heartbeat(f"the checkpoint of step {self.state.step}")
-        self._require_output()
+        if not logged:  # which has looked just now
+            self._require_output()
         try:
             message = self.checkpoints.after_step(self.state, due, logged, last)
         except CheckpointNotSaved:
@@ -247,27 +257,29 @@ class Pretraining:
         routing_stats.reset_routing(model, detailed=self._due("log_every", "evaluate_every", ahead=1), pairs=last)
         batches = self.data.batches.for_step(step + self.state.data_offset)
         own = torch.stack([batch["loss_mask"].sum() for batch in batches]).double().sum()
-        counted = evaluation.data_parallel_sum(own)
-        divisor = counted.clamp(min=1).float()
+        counted = start_sum(own, parallel_state.get_data_parallel_group())  # hidden by the first forward pass
+        agreed: list[Pending] = []
         zero.set_lr(self.engine, learning_rate(settings, step, self.config.training.steps))
         with self.memory.step():
-            total = train_step(
+            train_step(
                 self.engine,
                 batches,
                 evaluation.forward,
-                lambda token_losses, batch: evaluation.masked_loss_sum(token_losses, batch) / divisor,
+                lambda losses, batch: evaluation.masked_loss_sum(losses, batch) / counted.result().clamp(min=1).float(),
                 self.memory.after_backward,
                 recovery.loss_limit(policy, self.state),
+                lambda loss: agreed.append(_start_agreement(loss, self.stop_request.status())),
             )
-        summed, stop = evaluation.data_parallel_sum(total), _stop_status_of_all(self.stop_request.status())
         # One copy to the host per step: it waits for the device.
-        loss, tokens, status, self.grad_norm = read(summed, counted, stop, zero.gradient_norm(self.engine))
+        loss, *stops, tokens, self.grad_norm = read(
+            *agreed[0].result(), counted.result(), zero.gradient_norm(self.engine)
+        )
         applied = zero.was_applied(self.grad_norm)
         update_router_state(model, applied)
         self.state.step, self.state.tokens = step + 1, self.state.tokens + int(tokens)
         if message := recovery.record_step(policy, self.state, loss, applied):
             self.progress.say(message)
-        return loss, ExitStatus(int(status))
+        return loss, max(status for status, ranks in zip(_REQUESTS, stops, strict=True) if ranks)
 
     def _log(self, loss: float, clock: "_Clock") -> dict[str, float]:
         """Write the metrics of the step just done; returns the values for the progress line."""
@@ -304,7 +316,8 @@ class Pretraining:
         return shown
 
     def _validate(self) -> dict[str, Any]:
-        return evaluation.validate(self.engine, self.data.validation)
+        values = evaluation.validate(self.engine, self.data.validation)
+        return values if self.answers is None else values | self.answers.values(self.engine)
 
     def _due(self, *settings: str, ahead: int = 0) -> bool:
         step, training = self.state.step + ahead, self.config.training
@@ -319,11 +332,9 @@ class Pretraining:
 
     def _facts(self, entropy: float) -> dict[str, Any]:
         """What run.json holds besides the config."""
-        counted, settings, moe = closed_forms.parameters(self.shape.model), self.config.chain, self.config.moe
-        name = "MoE" if settings.iterations == 1 else f"CoE-{settings.iterations}"
-        notation = f"{name}({moe.topk}/{moe.num_experts}){f'+{moe.num_shared_experts}' * bool(moe.num_shared_experts)}"
+        counted, config = closed_forms.parameters(self.shape.model), self.config
         return {
-            "model": f"{notation}, {self.config.model.num_layers} layers, {settings.norm_placement}",
+            "model": f"{notation(config)}, {config.model.num_layers} layers, {config.chain.norm_placement}",
             "parameters": asdict(counted) | {"total": counted.total, "active": counted.active},
             "flops_per_token": self.flops.total,
             "unigram_entropy": entropy,
@@ -354,11 +365,11 @@ class Pretraining:
             self.progress.say(self.start_message)
 
 
-def _stop_status_of_all(stop: ExitStatus) -> torch.Tensor:
-    """The highest status over all ranks; DONE if none of them was asked to stop."""
-    status = to_device(torch.tensor(int(stop)))
-    torch.distributed.all_reduce(status, torch.distributed.ReduceOp.MAX)
-    return status
+def _start_agreement(loss: torch.Tensor, stop: ExitStatus) -> Pending:
+    """Sum over all ranks: the losses of the replicas of the model, and how many ranks have each of `_REQUESTS`."""
+    counts = to_device(torch.tensor([float(stop == status) for status in _REQUESTS], dtype=torch.float64))
+    own = loss if parallel_state.get_model_parallel_group().rank() == 0 else torch.zeros_like(loss)
+    return start_sum(torch.cat([own.view(1), counts]))
 
 
 class _Clock:

@@ -46,7 +46,7 @@ Gradients:
   divided.
 * DeepSpeed: summed over data-parallel ranks and divided by their number; an expert's over its replicas, and divided by
   the same number, since these have seen the tokens of all ranks.
-* Clipping: by DeepSpeed, in stage 0 by `zero.grad_clip.clip`.
+* Clipping: by DeepSpeed, in stage 0 by `zero.grad_clip.clip`. The norm in stages 1 and 2: `zero.grad_clip`.
 
 For reports only, `model.router_losses.RouterWithLosses._track` adds 1/C of a loss to Megatron's tracker, and
 `model.routing_stats` and `training.evaluation` take means.
@@ -64,6 +64,8 @@ from typing import Any, TypeAlias
 import deepspeed
 import deepspeed.ops
 import torch
+from deepspeed.runtime import bf16_optimizer
+from deepspeed.runtime.zero import stage_1_and_2
 from deepspeed.utils import set_z3_leaf_modules
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
@@ -130,6 +132,8 @@ def build_engine(
             ) from error
     # By default stage 0, and stage 1 in bf16, copy up to 500 million gradients into one buffer.
     engine.allreduce_gradients = partial(engine.allreduce_gradients, bucket_size=sizes.reduce_bucket)
+    if isinstance(engine.optimizer, stage_1_and_2.DeepSpeedZeroOptimizer) and not zero_settings.offload_optimizer:
+        engine.optimizer.scaled_global_norm = partial(grad_clip.norm_of_partitions, engine.optimizer)
     if zero_settings.stage == 0:
         engine.clip_fp32_gradients = partial(_clip_gradients, engine)  # replaces DeepSpeed's, see `grad_clip`
     optimizer_states.create(engine)
@@ -268,8 +272,10 @@ def _prepare_deepspeed() -> None:
 
     DeepSpeed logs to stdout by default. It reads the device from LOCAL_RANK only, even in a process that torchrun did
     not start. On CPU it would compile a shared-memory all-reduce that only its inference uses; an empty table of
-    compatible ops prevents that, so no C++ compiler is needed.
+    compatible ops prevents that, so no C++ compiler is needed. After a step it would gather the weights of one
+    parameter group after the other.
     """
+    stage_1_and_2.all_gather_dp_groups = bf16_optimizer.all_gather_dp_groups = _gather_weights
     for handler in logging.getLogger("DeepSpeed").handlers:
         if type(handler) is logging.StreamHandler:
             handler.setStream(sys.stderr)
@@ -277,3 +283,19 @@ def _prepare_deepspeed() -> None:
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__ = {}
     import_deepspeed_muon()
+
+
+def _gather_weights(
+    groups_flat: list[torch.Tensor],
+    partitioned_param_groups: list[list[torch.Tensor]],
+    dp_process_group: list[torch.distributed.ProcessGroup],
+    **_sizes: int,
+) -> None:
+    """All-gather each parameter group's partitions [P / ranks] into its weights [P], all groups at once."""
+    gathering = [
+        torch.distributed.all_gather_into_tensor(flat, partitions[group.rank()], group, async_op=True)
+        for flat, partitions, group in zip(groups_flat, partitioned_param_groups, dp_process_group, strict=True)
+        if group.size() > 1
+    ]
+    for work in gathering:
+        work.wait()

@@ -1,9 +1,15 @@
-"""Gradient norm and clipping for ZeRO stage 0, where DeepSpeed treats a rank's experts as replicated on all ranks."""
+"""Gradient norms that replace DeepSpeed's, and clipping for ZeRO stage 0.
+
+In stage 0 DeepSpeed treats a rank's experts as replicated on all ranks. In stage 2, and in stage 1 with fp32, it waits
+for an all-reduce per parameter group, and for another one to average what all ranks have of experts.
+"""
 
 import math
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.utils import combine_grad_norm_groups, is_model_parallel_parameter
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
@@ -41,3 +47,25 @@ def clip(model: torch.nn.Module, max_norm: float) -> float:
     if norm > max_norm:
         torch._foreach_mul_(gradients, max_norm / (norm + 1e-6))
     return norm
+
+
+def norm_of_partitions(optimizer: DeepSpeedZeroOptimizer) -> torch.Tensor:
+    """2-norm of the gradients that ZeRO has partitioned, scalar fp32; infinite if it is not finite. Collective.
+
+    Replaces `DeepSpeedZeroOptimizer.scaled_global_norm`, without offloading: one all-reduce for all parameter groups.
+    """
+    squares = torch.stack([_sum_of_squares(optimizer, group) for group in range(len(optimizer.bit16_groups))])
+    dist.all_reduce(squares, group=optimizer.dp_process_group)
+    dist.all_reduce(squares, group=parallel_state.get_model_parallel_group())
+    return combine_grad_norm_groups(squares.sqrt())
+
+
+def _sum_of_squares(optimizer: DeepSpeedZeroOptimizer, group: int) -> torch.Tensor:
+    """Of this rank's partition of a parameter group; what all tensor-parallel ranks hold counts on the first."""
+    gradients = (g for g in optimizer.averaged_gradients[group] if not getattr(g, "_zero_padding", False))
+    norms = [
+        torch.linalg.vector_norm(gradient, dtype=torch.float64)
+        for gradient, parameter in zip(gradients, optimizer.params_in_partition[group], strict=False)
+        if is_model_parallel_parameter(parameter) or optimizer.model_parallel_rank == 0
+    ]
+    return torch.stack(norms).square().sum().float() if norms else torch.zeros((), device=torch.cuda.current_device())

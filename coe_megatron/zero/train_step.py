@@ -32,6 +32,7 @@ def train_step(
     loss_fn: Reduce,
     after_backward: Callable[[], None] = lambda: None,
     max_loss: float | None = None,
+    before_update: Callable[[torch.Tensor], None] = lambda loss: None,
 ) -> torch.Tensor:
     """One optimizer step over its micro-batches; the docstring of `zero.engine` defines the scale of gradients.
 
@@ -46,6 +47,8 @@ def train_step(
         after_backward: called after each backward pass, when its gradients exist; in a pipeline, once after all.
         max_loss: a step is also skipped if its loss (the sum over micro-batches and ranks) is larger. This costs an
             all-reduce of one number before the last backward pass.
+        before_update: called with what this returns before weights are updated, to start a collective that the update
+            hides.
 
     Returns:
         The sum of the loss over these micro-batches, float64, on all ranks that hold the model.
@@ -60,8 +63,10 @@ def train_step(
         for batch in _on_device(batches):
             backward(engine, recorded(loss_fn(forward(engine, batch), batch)))
             after_backward()
+            if len(losses) == len(batches):
+                before_update(total := torch.stack(losses).double().sum())
             engine.step()
-        return torch.stack(losses).double().sum()
+        return total
 
     def scaled(output: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         # Undoes the division by micro-batches (Megatron's schedule) and by data-parallel ranks (DeepSpeed).
@@ -70,13 +75,20 @@ def train_step(
 
     _run_pipeline(engine, batches, forward, scaled)
     after_backward()
+    before_update(total := _from_last_stage(losses, ()))
     engine.step()  # also reduces: with managed_gradient_accumulation the backward passes do not
-    return _from_last_stage(losses, ())
+    return total
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, batches: Sequence[Batch], forward: Forward, sums_fn: Reduce, size: int) -> torch.Tensor:
-    """The sum of `sums_fn` over micro-batches, [size] float64, on all ranks that hold the model."""
+def evaluate(
+    engine: Engine | torch.nn.Module, batches: Sequence[Batch], forward: Forward, sums_fn: Reduce, size: int
+) -> torch.Tensor:
+    """The sum of `sums_fn` over micro-batches, [size] float64, on all ranks that hold the model.
+
+    Args:
+        engine: or the model alone, without DeepSpeed.
+    """
     was_training = engine.training
     engine.eval()
     if _stages() == 1:
@@ -113,7 +125,7 @@ def _stages() -> int:
 
 
 def _run_pipeline(
-    engine: Engine,
+    engine: Engine | torch.nn.Module,
     batches: Sequence[Batch],
     forward: Forward,
     loss_and_recorded: Callable[[torch.Tensor, Batch], tuple[torch.Tensor, torch.Tensor]],
@@ -129,7 +141,7 @@ def _run_pipeline(
     return get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=_on_device(batches),
-        model=engine.module,
+        model=getattr(engine, "module", engine),
         num_microbatches=len(batches),
         seq_length=length,
         micro_batch_size=rows,

@@ -1,6 +1,7 @@
 """The resume matrix: saved on one layout and taken up on another, a run goes on as it would have where it was saved."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,21 +12,21 @@ from coe_megatron.checkpoint import save_load
 from coe_megatron.config.settings import OptimizerSettings
 
 SAVED, MORE = 3, 5
-# Ranks, ZeRO stage, and what the groups are cut by.
-LAYOUTS: dict[str, tuple[int, int, dict[str, int]]] = {
-    "one process": (1, 1, {}),
-    "EP 2": (2, 1, {"expert": 2}),
-    "TP 2": (2, 1, {"tensor": 2}),
-    "ZeRO-3 x 2": (2, 3, {}),
-    "PP 2": (2, 1, {"pipeline": 2}),
+# Ranks, ZeRO stage, what the groups are cut by, and how tokens travel and what is recomputed.
+LAYOUTS: dict[str, tuple[int, int, dict[str, int], dict[str, Any]]] = {
+    "one process": (1, 1, {}, {}),
+    "EP 2": (2, 1, {"expert": 2}, {"deduplicated": True, "recompute": "layer"}),
+    "TP 2": (2, 1, {"tensor": 2}, {}),
+    "ZeRO-3, EP 2": (2, 3, {"expert": 2}, {"deduplicated": True, "overlap_chunks": 2, "recompute": "iteration"}),
+    "PP 2": (2, 1, {"pipeline": 2}, {"overlap_chunks": 2}),
 }
 
 
 def engine_of(layout: str, seed: int) -> torch.nn.Module:
-    _, stage, cut = LAYOUTS[layout]
+    _, stage, cut, way = LAYOUTS[layout]
     use_groups(**cut)
     # A large eps: AdamW's first steps are a gradient's sign where it is near zero, which is rounding.
-    return make_engine(2, stage=stage, seed=seed, optimizer=OptimizerSettings(lr=1e-2, clip=0.1, eps=1e-4))
+    return make_engine(2, stage=stage, seed=seed, optimizer=OptimizerSettings(lr=1e-2, clip=0.1, eps=1e-4), **way)
 
 
 def save(folder: Path, layouts: list[str]) -> dict[str, Trace]:

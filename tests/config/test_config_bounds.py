@@ -170,6 +170,7 @@ training: {warm_start: ~/w}
     assert config.data.blend[0].path == f"{tmp_path}/q" and config.data.validation == {"v": f"{tmp_path}/v"}
     assert config.training.warm_start == f"{tmp_path}/w"
     assert load(write(text), ["output=~/other"]).output == f"{tmp_path}/other"
+    assert load(write(text), ["parallel.network=~/check.json"]).parallel.network == f"{tmp_path}/check.json"
     (tmp_path / "ds.json").write_text("{}")
     assert load(write(text), ["zero.deepspeed=~/ds.json"]).zero.deepspeed == f"{tmp_path}/ds.json"
 

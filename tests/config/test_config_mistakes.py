@@ -65,6 +65,16 @@ OVERRIDES: list[tuple[str, str]] = [
             ),
         )
     ),
+    ("model.qk_norm_over_heads=true", "model.qk_norm_over_heads is true: it needs model.qk_layernorm, and"),
+    ("model.mla={} & model.qkv_bias=true", "model.qkv_bias is true: with model.mla leave it false"),
+    (
+        "model.qk_layernorm=true & model.qk_norm_over_heads=true & parallel.tensor=2",
+        "parallel.tensor is 2: with model.qk_norm_over_heads, whose norms see all heads, it must be 1",
+    ),
+    (
+        "moe.num_shared_experts=0 & moe.shared_expert_gate=true",
+        "moe.shared_expert_gate is true: it needs shared experts, and moe.num_shared_experts is 0",
+    ),
     ("zero.stage=0 & zero.offload_optimizer=true", "zero.offload_optimizer is true: it needs zero.stage 1, 2 or 3"),
     ("zero.offload_parameters=true", "zero.offload_parameters is true: it needs zero.stage 3, not 1"),
     ("training.milestones.last=3", "override 'training.milestones.last=3': write it as key.sub=value"),
@@ -140,6 +150,16 @@ OVERRIDES: list[tuple[str, str]] = [
     ("moe.layer_freq=[1]", "moe.layer_freq has 1 entries: it must have one per layer (2)"),
     ("moe.layer_freq=[0,0]", "moe.layer_freq is [0, 0]: at least one layer must have experts"),
     ("moe.expert_bias=true", "moe.expert_bias is true: it needs moe.score_function sigmoid, not softmax"),
+    ("moe.capacity_factor=2 & moe.dispatcher=deduplicated", "moe.capacity_factor is given: it needs moe.dispatcher"),
+    (
+        "moe.dispatcher=allgather & moe.overlap_chunks=2",
+        "moe.overlap_chunks is 2: it must be 1 with moe.dispatcher allgather",
+    ),
+    ("moe.dispatcher=fast", "moe.dispatcher is 'fast': it should be 'alltoall', 'deduplicated', 'allgather' or 'auto'"),
+    ("moe.overlap_chunks=many", "moe.overlap_chunks is 'many': it should be an integer ≥ 1 or auto"),
+    ("moe.overlap_chunks=0", "moe.overlap_chunks is 0: it should be greater than or equal to 1"),
+    ("parallel.network=none.json", "parallel.network is none.json: there is no such file"),
+    ("parallel.network=.", "parallel.network is .: it is a folder, where a file is needed"),
     ("moe.pad_to_capacity=true", "moe.pad_to_capacity is true: it needs a moe.capacity_factor"),
     ("parallel.expert=3", "parallel.expert is 3: it must divide moe.num_experts (8)"),
     ("parallel.world_size=3", "training.global_batch is 16: it must be a multiple of training.micro_batch x"),
@@ -328,6 +348,11 @@ DATA: dict[str, tuple[Callable[[Path], None], str, str]] = {
         nothing,
         "data.samples=packed & model.seq_length=100000",
         "model.seq_length is 100000: packed samples need more tokens than {a} has",
+    ),
+    "another file than the node check's report": (
+        nothing,
+        "parallel.network={a}/manifest.json",
+        "parallel.network is {a}/manifest.json: it is not a report of this version's launch/check_nodes.py: nodes: F",
     ),
     "blend of tokenizers": (
         nothing,

@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from coe_megatron.config import RunConfig, dump, load
 from coe_megatron.config.load import resolve
 from coe_megatron.errors import ConfigError
+from coe_megatron.estimate.dispatch import resolved
 from coe_megatron.estimate.run_estimate import estimate, vocabulary
 from coe_megatron.estimate.run_shape import RunShape
 from coe_megatron.study.plan.arms import override
@@ -146,7 +147,7 @@ def test_a_changed_config_is_costed_or_refused_in_one_line(
     path.write_text(yaml.safe_dump(mutated(valid[start], changes)))
     try:
         config = load(path)
-        cost = estimate(RunShape.of(config, vocabulary(config)))
+        cost = estimate(resolved(config, vocabulary(config)))
     except ValueError as error:
         said = str(error)
         assert said.isprintable(), said
@@ -186,10 +187,10 @@ def test_any_text_is_the_same_in_the_runs_own_config_and_in_a_studys(text: str, 
 
 
 def numbers(value: Any) -> Iterator[float]:
-    if isinstance(value, dict):
-        for inner in value.values():
+    if isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
             yield from numbers(inner)
-    else:
+    elif value is not None and not isinstance(value, str):  # what is not known, and names
         yield value
 
 

@@ -10,10 +10,12 @@ from coe_megatron.config.native import read_native
 from coe_megatron.config.zero_sizes import ZeroSizes
 
 
-@pytest.mark.parametrize("parameters", [20_000, 1_000_003, 20_000_000])
-def test_sizes_follow_the_model(parameters: int) -> None:
+@pytest.mark.parametrize(
+    ("parameters", "reduced"), [(20_001, 20_001), (1_000_003, 2**17), (20_000_000, 2_500_000)], ids=str
+)
+def test_sizes_follow_the_model_but_small_gradients_are_reduced_together(parameters: int, reduced: int) -> None:
     sizes = ZeroSizes.of(parameters, {})
-    assert sizes.reduce_bucket == sizes.prefetch_bucket == pytest.approx(parameters / 8, abs=2)
+    assert sizes.reduce_bucket == reduced and sizes.prefetch_bucket == pytest.approx(parameters / 8, abs=2)
     assert sizes.allgather_bucket % 2 == 0  # DeepSpeed asserts it
     assert (sizes.max_live, sizes.persistence_threshold) == (parameters // 4, parameters // 1000)
 

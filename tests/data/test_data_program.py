@@ -40,7 +40,7 @@ def prepared(*changes, **options):
 PLACES = {
     "n" * 256 + ".jsonl": "too long",
     "nothing.jsonl": "there is no such file",
-    "folder.jsonl": "it is a folder, where a file is needed",
+    "folder.jsonl": "it is a folder",
     "fifo.jsonl": "it is a special file, where a file is needed",
     "zero.jsonl": "it is a special file, where a file is needed",
     "dangling.jsonl": "it is a dangling link to nowhere",

@@ -37,7 +37,7 @@ from model_checkpoint import load, make_stock_layer, save, scramble, sub_layer
 from model_oracle import CHAINS, ITERATIONS, VARIANTS, chain_of, make_batch, oracle_step
 from ranks import run_ranks
 
-from coe_megatron.chain.settings import ChainSettings, Recompute
+from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.model.router_state import update_router_state
 
 TOLERANCE = 1e-5  # relative to the largest entry, fp32
@@ -51,8 +51,23 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "recompute": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
     "recompute experts": {"recompute": "experts"},
     "recompute iterations": {"recompute": "iteration"},
+    "deduplicated": {"deduplicated": True},
+    "deduplicated, recompute": {"deduplicated": True, "recompute": "layer"},
+    "deduplicated, recompute experts": {"deduplicated": True, "recompute": "experts"},
+    "deduplicated, all of N": {"deduplicated": True, "moe_router_topk": EXPERTS},
+    "chunks": {"overlap_chunks": 2},
+    "chunks, recompute": {"overlap_chunks": 2, "recompute": "layer"},
+    "chunks, recompute iterations": {"overlap_chunks": 3, "recompute": "iteration"},
+    "chunks, deduplicated": {"overlap_chunks": 2, "deduplicated": True},
+    "chunks, deduplicated, recompute iterations": {"overlap_chunks": 2, "deduplicated": True, "recompute": "iteration"},
+    "chunks, deduplicated, recompute experts": {"overlap_chunks": 3, "deduplicated": True, "recompute": "experts"},
     "sigmoid": {"moe_router_score_function": "sigmoid", "moe_router_pre_softmax": False},
     "all of N": {"moe_router_topk": EXPERTS},
+}
+CROWDS: dict[str, dict[str, Any]] = {
+    "crowd": {},
+    "crowd, deduplicated": {"deduplicated": True},
+    "crowd, chunks": {"deduplicated": True, "overlap_chunks": 2},
 }
 STOCK: dict[str, dict[str, Any]] = {
     "losses": {**LOSSES, "moe_shared_expert_intermediate_size": 40},
@@ -71,6 +86,7 @@ BIAS = {
 }
 JITTER = {"moe_input_jitter_eps": 0.2}
 GLOBAL = {"moe_router_load_balancing_type": "global_aux_loss", "moe_z_loss_coeff": None}  # z-loss is a rank's own
+CHUNKS = {"overlap_chunks": 2}
 CAPACITY = {"moe_router_load_balancing_type": "aux_loss", "moe_expert_capacity_factor": 0.7}
 PADDED = {**CAPACITY, "moe_pad_expert_input_to_capacity": True}
 FEATURES: dict[str, dict[str, Any]] = {
@@ -99,6 +115,16 @@ FEATURES: dict[str, dict[str, Any]] = {
     "recompute iterations, jitter, expert bias": {**ROUTERS["recompute iterations"], **JITTER, **BIAS},
     "capacity, recompute iterations": {**ROUTERS["recompute iterations"], **CAPACITY},
     "recompute iterations, global_aux_loss": {**ROUTERS["recompute iterations"], **GLOBAL},
+    "deduplicated": {"deduplicated": True},
+    "padding, deduplicated": {"deduplicated": True, **BIAS},
+    "chunks": CHUNKS,
+    "chunks, expert bias": {**CHUNKS, **BIAS},
+    "chunks, groups": {**CHUNKS, "moe_router_num_groups": 4, "moe_router_group_topk": 1},
+    "chunks, global_aux_loss": {**CHUNKS, **GLOBAL},
+    "padding, chunks": {**CHUNKS, **BIAS},
+    "padding, chunks, deduplicated": {**CHUNKS, "deduplicated": True},
+    "chunks, recompute iterations, global_aux_loss": {**CHUNKS, **ROUTERS["recompute iterations"], **GLOBAL},
+    "chunks, recompute, expert bias": {**CHUNKS, **ROUTERS["recompute"], **BIAS},
     "replay, recompute iterations": {**ROUTERS["recompute iterations"], "moe_enable_routing_replay": True},
 }
 
@@ -117,16 +143,22 @@ def parallel_config(layout: dict[str, int], **changes: Any) -> Any:
     return make_config(**layout, sequence_parallel=tensor, **changes)
 
 
+def taken(changes: dict[str, Any]) -> dict[str, Any]:
+    """What is an argument of the spec and not Megatron's, taken out of `changes`."""
+    return {name: changes.pop(name) for name in ("recompute", "deduplicated", "overlap_chunks") if name in changes}
+
+
 def sub_layer_errors(
-    layout: dict[str, int], chain: ChainSettings, crowd: bool = False, recompute: Recompute = "none", **changes: Any
+    layout: dict[str, int], chain: ChainSettings, crowd: bool = False, **changes: Any
 ) -> dict[str, float]:
     """How far this rank's part of h', of the input's gradient and of each parameter's gradient is from the oracle's.
 
     Data-parallel ranks hold different sequences, tensor-parallel ranks different places of all sequences.
     """
+    own = taken(changes)
     config = parallel_config(layout, **LOSSES, **SHARED, **changes)
     torch.manual_seed(2)
-    oracle, layer = make_oracle(config, chain), make_layer(config, chain, recompute=recompute)
+    oracle, layer = make_oracle(config, chain), make_layer(config, chain, **own)
     h_BSD, grad_BSD = make_batch(HIDDEN, batch=4)
     if crowd:  # every token to expert 0: a rank without it has no rows
         _send_all_to_expert_0(oracle, h_BSD)
@@ -202,10 +234,10 @@ def feature_rounds(name: str, gating: str, layout: dict[str, int]) -> Named:
     """
     reset_megatron()
     changes = {**LOSSES, **SHARED, **FEATURES[name]}
-    recompute = changes.pop("recompute", "none")
+    own = taken(changes)
     config, chain = make_config(**layout, **changes), ChainSettings(2, gating)
     torch.manual_seed(2)
-    oracle, layer = make_oracle(config, chain), make_layer(config, chain, recompute=recompute)
+    oracle, layer = make_oracle(config, chain), make_layer(config, chain, **own)
     copy_from_oracle(layer, oracle)
     counts: list[torch.Tensor] = []
     recorded: dict[int, list[torch.Tensor]] = {}
@@ -314,7 +346,8 @@ def work_of_a_rank(folder: Path) -> dict[str, Any]:
         for iterations in ITERATIONS if name == "expert" else (2,):
             for chain in CHAINS if name == "expert" else CHAINS[:3]:
                 found[name, _name(chain, iterations)] = sub_layer_errors(layout, chain_of(chain, iterations))
-        found[name, "crowd"] = sub_layer_errors(layout, ChainSettings(2), crowd=True, moe_router_topk=1)
+        for crowd, changes in CROWDS.items():
+            found[name, crowd] = sub_layer_errors(layout, ChainSettings(2), crowd=True, moe_router_topk=1, **changes)
         for router, changes in ROUTERS.items():
             chain = ChainSettings(3, aux_loss_reduction="mean" if router == "mean" else "sum")
             found[name, router] = sub_layer_errors(layout, chain, **changes)
@@ -350,7 +383,7 @@ def _name(chain: tuple[str, str, str], iterations: int) -> str:
 
 
 pytestmark = pytest.mark.ranks
-NAMES = [*(_name(chain, iterations) for chain in CHAINS for iterations in ITERATIONS), "crowd", *ROUTERS, *VARIANTS]
+NAMES = [*(_name(chain, iterations) for chain in CHAINS for iterations in ITERATIONS), *CROWDS, *ROUTERS, *VARIANTS]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -360,7 +393,7 @@ def test_expert_parallel_layer_equals_oracle(two_ranks: list[dict], name: str) -
 
 
 @pytest.mark.parametrize("layout", ["tensor", "mixed"])
-@pytest.mark.parametrize("name", [*(_name(chain, 2) for chain in CHAINS[:3]), "crowd", *ROUTERS, *VARIANTS])
+@pytest.mark.parametrize("name", [*(_name(chain, 2) for chain in CHAINS[:3]), *CROWDS, *ROUTERS, *VARIANTS])
 def test_tensor_parallel_layer_equals_oracle(two_ranks: list[dict], layout: str, name: str) -> None:
     for found in two_ranks:
         assert max(found[layout, name].values()) <= TOLERANCE, found[layout, name]

@@ -61,7 +61,7 @@ def test_activations_of_every_mode_are_shown_and_the_runs_own_is_in_the_memory()
     # The whole step's peak has the gradient of the last hidden states beside them.
     assert plain.memory["activations"] == pytest.approx(peaks["none"], rel=0.005)
     assert iteration.memory["activations"] == pytest.approx(peaks["iteration"], rel=0.005)
-    assert peaks["iteration"] < 0.7 * peaks["none"]
+    assert peaks["iteration"] < 0.85 * peaks["none"]
     assert sum(plain.as_dict()["recompute"]["none"]["kept"].values()) <= peaks["none"]
     chain = sum(getattr(plain.flops_per_token, kind) for kind in ("routers", "experts", "shared"))
     assert plain.extra_flops == {"none": 0, "experts": 0, "iteration": chain // 3, "layer": chain // 3}

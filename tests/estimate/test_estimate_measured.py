@@ -10,6 +10,7 @@ import torch
 from megatron.core import parallel_state
 from model_build import reset_megatron
 from ranks import run_ranks
+from saved_bytes import without_padding
 
 from coe_megatron.chain.settings import ChainSettings, Recompute
 from coe_megatron.config import RunConfig
@@ -102,7 +103,7 @@ def found_in(config: RunConfig, vocabulary: int = VOCABULARY) -> Found:
         "loss_mask": torch.ones(shape),
     }
     for _ in range(2 if config.zero.stage == 3 else 1):
-        with meter.step():
+        with meter.step(), without_padding():
             train_step(engine, [batch] * count, evaluation.forward, evaluation.masked_loss_sum, meter.after_backward)
     return memory(run, parallel_state.get_pipeline_model_parallel_rank()).measured, meter.measured()
 
@@ -112,13 +113,13 @@ def of_cases(cases: list[Case]) -> list[Found]:
     return [found_in(config := case_config(case, ranks), int(config.model.vocab_size or 0)) for case in cases]
 
 
-def hold(case: object, found: list[Found], peak: float = 0.05, states: float = 0.05) -> None:
+def hold(case: object, found: list[Found], peak: float = 0.05, states: float = 0.05, activations: float = 0.25) -> None:
     """Of all ranks; where they differ the estimate is of the one with most."""
     said = found[0][0]
     measured = {kind: max(each[kind] for _, each in found) for kind in said}
     for kind in STATES:
         assert said[kind] == pytest.approx(measured[kind], rel=states), (case, kind)
-    assert said["activations"] == pytest.approx(measured["activations"], rel=0.25), case
+    assert said["activations"] == pytest.approx(measured["activations"], rel=activations), case
     assert said["peak"] == pytest.approx(measured["peak"], rel=peak), case
 
 
@@ -145,10 +146,10 @@ def test_every_size_stage_and_precision_holds_what_is_predicted(size: str, ranks
 
 @pytest.mark.usefixtures("single_rank")
 def test_buckets_follow_the_model_and_a_json_goes_first(tmp_path: Path) -> None:
-    """They are what the engine has; in a model of 20 thousand parameters they do not hide the rest."""
+    """They are what the engine has; two of a model of 20 thousand parameters hold it as a whole."""
     small = case_config(("20K", 1, "fp32", 1, 1, "none"), 1)
     said, measured = found_in(small, 128)
-    assert said["communication_buckets"] == measured["communication_buckets"] < said["weights"] / 2
+    assert said["communication_buckets"] == measured["communication_buckets"] == 2 * said["weights"]
     native = tmp_path / "deepspeed.json"
     native.write_text('{"zero_optimization": {"reduce_bucket_size": 5e3}}')
     said, measured = found_in(replace(small, zero=replace(small.zero, deepspeed=str(native))), 128)
@@ -172,7 +173,8 @@ def test_a_rank_holds_what_is_predicted(ranks: int, expert: int, tensor: int) ->
     stages = STAGES if ranks < 4 else STAGES[::2]  # each once; to be quick
     of_ranks = run_ranks(on_a_rank, ranks, ParallelSettings(expert=expert, tensor=tensor), stages, **groups)
     for place, *found in zip(stages, *of_ranks, strict=True):
-        hold(place, found, peak=0.1, states=0.02)
+        # In stage 1 a reduction with few activations and a chain with many are within 1 % of the peak.
+        hold(place, found, peak=0.1, states=0.02, activations=0.3)
 
 
 def on_a_stage(parallel: ParallelSettings) -> Found:

@@ -231,7 +231,7 @@ def test_overlapped_shared_experts_belong_to_the_dispatcher_of_the_only_iteratio
 
 
 def test_every_iteration_has_its_own_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = make_coe(make_config(), iterations=3)
+    layer = make_coe(make_config(moe_token_dispatcher_type="allgather"), iterations=3)
     used, dispatch = [], CoELayer.dispatch
 
     def listen(self: CoELayer, *args: torch.Tensor) -> Any:

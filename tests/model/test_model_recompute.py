@@ -24,7 +24,7 @@ from model_build import (
 
 from coe_megatron.chain.settings import ChainSettings, Gating, NormPlacement, Recompute, Residual
 from coe_megatron.model import coe_layer_spec
-from coe_megatron.model.layer import CoELayer
+from coe_megatron.model.router import CoERouter, Routing
 from coe_megatron.model.router_state import update_router_state
 
 MODES = get_args(Recompute)
@@ -135,13 +135,14 @@ def test_the_second_pass_follows_the_routes_of_the_first(
     """Between the passes the routers' weights change their signs: whoever chose again would choose other experts."""
     layer = build(mode, ChainSettings(3, residual="init"), **{**FEATURES[feature], "moe_z_loss_coeff": None}).mlp
     routes: list[torch.Tensor] = []
-    preprocess = CoELayer.preprocess
+    forward = CoERouter.forward
 
-    def listen(self: CoELayer, hidden: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor) -> Any:
-        routes.append(routing_map.clone())
-        return preprocess(self, hidden, probs, routing_map)
+    def listen(self: CoERouter, *arguments: Any) -> Routing:
+        routing = forward(self, *arguments)
+        routes.append(routing.chosen_TN.clone())
+        return routing
 
-    monkeypatch.setattr(CoELayer, "preprocess", listen)
+    monkeypatch.setattr(CoERouter, "forward", listen)
     h = torch.randn(SEQUENCE, BATCH, HIDDEN).to(layer.config.params_dtype).requires_grad_()
     out = layer(h)[0]
     first = list(routes)

@@ -134,7 +134,7 @@ def test_copies_beyond_the_capacity_are_dropped(policy: str, pad: bool) -> None:
 def choices(layer: Any, x: torch.Tensor) -> list[torch.Tensor]:
     """Bool [T, N] by iteration: the experts in which each token has a part."""
     found: list[torch.Tensor] = []
-    hooks = [r.register_forward_hook(lambda _r, _x, routing: found.append(routing[0] > 0)) for r in layer.routers]
+    hooks = [r.register_forward_hook(lambda _r, _x, routing: found.append(routing.chosen_TN)) for r in layer.routers]
     layer(x)
     for hook in hooks:
         hook.remove()

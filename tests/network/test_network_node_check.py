@@ -45,13 +45,16 @@ def check(network: Network, output: Path, *options: str, first: dict[str, str] |
 
 
 def test_a_slow_cable_is_found_at_its_own_host(network: Callable[..., Network], tmp_path: Path) -> None:
-    with network("", "delay 1ms rate 20mbit", "") as hosts:
+    with network("", "delay 4ms rate 20mbit", "") as hosts:
         report, statuses = check(hosts, tmp_path / "run")
         slow = hosts.hosts[1]
     assert list(report["bad"]) == [slow]
     assert "slow: all-to-all" in report["bad"][slow]
     assert report["nodes"][slow]["all_to_all"] < 20e6 / 8 / 1e9
     assert report["all_nodes"]["all_reduce"] > 0
+    latency = {host: node["latency"] for host, node in report["nodes"].items()}
+    assert all((seconds > 4e-3) == (host == slow) for host, seconds in latency.items()), latency
+    assert 0 < report["all_nodes"]["latency"] < 4e-3, "over the good ones"
     assert statuses == [1, 0, 0]
     assert list((tmp_path / "run").iterdir()) == []
 

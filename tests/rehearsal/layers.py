@@ -142,15 +142,18 @@ def make_mistake(mistake: str) -> None:
     """Plant what the rehearsal has to notice."""
     iterate = CoELayer._iterate
 
-    def wrong(self: CoELayer, t: int, state: torch.Tensor, *more: Any) -> Any:
+    def wrong(self: CoELayer, t: int, given: Any, *more: Any) -> Any:
+        state = given.state
         if mistake == "a read in the layer":
             state.sum().item()
+        elif mistake == "a copy in the layer":
+            state = state.clone()
         elif mistake == "a tensor on another device":
             state = state + torch.zeros(state.shape[-1], dtype=state.dtype, device="cpu")
         elif mistake == "an early read":
             first = state.detach().float()[0, 0].to("cpu", non_blocking=True)
             state = state + first.sum().item() * 0.0
-        return iterate(self, t, state, *more)
+        return iterate(self, t, given._replace(state=state), *more)
 
     CoELayer._iterate = wrong  # type: ignore[method-assign]
 

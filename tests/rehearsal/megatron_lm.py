@@ -10,7 +10,8 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.training import get_args
 
-from coe_megatron.data.datasets import BlendedOrder, PreparedData, Sample
+from coe_megatron.data.datasets import BlendedOrder, PreparedData
+from coe_megatron.data.samples import Sample
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import pretrain_megatron_lm as example

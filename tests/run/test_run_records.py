@@ -19,10 +19,10 @@ from attempts import attempt, small
 from programs import Program, wait_for_step
 
 from coe_megatron.checkpoint import listing
-from coe_megatron.config import RunConfig
+from coe_megatron.config import RunConfig, dump
 from coe_megatron.files import set_aside
 from coe_megatron.run.exit_status import ExitStatus
-from coe_megatron.run.folder import OutputLost
+from coe_megatron.run.folder import OutputLost, check_same_run
 from coe_megatron.run.loss_plot import is_complete_png
 from coe_megatron.run.metrics_log import read_metrics
 
@@ -228,3 +228,13 @@ def test_a_name_aside_is_free_and_said_in_one_line(tmp_path: Path, capsys: pytes
     found = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert found == {"a\nb.damaged": "0", "a\nb.damaged-2": "1", "a\nb.damaged-3": "2"}
     assert capsys.readouterr().err.count("\n") == 3
+
+
+def test_the_beginning_of_a_config_is_no_config(tmp_path: Path) -> None:
+    """It has the defaults for what is missing, and would be taken for another run's."""
+    config = run_config(tmp_path, tmp_path)
+    whole = dump(config)
+    (tmp_path / "config.yaml").write_text(whole)
+    assert check_same_run(tmp_path, config, 512) == ""
+    (tmp_path / "config.yaml").write_text(whole[: whole.index("\n  samples:") + 1])
+    assert "could not be compared" in check_same_run(tmp_path, config, 512)

@@ -62,6 +62,15 @@ def test_every_run_has_a_folder_a_seed_and_overrides_that_repeat_it(study_file: 
         assert (run.config.data.path, run.config.optimizer.lr) == ("a: b", 2e-5)
 
 
+def test_each_seed_can_start_from_its_own_weights(study_file: Write) -> None:
+    """In the config of a run and in the overrides that repeat it."""
+    study = make(study_file(), "training.warm_start=starts/{seed}/chain-{seed}")
+    assert study.arms[0].config.training.warm_start == "starts/{seed}/chain-{seed}"
+    for run in study.runs:
+        assert run.config.training.warm_start == f"starts/{run.seed}/chain-{run.seed}"
+        assert run.overrides[-1] == f"training.warm_start={run.config.training.warm_start}"
+
+
 def test_the_fingerprint_tells_settings_apart_and_neither_seed_nor_folder(study_file: Write) -> None:
     before, moved, other = (
         make(study_file(**changes))

@@ -171,9 +171,9 @@ MISTAKES = [
         "arm coe-2-2-8_prenorm: no training.steps from 200 to 400 matches the baseline's flops: the nearest is +1",
     ),
     (budget("parameters", "moe.num_experts", [1, 9]), "budget.range includes moe.num_experts 1: shape.topk is 2"),
-    (  # within 2 % of the baseline whatever it is, for it changes next to nothing
-        budget("memory", "model.vocab_size", [64, 66], 1, 0.02),
-        "% of the change over the range, with 66; budget.tolerance is 0.02: widen it or budget.range",
+    (  # within 3 % of the baseline whatever it is, for it changes next to nothing
+        budget("memory", "model.vocab_size", [64, 66], 1, 0.03),
+        "% of the change over the range, with 64; budget.tolerance is 0.03: widen it or budget.range",
     ),
     (
         budget("flops", "moe.ffn_hidden_size", [2, 63], 1, 0.3),

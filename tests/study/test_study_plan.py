@@ -22,7 +22,7 @@ from coe_megatron.study.plan.study_file import read_study
 Write = Callable[..., Path]
 STUDIES = ROOT / "configs" / "studies"
 FILES = sorted(path for path in STUDIES.rglob("*.yaml") if path.stem not in {"common", "topologies"})
-NAMES = {path.stem for path in FILES}
+NAMES = {path.stem for path in FILES if not path.stem.startswith("upcycling")}  # of the paper, in both sizes
 NORM_PLACEMENTS = {"reference", "prenorm", "iteration_norm"}
 # Arms of studies, and the configs of single arms that are the same models.
 SINGLE = {
@@ -50,7 +50,8 @@ SINGLE = {
 def test_every_study_of_the_project_plans(path: Path) -> None:
     plan = make_plan(path, ["data.path=nowhere"])
     assert plan.study.settings.output == f"runs/studies/{path.parent.name}/{path.stem}"
-    assert path.stem == "search" or {arm.labels["norm_placement"] for arm in plan.study.arms} == NORM_PLACEMENTS
+    if path.stem in NAMES - {"search"}:
+        assert {arm.labels["norm_placement"] for arm in plan.study.arms} == NORM_PLACEMENTS
     assert not any(arm.too_large for arm in plan.arms)
     rough = path.parent.name == "cpu" and path.stem == "learning-rate"  # a rate is chosen with one seed
     assert len(plan.study.settings.seeds) == (1 if rough else 3)
@@ -66,7 +67,7 @@ def test_the_papers_studies_are_there_in_both_sizes() -> None:
         "long",
         "search",
     } == NAMES
-    assert {(path.parent.name, path.stem) for path in FILES} == {
+    assert {(path.parent.name, path.stem) for path in FILES if path.stem in NAMES} == {
         (size, name) for size in ("paper", "cpu") for name in NAMES
     }
 
@@ -112,7 +113,7 @@ def test_the_study_at_equal_memory_has_it_equal_and_moves_what_it_is_made_of(siz
     for arm in plan.arms:
         assert arm.memory == pytest.approx(baseline.memory, rel=0.01)
         if "L6" in arm.arm.name.upper():  # fewer experts pay for the activations of two layers more
-            assert arm.components["optimizer"] < 0.95 * baseline.components["optimizer"]
+            assert arm.components["optimizer"] < 0.97 * baseline.components["optimizer"]
             assert arm.components["activations"] > 1.05 * baseline.components["activations"]
 
 

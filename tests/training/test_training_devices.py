@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+from coe_megatron.training import devices
 from coe_megatron.training.devices import make_deterministic, peak_flops, slow_experts
 
 
@@ -35,6 +36,14 @@ def test_devices_without_fast_experts_are_named(precision: str, capability: tupl
 
 def test_there_is_no_such_note_on_cpu() -> None:
     assert torch.cuda.is_available() or slow_experts("fp32") is None
+
+
+@pytest.mark.parametrize("amx", [True, False])
+def test_bf16_on_a_cpu_without_amx_is_told(monkeypatch: pytest.MonkeyPatch, amx: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(devices, "has_amx", lambda: amx)
+    note = slow_experts("bf16")
+    assert note is None if amx else note is not None and "this CPU has no AMX" in note and "fp32" in note
 
 
 def test_deterministic_algorithms_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

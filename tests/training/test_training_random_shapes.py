@@ -79,12 +79,14 @@ def _attention(pick: random.Random, heads: int) -> dict[str, Any]:
         sizes = {name: 2 * pick.randint(2, 6) for name in ("qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")}
         return {"mla": MLASettings(kv_lora_rank=10, q_lora_rank=pick.choice([None, 14]), **sizes)}
     groups = {"num_query_groups": heads // 2} if kind == "gqa" else {}
-    return {"qk_layernorm": pick.random() < 0.5, "kv_channels": pick.choice([None, 6]), **groups}
+    norms, over_heads = pick.random() < 0.5, pick.random() < 0.4
+    own = {"qk_layernorm": norms, "qk_norm_over_heads": norms and over_heads, "qkv_bias": pick.random() < 0.3}
+    return {**own, "kv_channels": pick.choice([None, 6]), **groups}
 
 
 def has_oracle(config: RunConfig) -> bool:
     model = config.model
-    own_attention = model.mla or model.num_query_groups or model.kv_channels or model.qk_layernorm
+    own_attention = model.mla or model.num_query_groups or model.kv_channels or model.qk_layernorm or model.qkv_bias
     rms = model.normalization == "RMSNorm"
     return not own_attention and rms and model.untied_embeddings and config.moe.layer_freq == 1
 

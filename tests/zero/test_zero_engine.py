@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-from engine_build import Trace, joined, make_engine, micro_batches, take_steps
+from engine_build import Trace, joined, make_engine, micro_batches, take_steps, use_groups
 from model_build import errors, make_config, make_gpt
 from ranks import run_ranks
 
@@ -96,6 +96,31 @@ def test_gradients_norms_and_losses_equal_one_process(runs: dict, layout: str, s
     assert max(errors(found.weights, whole.weights).values()) < 1e-3
 
 
+def compare_norms() -> list[tuple[float, float]]:
+    """Ours and DeepSpeed's norms of the same gradients, in stages 1 and 2 with experts replicated, then with TP."""
+    found = []
+    for tensor, stage in ((1, 1), (1, 2), (2, 1)):
+        use_groups(tensor=tensor, expert=2)
+        engine = make_engine(stage=stage)
+        optimizer, ours = engine.optimizer, engine.optimizer.scaled_global_norm
+
+        def both(optimizer: Any = optimizer, ours: Any = ours) -> torch.Tensor:
+            found.append((float(ours()), float(type(optimizer).scaled_global_norm(optimizer))))
+            return ours()
+
+        optimizer.scaled_global_norm = both
+        take_steps(engine, 0, 2)
+    return found
+
+
+@pytest.mark.ranks
+def test_the_norm_by_one_all_reduce_is_deepspeeds() -> None:
+    for norms in run_ranks(compare_norms, 4, expert_model_parallel_size=2):
+        assert len(norms) == 6
+        for ours, theirs in norms:
+            assert ours == pytest.approx(theirs, rel=3e-7) and ours > 0.1
+
+
 @pytest.mark.ranks
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_the_comparison_notices_a_mistake(runs: dict, mistake: str) -> None:
@@ -117,7 +142,8 @@ def test_bf16_keeps_fp32_masters_and_sums(runs: dict) -> None:
     ((whole, _),), ranks = runs["one"]["bf16 8"], runs["ep2"]["bf16 2"]
     found = joined([trace for trace, _ in ranks], "ep2")
     assert max(errors(found.gradients, whole.gradients).values()) < 5e-2
-    assert ranks[0][0].norms == pytest.approx(whole.norms, rel=1e-2)
+    # AdamW's first step is the sign of each gradient: rounding moves the norm of the second by a percent.
+    assert ranks[0][0].norms == pytest.approx(whole.norms, rel=2e-2)
     assert ranks[0][0].losses == pytest.approx(whole.losses, rel=3e-3)
     assert all(rounded for _, rounded in ranks)
 

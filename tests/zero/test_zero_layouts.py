@@ -3,7 +3,8 @@
 All begin with the weights of one checkpoint; what they come to lies in checkpoints too, whole whatever the layout, and
 that is where it is compared. One start of ranks goes through many cases, which build their groups anew. A few cases
 cover every layout, stage, number of iterations and optimizer; those marked `slow` every layout with each of its stages,
-those marked `full` are all combinations.
+those marked `full` are all combinations. So it is with the ways of tokens, recompute and padding, whose one process
+knows of neither ways nor recompute.
 """
 
 import json
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 import pytest
@@ -24,12 +25,11 @@ from ranks import run_ranks
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 
-from coe_megatron.chain.settings import ChainSettings
+from coe_megatron.chain.settings import ChainSettings, Recompute
 from coe_megatron.checkpoint import save_load as store
 from coe_megatron.config.settings import OptimizerSettings
-from coe_megatron.distributed.process_groups import MegatronGroups
 from coe_megatron.zero import engine as zero_engine
-from coe_megatron.zero import expert_groups
+from coe_megatron.zero import expert_groups, grad_clip
 from coe_megatron.zero import optimizer_states as states
 
 STEPS = 5
@@ -46,12 +46,19 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "EP 2, ETP 2": (4, {"expert": 2, "expert_tensor": 2}),
     "PP 2, EP 2": (4, {"pipeline": 2, "expert": 2}),
     "PP 2, TP 2": (4, {"pipeline": 2, "tensor": 2}),
+    "EP 4": (4, {"expert": 4}),
+}
+WAYS: dict[str, dict[str, Any]] = {
+    "": {},
+    "deduplicated": {"deduplicated": True},
+    "2 chunks": {"overlap_chunks": 2},
+    "deduplicated in 2 chunks": {"deduplicated": True, "overlap_chunks": 2},
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """One training; `offload` and `balancing` as make_engine takes them, `broken` a name in BROKEN."""
+    """One training; `offload` and `balancing` as make_engine takes them, `broken` a name in BROKEN, `way` in WAYS."""
 
     layout: str
     stage: int
@@ -61,6 +68,9 @@ class Case:
     balancing: str = "seq_aux_loss"
     broken: str = ""
     precision: str = "fp32"
+    way: str = ""
+    recompute: str = "none"
+    padding: bool = False
 
     @property
     def ranks(self) -> int:
@@ -69,7 +79,8 @@ class Case:
     def __str__(self) -> str:
         offloaded = f"{self.offload} offloaded" if self.offload else ""
         special = self.balancing.removeprefix("seq_aux_loss"), self.broken, self.precision.removeprefix("fp32")
-        more = [part for part in (offloaded, *special) if part]
+        recompute = f"recompute {self.recompute}" if self.recompute != "none" else ""
+        more = [part for part in (offloaded, *special, self.way, recompute, "padding" * self.padding) if part]
         return ", ".join([self.layout, f"stage {self.stage}", f"C {self.iterations}", self.optimizer, *more])
 
 
@@ -107,6 +118,31 @@ FEW = [
     if ranks == 2
 ]
 REST = [case for case in ALL + OFFLOADED if case not in COVERING]
+# Tokens may travel any way: two ranks, four, and the rest, where all else takes turns.
+FEW_WITH_WAYS = [
+    Case("EP 2", 3, 2, "SGD", way="deduplicated in 2 chunks", recompute="iteration", padding=True),
+    Case("TP 2, EP 2", 2, 3, "AdamW", way="deduplicated", recompute="layer"),
+    Case("TP 2, ETP 2", 0, 3, "AdamW", way="deduplicated in 2 chunks", recompute="experts"),
+    Case("PP 2", 1, 2, "SGD", way="2 chunks", padding=True),
+    Case("EP 2, replicas 2", 3, 3, "AdamW", way="2 chunks", recompute="iteration"),
+    Case("TP 2, EP 2, DP 2", 2, 2, "SGD", way="deduplicated in 2 chunks", recompute="layer", padding=True),
+    Case("EP 2, ETP 2", 1, 3, "SGD", way="deduplicated", recompute="experts"),
+    Case("PP 2, EP 2", 1, 2, "SGD", way="deduplicated in 2 chunks", recompute="iteration", padding=True),
+    Case("PP 2, TP 2", 0, 3, "AdamW", way="2 chunks"),
+    Case("EP 4", 3, 2, "AdamW", way="deduplicated"),
+]
+REST_WITH_WAYS = [
+    Case(
+        layout,
+        stages(layout)[(number + turn) % len(stages(layout))],
+        2 + turn % 2,
+        ("SGD", "AdamW")[(number + turn // 2) % 2],
+        way=way,
+        recompute=get_args(Recompute)[(number + turn) % 4],
+    )
+    for number, layout in enumerate(LAYOUTS)
+    for turn, way in enumerate(list(WAYS)[1:])
+]
 
 
 @contextmanager
@@ -136,6 +172,7 @@ def engine_of(case: Case, micro_batch: int, **more: Any) -> Any:
             "topk": EXPERTS
         }  # all of them: TP rounds otherwise, and a token at another expert is no small difference
     more |= {"stage": case.stage, "offload": case.offload, "balancing": case.balancing, "precision": case.precision}
+    more |= {"recompute": case.recompute, **WAYS[case.way]}
     return make_engine(micro_batch, chain=chain, optimizer=settings, **more)
 
 
@@ -147,11 +184,13 @@ def train_alone(folder: Path) -> None:
     for balancing in ("aux_loss", "global_aux_loss"):
         train_case(Case("alone", 1, 2, "SGD", balancing=balancing), folder, micro_batch=8)
     train_case(Case("alone", 1, 2, "SGD", precision="bf16"), folder, micro_batch=8)
+    # The z-loss is a mean over a micro-batch's places that count: the same micro-batches as of many ranks.
+    train_case(Case("alone", 1, 2, "SGD", padding=True), folder, micro_batch=2)
 
 
-def trained(engine: Any, name: str) -> Trace:
-    with optimizer(name):
-        return take_steps(engine, 0, STEPS, rate=RATES[name])
+def trained(engine: Any, case: Case) -> Trace:
+    with optimizer(case.optimizer):
+        return take_steps(engine, 0, STEPS, rate=RATES[case.optimizer], padding=case.padding)
 
 
 # SGD's gradients are clipped to 0.1 in all: a rate at which its steps are as long as AdamW's.
@@ -173,7 +212,7 @@ def train_case(case: Case, folder: Path, micro_batch: int) -> None:
     with BROKEN[case.broken]():
         engine = engine_of(case, micro_batch, seed=7)
     store.load_weights(folder / f"begin {case.iterations}", engine)
-    write(engine, trained(engine, case.optimizer), folder / str(case))
+    write(engine, trained(engine, case), folder / str(case))
     engine.destroy()  # or its hooks keep it, and the groups it knows
 
 
@@ -209,8 +248,13 @@ def no_sums_over_sequence_parts() -> AbstractContextManager:
 
 def norm_of_a_stage() -> AbstractContextManager:
     """Each pipeline stage clips by the norm of its own gradients."""
-    tensor = parallel_state.get_tensor_model_parallel_group
-    return mock.patch.object(MegatronGroups, "get_model_parallel_group", staticmethod(tensor))
+    whole, tensor = grad_clip.norm_of_partitions, parallel_state.get_tensor_model_parallel_group
+
+    def of_a_stage(optimizer: Any) -> torch.Tensor:
+        with mock.patch.object(parallel_state, "get_model_parallel_group", tensor):
+            return whole(optimizer)
+
+    return mock.patch.object(grad_clip, "norm_of_partitions", of_a_stage)
 
 
 def experts_as_dense() -> AbstractContextManager:
@@ -263,6 +307,24 @@ def test_covering_cases_are_the_training_of_one_process(alone: Path, ranks: int)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_all_cases_are_the_training_of_one_process(alone: Path, ranks: int, iterations: int) -> None:
     compare(alone, [case for case in REST if (case.ranks, case.iterations) == (ranks, iterations)])
+
+
+@pytest.mark.ranks
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_tokens_may_travel_any_way(alone: Path, ranks: int) -> None:
+    cases = [case for case in FEW_WITH_WAYS if case.ranks == ranks]
+    assert {case.stage for case in cases} == {0, 1, 2, 3} and {case.way for case in cases} == {*WAYS} - {""}
+    assert {case.recompute for case in cases} == {*get_args(Recompute)}
+    compare(alone, cases)
+
+
+@pytest.mark.full
+@pytest.mark.ranks
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_tokens_may_travel_any_way_in_all_layouts(alone: Path, ranks: int) -> None:
+    compare(alone, [case for case in REST_WITH_WAYS if case.ranks == ranks])
 
 
 @pytest.mark.slow
@@ -320,10 +382,13 @@ def beyond_limits(worst: dict[str, dict[str, float]], limits: dict[str, float] =
     return {case for case, found in worst.items() if any(found[kind] > limits[kind] for kind in found)}
 
 
+ALONE = {"layout": "alone", "stage": 1, "offload": "", "broken": "", "way": "", "recompute": "none"}
+
+
 def deviations(folder: Path, case: Case) -> dict[str, float]:
     """By kind the worst deviation from one process, relative to the value, or to a tensor's largest."""
     found, numbers = read(folder / str(case))
-    truth, true_numbers = read(folder / str(replace(case, layout="alone", stage=1, offload="", broken="")))
+    truth, true_numbers = read(folder / str(replace(case, **ALONE)))
     worst = {kind: max(errors(found[kind], truth[kind]).values()) for kind in truth}
     for kind, values in true_numbers.items():
         worst[kind] = max(abs(mine - his) / his for mine, his in zip(numbers[kind], values, strict=True))

@@ -11,15 +11,16 @@ from functools import cached_property
 from pathlib import Path
 
 from coe_megatron.config import RunConfig
-from coe_megatron.data.folders import validation_paths
+from coe_megatron.data.folders import DataFolder, validation_paths
+from coe_megatron.data.indexed_prefix import IndexedPrefix
 from coe_megatron.data.manifest import Manifest
 from coe_megatron.errors import ConfigError
 from coe_megatron.estimate.activations import extra_flops
 from coe_megatron.estimate.closed_forms import Flops, parameters, training_flops
 from coe_megatron.estimate.devices import Device
+from coe_megatron.estimate.dispatch import resolved
 from coe_megatron.estimate.run_estimate import estimate, vocabulary
 from coe_megatron.estimate.run_shape import RunShape
-from coe_megatron.files import kind_of
 from coe_megatron.study.plan.study_file import Quantity
 
 
@@ -70,15 +71,15 @@ class Amounts:
 
     speed: Speed | None = None
     _vocabularies: dict[tuple[str, int | None, int], int] = field(default_factory=dict)
-    _validation: dict[str, Manifest | None] = field(default_factory=dict)
+    _validation: dict[str, Manifest | IndexedPrefix | None] = field(default_factory=dict)
 
     def run(self, config: RunConfig) -> "RunTotals":
         """The totals of the run of a config.
 
         Raises:
-            ConfigError: as `estimate.run_estimate.vocabulary`.
+            ConfigError: as `estimate.run_estimate.vocabulary` and `estimate.dispatch.resolved`.
         """
-        return RunTotals(self, RunShape.of(config, self._vocabulary(config)))
+        return RunTotals(self, resolved(config, self._vocabulary(config)))
 
     def validation_samples(self, config: RunConfig) -> int:
         """Samples per evaluation; if data are not prepared yet, `validation_samples` per validation set."""
@@ -88,7 +89,7 @@ class Amounts:
         limit = config.data.validation_samples
         for name, path in validation_paths(config.data).items():
             if path not in self._validation:
-                self._validation[path] = _manifest(Path(path), f"data.validation.{name}")
+                self._validation[path] = _summary(DataFolder(f"data.validation.{name}", Path(path)))
             manifest = self._validation[path]
             if manifest is None:
                 yield limit or 0
@@ -181,6 +182,6 @@ class RunTotals:
         return flops.total + extra_flops(model, config.moe.recompute) + flops.experts * half_rows / rows
 
 
-def _manifest(folder: Path, name: str) -> Manifest | None:
-    """The manifest of prepared data; None if the folder does not exist yet."""
-    return None if kind_of(folder, name) is None else Manifest.read(folder)
+def _summary(data: DataFolder) -> Manifest | IndexedPrefix | None:
+    """The manifest of prepared data, or the index of Megatron's files; None if they do not exist yet."""
+    return data.read() if data.exists else None

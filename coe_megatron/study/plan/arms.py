@@ -29,6 +29,7 @@ _OWN = {"training.seed": "seeds", "output": "output"}  # settings that have thei
 _MAX_LABEL = 255  # bytes
 _MAX_ARMS, _MAX_RUNS = 1_000, 2_000  # resolving an arm takes about 25 ms
 _RESERVED_NAMES = {"report"}  # folders of a study that belong to no arm
+_SEED = "{seed}"  # in training.warm_start: the run's seed, so that each seed can start from weights of its own
 _SETTING = re.compile(r"[\w-]+(\.[\w-]+)*")
 
 
@@ -81,8 +82,12 @@ class Arm:
         return [self._run(seed, f"{self.config.output}/seed-{seed}") for seed in seeds]
 
     def _run(self, seed: int, folder: str) -> Run:
-        config = replace(self.config, output=folder, training=replace(self.config.training, seed=seed))
-        return Run(self.name, seed, config, (*self.overrides, f"training.seed={seed}", override("output", folder)))
+        training, own = replace(self.config.training, seed=seed), [f"training.seed={seed}", override("output", folder)]
+        if training.warm_start is not None and _SEED in training.warm_start:
+            training = replace(training, warm_start=training.warm_start.replace(_SEED, str(seed)))
+            own.append(override("training.warm_start", training.warm_start))
+        config = replace(self.config, output=folder, training=training)
+        return Run(self.name, seed, config, (*self.overrides, *own))
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,7 @@ def as_markdown(
             _conclusion(summaries, study.baseline.name),
             _losses(summaries, study.baseline.name),
             _explanation(summaries),
+            _answers(finished),
         ]
         parts += ["## Cost of the arms", _costs(plan, finished), "### Memory by component", _memory(plan, finished)]
         parts += ["## Loss against parameters, FLOPs and recurrence", _scaling_fit(fit(summaries))]
@@ -174,6 +175,21 @@ def _losses(summaries: Sequence[Summary], baseline: str) -> str:
         )
     columns = ["arm", "seeds", "mean loss", "s.d.", "gain", "95 % CI", "p", "against the baseline"]
     return _table(columns, rows)
+
+
+def _answers(finished: Sequence[Result]) -> str:
+    """Accuracy of final answers, of runs with `training.evaluate_answers`; empty without any."""
+    found: dict[str, list[float]] = {}
+    for result in finished:
+        if (accuracy := result.steps[-1].get("answer_accuracy")) is not None:
+            found.setdefault(result.run.arm, []).append(accuracy)
+    if not found:
+        return ""
+    rows = [
+        [_escaped(arm), f"{sum(each) / len(each):.3f}", ", ".join(f"{accuracy:.3f}" for accuracy in each)]
+        for arm, each in found.items()
+    ]
+    return "### Final answers\n\n" + _table(["arm", "mean accuracy", "by seed"], rows)
 
 
 def _explanation(summaries: Sequence[Summary]) -> str:

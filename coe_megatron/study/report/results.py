@@ -132,6 +132,8 @@ def _row(result: Result) -> dict[str, Any]:
         return row
     last = result.steps[-1]
     row |= {"tokens": last["tokens"], "valid_loss": result.loss, "train_loss": last["train_loss"]}
+    if (accuracy := last.get("answer_accuracy")) is not None:
+        row["answer_accuracy"] = accuracy
     row["best_valid_loss"] = min(line["valid_loss"] for line in result.evaluations)
     return row | {f"routing_{name}": last.get(f"routing_{name}") for name in _ROUTING}
 

@@ -7,6 +7,7 @@ file as a program: it takes frames from each cable and hands them on after as lo
 import heapq
 import os
 import select
+import shutil
 import socket
 import subprocess
 import sys
@@ -92,12 +93,12 @@ class Network:
 
 def unable() -> str | None:
     """Why there can be no such network here; None if there can."""
+    if missing := next((program for program in ("ip", "tc") if shutil.which(program) is None), None):
+        return f"no program {missing} (package iproute2)"
     name = f"coe-{os.getpid()}-probe"
     try:
         _ip("netns", "add", name)
         _ip("-n", name, "link", "add", "eth0", "type", "veth", "peer", "name", "eth1")
-    except FileNotFoundError as error:
-        return f"no program {error.filename} (package iproute2)"
     except subprocess.CalledProcessError as error:
         return f"no network namespaces: {error.stderr.strip()}"
     finally:

@@ -1,0 +1,166 @@
+"""The predicted time of a step in MoE layers, from what the node check measured between nodes.
+
+`chain_seconds` goes through a chain as `CoELayer` does, chunk by chunk in turns, with these times:
+
+* a way there or back: the bytes that leave the node at the measured bandwidth. If the nodes have GPUs, each rank is
+  assumed to have a network adapter as fast as that of the check's process; otherwise the ranks of a node share what was
+  measured. Bytes inside a node are assumed to be faster.
+* the measured latency of each all-to-all. Rows are one, gates with local experts another, sums one; in the backward
+  pass gradients of sums are one, and of rows and gates two. NCCL delivers those of a group one after the other, gloo
+  two at once, since a group has two threads.
+* the host's wait for the sizes: an all-to-all, or with expert tensor parallelism an all-gather, which goes round a ring
+  with a latency for each node but one. In the backward pass, in a recomputed pass, and where `fixed` gating uses
+  choices again, the sizes are known.
+* routers and experts: their FLOPs at the assumed speed of the device; each chunk loads the experts' weights again. The
+  backward pass computes twice as much.
+
+So chunks pay for more latencies, and hide work behind ways. Gathers of expert tensor parallelism, which is inside
+nodes, take no time here.
+"""
+
+from dataclasses import dataclass, replace
+from heapq import heapreplace
+
+from coe_megatron.estimate.closed_forms import ModelShape, forward_flops
+from coe_megatron.estimate.devices import Device, find_device
+from coe_megatron.estimate.measured_network import Speeds
+from coe_megatron.estimate.run_shape import RunShape
+from coe_megatron.estimate.traffic import expert_nodes, one_way
+
+FORWARD, BACKWARD = (2, 1), (1, 2)  # all-to-alls that start together, before the experts and after them
+_SIMULATED = 32  # iterations; further ones take as long
+
+
+def speeds_between(run: RunShape) -> Speeds | None:
+    """What was measured between the nodes of an expert-parallel group; None if it is on one node, or nothing was."""
+    return run.network.speeds if run.network is not None and expert_nodes(run) > 1 else None
+
+
+def device_of(run: RunShape) -> Device | None:
+    """The device that the report names; None if its speed is unknown, as that of GPUs in fp32."""
+    if run.network is None or (run.network.has_gpus and run.config.training.precision == "fp32"):
+        return None
+    return find_device(run.network.device)
+
+
+def has_megatrons_dispatcher(run: RunShape) -> bool:
+    """Whether Megatron's dispatcher sends the tokens, and not ours."""
+    return run.config.moe.capacity_factor is not None or run.config.moe.dispatcher == "allgather"
+
+
+def step_seconds(run: RunShape, stage: int) -> float | None:
+    """Seconds of a step in the MoE layers of a pipeline stage, without idle time of the pipeline.
+
+    None if nothing was measured that applies, or if Megatron's dispatcher sends the tokens. Work takes no time if the
+    speed of the device is unknown.
+    """
+    speeds = speeds_between(run)
+    if speeds is None or has_megatrons_dispatcher(run):
+        return None
+    layers = (count * _layer_seconds(run, kind, speeds) for count, kind in run.stage_model(stage).moe_kinds)
+    return run.micro_batches * sum(layers)
+
+
+@dataclass(frozen=True)
+class PassSeconds:
+    """Seconds of a chunk in an iteration.
+
+    Attributes:
+        way: of the rows there, or back.
+        latency: of an all-to-all.
+        sizes: until the host knows them.
+        router, shared, experts: work; the shared experts work while tokens travel.
+        started: all-to-alls that start together, before the experts and after them.
+        at_once: all-to-alls of a group that are delivered at the same time.
+    """
+
+    way: float
+    latency: float
+    sizes: float
+    router: float
+    shared: float
+    experts: float
+    started: tuple[int, int] = FORWARD
+    at_once: int = 1
+
+    @property
+    def backward(self) -> "PassSeconds":
+        """With twice the work, and known sizes."""
+        work = {name: 2 * getattr(self, name) for name in ("router", "shared", "experts")}
+        return replace(self, sizes=0.0, started=BACKWARD, **work)
+
+
+def _layer_seconds(run: RunShape, kind: ModelShape, speeds: Speeds) -> float:
+    """Forward and backward pass of a micro-batch through a MoE layer of a kind, with what is recomputed."""
+    forward, recompute = _forward(run, kind, speeds), run.config.moe.recompute
+    again = [replace(forward, sizes=0.0)] if recompute in ("iteration", "layer") else []
+    chunks, iterations, routings = run.config.moe.resolved_chunks(), kind.chain.iterations, kind.routings
+    seconds = 0.0
+    for each in (forward, *again, forward.backward):
+        if recompute == "iteration":  # all chunks finish an iteration before the next one
+            routed, reused = (chain_seconds(each, chunks, 1, count) for count in (1, 0))
+            seconds += routings * routed + (iterations - routings) * reused
+        else:
+            simulated = min(iterations, _SIMULATED)
+            seconds += chain_seconds(each, chunks, simulated, routings) * iterations / simulated
+    return seconds
+
+
+def _forward(run: RunShape, kind: ModelShape, speeds: Speeds) -> PassSeconds:
+    """Of one of `moe.overlap_chunks` chunks."""
+    chunks, layout, flops = run.config.moe.resolved_chunks(), run.layout, forward_flops(kind)
+    tokens = run.config.training.micro_batch * kind.seq_length / layout.tensor / chunks
+    rows = tokens * layout.expert * layout.expert_tensor * kind.topk / kind.experts  # of an expert
+    has_gpus = run.network is not None and run.network.has_gpus
+    sent = one_way(run, kind).across_nodes * (1 if has_gpus else run.ranks_on_a_node)
+    seconds, loading = 0.0, 0.0  # per FLOP of a token in all layers; of weights, as a part of the products
+    if device := device_of(run):
+        seconds, loading = tokens / kind.num_moe_layers / device.rate, device.half_rows / rows
+    return PassSeconds(
+        way=sent / speeds.bandwidth / chunks,
+        latency=speeds.latency,
+        sizes=speeds.latency * (expert_nodes(run) - 1 if layout.expert_tensor > 1 else 1),
+        router=flops.routers * seconds / kind.routings,
+        shared=flops.shared * seconds / kind.chain.iterations,
+        experts=flops.experts * seconds / kind.chain.iterations * (1 + loading),
+        at_once=1 if has_gpus else 2,
+    )
+
+
+class _Group:
+    """A process group that delivers all-to-alls, and a link that carries the rows of one after the other."""
+
+    def __init__(self, each: PassSeconds) -> None:
+        self._each, self._free, self._link = each, [0.0] * each.at_once, 0.0
+
+    def start(self, now: float, count: int) -> float:
+        """When `count` all-to-alls that start now have arrived; the first one has the rows."""
+        arrived = now
+        for number in range(count):
+            end = max(now, self._free[0])
+            if number == 0:
+                end = self._link = max(end, self._link) + self._each.way
+            end += self._each.latency
+            heapreplace(self._free, end)
+            arrived = max(arrived, end)
+        return arrived
+
+
+def chain_seconds(each: PassSeconds, chunks: int, iterations: int, routings: int) -> float:
+    """From the first router to the last token that is back.
+
+    Args:
+        routings: iterations with a router, which are the first ones.
+    """
+    now, group = 0.0, _Group(each)
+    there, back = [0.0] * chunks, [0.0] * chunks
+    before, after = each.started
+    for t in range(iterations):
+        for chunk in range(chunks):
+            now = max(now, back[chunk]) + (each.router + each.sizes if t < routings else 0.0)
+            there[chunk] = group.start(now, before)
+            now += each.shared
+        for chunk in range(chunks):
+            now = max(now, there[chunk]) + each.experts
+            back[chunk] = group.start(now, after)
+    return max(now, *back)
