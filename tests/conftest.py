@@ -13,6 +13,7 @@ from ranks import start_groups
 pytest_plugins = ["small_run"]
 
 SLOW = ("ranks", "run", "network", "slurm")
+_CURRENT = "PYTEST_CURRENT_TEST"
 
 
 def pytest_configure() -> None:
@@ -52,14 +53,24 @@ def fixed_seed() -> None:
     torch.manual_seed(1234)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def given_environment() -> dict[str, str]:
+    """The environment before any test; pytest keeps the name of the current test in it, which is not of the user's."""
+    return {name: value for name, value in os.environ.items() if name != _CURRENT}
+
+
 @pytest.fixture(autouse=True)
-def own_environment() -> Iterator[None]:
-    """What a test, or DeepSpeed within it, puts into the environment no later test and no program of its sees."""
-    before = dict(os.environ)
+def own_environment(given_environment: dict[str, str]) -> Iterator[None]:
+    """What a test, a session's fixture, or DeepSpeed within them, puts into the environment no other test sees."""
+    _restore(given_environment)
     yield
-    for name in os.environ.keys() - before.keys():
+    _restore(given_environment)
+
+
+def _restore(environment: dict[str, str]) -> None:
+    for name in os.environ.keys() - environment.keys() - {_CURRENT}:
         del os.environ[name]
-    os.environ.update(before)
+    os.environ.update(environment)
 
 
 @pytest.fixture(scope="session")

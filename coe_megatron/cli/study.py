@@ -76,6 +76,8 @@ def make_parser() -> Parser:
         at_once = "largest number of runs at the same time (default: one per GPU, one without GPUs; submit: no limit)"
         command.add_argument("--at-once", type=whole_number, metavar="N", help=at_once)
     run.add_argument("--devices", metavar="0,1", help="the GPUs to use (default: CUDA_VISIBLE_DEVICES, else all)")
+    shared = "runs that share a GPU at a time: small models do not fill one (default: 1)"
+    run.add_argument("--per-device", type=whole_number, default=1, metavar="N", help=shared)
     status.add_argument("--json", action="store_true", help="print JSON for programs: unrounded, null means unknown")
     per_node = "ranks of a run on each node (default: all on one node)"
     submit.add_argument("--ranks-per-node", type=whole_number, metavar="N", help=per_node)
@@ -115,7 +117,8 @@ def run(plan: Plan, options: argparse.Namespace) -> ExitStatus:
     requests = Requests()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda *_: requests.more())
-    ended = Runner(devices, options.at_once or max(1, len(devices)), say).run(open_runs, requests)
+    at_once = options.at_once or max(1, len(devices) * options.per_device)
+    ended = Runner(devices, at_once, say, options.per_device).run(open_runs, requests)
     return _conclude(ended, len(open_runs), requests)
 
 

@@ -50,9 +50,11 @@ class Place:
     def runs(self, *overrides: str) -> list[Run]:
         return seed_by_seed(make_study(read_study(self.file), overrides).runs)
 
-    def go(self, runs: list[Run], devices: tuple[str, ...] = (), at_once: int = 1) -> dict[str, RunResult]:
+    def go(
+        self, runs: list[Run], devices: tuple[str, ...] = (), at_once: int = 1, per_device: int = 1
+    ) -> dict[str, RunResult]:
         """By name, how runs ended."""
-        ended = Runner(devices, at_once, self.said.append).run(runs, self.requests)
+        ended = Runner(devices, at_once, self.said.append, per_device).run(runs, self.requests)
         return {name(each.run): each for each in ended}
 
     @property
@@ -114,6 +116,20 @@ def test_devices_are_given_out_and_given_back(place: Place) -> None:
     place.go(place.runs(), devices=("3", "5"), at_once=6)
     given = [line.split()[-1] for line in place.events if "begins" in line]
     assert set(given) == {"3", "5"} and most_at_once(place.events) == 2
+
+
+def test_small_runs_share_a_device(place: Place) -> None:
+    place.how = dict.fromkeys(map(name, place.runs()), "slow")
+    place.go(place.runs(), devices=("3", "5"), at_once=6, per_device=2)
+    given = [line.split()[-1] for line in place.events if "begins" in line]
+    assert sorted(given[:4]) == ["3", "3", "5", "5"] and most_at_once(place.events) == 4
+
+
+def test_ranks_of_a_run_never_share_a_device(place: Place) -> None:
+    runs = place.runs("parallel.expert=2")
+    place.go(runs[:2], devices=("0", "1"), at_once=2, per_device=2)
+    given = [line.split()[-1] for line in place.events if "begins" in line]
+    assert [sorted(each.split(",")) for each in given] == [["0", "1"], ["0", "1"]]
 
 
 def test_runs_of_several_ranks_have_as_many_devices(place: Place) -> None:

@@ -6,7 +6,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -119,13 +119,14 @@ class Runner:
     A run waits while another process writes its folder, for example a run of a killed study that is still saving.
 
     Args:
-        devices: names of GPUs as in CUDA_VISIBLE_DEVICES, each used by one run at a time; empty on CPU.
+        devices: names of GPUs as in CUDA_VISIBLE_DEVICES; empty on CPU.
         at_once: maximum number of parallel runs.
         say: called with each line for the user.
+        per_device: ranks that share a GPU at a time, each of another run.
     """
 
-    def __init__(self, devices: Sequence[str], at_once: int, say: Callable[[str], None]) -> None:
-        self._all, self._free = list(devices), list(devices)
+    def __init__(self, devices: Sequence[str], at_once: int, say: Callable[[str], None], per_device: int = 1) -> None:
+        self._all, self._free = list(devices), Counter(dict.fromkeys(devices, per_device))
         self._at_once, self._say = at_once, say
         self._children: list[_Child] = []
         self._locked: set[str] = set()  # folders that another process has written while their runs waited
@@ -168,23 +169,27 @@ class Runner:
             if needed > len(self._all):
                 reason = f"its {needed} ranks need one device each, but there are only {len(self._all)}"
                 results.append(RunResult(run, ExitStatus.MISTAKE, 0.0, reason))
-            elif needed > len(self._free) or self._is_locked(run):
+            elif needed > len(free := self._free_devices()) or self._is_locked(run):
                 later.append(run)
             elif run.config.output in self._locked and _reached_last_step(run):  # in the other process
                 results.append(RunResult(run, ExitStatus.DONE, 0.0))
             else:
                 try:
-                    self._children.append(self._launch(run, self._free[:needed]))
+                    self._children.append(self._launch(run, free[:needed]))
                 except OSError as error:
                     results.append(RunResult(run, ExitStatus.FAILED, 0.0, f"it cannot be started: {error.strerror}"))
                     continue
                 except ConfigError as error:
                     results.append(RunResult(run, ExitStatus.MISTAKE, 0.0, str(error)))
                     continue
-                self._free = self._free[needed:]
+                self._free.subtract(free[:needed])
                 self._say(f"{_name(run)}: started, log in {log_of(run)}")
         waiting.extendleft(reversed(later))
         return results
+
+    def _free_devices(self) -> list[str]:
+        """GPUs that another rank may use, those with fewest runs first."""
+        return sorted((name for name in self._all if self._free[name] > 0), key=lambda name: -self._free[name])
 
     def _launch(self, run: Run, devices: list[str]) -> _Child:
         environment = dict(os.environ)
@@ -230,7 +235,7 @@ class Runner:
         results = []
         for child in [child for child in self._children if child.process.poll() is not None]:
             self._children.remove(child)
-            self._free = sorted(self._free + child.devices, key=self._all.index)
+            self._free.update(child.devices)
             status = known_status(child.process.returncode)
             if status is ExitStatus.BUSY:
                 waiting.append(child.run)
