@@ -13,9 +13,11 @@ import matplotlib
 
 from coe_megatron.errors import one_line
 from coe_megatron.files import read_limited, require_replaceable, require_writable, write_atomically
-from coe_megatron.study.plan.cost_table import Plan, format_count, format_duration
+from coe_megatron.study.plan.cost_table import Plan
 from coe_megatron.study.plan.names import joined
 from coe_megatron.study.report.comparison import Summary, compare
+from coe_megatron.study.report.cost_tables import costs, loss_at_equal_memory, memory_by_component, speedup
+from coe_megatron.study.report.equal_memory import equal_memory, peak_memory
 from coe_megatron.study.report.figures.draw import arms_shown, draw
 from coe_megatron.study.report.figures.style import StudyFigure, is_truncated
 from coe_megatron.study.report.loss_tables import answers, conclusion, explanation, losses, tests, validation_sets
@@ -99,7 +101,12 @@ def as_markdown(
             validation_sets(plan, results),
             answers(plan, results),
         ]
-        parts += ["## Cost of the arms", _costs(plan, finished), "### Memory by component", _memory(plan, finished)]
+        memory = peak_memory(results)
+        solved = [study.settings.budget.solve] if study.settings.budget else []
+        at_memory = equal_memory(summaries, memory, solved, study.settings.margin)
+        parts += [speedup(plan, finished, at_memory), loss_at_equal_memory(summaries, at_memory)]
+        parts += ["## Memory by component", memory_by_component(plan, memory)]
+        parts += ["## Cost of the arms", costs(plan, finished)]
         parts += ["## Loss against parameters, FLOPs and recurrence", _scaling_fit(fit(summaries))]
         shown = (f"![{each.name}]({each.name}.svg)\n\n*{escaped(each.caption)}*" for each in figures)
         parts += ["## Figures", _arms_in_figures(summaries, study.baseline.name), *shown]
@@ -149,46 +156,6 @@ def _unfinished(results: Sequence[Result]) -> list[str]:
     return ["Not in the tables and figures below:", table(["arm", "seed", "state"], rows)]
 
 
-def _costs(plan: Plan, finished: Sequence[Result]) -> str:
-    rows = []
-    for arm in plan.arms:
-        runs = [result for result in finished if result.run.arm == arm.arm.name]
-        if runs:
-            measured = max(result.memory for result in runs)
-            seconds = sum(result.seconds for result in runs) / len(runs)
-            rows.append(
-                [
-                    _name(plan, arm.arm.name),
-                    format_count(arm.parameters),
-                    format_count(arm.flops_per_token),
-                    format_count(arm.flops),
-                    format_count(arm.expert_flops),
-                    f"{arm.arm.config.training.steps:,}",
-                    f"{arm.memory / 2**20:,.0f} / {measured / 2**20:,.0f}",
-                    f"{format_duration(arm.seconds.total) if arm.seconds else '-'} / {format_duration(seconds)}",
-                ]
-            )
-    columns = ["arm", "parameters", "FLOPs per token", "FLOPs", "expert FLOPs", "steps"]
-    return table([*columns, "MiB per rank, predicted / measured", "time, predicted / in steps"], rows)
-
-
-def _memory(plan: Plan, finished: Sequence[Result]) -> str:
-    """Predicted peak memory of a rank by component, and the measured peak."""
-    rows = []
-    for arm in plan.arms:
-        if measured := [result.memory for result in finished if result.run.arm == arm.arm.name]:
-            amounts = [*arm.components.values(), arm.memory, max(measured)]
-            cells = [f"{amount / 2**20:,.1f}" for amount in amounts]
-            rows.append([_name(plan, arm.arm.name), *cells, f"{arm.memory / max(measured) - 1:+.1%}"])
-    names = [name.replace("_", " ") for name in plan.arms[0].components]
-    text = (
-        "Peak memory of a rank within a step in MiB: predicted from the config, by component, and measured. "
-        "Gradients are allocated while activations are released, so at the peak neither need be complete. Other is "
-        "what the optimizer needs for its step, and what ZeRO 3 and tensor parallelism gather."
-    )
-    return f"{text}\n\n{table(['arm', *names, 'total', 'measured', 'prediction error'], rows)}"
-
-
 def _scaling_fit(found: Fit | None) -> str:
     if found is None:
         return "Too few different arms for a fit."
@@ -207,10 +174,6 @@ def _scaling_fit(found: Fit | None) -> str:
         f"{found.residual:.2%}.{excluded} The fit does not extrapolate beyond these arms."
     )
     return f"{text}\n\n{table(['quantity', 'exponent', '95 % CI'], rows)}"
-
-
-def _name(plan: Plan, arm: str) -> str:
-    return escaped(next(each.title for each in plan.study.arms if each.name == arm))
 
 
 def render(figure: StudyFigure, kind: str) -> bytes:
