@@ -15,7 +15,7 @@ from coe_megatron.study.plan.arms import Run
 from coe_megatron.study.plan.cost_table import Plan, make_plan
 from coe_megatron.study.report.comparison import Summary, compare
 from coe_megatron.study.report.figures.memory import pareto
-from coe_megatron.study.report.results import _cell, collect, results_csv, timings_csv
+from coe_megatron.study.report.results import cell, collect, results_csv, timings_csv
 from coe_megatron.study.report.scaling_fit import fit
 
 pytestmark = pytest.mark.thorough
@@ -161,15 +161,15 @@ def test_routing_of_another_number_of_experts_is_damage(plan: Plan, part: Mappin
 
 
 @pytest.mark.parametrize(
-    ("text", "cell"),
+    ("text", "shown"),
     [
         ("=1+1", "'=1+1"), ("+x", "'+x"), ("-x", "'-x"), ("@x", "'@x"), ("\tx", "'\tx"), ("\rx", "'\rx"),
         (" =x", "' =x"), ("\uff1dx", "'\uff1dx"), ("-1.5e-3", "-1.5e-3"), ("+1", "+1"), ("a=1", "a=1"),
         (-1.0, -1.0), (None, None), ("", ""),
     ],
 )  # fmt: skip
-def test_text_in_a_cell_is_no_formula_and_a_number_is_one(text: object, cell: object) -> None:
-    assert _cell(text) == cell
+def test_text_in_a_cell_is_no_formula_and_a_number_is_one(text: object, shown: object) -> None:
+    assert cell(text) == shown
 
 
 def test_nothing_has_begun(plan: Plan) -> None:

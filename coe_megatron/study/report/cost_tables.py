@@ -76,8 +76,8 @@ def speedup(plan: Plan, finished: Sequence[Result], at_memory: Mapping[str, Equa
         "What the baseline needs to reach the arm's final loss, over what the arm needed: above 1, the arm is more "
         "efficient. Factors are geometric means over seeds, with 95 % confidence intervals. The baseline's validation "
         "curve with the same seed is interpolated in the logarithm of the steps; tokens, FLOPs and seconds in steps "
-        "are taken as proportional to steps. A curve is not extrapolated: `>` means that the baseline does not reach "
-        "the loss by its last step, `<` that it does so at its first evaluation, with some seed. Memory is that of "
+        "are taken as proportional to steps. A curve is not extrapolated: &gt; means that the baseline does not reach "
+        "the loss by its last step, &lt; that it does so at its first evaluation, with some seed. Memory is that of "
         "the smallest size of the baseline in the study that reaches the loss, interpolated between sizes."
         f"{_schedule(plan)}"
     )

@@ -92,24 +92,31 @@ class PairedSample:
         return float(effect) * self._error
 
     def seeds_to_decide(self, margin: float | None, tests: int = 1) -> int | None:
-        """The number of seeds with which either test would succeed with a power of 0.8, if the true mean and standard
-        deviation are the measured ones; None if more than `MAX_SEEDS`, or with one difference.
+        """The number of seeds with which the test against 0, or that of equivalence, would succeed (`seeds_for`).
 
         Args:
             margin: of equivalence; None for the test against 0 only.
             tests: number of tests in the family, by which their level is divided: the strictest step of Holm's method.
         """
-        if not self.std:
+        found = [self.seeds_for([abs(self.mean)], LEVEL / tests / 2)]
+        if margin is not None:
+            found.append(self.seeds_for([margin - self.mean, margin + self.mean], LEVEL / tests))
+        return min(filter(None, found), default=None)
+
+    def seeds_for(self, distances: Sequence[float], level: float) -> int | None:
+        """The number of seeds with which one-sided tests would all succeed with a power of 0.8, if the true mean and
+        standard deviation are the measured ones; None if it is more than `MAX_SEEDS`, or not known.
+
+        Args:
+            distances: of the mean from the bounds of the tests, positive on the side that is tested for.
+            level: of each test.
+        """
+        if not self.std or min(distances) <= 0:
             return None
         seeds = np.arange(MIN_SEEDS, MAX_SEEDS + 1)
-        freedom, errors = seeds - 1, self.std / np.sqrt(seeds)
-        critical = stats.t.ppf(1 - LEVEL / tests / 2, freedom)
-        power = stats.nct.sf(critical, freedom, abs(self.mean) / errors)
-        if margin is not None and margin > abs(self.mean):
-            critical = stats.t.ppf(1 - LEVEL / tests, freedom)
-            ends = [stats.nct.sf(critical, freedom, (margin + side * self.mean) / errors) for side in (1, -1)]
-            power = np.fmax(power, ends[0] + ends[1] - 1)  # P(A and B) >= P(A) + P(B) - 1
-        enough = seeds[power >= _POWER]
+        errors, critical = self.std / np.sqrt(seeds), stats.t.ppf(1 - level, seeds - 1)
+        powers = [stats.nct.sf(critical, seeds - 1, distance / errors) for distance in distances]
+        enough = seeds[np.sum(powers, axis=0) - (len(powers) - 1) >= _POWER]  # P(A and B) >= P(A) + P(B) - 1
         return int(enough[0]) if len(enough) else None
 
     @property
