@@ -16,7 +16,7 @@ from coe_megatron.cli.arguments import Parser, program_name, write_out
 from coe_megatron.config.layout import layout
 from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.estimate.devices import DEVICES
-from coe_megatron.files import problem, user_path
+from coe_megatron.files import problem, require_replaceable, user_path, write_atomically
 from coe_megatron.launcher.torchrun_supervisor import Requests
 from coe_megatron.run.exit_status import ExitStatus
 from coe_megatron.run.status import table
@@ -36,6 +36,7 @@ EPILOG = """examples:
   %(prog)s submit configs/studies/paper/main-pair.yaml --sbatch='--gpus-per-node=1 --time=1:00:00'
   %(prog)s status configs/studies/cpu/main-pair.yaml
   %(prog)s report configs/studies/cpu/main-pair.yaml
+  %(prog)s verdict configs/studies/claims.yaml --to docs/claims.md
 
 exit status: 0 done, 1 a run failed, 2 invalid arguments or study file (one line on stderr), 3 stopped on request, 130
 ended at once by a second signal."""
@@ -48,12 +49,14 @@ REPORT = """Write a report on the finished runs: report.html (one file), report.
 results.csv (one row per run) and timings.csv."""
 SUBMIT = """Submit all unfinished runs to SLURM: an array job with one task per run (launch/slurm/pretrain.sbatch). Each
 run resumes automatically after time limits and preemption."""
+VERDICT = """Judge claims by the reports of studies: each holds, does not hold, or is undecided. The CSV files of the
+reports are enough; the folders of runs are not needed."""
 STATUS = "Show the status of the study's runs: one line per run."
 
 
 def make_parser() -> Parser:
     parser = Parser(prog=program_name("coe-study", "study.py"), description=__doc__, epilog=EPILOG)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="plan|run|submit|status|report")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="plan|run|submit|status|report|verdict")
     texts = {"plan": PLAN, "run": RUN, "submit": SUBMIT, "status": STATUS, "report": REPORT}
     parsers = {name: commands.add_parser(name, help=_summary(text), description=text) for name, text in texts.items()}
     for command in parsers.values():
@@ -87,6 +90,10 @@ def make_parser() -> Parser:
     where = "folder of the report (default: `report` in the study's output)"
     report.add_argument("--to", type=user_path, metavar="FOLDER", help=where)
     report.add_argument("--title", help="title of the report (default: the study file's name)")
+    verdict = commands.add_parser("verdict", help=_summary(VERDICT), description=VERDICT)
+    verdict.add_argument("claims", type=user_path, metavar="CLAIMS.yaml", help="a file, or a packaged one")
+    verdict.add_argument("--to", type=user_path, metavar="FILE.md", help="write the page to a file (default: stdout)")
+    verdict.add_argument("--json", action="store_true", help="print JSON for programs, unrounded")
     return parser
 
 
@@ -193,9 +200,44 @@ def report(plan: Plan, options: argparse.Namespace) -> ExitStatus:
     return ExitStatus.DONE
 
 
+def judge(options: argparse.Namespace) -> ExitStatus:
+    from coe_megatron.study.report import claims_page, verdict  # scipy takes a second
+    from coe_megatron.study.report.claims_file import read_claims
+
+    claims, to = read_claims(options.claims), options.to
+    if to is not None:
+        require_replaceable(to, "--to")
+    verdicts = verdict.judge(claims.claims)
+    if to is not None or not options.json:
+        page = claims_page.as_markdown(claims.title, options.claims.name, verdicts, to.parent if to else Path())
+        if to is None:
+            write_out(page.rstrip("\n"))
+        else:
+            _write_page(to, page)
+    if options.json:
+        write_out(json.dumps([claims_page.as_dict(each) for each in verdicts], indent=2))
+    return ExitStatus.DONE
+
+
+def _write_page(path: Path, page: str) -> None:
+    try:
+        write_atomically(path, page)
+    except OSError as error:
+        raise problem(path, "--to", error) from None
+
+
 def say(text: str) -> None:
     with suppress(SystemExit):  # the runs continue even if stdout is closed
         write_out(f"{time.strftime('%H:%M:%S')}  {text}")
+
+
+def _verdict(parser: Parser, options: argparse.Namespace, late: list[str]) -> int:
+    if late:
+        parser.error(f"unrecognized arguments: {' '.join(late)}")
+    try:
+        return judge(options)
+    except ConfigError as error:
+        parser.error(str(error))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -203,6 +245,8 @@ def main(arguments: list[str] | None = None) -> int:
     options, late = parser.parse_known_args(arguments)  # late: overrides after options, which argparse does not accept
     if unknown := [text for text in late if text.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if options.command == "verdict":
+        return _verdict(parser, options, late)
     overrides = [*options.overrides, *late]
     limits = (options.device_memory, options.price) if options.command == "plan" else (None, None)
     try:

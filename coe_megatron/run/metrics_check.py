@@ -28,6 +28,14 @@ class _Memory(BaseModel):
     peak: _Amount
 
 
+class _SetLoss(BaseModel):
+    """The loss of one validation set."""
+
+    model_config = ConfigDict(strict=True)
+
+    loss: _Number | None = None
+
+
 class _Evaluation(BaseModel):
     """A line; null is a number that was not finite."""
 
@@ -35,6 +43,9 @@ class _Evaluation(BaseModel):
 
     tokens: _Amount
     valid_loss: _Number | None = None
+    valid: dict[str, _SetLoss] = {}
+    answer_accuracy: Annotated[float, Field(ge=0, le=1)] | None = None
+    answer_problems: Annotated[int, Field(ge=1, lt=1 << 53)] | None = None
 
 
 class _Step(_Evaluation):

@@ -61,11 +61,13 @@ class AnswerCheck:
             self._questions = answers.file_questions(Path(training.answers_file), templates, count)
 
     def values(self, engine: Engine) -> dict[str, float]:
-        """`answer_accuracy`, for the metrics, on all ranks; collective. Changes no random state."""
+        """`answer_accuracy` and `answer_problems`, their number, for the metrics, on all ranks; collective. Changes no
+        random state.
+        """
         tensors = gather(engine)
-        return {"answer_accuracy": run_on_rank0(partial(self._accuracy, tensors))}
+        return run_on_rank0(partial(self._answered, tensors))
 
-    def _accuracy(self, tensors: dict[str, torch.Tensor]) -> float:
+    def _answered(self, tensors: dict[str, torch.Tensor]) -> dict[str, float]:
         right = 0
         with torch.random.fork_rng():
             model = of_weights(
@@ -75,7 +77,8 @@ class AnswerCheck:
                 found = generate(model, self._tokenizer, [each.prompt for each in asked], Sampling())
                 pairs = zip(asked, found, strict=True)
                 right += sum(answers.is_right(question, completion.text) for question, completion in pairs)
-        return right / len(self._questions)
+        asked_all = len(self._questions)
+        return {"answer_accuracy": right / asked_all, "answer_problems": asked_all}
 
 
 def _batches(questions: Sequence[Question]) -> Iterable[Sequence[Question]]:

@@ -15,7 +15,7 @@ from coe_megatron.study.plan.arms import Run
 from coe_megatron.study.plan.cost_table import Plan, make_plan
 from coe_megatron.study.report.comparison import Summary, compare
 from coe_megatron.study.report.figures.memory import pareto
-from coe_megatron.study.report.results import _cell, collect, results_csv, timings_csv
+from coe_megatron.study.report.results import cell, collect, results_csv, timings_csv
 from coe_megatron.study.report.scaling_fit import fit
 
 pytestmark = pytest.mark.thorough
@@ -35,7 +35,7 @@ def plan(study_file: Write, tmp_path: Path) -> Plan:
 
 
 def by_name(plan: Plan) -> Mapping[str, Summary]:
-    compared = compare(collect(plan), plan.arms, plan.study.baseline.name)
+    compared = compare(collect(plan), plan.arms)
     return {summary.arm.arm.name: summary for summary in compared}
 
 
@@ -49,7 +49,7 @@ def test_a_row_for_every_run(plan: Plan) -> None:
     assert header == (
         "arm,axis_design,axis_norm_placement,seed,state,parameters,active_parameters,steps,flops_per_token,flops,expert_flops,"
         "memory_predicted,memory_predicted_weights,memory_predicted_gradients,memory_predicted_optimizer,"
-        "memory_predicted_communication_buckets,memory_predicted_activations,memory_predicted_other,tokens,valid_loss,train_loss,best_valid_loss,routing_entropy,routing_load_max_over_mean,"
+        "memory_predicted_communication_buckets,memory_predicted_activations,memory_predicted_other,tokens,valid_loss,train_loss,best_valid_loss,largest_rise,routing_entropy,routing_load_max_over_mean,"
         "routing_dead_experts,routing_dropped,routing_overlap"
     )
     assert first.startswith("moe-4-8_prenorm,MoE(4/8),prenorm,1,finished,")
@@ -116,7 +116,7 @@ def test_what_is_not_finished_counts_in_nothing(plan: Plan, changes: Mapping[str
     leave(plan.study.runs[3], 3.9)
     results = collect(plan)
     assert results[2].state.startswith(state) and not results[2].finished
-    assert compare(results, plan.arms, MOE)[1].losses == {2: 3.9}
+    assert compare(results, plan.arms)[1].losses == {2: 3.9}
     row = rows(results_csv(results))[2]
     assert (row["state"], row["valid_loss"]) == (results[2].state, "")
     assert len(rows(timings_csv(results))) == 1
@@ -161,15 +161,15 @@ def test_routing_of_another_number_of_experts_is_damage(plan: Plan, part: Mappin
 
 
 @pytest.mark.parametrize(
-    ("text", "cell"),
+    ("text", "shown"),
     [
         ("=1+1", "'=1+1"), ("+x", "'+x"), ("-x", "'-x"), ("@x", "'@x"), ("\tx", "'\tx"), ("\rx", "'\rx"),
         (" =x", "' =x"), ("\uff1dx", "'\uff1dx"), ("-1.5e-3", "-1.5e-3"), ("+1", "+1"), ("a=1", "a=1"),
         (-1.0, -1.0), (None, None), ("", ""),
     ],
 )  # fmt: skip
-def test_text_in_a_cell_is_no_formula_and_a_number_is_one(text: object, cell: object) -> None:
-    assert _cell(text) == cell
+def test_text_in_a_cell_is_no_formula_and_a_number_is_one(text: object, shown: object) -> None:
+    assert cell(text) == shown
 
 
 def test_nothing_has_begun(plan: Plan) -> None:
@@ -182,33 +182,57 @@ def test_two_seeds_by_hand(plan: Plan) -> None:
     leave_all(plan.study.runs, loss_of)
     found = by_name(plan)[COE]
     assert found.mean == pytest.approx(3.8) and found.std == pytest.approx(0.2 / math.sqrt(2))
-    assert found.gain == pytest.approx(0.25) and found.seeds == 2
+    assert found.gain == pytest.approx(0.25) and found.gains == pytest.approx({1: 0.3, 2: 0.2})
     assert found.interval == pytest.approx((0.25 - 12.7062 * 0.05, 0.25 + 12.7062 * 0.05), abs=1e-5)
-    assert found.verdict == "not significant" and by_name(plan)[MOE].gain is None
+    assert found.verdict == "" and by_name(plan)[MOE].gain is None and by_name(plan)[MOE].is_baseline
 
 
-def test_gains_are_scipys_paired_test(study_file: Write, tmp_path: Path) -> None:
-    plan = make_plan(study_file(output=str(tmp_path / "out"), seeds=[1, 2, 3, 4, 5]))
-    losses = {MOE: [4.0, 4.2, 4.1, 4.4, 4.3], COE: [3.9, 4.0, 4.02, 4.3, 4.1], NORM: [4.5, 4.6, 4.7, 4.9, 4.8]}
-    leave_all(plan.study.runs, lambda run: losses[run.arm][run.seed - 1])
+FIVE = {MOE: [4.0, 4.2, 4.1, 4.4, 4.3], COE: [3.9, 4.0, 4.02, 4.3, 4.1], NORM: [4.5, 4.6, 4.7, 4.9, 4.8]}
+
+
+@pytest.fixture
+def plan_of_five(study_file: Write, tmp_path: Path) -> Plan:
+    plan = make_plan(study_file(output=str(tmp_path / "out"), seeds=[1, 2, 3, 4, 5], margin=0.03))
+    leave_all(plan.study.runs, lambda run: FIVE[run.arm][run.seed - 1])
+    return plan
+
+
+def test_gains_are_scipys_paired_test(plan_of_five: Plan) -> None:
     for arm, verdict in ((COE, "better"), (NORM, "worse")):
-        found, tested = by_name(plan)[arm], stats.ttest_rel(losses[MOE], losses[arm])
-        assert found.p == pytest.approx(tested.pvalue) and found.verdict == verdict
+        found, tested = by_name(plan_of_five)[arm], stats.ttest_rel(FIVE[MOE], FIVE[arm])
+        assert found.comparison is not None and found.verdict == verdict
+        assert found.comparison.sample.p == pytest.approx(tested.pvalue)
         assert found.interval == pytest.approx(tuple(tested.confidence_interval(0.95)))
-        assert found.gain == pytest.approx(mean(losses[MOE]) - mean(losses[arm]))
+        assert found.gain == pytest.approx(mean(FIVE[MOE]) - mean(FIVE[arm]))
+
+
+def test_p_values_of_a_study_are_corrected_together(plan_of_five: Plan) -> None:
+    """Of two comparisons, the smaller p is doubled."""
+    coe, norm = (by_name(plan_of_five)[arm].comparison for arm in (COE, NORM))
+    assert coe is not None and norm is not None and coe.sample.p > norm.sample.p
+    assert (coe.p_adjusted, norm.p_adjusted) == pytest.approx((coe.sample.p, 2 * norm.sample.p))
+    assert coe.tests == norm.tests == 2
+
+
+def test_an_arm_is_compared_with_its_own_baseline(plan_of_five: Plan) -> None:
+    arms = [replace(plan, arm=replace(plan.arm, baseline=NORM)) for plan in plan_of_five.arms]
+    found = {summary.arm.arm.name: summary for summary in compare(collect(plan_of_five), arms)}
+    assert found[NORM].is_baseline and found[NORM].comparison is None
+    assert found[COE].gain == pytest.approx(mean(FIVE[NORM]) - mean(FIVE[COE]))
 
 
 def test_seeds_that_the_baseline_lacks_are_no_pairs(plan: Plan) -> None:
     leave_all([run for run in plan.study.runs if (run.arm, run.seed) != (MOE, 2)], loss_of)
     found = by_name(plan)[COE]
-    assert (found.seeds, found.gain, found.interval, found.p) == (1, pytest.approx(0.3), None, None)
+    assert (found.gains, found.interval) == (pytest.approx({1: 0.3}), None)
     assert found.losses == {1: 3.7, 2: 3.9} and found.std == stdev([3.7, 3.9]) and found.verdict == ""
 
 
-def test_an_arm_that_a_setting_without_effect_makes(plan: Plan) -> None:
+def test_an_arm_that_a_setting_without_effect_makes(study_file: Write, tmp_path: Path) -> None:
+    plan = make_plan(study_file(output=str(tmp_path / "out"), seeds=[1, 2, 3]))
     leave_all(plan.study.runs, lambda run: 4.0 + run.seed / 10)
     found = by_name(plan)[COE]
-    assert (found.gain, found.interval, found.p, found.verdict) == (0.0, (0.0, 0.0), None, "not significant")
+    assert (found.gain, found.interval, found.verdict) == (0.0, (0.0, 0.0), "equivalent")
 
 
 def fitted_plan(study_file: Write, tmp_path: Path, designs: Mapping[str, Mapping[str, object]]) -> Plan:
@@ -231,7 +255,7 @@ def test_the_fit_finds_planted_exponents(study_file: Write, tmp_path: Path) -> N
         return 9 * arm.parameters**-0.05 * arm.flops**-0.02 * c**0.03 * (1 + 1e-6 * run.seed)
 
     leave_all(plan.study.runs, planted)
-    found = fit(compare(collect(plan), plan.arms, plan.study.baseline.name))
+    found = fit(compare(collect(plan), plan.arms))
     assert found is not None and (found.points, found.excluded) == (8, [])
     assert [each.of for each in found.coefficients] == ["parameters", "FLOPs", "C"]
     assert [each.value for each in found.coefficients] == pytest.approx([-0.05, -0.02, 0.03], abs=1e-6)
@@ -244,7 +268,7 @@ def test_the_fit_leaves_out_what_hardly_varies_or_follows(study_file: Write, tmp
     designs = {str(steps): {"training.steps": steps} for steps in (100, 200, 400)}
     plan = fitted_plan(study_file, tmp_path, designs)
     leave_all(plan.study.runs, lambda run: run.config.training.steps**-0.1)
-    found = fit(compare(collect(plan), plan.arms, plan.study.baseline.name))
+    found = fit(compare(collect(plan), plan.arms))
     assert found is not None and found.excluded == ["parameters", "C"]
     assert [(each.of, round(each.value, 9)) for each in found.coefficients] == [("FLOPs", -0.1)]
 

@@ -58,12 +58,14 @@ class Arm:
         labels: its label on each axis.
         config: config that the seeds share; `output` is the arm's folder.
         overrides: the same config as `key=value` over the study's base.
+        baseline: name of the arm that it is compared with; a baseline names itself.
     """
 
     name: str
     labels: Labels
     config: RunConfig
     overrides: tuple[str, ...]
+    baseline: str = ""
 
     @property
     def title(self) -> str:
@@ -114,7 +116,8 @@ class Study:
 
     def with_setting(self, arm: Arm, key: str, value: Any) -> Arm:
         """An arm with one more setting; raises as `make_study`."""
-        return _resolve(self.settings, self.base, arm.name, arm.labels, (*arm.overrides, override(key, value)))
+        found = _resolve(self.settings, self.base, arm.name, arm.labels, (*arm.overrides, override(key, value)))
+        return replace(found, baseline=arm.baseline)
 
 
 def make_study(settings: StudySettings, overrides: Sequence[str] = ()) -> Study:
@@ -143,6 +146,7 @@ def make_study(settings: StudySettings, overrides: Sequence[str] = ()) -> Study:
         own = (override(key, value) for key, value in settled.items())
         arms.append(_resolve(settings, base, name, labels, (*common, *own)))
     _check_different(arms)
+    arms = [replace(arm, baseline=_baseline(baseline, arms).name) for arm in arms]
     return Study(settings, base, arms, _baseline(baseline, arms), skipped)
 
 

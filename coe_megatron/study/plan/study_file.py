@@ -10,7 +10,7 @@ from pydantic import Field
 
 from coe_megatron.config.load import check_references, parse_as, plain, read
 from coe_megatron.config.packaged import find
-from coe_megatron.config.settings import Count, Index, PathText
+from coe_megatron.config.settings import Count, Index, PathText, Positive
 from coe_megatron.errors import ConfigError
 from coe_megatron.files import expand_user
 from coe_megatron.study.plan.names import text_of
@@ -69,6 +69,7 @@ class StudySettings:
         skip: combinations of labels to skip.
         budget: what is held equal; null for nothing.
         device: the device for predicted time and available memory; a name of `estimate.devices`.
+        margin: the equivalence margin in nats per token: a smaller difference of losses does not matter; null for none.
     """
 
     base: list[str]
@@ -80,6 +81,7 @@ class StudySettings:
     skip: list[Skip] = field(default_factory=list)
     budget: Budget | None = None
     device: str | None = None
+    margin: Positive | None = None
 
 
 def read_study(path: Path) -> StudySettings:

@@ -13,11 +13,15 @@ import matplotlib
 
 from coe_megatron.errors import one_line
 from coe_megatron.files import read_limited, require_replaceable, require_writable, write_atomically
-from coe_megatron.study.plan.cost_table import Plan, format_count, format_duration
+from coe_megatron.study.plan.cost_table import Plan
 from coe_megatron.study.plan.names import joined
 from coe_megatron.study.report.comparison import Summary, compare
+from coe_megatron.study.report.cost_tables import costs, loss_at_equal_memory, memory_by_component, speedup
+from coe_megatron.study.report.equal_memory import equal_memory, peak_memory
 from coe_megatron.study.report.figures.draw import arms_shown, draw
 from coe_megatron.study.report.figures.style import StudyFigure, is_truncated
+from coe_megatron.study.report.loss_tables import answers, conclusion, explanation, losses, tests, validation_sets
+from coe_megatron.study.report.markdown_text import counted, escaped, table
 from coe_megatron.study.report.results import Result, collect, finished_results, results_csv, timings_csv
 from coe_megatron.study.report.scaling_fit import Fit, fit
 
@@ -41,7 +45,7 @@ def write_report(plan: Plan, title: str, folder: Path) -> list[Path]:
     """
     check_folder(folder)
     results = collect(plan)
-    summaries = compare(results, plan.arms, plan.study.baseline.name)
+    summaries = compare(results, plan.arms, plan.study.settings.margin)
     folder.mkdir(parents=True, exist_ok=True)
     _remove_figures(folder)
     files = [_write(folder / "results.csv", results_csv(results)), _write(folder / "timings.csv", timings_csv(results))]
@@ -80,24 +84,31 @@ def as_markdown(
     finished, study = finished_results(results), plan.study
     seeds = ", ".join(map(str, study.settings.seeds))
     parts = [
-        f"# {_escaped(title)}",
-        f"{len(finished)} of {len(results)} runs are finished: {_counted(plan.arms, 'arm')} with "
+        f"# {escaped(title)}",
+        f"{len(finished)} of {len(results)} runs are finished: {counted(plan.arms, 'arm')} with "
         f"{'the seeds' if len(study.settings.seeds) > 1 else 'the seed'} {seeds}. "
-        f"The baseline is {_name(plan, study.baseline.name)}. Losses are final validation losses in nats per token.",
+        f"{_baselines(summaries)} Losses are final validation losses in nats per token.",
         _budget(plan),
         *_unfinished(results),
     ]
     if finished:
         parts += [
             "## Losses",
-            _conclusion(summaries, study.baseline.name),
-            _losses(summaries, study.baseline.name),
-            _explanation(summaries),
-            _answers(finished),
+            conclusion(summaries),
+            losses(summaries),
+            tests(summaries, study.settings.margin),
+            explanation(summaries, study.settings.margin),
+            validation_sets(plan, results),
+            answers(plan, results),
         ]
-        parts += ["## Cost of the arms", _costs(plan, finished), "### Memory by component", _memory(plan, finished)]
+        memory = peak_memory(results)
+        solved = [study.settings.budget.solve] if study.settings.budget else []
+        at_memory = equal_memory(summaries, memory, solved, study.settings.margin)
+        parts += [speedup(plan, finished, at_memory), loss_at_equal_memory(summaries, at_memory)]
+        parts += ["## Memory by component", memory_by_component(plan, memory)]
+        parts += ["## Cost of the arms", costs(plan, finished)]
         parts += ["## Loss against parameters, FLOPs and recurrence", _scaling_fit(fit(summaries))]
-        shown = (f"![{each.name}]({each.name}.svg)\n\n*{_escaped(each.caption)}*" for each in figures)
+        shown = (f"![{each.name}]({each.name}.svg)\n\n*{escaped(each.caption)}*" for each in figures)
         parts += ["## Figures", _arms_in_figures(summaries, study.baseline.name), *shown]
     return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -110,6 +121,11 @@ def as_html(title: str, text: str, images: Mapping[str, bytes]) -> str:
         body = body.replace(f'src="{name}.svg"', f'src="data:image/svg+xml;base64,{figure}"')
     head = f'<meta charset="utf-8"><title>{html.escape(one_line(title))}</title><style>{_STYLE}</style>'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
+
+
+def _baselines(summaries: Sequence[Summary]) -> str:
+    names = [escaped(joined(summary.arm.arm.labels)) for summary in summaries if summary.is_baseline]
+    return f"The baseline is {names[0]}." if len(names) == 1 else f"The baselines are {', '.join(names)}."
 
 
 def _arms_in_figures(summaries: Sequence[Summary], baseline: str) -> str:
@@ -136,110 +152,8 @@ def _unfinished(results: Sequence[Result]) -> list[str]:
     missing = [result for result in results if not result.finished]
     if not missing:
         return []
-    rows = [[_escaped(result.run.arm), str(result.run.seed), _escaped(result.state)] for result in missing]
-    return ["Not in the tables and figures below:", _table(["arm", "seed", "state"], rows)]
-
-
-def _conclusion(summaries: Sequence[Summary], baseline: str) -> str:
-    """The result in a sentence."""
-    others = [summary for summary in summaries if summary.arm.arm.name != baseline]
-    if not others:
-        return "The baseline is the only arm."
-    if not next(summary for summary in summaries if summary.arm.arm.name == baseline).losses:
-        return "The baseline has no finished run, so no arm can be compared with it."
-    headings = {"better": "Better than the baseline", "worse": "Worse", "not significant": "No significant difference"}
-    headings[""] = "Too few seeds"
-    found = {
-        verdict: [_escaped(joined(each.arm.arm.labels)) for each in others if each.verdict == verdict]
-        for verdict in headings
-    }
-    return " ".join(f"**{headings[verdict]}:** {', '.join(arms)}." for verdict, arms in found.items() if arms)
-
-
-def _losses(summaries: Sequence[Summary], baseline: str) -> str:
-    rows = []
-    for summary in sorted(summaries, key=lambda each: (each.mean is None, each.mean)):
-        gain = "baseline" if summary.arm.arm.name == baseline else _number(summary.gain, "+.4f")
-        interval = f"{summary.interval[0]:+.4f} to {summary.interval[1]:+.4f}" if summary.interval else "-"
-        rows.append(
-            [
-                _label(summary),
-                str(len(summary.losses)),
-                _number(summary.mean, ".4f"),
-                _number(summary.std, ".4f"),
-                gain,
-                interval,
-                "&lt; 0.001" if summary.p is not None and summary.p < 0.001 else _number(summary.p, ".3f"),
-                summary.verdict or "-",
-            ]
-        )
-    columns = ["arm", "seeds", "mean loss", "s.d.", "gain", "95 % CI", "p", "against the baseline"]
-    return _table(columns, rows)
-
-
-def _answers(finished: Sequence[Result]) -> str:
-    """Accuracy of final answers, of runs with `training.evaluate_answers`; empty without any."""
-    found: dict[str, list[float]] = {}
-    for result in finished:
-        if (accuracy := result.steps[-1].get("answer_accuracy")) is not None:
-            found.setdefault(result.run.arm, []).append(accuracy)
-    if not found:
-        return ""
-    rows = [
-        [_escaped(arm), f"{sum(each) / len(each):.3f}", ", ".join(f"{accuracy:.3f}" for accuracy in each)]
-        for arm, each in found.items()
-    ]
-    return "### Final answers\n\n" + _table(["arm", "mean accuracy", "by seed"], rows)
-
-
-def _explanation(summaries: Sequence[Summary]) -> str:
-    tested = sum(summary.interval is not None for summary in summaries)
-    return (
-        "The standard deviation (s.d.) is over seeds. The gain is the baseline's loss minus the arm's, over the seeds "
-        "that both have finished. Its confidence interval (CI) and p come from a two-sided paired t-test over these "
-        "seeds, and the verdict from the interval. There is no correction for multiple comparisons"
-        + (f": {tested} tests without any true difference give {tested * 0.05:.2g} false verdicts." if tested else ".")
-    )
-
-
-def _costs(plan: Plan, finished: Sequence[Result]) -> str:
-    rows = []
-    for arm in plan.arms:
-        runs = [result for result in finished if result.run.arm == arm.arm.name]
-        if runs:
-            measured = max(result.memory for result in runs)
-            seconds = sum(result.seconds for result in runs) / len(runs)
-            rows.append(
-                [
-                    _name(plan, arm.arm.name),
-                    format_count(arm.parameters),
-                    format_count(arm.flops_per_token),
-                    format_count(arm.flops),
-                    format_count(arm.expert_flops),
-                    f"{arm.arm.config.training.steps:,}",
-                    f"{arm.memory / 2**20:,.0f} / {measured / 2**20:,.0f}",
-                    f"{format_duration(arm.seconds.total) if arm.seconds else '-'} / {format_duration(seconds)}",
-                ]
-            )
-    columns = ["arm", "parameters", "FLOPs per token", "FLOPs", "expert FLOPs", "steps"]
-    return _table([*columns, "MiB per rank, predicted / measured", "time, predicted / in steps"], rows)
-
-
-def _memory(plan: Plan, finished: Sequence[Result]) -> str:
-    """Predicted peak memory of a rank by component, and the measured peak."""
-    rows = []
-    for arm in plan.arms:
-        if measured := [result.memory for result in finished if result.run.arm == arm.arm.name]:
-            amounts = [*arm.components.values(), arm.memory, max(measured)]
-            cells = [f"{amount / 2**20:,.1f}" for amount in amounts]
-            rows.append([_name(plan, arm.arm.name), *cells, f"{arm.memory / max(measured) - 1:+.1%}"])
-    names = [name.replace("_", " ") for name in plan.arms[0].components]
-    text = (
-        "Peak memory of a rank within a step in MiB: predicted from the config, by component, and measured. "
-        "Gradients are allocated while activations are released, so at the peak neither need be complete. Other is "
-        "what the optimizer needs for its step, and what ZeRO 3 and tensor parallelism gather."
-    )
-    return f"{text}\n\n{_table(['arm', *names, 'total', 'measured', 'prediction error'], rows)}"
+    rows = [[escaped(result.run.arm), str(result.run.seed), escaped(result.state)] for result in missing]
+    return ["Not in the tables and figures below:", table(["arm", "seed", "state"], rows)]
 
 
 def _scaling_fit(found: Fit | None) -> str:
@@ -259,36 +173,7 @@ def _scaling_fit(found: Fit | None) -> str:
         f"over seeds). The residuals, which include all other differences between arms, have a standard deviation of "
         f"{found.residual:.2%}.{excluded} The fit does not extrapolate beyond these arms."
     )
-    return f"{text}\n\n{_table(['quantity', 'exponent', '95 % CI'], rows)}"
-
-
-def _name(plan: Plan, arm: str) -> str:
-    return _escaped(next(each.title for each in plan.study.arms if each.name == arm))
-
-
-def _label(summary: Summary) -> str:
-    return _escaped(summary.arm.arm.title)
-
-
-def _counted(things: Sequence[object], name: str) -> str:
-    return f"{len(things)} {name}{'s' * (len(things) != 1)}"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def _escaped(text: str) -> str:
-    """Text of a user on one line, escaped for Markdown and HTML.
-
-    We use character references, which all dialects of Markdown support; GitHub's also has formulas and strikethrough.
-    """
-    return re.sub(r"[&<>\\`*\[\]|~$#{}]|(?<!\w)_|_(?!\w)", lambda found: f"&#{ord(found[0])};", one_line(text))
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{text}\n\n{table(['quantity', 'exponent', '95 % CI'], rows)}"
 
 
 def render(figure: StudyFigure, kind: str) -> bytes:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,26 @@ def collect(plan: Plan) -> list[Result]:
     return [_result(by_name[run.arm], run, now) for run in plan.study.runs]
 
 
+def set_losses(result: Result) -> dict[str, float]:
+    """The final loss of each validation set in nats per token, if the run has several."""
+    parts = result.lines[-1].get("valid", {}).items()
+    return {name: part["loss"] for name, part in parts if part.get("loss") is not None}
+
+
+def answers_of(result: Result) -> tuple[float, int] | None:
+    """The final accuracy of answers and the number of problems; None without `training.evaluate_answers`."""
+    last = result.lines[-1]
+    if (accuracy := last.get("answer_accuracy")) is None:
+        return None
+    return accuracy, last.get("answer_problems") or result.run.config.training.evaluate_answers
+
+
+def largest_rise(result: Result) -> float:
+    """The largest rise of the validation loss above an earlier evaluation, in nats per token; 0 if it never rises."""
+    losses = [line["valid_loss"] for line in result.evaluations]
+    return max(later - lowest for later, lowest in zip(losses, accumulate(losses, min), strict=True))
+
+
 def finished_results(results: Iterable[Result]) -> list[Result]:
     """The results of finished runs."""
     return [result for result in results if result.finished]
@@ -132,9 +153,11 @@ def _row(result: Result) -> dict[str, Any]:
         return row
     last = result.steps[-1]
     row |= {"tokens": last["tokens"], "valid_loss": result.loss, "train_loss": last["train_loss"]}
-    if (accuracy := last.get("answer_accuracy")) is not None:
-        row["answer_accuracy"] = accuracy
+    row |= {f"valid_loss_{name}": loss for name, loss in set_losses(result).items()}
+    if answered := answers_of(result):
+        row |= {"answer_accuracy": answered[0], "answer_problems": answered[1]}
     row["best_valid_loss"] = min(line["valid_loss"] for line in result.evaluations)
+    row["largest_rise"] = largest_rise(result)
     return row | {f"routing_{name}": last.get(f"routing_{name}") for name in _ROUTING}
 
 
@@ -154,7 +177,7 @@ def _timing(result: Result) -> dict[str, Any]:
     }
 
 
-def _cell(value: Any) -> Any:
+def cell(value: Any) -> Any:
     """Prefix text that a spreadsheet would evaluate as a formula with ', unless it is a number."""
     if isinstance(value, str) and _FORMULA.match(value) and not _NUMBER.fullmatch(value):
         return f"'{value}"
@@ -167,5 +190,5 @@ def _csv(rows: Iterable[Mapping[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
+    writer.writerows({name: cell(value) for name, value in row.items()} for row in rows)
     return text.getvalue()
