@@ -23,6 +23,7 @@ from coe_megatron.run.status import table
 from coe_megatron.study.plan.arms import Run
 from coe_megatron.study.plan.cost_table import Plan, make_plan
 from coe_megatron.study.plan.names import listed
+from coe_megatron.study.plan.tuning import TuningCurve
 from coe_megatron.study.run.paths import check_places, config_of, write_config
 from coe_megatron.study.run.runner import Runner, RunResult, is_finished, run_status, seed_by_seed, usable_devices
 from coe_megatron.study.run.slurm_arrays import submissions
@@ -41,14 +42,16 @@ EPILOG = """examples:
 exit status: 0 done, 1 a run failed, 2 invalid arguments or study file (one line on stderr), 3 stopped on request, 130
 ended at once by a second signal."""
 PLAN = "Print the estimated cost of a study before anything runs: one row per arm. Needs no data."
-RUN = """Run all unfinished runs on this machine: one after another, or in parallel on several devices. Interrupted runs
-resume; a failed run does not stop the others. On Ctrl-C the current runs save a checkpoint, and the same command
+RUN = """Run all unfinished runs on this machine: one after another, or in parallel on several devices. If the study
+tunes a setting, the tuning runs come first, and each arm then runs with the value that was best for it. Interrupted
+runs resume; a failed run does not stop the others. On Ctrl-C the current runs save a checkpoint, and the same command
 resumes. The log and the complete config of a run are next to its folder; to repeat a single run:
 torchrun ... -m coe_megatron.cli.pretrain CONFIG."""
 REPORT = """Write a report on the finished runs: report.html (one file), report.md, the figures as SVG and PNG,
 results.csv (one row per run) and timings.csv."""
 SUBMIT = """Submit all unfinished runs to SLURM: an array job with one task per run (launch/slurm/pretrain.sbatch). Each
-run resumes automatically after time limits and preemption."""
+run resumes automatically after time limits and preemption. If the study tunes a setting, submit it twice: first the
+tuning runs, and once these are done, the arms with the values that were best for them."""
 VERDICT = """Judge claims by the reports of studies: each holds, does not hold, or is undecided. The CSV files of the
 reports are enough; the folders of runs are not needed."""
 STATUS = "Show the status of the study's runs: one line per run."
@@ -117,20 +120,39 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
+def planned(options: argparse.Namespace) -> Plan:
+    """The study's plan; it depends on what tuning runs have left in their folders."""
+    limits = (options.device_memory, options.price) if options.command == "plan" else (None, None)
+    return make_plan(options.study, options.overrides, options.device, options.calibration, *limits)
+
+
 def run(plan: Plan, options: argparse.Namespace) -> ExitStatus:
     devices = usable_devices(options.devices, os.environ)
-    if not (open_runs := _open_runs(plan, options)):
-        return ExitStatus.DONE
     requests = Requests()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda *_: requests.more())
-    at_once = options.at_once or max(1, len(devices) * options.per_device)
-    ended = Runner(devices, at_once, say, options.per_device).run(open_runs, requests)
-    return _conclude(ended, len(open_runs), requests)
+
+    def go(runs: list[Run]) -> list[RunResult]:
+        at_once = options.at_once or max(1, len(devices) * options.per_device)
+        return Runner(devices, at_once, say, options.per_device).run(runs, requests)
+
+    ended, open_runs = list[RunResult](), 0
+    if tuning := _open_tuning(plan, options):
+        ended, open_runs = go(tuning), len(tuning)
+        plan = planned(options)
+    if not requests.stop.is_set():
+        for curve in _curves(plan, options):
+            say(curve.outcome)
+        comparison = _open_runs(plan, options)
+        ended, open_runs = [*ended, *go(comparison)], open_runs + len(comparison)
+    if not open_runs:
+        return ExitStatus.FAILED if _not_chosen(plan, options) else ExitStatus.DONE
+    status = _conclude(ended, open_runs, requests)
+    return ExitStatus.FAILED if status is ExitStatus.DONE and _not_chosen(plan, options) else status
 
 
 def submit(plan: Plan, options: argparse.Namespace) -> ExitStatus:
-    open_runs = _open_runs(plan, options)
+    open_runs = [*_open_tuning(plan, options), *_open_runs(plan, options)]
     for array in submissions(open_runs, options.ranks_per_node, options.at_once, options.sbatch):
         if options.dry_run:
             write_out(str(array))
@@ -138,6 +160,8 @@ def submit(plan: Plan, options: argparse.Namespace) -> ExitStatus:
         _write_configs(array.runs)
         ranks = layout(array.runs[0].config).world_size
         say(f"job {array.submit(os.environ)}: {len(array.runs)} runs of {ranks} ranks")
+    if waiting := _not_chosen(plan, options):
+        say(f"{listed(waiting)}: submit again when the tuning runs are done")
     return ExitStatus.DONE
 
 
@@ -149,40 +173,73 @@ def _write_configs(runs: list[Run]) -> None:
             raise problem(config_of(each), "the run's config", error) from None
 
 
+def _curves(plan: Plan, options: argparse.Namespace) -> list[TuningCurve]:
+    return [curve for curve in plan.tuning if options.only in (None, curve.arm)]
+
+
+def _not_chosen(plan: Plan, options: argparse.Namespace) -> list[str]:
+    """The selected arms that wait for their tuning."""
+    return [curve.arm for curve in _curves(plan, options) if curve.chosen_index is None]
+
+
+def _open_tuning(plan: Plan, options: argparse.Namespace) -> list[Run]:
+    """The selected tuning runs that have no loss yet; prints how many there are."""
+    _check_selection(plan, options)
+    seeds = plan.study.settings.tune.seeds if plan.study.settings.tune else []
+    only_seed = options.seed if options.seed in seeds else None  # another seed needs the choice, so all tuning runs
+    missing = [each for curve in _curves(plan, options) for each in curve.missing if only_seed in (None, each.seed)]
+    found = [each for each in seed_by_seed(missing) if not is_finished(each)]
+    if found:
+        say(f"{len(found)} tuning runs are unfinished")
+    return found
+
+
 def _open_runs(plan: Plan, options: argparse.Namespace) -> list[Run]:
-    """The unfinished runs among those selected by the options; prints how many there are."""
-    selected = _selected(plan, options)
+    """The unfinished runs of the comparison among those selected by the options; prints how many there are."""
+    _check_selection(plan, options)
+    selected = [
+        each for each in plan.ready_runs if options.only in (None, each.arm) and options.seed in (None, each.seed)
+    ]
     open_runs = [each for each in seed_by_seed(selected) if not is_finished(each)]
     total = len(selected)
-    say(f"{len(open_runs)} of {total} runs are unfinished" if open_runs else f"all {total} runs are done")
+    if total or not plan.tuning:
+        say(f"{len(open_runs)} of {total} runs are unfinished" if open_runs else f"all {total} runs are done")
     return open_runs
 
 
-def _selected(plan: Plan, options: argparse.Namespace) -> list[Run]:
-    """The runs selected by `--only` and `--seed`."""
-    arms, seeds = [arm.name for arm in plan.study.arms], plan.study.settings.seeds
+def _check_selection(plan: Plan, options: argparse.Namespace) -> None:
+    """Check `--only` and `--seed`."""
+    settings = plan.study.settings
+    arms, seeds = (
+        [arm.name for arm in plan.study.arms],
+        [*settings.seeds, *(settings.tune.seeds if settings.tune else [])],
+    )
     if options.only is not None and options.only not in arms:
         raise ConfigError(f"--only is {options.only}: it must be an arm, one of {listed(arms)}")
     if options.seed is not None and options.seed not in seeds:
         raise ConfigError(f"--seed is {options.seed}: it must be one of {listed(map(str, seeds))}")
-    return [each for each in plan.study.runs if options.only in (None, each.arm) and options.seed in (None, each.seed)]
 
 
 def _conclude(ended: list[RunResult], runs: int, requests: Requests) -> ExitStatus:
-    done = [each for each in ended if each.status is ExitStatus.DONE]
+    done = [each for each in ended if _is_done(each)]
     if requests.stop.is_set() and len(done) < runs:
         say(f"stopped with {len(done)} of {runs} runs done; the same command resumes")
         return ExitStatus.INTERRUPTED if requests.end.is_set() else ExitStatus.STOPPED
-    failed = [each for each in ended if each.status is not ExitStatus.DONE]
+    failed = [each for each in ended if not _is_done(each)]
     say(f"{len(done)} of {runs} runs are done" + (f", {len(failed)} are not:" if failed else ""))
     for each in failed:
-        say(f"  {each.run.arm}, seed {each.run.seed}: {each.status.name}: {each.reason}")
+        say(f"  {each.run.title}: {each.status.name}: {each.reason}")
     return ExitStatus.FAILED if failed else ExitStatus.DONE
+
+
+def _is_done(ended: RunResult) -> bool:
+    """Whether a run needs no other attempt; a tuning run that diverged has shown what it was run for."""
+    return ended.status is ExitStatus.DONE or (bool(ended.run.tuned) and ended.status is ExitStatus.DIVERGED)
 
 
 def show(plan: Plan, options: argparse.Namespace) -> ExitStatus:
     now = time.time()
-    rows = [run_status(each, now) for each in plan.study.runs]
+    rows = [run_status(each, now) for each in (*plan.tuning_runs, *plan.study.runs)]
     write_out(json.dumps([row.as_dict() for row in rows], indent=2) if options.json else table(rows, now))
     return ExitStatus.DONE
 
@@ -247,11 +304,10 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if options.command == "verdict":
         return _verdict(parser, options, late)
-    overrides = [*options.overrides, *late]
-    limits = (options.device_memory, options.price) if options.command == "plan" else (None, None)
+    options.overrides = [*options.overrides, *late]
     try:
-        plan = make_plan(options.study, overrides, options.device, options.calibration, *limits)
-        check_places(plan.study, to_write=options.command in ("plan", "run", "submit"))
+        plan = planned(options)
+        check_places(plan.study, plan.tuning_runs, to_write=options.command in ("plan", "run", "submit"))
         if options.command != "plan":
             return {"run": run, "submit": submit, "status": show, "report": report}[options.command](plan, options)
     except ConfigError as error:

@@ -444,7 +444,7 @@ def _forbid_unknown_keys(cls: Any) -> None:
 _STUDY = "it is a study, for launch/study.py"
 _RUN = "it is the config of a run, for launch/pretrain_coe.py, or for a study as its base"
 _ELSEWHERE: dict[str, dict[object, str]] = {
-    "RunConfig": dict.fromkeys(("axes", "base_study", "baseline", "budget", "seeds", "skip"), _STUDY),
+    "RunConfig": dict.fromkeys(("axes", "base_study", "baseline", "budget", "seeds", "skip", "tune"), _STUDY),
     "StudySettings": dict.fromkeys((each.name for each in fields(RunConfig) if each.name != "output"), _RUN),
 }
 _KEY = re.compile(

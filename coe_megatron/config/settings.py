@@ -312,7 +312,9 @@ class TrainingSettings:
         steps: optimizer steps of the run.
         global_batch: samples per step, over all ranks.
         micro_batch: samples per forward pass on a rank; a step accumulates gradients over the micro-batches.
-        seed: seed of weights, dropout and the order of samples.
+        seed: seed of initial weights and dropout.
+        data_seed: seed of the order of samples, and of the order of documents in packed samples, those of validation
+            sets included; `seed` when null.
         precision: `bf16` is bf16 weights and activations with fp32 master weights; `fp32` is fp32 throughout.
         log_every: steps between two lines of metrics.
         evaluate_every: steps between two evaluations; the last step is always evaluated.
@@ -333,6 +335,7 @@ class TrainingSettings:
     global_batch: Count = 32
     micro_batch: Count = 16
     seed: Index = 1234
+    data_seed: Index | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
     log_every: Count = 10
     evaluate_every: Count = 100
@@ -344,6 +347,11 @@ class TrainingSettings:
     background_saving: bool = False
     warm_start: PathText | None = None
     deterministic: bool = False
+
+    @property
+    def order_seed(self) -> int:
+        """The seed of the order of data: `data_seed`, or `seed` when it is null."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     @property
     def element_bytes(self) -> int:

@@ -97,7 +97,7 @@ def _validation_set(
         settings.samples,
         split,
         config.model.seq_length,
-        seed=training.seed,
+        seed=training.order_seed,
         cache_dir=folder / "index",
         reset_at_documents=settings.reset_at_documents,
     )

@@ -38,9 +38,9 @@ def open_data_shard(config: RunConfig, data: RunData, index: Path) -> DataShard:
         "dp_size": parallel_state.get_data_parallel_world_size(),
     }
     batches = StepBatches(
-        data.training_samples(length, seed=training.seed, cache_dir=index),
+        data.training_samples(length, seed=training.order_seed, cache_dir=index),
         data.weights,
-        seed=training.seed,
+        seed=training.order_seed,
         global_batch=training.global_batch,
         micro_batch=training.micro_batch,
         **shard,
@@ -51,6 +51,6 @@ def open_data_shard(config: RunConfig, data: RunData, index: Path) -> DataShard:
             list(validation_batches(samples, training.micro_batch, **shard, limit=limit)),
             data.validation[name].summary("valid").bytes_per_token,
         )
-        for name, samples in data.validation_samples(length, seed=training.seed, cache_dir=index).items()
+        for name, samples in data.validation_samples(length, seed=training.order_seed, cache_dir=index).items()
     }
     return DataShard(batches, validation, data.truncated_fraction(length))

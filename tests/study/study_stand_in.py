@@ -1,12 +1,14 @@
 """Stands in for a run: study_stand_in.py CONFIG.yaml HOW. Writes what a run writes, and notes when it began and ended.
 
 HOW is `done`, `fail`, `refused`, `silent` (fails without a word), `busy` (once, then done), `obeys` (waits for what
-stdin says), `stubborn` (ends for nothing but `end`), or `slow` (done after a while).
+stdin says), `stubborn` (ends for nothing but `end`), `slow` (done after a while), `diverged`, or `loss L` (done with
+this validation loss).
 """
 
 import fcntl
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -36,6 +38,12 @@ def act(folder: Path, how: str) -> tuple[int, str]:
     if how == "fail":
         print("coe-one-host: ended with status 4 (DIVERGED), rank 0: the loss is nan", file=sys.stderr)
         return 4, "failed: the loss is nan"
+    if how == "diverged":
+        return 4, "failed: Diverged('the loss is nan')"
+    if how.startswith("loss "):
+        step = int(re.search(r"^  steps: (\d+)$", (folder / "config.yaml").read_text(), re.MULTILINE)[1])
+        line = {"step": step, "valid_loss": float(how.removeprefix("loss "))}
+        (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     if how == "silent":
         return 1, "running"
     if how == "slow":

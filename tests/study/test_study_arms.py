@@ -126,6 +126,8 @@ def test_an_override_is_read_as_the_value_it_was_made_of(value: Any, tmp_path: P
     assert found == {"key": value}
 
 
+SKIP = {"where": {"design": "MoE(4/8)", "norm_placement": "iteration_norm"}, "reason": "at C = 1 it is prenorm"}
+STAND_IN_ITSELF_COMPARED = {"design": "CoE-2(2/8)", "norm_placement": "prenorm"}
 DESIGN = {"a": {"moe.topk": 4}, "b": {"moe.topk": 2}}
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"axis": {}}, "axis is not a setting; did you mean axes?"),
@@ -176,7 +178,17 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"axes": {"design": {"a": {}, "b": {}}}, "skip": [], "baseline": {"design": "a"}}, "arms a and b have the same"),
     (
         {"baseline": {"design": "MoE(4/8)"}},
-        "baseline.norm_placement is missing: it must be one of prenorm, iteration_norm",
+        "baseline of coe-2-2-8_iteration-norm is MoE(4/8) iteration_norm: skip excludes that arm; give that skip a",
+    ),
+    ({"baseline": {"design": None}}, "baseline names no label: give it a label of at least one axis"),
+    ({"skip": [SKIP | {"use": {"norm_placement": "x"}}]}, "skip.0.use.norm_placement is 'x': it must be one of"),
+    (
+        {"baseline": {"design": "MoE(4/8)"}, "skip": [SKIP | {"use": {"norm_placement": "iteration_norm"}}]},
+        "skip uses MoE(4/8) iteration_norm instead of MoE(4/8) iteration_norm: skip excludes that arm too",
+    ),
+    (
+        {"baseline": {"design": "MoE(4/8)"}, "skip": [SKIP | {"use": STAND_IN_ITSELF_COMPARED}]},
+        "baseline of coe-2-2-8_iteration-norm is coe-2-2-8_prenorm, which is compared with moe-4-8_prenorm itself",
     ),
     ({"baseline": {"desgin": "x"}}, "baseline.desgin is not an axis; the axes are design, norm_placement"),
     ({"baseline": {"design": "x"}}, "baseline.design is 'x': it must be one of MoE(4/8), CoE-2(2/8)"),
@@ -217,6 +229,31 @@ def test_a_mistake_is_one_line_that_names_the_key(study_file: Write, changes: di
         make(study_file(**changes))
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_every_stratum_has_its_own_baseline(study_file: Write) -> None:
+    skip = SKIP | {"use": {"norm_placement": "prenorm"}}
+    depths = {"depth": {"model.num_layers": [2, 3]}}
+    file = study_file(skip=[skip], baseline={"design": "MoE(4/8)"})
+    study = make(study_file(axes=read_study(file).axes | depths, skip=[skip], baseline={"design": "MoE(4/8)"}))
+    found = {arm.name: arm.baseline for arm in study.arms}
+    assert found == {
+        f"{arm}_{depth}": f"moe-4-8_prenorm_{depth}"
+        for depth in (2, 3)
+        for arm in ("moe-4-8_prenorm", "coe-2-2-8_prenorm", "coe-2-2-8_iteration-norm")
+    }
+    assert [arm.name for arm in study.arms if arm.is_baseline] == ["moe-4-8_prenorm_2", "moe-4-8_prenorm_3"]
+    assert study.baseline.name == "moe-4-8_prenorm_2"
+
+
+def test_an_inherited_baseline_gives_up_an_axis_with_null(study_file: Write) -> None:
+    baseline = {"design": "CoE-2(2/8)", "norm_placement": None}
+    study = make(study_file(baseline=baseline))
+    assert {arm.name: arm.baseline for arm in study.arms} == {
+        "moe-4-8_prenorm": "coe-2-2-8_prenorm",
+        "coe-2-2-8_prenorm": "coe-2-2-8_prenorm",
+        "coe-2-2-8_iteration-norm": "coe-2-2-8_iteration-norm",
+    }
 
 
 @pytest.mark.parametrize("given", ["moe[topk]=2", "moe.topk=2", "moe={topk: 2}"])

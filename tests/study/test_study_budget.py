@@ -59,6 +59,20 @@ def test_every_quantity_is_solved_for() -> None:
     assert {equal for equal, *_ in SOLVED} == set(get_args(Quantity))
 
 
+def test_every_arm_matches_the_baseline_of_its_stratum(study_file: Write) -> None:
+    axes = {
+        "design": {"MoE(4/8)": {"chain.iterations": 1}, "CoE-2(4/8)": {"chain.iterations": 2}},
+        "depth": {"model.num_layers": [1, 2]},
+    }
+    changes = {"axes": axes, "skip": None, "baseline": {"design": "MoE(4/8)"}}
+    study, solved = found(study_file(**changes, budget=budget("flops", "training.steps", [20, 400])))
+    for arm in study.arms:
+        wanted = AMOUNTS.run(study.arm(arm.baseline).config).of("flops")
+        assert solved[arm.name].amount == pytest.approx(wanted, rel=0.02)
+    amounts = {arm.name: solved[arm.name].amount for arm in study.arms if arm.is_baseline}
+    assert len(amounts) == 2 and max(amounts.values()) > 1.3 * min(amounts.values())
+
+
 def test_the_baseline_keeps_its_own_and_the_arms_get_theirs(study_file: Write) -> None:
     study, solved = found(study_file(budget=budget("flops", "training.steps", [20, 400])))
     assert study.baseline.config.training.steps == solved[study.baseline.name].value == 100

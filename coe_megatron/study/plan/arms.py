@@ -1,15 +1,14 @@
 """The arms of a study: cross the axes, skip combinations, name the arms, and resolve each arm's config."""
 
 import hashlib
-import itertools
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -19,16 +18,17 @@ from coe_megatron import parsing
 from coe_megatron.config import RunConfig
 from coe_megatron.config.load import read_all, resolve
 from coe_megatron.errors import ConfigError
-from coe_megatron.study.plan.names import arm_name, joined, listed, looks_like, row_label, text_of, title
-from coe_megatron.study.plan.study_file import StudySettings
+from coe_megatron.study.plan.axes import Axes, Labels, baselines, check_labels, crossed, matching_skip, named, read_axes
+from coe_megatron.study.plan.names import title
+from coe_megatron.study.plan.study_file import RunSeed, StudySettings
 from coe_megatron.text import shortened
 
-Labels: TypeAlias = Mapping[str, str]  # by axis
-
-_OWN = {"training.seed": "seeds", "output": "output"}  # settings that have their own key in a study file
-_MAX_LABEL = 255  # bytes
+_OWN = {
+    "training.seed": "seeds",
+    "training.data_seed": "seeds",
+    "output": "output",
+}  # settings that have their own key in a study file
 _MAX_ARMS, _MAX_RUNS = 1_000, 2_000  # resolving an arm takes about 25 ms
-_RESERVED_NAMES = {"report"}  # folders of a study that belong to no arm
 _SEED = "{seed}"  # in training.warm_start: the run's seed, so that each seed can start from weights of its own
 _SETTING = re.compile(r"[\w-]+(\.[\w-]+)*")
 
@@ -39,14 +39,22 @@ class Run:
 
     Attributes:
         arm: name of the arm.
+        seed: the seed that names its folder, and by which runs are paired.
         config: complete config; `output` is the run's own folder.
         overrides: the same config as `key=value` over the study's base.
+        tuned: in a tuning run the setting and its value, such as `optimizer.lr 0.002`; otherwise empty.
     """
 
     arm: str
     seed: int
     config: RunConfig
     overrides: tuple[str, ...]
+    tuned: str = ""
+
+    @property
+    def title(self) -> str:
+        """What distinguishes it from other runs of the study, for messages."""
+        return ", ".join(filter(None, [self.arm, self.tuned, f"seed {self.seed}"]))
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,7 @@ class Arm:
     labels: Labels
     config: RunConfig
     overrides: tuple[str, ...]
-    baseline: str = ""
+    baseline: str
 
     @property
     def title(self) -> str:
@@ -74,22 +82,31 @@ class Arm:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of all settings except output and seed; it changes if the arm changes."""
+        """Hash of all settings except output and seeds; it changes if the arm changes."""
         values = asdict(self.config)
-        del values["output"], values["training"]["seed"]
+        del values["output"], values["training"]["seed"], values["training"]["data_seed"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
-    def runs(self, seeds: Sequence[int]) -> list[Run]:
-        """One run per seed, in the subfolder `seed-S` of the arm."""
-        return [self._run(seed, f"{self.config.output}/seed-{seed}") for seed in seeds]
+    @property
+    def is_baseline(self) -> bool:
+        """Whether it is compared with no other arm."""
+        return self.baseline == self.name
 
-    def _run(self, seed: int, folder: str) -> Run:
-        training, own = replace(self.config.training, seed=seed), [f"training.seed={seed}", override("output", folder)]
+    def runs(self, seeds: Sequence[RunSeed], folder: str = "", tuned: str = "") -> list[Run]:
+        """One run per seed, in the subfolder `seed-S` of the arm, or of a `folder` in it; for `tuned` see `Run`."""
+        within = f"{self.config.output}/{folder}" if folder else self.config.output
+        return [self._run(seed, f"{within}/seed-{seed.name}", tuned) for seed in seeds]
+
+    def _run(self, seed: RunSeed, folder: str, tuned: str) -> Run:
+        training = replace(self.config.training, seed=seed.weights, data_seed=seed.data)
+        own = [f"training.seed={seed.weights}", override("output", folder)]
+        if training.data_seed != self.config.training.data_seed:
+            own.append(override("training.data_seed", seed.data))
         if training.warm_start is not None and _SEED in training.warm_start:
-            training = replace(training, warm_start=training.warm_start.replace(_SEED, str(seed)))
+            training = replace(training, warm_start=training.warm_start.replace(_SEED, str(seed.name)))
             own.append(override("training.warm_start", training.warm_start))
         config = replace(self.config, output=folder, training=training)
-        return Run(self.name, seed, config, (*self.overrides, *own))
+        return Run(self.name, seed.name, config, (*self.overrides, *own), tuned)
 
 
 @dataclass(frozen=True)
@@ -99,25 +116,32 @@ class Study:
     Attributes:
         base: OmegaConf config that all arms override.
         arms: all arms, in the order of the axes.
-        baseline: one of the arms.
         skipped: labels of skipped combinations, and the reasons.
     """
 
     settings: StudySettings
     base: Any
     arms: list[Arm]
-    baseline: Arm
     skipped: list[tuple[Labels, str]]
 
     @cached_property
     def runs(self) -> list[Run]:
-        """All runs, arm by arm."""
-        return [run for arm in self.arms for run in arm.runs(self.settings.seeds)]
+        """All runs of the comparison, arm by arm."""
+        return [run for arm in self.arms for run in arm.runs(self.settings.run_seeds)]
+
+    @property
+    def baseline(self) -> Arm:
+        """The first arm that is a baseline; the only one, unless the study is divided into strata."""
+        return next(arm for arm in self.arms if arm.is_baseline)
+
+    def arm(self, name: str) -> Arm:
+        """The arm of a name."""
+        return next(arm for arm in self.arms if arm.name == name)
 
     def with_setting(self, arm: Arm, key: str, value: Any) -> Arm:
         """An arm with one more setting; raises as `make_study`."""
-        found = _resolve(self.settings, self.base, arm.name, arm.labels, (*arm.overrides, override(key, value)))
-        return replace(found, baseline=arm.baseline)
+        overrides = (*arm.overrides, override(key, value))
+        return replace(arm, config=_resolve(self.settings, self.base, arm.name, overrides), overrides=overrides)
 
 
 def make_study(settings: StudySettings, overrides: Sequence[str] = ()) -> Study:
@@ -129,25 +153,25 @@ def make_study(settings: StudySettings, overrides: Sequence[str] = ()) -> Study:
     Raises:
         ConfigError: one line that names the key of the study, or the arm and its setting, and what would be valid.
     """
-    axes = {name: _points(name, given) for name, given in settings.axes.items()}
-    common = (*(override(key, value) for key, value in settings.set.items()), *overrides)
+    axes = read_axes(settings)
     _check_keys(settings, axes, overrides)
-    _check_skips(settings, axes)
     _check_number(settings, axes)
-    baseline = _baseline_labels(settings, axes)
+    check_labels(settings, axes)
+    combinations = dict(named(crossed(axes)))
+    skips = {name: matching_skip(settings, labels) for name, labels in combinations.items()}
+    kept = {name: labels for name, labels in combinations.items() if skips[name] is None}
+    if not kept:
+        raise ConfigError("skip excludes every arm")
+    compared = baselines(settings, kept)
     base = read_all("base", [Path(name) for name in settings.base])
-    arms: list[Arm] = []
-    skipped: list[tuple[Labels, str]] = []
-    for name, labels in _named(_crossed(axes)):
-        if (reason := _skipped(settings, labels)) is not None:
-            skipped.append((labels, reason))
-            continue
+    common = (*(override(key, value) for key, value in settings.set.items()), *overrides)
+    arms = []
+    for name, labels in kept.items():
         settled = {key: value for axis, label in labels.items() for key, value in axes[axis][label].items()}
-        own = (override(key, value) for key, value in settled.items())
-        arms.append(_resolve(settings, base, name, labels, (*common, *own)))
+        given = (*common, *(override(key, value) for key, value in settled.items()))
+        arms.append(Arm(name, labels, _resolve(settings, base, name, given), given, compared[name]))
     _check_different(arms)
-    arms = [replace(arm, baseline=_baseline(baseline, arms).name) for arm in arms]
-    return Study(settings, base, arms, _baseline(baseline, arms), skipped)
+    return Study(settings, base, arms, [(combinations[name], skip.reason) for name, skip in skips.items() if skip])
 
 
 def override(key: str, value: Any) -> str:
@@ -162,50 +186,6 @@ def _reads_as_itself(text: str) -> bool:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"x={text}"])) == {"x": text}
     except (YAMLError, OmegaConfBaseException, ValueError):
         return False
-
-
-def _points(name: str, given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The labels of an axis, each with its settings."""
-    where = f"axes.{shortened(name, 100)}"
-    if not given:
-        raise ConfigError(f"{where} is empty: provide labels, or settings with lists of values")
-    values = list(given.values())
-    if all(isinstance(value, dict) for value in values):
-        points = {label: dict(settings) for label, settings in given.items()}
-    elif all(isinstance(value, list) and value for value in values):
-        points = _zipped(where, given)
-    else:
-        raise ConfigError(f"{where} must map either labels to settings, or settings to lists of values")
-    _check_labels(where, points)
-    return points
-
-
-def _zipped(where: str, given: Mapping[str, list[Any]]) -> dict[str, dict[str, Any]]:
-    """The points of an axis of lists: the first values of all lists, then the second values, and so on."""
-    lengths = {key: len(value) for key, value in given.items()}
-    if len(set(lengths.values())) > 1:
-        details = ", ".join(f"{key} has {length}" for key, length in list(lengths.items())[:20])
-        raise ConfigError(f"{where}: {details} values: lists of one axis must have the same length")
-    points: dict[str, dict[str, Any]] = {}
-    for row in zip(*given.values(), strict=True):
-        if (label := row_label(row)) in points:
-            raise ConfigError(f"{where} has the same values twice: {shortened(label, 100)}")
-        points[label] = dict(zip(given, row, strict=True))
-    return points
-
-
-def _check_labels(where: str, points: Mapping[str, Any]) -> None:
-    """Check that no label is empty, longer than a file name, or looks like another label."""
-    seen: dict[str, str] = {}
-    for label in points:
-        if not label.strip():
-            raise ConfigError(f"{where} has the label {label!r}: a label must have visible text")
-        if (size := len(label.encode(errors="replace"))) > _MAX_LABEL:
-            details = f"a label of {size} bytes ({shortened(label, 30)!a}): it must have at most {_MAX_LABEL}"
-            raise ConfigError(f"{where} has {details}")
-        if (other := seen.setdefault(looks_like(label), label)) != label:
-            details = " and ".join(ascii(shortened(each, 100)) for each in (other, label))
-            raise ConfigError(f"{where} has the labels {details}: they look the same")
 
 
 def _check_keys(settings: StudySettings, axes: Mapping[str, Any], overrides: Sequence[str]) -> None:
@@ -231,6 +211,15 @@ def _check_keys(settings: StudySettings, axes: Mapping[str, Any], overrides: Seq
             raise ConfigError(f"{shortened(key, 100)} is set for arms: use the study's key {_OWN[other]} instead")
     if settings.budget and (other := _overlapping(key := settings.budget.solve, (used := set_by | _OWN))):
         raise ConfigError(f"budget.solve is {key}: {used[other]} sets it already; solve for another setting")
+    if settings.tune:
+        _check_tuned(settings, set_by | dict.fromkeys((*everywhere, *given), "the setting of all arms") | _OWN)
+
+
+def _check_tuned(settings: StudySettings, used: dict[str, str]) -> None:
+    assert settings.tune is not None
+    _require_settings("tune.setting", [key := settings.tune.setting])
+    if other := _overlapping(key, used | ({settings.budget.solve: "budget.solve"} if settings.budget else {})):
+        raise ConfigError(f"tune.setting is {shortened(key, 100)}: {used.get(other, 'budget.solve')} sets it already")
 
 
 def _all_keys(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -242,7 +231,7 @@ def _all_keys(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{key}"
 
 
-def _require_settings(where: str, given: Mapping[str, Any]) -> None:
+def _require_settings(where: str, given: Iterable[Any]) -> None:
     """Check that keys are names; other text could be read as another setting, or as a value."""
     for key in map(str, given):
         if not _SETTING.fullmatch(key):
@@ -255,86 +244,26 @@ def _overlapping(key: str, others: Mapping[str, str]) -> str | None:
     return next(found, None)
 
 
-def _check_number(settings: StudySettings, axes: Mapping[str, Any]) -> None:
+def _check_number(settings: StudySettings, axes: Axes) -> None:
     """Check the number of arms and runs before crossing the axes."""
-    arms = math.prod(map(len, axes.values()))
+    arms, tune = math.prod(map(len, axes.values())), settings.tune
     if arms > _MAX_ARMS:
         raise ConfigError(f"axes give more than {_MAX_ARMS:,} arms: divide them among several studies")
-    if arms * len(settings.seeds) > _MAX_RUNS:
+    runs_of_arm = len(settings.seeds) + (len(tune.values) * len(tune.seeds) if tune else 0)
+    if arms * runs_of_arm > _MAX_RUNS:
         raise ConfigError(f"seeds and axes give more than {_MAX_RUNS:,} runs: divide them among several studies")
 
 
-def _named(crossed: Iterator[dict[str, str]]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Combinations with their folder names, which do not depend on skipped or later combinations."""
-    used = set(_RESERVED_NAMES)
-    for labels in crossed:
-        name = arm_name(list(labels.values()), used)
-        used.add(name)
-        yield name, labels
-
-
-def _crossed(axes: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, str]]:
-    for labels in itertools.product(*axes.values()):
-        yield dict(zip(axes, labels, strict=True))
-
-
-def _skipped(settings: StudySettings, labels: Labels) -> str | None:
-    """The reason why a combination is skipped; None if it is not."""
-    for skip in settings.skip:
-        if all(labels.get(axis) in _labels(wanted) for axis, wanted in skip.where.items()):
-            return skip.reason
-    return None
-
-
-def _check_skips(settings: StudySettings, axes: Mapping[str, Mapping[str, Any]]) -> None:
-    for number, skip in enumerate(settings.skip):
-        if not skip.where:
-            raise ConfigError(f"skip.{number}.where is {{}}: it would skip every arm; name labels of axes")
-        for axis, wanted in skip.where.items():
-            for label in _labels(wanted):
-                _require_label(f"skip.{number}.where", axes, axis, label)
-
-
-def _baseline_labels(settings: StudySettings, axes: Mapping[str, Mapping[str, Any]]) -> Labels:
-    wanted = {axis: text_of(label) for axis, label in settings.baseline.items()}
-    for axis, label in wanted.items():
-        _require_label("baseline", axes, axis, label)
-    if missing := [axis for axis in axes if axis not in wanted]:
-        raise ConfigError(f"baseline.{missing[0]} is missing: it must be one of {listed(axes[missing[0]])}")
-    return wanted
-
-
-def _baseline(wanted: Labels, arms: Sequence[Arm]) -> Arm:
-    found = next((arm for arm in arms if arm.labels == wanted), None)
-    if found is None:
-        raise ConfigError(f"baseline is {joined(wanted)}: skip excludes that arm")
-    return found
-
-
-def _require_label(where: str, axes: Mapping[str, Mapping[str, Any]], axis: str, label: str) -> None:
-    if axis not in axes:
-        raise ConfigError(f"{where}.{shortened(axis, 100)} is not an axis; the axes are {listed(axes)}")
-    if label not in axes[axis]:
-        raise ConfigError(f"{where}.{axis} is {shortened(label, 100)!r}: it must be one of {listed(axes[axis])}")
-
-
 def _check_different(arms: Sequence[Arm]) -> None:
-    if not arms:
-        raise ConfigError("skip excludes every arm")
     first: dict[str, Arm] = {}
     for arm in arms:
         if (other := first.setdefault(arm.fingerprint, arm)) is not arm:
             raise ConfigError(f"arms {other.name} and {arm.name} have the same settings: exclude one with skip")
 
 
-def _resolve(settings: StudySettings, base: Any, name: str, labels: Labels, overrides: tuple[str, ...]) -> Arm:
-    folder = f"{settings.output}/{name}"
-    own = (f"training.seed={settings.seeds[0]}", override("output", folder))
+def _resolve(settings: StudySettings, base: Any, name: str, overrides: tuple[str, ...]) -> RunConfig:
+    own = (f"training.seed={settings.run_seeds[0].weights}", override("output", f"{settings.output}/{name}"))
     try:
-        return Arm(name, labels, resolve(base, (*overrides, *own)), overrides)
+        return resolve(base, (*overrides, *own))
     except ConfigError as error:
         raise ConfigError(f"arm {name}: {error}") from None
-
-
-def _labels(wanted: Any) -> list[str]:
-    return list(map(text_of, wanted if isinstance(wanted, list) else [wanted]))

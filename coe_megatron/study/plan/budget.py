@@ -38,8 +38,8 @@ class Solved:
 
 
 def solve(study: Study, amounts: Amounts) -> tuple[Study, dict[str, Solved]]:
-    """Solve the budget: returns the study with the setting in every arm, and the solutions by arm. The baseline keeps
-    its own value.
+    """Solve the budget: returns the study with the setting in every arm, and the solutions by arm. A baseline keeps its
+    own value, and the arms that are compared with it match its amount.
 
     Raises:
         ConfigError: the setting is not an integer, or no value is within tolerance; one line.
@@ -47,16 +47,16 @@ def solve(study: Study, amounts: Amounts) -> tuple[Study, dict[str, Solved]]:
     budget = study.settings.budget
     if budget is None:
         return study, {}
-    wanted = amounts.run(study.baseline.config).of(budget.equal)
+    wanted = {arm.name: amounts.run(arm.config).of(budget.equal) for arm in study.arms if arm.is_baseline}
     arms, found = [], {}
     for arm in study.arms:
-        if arm is study.baseline:
+        if arm.is_baseline:
             own = _integer_setting(study, budget, arm.config)
-            found[arm.name] = Solved(own, wanted, 0.0)
+            found[arm.name] = Solved(own, wanted[arm.name], 0.0)
         else:
             try:
                 _integer_setting(study, budget, arm.config)
-                found[arm.name] = _solve(budget, arm.config, wanted, amounts)
+                found[arm.name] = _solve(budget, arm.config, wanted[arm.baseline], amounts)
             except ConfigError as error:
                 raise ConfigError(f"arm {arm.name}: {error}") from None
             arm = study.with_setting(arm, budget.solve, found[arm.name].value)

@@ -1,7 +1,8 @@
 """The predicted cost of a study: a row per arm, and totals."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from coe_megatron.estimate.devices import device as device_named
 from coe_megatron.estimate.memory import components
 from coe_megatron.estimate.run_estimate import estimate, size
 from coe_megatron.study.plan.amounts import Amounts, Seconds, Speed
-from coe_megatron.study.plan.arms import Arm, Study, make_study
+from coe_megatron.study.plan.arms import Arm, Run, Study, make_study
 from coe_megatron.study.plan.budget import Solved, solve
 from coe_megatron.study.plan.calibration import calibrate
 from coe_megatron.study.plan.names import joined
-from coe_megatron.study.plan.study_file import read_study
+from coe_megatron.study.plan.study_file import RunSeed, read_study
+from coe_megatron.study.plan.tuning import TuningCurve, tune
 from coe_megatron.text import aligned
 
 
@@ -64,20 +66,35 @@ class Plan:
         arms: costs of its arms, in order.
         speed: the speed from which seconds are predicted, and its source; None if unknown.
         price: price per device hour, in any currency.
+        tuning: the tuning of each arm; empty if the study tunes nothing.
+        tuning_seconds: predicted device seconds of all tuning runs; None if unknown.
     """
 
     study: Study
     arms: list[ArmPlan]
     speed: tuple[Speed, str] | None
     price: float | None
+    tuning: list[TuningCurve] = field(default_factory=list)
+    tuning_seconds: float | None = 0.0
+
+    @property
+    def tuning_runs(self) -> list[Run]:
+        """All tuning runs, arm by arm."""
+        return [run for curve in self.tuning for runs in curve.runs for run in runs]
+
+    @property
+    def ready_runs(self) -> list[Run]:
+        """The comparison's runs of arms that need no tuning, or whose value is chosen."""
+        waiting = {curve.arm for curve in self.tuning if curve.chosen_index is None}
+        return [run for run in self.study.runs if run.arm not in waiting]
 
     @property
     def device_seconds(self) -> float | None:
-        """Device seconds of all runs."""
+        """Device seconds of all runs, including tuning."""
         seeds, predicted = len(self.study.settings.seeds), [arm.seconds for arm in self.arms]
-        if None in predicted:
+        if None in predicted or self.tuning_seconds is None:
             return None
-        return sum(seeds * arm.ranks * arm.seconds.total for arm in self.arms if arm.seconds)
+        return self.tuning_seconds + sum(seeds * arm.ranks * arm.seconds.total for arm in self.arms if arm.seconds)
 
     @property
     def cost(self) -> float | None:
@@ -93,12 +110,15 @@ class Plan:
             "output": settings.output,
             "seeds": settings.seeds,
             "baseline": study.baseline.name,
+            "margin": settings.margin,
             "budget": asdict(settings.budget) if settings.budget else None,
             "speed": {"of": self.speed[1], **asdict(self.speed[0])} if self.speed else None,
-            "arms": [_as_dict(arm, settings.seeds) for arm in self.arms],
+            "arms": [_as_dict(arm, settings.run_seeds) for arm in self.arms],
+            "tuning": [_tuning_as_dict(curve) for curve in self.tuning],
             "skipped": [{"labels": dict(labels), "reason": reason} for labels, reason in study.skipped],
             "total": {
                 "runs": len(study.runs),
+                "tuning_runs": len(self.tuning_runs),
                 "device_seconds": self.device_seconds,
                 "price_per_hour": self.price,
                 "cost": self.cost,
@@ -109,13 +129,23 @@ class Plan:
         """The same as a text table."""
         study = self.study
         lines = aligned([_columns(study), *(self._cells(arm) for arm in self.arms)])
-        notes = [f"* {study.baseline.name} is the baseline", *self._totals()]
+        notes = [*self._baselines(), *self._totals(), *(curve.outcome for curve in self.tuning)]
         notes += [f"{arm.arm.name} does not fit: {arm.too_large}" for arm in self.arms if arm.too_large]
         skipped: dict[str, list[str]] = {}
         for labels, reason in study.skipped:
             skipped.setdefault(reason, []).append(joined(labels))
         notes += [f"skipped, {reason}: {', '.join(names)}" for reason, names in skipped.items()]
         return "\n".join([*lines, "", *self._memory(), "", *map(one_line, notes)])
+
+    def _baselines(self) -> list[str]:
+        """A line per baseline; with several, it lists the arms that are compared with it."""
+        compared: dict[str, list[str]] = {arm.name: [] for arm in self.study.arms if arm.is_baseline}
+        for arm in self.study.arms:
+            if not arm.is_baseline:
+                compared[arm.baseline].append(arm.name)
+        if len(compared) == 1:
+            return [f"* {self.study.baseline.name} is the baseline"]
+        return [f"* {name} is the baseline of {', '.join(arms) or 'no other arm'}" for name, arms in compared.items()]
 
     def _memory(self) -> list[str]:
         """Rows of peak memory per rank, by component."""
@@ -127,7 +157,7 @@ class Plan:
     def _cells(self, plan: ArmPlan) -> list[str]:
         steps = plan.arm.config.training.steps
         cells = [
-            plan.arm.name + "*" * (plan.arm is self.study.baseline),
+            plan.arm.name + "*" * plan.arm.is_baseline,
             format_count(plan.parameters),
             format_count(plan.flops_per_token),
             format_count(plan.flops),
@@ -144,6 +174,8 @@ class Plan:
     def _totals(self) -> list[str]:
         arms, seeds, runs = len(self.arms), len(self.study.settings.seeds), len(self.study.runs)
         lines = [f"{runs} runs: {arms} arms, {seeds} seed{'s' * (seeds > 1)} each"]
+        if tune := self.study.settings.tune:
+            lines[0] += f", after {len(self.tuning_runs)} to tune {tune.setting}"
         if self.speed is not None and self.device_seconds is not None:
             speed, whose = self.speed
             lines[0] += f"; {format_duration(self.device_seconds)} on one device"
@@ -186,8 +218,18 @@ def make_plan(
         speed = Speed.of(found), f"{device or study.settings.device}, not calibrated"
     amounts = Amounts(speed[0] if speed else None)
     study, solved = solve(study, amounts)
+    study, curves = tune(study, amounts)
     arms = [_plan(arm, amounts, solved.get(arm.name), memory) for arm in study.arms]
-    return Plan(study, arms, speed, price)
+    return Plan(study, arms, speed, price, curves, _tuning_seconds(curves, amounts) if speed else None)
+
+
+def _tuning_seconds(curves: Sequence[TuningCurve], amounts: Amounts) -> float:
+    """Predicted device seconds of all tuning runs; those of one value take equally long."""
+    total = 0.0
+    for runs in (runs for curve in curves for runs in curve.runs):
+        run = amounts.run(runs[0].config)
+        total += len(runs) * run.shape.layout.world_size * run.seconds.total
+    return total
 
 
 def _device(option: str | None, own: str | None) -> Device | None:
@@ -231,11 +273,25 @@ def format_duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def _as_dict(plan: ArmPlan, seeds: Sequence[int]) -> dict[str, Any]:
+def _tuning_as_dict(curve: TuningCurve) -> dict[str, Any]:
+    finite = [{seed: loss if math.isfinite(loss) else None for seed, loss in each.items()} for each in curve.losses]
+    return {
+        "arm": curve.arm,
+        "setting": curve.setting,
+        "values": curve.values,
+        "losses": finite,
+        "chosen": curve.chosen,
+        "at_edge": curve.at_edge,
+        "runs": [[run.config.output for run in runs] for runs in curve.runs],
+    }
+
+
+def _as_dict(plan: ArmPlan, seeds: Sequence[RunSeed]) -> dict[str, Any]:
     arm, seconds = plan.arm, plan.seconds
     return {
         "name": arm.name,
         "labels": dict(arm.labels),
+        "baseline": arm.baseline,
         "overrides": list(arm.overrides),
         "fingerprint": arm.fingerprint,
         "runs": [run.config.output for run in arm.runs(seeds)],

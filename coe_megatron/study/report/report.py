@@ -24,6 +24,7 @@ from coe_megatron.study.report.loss_tables import answers, conclusion, explanati
 from coe_megatron.study.report.markdown_text import counted, escaped, table
 from coe_megatron.study.report.results import Result, collect, finished_results, results_csv, timings_csv
 from coe_megatron.study.report.scaling_fit import Fit, fit
+from coe_megatron.study.report.tuning import tuning_csv, tuning_table, tuning_text
 
 _STYLE = """body { font: 16px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222 }
 table { border-collapse: collapse; font-size: 14px; display: block; overflow-x: auto }
@@ -32,7 +33,7 @@ th:first-child, td:first-child { text-align: left }
 img { max-width: 100% }
 @media print { body { max-width: none; font-size: 11px } img { break-inside: avoid; max-height: 95vh } }"""
 
-_TEXTS = ("report.md", "report.html", "results.csv", "timings.csv")
+_TEXTS = ("report.md", "report.html", "results.csv", "timings.csv", "tuning.csv")
 _MAX_BYTES = 1 << 26  # of a report.md
 
 
@@ -49,6 +50,8 @@ def write_report(plan: Plan, title: str, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     _remove_figures(folder)
     files = [_write(folder / "results.csv", results_csv(results)), _write(folder / "timings.csv", timings_csv(results))]
+    if plan.tuning:
+        files.append(_write(folder / "tuning.csv", tuning_csv(plan.tuning)))
     figures, images = list(draw(results, summaries, plan.study.baseline.name)), dict[str, bytes]()
     for figure in figures:
         images[figure.name] = render(figure, "svg")
@@ -88,8 +91,10 @@ def as_markdown(
         f"{len(finished)} of {len(results)} runs are finished: {counted(plan.arms, 'arm')} with "
         f"{'the seeds' if len(study.settings.seeds) > 1 else 'the seed'} {seeds}. "
         f"{_baselines(summaries)} Losses are final validation losses in nats per token.",
+        study.settings.seed_effect,
         _budget(plan),
         *_unfinished(results),
+        *_tuning(plan),
     ]
     if finished:
         parts += [
@@ -146,6 +151,14 @@ def _budget(plan: Plan) -> str:
     return (
         f"All arms have the same {budget.equal.replace('_', ' ')} as the baseline; `{budget.solve}` is solved for this."
     )
+
+
+def _tuning(plan: Plan) -> list[str]:
+    if not plan.tuning:
+        return []
+    columns, rows = tuning_table(plan.tuning)
+    escaped = [[_escaped(cell) for cell in row] for row in rows]
+    return ["## Tuning", _escaped(tuning_text(plan.tuning)), _table([_escaped(each) for each in columns], escaped)]
 
 
 def _unfinished(results: Sequence[Result]) -> list[str]:

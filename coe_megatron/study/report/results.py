@@ -18,7 +18,8 @@ from coe_megatron.run.metrics_log import read_metrics
 from coe_megatron.study.plan.arms import Run
 from coe_megatron.study.plan.calibration import seconds_in_steps
 from coe_megatron.study.plan.cost_table import ArmPlan, Plan
-from coe_megatron.study.run.runner import changed, run_status
+from coe_megatron.study.plan.past_runs import changed
+from coe_megatron.study.run.runner import run_status
 
 _FORMULA = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n]")  # start of a cell that spreadsheets evaluate
 _NUMBER = re.compile(r"[-+]?\d+(\.\d*)?(e[-+]?\d+)?", re.IGNORECASE)
@@ -109,12 +110,12 @@ def results_csv(results: Sequence[Result]) -> str:
     """One row per run. The same runs give the same bytes: values that depend on the number of attempts, or on the
     machine, are in `timings_csv`.
     """
-    return _csv(_row(result) for result in results)
+    return as_csv(_row(result) for result in results)
 
 
 def timings_csv(results: Sequence[Result]) -> str:
     """Speed and memory of the finished runs; one row per run."""
-    return _csv(_timing(result) for result in finished_results(results))
+    return as_csv(_timing(result) for result in finished_results(results))
 
 
 def _result(arm: ArmPlan, run: Run, now: float) -> Result:
@@ -184,7 +185,8 @@ def cell(value: Any) -> Any:
     return value
 
 
-def _csv(rows: Iterable[Mapping[str, Any]]) -> str:
+def as_csv(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows by column as CSV; columns are in the order in which they first appear."""
     rows = list(rows)
     columns = dict.fromkeys(name for row in rows for name in row)
     text = io.StringIO()

@@ -1,5 +1,6 @@
 """Paths of a study's runs: the folder OUTPUT/ARM/seed-S, and beside it the run's complete config and its log."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -38,8 +39,8 @@ def write_config(run: Run) -> Path:
     return path
 
 
-def check_places(study: Study, *, to_write: bool) -> None:
-    """Check that the files of a study's runs can be read, and with `to_write` also written.
+def check_places(study: Study, tuning: Sequence[Run] = (), *, to_write: bool) -> None:
+    """Check that the files of a study's runs, and of its tuning runs, can be read, and with `to_write` also written.
 
     Raises:
         ConfigError: one line that names the path and what is wrong with it.
@@ -47,13 +48,13 @@ def check_places(study: Study, *, to_write: bool) -> None:
     _check(Path(study.settings.output), "output", "folder", to_write)
     for arm in study.arms:
         _check(Path(arm.config.output), f"the folder of arm {arm.name}", "folder", to_write)
-        for run in arm.runs(study.settings.seeds):
-            whose = f"arm {arm.name}, seed {run.seed}"
-            _check(Path(run.config.output), f"the folder of {whose}", "folder", to_write)
-            _check(config_of(run), f"the config of {whose}", "file", to_write)
-            if to_write:
-                require_replaceable(config_of(run), f"the config of {whose}")
-            _check(log_of(run), f"the log of {whose}", "file", to_write)
+    for run in (*tuning, *study.runs):
+        whose = f"arm {run.title}"
+        _check(Path(run.config.output), f"the folder of {whose}", "folder", to_write)
+        _check(config_of(run), f"the config of {whose}", "file", to_write)
+        if to_write:
+            require_replaceable(config_of(run), f"the config of {whose}")
+        _check(log_of(run), f"the log of {whose}", "file", to_write)
 
 
 def _check(path: Path, name: str, kind: Literal["file", "folder"], to_write: bool) -> None:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 
-from coe_megatron.config import RunConfig, flat, load
 from coe_megatron.config.layout import layout
 from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.files import as_argument, kind_of, require_file, require_writable
@@ -24,6 +23,7 @@ from coe_megatron.run.lock import is_held
 from coe_megatron.run.status import Status, status
 from coe_megatron.study.plan.arms import Run
 from coe_megatron.study.plan.cost_table import format_duration
+from coe_megatron.study.plan.past_runs import difference, used_settings
 from coe_megatron.study.run.paths import log_of, write_config
 from coe_megatron.text import shortened
 
@@ -81,29 +81,14 @@ def is_finished(run: Run) -> bool:
     folder = Path(run.config.output)
     state = status(folder, time.time()).state
     try:
-        used = _used_settings(run)
+        used = used_settings(run)
     except ConfigError:
         return False
     if state == "no run" or used is None:  # None: it was killed before it wrote its config
         return False
-    if difference := _difference(used, run.config):
-        raise ConfigError(f"{folder} {difference}: give the study another output, or move this folder away")
+    if changed := difference(used, run.config):
+        raise ConfigError(f"{folder} {changed}: give the study another output, or move this folder away")
     return state == "finished"
-
-
-def changed(run: Run) -> str:
-    """How the settings of a started run differ from the study's; empty if they are equal."""
-    try:
-        used = _used_settings(run)
-    except ConfigError as error:
-        return f"has settings that cannot be read ({error})"
-    return "has no config.yaml" if used is None else _difference(used, run.config)
-
-
-def _used_settings(run: Run) -> RunConfig | None:
-    """The settings of a started run; None if it has no config.yaml. ConfigError if the file is damaged."""
-    path = Path(run.config.output) / "config.yaml"
-    return None if kind_of(path, "config.yaml") is None else load(path)
 
 
 def command(run: Run, config: Path) -> list[str]:
@@ -183,7 +168,7 @@ class Runner:
                     results.append(RunResult(run, ExitStatus.MISTAKE, 0.0, str(error)))
                     continue
                 self._free.subtract(free[:needed])
-                self._say(f"{_name(run)}: started, log in {log_of(run)}")
+                self._say(f"{run.title}: started, log in {log_of(run)}")
         waiting.extendleft(reversed(later))
         return results
 
@@ -219,7 +204,7 @@ class Runner:
         locked = bool(is_held(Path(run.config.output)))
         if locked and run.config.output not in self._locked:
             self._locked.add(run.config.output)
-            self._say(f"{_name(run)}: waits for another process, which writes {run.config.output}")
+            self._say(f"{run.title}: waits for another process, which writes {run.config.output}")
         return locked
 
     def _forward(self, requests: Requests) -> None:
@@ -252,9 +237,7 @@ class Runner:
         left = runs - len(results)
         rounds = left / max(1, min(self._at_once, left))
         eta = f", about {format_duration(rounds * mean(durations))} left" if durations and left else ""
-        self._say(
-            f"{_name(last.run)}: {outcome}, after {format_duration(last.seconds)} ({len(results)} of {runs}{eta})"
-        )
+        self._say(f"{last.run.title}: {outcome}, after {format_duration(last.seconds)} ({len(results)} of {runs}{eta})")
 
 
 def usable_devices(option: str | None, environment: Mapping[str, str]) -> list[str]:
@@ -321,16 +304,3 @@ def _send(child: _Child, word: str) -> None:
 
 def _reached_last_step(run: Run) -> bool:
     return status(Path(run.config.output), time.time()).state == "finished"
-
-
-def _name(run: Run) -> str:
-    return f"{run.arm}, seed {run.seed}"
-
-
-def _difference(used: RunConfig, wanted: RunConfig) -> str:
-    """The first setting that differs, with both values; empty if there is none."""
-    old, new = flat(used), flat(wanted)
-    for key, value in new.items():
-        if key != "output" and old.get(key) != value:
-            return f"was run with {key} {old.get(key)}, but the study now has {value}"
-    return ""
