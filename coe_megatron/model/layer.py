@@ -235,7 +235,8 @@ class CoELayer(MoELayer):
             return  # nothing needs x(C)
         before, chunk.state = chunk.state, self._next_state(chunk.start, chunk.state, increment)
         if chunk.probe is not None:  # here, since recomputation runs the iterations in reverse order
-            chunk.probe.record(t, routing.chosen_TN, before, increment, chunk.state, chunk.padding_mask)
+            states = before, increment, chunk.state, chunk.delta
+            chunk.probe.record(t, routing.chosen_TN, *states, chunk.padding_mask)
         chunk.masked_TN = self.variants.masked(chunk.masked_TN, routing.chosen_TN)
         if self.chain.gating == "fixed":
             gates_TN = routing.gates_TN if self.exchange is None else None
