@@ -35,7 +35,7 @@ class RoutingReport:
         increment_norm: the same of F_t, what the experts made, times its gain where `chain` has one.
         increment_over_state: increment_norm over the same of x(t-1), the state that the iteration received.
         increment_cosines: mean over tokens of cos(F_s, F_t), for s = 1 .. t-1; None in iteration 1.
-        single_scale: R² of the best fit Δ_t ≈ α F_1 with one number α for all tokens of the step, where Δ_t is what the
+        single_scale: R² of the best fit Δ_t = s F_1 with one number s for all tokens of the step, where Δ_t is what the
             first t iterations add to their input: 1 if they do no more than scale F_1; None in iteration 1.
         pairs: N lists of N: how many tokens reached expert i in the iteration before and expert j in this one; None in
             iteration 1, and where they were not asked for.

@@ -20,6 +20,7 @@ from coe_megatron.study.report.figures.draw import arms_shown, draw
 from coe_megatron.study.report.figures.style import StudyFigure, is_truncated
 from coe_megatron.study.report.results import Result, collect, finished_results, results_csv, timings_csv
 from coe_megatron.study.report.scaling_fit import Fit, fit
+from coe_megatron.study.report.why import iterations_table
 
 _STYLE = """body { font: 16px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222 }
 table { border-collapse: collapse; font-size: 14px; display: block; overflow-x: auto }
@@ -96,6 +97,7 @@ def as_markdown(
             _answers(finished),
         ]
         parts += ["## Cost of the arms", _costs(plan, finished), "### Memory by component", _memory(plan, finished)]
+        parts += _iterations(plan, finished)
         parts += ["## Loss against parameters, FLOPs and recurrence", _scaling_fit(fit(summaries))]
         shown = (f"![{each.name}]({each.name}.svg)\n\n*{_escaped(each.caption)}*" for each in figures)
         parts += ["## Figures", _arms_in_figures(summaries, study.baseline.name), *shown]
@@ -240,6 +242,13 @@ def _memory(plan: Plan, finished: Sequence[Result]) -> str:
         "what the optimizer needs for its step, and what ZeRO 3 and tensor parallelism gather."
     )
     return f"{text}\n\n{_table(['arm', *names, 'total', 'measured', 'prediction error'], rows)}"
+
+
+def _iterations(plan: Plan, finished: Sequence[Result]) -> list[str]:
+    """What the iterations of each chain do; nothing without chains."""
+    titles = {arm.arm.name: _name(plan, arm.arm.name) for arm in plan.arms}
+    explanation, columns, rows = iterations_table(finished, titles)
+    return ["## What the iterations do", explanation, _table(columns, rows)] if rows else []
 
 
 def _scaling_fit(found: Fit | None) -> str:
