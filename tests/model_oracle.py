@@ -22,6 +22,26 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no return": {"no_return": True, "residual": "init"},
     "no return, one router": {"no_return": True, "gating": "shared_router"},
     "learned scale, reference, fixed": {"learned_scale": 1.0, "norm_placement": "reference", "gating": "fixed"},
+    "modulation": {"modulation_rank": 3},
+    "modulation, norms, learned scale": {
+        "modulation_rank": 1,
+        "norm_placement": "iteration_norm",
+        "learned_scale": 1.0,
+    },
+    "latent": {"latent": 8},
+    "latent, reference, modulation, outer": {
+        "latent": 4,
+        "norm_placement": "reference",
+        "modulation_rank": 3,
+        "residual": "outer",
+    },
+    "latent, init, fixed": {"latent": 12, "residual": "init", "gating": "fixed", "learned_scale": 1.0},
+}
+STREAMS: dict[str, dict[str, Any]] = {  # with at least two iterations
+    "streams": {"streams": 2},
+    "streams, norms": {"streams": 3, "norm_placement": "iteration_norm"},
+    "streams, reference, fixed": {"streams": 2, "norm_placement": "reference", "gating": "fixed", "learned_scale": 1.0},
+    "streams, latent, modulation": {"streams": 4, "latent": 8, "modulation_rank": 2},
 }
 
 

@@ -29,7 +29,8 @@ def assert_reported(reports: list[RoutingReport], expected: list[dict[str, Any]]
         assert found.keys() == truth.keys()
         for name in truth:
             value, goal = torch.tensor(_numbers(found[name])), torch.tensor(_numbers(truth[name]))
-            torch.testing.assert_close(value, goal, rtol=2e-5, atol=0, msg=f"{name}: {found[name]} is not {goal}")
+            near = 1e-6 if name in ("increment_cosines", "single_scale") else 0  # differences that may cancel
+            torch.testing.assert_close(value, goal, rtol=2e-5, atol=near, msg=f"{name}: {found[name]} is not {goal}")
 
 
 def _numbers(value: Any) -> list[float]:
@@ -63,7 +64,7 @@ def _expected(oracle: ChainOfExperts, t: int, passes: list, seen: list[set[int]]
     scores_TN = torch.cat([result.routings[t].scores_TN[counted] for result, counted, _, _ in passes]).double()
     shares_TN = scores_TN / scores_TN.sum(1, keepdim=True)
     before, after = (torch.cat([states[i][counted] for _, counted, _, states in passes]).double() for i in (t, t + 1))
-    increment = torch.cat([increments[t][counted] for _, counted, increments, _ in passes]).double()
+    increment = _increments(passes, t)
     load = chosen_TN.sum(0).tolist()
     repeated = [len(seen[i] & set(row.nonzero().flatten().tolist())) for i, row in enumerate(chosen_TN)]
     for i, row in enumerate(chosen_TN):
@@ -81,8 +82,30 @@ def _expected(oracle: ChainOfExperts, t: int, passes: list, seen: list[set[int]]
         "state_norm": float(after.square().mean().sqrt()),
         "increment_norm": float(increment.square().mean().sqrt()),
         "increment_over_state": float(increment.norm() / before.norm()),
+        "increment_cosines": _cosines(passes, t) or None,
+        "single_scale": _explained(passes, t, oracle.chain.residual == "inner") if t else None,
         "pairs": (_chosen(passes, t - 1).T.long() @ chosen_TN.long()).tolist() if t else None,
     }
+
+
+def _increments(passes: list, t: int) -> torch.Tensor:
+    return torch.cat([increments[t][counted] for _, counted, increments, _ in passes]).double()
+
+
+def _cosines(passes: list, t: int) -> list[float]:
+    """Of the increment with each earlier one, from unit vectors."""
+    units = [torch.nn.functional.normalize(_increments(passes, s), dim=1) for s in range(t + 1)]
+    return [float((unit * units[t]).sum(1).mean()) for unit in units[:t]]
+
+
+def _explained(passes: list, t: int, sums: bool) -> float:
+    """R² of a least-squares fit of all components of the increments so far by those of the first."""
+    first_V1 = _increments(passes, 0).view(-1, 1)
+    total_V1 = (
+        sum(_increments(passes, s) for s in range(t + 1)).view(-1, 1) if sums else _increments(passes, t).view(-1, 1)
+    )
+    fitted_V1 = first_V1 @ torch.linalg.lstsq(first_V1, total_V1).solution
+    return float(1 - (total_V1 - fitted_V1).square().sum() / total_V1.square().sum())
 
 
 def _chosen(passes: list, t: int) -> torch.Tensor:

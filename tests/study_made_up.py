@@ -69,7 +69,10 @@ def _routing(config: RunConfig, random: np.random.Generator, pairs: bool) -> Ite
                 "overlap": None if t == 1 else 0.2,
                 "state_norm": 1 + 0.2 * layer + 0.1 * t,
                 "increment_over_state": 0.5 / t,
+                "increment_norm": 2.0 / t,
             }
+            if t > 1:
+                part |= {"increment_cosines": [0.1 * layer] * (t - 1), "single_scale": 0.9 - 0.1 * t}
             if pairs and t > 1:
                 part["pairs"] = random.poisson(5, (experts, experts)).tolist()
             yield part

@@ -11,7 +11,7 @@ Read here what the method computes; the fast implementation (`model.layer`) is t
 With the norm placement `iteration_norm` x(0) = h, F_t acts on norm_t(x(t-1)), and h' = h + Δ. `chain.routing` computes
 the gates g; `chain.variants` has options that are not in the paper.
 
-Suffixes of names: B batch, S sequence, T = B·S tokens, D hidden, N experts, C iterations, R routings, F ffn.
+Suffixes: B batch, S sequence, T = B·S tokens, D hidden (or `latent`), N experts, C iterations, R routings, F ffn.
 """
 
 import math
@@ -125,13 +125,14 @@ class ChainOfExperts(nn.Module):
         routers = chain.iterations if chain.gating == "independent" else 1
         norms = chain.iterations if chain.norm_placement == "iteration_norm" else 1
         experts, halves = router.num_experts, 2 if activation == "swiglu" else 1
-        self.router_weights = nn.ParameterList(torch.empty(experts, hidden) for _ in range(routers))
+        width = chain.width(hidden)
+        self.router_weights = nn.ParameterList(torch.empty(experts, width) for _ in range(routers))
         self.norm_gains = nn.ParameterList(torch.ones(hidden) for _ in range(norms))
         self.variants = Variants(chain, hidden)
-        self.w1 = nn.Parameter(torch.empty(experts, halves * ffn, hidden))
-        self.w2 = nn.Parameter(torch.empty(experts, hidden, ffn))
-        self.shared_w1 = nn.Parameter(torch.empty(halves * shared_ffn, hidden)) if shared_ffn else None
-        self.shared_w2 = nn.Parameter(torch.empty(hidden, shared_ffn)) if shared_ffn else None
+        self.w1 = nn.Parameter(torch.empty(experts, halves * ffn, width))
+        self.w2 = nn.Parameter(torch.empty(experts, width, ffn))
+        self.shared_w1 = nn.Parameter(torch.empty(halves * shared_ffn, width)) if shared_ffn else None
+        self.shared_w2 = nn.Parameter(torch.empty(width, shared_ffn)) if shared_ffn else None
         self.register_buffer("expert_biases", torch.zeros(self.num_routings, experts) if router.expert_bias else None)
         self.reset_parameters()
 
@@ -153,8 +154,10 @@ class ChainOfExperts(nn.Module):
         padding_BS = h_BSD.new_zeros(h_BSD.shape[:2]) if padding_mask_BS is None else padding_mask_BS
         valid_BS = ~padding_BS.bool()
         h_TD = h_BSD.flatten(0, 1)
-        x_TD = start_TD = h_TD if self.chain.norm_placement == "iteration_norm" else self._norm(h_TD, 0)
-        delta_TD, routings, masked_TN = torch.zeros_like(h_TD), list[Routing](), None
+        u_TD = h_TD if self.chain.norm_placement == "iteration_norm" else self._norm(h_TD, 0)
+        start_TD = self.variants.enter(u_TD)
+        x_TD = self.variants.state(start_TD, []) if self.chain.streams else start_TD
+        delta_TD, routings, increments, masked_TN = torch.zeros_like(start_TD), list[Routing](), list[Tensor](), None
         for t in range(self.chain.iterations):
             input_TD = self._iteration_input(t, x_TD)
             routings.append(self._route(t, input_TD, masked_TN) if t < self.num_routings else routings[0])  # `fixed`
@@ -162,9 +165,17 @@ class ChainOfExperts(nn.Module):
             f_TD = self.variants.increment(t, self._experts(input_TD, routings[t]))
             # Not x(C) - x(0), which loses digits and differs from a MoE at C = 1.
             delta_TD = delta_TD + f_TD if self.chain.sums_increments else f_TD
+            increments.append(f_TD)
             x_TD = f_TD + {"inner": x_TD, "init": start_TD, "outer": torch.zeros_like(x_TD)}[self.chain.residual]
-        base_TD = start_TD if self.chain.norm_placement == "reference" else h_TD
-        return ChainOutput((base_TD + delta_TD).view_as(h_BSD), self._losses(routings, valid_BS), routings, valid_BS)
+            if self.chain.streams:
+                x_TD, delta_TD = self.variants.state(start_TD, increments), self.variants.total(increments)
+        base_TD = u_TD if self.chain.norm_placement == "reference" else h_TD
+        return ChainOutput(
+            (base_TD + self.variants.leave(delta_TD)).view_as(h_BSD),
+            self._losses(routings, valid_BS),
+            routings,
+            valid_BS,
+        )
 
     @torch.no_grad()
     def update_expert_biases(self, loads_CN: Tensor, rate: float) -> None:
@@ -185,9 +196,9 @@ class ChainOfExperts(nn.Module):
         return f_TD + feed_forward(input_TD, self.shared_w1, self.shared_w2, self.activation)
 
     def _iteration_input(self, t: int, x_TD: Tensor) -> Tensor:
-        """Input of router and experts in iteration t: x, norm_t(x), or a variant's function of x."""
+        """Input of router and experts in iteration t: x or norm_t(x), or a variant's function of it."""
         own_norm = self.chain.norm_placement == "iteration_norm"
-        return self._norm(x_TD, t) if own_norm else self.variants.iteration_input(t, x_TD)
+        return self.variants.iteration_input(t, self._norm(x_TD, t) if own_norm else x_TD)
 
     def _norm(self, x_TD: Tensor, t: int) -> Tensor:
         return functional.rms_norm(x_TD, x_TD.shape[1:], self.norm_gains[t], self.norm_eps)

@@ -17,7 +17,7 @@ AuxLossReduction = Literal["sum", "mean"]
 class ChainSettings:
     """Settings of the chain; the other settings of the layer (N, K, sizes) are in the section `moe`.
 
-    The last four are variants that are not in the paper (`chain.variants`); all are off by default.
+    The last seven are variants that are not in the paper (`chain.variants`); all are off by default.
 
     Attributes:
         iterations: C, the number of iterations; C = 1 is a mixture of experts.
@@ -35,6 +35,14 @@ class ChainSettings:
             input of router and experts; not with `iteration_norm`, whose norms have such gains.
         no_return: mask every expert i that processed the token in iterations 1 to t-1, logits[t,i] = -inf (an expert
             that dropped it for capacity is not masked); needs C·K <= N, not with `fixed` gating or expert groups.
+        modulation_rank: r of a modulation that sees the token: x(t) = F_t(c_t ⊙ x(t-1)) + r(t) with c_t = 1 + W2_t
+            silu(W1 x(t-1)), W1 [r, D] and a W2_t [D, r] per iteration, which starts at 0 (modelled on the idea of
+            LoopMoE, arXiv 2606.04438; its formula is another); null for none; not with `conditioned`.
+        streams: n streams between iterations with learned static mixing (hyper-connections, arXiv 2409.19606), which
+            start as the plain chain; null for one stream without mixing; needs C > 1 and the residual `inner`.
+        latent: L, the width in which the chain iterates: z(0) = W_down u, h' = h + W_up Δ, with experts, routers and
+            gains of this width (as LatentMoE, arXiv 2601.18089, which does not iterate); null for D; not with
+            `iteration_norm` or `layers`.
         layers: 1-based numbers of the MoE layers that are chains; the others are Megatron's MoE layer, pre-norm, with
             C·K of N experts per token, at about the same FLOPs. null makes all of them chains.
 
@@ -50,6 +58,9 @@ class ChainSettings:
     learned_scale: float | None = None
     conditioned: bool = False
     no_return: bool = False
+    modulation_rank: int | None = None
+    streams: int | None = None
+    latent: int | None = None
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -74,9 +85,31 @@ class ChainSettings:
                 "chain.conditioned is true: with chain.norm_placement iteration_norm, whose norms have gains, "
                 "leave it false"
             )
-
+        self._check_sizes()
         if self.layers is not None:
             self._check_layers(self.layers)
+
+    def _check_sizes(self) -> None:
+        for name, least in (("modulation_rank", 1), ("streams", 2), ("latent", 1)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise ConfigError(f"chain.{name} is {value!r}: it must be an integer of at least {least}, or null")
+        if self.modulation_rank is not None and self.conditioned:
+            raise ConfigError(
+                f"chain.modulation_rank is {self.modulation_rank}: chain.conditioned must be false with it"
+            )
+        if self.streams is not None and (self.iterations == 1 or self.residual != "inner"):
+            given = f"{self.iterations} iteration{'s' * (self.iterations > 1)} and chain.residual {self.residual}"
+            raise ConfigError(f"chain.streams is {self.streams}: it needs at least 2 iterations and inner, not {given}")
+        if self.latent is not None and self.norm_placement == "iteration_norm":
+            raise ConfigError(
+                f"chain.latent is {self.latent}: norms of chain.norm_placement iteration_norm are of the residual "
+                "stream, take prenorm or reference"
+            )
+        if self.latent is not None and self.layers is not None:
+            raise ConfigError(
+                f"chain.latent is {self.latent}: with chain.layers, whose experts must be alike, leave it null"
+            )
 
     def _check_layers(self, layers: object) -> None:
         counts = isinstance(layers, tuple) and all(isinstance(n, int) and not isinstance(n, bool) for n in layers)
@@ -93,6 +126,16 @@ class ChainSettings:
     def sums_increments(self) -> bool:
         """Whether Δ, which the chain adds to its input, is Σ_t F_t; else it is F_C."""
         return self.residual == "inner"
+
+    def width(self, hidden: int) -> int:
+        """Dimensions in which the chain iterates: L of `latent`, otherwise D.
+
+        Raises:
+            ConfigError: L is not below D.
+        """
+        if self.latent is not None and self.latent >= hidden:
+            raise ConfigError(f"chain.latent is {self.latent}: it must be below the hidden size, {hidden}")
+        return self.latent or hidden
 
     @property
     def plain(self) -> "ChainSettings":

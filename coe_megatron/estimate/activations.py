@@ -18,7 +18,7 @@ from typing import Literal, get_args
 
 from coe_megatron.chain.settings import Recompute
 from coe_megatron.errors import ConfigError
-from coe_megatron.estimate.closed_forms import ModelShape, forward_flops, ranks_of_a_token
+from coe_megatron.estimate.closed_forms import ModelShape, forward_flops, modulation_flops, ranks_of_a_token
 from coe_megatron.estimate.expert_gradients import ExpertUse, expert_gradients
 
 Scores = Literal["softmax", "renormalised", "sigmoid"]
@@ -203,25 +203,34 @@ def extra_flops(shape: ModelShape, recompute: Recompute) -> int:
     if recompute in ("none", "experts"):
         return 0
     flops = forward_flops(shape)
-    return flops.routers + flops.experts + flops.shared
+    modulation = sum(count * modulation_flops(kind) for count, kind in shape.moe_kinds)
+    return flops.routers + flops.experts + flops.shared + (flops.variants if recompute == "layer" else modulation)
 
 
 def _chain(shape: ModelShape, settings: PassSettings) -> dict[str, int]:
     """What one MoE layer keeps, by kind, for a shape whose MoE layers are all chains or all plain."""
     tokens, c = _tokens(shape, settings), shape.chain.iterations
-    state = tokens * settings.element_bytes * shape.hidden
+    state = tokens * settings.element_bytes * shape.chain_width
     routes = shape.routings * tokens * shape.topk * _INDEX
     kept = dict.fromkeys(_OF_CHAINS, 0)
     if settings.recompute == "layer":
-        return kept | {"state": state, "routers": routes}
+        return kept | {"state": tokens * settings.element_bytes * shape.hidden, "routers": routes}
+    kept["state"] = _around(shape, settings)
     if settings.recompute == "iteration":
         given = tokens * (shape.experts + shape.topk * _FP32) if c > shape.routings else 0
         masked = tokens * shape.experts * (c - 1) if shape.chain.no_return else 0
-        return kept | {"state": c * state, "routers": routes + given + masked}
+        return kept | {"state": kept["state"] + c * state, "routers": routes + given + masked}
     for iteration in _iterations(shape):
         for kind, size in _iteration(shape, settings, iteration).items():
             kept[kind] += size
     return kept
+
+
+def _around(shape: ModelShape, settings: PassSettings) -> int:
+    """Bytes that a chain keeps outside of its iterations: u and Δ for the projections, and what streams mix."""
+    mixed = shape.chain.iterations + 1 if shape.chain.streams else 0
+    elements = mixed * shape.chain_width + (shape.hidden + shape.chain_width if shape.chain.latent else 0)
+    return _tokens(shape, settings) * settings.element_bytes * elements
 
 
 @dataclass(frozen=True)
@@ -251,12 +260,11 @@ def _recomputed(shape: ModelShape, settings: PassSettings) -> int:
         return _tokens(shape, settings) * shape.topk * settings.element_bytes * shape.expert_ffn
     each = [sum(_iteration(shape, settings, iteration).values()) for iteration in _iterations(shape)]
     known = shape.routings * _tokens(shape, settings) * shape.topk * _INDEX  # the choices, which are kept
-    state = (
-        _tokens(shape, settings) * settings.element_bytes * shape.hidden
-    )  # the input of what is recomputed, which is kept too
+    # The input of what is recomputed is kept too.
+    elements = _tokens(shape, settings) * settings.element_bytes
     if settings.recompute == "iteration":
-        return max(each) - known // shape.routings - state
-    return sum(each) - known - state
+        return max(each) - known // shape.routings - elements * shape.chain_width
+    return sum(each) + _around(shape, settings) - known - elements * shape.hidden
 
 
 def _gradients(shape: ModelShape, settings: PassSettings) -> int:
@@ -272,17 +280,17 @@ def _gradients(shape: ModelShape, settings: PassSettings) -> int:
     use = ExpertUse(
         rows=rows,
         tokens=received,
-        hidden=shape.hidden,
+        hidden=shape.chain_width,
         inner=halves * ffn,
         ffn=ffn,
-        first=experts * halves * shape.hidden * ffn,
-        second=experts * shape.hidden * ffn,
+        first=experts * halves * shape.chain_width * ffn,
+        second=experts * shape.chain_width * ffn,
         recomputed=recomputed,
     )
     freed = 0  # the next iteration recomputes as much
     if settings.recompute != "iteration":
         kept = sum(_iteration(shape, settings, _iterations(shape)[-1]).values()) // b
-        freed = max(0, kept - received * shape.hidden - (0 if recomputed else rows * ffn))
+        freed = max(0, kept - received * shape.chain_width - (0 if recomputed else rows * ffn))
     return b * expert_gradients(use, shape.chain.iterations, freed)
 
 
@@ -294,12 +302,14 @@ def _iteration(shape: ModelShape, settings: PassSettings, kind: _Iteration) -> d
     """
     tokens, b = _tokens(shape, settings), settings.element_bytes
     reads_input = _is_local(settings) or bool(shape.shared_ffn) or (kind.routes and not settings.jitter)
-    jittered = 2 * b * shape.hidden if kind.routes and settings.jitter else 0
+    jittered = 2 * b * shape.chain_width if kind.routes and settings.jitter else 0
     own_norm = shape.chain.norm_placement == "iteration_norm"
     states = reads_input + shape.gains // shape.chain.iterations  # F_t and x, for the gradients of their gains
+    rank = shape.chain.modulation_rank
+    seen = 0 if rank is None else 2 * (shape.chain_width + rank)  # x, W1 x, its SiLU, and the modulation
     return {
         "norms": tokens * _norm(shape, settings, shape.hidden) if own_norm else 0,
-        "state": states * tokens * b * shape.hidden,
+        "state": tokens * b * (states * shape.chain_width + seen),
         "routers": tokens * (jittered + _router(shape, settings, kind.routes) + shape.experts * kind.masks),
         "experts": tokens * shape.topk * _row(shape, settings) + int(tokens * _received(shape, settings, kind.routes)),
         "shared": _shared(shape, settings),
@@ -308,7 +318,7 @@ def _iteration(shape: ModelShape, settings: PassSettings, kind: _Iteration) -> d
 
 def _shared(shape: ModelShape, settings: PassSettings) -> int:
     """Bytes of the shared experts, and with a gate of their output and its sigmoid."""
-    gated = shape.hidden + 1 if shape.shared_gate else 0
+    gated = shape.chain_width + 1 if shape.shared_gate else 0
     elements = _feed_forward(shape, shape.shared_ffn) + gated if shape.shared_ffn else 0
     return _tokens(shape, settings) * settings.element_bytes * elements
 
@@ -348,7 +358,7 @@ def _received(shape: ModelShape, settings: PassSettings, routed: bool) -> float:
     if _is_local(settings):
         return shape.topk * _FP32 * routed
     copies, slots = (_copies(shape, settings), shape.topk) if settings.deduplicated else (shape.topk, 1)
-    return settings.expert_tensor * copies * (settings.element_bytes * shape.hidden + slots * _FP32)
+    return settings.expert_tensor * copies * (settings.element_bytes * shape.chain_width + slots * _FP32)
 
 
 def _copies(shape: ModelShape, settings: PassSettings) -> float:

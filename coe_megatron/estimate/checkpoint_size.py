@@ -28,5 +28,11 @@ def _parts(shape: ModelShape, layout: Layout) -> int:
     experts = shape.experts * shape.ffn_matrices * layout.expert_tensor
     shared = shape.ffn_matrices * layout.tensor * bool(shape.shared_ffn) + shape.shared_gate
     dense = (shape.layers - shape.num_moe_layers) * shape.ffn_matrices * layout.tensor
-    moe = sum(count * (experts + shared + kind.routers + kind.gains) for count, kind in shape.moe_kinds)
+    moe = sum(count * (experts + shared + kind.routers + _variant_tensors(kind)) for count, kind in shape.moe_kinds)
     return moe + dense + shape.layers * (attention * layout.tensor + 4) + 2 * layout.tensor
+
+
+def _variant_tensors(shape: ModelShape) -> int:
+    """Tensors of a chain's variants."""
+    matrices = len(shape.modulation_matrices) + len(shape.latent_matrices)
+    return shape.gains + matrices + shape.chain.iterations * (shape.chain.streams is not None)

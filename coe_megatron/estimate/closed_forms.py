@@ -92,6 +92,7 @@ class ModelShape:
             self._require(getattr(self, name) >= 1, name, "at least 1")
         self._require(self.topk <= self.experts, "topk", f"at most experts, {self.experts}")
         self.chain.require_experts(self.experts, self.topk, groups=None)
+        self.chain.width(self.hidden)
         self._require(self.attention in get_args(Attention), "attention", "mha or mla")
         if self.attention == "mla":
             for name in ("kv_lora_rank", "qk_nope", "qk_rope", "v_head_dim"):
@@ -168,6 +169,28 @@ class ModelShape:
         return self.chain.iterations * ((self.chain.learned_scale is not None) + self.chain.conditioned)
 
     @property
+    def stream_weights(self) -> int:
+        """Learned numbers of a chain's `streams`: n reads, n writes and n x n for mixing, per iteration."""
+        n = self.chain.streams or 0
+        return self.chain.iterations * n * (n + 2)
+
+    @property
+    def chain_width(self) -> int:
+        """Dimensions in which a chain iterates: L with `latent`, otherwise D."""
+        return self.chain.width(self.hidden)
+
+    @property
+    def modulation_matrices(self) -> list[int]:
+        """Parameters of W1, and of W2_t of each iteration, with `modulation_rank`."""
+        rank = self.chain.modulation_rank
+        return [] if rank is None else [rank * self.chain_width] * (1 + self.chain.iterations)
+
+    @property
+    def latent_matrices(self) -> list[int]:
+        """Parameters of the projections into the latent space and back, if there is one."""
+        return [] if self.chain.latent is None else [self.chain_width * self.hidden] * 2
+
+    @property
     def ffn_matrices(self) -> int:
         """Matrices of hidden x width in a feed-forward: 3 for SwiGLU, otherwise 2."""
         return 3 if self.swiglu else 2
@@ -182,7 +205,8 @@ class ParameterCount:
         attention: matrices and biases of all layers.
         norms: gains (and biases) of all layers, of the latents of `mla`, and of the final norm.
         final_norm: the part of `norms` after the last layer.
-        gains: learned gains of the chains (see ChainSettings).
+        gains: learned gains and weights of streams of the chains (see ChainSettings).
+        variants: matrices of the chains' variants: modulation, projections into a latent space and back.
         routers, experts, shared, dense: of all layers.
         idle_experts: the part of `experts` that one token cannot use: all but min(N, R·K) experts per layer.
     """
@@ -193,6 +217,7 @@ class ParameterCount:
     norms: int
     final_norm: int
     gains: int
+    variants: int
     routers: int
     experts: int
     shared: int
@@ -207,7 +232,7 @@ class ParameterCount:
     @property
     def without_embeddings(self) -> int:
         """All parameters except embedding and output layer."""
-        matrices = self.attention + self.routers + self.experts + self.shared + self.dense
+        matrices = self.attention + self.variants + self.routers + self.experts + self.shared + self.dense
         return matrices + self.norms + self.gains
 
     @property
@@ -228,7 +253,7 @@ class ParameterCount:
 def parameters(shape: ModelShape) -> ParameterCount:
     """Parameters of the model by kind."""
     moe, dense, kinds = shape.num_moe_layers, shape.layers - shape.num_moe_layers, shape.moe_kinds
-    expert = shape.ffn_matrices * shape.hidden * shape.expert_ffn
+    expert = shape.ffn_matrices * shape.chain_width * shape.expert_ffn
     idle = sum(count * max(0, kind.experts - kind.routings * kind.topk) for count, kind in kinds)
     table = shape.vocab * shape.hidden
     return ParameterCount(
@@ -237,10 +262,11 @@ def parameters(shape: ModelShape) -> ParameterCount:
         attention=shape.layers * (_attention_matrices(shape) + shape.attention_biases),
         norms=_norm_gains(shape),
         final_norm=_vectors_per_norm(shape) * shape.hidden,
-        gains=sum(count * kind.gains for count, kind in kinds) * shape.hidden,
-        routers=sum(count * kind.routers for count, kind in kinds) * shape.experts * shape.hidden,
+        gains=sum(count * (kind.gains * kind.chain_width + kind.stream_weights) for count, kind in kinds),
+        variants=sum(count * sum(kind.modulation_matrices + kind.latent_matrices) for count, kind in kinds),
+        routers=sum(count * kind.routers for count, kind in kinds) * shape.experts * shape.chain_width,
         experts=moe * shape.experts * expert,
-        shared=moe * shape.hidden * (shape.ffn_matrices * shape.shared_ffn + shape.shared_gate),
+        shared=moe * shape.chain_width * (shape.ffn_matrices * shape.shared_ffn + shape.shared_gate),
         dense=dense * shape.ffn_matrices * shape.hidden * shape.dense_ffn,
         idle_experts=idle * expert,
     )
@@ -290,6 +316,7 @@ class Flops:
         experts: C·K experts per layer.
         shared: C passes per layer through the shared experts.
         dense: feed-forward of dense layers.
+        variants: modulation in C iterations, and projections into a latent space and back.
         output: the output layer, tied or not.
     """
 
@@ -299,6 +326,7 @@ class Flops:
     experts: int
     shared: int
     dense: int
+    variants: int
     output: int
 
     @property
@@ -314,17 +342,23 @@ class Flops:
 def forward_flops(shape: ModelShape) -> Flops:
     """FLOPs of the forward pass for one token of a sequence of `seq_length`, by kind."""
     dense, kinds = shape.layers - shape.num_moe_layers, shape.moe_kinds
-    feed_forward = 2 * shape.ffn_matrices * shape.hidden  # per unit of width
+    feed_forward = 2 * shape.ffn_matrices * shape.chain_width  # per unit of an expert's width
     return Flops(
         attention=2 * shape.layers * _attention_matrices(shape),
         attention_scores=2 * shape.layers * shape.seq_length * _score_width(shape),
-        routers=2 * sum(count * kind.routings for count, kind in kinds) * shape.experts * shape.hidden,
+        routers=2 * sum(count * kind.routings for count, kind in kinds) * shape.experts * shape.chain_width,
         experts=shape.num_moe_layers * shape.chain.iterations * shape.topk * feed_forward * shape.expert_ffn,
         shared=sum(count * kind.chain.iterations for count, kind in kinds)
-        * (feed_forward * shape.shared_ffn + 2 * shape.hidden * shape.shared_gate),
-        dense=dense * feed_forward * shape.dense_ffn,
+        * (feed_forward * shape.shared_ffn + 2 * shape.chain_width * shape.shared_gate),
+        dense=2 * dense * shape.ffn_matrices * shape.hidden * shape.dense_ffn,
+        variants=sum(count * (modulation_flops(kind) + 2 * sum(kind.latent_matrices)) for count, kind in kinds),
         output=2 * shape.vocab * shape.hidden,
     )
+
+
+def modulation_flops(shape: ModelShape) -> int:
+    """FLOPs per token of a chain's modulation: C times W1 and a W2_t."""
+    return 2 * shape.chain.iterations * sum(shape.modulation_matrices[:2])
 
 
 def training_flops(shape: ModelShape) -> Flops:

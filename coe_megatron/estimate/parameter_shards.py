@@ -1,9 +1,9 @@
 """The parameters of one rank before and after ZeRO partitions them, as tensors in the order of the model.
 
 TP shards attention, shared experts, dense layers, embedding and output layer; EP and ETP shard routed experts. Norms,
-gains and routers are replicated (with Transformer Engine, so are MLA's two down-projections). Pipeline stages hold
-consecutive layers, the first one also the embedding and the last one the output layer. ZeRO then partitions the
-parameters over their replicas.
+gains, routers and matrices of variants are replicated (with Transformer Engine, so are MLA's two down-projections).
+Pipeline stages hold consecutive layers, the first one also the embedding and the last one the output layer. ZeRO then
+partitions the parameters over their replicas.
 """
 
 from dataclasses import dataclass
@@ -83,7 +83,7 @@ def parameter_shards(run: RunShape, stage: int) -> ParameterShards:
     layers = counted.attention + counted.shared + counted.dense
     tables = counted.embedding * first + counted.output * last
     vectors = counted.norms + counted.gains - (0 if last else counted.final_norm)
-    replicated = vectors + counted.routers
+    replicated = vectors + counted.routers + counted.variants
     dense = (layers + tables) // layout.tensor + replicated
     experts = counted.experts // (layout.expert * layout.expert_tensor)
     table, experts_have_replicas = counted.embedding // layout.tensor, layout.expert_data > 1
@@ -127,15 +127,16 @@ def _most_overlapping(sizes: list[int], replicas: int) -> int:
 
 def _segments(shape: ModelShape, layout: Layout) -> list[list[tuple[str, int]]]:
     """A rank's matrices as (`dense` or `expert`, size), by segment: attention and feed-forward of each layer."""
-    d, tensor = shape.hidden, layout.tensor
-    router = shape.experts * d
-    shared = [(shape.ffn_matrices - 1) * d * shape.shared_ffn // tensor, d * shape.shared_ffn // tensor]
-    gate = [d] if shape.shared_gate else []
+    d, width, tensor = shape.hidden, shape.chain_width, layout.tensor
+    router = shape.experts * width
+    shared = [(shape.ffn_matrices - 1) * width * shape.shared_ffn // tensor, width * shape.shared_ffn // tensor]
+    gate = [width] if shape.shared_gate else []
     plain = [router, *([*gate, *shared] if shape.shared_ffn else [])]
-    chain = plain + [router] * (shape.routers - 1)
+    down, up = shape.modulation_matrices[:1], shape.modulation_matrices[1:]
+    chain = plain + [router] * (shape.routers - 1) + down + shape.latent_matrices + up
     dense = [(shape.ffn_matrices - 1) * d * shape.dense_ffn // tensor, d * shape.dense_ffn // tensor]
     attention = [("dense", size // tensor) for size in _attention_matrices(shape)]
-    expert = shape.experts // layout.expert * d * shape.expert_ffn // layout.expert_tensor
+    expert = shape.experts // layout.expert * width * shape.expert_ffn // layout.expert_tensor
     pattern = shape.moe_layers if isinstance(shape.moe_layers, tuple) else (1,) * shape.layers
     experts = [("expert", (shape.ffn_matrices - 1) * expert), ("expert", expert)]
     segments = []

@@ -119,9 +119,9 @@ def traffic(run: RunShape, stage: int) -> dict[str, Sent]:
     }
 
 
-def _state_bytes(run: RunShape) -> int:
-    """Bytes of the hidden states of a step on one rank, sharded by tensor parallelism."""
-    return run.tokens_per_replica // run.layout.tensor * run.model.hidden * run.element_bytes
+def _state_bytes(run: RunShape, width: int) -> int:
+    """Bytes of states of this width of all tokens of a step on one rank, sharded by tensor parallelism."""
+    return run.tokens_per_replica // run.layout.tensor * width * run.element_bytes
 
 
 def expert_traffic(run: RunShape, stage: int) -> dict[str, Sent]:
@@ -129,12 +129,12 @@ def expert_traffic(run: RunShape, stage: int) -> dict[str, Sent]:
 
     The all-to-all sends each token K times, or once to each rank with some of its experts (`deduplicated`), and with
     ETP every rank of a group gathers the tokens of all. With `moe.dispatcher` allgather, all tokens are gathered
-    instead.
+    instead. A chain with `latent` sends states of that width.
     """
     layout, forward, shape = run.layout, _forward_passes(run), run.stage_model(stage)
     links = groups(layout, run.config.parallel.ranks_per_node)
     passes = sum(count * kind.chain.iterations for count, kind in shape.moe_kinds) * 2 * (forward + 1)
-    states = _state_bytes(run)
+    states = _state_bytes(run, shape.chain_width)
     if run.config.moe.dispatcher == "allgather":
         size = layout.expert * layout.expert_tensor
         both = group(layout.world_size, size, 1, run.config.parallel.ranks_per_node)
@@ -150,7 +150,7 @@ def expert_traffic(run: RunShape, stage: int) -> dict[str, Sent]:
 def one_way(run: RunShape, kind: ModelShape) -> Sent:
     """What a micro-batch sends in an iteration of a kind of MoE layer, to the experts or back."""
     links = groups(run.layout, run.config.parallel.ranks_per_node)
-    rows = round(_copies(run, kind) * _state_bytes(run) / run.micro_batches)
+    rows = round(_copies(run, kind) * _state_bytes(run, kind.chain_width) / run.micro_batches)
     gathered = links["expert_tensor"].ring(rows * run.layout.expert_tensor, 1)
     return links["expert"].all_to_all(rows) + gathered
 
@@ -188,7 +188,7 @@ def _tensor_traffic(run: RunShape, stage: int, link: Group) -> Sent:
     if shape.attention == "mla":  # queries, keys with values, and the products after the latents
         attention += 3 * (shape.hidden + shape.kv_lora_rank + (shape.q_lora_rank or 0))
     shared = sum(count * kind.chain.iterations for count, kind in shape.moe_kinds) if shape.shared_ffn else 0
-    width = shape.layers * attention + shared * (pair + (forward - 1) * 2 * shape.hidden)
+    width = shape.layers * attention + shared * (5 + (forward - 1) * 2) * shape.chain_width
     width += (shape.layers - shape.num_moe_layers) * pair
     width += 2 * shape.hidden if stage == 0 else 0  # the embedding scatters, and gathers in the backward pass
     width += 3 * shape.hidden if stage == run.layout.pipeline - 1 else 0
@@ -198,7 +198,7 @@ def _tensor_traffic(run: RunShape, stage: int, link: Group) -> Sent:
 def _pipeline_traffic(run: RunShape, stage: int, link: Group) -> Sent:
     """Hidden states to the next stage, and their gradients to the previous one."""
     times = (stage < run.layout.pipeline - 1) + (stage > 0)
-    return link.to_next(times * _state_bytes(run))
+    return link.to_next(times * _state_bytes(run, run.model.hidden))
 
 
 def _replica_traffic(run: RunShape, shards: ParameterShards, links: dict[str, Group]) -> dict[str, Sent]:

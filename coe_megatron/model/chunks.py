@@ -70,6 +70,7 @@ class Chunk:
         records: of the iterations.
         probe: to notify; None in evaluation and recomputation.
         logits: of the routers so far, if losses are owed for them.
+        increments: F_1 .. F_t, if there are streams.
     """
 
     start: torch.Tensor
@@ -81,6 +82,7 @@ class Chunk:
     masked_TN: torch.Tensor | None = None
     reused: Routing | None = None
     logits: list[torch.Tensor] = field(default_factory=list)
+    increments: list[torch.Tensor] = field(default_factory=list)
 
     def next_pass(self, t: int) -> Pass:
         """What iteration t is given."""

@@ -6,9 +6,9 @@
 
 One set of experts and shared experts, and one router per iteration. Each iteration calls the methods of Megatron's
 layer (route, dispatch, experts, combine). delta is summed from increments, since x(C) - x(0) loses digits in bf16.
-`chain.variants` replaces F_t(x) by a_t F_t(c_t x).
+`chain.variants` replaces F_t(x) by a_t F_t(c_t x), mixes increments, or projects into a latent space around the loop.
 
-S: sequence, B: micro-batch, D: hidden size, T = S * B tokens, N: experts.
+S: sequence, B: micro-batch, D: hidden size (L within a chain with `latent`), T = S * B tokens, N: experts.
 """
 
 from collections.abc import Callable, Iterator
@@ -87,10 +87,10 @@ class CoELayer(MoELayer):
         overlap_chunks: int = 1,
         **later: Any,
     ) -> None:
-        chain = chain or ChainSettings()
-        if topk is not None:  # for this layer only
+        chain, hidden = chain or ChainSettings(), config.hidden_size
+        if topk is not None or chain.latent is not None:  # for this layer only
             config = copy(config)
-            config.moe_router_topk = topk
+            config.moe_router_topk, config.hidden_size = topk or config.moe_router_topk, chain.width(hidden)
         refuse_for_layer(config)
         refuse_for_chain(config, chain)
         refuse_for_exchange(config, deduplicated, overlap_chunks)
@@ -122,9 +122,7 @@ class CoELayer(MoELayer):
             build_module(norm, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
             for _ in range(chain.iterations if chain.norm_placement == "iteration_norm" else 0)
         )
-        self.variants = Variants(chain, config.hidden_size).to(
-            device=torch.cuda.current_device(), dtype=config.params_dtype
-        )
+        self.variants = Variants(chain, hidden).to(device=torch.cuda.current_device(), dtype=config.params_dtype)
         for gain in self.variants.parameters():  # as for a norm: each tensor-parallel rank has a part of the tokens
             gain.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
@@ -171,7 +169,8 @@ class CoELayer(MoELayer):
     def _run_chain(
         self, start: torch.Tensor, padding_mask: torch.Tensor | None, records: list[list[RoutingRecord | None]]
     ) -> torch.Tensor:
-        """x(0) [S, B, D] -> delta, or u + delta with `reference`; as many chunks of tokens as there are `records`."""
+        """u [S, B, D] -> delta, or u + delta with `reference`; as many chunks of tokens as there are `records`."""
+        u, start = start, self.variants.enter(start)
         is_recomputed = _is_known(records[0][0])
         gradients = self.experts.weight_gradients() if isinstance(self.experts, GroupedExperts) else None
         chunks = self._chunks(start, padding_mask, records)
@@ -188,10 +187,11 @@ class CoELayer(MoELayer):
         for t in range(len(chunks[0].logits)):
             logits = [chunk.logits[t] for chunk in chunks]
             delta = self.routers[t].with_losses(delta, logits, padding_mask, records[0][t], is_recomputed)
+        delta = self.variants.leave(delta)
         if self.chain.norm_placement != "reference":
             return delta
         # Megatron applies hidden_dropout to what it adds to h; with `reference` it adds nothing, so it is applied here.
-        return start + torch.nn.functional.dropout(delta, self.config.hidden_dropout, self.training)
+        return u + torch.nn.functional.dropout(delta, self.config.hidden_dropout, self.training)
 
     def _chunks(
         self, start: torch.Tensor, padding_mask: torch.Tensor | None, records: list[list[RoutingRecord | None]]
@@ -201,8 +201,9 @@ class CoELayer(MoELayer):
         probe = self.probe if counts else None
         parts = len(records)
         masks = [None] * parts if padding_mask is None else padding_mask.tensor_split(parts)
+        state = partial(self.variants.state, increments=[]) if self.chain.streams else lambda start: start
         return [
-            Chunk(part, part, part, mask, record, copy(probe))
+            Chunk(part, state(part), part, mask, record, copy(probe))
             for part, mask, record in zip(start.tensor_split(parts), masks, records, strict=True)
         ]
 
@@ -231,11 +232,17 @@ class CoELayer(MoELayer):
         chunk.delta = chunk.delta + increment if t > 0 and self.chain.sums_increments else increment
         if routing.logits is not None:
             chunk.logits.append(routing.logits)
-        if t + 1 == self.chain.iterations and chunk.probe is None:
+        is_last = t + 1 == self.chain.iterations
+        if self.chain.streams:
+            chunk.increments.append(increment)
+            if is_last or chunk.probe is not None:
+                chunk.delta = self.variants.total(chunk.increments)
+        if is_last and chunk.probe is None:
             return  # nothing needs x(C)
-        before, chunk.state = chunk.state, self._next_state(chunk.start, chunk.state, increment)
+        before, chunk.state = chunk.state, self._next_state(chunk, increment)
         if chunk.probe is not None:  # here, since recomputation runs the iterations in reverse order
-            chunk.probe.record(t, routing.chosen_TN, before, increment, chunk.state, chunk.padding_mask)
+            states = before, increment, chunk.state, chunk.delta
+            chunk.probe.record(t, routing.chosen_TN, *states, chunk.padding_mask)
         chunk.masked_TN = self.variants.masked(chunk.masked_TN, routing.chosen_TN)
         if self.chain.gating == "fixed":
             gates_TN = routing.gates_TN if self.exchange is None else None
@@ -289,19 +296,21 @@ class CoELayer(MoELayer):
             rows, _ = self.routed_experts_compute(rows, gates)
             return self.postprocess(self.combine(rows), shared)
 
-    def _next_state(self, start: torch.Tensor, state: torch.Tensor, increment: torch.Tensor) -> torch.Tensor:
-        """x(t) = F_t(x(t-1)) + r(t), [S, B, D] (eq. 8, 10, 9)."""
+    def _next_state(self, chunk: Chunk, increment: torch.Tensor) -> torch.Tensor:
+        """x(t) = F_t(x(t-1)) + r(t), [S, B, D] (eq. 8, 10, 9), or what streams make of the increments so far."""
+        if self.chain.streams:
+            return self.variants.state(chunk.start, chunk.increments)
         match self.chain.residual:
             case "inner":
-                return increment + state
+                return increment + chunk.state
             case "init":
-                return increment + start
+                return increment + chunk.start
             case "outer":
                 return increment
 
     def _iteration_input(self, t: int, state: torch.Tensor) -> torch.Tensor:
-        """Input of router and experts in iteration t: x(t-1), norm_t of it, or a variant's function of it."""
-        return self.norms[t](state) if self.norms else self.variants.iteration_input(t, state)
+        """Input of router and experts in iteration t: x(t-1) or norm_t of it, or a variant's function of that."""
+        return self.variants.iteration_input(t, self.norms[t](state) if self.norms else state)
 
     def _recompute_if(self, enabled: bool, function: Callable) -> Callable:
         """`function`, recomputed in the backward pass if `enabled`."""

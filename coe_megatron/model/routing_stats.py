@@ -34,6 +34,9 @@ class RoutingReport:
         state_norm: root mean square over tokens and hidden dimensions of x(t), the state that the iteration leaves.
         increment_norm: the same of F_t, what the experts made, times its gain where `chain` has one.
         increment_over_state: increment_norm over the same of x(t-1), the state that the iteration received.
+        increment_cosines: mean over tokens of cos(F_s, F_t), for s = 1 .. t-1; None in iteration 1.
+        single_scale: R² of the best fit Δ_t = s F_1 with one number s for all tokens of the step, where Δ_t is what the
+            first t iterations add to their input: 1 if they do no more than scale F_1; None in iteration 1.
         pairs: N lists of N: how many tokens reached expert i in the iteration before and expert j in this one; None in
             iteration 1, and where they were not asked for.
     """
@@ -50,6 +53,8 @@ class RoutingReport:
     state_norm: float
     increment_norm: float
     increment_over_state: float
+    increment_cosines: list[float] | None = None
+    single_scale: float | None = None
     pairs: list[list[int]] | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -114,7 +119,7 @@ def _router(layer: CoELayer, t: int) -> CoERouter:
 
 
 def _as_vector(layer: CoELayer, t: int) -> torch.Tensor:
-    """The losses by name, the number of calls, the entropy, the probe's sums, the N loads, and the pairs; float64."""
+    """The losses by name, the number of calls, the entropy, what the probe has, the N loads, and the pairs; float64."""
     stats = _router(layer, t).stats
     assert layer.probe is not None and stats.load is not None, "no detailed training step since reset_routing"
     recorded = [*(stats.losses[name] for name in sorted(stats.losses)), stats.calls, stats.entropy]
@@ -123,15 +128,15 @@ def _as_vector(layer: CoELayer, t: int) -> torch.Tensor:
         for value in recorded
     ]
     pairs = () if layer.probe.pairs is None or t == 0 else (layer.probe.pairs[t].flatten(),)
-    return torch.cat([*scalars, layer.probe.sums[t], stats.load, *pairs])
+    return torch.cat([*scalars, layer.probe.sums[t], layer.probe.cosines[t, :t], stats.load, *pairs])
 
 
 def _report(layer: CoELayer, t: int, summed: list[float]) -> RoutingReport:
     router = _router(layer, t)
     names = sorted(router.stats.losses)
     losses, (calls, entropy, *rest) = summed[: len(names)], summed[len(names) :]
-    (tokens, copies, repeated, before, increment, after), rest = rest[:6], rest[6:]
-    experts = layer.config.num_moe_experts
+    (tokens, copies, repeated, before, increment, after, first, delta, product), rest = rest[:9], rest[9:]
+    cosines, rest, experts = rest[:t], rest[t:], layer.config.num_moe_experts
     load, pairs = rest[:experts], [int(count) for count in rest[experts:]]
     charged = t < len(layer.routers)
     values = tokens * layer.config.hidden_size
@@ -148,6 +153,8 @@ def _report(layer: CoELayer, t: int, summed: list[float]) -> RoutingReport:
         state_norm=math.sqrt(_ratio(after, values)),
         increment_norm=math.sqrt(_ratio(increment, values)),
         increment_over_state=math.sqrt(_ratio(increment, before)),
+        increment_cosines=[_ratio(cosine, tokens) for cosine in cosines] or None,
+        single_scale=_ratio(product**2, first * delta) if t else None,
         pairs=[pairs[row : row + experts] for row in range(0, len(pairs), experts)] or None,
     )
 

@@ -69,6 +69,10 @@ class _Place(BaseModel):
     load: list[_Amount]
     state_norm: _Amount | None
     increment_over_state: _Amount | None
+    increment_norm: _Amount | None = None
+    overlap: _Amount | None = None
+    increment_cosines: list[_Number | None] | None = None
+    single_scale: _Amount | None = None
     pairs: list[list[_Amount]] | None = None
 
 

@@ -46,6 +46,10 @@ CHAINS = [
     ChainSettings(3, "fixed", learned_scale=1.0),
     ChainSettings(2, learned_scale=0.0, conditioned=True),
     ChainSettings(3, no_return=True),
+    ChainSettings(2, norm_placement="iteration_norm", modulation_rank=3),
+    ChainSettings(3, streams=4, modulation_rank=2, latent=12),
+    ChainSettings(1, latent=8),
+    ChainSettings(2, "fixed", "outer", learned_scale=1.0, latent=16),
 ]
 
 
@@ -172,7 +176,7 @@ def test_parameters_equal_those_of_the_built_model(chain, swiglu):
 
     assert count.total == sum(p.numel() for p in model.parameters())
     assert count.routers == size("router_weights")
-    assert count.gains == size("variants")
+    assert count.gains + count.variants == size("variants")
     assert count.experts == size("w1", "w2")
     assert count.shared == size("shared_w1", "shared_w2")
     norms = size("norm_gains") + sum(a.norm.weight.numel() for a in model.attentions)
@@ -205,7 +209,9 @@ def test_flops_of_the_layer_alone(chain):
     with FlopCounterMode(display=False) as counter:
         layer(torch.randn(2, 5, shape.hidden))
     flops = forward_flops(replace(shape, layers=1))
-    assert counter.get_total_flops() == pytest.approx(10 * (flops.routers + flops.experts + flops.shared), rel=0.01)
+    assert counter.get_total_flops() == pytest.approx(
+        10 * (flops.total - flops.output - flops.attention - flops.attention_scores), rel=0.01
+    )
 
 
 def test_norms_on_queries_and_keys_and_with_biases():

@@ -59,18 +59,43 @@ def plain_gates(x, weight, topk, masked=()):
     return {i: math.exp(logits[i] - max(logits)) / total for i in chosen}
 
 
+def plain_mixed(streams, f, mix, write):
+    """R X + o f, for streams as n lists."""
+    kept = zip(*(plain_product(mix, values) for values in zip(*streams, strict=True)), strict=True)
+    return [[a + w * b for a, b in zip(each, f, strict=True)] for each, w in zip(kept, write, strict=True)]
+
+
+def plain_mixing(weights, t, n):
+    """i_t, o_t and R_t of the oracle's vectors."""
+    values = weights[f"variants.stream_weights.{t}"]
+    return values[:n], values[n : 2 * n], [values[n * row : n * (row + 1)] for row in range(2, n + 2)]
+
+
+def plain_mean(streams):
+    return [sum(values) / len(values) for values in zip(*streams, strict=True)]
+
+
 def plain_chain(layer, h):
     """h' of one token, by the definitions of each norm_placement and residual rather than by a common one."""
     chain, topk = layer.chain, layer.router.topk
     weights = {name: value.tolist() for name, value in layer.named_parameters()}
     own_norms = chain.norm_placement == "iteration_norm"
     u = plain_norm(h, weights["norm_gains.0"], layer.norm_eps)
-    start = h if own_norms else u
+    into, out_of = weights.get("variants.latent_down"), weights.get("variants.latent_up")
+    start = plain_product(into, u) if into else h if own_norms else u
+    streams, untouched = ([start] * (chain.streams or 1) for _ in range(2))  # with and without increments
     x, increments, gates, visited = start, [], {}, set()
     for t in range(chain.iterations):
+        if chain.streams:
+            read, write, mix = plain_mixing(weights, t, chain.streams)
+            x = [sum(a * b for a, b in zip(read, values, strict=True)) for values in zip(*streams, strict=True)]
         n = plain_norm(x, weights[f"norm_gains.{t}"], layer.norm_eps) if own_norms else x
         if chain.conditioned:
             n = [a * v for a, v in zip(weights[f"variants.state_gains.{t}"], n, strict=True)]
+        if chain.modulation_rank:
+            inner = [a / (1 + math.exp(-a)) for a in plain_product(weights["variants.modulation_down"], n)]
+            seen = plain_product(weights[f"variants.modulation_up.{t}"], inner)
+            n = [(1 + a) * v for a, v in zip(seen, n, strict=True)]
         if chain.gating != "fixed" or t == 0:
             router = t if chain.gating == "independent" else 0
             gates = plain_gates(n, weights[f"router_weights.{router}"], topk, visited if chain.no_return else ())
@@ -81,9 +106,17 @@ def plain_chain(layer, h):
         gain = weights.get(f"variants.increment_gains.{t}", [1.0] * len(x))
         f = [a * v for a, v in zip(gain, f, strict=True)]
         increments.append(f)
+        if chain.streams:
+            streams = plain_mixed(streams, f, mix, write)
+            untouched = plain_mixed(untouched, [0.0] * len(f), mix, write)
         added = {"inner": x, "init": start, "outer": [0.0] * len(x)}[chain.residual]
         x = [a + b for a, b in zip(f, added, strict=True)]
     end = [a + b for a, b in zip(x, start, strict=True)] if chain.residual == "outer" else x
+    if chain.streams or out_of:
+        start, end = (plain_mean(untouched), plain_mean(streams)) if chain.streams else (start, end)
+        delta = [a - b for a, b in zip(end, start, strict=True)]
+        base = u if chain.norm_placement == "reference" else h
+        return [a + b for a, b in zip(base, plain_product(out_of, delta) if out_of else delta, strict=True)]
     if chain.norm_placement == "prenorm":
         return [a + b - c for a, b, c in zip(h, end, u, strict=True)]
     return end
@@ -105,6 +138,14 @@ VARIANTS = [
     ChainSettings(3, no_return=True),
     ChainSettings(3, "shared_router", "init", no_return=True, conditioned=True),
     ChainSettings(3, "fixed", "outer", "reference", learned_scale=1.0, conditioned=True),
+    ChainSettings(3, modulation_rank=2),
+    ChainSettings(2, "fixed", "init", "iteration_norm", modulation_rank=1, learned_scale=1.0),
+    ChainSettings(3, streams=2),
+    ChainSettings(3, norm_placement="iteration_norm", streams=3, modulation_rank=2),
+    ChainSettings(2, norm_placement="reference", streams=2, latent=3),
+    ChainSettings(1, latent=3),
+    ChainSettings(3, "shared_router", "outer", "reference", latent=2, learned_scale=1.0),
+    ChainSettings(3, residual="init", latent=3, modulation_rank=2),
 ]
 
 
@@ -125,6 +166,24 @@ def test_gains_start_at_the_learned_scale_and_a_chain_at_zero_is_no_chain():
     assert [gain.tolist() for gain in layer.variants.increment_gains] == [[0.0] * 4] * 2
     h = torch.randn(2, 3, 4)
     assert torch.equal(layer(h).stream, h)
+
+
+@pytest.mark.parametrize("norm_placement", get_args(NormPlacement))
+@pytest.mark.parametrize("variant", [{"modulation_rank": 2}, {"streams": 3}, {"streams": 2, "modulation_rank": 1}])
+def test_modulation_and_streams_start_as_the_plain_chain(variant, norm_placement):
+    """To the last bit, and each of their parameters but W1, which waits for W2, has a gradient at once."""
+    torch.manual_seed(1)
+    router = RouterSettings(num_experts=4, topk=2)
+    layer = ChainOfExperts(4, 3, router, ChainSettings(3, norm_placement=norm_placement, **variant), shared_ffn=2)
+    plain = ChainOfExperts(4, 3, router, ChainSettings(3, norm_placement=norm_placement), shared_ffn=2)
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            layer.get_parameter(name).copy_(parameter.normal_(std=0.4))
+    h = torch.randn(2, 3, 4)
+    assert torch.equal(layer(h).stream, plain(h).stream)
+    layer(h).stream.square().sum().backward()
+    waiting = [name for name, parameter in layer.named_parameters() if not parameter.grad.any()]
+    assert waiting == ["variants.modulation_down"] * ("modulation_rank" in variant)
 
 
 def test_conditioned_with_gains_of_one_is_the_plain_chain():

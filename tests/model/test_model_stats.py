@@ -177,7 +177,7 @@ def test_a_step_of_padding_alone_is_reported_as_zeros() -> None:
     h_BSD, padding_BS = two_batches()[0]
     reports = detailed_step(layer, [(h_BSD, torch.ones_like(padding_BS))])
     assert [report.entropy for report in reports] == [0.0, 0.0]
-    assert reports[1].overlap == reports[1].dropped == reports[1].state_norm == 0.0
+    assert reports[1].overlap == reports[1].dropped == reports[1].state_norm == reports[1].single_scale == 0.0
 
 
 def test_summary_is_the_mean_over_layers_and_iterations() -> None:

@@ -25,6 +25,7 @@ from coe_megatron.study.report.markdown_text import counted, escaped, table
 from coe_megatron.study.report.results import Result, collect, finished_results, results_csv, timings_csv
 from coe_megatron.study.report.scaling_fit import Fit, fit
 from coe_megatron.study.report.tuning import tuning_csv, tuning_table, tuning_text
+from coe_megatron.study.report.why import iterations_table
 
 _STYLE = """body { font: 16px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222 }
 table { border-collapse: collapse; font-size: 14px; display: block; overflow-x: auto }
@@ -112,6 +113,7 @@ def as_markdown(
         parts += [speedup(plan, finished, at_memory), loss_at_equal_memory(summaries, at_memory)]
         parts += ["## Memory by component", memory_by_component(plan, memory)]
         parts += ["## Cost of the arms", costs(plan, finished)]
+        parts += _iterations(plan, finished)
         parts += ["## Loss against parameters, FLOPs and recurrence", _scaling_fit(fit(summaries))]
         shown = (f"![{each.name}]({each.name}.svg)\n\n*{escaped(each.caption)}*" for each in figures)
         parts += ["## Figures", _arms_in_figures(summaries, study.baseline.name), *shown]
@@ -167,6 +169,13 @@ def _unfinished(results: Sequence[Result]) -> list[str]:
         return []
     rows = [[escaped(result.run.arm), str(result.run.seed), escaped(result.state)] for result in missing]
     return ["Not in the tables and figures below:", table(["arm", "seed", "state"], rows)]
+
+
+def _iterations(plan: Plan, finished: Sequence[Result]) -> list[str]:
+    """What the iterations of each chain do; nothing without chains."""
+    titles = {arm.arm.name: _name(plan, arm.arm.name) for arm in plan.arms}
+    said, columns, rows = iterations_table(finished, titles)
+    return ["## What the iterations do", said, table(columns, rows)] if rows else []
 
 
 def _scaling_fit(found: Fit | None) -> str:
