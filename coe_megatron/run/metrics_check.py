@@ -28,6 +28,15 @@ class _Memory(BaseModel):
     peak: _Amount
 
 
+class _Answers(BaseModel):
+    """Final answers of one group of problems."""
+
+    model_config = ConfigDict(strict=True)
+
+    accuracy: Annotated[float, Field(ge=0, le=1)]
+    problems: Annotated[int, Field(ge=1, lt=1 << 53)]
+
+
 class _Evaluation(BaseModel):
     """A line; null is a number that was not finite."""
 
@@ -35,6 +44,7 @@ class _Evaluation(BaseModel):
 
     tokens: _Amount
     valid_loss: _Number | None = None
+    answer_groups: dict[str, _Answers] = {}
 
 
 class _Step(_Evaluation):

@@ -18,7 +18,14 @@ from coe_megatron.study.plan.names import joined
 from coe_megatron.study.report.comparison import Summary, compare
 from coe_megatron.study.report.figures.draw import arms_shown, draw
 from coe_megatron.study.report.figures.style import StudyFigure, is_truncated
-from coe_megatron.study.report.results import Result, collect, finished_results, results_csv, timings_csv
+from coe_megatron.study.report.results import (
+    Result,
+    collect,
+    finished_results,
+    group_accuracies,
+    results_csv,
+    timings_csv,
+)
 from coe_megatron.study.report.scaling_fit import Fit, fit
 
 _STYLE = """body { font: 16px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -94,6 +101,7 @@ def as_markdown(
             _losses(summaries, study.baseline.name),
             _explanation(summaries),
             _answers(finished),
+            _answer_groups(finished),
         ]
         parts += ["## Cost of the arms", _costs(plan, finished), "### Memory by component", _memory(plan, finished)]
         parts += ["## Loss against parameters, FLOPs and recurrence", _scaling_fit(fit(summaries))]
@@ -190,6 +198,27 @@ def _answers(finished: Sequence[Result]) -> str:
         for arm, each in found.items()
     ]
     return "### Final answers\n\n" + _table(["arm", "mean accuracy", "by seed"], rows)
+
+
+def _answer_groups(finished: Sequence[Result]) -> str:
+    """Mean accuracy over the seeds, and its range, by arm and group of problems; empty if problems have no groups."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for result in finished:
+        for group, accuracy in group_accuracies(result).items():
+            found.setdefault(result.run.arm, {}).setdefault(group, []).append(accuracy)
+    groups = sorted({group for accuracies in found.values() for group in accuracies})
+    if not groups:
+        return ""
+    rows = [
+        [_escaped(arm), *(_mean_and_range(accuracies.get(group, [])) for group in groups)]
+        for arm, accuracies in found.items()
+    ]
+    text = "Mean accuracy over the seeds, with the lowest and the highest, by group of problems."
+    return f"### Final answers by group\n\n{text}\n\n{_table(['arm', *map(_escaped, groups)], rows)}"
+
+
+def _mean_and_range(values: Sequence[float]) -> str:
+    return f"{sum(values) / len(values):.3f} ({min(values):.3f} to {max(values):.3f})" if values else "-"
 
 
 def _explanation(summaries: Sequence[Summary]) -> str:

@@ -79,6 +79,11 @@ def collect(plan: Plan) -> list[Result]:
     return [_result(by_name[run.arm], run, now) for run in plan.study.runs]
 
 
+def group_accuracies(result: Result) -> dict[str, float]:
+    """The final accuracy of answers by group of problems; empty if problems have no groups."""
+    return {name: found["accuracy"] for name, found in result.steps[-1].get("answer_groups", {}).items()}
+
+
 def finished_results(results: Iterable[Result]) -> list[Result]:
     """The results of finished runs."""
     return [result for result in results if result.finished]
@@ -134,6 +139,7 @@ def _row(result: Result) -> dict[str, Any]:
     row |= {"tokens": last["tokens"], "valid_loss": result.loss, "train_loss": last["train_loss"]}
     if (accuracy := last.get("answer_accuracy")) is not None:
         row["answer_accuracy"] = accuracy
+    row |= {f"answer_accuracy_{name}": accuracy for name, accuracy in group_accuracies(result).items()}
     row["best_valid_loss"] = min(line["valid_loss"] for line in result.evaluations)
     return row | {f"routing_{name}": last.get(f"routing_{name}") for name in _ROUTING}
 
