@@ -209,16 +209,18 @@ def _with_total(sets: "Mapping[str, SetLoss]") -> "dict[str, SetLoss]":
     return {**sets, "all together": sum(others, first)} if others else dict(sets)
 
 
-def judge(options: argparse.Namespace) -> tuple[list[bool], list[dict[str, Any]]]:
-    """Whether each final answer is right, and the texts to show."""
+def judge(options: argparse.Namespace) -> "tuple[Sequence[Question], list[bool], list[dict[str, Any]]]":
+    """The problems, whether each final answer is right, and the texts to show."""
     model, tokenizer, source = language_model.open_model(options)
     from coe_megatron.convert import answers
     from coe_megatron.convert.generation import Sampling, generate
 
-    templates = Templates.of(options.template) if options.template else answers.run_templates(source and source.config)
+    config = source and source.config
+    templates = Templates.of(options.template) if options.template else answers.run_templates(config)
     questions: Sequence[Question]
     if options.answers == "builtin":
-        questions = list(answers.builtin_questions(options.problems or 100, options.seed, templates))
+        asked_of = templates, answers.run_task(config)
+        questions = list(answers.builtin_questions(options.problems or 100, options.seed, *asked_of))
     else:
         questions = answers.file_questions(user_path(options.answers), templates, options.problems)
     rights: list[bool] = []
@@ -231,7 +233,7 @@ def judge(options: argparse.Namespace) -> tuple[list[bool], list[dict[str, Any]]
             if len(shown) < options.show:
                 told = {"question": question.query, "text": completion.text, "answer": question.answer}
                 shown.append({**told, "right": rights[-1]})
-    return rights, shown
+    return questions, rights, shown
 
 
 def report(options: argparse.Namespace, env: DistributedEnv) -> None:
@@ -244,16 +246,19 @@ def report(options: argparse.Namespace, env: DistributedEnv) -> None:
         result["sets"] = {name: _as_dict(found) for name, found in _with_total(sets).items()}
         parts += [one_line(f"{source.checkpoint}, step {result['step']}"), loss_table(sets)]
     if options.answers is not None:
-        from coe_megatron.convert.answers import fraction_line, interval
+        from coe_megatron.convert.answers import accuracies, by_group, fraction_line, interval
 
-        rights, shown = judge(options)
+        questions, rights, shown = judge(options)
+        groups = by_group(questions, rights)
         low, high = interval(sum(rights), len(rights))
         result["answers"] = {"right": sum(rights), "problems": len(rights), "accuracy": sum(rights) / len(rights)}
         result["answers"] |= {"low": low, "high": high, "shown": shown}
+        if groups:
+            result["answers"]["groups"] = accuracies(groups)
         for each in shown:
             verdict = "right" if each["right"] else "wrong"
             parts.append(f"{each['question']}\n{each['text']}\n[{verdict}: the answer is {each['answer']}]\n")
-        parts.append(fraction_line(rights))
+        parts += [fraction_line(rights), *(f"{one_line(name)}: {fraction_line(each)}" for name, each in groups.items())]
     if env.rank == 0:
         write_out(json.dumps(result, indent=2) if options.json else "\n".join(parts))
 

@@ -166,7 +166,9 @@ def run(options: argparse.Namespace) -> None:
 def _answer_problem(options: argparse.Namespace, source: Any, complete: "Callable[..., list[Completion]]") -> None:
     from coe_megatron.convert import answers
 
-    (question,) = answers.builtin_questions(1, options.problem, answers.run_templates(source and source.config))
+    config = source and source.config
+    asked = answers.run_templates(config), answers.run_task(config)
+    (question,) = answers.builtin_questions(1, options.problem, *asked)
     if not options.json:
         _write(f"{question.query}\n")
     (found,) = complete([question.prompt], streams=True)

@@ -4,8 +4,10 @@ import argparse
 import os
 import sys
 import warnings
+from typing import Any, get_args
 
 from coe_megatron.cli.arguments import Parser, program_name, write_out
+from coe_megatron.corpus.fact_hops import FactTask, Kind
 from coe_megatron.data.manifest import Manifest
 from coe_megatron.data.options import add_document_options, templates
 from coe_megatron.data.prepare import MAX_WORKERS, PrepareSettings, prepare, resumable_progress
@@ -16,6 +18,7 @@ from coe_megatron.files import user_path
 
 EPILOG = """examples:
   %(prog)s --builtin 20000 --vocab-size 2048 --output data/problems
+  %(prog)s --builtin 100000 --task recall --hops 1 2 3 --output data/recall
   %(prog)s --input train.jsonl.xz --template 'query : {query} response : {response}' \\
                   --valid valid.jsonl.xz --vocab-size 16384 --output data/math
   %(prog)s --input wiki.parquet --tokenizer data/math/tokenizer.model --output data/wiki
@@ -37,6 +40,7 @@ def make_parser() -> Parser:
         "--input", type=user_path, nargs="+", default=[], metavar="FILE", dest="inputs", help="files with documents"
     )
     source.add_argument("--builtin", type=int, metavar="COUNT", help="number of problems of the built-in corpus")
+    _add_task_options(parser)
     parser.add_argument("--output", type=user_path, required=True, metavar="DIR", help="the folder to create")
     parser.add_argument("--vocab-size", type=int, metavar="N", help="number of pieces of the tokenizer to train")
     tokenizer = "a SentencePiece model, tokenizer.json or .tiktoken file, or a folder with one, to use instead"
@@ -84,6 +88,33 @@ def make_parser() -> Parser:
     return parser
 
 
+def _add_task_options(parser: Parser) -> None:
+    task = "of the built-in corpus: facts that training stores, or that the text states (default: word problems)"
+    parser.add_argument("--task", choices=get_args(Kind), help=task)
+    hops = f"with --task: numbers of hops of the questions (default: {' '.join(map(str, FactTask.hops))})"
+    parser.add_argument("--hops", type=int, nargs="+", metavar="N", help=hops)
+    for name in ("entities", "relations"):
+        text = f"with --task: number of {name} (default: {getattr(FactTask, name)})"
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=text)
+
+
+def _take_task(values: dict[str, Any]) -> FactTask | None:
+    """Replace the options of a task by the task.
+
+    Raises:
+        ConfigError: one is invalid, or given without --task.
+    """
+    given = {name: values.pop(name) for name in ("entities", "relations", "hops")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if (kind := values.pop("task")) is None:
+        if given:
+            raise ConfigError(f"--{min(given)} requires --task")
+        return None
+    if "hops" in given:
+        given["hops"] = tuple(given["hops"])
+    return FactTask(kind, **given)
+
+
 def settings_from(arguments: argparse.Namespace) -> PrepareSettings:
     """The settings from the arguments, checked as far as possible without reading a file.
 
@@ -94,6 +125,7 @@ def settings_from(arguments: argparse.Namespace) -> PrepareSettings:
     values["template"] = templates(arguments)
     del values["field"]
     values["inputs"], values["valid_inputs"] = tuple(values["inputs"]), tuple(values["valid_inputs"])
+    values["task"] = _take_task(values)
     return PrepareSettings(**values)
 
 

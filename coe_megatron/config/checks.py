@@ -149,6 +149,8 @@ def _backend(config: RunConfig) -> Iterator[str]:
 def _data(data: DataSettings) -> Iterator[str]:
     if data.reset_at_documents and data.samples == "row":
         yield "data.reset_at_documents is true: it requires data.samples packed, since a row is a single document"
+    if data.answer_tokens is not None and data.samples != "row":
+        yield f"data.answer_tokens is {data.answer_tokens}: it requires data.samples row, or leave it null"
     if data.blend is not None and not data.blend:
         yield "data.blend is []: it must name at least one folder, or be null"
     if data.validation is not None and not data.validation:

@@ -219,6 +219,8 @@ class DataSettings:
         samples: `row` makes each document one sample, truncated or padded to seq_length, without loss on padding;
             `packed` cuts the concatenated documents into full samples.
         reset_at_documents: in packed samples, mask attention to earlier documents, and count positions from 0 in each.
+        answer_tokens: in rows, loss on only so many tokens of a document, the last ones before the end of the document,
+            such as 1 if each document is a question and an answer of one token; null for loss on all.
         validation_samples: samples per validation set in an evaluation; all when null.
     """
 
@@ -227,6 +229,7 @@ class DataSettings:
     validation: dict[str, PathText] | None = None
     samples: Literal["row", "packed"] = "row"
     reset_at_documents: bool = False
+    answer_tokens: Count | None = None
     validation_samples: Count | None = None
 
 

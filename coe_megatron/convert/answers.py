@@ -1,17 +1,19 @@
 """Word problems as prompts, the final answer in a text, and the fraction that is right with its interval."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 
 from coe_megatron.config import RunConfig
+from coe_megatron.corpus.fact_hops import FactTask
 from coe_megatron.corpus.word_problems import generate
 from coe_megatron.data.folders import training_parts
 from coe_megatron.data.manifest import Manifest
-from coe_megatron.data.prepare import PROBLEM_TEMPLATE
+from coe_megatron.data.prepare import FACT_TEMPLATE, PROBLEM_TEMPLATE
 from coe_megatron.data.records import InputError, MalformedRecord, Record, Template, Templates
 from coe_megatron.data.sources import read_chunks
 from coe_megatron.errors import ConfigError
@@ -35,11 +37,15 @@ class Question:
         query: as it is shown.
         prompt: the start of a document, up to where the model answers.
         answer: the right final answer, as `final_answer` returns it.
+        direct: whether the right completion begins with the words of `answer`, without a marker before them.
+        group: the kind of the problem, by which accuracy is reported too; None for none.
     """
 
     query: str
     prompt: str
     answer: str
+    direct: bool = False
+    group: str | None = None
 
 
 def final_answer(text: str) -> str | None:
@@ -76,16 +82,33 @@ def interval(right: int, total: int) -> tuple[float, float]:
     return float(found.low), float(found.high)
 
 
-def builtin_questions(count: int, seed: int, templates: Templates) -> Iterator[Question]:
-    """Held-out problems of the built-in corpus, as `corpus.word_problems` draws them.
+@dataclass(frozen=True)
+class PreparedTask:
+    """A task on facts, and the seed with which data of it were prepared: other seeds have other facts."""
+
+    task: FactTask
+    seed: int
+
+
+def builtin_questions(
+    count: int, seed: int, templates: Templates, prepared: PreparedTask | None = None
+) -> Iterator[Question]:
+    """Held-out problems of the built-in corpus: word problems, or questions of a task as validation has them.
 
     Args:
-        templates: of documents in training; if none has a field `response`, that of the built-in corpus.
+        seed: of their choice.
+        prepared: the task; None for word problems.
+        templates: of documents in training; if none has a field `response`, or `answer` of a task, that of the built-in
+            corpus.
     """
-    usual = Template(PROBLEM_TEMPLATE)
-    template = next((each for each in templates.choices if set(each.fields) == {"query", "response"}), usual)
-    for problem in generate("valid", count, seed):
-        yield _question(template, problem)
+    if prepared is None:
+        fields, usual, records = ("query", "response"), PROBLEM_TEMPLATE, generate("valid", count, seed)
+    else:
+        fields, usual = ("prompt", "answer"), FACT_TEMPLATE
+        records = prepared.task.generate("valid", count, prepared.seed, seed)
+    template = next((each for each in templates.choices if set(each.fields) == set(fields)), Template(usual))
+    for record in records:
+        yield _question(template, record)
 
 
 def file_questions(path: Path, templates: Templates, count: int | None = None) -> list[Question]:
@@ -93,7 +116,7 @@ def file_questions(path: Path, templates: Templates, count: int | None = None) -
 
     Args:
         templates: a record uses the first whose fields it has; its last field is the answer, of which the model gets
-            none.
+            none. A record's field `group` is its `Question.group`.
         count: the first so many; None for all.
 
     Raises:
@@ -118,13 +141,21 @@ def file_questions(path: Path, templates: Templates, count: int | None = None) -
 
 def run_templates(config: RunConfig | None) -> Templates:
     """The templates of documents that a run was trained on, then those of the built-in corpus and of GSM8K."""
-    found = []
+    found = [text for manifest in _manifests(config) for text in manifest.template]
+    return Templates.of(dict.fromkeys([*found, PROBLEM_TEMPLATE, QUESTION_TEMPLATE, FACT_TEMPLATE]))
+
+
+def run_task(config: RunConfig | None) -> PreparedTask | None:
+    """The task on facts that a run was trained on, the first of several; None for other data."""
+    tasks = ((FactTask.of(manifest.source), manifest.seed) for manifest in _manifests(config))
+    return next((PreparedTask(task, seed) for task, seed in tasks if task is not None), None)
+
+
+def _manifests(config: RunConfig | None) -> Iterator[Manifest]:
+    """The manifests of a run's training data, where they still are."""
     for part in training_parts(config.data) if config is not None else []:
-        try:
-            found += Manifest.read(Path(part.path)).template
-        except ConfigError:  # the data are elsewhere now
-            continue
-    return Templates.of(dict.fromkeys([*found, PROBLEM_TEMPLATE, QUESTION_TEMPLATE]))
+        with suppress(ConfigError):  # the data are elsewhere now
+            yield Manifest.read(Path(part.path))
 
 
 def _question(template: Template, record: Record) -> Question:
@@ -133,17 +164,38 @@ def _question(template: Template, record: Record) -> Question:
     if not before:
         raise MalformedRecord(f"template {template.text!r} has no field before the answer")
     template.render(record)
-    answer = final_answer(str(record[last]))
-    if answer is None:
+    text = str(record[last])
+    answer = final_answer(text)
+    if direct := answer is None and template.fields == ("prompt", "answer"):
+        answer = " ".join(text.split())
+    if not answer:
         raise MalformedRecord(f"field {last!r} has no final answer: it follows #### or 'The answer is'")
     start = template.render({**record, last: _HERE}).partition(_HERE)[0]
     # A word's token includes the space before it, so the prompt ends where such a token begins.
-    return Question(" ".join(str(record[name]) for name in before), start.rstrip(" "), answer)
+    query, group = " ".join(str(record[name]) for name in before), record.get("group")
+    return Question(query, start.rstrip(" "), answer, direct, None if group is None else str(group))
 
 
 def is_right(question: Question, completion: str) -> bool:
     """Whether a completion has the right final answer."""
+    if question.direct:
+        words = question.answer.split()
+        return completion.split()[: len(words)] == words
     return final_answer(completion) == question.answer
+
+
+def by_group(questions: Sequence[Question], rights: Sequence[bool]) -> dict[str, list[bool]]:
+    """Which questions of each group are answered right, by the group's name; without those that have no group."""
+    found: dict[str, list[bool]] = {}
+    for question, right in zip(questions, rights, strict=True):
+        if question.group is not None:
+            found.setdefault(question.group, []).append(right)
+    return dict(sorted(found.items()))
+
+
+def accuracies(groups: Mapping[str, Sequence[bool]]) -> dict[str, dict[str, float]]:
+    """`accuracy` and `problems`, their number, of each group, for JSON."""
+    return {name: {"accuracy": sum(each) / len(each), "problems": len(each)} for name, each in groups.items()}
 
 
 def fraction_line(rights: Sequence[bool]) -> str:

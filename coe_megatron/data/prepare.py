@@ -10,16 +10,18 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 import numpy as np
 from tqdm import tqdm
 
+from coe_megatron.corpus.fact_hops import FactTask
 from coe_megatron.corpus.word_problems import generate
 from coe_megatron.data.encode import DamagedChunk, Encoded, Recipe, encode_chunk, read_encoded
 from coe_megatron.data.manifest import (
@@ -54,6 +56,7 @@ from coe_megatron.data.tokenizer import (
     find_tokenizer,
     train_tokenizer,
 )
+from coe_megatron.data.word_tokenizer import END, write_word_tokenizer
 from coe_megatron.data.workers import ordered_map
 from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.files import is_plain_file, kind_of, remove, require_file, require_folder, require_writable
@@ -61,6 +64,7 @@ from coe_megatron.lean_imports import import_megatron
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 PROBLEM_TEMPLATE = "query : {query} response : {response}"
+FACT_TEMPLATE = "{prompt} {answer}"
 TEXT_TEMPLATE = "{text}"
 _FIRST_RECORDS = 1000  # of each input, checked before anything is written
 MAX_PROBLEMS = 10**12  # of the built-in corpus; more than any disk holds
@@ -74,14 +78,15 @@ class PrepareSettings:
     Attributes:
         output: the folder to make.
         inputs: files of documents (see `sources` for the formats); excludes `builtin`.
-        builtin: number of training problems to draw from the built-in corpus; excludes `inputs`.
+        builtin: number of training documents to draw from the built-in corpus; excludes `inputs`.
+        task: of the built-in corpus: questions on facts, whose words are the tokens; None for word problems.
         vocab_size: pieces of the tokenizer to train; with `tokenizer`, the size that it must have.
         tokenizer: a SentencePiece model, a tokenizer.json, a .tiktoken file, or a folder that holds one of them, to use
             instead of training one.
         eos: the token that ends a document, if `tokenizer` is no SentencePiece model; see `OtherTokenizer`.
         encoding: tiktoken's name of the encoding of a .tiktoken file; see `OtherTokenizer`.
-        template: templates of a document; a record uses the first whose fields it has. The default is "{text}", and
-            "query : {query} response : {response}" for the built-in corpus.
+        template: templates of a document; a record uses the first whose fields it has. The default is "{text}"; for
+            the built-in corpus "query : {query} response : {response}", and with a task "{prompt} {answer}".
         valid_inputs: files of validation documents; if empty, `valid_fraction` applies.
         valid_fraction: fraction of documents held out by their hash (equal documents stay together); for the built-in
             corpus the number of held-out problems relative to `builtin`.
@@ -99,6 +104,7 @@ class PrepareSettings:
     output: Path
     inputs: tuple[Path, ...] = ()
     builtin: int | None = None
+    task: FactTask | None = None
     vocab_size: int | None = None
     tokenizer: Path | None = None
     eos: str | None = None
@@ -114,7 +120,7 @@ class PrepareSettings:
 
     def __post_init__(self) -> None:
         self._check_source()
-        if self.vocab_size is None and self.tokenizer is None:
+        if self.vocab_size is None and self.tokenizer is None and self.task is None:
             raise ConfigError("--vocab-size is missing: give it, or a --tokenizer")
         if self.vocab_size is not None and not MIN_VOCAB_SIZE <= self.vocab_size <= MAX_VOCAB_SIZE:
             raise ConfigError(
@@ -143,7 +149,8 @@ class PrepareSettings:
     @property
     def templates(self) -> Templates:
         """The templates to use."""
-        return Templates.of(self.template or (TEXT_TEMPLATE if self.inputs else PROBLEM_TEMPLATE,))
+        builtin = PROBLEM_TEMPLATE if self.task is None else FACT_TEMPLATE
+        return Templates.of(self.template or (TEXT_TEMPLATE if self.inputs else builtin,))
 
     @property
     def recipe(self) -> Recipe:
@@ -193,13 +200,25 @@ class PrepareSettings:
             raise ConfigError("exactly one of --input and --builtin must be given")
         names = [name for template in self.templates.choices for name in template.fields]
         if self.builtin is None:
+            if self.task is not None:
+                raise ConfigError(f"--task is {self.task.kind}: it requires --builtin, the number of documents")
             return
         if not 1 <= self.builtin <= MAX_PROBLEMS:
             raise ConfigError(f"--builtin is {self.builtin}: it must be at least 1, and at most {MAX_PROBLEMS}")
         if self.valid_inputs:
             raise ConfigError("--valid requires --input: the built-in corpus has its own validation problems")
-        if unknown := [name for name in names if name not in ("query", "response")]:
-            raise ConfigError(f"--template names field {unknown[0]!r}: built-in problems have query and response")
+        fields = ("query", "response") if self.task is None else ("prompt", "answer")
+        if unknown := [name for name in names if name not in fields]:
+            raise ConfigError(f"--template names field {unknown[0]!r}: built-in problems have {' and '.join(fields)}")
+        if self.task is not None:
+            self._check_task(self.task)
+
+    def _check_task(self, task: FactTask) -> None:
+        for name, value in (("vocab-size", self.vocab_size), ("tokenizer", self.tokenizer)):
+            if value is not None:
+                raise ConfigError(f"--{name} is {value}: leave it out, the words of --task {task.kind} are its tokens")
+        if self.builtin is not None and self.builtin < task.facts:
+            raise ConfigError(f"--builtin is {self.builtin}: it must be at least {task.facts}, the number of facts")
 
 
 def prepare(settings: PrepareSettings, *, progress: bool = False) -> Manifest:
@@ -246,6 +265,7 @@ def _job(settings: PrepareSettings) -> dict[str, Any]:
         "files": [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths],
         "inputs": len(settings.inputs),
         "builtin": settings.builtin,
+        "task": None if settings.task is None else asdict(settings.task),
         "vocab_size": settings.vocab_size,
         "tokenizer": tokenizer is not None,
         **({} if tokenizer is None or tokenizer.suffix not in OTHER_SUFFIXES else other),
@@ -308,9 +328,13 @@ class ChunkSource:
     def _builtin(self) -> Iterator[SourceChunk]:
         position = 0
         for split, count in _builtin_counts(self.settings).items():
-            for chunk in chunks_of(generate(split, count, self.settings.seed), "built-in corpus", "problem"):
+            for chunk in chunks_of(_builtin_records(self.settings, split, count), "built-in corpus", "problem"):
                 position += len(chunk.payloads)
                 yield SourceChunk(chunk, split, position)
+
+
+def _builtin_records(settings: PrepareSettings, split: Split, count: int) -> Iterator[dict[str, str]]:
+    return (generate if settings.task is None else settings.task.generate)(split, count, settings.seed)
 
 
 def _builtin_counts(settings: PrepareSettings) -> dict[Split, int]:
@@ -323,7 +347,11 @@ def _provide_tokenizer(settings: PrepareSettings, staging: Staging, bar: Callabl
     if staging.tokenizer.exists():
         return Tokenizer(staging.tokenizer)
     scratch = staging.scratch(TOKENIZER)
-    if (given := settings.tokenizer_file) is None:
+    if settings.task is not None:
+        with TemporaryDirectory() as folder:
+            path = write_word_tokenizer(settings.task.words, Path(folder))
+            _store_copy(path, Tokenizer(path, eos=END), staging, scratch)
+    elif (given := settings.tokenizer_file) is None:
         assert settings.vocab_size is not None
         train_tokenizer(training_documents(settings, bar), settings.vocab_size, scratch)
         staging.store_tokenizer(scratch)
@@ -331,10 +359,14 @@ def _provide_tokenizer(settings: PrepareSettings, staging: Staging, bar: Callabl
         tokenizer = Tokenizer(given, "--tokenizer", eos=settings.eos, encoding=settings.encoding)
         if settings.vocab_size not in (None, tokenizer.vocab_size):
             raise ConfigError(f"--vocab-size is {settings.vocab_size}: {given} has {tokenizer.vocab_size} pieces")
-        shutil.copyfile(given, scratch)
-        name = f"tokenizer{given.suffix}" if given.suffix in OTHER_SUFFIXES else TOKENIZER
-        staging.store_tokenizer(scratch, name, tokenizer.config)
+        _store_copy(given, tokenizer, staging, scratch)
     return Tokenizer(staging.tokenizer)
+
+
+def _store_copy(path: Path, tokenizer: Tokenizer, staging: Staging, scratch: Path) -> None:
+    shutil.copyfile(path, scratch)
+    name = f"tokenizer{path.suffix}" if path.suffix in OTHER_SUFFIXES else TOKENIZER
+    staging.store_tokenizer(scratch, name, tokenizer.config)
 
 
 def training_documents(settings: PrepareSettings, bar: Callable[..., tqdm]) -> Iterator[str]:
@@ -485,6 +517,8 @@ def _describe(
     given = next(name for name in TOKENIZERS if (folder / name).exists())
     files = *SPLIT_FILES, *tokenizer_files(given)
     source: dict[str, Any] = {"builtin": settings.builtin, "valid_fraction": settings.valid_fraction}
+    if settings.task is not None:
+        source["task"] = asdict(settings.task)
     if settings.inputs:
         source = {"input": [path.name for path in settings.inputs], "valid_fraction": settings.valid_fraction}
     if settings.valid_inputs:

@@ -94,5 +94,13 @@ class RunData:
         return sum(weight * corpus.truncated_fraction(seq_length) for corpus, weight in parts) / sum(self.weights)
 
     def _samples(self, data: Corpus, split: Split, seq_length: int, seed: int, cache_dir: Path) -> SampleSource:
-        mode, reset = self.settings.samples, self.settings.reset_at_documents
-        return data.samples(mode, split, seq_length, seed=seed, cache_dir=cache_dir, reset_at_documents=reset)
+        settings = self.settings
+        return data.samples(
+            settings.samples,
+            split,
+            seq_length,
+            seed=seed,
+            cache_dir=cache_dir,
+            reset_at_documents=settings.reset_at_documents,
+            answer_tokens=settings.answer_tokens,
+        )

@@ -97,8 +97,9 @@ class Corpus(ABC):
         seed: int,
         cache_dir: str | Path,
         reset_at_documents: bool = False,
+        answer_tokens: int | None = None,
     ) -> SampleSource:
-        """The samples of a split in one of two modes; see `rows` and `packed`. Mode "row" ignores the keywords.
+        """The samples of a split in one of two modes; see `rows` and `packed`, and their arguments.
 
         Raises:
             ValueError: there is no such mode or split, or seq_length is not valid.
@@ -106,16 +107,21 @@ class Corpus(ABC):
         if mode not in get_args(Mode):
             raise ValueError(f"mode is {mode!r}: it must be one of {', '.join(get_args(Mode))}")
         if mode == "row":
-            return self.rows(split, seq_length)
+            return self.rows(split, seq_length, answer_tokens)
         return self.packed(split, seq_length, seed=seed, cache_dir=cache_dir, reset_at_documents=reset_at_documents)
 
-    def rows(self, split: Split, seq_length: int) -> "RowDataset":
+    def rows(self, split: Split, seq_length: int, answer_tokens: int | None = None) -> "RowDataset":
         """One document per sample, truncated after seq_length labels or padded, in the order of preparation.
+
+        Args:
+            answer_tokens: limits the loss to so many tokens of each document, the last ones before its end; None for
+                loss on all.
 
         Raises:
             ValueError: there is no such split, or seq_length is below 1.
         """
-        return RowDataset(self._indexed(split, seq_length), seq_length, self.tokenizer.pad_id, self._tokens(split))
+        documents, pad_id = self._indexed(split, seq_length), self.tokenizer.pad_id
+        return RowDataset(documents, seq_length, pad_id, self._tokens(split), answer_tokens)
 
     def packed(
         self, split: Split, seq_length: int, *, seed: int, cache_dir: str | Path, reset_at_documents: bool = False
@@ -171,11 +177,14 @@ class Corpus(ABC):
 class RowDataset:
     """One document per sample; `Corpus.rows` makes it."""
 
-    def __init__(self, documents: Sequence[np.ndarray], seq_length: int, pad_id: int, file: TokenFile) -> None:
+    def __init__(
+        self, documents: Sequence[np.ndarray], seq_length: int, pad_id: int, file: TokenFile, answer_tokens: int | None
+    ) -> None:
         self._documents = documents
         self._seq_length = seq_length
         self._pad_id = pad_id
         self._file = file
+        self._answer_tokens = answer_tokens
 
     def __len__(self) -> int:
         return len(self._documents)
@@ -183,7 +192,8 @@ class RowDataset:
     def __getitem__(self, index: int) -> Sample:
         size = self._seq_length
         with self._file.reading():
-            document = self._documents[index][: size + 1]
+            complete = self._documents[index]
+            document = complete[: size + 1]
         row = torch.full((size + 1,), self._pad_id, dtype=torch.int64)
         row[: len(document)] = torch.from_numpy(document.astype(np.int64))
         self._file.check(row)
@@ -191,10 +201,17 @@ class RowDataset:
         return {
             "tokens": row[:-1],
             "labels": row[1:],
-            "loss_mask": (positions + 1 < len(document)).float(),
+            "loss_mask": self._has_loss(positions, len(complete)).float(),
             "position_ids": positions,
             "padding_mask": positions >= len(document),
         }
+
+    def _has_loss(self, positions: Tensor, length: int) -> Tensor:
+        """Where labels of a document count, bool; `length` includes the token that ends it."""
+        if self._answer_tokens is None:
+            return positions < length - 1
+        end = length - 2  # the position whose label ends the document
+        return (positions < end) & (positions >= end - self._answer_tokens)
 
 
 class PackedDataset:

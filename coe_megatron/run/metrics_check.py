@@ -36,6 +36,15 @@ class _SetLoss(BaseModel):
     loss: _Number | None = None
 
 
+class _Answers(BaseModel):
+    """Final answers of one group of problems."""
+
+    model_config = ConfigDict(strict=True)
+
+    accuracy: Annotated[float, Field(ge=0, le=1)]
+    problems: Annotated[int, Field(ge=1, lt=1 << 53)]
+
+
 class _Evaluation(BaseModel):
     """A line; null is a number that was not finite."""
 
@@ -46,6 +55,7 @@ class _Evaluation(BaseModel):
     valid: dict[str, _SetLoss] = {}
     answer_accuracy: Annotated[float, Field(ge=0, le=1)] | None = None
     answer_problems: Annotated[int, Field(ge=1, lt=1 << 53)] | None = None
+    answer_groups: dict[str, _Answers] = {}
 
 
 class _Step(_Evaluation):

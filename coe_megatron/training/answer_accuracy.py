@@ -5,7 +5,7 @@ layout; the other ranks wait. A model that is too large for that is evaluated by
 """
 
 from collections.abc import Iterable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -56,29 +56,39 @@ class AnswerCheck:
         self._tokenizer = open_fast_tokenizer(path, self._config.model.seq_length)
         count = training.evaluate_answers
         if training.answers_file is None:
-            self._questions = list(answers.builtin_questions(count, _SEED, templates))
+            task = answers.run_task(self._config)
+            self._questions = list(answers.builtin_questions(count, _SEED, templates, task))
         else:
             self._questions = answers.file_questions(Path(training.answers_file), templates, count)
 
-    def values(self, engine: Engine) -> dict[str, float]:
-        """`answer_accuracy` and `answer_problems`, their number, for the metrics, on all ranks; collective. Changes no
-        random state.
+    def values(self, engine: Engine) -> dict[str, Any]:
+        """`answer_accuracy`, `answer_problems`, their number, and `answer_groups` if problems have groups: name ->
+        `accuracy` and `problems`; for the metrics, on all ranks; collective. Changes no random state.
         """
         tensors = gather(engine)
         return run_on_rank0(partial(self._answered, tensors))
 
-    def _answered(self, tensors: dict[str, torch.Tensor]) -> dict[str, float]:
-        right = 0
+    def _answered(self, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+        rights: list[bool] = []
         with torch.random.fork_rng():
             model = of_weights(
                 MemoryWeights(tensors), self._config, {}, device=torch.device(torch.cuda.current_device())
             )
             for asked in _batches(self._questions):
-                found = generate(model, self._tokenizer, [each.prompt for each in asked], Sampling())
+                found = generate(model, self._tokenizer, [each.prompt for each in asked], self._sampling)
                 pairs = zip(asked, found, strict=True)
-                right += sum(answers.is_right(question, completion.text) for question, completion in pairs)
-        asked_all = len(self._questions)
-        return {"answer_accuracy": right / asked_all, "answer_problems": asked_all}
+                rights += [answers.is_right(question, completion.text) for question, completion in pairs]
+        accuracy = {"answer_accuracy": sum(rights) / len(rights), "answer_problems": len(rights)}
+        groups = answers.by_group(self._questions, rights)
+        return {**accuracy, "answer_groups": answers.accuracies(groups)} if groups else accuracy
+
+    @cached_property
+    def _sampling(self) -> Sampling:
+        """Greedy; for direct answers alone, no more tokens than these have."""
+        if not all(question.direct for question in self._questions):
+            return Sampling()
+        texts = [f" {question.answer}" for question in self._questions]
+        return Sampling(max_tokens=max(map(len, self._tokenizer(texts, add_special_tokens=False).input_ids)))
 
 
 def _batches(questions: Sequence[Question]) -> Iterable[Sequence[Question]]:

@@ -100,6 +100,7 @@ def _validation_set(
         seed=training.order_seed,
         cache_dir=folder / "index",
         reset_at_documents=settings.reset_at_documents,
+        answer_tokens=settings.answer_tokens,
     )
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     batches = list(validation_batches(samples, training.micro_batch, rank, ranks, limit))

@@ -35,7 +35,7 @@ Values: TypeAlias = Mapping[str, Any]
 _MAX_ID_LENGTH = 128
 _GROUPS = {
     "loss": ("train_loss", "valid_loss", "valid_bits_per_byte", "valid", "aux_loss", "z_loss"),
-    "answers": ("answer_accuracy", "answer_problems"),
+    "answers": ("answer_accuracy", "answer_problems", "answer_groups"),
     "optimizer": ("learning_rate", "grad_norm"),
     "speed": ("step_seconds", "tokens_per_second", "tflops", "mfu"),
     "progress": ("tokens", "eta_seconds"),

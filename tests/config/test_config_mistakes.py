@@ -199,6 +199,11 @@ OVERRIDES: list[tuple[str, str]] = [
     ),
     ("training.warm_start=runs/mistakes", "training.warm_start is runs/mistakes: it must name another run than output"),
     ("data.reset_at_documents=true", "data.reset_at_documents is true: it requires data.samples packed"),
+    (
+        "data.samples=packed & data.answer_tokens=1",
+        "data.answer_tokens is 1: it requires data.samples row, or leave it null",
+    ),
+    ("data.answer_tokens=0", "data.answer_tokens is 0"),
     ("data.blend=[]", "data.blend is []: it must name at least one folder, or be null"),
     ("data.validation={a/b: x}", "data.validation has the name 'a/b': a name is text on one line without slashes"),
     # what refers to something else

@@ -8,8 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coe_megatron.config import RunConfig
+from coe_megatron.config.settings import DataSettings
 from coe_megatron.convert import answers
+from coe_megatron.corpus.fact_hops import FactTask
 from coe_megatron.corpus.word_problems import generate
+from coe_megatron.data.prepare import PrepareSettings, prepare
 from coe_megatron.data.records import Templates
 from coe_megatron.errors import ConfigError
 
@@ -122,6 +126,41 @@ def test_questions_of_a_file(tmp_path) -> None:
         answers.Question("2 {q} + 2?", "query : 2 {q} + 2? response :", "4"),
     ]
     assert answers.file_questions(path, Templates.of(["{q}\n{a}"]), count=1)[0].prompt == "1 + 1?\n"
+
+
+FACTS = Templates.of(["{prompt} {answer}"])
+
+
+def test_a_direct_answer_is_the_first_words_of_a_completion(tmp_path) -> None:
+    path = write(tmp_path, {"prompt": "r1 e2", "answer": " e3  e4 ", "group": 2}, {"prompt": "?", "answer": "#### 1.0"})
+    direct, marked = answers.file_questions(path, FACTS)
+    assert direct == answers.Question("r1 e2", "r1 e2", "e3 e4", direct=True, group="2")
+    assert [answers.is_right(direct, text) for text in (" e3 e4", "e3 e4 e5", "e3", "e3 e44", "e4 e3", "")] == [
+        *(True, True, False, False, False, False)
+    ]
+    assert (marked.answer, marked.direct, marked.group) == ("1", False, None)
+    with pytest.raises(ConfigError, match="field 'answer' has no final answer"):
+        answers.file_questions(write(tmp_path, {"prompt": "?", "answer": " "}), FACTS)
+
+
+def test_questions_of_a_task_are_those_of_its_data(tmp_path) -> None:
+    task = FactTask("recall", 8, 4)
+    prepare(PrepareSettings(tmp_path / "data", builtin=60, task=task, seed=7))
+    config = RunConfig(data=DataSettings(path=str(tmp_path / "data")))
+    prepared = answers.run_task(config)
+    assert prepared == answers.PreparedTask(task, 7)
+    asked = list(answers.builtin_questions(40, 1, answers.run_templates(config), prepared))
+    assert asked != list(answers.builtin_questions(40, 2, answers.run_templates(config), prepared))
+    for question, record in zip(asked, task.generate("valid", 40, 7, 1), strict=True):
+        assert (question.prompt, question.answer, question.group) == tuple(record.values()) and question.direct
+    assert answers.run_task(None) is None
+
+
+def test_accuracy_by_group() -> None:
+    asked = [answers.Question("", "", "", group=group) for group in ("2 hops", None, "1 hop", "2 hops")]
+    groups = answers.by_group(asked, [True, True, False, False])
+    assert list(groups.items()) == [("1 hop", [False]), ("2 hops", [True, False])]
+    assert answers.accuracies(groups)["2 hops"] == {"accuracy": 0.5, "problems": 2}
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,19 @@ def test_the_end_of_a_short_document_is_learned(data):
     assert learned[-1] == data.tokenizer.eos_id and sample["padding_mask"].any()
 
 
+@pytest.mark.parametrize("answer_tokens", [1, 3])
+def test_the_loss_counts_only_the_last_tokens_before_the_end(data, folder, answer_tokens):
+    rows, documents = data.rows("train", S, answer_tokens), IndexedDataset(str(folder / "train"))
+    cut = 0
+    for row, document in zip((rows[index] for index in range(len(rows))), documents, strict=True):
+        counted = set(range(len(document) - 1 - answer_tokens, len(document) - 1))  # as places in the document
+        cut += not all(place <= S for place in counted)
+        places = torch.nonzero(row["loss_mask"]).flatten().tolist()
+        assert places == sorted(place - 1 for place in counted if 1 <= place <= S)
+        assert row["labels"][places].tolist() == [document[place + 1] for place in places]
+    assert 0 < cut < len(rows)
+
+
 def stream_of(samples):
     """Tokens of consecutive windows, put in order by what follows what."""
     return Counter(int(label) for s in samples for label in s["labels"][s["loss_mask"] == 1])

@@ -113,6 +113,24 @@ def test_what_the_tables_say(plan: Plan, tmp_path: Path) -> None:
     assert re.fullmatch(r"\d+ / 402", first[6].strip()) and first[7].strip().endswith(" s / 56 s")
 
 
+def test_final_answers_by_group(plan: Plan, tmp_path: Path) -> None:
+    first, second = (run for run in plan.study.runs if run.arm == "c1_prenorm")
+    for run, right in ((first, 0.5), (second, 1.0)):
+        leave(run, answer_accuracy=right, answer_groups={"2 hops": {"accuracy": right, "problems": 4}})
+    other = next(run for run in plan.study.runs if run.arm == "c2_prenorm")
+    leave(other, answer_accuracy=0.25, answer_groups={"1 hop": {"accuracy": 0.25, "problems": 4}})
+    results = collect(plan)
+    text = as_markdown(plan, "A study", results, compare(results, plan.arms, "c1_prenorm"), [])
+    head, _, *found = as_table(text.partition("### Final answers by group")[2])
+    assert [[cell.strip() for cell in row] for row in (head, *found)] == [
+        ["arm", "1 hop", "2 hops"],
+        ["c1_prenorm", "-", "0.750 (0.500 to 1.000)"],
+        ["c2_prenorm", "0.250 (0.250 to 0.250)", "-"],
+    ]
+    (row,) = (row for row in csv.DictReader(io.StringIO(results_csv(results))) if row["answer_accuracy_1 hop"])
+    assert (row["arm"], row["answer_accuracy_1 hop"], row["answer_accuracy_2 hops"]) == ("c2_prenorm", "0.25", "")
+
+
 def test_labels_and_errors_are_text_whatever_they_hold(study_file: Write, tmp_path: Path) -> None:
     wild = "a|b <script>x</script> *c* _d_ `e` & [f](g)"
     axes = {"design": {wild: {"moe.topk": 2}, "plain": {"moe.topk": 4}}}

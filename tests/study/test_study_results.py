@@ -104,6 +104,10 @@ def test_an_axis_may_have_the_name_of_a_column(study_file: Write, tmp_path: Path
             {"routing_entropy": "x"},
             "its metrics.jsonl is damaged (step 100: routing_entropy: Input should be a valid number)",
         ),
+        (
+            {"answer_groups": {"1 hop": {"accuracy": 2, "problems": 4}}},
+            "its metrics.jsonl is damaged (step 100: answer_groups.1 hop.accuracy: Input should be",
+        ),
         ({"valid_loss": 1e300}, "its metrics.jsonl is damaged (step 100: valid_loss: Input should be less than"),
         (
             {"step_seconds": None},

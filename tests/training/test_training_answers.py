@@ -57,6 +57,25 @@ def test_answers_are_logged_and_change_no_step(config: Path, prepared: Path, fin
 
 
 @pytest.mark.run
+def test_questions_of_a_task_are_counted_by_hops(config: Path, tmp_path: Path) -> None:
+    sizes = ("--entities", 8, "--relations", 4, "--hops", 1, 2)
+    done = python("launch/prepare_data.py", "--builtin", 300, "--task", "recall", *sizes, "--output", tmp_path / "data")
+    assert done.returncode == 0, done.stderr
+    settings = (f"data.path={tmp_path / 'data'}", "data.answer_tokens=1", "model.seq_length=4", "parallel.expert=1")
+    asked = (f"output={tmp_path / 'run'}", "training.evaluate_answers=40", "training.steps=2")
+    done = python("launch/pretrain_coe.py", config, *settings, *asked)
+    assert done.returncode == 0, done.stderr
+    for line in read_metrics(tmp_path / "run" / "metrics.jsonl"):
+        if "valid_loss" in line:
+            groups = line["answer_groups"]
+            assert list(groups) == ["1 hop", "2 hops"] and sum(each["problems"] for each in groups.values()) == 40
+            right = sum(each["accuracy"] * each["problems"] for each in groups.values())
+            assert line["answer_accuracy"] * 40 == pytest.approx(right)
+    shown = python("launch/evaluate.py", tmp_path / "run", "--answers", "builtin", "--problems", 9)
+    assert shown.returncode == 0 and "2 hops: accuracy 0." in shown.stdout, shown.stderr
+
+
+@pytest.mark.run
 @pytest.mark.parametrize(
     ("setting", "line"),
     [

@@ -8,7 +8,7 @@ from coe_megatron.study.plan.cost_table import Plan
 from coe_megatron.study.plan.names import joined
 from coe_megatron.study.report.comparison import Comparison, Summary, by_seed, compare_values
 from coe_megatron.study.report.markdown_text import escaped, interval, number, p_value, table
-from coe_megatron.study.report.results import Result, answers_of, set_losses
+from coe_megatron.study.report.results import Result, answers_of, group_accuracies, set_losses
 from coe_megatron.study.report.statistics import LEVEL, MAX_SEEDS, MIN_SEEDS
 
 _HEADINGS = {
@@ -180,3 +180,24 @@ def _values(plan: Plan, values: Mapping[str, Mapping[int, float]], sign: int, fo
             ]
         )
     return table(["arm", "seeds", "mean", "gain", "95 % CI", "p (Holm)", "verdict"], rows)
+
+
+def answer_groups(finished: Sequence[Result]) -> str:
+    """Mean accuracy over the seeds, and its range, by arm and group of problems; empty if problems have no groups."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for result in finished:
+        for group, accuracy in group_accuracies(result).items():
+            found.setdefault(result.run.arm, {}).setdefault(group, []).append(accuracy)
+    groups = sorted({group for accuracies in found.values() for group in accuracies})
+    if not groups:
+        return ""
+    rows = [
+        [escaped(arm), *(_mean_and_range(accuracies.get(group, [])) for group in groups)]
+        for arm, accuracies in found.items()
+    ]
+    text = "Mean accuracy over the seeds, with the lowest and the highest, by group of problems."
+    return f"### Final answers by group\n\n{text}\n\n{table(['arm', *map(escaped, groups)], rows)}"
+
+
+def _mean_and_range(values: Sequence[float]) -> str:
+    return f"{sum(values) / len(values):.3f} ({min(values):.3f} to {max(values):.3f})" if values else "-"

@@ -20,7 +20,15 @@ from coe_megatron.study.report.cost_tables import costs, loss_at_equal_memory, m
 from coe_megatron.study.report.equal_memory import equal_memory, peak_memory
 from coe_megatron.study.report.figures.draw import arms_shown, draw
 from coe_megatron.study.report.figures.style import StudyFigure, is_truncated
-from coe_megatron.study.report.loss_tables import answers, conclusion, explanation, losses, tests, validation_sets
+from coe_megatron.study.report.loss_tables import (
+    answer_groups,
+    answers,
+    conclusion,
+    explanation,
+    losses,
+    tests,
+    validation_sets,
+)
 from coe_megatron.study.report.markdown_text import counted, escaped, table
 from coe_megatron.study.report.results import Result, collect, finished_results, results_csv, timings_csv
 from coe_megatron.study.report.scaling_fit import Fit, fit
@@ -106,6 +114,7 @@ def as_markdown(
             explanation(summaries, study.settings.margin),
             validation_sets(plan, results),
             answers(plan, results),
+            answer_groups(finished),
         ]
         memory = peak_memory(results)
         solved = [study.settings.budget.solve] if study.settings.budget else []

@@ -101,6 +101,11 @@ def largest_rise(result: Result) -> float:
     return max(later - lowest for later, lowest in zip(losses, accumulate(losses, min), strict=True))
 
 
+def group_accuracies(result: Result) -> dict[str, float]:
+    """The final accuracy of answers by group of problems; empty if problems have no groups."""
+    return {name: found["accuracy"] for name, found in result.steps[-1].get("answer_groups", {}).items()}
+
+
 def finished_results(results: Iterable[Result]) -> list[Result]:
     """The results of finished runs."""
     return [result for result in results if result.finished]
@@ -157,6 +162,7 @@ def _row(result: Result) -> dict[str, Any]:
     row |= {f"valid_loss_{name}": loss for name, loss in set_losses(result).items()}
     if answered := answers_of(result):
         row |= {"answer_accuracy": answered[0], "answer_problems": answered[1]}
+    row |= {f"answer_accuracy_{name}": accuracy for name, accuracy in group_accuracies(result).items()}
     row["best_valid_loss"] = min(line["valid_loss"] for line in result.evaluations)
     row["largest_rise"] = largest_rise(result)
     return row | {f"routing_{name}": last.get(f"routing_{name}") for name in _ROUTING}
