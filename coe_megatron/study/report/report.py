@@ -168,8 +168,8 @@ def _tuning(plan: Plan) -> list[str]:
     if not plan.tuning:
         return []
     columns, rows = tuning_table(plan.tuning)
-    escaped = [[_escaped(cell) for cell in row] for row in rows]
-    return ["## Tuning", _escaped(tuning_text(plan.tuning)), _table([_escaped(each) for each in columns], escaped)]
+    cells = [[escaped(cell) for cell in row] for row in rows]
+    return ["## Tuning", escaped(tuning_text(plan.tuning)), table([escaped(each) for each in columns], cells)]
 
 
 def _unfinished(results: Sequence[Result]) -> list[str]:
@@ -182,7 +182,7 @@ def _unfinished(results: Sequence[Result]) -> list[str]:
 
 def _iterations(plan: Plan, finished: Sequence[Result]) -> list[str]:
     """What the iterations of each chain do; nothing without chains."""
-    titles = {arm.arm.name: _name(plan, arm.arm.name) for arm in plan.arms}
+    titles = {arm.arm.name: escaped(joined(arm.arm.labels)) for arm in plan.arms}
     said, columns, rows = iterations_table(finished, titles)
     return ["## What the iterations do", said, table(columns, rows)] if rows else []
 
