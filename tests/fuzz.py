@@ -1,4 +1,4 @@
-"""Fuzzes what reads users' files: configs, studies, node reports, prepared data, text, Parquet, checkpoints, records.
+"""Fuzzes what reads users' files: configs, studies, claims, node reports, prepared data, text, Parquet, checkpoints, records.
 
     python tests/fuzz.py config --minutes 30 --seed 1     goes on through findings; a JSON summary at the end
     python tests/fuzz.py --replay FILE ...                saved inputs again
@@ -39,6 +39,7 @@ TARGETS = {
     "config": "fuzz_targets:Config",
     "overrides": "fuzz_targets:Overrides",
     "study": "fuzz_targets:Study",
+    "claims": "fuzz_targets:Claims",
     "command": "fuzz_targets:Command",
     "network": "fuzz_targets:Network",
     "manifest": "fuzz_data:Manifest",

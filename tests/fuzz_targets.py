@@ -23,6 +23,9 @@ from coe_megatron.config.load import flat, read, resolve
 from coe_megatron.estimate.dispatch import resolved
 from coe_megatron.estimate.run_estimate import estimate, vocabulary
 from coe_megatron.study.plan.cost_table import make_plan
+from coe_megatron.study.report.claims_file import read_claims
+from coe_megatron.study.report.claims_page import as_dict, as_markdown
+from coe_megatron.study.report.verdict import judge
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -124,7 +127,7 @@ class Study(Target):
 
     def cases(self) -> st.SearchStrategy[Case]:
         paths = (CONFIGS / "studies").rglob("*.yaml")
-        parts = "search", "common", "topologies"  # the first is slow, the others are no studies
+        parts = "search", "common", "topologies", "claims"  # the first is slow, the others are no studies
         texts = [path.read_bytes() for path in sorted(paths) if path.stem not in parts]
         content = values.files(texts, [yaml.safe_load(text) for text in texts], [values.yaml_dump])
         common = (CONFIGS / "studies/cpu/common.yaml").read_bytes()
@@ -138,6 +141,54 @@ class Study(Target):
     def act(self, folder: Path, case: Case) -> list[str]:
         plan = make_plan(folder / self.study, case.options.get("overrides", []), case.options.get("device"))
         assert finite(plan.as_dict()) and printable(plan.table())
+        return []
+
+
+class Claims(Target):
+    """Claims files, and the CSV files of the report that they name."""
+
+    names = ("claims", "the report", "base", *Config.names)
+    bounds = Bounds(cpu_seconds=20.0)
+    file, results, timings = "claims.yaml", "report/results.csv", "report/timings.csv"
+
+    def prepare(self, folder: Path) -> None:
+        (folder / "report").mkdir()
+        for name, content in self._valid().items():
+            (folder / name).write_bytes(content)
+
+    def _valid(self) -> dict[str, bytes]:
+        rows = [
+            (arm, design, seed, 4.0 + seed / 10 - shift * seed)
+            for arm, design, shift in (("moe", "MoE", 0), ("coe", "CoE", 0.03))
+            for seed in (1, 2, 3)
+        ]
+        results = "arm,axis_design,seed,state,flops,valid_loss,largest_rise\n"
+        results += "".join(f"{arm},{design},{seed},finished,100,{loss},0.0\n" for arm, design, seed, loss in rows)
+        timings = "arm,seed,memory_measured\n" + "".join(f"{arm},{seed},1000\n" for arm, _, seed, _ in rows)
+        found = {self.file: values.yaml_dump(self._claims()), self.results: results, self.timings: timings}
+        return {name: content.encode() if isinstance(content, str) else content for name, content in found.items()}
+
+    def _claims(self) -> dict[str, Any]:
+        loss = {"measure": "loss", "relation": "equal", "margin": 0.03}
+        memory = {"measure": "memory", "relation": "less", "by": 0.1, "margin": None}
+        spread = {"measure": "loss_sd", "relation": "greater", "than_in": None}
+        front = {"measure": "loss_at_equal_memory", "relation": "not_less", "other": ["MoE", {"design": "CoE"}]}
+        listed = [{"id": "a", "statement": "It is so.", "all": [loss, memory]}]
+        listed += [{"id": str(number), "statement": "So.", **each} for number, each in enumerate((spread, front))]
+        return {"report": "report", "arm": "CoE", "other": "MoE", "where": {}, "claims": listed}
+
+    def cases(self) -> st.SearchStrategy[Case]:
+        valid = self._valid()
+        file = values.files([valid[self.file]], [self._claims()], [values.yaml_dump])
+        tables = {name: values.damaged(st.just(valid[name])) for name in (self.results, self.timings)}
+        changed = st.one_of(st.fixed_dictionaries({self.file: file}), st.fixed_dictionaries({}, optional=tables))
+        return st.builds(Case, changed)
+
+    def act(self, folder: Path, case: Case) -> list[str]:
+        claims = read_claims(folder / self.file)
+        verdicts = judge(claims.claims)
+        assert finite([as_dict(each) for each in verdicts])
+        assert printable(as_markdown(claims.title, self.file, verdicts, folder))
         return []
 
 

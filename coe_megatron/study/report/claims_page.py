@@ -58,7 +58,7 @@ def as_markdown(title: str, source: str, verdicts: Sequence[Verdict], folder: Pa
         f"Of {len(verdicts)} claims, {counts['holds']} hold, {counts['does not hold']} do not, and "
         f"{counts['undecided']} are undecided. `launch/study.py verdict` writes this page from {escaped(source)} and "
         "the CSV files of the reports.",
-        table(["claim", "statement", "verdict", "difference (95 % CI)", "p (Holm)"], rows),
+        table(["claim", "statement", "verdict", "difference (95 % CI)", "p (Holm)"], rows, texts=3),
         "## How a claim is judged",
         _explanation(tests),
         *(_section(verdict, folder) for verdict in verdicts),

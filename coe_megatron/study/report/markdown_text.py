@@ -14,9 +14,9 @@ def escaped(text: str) -> str:
     return re.sub(r"[&<>\\`*\[\]|~$#{}]|(?<!\w)_|_(?!\w)", lambda found: f"&#{ord(found[0])};", one_line(text))
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; numbers are aligned right of the first column."""
-    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:
+    """A table; the first columns hold texts, the others numbers, which are aligned right."""
+    lines = [columns, ["---"] * texts + ["---:"] * (len(columns) - texts), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
