@@ -34,7 +34,7 @@ from model_build import (
     tracked_losses,
 )
 from model_checkpoint import load, make_stock_layer, save, scramble, sub_layer
-from model_oracle import CHAINS, ITERATIONS, VARIANTS, chain_of, make_batch, oracle_step
+from model_oracle import CHAINS, ITERATIONS, STREAMS, VARIANTS, chain_of, make_batch, oracle_step
 from ranks import run_ranks
 
 from coe_megatron.chain.settings import ChainSettings
@@ -351,7 +351,7 @@ def work_of_a_rank(folder: Path) -> dict[str, Any]:
         for router, changes in ROUTERS.items():
             chain = ChainSettings(3, aux_loss_reduction="mean" if router == "mean" else "sum")
             found[name, router] = sub_layer_errors(layout, chain, **changes)
-        for variant, settings in VARIANTS.items():
+        for variant, settings in (VARIANTS | STREAMS).items():
             found[name, variant] = sub_layer_errors(layout, ChainSettings(**{"iterations": 3, **settings}))
     use_layout(EXPERT)
     for gating in GATINGS:
@@ -383,7 +383,13 @@ def _name(chain: tuple[str, str, str], iterations: int) -> str:
 
 
 pytestmark = pytest.mark.ranks
-NAMES = [*(_name(chain, iterations) for chain in CHAINS for iterations in ITERATIONS), *CROWDS, *ROUTERS, *VARIANTS]
+NAMES = [
+    *(_name(chain, iterations) for chain in CHAINS for iterations in ITERATIONS),
+    *CROWDS,
+    *ROUTERS,
+    *VARIANTS,
+    *STREAMS,
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -393,7 +399,7 @@ def test_expert_parallel_layer_equals_oracle(two_ranks: list[dict], name: str) -
 
 
 @pytest.mark.parametrize("layout", ["tensor", "mixed"])
-@pytest.mark.parametrize("name", [*(_name(chain, 2) for chain in CHAINS[:3]), *CROWDS, *ROUTERS, *VARIANTS])
+@pytest.mark.parametrize("name", [*(_name(chain, 2) for chain in CHAINS[:3]), *CROWDS, *ROUTERS, *VARIANTS, *STREAMS])
 def test_tensor_parallel_layer_equals_oracle(two_ranks: list[dict], layout: str, name: str) -> None:
     for found in two_ranks:
         assert max(found[layout, name].values()) <= TOLERANCE, found[layout, name]
