@@ -133,7 +133,8 @@ def test_parameters_are_exact(seed: int) -> None:
     assert counted.shared == size(".shared_experts."), config
     assert counted.routers == size(".mlp.router.", ".later_routers."), config
     assert counted.norms == size("norm"), config
-    assert counted.gains == size("_gains."), config
+    assert counted.gains == size("_gains.", ".stream_weights."), config
+    assert counted.variants == size(".modulation_", ".latent_"), config
 
 
 @pytest.mark.thorough
@@ -197,5 +198,7 @@ def test_the_draw_reaches_everything() -> None:
     chosen = [(config.chain.layers, sum(moe_pattern(config))) for config in configs]
     assert any(layers is not None and len(layers) < count for layers, count in chosen)
     assert {config.chain.learned_scale for config in configs} == {None, 0.0, 1.0}
+    for name in ("modulation_rank", "streams", "latent"):
+        assert {getattr(config.chain, name) is None for config in configs} == {True, False}, name
     for flag in ("conditioned", "no_return"):
         assert {getattr(config.chain, flag) for config in configs} == {True, False}
