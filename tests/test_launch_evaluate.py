@@ -57,6 +57,14 @@ def test_the_loss_is_that_of_training_in_any_layout(finished: Path, layout: str)
     assert 8 <= values["tokens"] <= 8 * 32  # validation_samples x seq_length
 
 
+def test_experts_of_later_iterations_can_be_forced_to_be_others_or_the_same(finished: Path) -> None:
+    losses = [
+        next(iter(evaluate(finished, *changes)["sets"].values()))["loss"]
+        for changes in ((), ("chain.no_return=true",), ("chain.gating=fixed",))
+    ]
+    assert len(set(losses)) == 3 and max(losses) - min(losses) < 1.0
+
+
 def test_an_earlier_checkpoint_and_a_bf16_run_in_packed_samples(config: Path, prepared: Path, tmp_path: Path) -> None:
     """In bf16 the weights of the forward pass are saved beside the fp32 masters."""
     run = tmp_path / "bf16"
@@ -147,6 +155,7 @@ def test_right_answers_are_counted(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     [
         (("nowhere",), "RUN is nowhere: there is no such folder"),
         (("tests",), "tests is not a run and not a checkpoint in one: there is no config.yaml"),
+        (("tests", "chain.gating=independent"), "chain.gating=independent is not among the settings"),
         (("tests", "model.hidden_size=8"), "model.hidden_size=8 is not among the settings"),
         (("tests", "--samples", "0"), "--samples is 0: it must be between 1 and"),
         (("tests", "--problems", "3"), "--problems needs --answers"),

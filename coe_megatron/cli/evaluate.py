@@ -10,8 +10,9 @@ also be a model that `coe-checkpoint export` wrote. Without --data and --answers
 validates on, and the losses equal its own.
 
 Losses come from the model of training on all ranks, without optimizer states. Their layout is data-parallel unless
-parallel.* says otherwise, whatever the layout of the run was. --answers generates greedily with the exported model, on
-one device."""
+parallel.* says otherwise, whatever the layout of the run was. chain.no_return=true and chain.gating=fixed are
+interventions: other experts in each iteration of the trained chain, or the same. --answers generates greedily with the
+exported model, on one device."""
 
 import argparse
 import json
@@ -41,8 +42,10 @@ if TYPE_CHECKING:
     from coe_megatron.training.evaluation import SetLoss
 
 EPILOG = "exit status: 0 done, 1 unexpected error, 2 invalid arguments or data (one line on stderr), 130 interrupted."
-# What may differ from training without changing the model.
-_ALLOWED = ("parallel.", "moe.dispatcher=", "moe.overlap_chunks=", "model.backend=")
+# What may differ from training without changing the model, and interventions that need no other weights.
+_ALLOWED = (
+    "parallel.", "moe.dispatcher=", "moe.overlap_chunks=", "model.backend=", "chain.no_return=", "chain.gating=fixed"
+)  # fmt: skip
 _PLAIN_LAYOUT = ("parallel.tensor=1", "parallel.pipeline=1", "parallel.expert=1", "parallel.expert_tensor=1")
 _MOST_PROBLEMS = 1_000_000
 
@@ -86,7 +89,7 @@ def check(options: argparse.Namespace, env: DistributedEnv) -> None:
     if options.show < 0:
         raise ConfigError(f"--show is {options.show}: it must be at least 0")
     if wrong := [each for each in options.overrides if not each.startswith(_ALLOWED)]:
-        names = ", ".join(each.rstrip("=") + "*" * each.endswith(".") for each in _ALLOWED)
+        names = ", ".join(each.removesuffix("=") + "*" * each.endswith(".") for each in _ALLOWED)
         raise ConfigError(f"{wrong[0]} is not among the settings that an evaluation can change: {names}")
     Templates.of(options.template)
     if options.answers is None:

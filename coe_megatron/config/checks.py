@@ -34,6 +34,7 @@ def problems(config: RunConfig, world_size: int | None = None) -> Iterator[str]:
     yield from _chain_layers(config)
     try:
         config.chain.require_experts(config.moe.num_experts, config.moe.topk, config.moe.num_groups)
+        config.chain.width(config.model.hidden_size)
     except ConfigError as error:
         yield str(error)
     yield from _alignment(config)
@@ -124,6 +125,7 @@ def _alignment(config: RunConfig) -> Iterator[str]:
     for name, value in (
         ("model.hidden_size", config.model.hidden_size),
         ("moe.ffn_hidden_size", config.moe.ffn_hidden_size),
+        ("chain.latent", config.chain.latent or 0),
     ):
         if value % multiple:
             yield f"{name} is {value}: in {config.training.precision} it must be a multiple of {multiple}"

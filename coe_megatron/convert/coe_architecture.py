@@ -53,6 +53,9 @@ def _coe_values(config: RunConfig) -> Values:
         "chain_learned_scale": chain.learned_scale is not None,
         "chain_conditioned": chain.conditioned,
         "chain_no_return": chain.no_return,
+        "chain_modulation_rank": chain.modulation_rank,
+        "chain_streams": chain.streams,
+        "chain_latent": chain.latent,
         "chain_layers": None if chain.layers is None else list(chain_pattern(config)),
         "num_shared_experts": moe.num_shared_experts,
     }
@@ -85,6 +88,14 @@ def _coe_rules(config: RunConfig, layer: int) -> Rules:
             found.append(renamed(f"mlp.variants.increment_gains.{t}", f"mlp.increment_gains.{t}"))
         if chain.conditioned:
             found.append(renamed(f"mlp.variants.state_gains.{t}", f"mlp.state_gains.{t}"))
+        if chain.modulation_rank is not None:
+            found.append(renamed(f"mlp.variants.modulation_up.{t}", f"mlp.modulation_up.{t}.weight"))
+        if chain.streams is not None:
+            found.append(renamed(f"mlp.variants.stream_weights.{t}", f"mlp.streams.weights.{t}"))
+    if is_chain and chain.modulation_rank is not None:
+        found.append(renamed("mlp.variants.modulation_down", "mlp.modulation_down.weight"))
+    for name in ("latent_down", "latent_up") if chain.latent is not None else ():
+        found.append(renamed(f"mlp.variants.{name}", f"mlp.{name}.weight"))
     return found
 
 

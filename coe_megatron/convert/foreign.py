@@ -214,6 +214,9 @@ def _coe(values: Values) -> RunConfig:
         learned_scale=1.0 if values["chain_learned_scale"] else None,
         conditioned=values["chain_conditioned"],
         no_return=values["chain_no_return"],
+        modulation_rank=values.get("chain_modulation_rank"),
+        streams=values.get("chain_streams"),
+        latent=values.get("chain_latent"),
         layers=None if len(chained) == model.num_layers else tuple(chained),
     )
     moe = _moe(

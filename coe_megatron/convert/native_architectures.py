@@ -20,6 +20,8 @@ def _common_reasons(config: RunConfig) -> Iterator[str]:
         yield "chain.norm_placement is reference"
     if chain.learned_scale is not None or chain.conditioned:
         yield "it has learned gains"
+    if chain.modulation_rank is not None or chain.latent is not None:
+        yield "it has a modulation or a latent space"
     if model.activation != "swiglu" or model.normalization != "RMSNorm":
         yield "it has another activation than swiglu or another norm than RMSNorm"
 

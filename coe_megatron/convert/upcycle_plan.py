@@ -180,6 +180,9 @@ def _chain_problems(source: RunConfig, target: RunConfig, changed: Sequence[str]
             f"chain.layers is {list(source.chain.layers)}: the other layers would choose {chain.iterations} times "
             "moe.topk experts, which is another function"
         )
+    for name in ("modulation_rank", "streams", "latent"):
+        if getattr(chain, name) is not None:
+            yield f"chain.{name} is {getattr(chain, name)}: only models without it can be converted"
     if adds and chain.residual == "outer":
         advice = "take --set chain.residual=inner or init" if old == 1 else "only inner and init chains can grow"
         yield f"chain.residual is outer: an iteration with gain 0 would leave nothing of its input, {advice}"

@@ -203,8 +203,10 @@ def extra_flops(shape: ModelShape, recompute: Recompute) -> int:
     if recompute in ("none", "experts"):
         return 0
     flops = forward_flops(shape)
-    modulation = sum(count * modulation_flops(kind) for count, kind in shape.moe_kinds)
-    return flops.routers + flops.experts + flops.shared + (flops.variants if recompute == "layer" else modulation)
+    variants = sum(count * modulation_flops(kind) for count, kind in shape.moe_kinds)
+    if recompute == "layer":  # the projection back is not needed again
+        variants += sum(count * 2 * sum(kind.latent_matrices[:1]) for count, kind in shape.moe_kinds)
+    return flops.routers + flops.experts + flops.shared + variants
 
 
 def _chain(shape: ModelShape, settings: PassSettings) -> dict[str, int]:

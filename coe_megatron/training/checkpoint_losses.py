@@ -8,7 +8,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from coe_megatron.errors import ConfigError
 from coe_megatron.estimate.dispatch import resolved
 from coe_megatron.files import remove
 from coe_megatron.model.build import build_model
+from coe_megatron.model.layer import coe_layers
 from coe_megatron.training.evaluation import SetLoss, ValidationSet, set_losses
 
 
@@ -80,11 +81,17 @@ def checkpoint_losses(
 
 
 def open_training_model(config: RunConfig, source: Source) -> torch.nn.Module:
-    """This rank's part of the model of training, with the weights of a checkpoint."""
+    """This rank's part of the model of training, with the weights of a checkpoint.
+
+    With `chain.gating` fixed in the config alone the routers of later iterations are there, and not used.
+    """
     weights = Weights(source.checkpoint)
     vocab = weights.shape(weights.place("embedding.word_embeddings.weight"))[0]
-    model = build_model(resolved(config, vocab, torch.distributed.get_world_size()).config, vocab)
+    trained = replace(config, chain=replace(config.chain, gating=source.config.chain.gating))
+    model = build_model(resolved(trained, vocab, torch.distributed.get_world_size()).config, vocab)
     sharding.load_model(model, source.checkpoint / "tensors")
+    for layer in coe_layers(model):
+        layer.chain = replace(layer.chain, gating=config.chain.gating)
     return model
 
 

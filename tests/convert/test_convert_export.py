@@ -38,6 +38,13 @@ OTHERS: dict[str, RunConfig] = {
     "no return": make_run(
         chain=ChainSettings(3, no_return=True), moe={"expert_bias": True, "score_function": "sigmoid"}
     ),
+    "modulation": make_run(chain=ChainSettings(2, norm_placement="iteration_norm", modulation_rank=3)),
+    "streams": make_run(chain=ChainSettings(3, streams=2, learned_scale=0.5)),
+    "latent": make_run(chain=ChainSettings(2, "fixed", "init", "reference", latent=8)),
+    "MoE in a latent space": make_run(chain=ChainSettings(1, latent=8, modulation_rank=2)),
+    "modulation and streams in a latent space": make_run(
+        "MLA", ChainSettings(2, streams=3, latent=8, modulation_rank=2)
+    ),
     "chains in some layers": make_run(chain=ChainSettings(2, layers=(2,)), num_layers=3),
     "dense layers": make_run(moe={"layer_freq": [0, 1]}),
     "dense layers, MLA": make_run("MLA", moe={"layer_freq": [0, 1]}),

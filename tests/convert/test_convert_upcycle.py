@@ -250,6 +250,8 @@ def test_training_reaches_what_was_added(residual: str, single_rank: None, tmp_p
         (("chain.iterations=2", "chain.residual=outer"), 3, (), "only inner and init chains can grow"),
         (("chain.iterations=2",), 3, ("chain.residual=init",), "--set chain.residual: a model of 2 iterations would"),
         ((), 2, ("chain.norm_placement=reference",), "--set chain.norm_placement=reference: a model with 1 iterations"),
+        (("chain.latent=8",), 2, (), "chain.latent is 8: only models without it can be converted"),
+        (("chain.modulation_rank=2",), 2, (), "chain.modulation_rank is 2: only models without it can be converted"),
         ((), 2, ("chain.residual=init", "chain.no_return=true"), "chain.no_return is true: with chain.residual init"),
         ((), 5, ("chain.no_return=true",), "chain.no_return is true: 5 iterations with 2 experts each need 10"),
         (("chain.layers=[1]",), 2, (), "chain.layers is [1]: the other layers would choose 2 times moe.topk"),

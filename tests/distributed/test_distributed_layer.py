@@ -34,7 +34,7 @@ from model_build import (
     tracked_losses,
 )
 from model_checkpoint import load, make_stock_layer, save, scramble, sub_layer
-from model_oracle import CHAINS, ITERATIONS, VARIANTS, chain_of, make_batch, oracle_step
+from model_oracle import CHAINS, ITERATIONS, STREAMS, VARIANTS, chain_of, make_batch, oracle_step
 from ranks import run_ranks
 
 from coe_megatron.chain.settings import ChainSettings
@@ -44,6 +44,12 @@ TOLERANCE = 1e-5  # relative to the largest entry, fp32
 SHARED = {"moe_shared_expert_intermediate_size": 40}
 EXPERT = {"expert_model_parallel_size": 2}
 TENSOR = {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2}
+WAYS: dict[str, dict[str, Any]] = {  # of streams in a latent space
+    "latent, deduplicated": {"deduplicated": True},
+    "latent, allgather": {"moe_token_dispatcher_type": "allgather"},
+    "latent, chunks, deduplicated, recompute": {"deduplicated": True, "overlap_chunks": 2, "recompute": "layer"},
+    "latent, chunks, recompute iterations": {"overlap_chunks": 2, "recompute": "iteration"},
+}
 MIXED = {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
 ROUTERS: dict[str, dict[str, Any]] = {
     "allgather": {"moe_token_dispatcher_type": "allgather"},
@@ -193,12 +199,12 @@ def _send_all_to_expert_0(oracle: torch.nn.Module, h_BSD: torch.Tensor) -> None:
 def _summed_gradients(layer: TransformerLayer) -> dict[str, torch.Tensor]:
     """Gradients as whoever reduces them makes them whole.
 
-    What all ranks hold (routers, norms, gains) is summed over all; shared experts over data-parallel ranks only, since
-    each tensor-parallel rank has other rows; routed experts are whole already.
+    What all ranks hold (routers, norms, variants) is summed over all; shared experts over data-parallel ranks only,
+    since each tensor-parallel rank has other rows; routed experts are whole already.
     """
     gradients = {name: gradient(parameter) for name, parameter in parts_of(layer).items()}
     for name, value in gradients.items():
-        if name.startswith("router") or "gain" in name:
+        if name.startswith(("router", "norm", "variants")):
             torch.distributed.all_reduce(value)
         elif name.startswith("shared"):
             torch.distributed.all_reduce(value, group=parallel_state.get_data_parallel_group())
@@ -296,18 +302,18 @@ def _micro_batches(name: str) -> list[slice]:
     return [slice(0, 4)] if "global" in name else halves  # a global loss looks at all ranks' tokens at once
 
 
-def all_to_alls(iterations: int) -> tuple[int, int]:
-    """How many all-to-alls carry hidden states in one forward pass, and how many in one backward pass."""
+def all_to_alls(iterations: int, latent: int | None = None) -> tuple[int, int]:
+    """How many all-to-alls carry hidden or latent states in one forward pass, and how many in one backward pass."""
     counted, original = [], torch.distributed.all_to_all_single
 
     def count(output: torch.Tensor, input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        counted.append(input.dim() == 2 and input.shape[1] == HIDDEN)
+        counted.append(input.dim() == 2 and input.shape[1] == (latent or HIDDEN))
         return original(output, input, *args, **kwargs)
 
     torch.distributed.all_to_all_single = count
     try:
         hidden = torch.randn(SEQUENCE, 3, HIDDEN, requires_grad=True)
-        out = make_coe(make_config(**EXPERT, **SHARED), iterations=iterations)(hidden)[0]
+        out = make_coe(make_config(**EXPERT, **SHARED), iterations=iterations, latent=latent)(hidden)[0]
         forward = sum(counted)
         out.sum().backward()
         return forward, sum(counted) - forward
@@ -351,14 +357,18 @@ def work_of_a_rank(folder: Path) -> dict[str, Any]:
         for router, changes in ROUTERS.items():
             chain = ChainSettings(3, aux_loss_reduction="mean" if router == "mean" else "sum")
             found[name, router] = sub_layer_errors(layout, chain, **changes)
-        for variant, settings in VARIANTS.items():
+        for variant, settings in (VARIANTS | STREAMS).items():
             found[name, variant] = sub_layer_errors(layout, ChainSettings(**{"iterations": 3, **settings}))
+        for way, changes in WAYS.items():
+            chain = ChainSettings(3, **STREAMS["streams, latent, modulation"])
+            found[name, way] = sub_layer_errors(layout, chain, **changes)
     use_layout(EXPERT)
     for gating in GATINGS:
         for name in FEATURES:
             found[name, gating] = feature_rounds(name, gating, EXPERT)
     found["stock"] = {name: stock_errors(**changes) for name, changes in STOCK.items()}
     found["all-to-alls"] = {iterations: all_to_alls(iterations) for iterations in (1, 2, 3)}
+    found["latent all-to-alls"] = all_to_alls(2, latent=8)
     found["checkpoints"] = checkpoint_outputs(folder)
     found["experts"] = make_coe(make_config(**EXPERT), iterations=2).experts.weight1.shape[0]
     return found
@@ -383,7 +393,13 @@ def _name(chain: tuple[str, str, str], iterations: int) -> str:
 
 
 pytestmark = pytest.mark.ranks
-NAMES = [*(_name(chain, iterations) for chain in CHAINS for iterations in ITERATIONS), *CROWDS, *ROUTERS, *VARIANTS]
+NAMES = [
+    *(_name(chain, iterations) for chain in CHAINS for iterations in ITERATIONS),
+    *CROWDS,
+    *ROUTERS,
+    *VARIANTS,
+    *STREAMS,
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -393,7 +409,9 @@ def test_expert_parallel_layer_equals_oracle(two_ranks: list[dict], name: str) -
 
 
 @pytest.mark.parametrize("layout", ["tensor", "mixed"])
-@pytest.mark.parametrize("name", [*(_name(chain, 2) for chain in CHAINS[:3]), *CROWDS, *ROUTERS, *VARIANTS])
+@pytest.mark.parametrize(
+    "name", [*(_name(chain, 2) for chain in CHAINS[:3]), *CROWDS, *ROUTERS, *VARIANTS, *STREAMS, *WAYS]
+)
 def test_tensor_parallel_layer_equals_oracle(two_ranks: list[dict], layout: str, name: str) -> None:
     for found in two_ranks:
         assert max(found[layout, name].values()) <= TOLERANCE, found[layout, name]
@@ -451,6 +469,7 @@ def _assert_that_it_shows(name: str, gating: str, found: Named) -> None:
 def test_every_iteration_sends_tokens_there_and_back(two_ranks: list[dict]) -> None:
     for found in two_ranks:
         assert found["all-to-alls"] == {c: (2 * c, 2 * c) for c in (1, 2, 3)}
+        assert found["latent all-to-alls"] == (4, 4)
 
 
 def test_each_rank_holds_its_part_of_the_experts(two_ranks: list[dict]) -> None:

@@ -54,6 +54,14 @@ def test_the_all_to_all_of_a_chain_is_that_of_a_moe_with_as_many_choices() -> No
     assert moe.communication["all_to_all"].total == chain.communication["all_to_all"].total == sent
 
 
+@pytest.mark.parametrize("dispatcher", ["alltoall", "deduplicated", "allgather"])
+def test_a_chain_in_a_latent_space_sends_as_much_less_as_it_is_narrower(dispatcher: str) -> None:
+    own = ("parallel.expert=8", f"moe.dispatcher={dispatcher}")
+    plain, latent = (_of("coe-2_4-64", *own, *more, ranks=8) for more in ((), ("chain.latent=256",)))
+    assert latent.communication["all_to_all"].total == plain.communication["all_to_all"].total // 4
+    assert latent.parameters.experts == plain.parameters.experts // 4
+
+
 def test_activations_of_every_mode_are_shown_and_the_runs_own_is_in_the_memory() -> None:
     plain, iteration = (_of("coe-2_4-64", f"moe.recompute={mode}") for mode in ("none", "iteration"))
     assert plain.activations == iteration.activations

@@ -65,9 +65,15 @@ def draw(seed: int) -> tuple[RunConfig, int]:
     no_return = pick.random() < 0.8 and chain.gating != "fixed" and chain.iterations * moe.topk <= experts
     learned_scale = pick.choice([None, None, 0.0, 1.0])
     chain = replace(chain, learned_scale=learned_scale, conditioned=conditioned, no_return=no_return)
+    if not conditioned and pick.random() < 0.3:
+        chain = replace(chain, modulation_rank=pick.randint(1, 6))
+    if chain.iterations > 1 and chain.residual == "inner" and pick.random() < 0.5:
+        chain = replace(chain, streams=pick.randint(2, 4))
     with_experts = [number for number, has in enumerate(moe_pattern(RunConfig(model=model, moe=moe)), 1) if has]
     if not plain and chain.iterations * moe.topk <= experts:
         chain = replace(chain, layers=tuple(pick.sample(with_experts, pick.randint(1, max(1, len(with_experts) - 1)))))
+    elif chain.norm_placement != "iteration_norm" and pick.random() < 0.4:
+        chain = replace(chain, latent=4 * pick.randint(1, model.hidden_size // 4 - 1))
     config = RunConfig(model=model, moe=moe, chain=chain)
     check(config)
     return config, pick.choice([40, 96])
@@ -127,7 +133,8 @@ def test_parameters_are_exact(seed: int) -> None:
     assert counted.shared == size(".shared_experts."), config
     assert counted.routers == size(".mlp.router.", ".later_routers."), config
     assert counted.norms == size("norm"), config
-    assert counted.gains == size("_gains."), config
+    assert counted.gains == size("_gains.", ".stream_weights."), config
+    assert counted.variants == size(".modulation_", ".latent_"), config
 
 
 @pytest.mark.thorough
@@ -191,5 +198,7 @@ def test_the_draw_reaches_everything() -> None:
     chosen = [(config.chain.layers, sum(moe_pattern(config))) for config in configs]
     assert any(layers is not None and len(layers) < count for layers, count in chosen)
     assert {config.chain.learned_scale for config in configs} == {None, 0.0, 1.0}
+    for name in ("modulation_rank", "streams", "latent"):
+        assert {getattr(config.chain, name) is None for config in configs} == {True, False}, name
     for flag in ("conditioned", "no_return"):
         assert {getattr(config.chain, flag) for config in configs} == {True, False}

@@ -1,6 +1,7 @@
 """The feed-forward of a Chain-of-Experts layer: routers, experts, and the iterations through them.
 
-T: tokens, D: hidden, N: experts, K: experts per token, F: width of an expert, B: batch, S: sequence.
+T: tokens, D: hidden (in a latent space its width), N: experts, K: experts per token, F: width of an expert, B: batch,
+S: sequence.
 """
 
 import math
@@ -18,11 +19,11 @@ TINY = 1e-20  # keeps a sum of gates that all underflowed from dividing by zero
 class FeedForward(nn.Module):
     """w2 (silu(first half of w1 x) * second half), or w2 gelu(w1 x)."""
 
-    def __init__(self, config: CoEConfig, width: int) -> None:
+    def __init__(self, config: CoEConfig, width: int, hidden: int) -> None:
         super().__init__()
         self.gated = config.hidden_act == "silu"
-        self.w1 = linear(config.hidden_size, width * (1 + self.gated))
-        self.w2 = linear(width, config.hidden_size)
+        self.w1 = linear(hidden, width * (1 + self.gated))
+        self.w2 = linear(width, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(activation(self.w1(x), self.gated))
@@ -41,7 +42,7 @@ class Experts(nn.Module):
     def __init__(self, config: CoEConfig) -> None:
         super().__init__()
         self.gated = config.hidden_act == "silu"
-        count, width, hidden = config.num_experts, config.moe_intermediate_size, config.hidden_size
+        count, width, hidden = config.num_experts, config.moe_intermediate_size, chain_width(config)
         self.w1 = nn.Parameter(torch.empty(count, width * (1 + self.gated), hidden))
         self.w2 = nn.Parameter(torch.empty(count, hidden, width))
 
@@ -62,7 +63,7 @@ class Router(nn.Module):
     def __init__(self, config: CoEConfig) -> None:
         super().__init__()
         self.config = config
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.weight = nn.Parameter(torch.empty(config.num_experts, chain_width(config)))
 
     def forward(
         self, x_TD: Tensor, topk: int, bias_N: Tensor | None, masked_TN: Tensor | None
@@ -97,6 +98,39 @@ class Router(nn.Module):
         return ranking.masked_fill(~allowed.unsqueeze(2), -math.inf).flatten(1)
 
 
+def chain_width(config: CoEConfig) -> int:
+    """Dimensions in which the chain iterates."""
+    return config.chain_latent or config.hidden_size
+
+
+class Streams(nn.Module):
+    """n streams between iterations: X(t) = R_t X(t-1) + o_t F_t(i_t X(t-1)), X(0) = n times x(0).
+
+    weights: i_t [n], o_t [n] and R_t [n, n] in one vector for each iteration.
+    """
+
+    def __init__(self, count: int, iterations: int) -> None:
+        super().__init__()
+        self.count = count
+        self.weights = nn.ParameterList(torch.ones(count * (count + 2)) for _ in range(iterations))
+
+    def _parts(self, t: int) -> tuple[Tensor, Tensor, Tensor]:
+        read, write, mix = self.weights[t].float().split([self.count, self.count, self.count**2])
+        return read, write, mix.view(self.count, self.count)
+
+    def read(self, t: int, start: Tensor, kept: Tensor, written: Tensor) -> Tensor:
+        """Input of iteration t (from 0); `kept` [n] is how much of x(0) is in each stream, `written` the rest."""
+        read, _, _ = self._parts(t)
+        return ((read @ kept) * start + torch.tensordot(read, written, 1)).to(start.dtype)
+
+    def write(self, t: int, kept: Tensor, written: Tensor, increment: Tensor) -> tuple[Tensor, Tensor]:
+        """`kept` and `written` after iteration t."""
+        _, write, mix = self._parts(t)
+        return mix @ kept, torch.tensordot(mix, written, 1) + torch.tensordot(
+            write, increment.float()[None], 0
+        ).squeeze(1)
+
+
 class Chain(nn.Module):
     """A layer with experts: C iterations, or one of a layer that is no chain."""
 
@@ -115,18 +149,24 @@ class Chain(nn.Module):
         self.routers = nn.ModuleList(Router(config) for _ in range(routers))
         self.experts = Experts(config)
         shared = config.shared_expert_intermediate_size
-        self.shared_experts = FeedForward(config, shared) if shared else None
-        self.shared_gate = linear(config.hidden_size, 1) if shared and config.shared_expert_gate else None
+        width, rank = chain_width(config), config.chain_modulation_rank if is_chain else None
+        self.shared_experts = FeedForward(config, shared, width) if shared else None
+        self.shared_gate = linear(width, 1) if shared and config.shared_expert_gate else None
         self.later_norms = nn.ModuleList(make_norm(config, config.hidden_size) for _ in range(later_norms))
         self.increment_gains = self._gains(gains if config.chain_learned_scale else 0)
         self.state_gains = self._gains(gains if config.chain_conditioned else 0)
+        self.modulation_down = linear(width, rank) if rank else None
+        self.modulation_up = nn.ModuleList(linear(rank, width) for _ in range(gains) if rank)
+        self.streams = Streams(config.chain_streams, gains) if is_chain and config.chain_streams else None
+        self.latent_down = linear(config.hidden_size, width) if config.chain_latent else None
+        self.latent_up = linear(width, config.hidden_size) if config.chain_latent else None
         biases = self.routings if config.use_expert_bias else 0
         self.expert_bias = nn.ParameterList(
             nn.Parameter(torch.zeros(config.num_experts), requires_grad=False) for _ in range(biases)
         )
 
     def _gains(self, count: int) -> nn.ParameterList:
-        return nn.ParameterList(torch.ones(self.config.hidden_size) for _ in range(count))
+        return nn.ParameterList(torch.ones(chain_width(self.config)) for _ in range(count))
 
     def forward(self, h: Tensor, norm: nn.Module) -> tuple[Tensor, list[Tensor]]:
         """h [B, S, D] after the layer, and the logits of its routings.
@@ -135,13 +175,19 @@ class Chain(nn.Module):
             norm: of the residual stream; with `iteration_norm` of the first iteration.
         """
         own_norms = self.norm_placement == "iteration_norm"
-        x = start = h if own_norms else norm(h)
+        u = h if own_norms else norm(h)
+        x = start = u if self.latent_down is None else self.latent_down(u)
+        kept = torch.ones(self.config.chain_streams or 0, device=h.device)
+        written = torch.zeros(len(kept), *start.shape, device=h.device)
         norms = [norm, *self.later_norms] if own_norms else [nn.Identity()] * self.iterations
         delta: Tensor | None = None
         masked: Tensor | None = None
         routings: list[tuple[Tensor, Tensor, Tensor]] = []
         for t in range(self.iterations):
+            x = x if self.streams is None else self.streams.read(t, start, kept, written)
             inputs = norms[t](x)
+            if self.modulation_down is not None:
+                inputs = (1 + self.modulation_up[t](F.silu(self.modulation_down(inputs)))) * inputs
             inputs = self.state_gains[t] * inputs if len(self.state_gains) else inputs
             if t < self.routings:
                 routings.append(self._route(t, inputs, masked))
@@ -154,8 +200,12 @@ class Chain(nn.Module):
             delta = increment if delta is None or self.residual != "inner" else delta + increment
             base = {"inner": x, "init": start}.get(self.residual)
             x = increment if base is None else increment + base
+            if self.streams is not None:
+                kept, written = self.streams.write(t, kept, written, increment)
+                delta = written.mean(0).to(h.dtype)
         assert delta is not None
-        return (start if self.norm_placement == "reference" else h) + delta, [logits for *_, logits in routings]
+        delta = delta if self.latent_up is None else self.latent_up(delta)
+        return (u if self.norm_placement == "reference" else h) + delta, [logits for *_, logits in routings]
 
     def _route(self, t: int, inputs: Tensor, masked_TN: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         router = self.routers[t if len(self.routers) > 1 else 0]
@@ -174,7 +224,7 @@ class DenseLayer(FeedForward):
     """A layer without experts."""
 
     def __init__(self, config: CoEConfig) -> None:
-        super().__init__(config, config.intermediate_size)
+        super().__init__(config, config.intermediate_size, config.hidden_size)
 
     def forward(self, h: Tensor, norm: nn.Module) -> tuple[Tensor, list[Tensor]]:  # type: ignore[override]
         """As `Chain.forward`."""

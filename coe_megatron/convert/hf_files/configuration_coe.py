@@ -46,6 +46,9 @@ class CoEConfig(PretrainedConfig):
         chain_learned_scale: whether increments have a learned gain for each iteration.
         chain_conditioned: whether inputs of iterations have a learned gain.
         chain_no_return: whether an expert serves a token at most once.
+        chain_modulation_rank: rank of the modulation of an iteration's input by its token; None for none.
+        chain_streams: number of streams between iterations; None for one without mixing.
+        chain_latent: dimensions in which the chain iterates; None for the hidden size.
         chain_layers: for each layer 1 if its experts form a chain, else 0; None for all. A layer with experts that is
             no chain has C times K experts per token.
         output_router_logits: return the logits of all routers.
@@ -96,6 +99,9 @@ class CoEConfig(PretrainedConfig):
         chain_learned_scale: bool = False,
         chain_conditioned: bool = False,
         chain_no_return: bool = False,
+        chain_modulation_rank: int | None = None,
+        chain_streams: int | None = None,
+        chain_latent: int | None = None,
         chain_layers: list[int] | None = None,
         output_router_logits: bool = False,
         use_cache: bool = True,
@@ -141,6 +147,9 @@ class CoEConfig(PretrainedConfig):
         self.chain_learned_scale = chain_learned_scale
         self.chain_conditioned = chain_conditioned
         self.chain_no_return = chain_no_return
+        self.chain_modulation_rank = chain_modulation_rank
+        self.chain_streams = chain_streams
+        self.chain_latent = chain_latent
         self.chain_layers = chain_layers or [1] * num_hidden_layers
         self.output_router_logits = output_router_logits
         self.use_cache = use_cache
