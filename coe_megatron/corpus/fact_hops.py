@@ -30,10 +30,8 @@ Kind = Literal["recall", "lookup"]
 HELD_OUT_FRACTION = 0.2  # of the questions that validation may ask
 CONTEXT_ENTITIES = 6  # of a document of `lookup`
 MAX_HOPS = CONTEXT_ENTITIES - 1  # more hops lead back to the first entity
-_BOUNDS = {
-    "entities": (8, 10_000),
-    "relations": (4, 1_000),
-}  # with fewer a question of two hops may have no held-out one
+# With fewer, no question of two hops might be held out.
+_BOUNDS = {"entities": (CONTEXT_ENTITIES, 10_000), "relations": (4, 1_000)}
 
 
 @dataclass(frozen=True)
@@ -51,8 +49,8 @@ class FactTask:
     """
 
     kind: Kind
-    entities: int = 64
-    relations: int = 16
+    entities: int = 6
+    relations: int = 32
     hops: tuple[int, ...] = (1, 2, 3)
 
     def __post_init__(self) -> None:
