@@ -24,6 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from coe_megatron.data.manifest import Split
 from coe_megatron.errors import ConfigError
 from coe_megatron.parsing import first_of
+from coe_megatron.text import shortened
 
 Kind = Literal["recall", "lookup"]
 
@@ -59,10 +60,11 @@ class FactTask:
         for name, (least, most) in _BOUNDS.items():
             if not least <= (value := getattr(self, name)) <= most:
                 raise ConfigError(f"--{name} is {value}: it must be at least {least}, and at most {most}")
+        hops = shortened(str(list(self.hops)), 100)
         if not self.hops or not all(1 <= each <= MAX_HOPS for each in self.hops):
-            raise ConfigError(f"--hops is {list(self.hops)}: each must be at least 1, and at most {MAX_HOPS}")
+            raise ConfigError(f"--hops is {hops}: each must be at least 1, and at most {MAX_HOPS}")
         if len(set(self.hops)) < len(self.hops):
-            raise ConfigError(f"--hops is {list(self.hops)}: name each number once")
+            raise ConfigError(f"--hops is {hops}: name each number once")
 
     @classmethod
     def of(cls, source: Mapping[str, Any]) -> "FactTask | None":
