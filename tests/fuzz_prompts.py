@@ -15,8 +15,9 @@ RECORDS = [
     {"query": "1 + 1?", "response": "It is 2. The answer is 2."},
     {"query": "How much?", "response": "#### $1,200.50"},
     {"query": "Which part?", "response": "The answer is -3/4 of it"},
+    {"query": "e3?", "prompt": "r2 r1 e3", "answer": "e5", "group": "2 hops"},
 ]
-TEMPLATES = Templates.of(["query : {query} response : {response}"])
+TEMPLATES = Templates.of(["query : {query} response : {response}", "{prompt} {answer}"])
 
 
 class Prompts(Target):

@@ -20,6 +20,7 @@ from coe_megatron.errors import ConfigError
 
 # "The answer is 12." ends a built-in problem, "#### 12" one of GSM8K.
 QUESTION_TEMPLATE = "query : {question} response : {answer}"  # of GSM8K's records, in configs/gsm8k.yaml
+_GROUP = Template("{group}")
 _HERE = "\0answer\0"
 _MARKER = re.compile(r"####|\banswer is\b:?", re.IGNORECASE)
 _NUMBER = re.compile(
@@ -172,8 +173,12 @@ def _question(template: Template, record: Record) -> Question:
         raise MalformedRecord(f"field {last!r} has no final answer: it follows #### or 'The answer is'")
     start = template.render({**record, last: _HERE}).partition(_HERE)[0]
     # A word's token includes the space before it, so the prompt ends where such a token begins.
-    query, group = " ".join(str(record[name]) for name in before), record.get("group")
-    return Question(query, start.rstrip(" "), answer, direct, None if group is None else str(group))
+    if not (prompt := start.rstrip(" ")):
+        raise MalformedRecord("nothing is before the answer")
+    query, group = " ".join(str(record[name]) for name in before), None
+    if "group" in record:
+        group = _GROUP.render(record)
+    return Question(query, prompt, answer, direct, group)
 
 
 def is_right(question: Question, completion: str) -> bool:

@@ -24,16 +24,15 @@ from pydantic import TypeAdapter, ValidationError
 from coe_megatron.data.manifest import Split
 from coe_megatron.errors import ConfigError
 from coe_megatron.parsing import first_of
+from coe_megatron.text import shortened
 
 Kind = Literal["recall", "lookup"]
 
 HELD_OUT_FRACTION = 0.2  # of the questions that validation may ask
 CONTEXT_ENTITIES = 6  # of a document of `lookup`
 MAX_HOPS = CONTEXT_ENTITIES - 1  # more hops lead back to the first entity
-_BOUNDS = {
-    "entities": (8, 10_000),
-    "relations": (4, 1_000),
-}  # with fewer a question of two hops may have no held-out one
+# With fewer, no question of two hops might be held out.
+_BOUNDS = {"entities": (CONTEXT_ENTITIES, 10_000), "relations": (4, 1_000)}
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,8 @@ class FactTask:
     """
 
     kind: Kind
-    entities: int = 64
-    relations: int = 16
+    entities: int = 6
+    relations: int = 32
     hops: tuple[int, ...] = (1, 2, 3)
 
     def __post_init__(self) -> None:
@@ -61,10 +60,11 @@ class FactTask:
         for name, (least, most) in _BOUNDS.items():
             if not least <= (value := getattr(self, name)) <= most:
                 raise ConfigError(f"--{name} is {value}: it must be at least {least}, and at most {most}")
+        hops = shortened(str(list(self.hops)), 100)
         if not self.hops or not all(1 <= each <= MAX_HOPS for each in self.hops):
-            raise ConfigError(f"--hops is {list(self.hops)}: each must be at least 1, and at most {MAX_HOPS}")
+            raise ConfigError(f"--hops is {hops}: each must be at least 1, and at most {MAX_HOPS}")
         if len(set(self.hops)) < len(self.hops):
-            raise ConfigError(f"--hops is {list(self.hops)}: name each number once")
+            raise ConfigError(f"--hops is {hops}: name each number once")
 
     @classmethod
     def of(cls, source: Mapping[str, Any]) -> "FactTask | None":

@@ -139,8 +139,19 @@ def test_a_direct_answer_is_the_first_words_of_a_completion(tmp_path) -> None:
         *(True, True, False, False, False, False)
     ]
     assert (marked.answer, marked.direct, marked.group) == ("1", False, None)
-    with pytest.raises(ConfigError, match="field 'answer' has no final answer"):
-        answers.file_questions(write(tmp_path, {"prompt": "?", "answer": " "}), FACTS)
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ({"prompt": "?", "answer": " "}, "field 'answer' has no final answer"),
+        ({"prompt": " ", "answer": "e3"}, "nothing is before the answer"),
+        ({"prompt": "?", "answer": "e3", "group": None}, "field 'group' is NoneType: it must be text or a number"),
+    ],
+)
+def test_a_direct_question_that_cannot_be_asked_is_refused(tmp_path, record: object, said: str) -> None:
+    with pytest.raises(ConfigError, match=f"line 1: {said}"):
+        answers.file_questions(write(tmp_path, record), FACTS)
 
 
 def test_questions_of_a_task_are_those_of_its_data(tmp_path) -> None:

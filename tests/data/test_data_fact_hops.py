@@ -17,7 +17,7 @@ from coe_megatron.data.prepare import PrepareSettings, prepare
 from coe_megatron.errors import ConfigError
 
 PROGRAM = Path(__file__).parents[2] / "launch" / "prepare_data.py"
-SIZES = {"entities": st.integers(8, 20), "relations": st.integers(4, 9), "seed": st.integers(0, 5)}
+SIZES = {"entities": st.integers(6, 20), "relations": st.integers(4, 9), "seed": st.integers(0, 5)}
 HOPS = st.sets(st.integers(1, MAX_HOPS), min_size=1).map(tuple)
 
 
@@ -113,9 +113,9 @@ def test_a_manifest_with_another_task_is_refused() -> None:
         (("--builtin", 500, "--task", "guess"), "argument --task: invalid choice: 'guess'"),
         (("--builtin", 500, "--task", "recall", "--hops", 0), "--hops is [0]: each must be at least 1, and at most 5"),
         (("--builtin", 500, "--task", "recall", "--hops", 2, 2), "--hops is [2, 2]: name each number once"),
-        (("--builtin", 500, "--task", "recall", "--entities", 7), "--entities is 7: it must be at least 8"),
+        (("--builtin", 500, "--task", "recall", "--entities", 5), "--entities is 5: it must be at least 6"),
         (("--builtin", 500, "--task", "recall", "--relations", 3), "--relations is 3: it must be at least 4"),
-        (("--builtin", 9, "--task", "recall"), "--builtin is 9: it must be at least 1024, the number of facts"),
+        (("--builtin", 9, "--task", "recall"), "--builtin is 9: it must be at least 192, the number of facts"),
         (("--builtin", 2000, "--task", "recall", "--vocab-size", 300), "--vocab-size is 300: leave it out"),
         (("--builtin", 2000, "--task", "lookup", "--tokenizer", "x"), "--tokenizer is x: leave it out"),
         (("--builtin", 2000, "--task", "lookup", "--template", "{query}"), "built-in problems have prompt and answer"),

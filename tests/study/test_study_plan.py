@@ -22,7 +22,7 @@ from coe_megatron.study.plan.study_file import read_study
 Write = Callable[..., Path]
 STUDIES = ROOT / "configs" / "studies"
 FILES = sorted(path for path in STUDIES.rglob("*.yaml") if path.stem not in {"common", "topologies", "claims"})
-NAMES = {path.stem for path in FILES if not path.stem.startswith("upcycling")}  # of the paper, in both sizes
+NAMES = {path.stem for path in FILES if not path.stem.startswith(("upcycling", "hops"))}  # of the paper, in both sizes
 NORM_PLACEMENTS = {"reference", "prenorm", "iteration_norm"}
 # Arms of studies, and the configs of single arms that are the same models.
 SINGLE = {
