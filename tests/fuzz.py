@@ -1,4 +1,4 @@
-"""Fuzzes what reads users' files: configs, studies, claims, node reports, prepared data, text, Parquet, checkpoints, records.
+"""Fuzzes what reads users' files: configs, studies, claims, node reports, data, text, Parquet, checkpoints, records.
 
     python tests/fuzz.py config --minutes 30 --seed 1     goes on through findings; a JSON summary at the end
     python tests/fuzz.py --replay FILE ...                saved inputs again

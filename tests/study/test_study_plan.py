@@ -1,6 +1,7 @@
 """What `study.py plan` says; every study of the project plans; and its arms are the models of the single configs."""
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
