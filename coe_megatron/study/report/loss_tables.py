@@ -64,7 +64,7 @@ def losses(summaries: Sequence[Summary]) -> str:
     return table(columns, rows)
 
 
-def tests(summaries: Sequence[Summary], margin: float | None) -> str:
+def significance(summaries: Sequence[Summary], margin: float | None) -> str:
     """p-values, and what the number of seeds can show; empty if no arm has enough seeds."""
     rows = []
     for summary in summaries:

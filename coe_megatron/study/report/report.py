@@ -20,7 +20,14 @@ from coe_megatron.study.report.cost_tables import costs, loss_at_equal_memory, m
 from coe_megatron.study.report.equal_memory import equal_memory, peak_memory
 from coe_megatron.study.report.figures.draw import arms_shown, draw
 from coe_megatron.study.report.figures.style import StudyFigure, is_truncated
-from coe_megatron.study.report.loss_tables import answers, conclusion, explanation, losses, tests, validation_sets
+from coe_megatron.study.report.loss_tables import (
+    answers,
+    conclusion,
+    explanation,
+    losses,
+    significance,
+    validation_sets,
+)
 from coe_megatron.study.report.markdown_text import counted, escaped, table
 from coe_megatron.study.report.results import Result, collect, finished_results, results_csv, timings_csv
 from coe_megatron.study.report.scaling_fit import Fit, fit
@@ -96,7 +103,7 @@ def as_markdown(
             "## Losses",
             conclusion(summaries),
             losses(summaries),
-            tests(summaries, study.settings.margin),
+            significance(summaries, study.settings.margin),
             explanation(summaries, study.settings.margin),
             validation_sets(plan, results),
             answers(plan, results),
