@@ -27,11 +27,18 @@ def conclusion(summaries: Sequence[Summary]) -> str:
         return "The baseline is the only arm."
     if not any(summary.losses for summary in summaries if summary.is_baseline):
         return "The baseline has no finished run, so no arm can be compared with it."
-    found = {
-        verdict: [escaped(joined(each.arm.arm.labels)) for each in others if each.verdict == verdict]
-        for verdict in _HEADINGS
-    }
+    found = {verdict: [_named(each) for each in others if each.verdict == verdict] for verdict in _HEADINGS}
     return " ".join(f"**{_HEADINGS[verdict]}:** {', '.join(arms)}." for verdict, arms in found.items() if arms)
+
+
+def _named(summary: Summary) -> str:
+    """The arm's labels; with the seeds that would decide, if it is undecided."""
+    name, found = escaped(joined(summary.arm.arm.labels)), summary.comparison
+    return (
+        name
+        if found is None or found.verdict != "undecided"
+        else f"{name} ({_seeds_to_decide(found)} seeds would decide)"
+    )
 
 
 def losses(summaries: Sequence[Summary]) -> str:
@@ -57,7 +64,7 @@ def losses(summaries: Sequence[Summary]) -> str:
     return table(columns, rows)
 
 
-def tests(summaries: Sequence[Summary], margin: float | None) -> str:
+def significance(summaries: Sequence[Summary], margin: float | None) -> str:
     """p-values, and what the number of seeds can show; empty if no arm has enough seeds."""
     rows = []
     for summary in summaries:

@@ -26,7 +26,7 @@ from coe_megatron.study.report.loss_tables import (
     conclusion,
     explanation,
     losses,
-    tests,
+    significance,
     validation_sets,
 )
 from coe_megatron.study.report.markdown_text import counted, escaped, table
@@ -110,7 +110,7 @@ def as_markdown(
             "## Losses",
             conclusion(summaries),
             losses(summaries),
-            tests(summaries, study.settings.margin),
+            significance(summaries, study.settings.margin),
             explanation(summaries, study.settings.margin),
             validation_sets(plan, results),
             answers(plan, results),
