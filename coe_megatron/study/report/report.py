@@ -15,9 +15,11 @@ from coe_megatron.errors import one_line
 from coe_megatron.files import read_limited, require_replaceable, require_writable, write_atomically
 from coe_megatron.study.plan.cost_table import Plan, format_count, format_duration
 from coe_megatron.study.plan.names import joined
+from coe_megatron.study.plan.registration import read_registration
 from coe_megatron.study.report.comparison import Summary, compare
 from coe_megatron.study.report.figures.draw import arms_shown, draw
 from coe_megatron.study.report.figures.style import StudyFigure, is_truncated
+from coe_megatron.study.report.ladder import law_table, prediction_table
 from coe_megatron.study.report.results import Result, collect, finished_results, results_csv, timings_csv
 from coe_megatron.study.report.scaling_fit import Fit, fit
 from coe_megatron.study.report.tuning import tuning_csv, tuning_table, tuning_text
@@ -37,10 +39,12 @@ def write_report(plan: Plan, title: str, folder: Path) -> list[Path]:
     """Write the report into a folder, replacing an earlier report; returns the files.
 
     Raises:
-        ConfigError: the folder or a file in it cannot be written, or has another type; one line that names it.
+        ConfigError: the folder or a file in it cannot be written, or has another type; or the study is not the one that
+            was registered; one line.
         OSError: writing failed, such as on a full disk.
     """
     check_folder(folder)
+    read_registration(plan.study)  # refuses a study that has changed since, before anything is written
     results = collect(plan)
     summaries = compare(results, plan.arms, plan.study.baseline.name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,6 +95,7 @@ def as_markdown(
         _budget(plan),
         *_unfinished(results),
         *_tuning(plan),
+        *_ladder(plan, summaries),
     ]
     if finished:
         parts += [
@@ -143,6 +148,20 @@ def _tuning(plan: Plan) -> list[str]:
     columns, rows = tuning_table(plan.tuning)
     escaped = [[_escaped(cell) for cell in row] for row in rows]
     return ["## Tuning", _escaped(tuning_text(plan.tuning)), _table([_escaped(each) for each in columns], escaped)]
+
+
+def _ladder(plan: Plan, summaries: Sequence[Summary]) -> list[str]:
+    if plan.study.settings.ladder is None:
+        return []
+    registered = read_registration(plan.study)
+    text, table = law_table(plan, registered)
+    parts = ["## Scaling law", _escaped(text), *([_table(*table)] if table else [])]
+    if registered is None:
+        return parts
+    columns, rows = prediction_table(plan, registered, summaries)
+    escaped = [[_escaped(cell) for cell in row] for row in rows]
+    known = f"Registered before the largest width ran; SHA-256 of registration.json: {registered.sha256}."
+    return [*parts, "### The largest width, as predicted", known, _table(columns, escaped)]
 
 
 def _unfinished(results: Sequence[Result]) -> list[str]:
