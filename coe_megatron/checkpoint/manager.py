@@ -79,7 +79,8 @@ class CheckpointManager:
         self._identity: dict[str, Any] = {"tokenizer": data.tokenizer_sha256, "text": data.text_identity}
 
     def resume(self) -> tuple[TrainState, str]:
-        """Resume from the most recent complete checkpoint, or start, from another run's weights if configured.
+        """Resume from the most recent complete checkpoint; or start, from another run's weights or checkpoint if
+        configured.
 
         Returns:
             The state, and a line for the user, which is empty if the run starts from random weights.
@@ -97,6 +98,8 @@ class CheckpointManager:
             return train_state, self._resumed(train_state.step, remark)
         if self._config.training.warm_start is not None:
             return TrainState(), self._warm_start(Path(self._config.training.warm_start))
+        if self._config.training.branch_from is not None:
+            return self._branch(Path(self._config.training.branch_from))
         return TrainState(), ""
 
     def resume_before(self, step: int, now: int) -> TrainState | None:
@@ -243,6 +246,20 @@ class CheckpointManager:
         if "tokenizer" in state:  # an imported model may have none
             self._require_same(state, ("tokenizer",), f"training.warm_start {source}")
         return f"starts from the weights of {checkpoint}, after {state.get('tokens', 0):,} tokens"
+
+    def _branch(self, source: Path) -> tuple[TrainState, str]:
+        """Continue another run with the same settings from one of its checkpoints."""
+        checkpoint = listing.find(source)
+        try:
+            trunk = checkpoint.parents[1]
+            remark = run_on_rank0(lambda: run_folder.check_same_run(trunk, self._config, self._tokenizer_size))
+            state = save_load.load(checkpoint, self._engine)
+        except ConfigError as error:
+            raise ConfigError(f"training.branch_from is {source}: {error}") from error
+        train_state = TrainState.of(state)
+        self._require_same(state, ("tokenizer", "text"), f"training.branch_from {source}")
+        self._require_steps(train_state.step)
+        return train_state, f"continues {checkpoint} at step {train_state.step}{remark}"
 
     def _require_same(self, state: dict[str, Any], kinds: tuple[str, ...], source: str) -> None:
         setting = "data.path" if self._config.data.blend is None else "data.blend"

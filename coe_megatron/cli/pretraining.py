@@ -76,7 +76,7 @@ def pretrain(arguments: list[str] | None) -> int:
         if options.dry_run:
             config = load(options.config, options.overrides)
             require_output(config)
-            _require_warm_start(config)
+            _require_sources(config)
             return _print_estimate(env, config, options.json, options.device_memory)
         if env.rank != 0:
             return _pretrain(parser, env, None, None)
@@ -84,7 +84,7 @@ def pretrain(arguments: list[str] | None) -> int:
         require_output(config)
         _require_backend(config)
         run = resolved(config, vocabulary(config, data_needed=True), env.world_size)
-        _require_warm_start(config)
+        _require_sources(config)
         _require_stop_file(options.stop_file)
         return _pretrain(parser, env, run.config, options.stop_file)
     except FolderInUse as error:
@@ -124,11 +124,12 @@ def _require_backend(config: RunConfig) -> None:
         raise ConfigError("model.backend is transformer_engine: Transformer Engine is not installed, use local")
 
 
-def _require_warm_start(config: RunConfig) -> None:
-    """Check that the folder of `training.warm_start` exists, unless the run resumes from its own checkpoints."""
-    source, own = config.training.warm_start, Path(config.output) / "checkpoints"
-    if source is not None and kind_of(own, "output") is None:
-        require_folder(Path(source), "training.warm_start")
+def _require_sources(config: RunConfig) -> None:
+    """Check that the folders that a new run starts from exist, unless the run resumes from its own checkpoints."""
+    if kind_of(Path(config.output) / "checkpoints", "output") is None:
+        for name in ("warm_start", "branch_from"):
+            if (source := getattr(config.training, name)) is not None:
+                require_folder(Path(source), f"training.{name}")
 
 
 def _require_stop_file(path: Path | None) -> None:

@@ -25,7 +25,15 @@ from coe_megatron.study.plan.cost_table import Plan, make_plan
 from coe_megatron.study.plan.names import listed
 from coe_megatron.study.plan.tuning import TuningCurve
 from coe_megatron.study.run.paths import check_places, config_of, write_config
-from coe_megatron.study.run.runner import Runner, RunResult, is_finished, run_status, seed_by_seed, usable_devices
+from coe_megatron.study.run.runner import (
+    Runner,
+    RunResult,
+    has_trunk,
+    is_finished,
+    run_status,
+    seed_by_seed,
+    usable_devices,
+)
 from coe_megatron.study.run.slurm_arrays import submissions
 
 EPILOG = """examples:
@@ -36,6 +44,7 @@ EPILOG = """examples:
   %(prog)s run configs/studies/cpu/main-pair.yaml --only coe-2-4-64_prenorm --seed 2
   %(prog)s submit configs/studies/paper/main-pair.yaml --sbatch='--gpus-per-node=1 --time=1:00:00'
   %(prog)s status configs/studies/cpu/main-pair.yaml
+  %(prog)s register configs/studies/cpu/ladder.yaml
   %(prog)s report configs/studies/cpu/main-pair.yaml
   %(prog)s verdict configs/studies/claims.yaml --to docs/claims.md
 
@@ -54,13 +63,18 @@ run resumes automatically after time limits and preemption. If the study tunes a
 tuning runs, and once these are done, the arms with the values that were best for them."""
 VERDICT = """Judge claims by the reports of studies: each holds, does not hold, or is undecided. The CSV files of the
 reports are enough; the folders of runs are not needed."""
+REGISTER = """Predict the largest width of a ladder from the finished runs of the others, before it runs, and write the
+prediction with its interval, every setting and digests of the data to OUTPUT/registration.json. `report` then refuses a
+study that has changed since."""
 STATUS = "Show the status of the study's runs: one line per run."
 
 
 def make_parser() -> Parser:
     parser = Parser(prog=program_name("coe-study", "study.py"), description=__doc__, epilog=EPILOG)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="plan|run|submit|status|report|verdict")
-    texts = {"plan": PLAN, "run": RUN, "submit": SUBMIT, "status": STATUS, "report": REPORT}
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="plan|run|submit|status|register|report|verdict"
+    )
+    texts = {"plan": PLAN, "run": RUN, "submit": SUBMIT, "status": STATUS, "register": REGISTER, "report": REPORT}
     parsers = {name: commands.add_parser(name, help=_summary(text), description=text) for name, text in texts.items()}
     for command in parsers.values():
         command.add_argument(
@@ -153,7 +167,8 @@ def run(plan: Plan, options: argparse.Namespace) -> ExitStatus:
 
 def submit(plan: Plan, options: argparse.Namespace) -> ExitStatus:
     open_runs = [*_open_tuning(plan, options), *_open_runs(plan, options)]
-    for array in submissions(open_runs, options.ranks_per_node, options.at_once, options.sbatch):
+    ready = [each for each in open_runs if has_trunk(each)]
+    for array in submissions(ready, options.ranks_per_node, options.at_once, options.sbatch):
         if options.dry_run:
             write_out(str(array))
             continue
@@ -162,6 +177,8 @@ def submit(plan: Plan, options: argparse.Namespace) -> ExitStatus:
         say(f"job {array.submit(os.environ)}: {len(array.runs)} runs of {ranks} ranks")
     if waiting := _not_chosen(plan, options):
         say(f"{listed(waiting)}: submit again when the tuning runs are done")
+    if later := len(open_runs) - len(ready):
+        say(f"{later} runs are branches: submit again when the runs that they branch off are done")
     return ExitStatus.DONE
 
 
@@ -244,6 +261,18 @@ def show(plan: Plan, options: argparse.Namespace) -> ExitStatus:
     return ExitStatus.DONE
 
 
+def register(plan: Plan, _options: argparse.Namespace) -> ExitStatus:
+    from coe_megatron.study.plan.registration import register as write_registration  # its fit needs scipy
+
+    path, found = write_registration(plan.study)
+    for arm, each in found.predictions.items():
+        say(f"{arm}: {each.loss:.4f} nats per token, {each.interval[0]:.4f} to {each.interval[1]:.4f}")
+    for warning in found.warnings:
+        say(f"warning: {warning}")
+    say(f"{path}: SHA-256 {found.sha256}")
+    return ExitStatus.DONE
+
+
 def report(plan: Plan, options: argparse.Namespace) -> ExitStatus:
     from coe_megatron.study.report.report import write_report  # matplotlib takes a second
 
@@ -309,7 +338,8 @@ def main(arguments: list[str] | None = None) -> int:
         plan = planned(options)
         check_places(plan.study, plan.tuning_runs, to_write=options.command in ("plan", "run", "submit"))
         if options.command != "plan":
-            return {"run": run, "submit": submit, "status": show, "report": report}[options.command](plan, options)
+            commands = {"run": run, "submit": submit, "status": show, "register": register, "report": report}
+            return commands[options.command](plan, options)
     except ConfigError as error:
         parser.error(str(error))
     write_out(json.dumps(plan.as_dict(), indent=2) if options.json else plan.table())

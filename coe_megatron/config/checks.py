@@ -195,9 +195,12 @@ def _steps(config: RunConfig, world_size: int | None) -> Iterator[str]:
     ranks = config.parallel.world_size or world_size
     if profile.first_step is not None and ranks and max(profile.ranks, default=0) >= ranks:
         yield f"profile.ranks is {profile.ranks}: the run has ranks 0 to {ranks - 1}"
-    source = config.training.warm_start
-    if source is not None and Path(source).is_relative_to(config.output):
-        yield f"training.warm_start is {source}: it must name another run than output, which resumes by itself"
+    sources = {"warm_start": config.training.warm_start, "branch_from": config.training.branch_from}
+    for name, source in sources.items():
+        if source is not None and Path(source).is_relative_to(config.output):
+            yield f"training.{name} is {source}: it must name another run than output, which resumes by itself"
+    if None not in sources.values():
+        yield f"training.branch_from is {config.training.branch_from}: training.warm_start is set too; use one of them"
 
 
 def _zero(config: RunConfig) -> Iterator[str]:

@@ -331,6 +331,9 @@ class TrainingSettings:
             host memory (16 bytes per parameter, over the ranks that shard it).
         warm_start: a checkpoint, or a run's folder for its most recent one, whose weights initialise a new run; steps,
             optimizer states, data and schedule start from the beginning. null starts from random weights.
+        branch_from: a checkpoint of a run with the same settings and another number of `steps`, from which a new run
+            continues: weights, optimizer states, data and step. So runs of several lengths share their beginning; the
+            learning rate has to be the same up to there (`optimizer.decay: wsd`). null starts with the first step.
         deterministic: use deterministic algorithms: the same bits in every run on the same devices; slower on CUDA.
     """
 
@@ -349,6 +352,7 @@ class TrainingSettings:
     milestones: list[Count] = field(default_factory=list)
     background_saving: bool = False
     warm_start: PathText | None = None
+    branch_from: PathText | None = None
     deterministic: bool = False
 
     @property
@@ -448,6 +452,7 @@ _MAY_CHANGE = {
     "moe.overlap_chunks",
     "moe.recompute",
     "training.steps",
+    "training.branch_from",  # of use only where a run has no checkpoints yet
     "training.micro_batch",  # another layout may need another; a step has the same samples
     "training.log_every",
     "training.evaluate_every",

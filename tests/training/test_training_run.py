@@ -323,6 +323,24 @@ def test_a_warm_start_takes_weights_alone(config: Path, prepared: Path, finished
     assert after["learning_rate"] == 1e-9
 
 
+@pytest.mark.slow
+def test_a_branch_is_the_shorter_run(config: Path, prepared: Path, tmp_path: Path) -> None:
+    common = ("launch/pretrain_coe.py", config, f"data.path={prepared}", "parallel.expert=1", "optimizer.decay=wsd")
+    common += ("optimizer.warmup=0", "optimizer.cooldown=0.5", "training.log_every=1", "training.evaluate_every=2")
+    trunk, branch, alone = (tmp_path / name for name in ("trunk", "branch", "alone"))
+    source = f"training.branch_from={trunk}/checkpoints/step-00000002"
+    for output, steps, *options in ((trunk, 6, "training.milestones=[2]"), (branch, 4, source), (alone, 4)):
+        done = python(*common, f"output={output}", f"training.steps={steps}", *options)
+        assert done.returncode == 0, done.stderr
+    found, expected = (read_metrics(folder / "metrics.jsonl") for folder in (branch, alone))
+    assert [line["step"] for line in found] == [3, 4]
+    for name in ("train_loss", "valid_loss", "grad_norm", "learning_rate", "tokens"):
+        assert [line.get(name) for line in found] == [line.get(name) for line in expected[-2:]], name
+    done = python(*common, f"output={tmp_path / 'other'}", "training.steps=4", source, "optimizer.lr=1")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "training.branch_from is " in done.stderr and "optimizer.lr is 1.0" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

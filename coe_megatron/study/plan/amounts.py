@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from coe_megatron.checkpoint.names import CheckpointName
 from coe_megatron.config import RunConfig
 from coe_megatron.data.folders import DataFolder, validation_paths
 from coe_megatron.data.indexed_prefix import IndexedPrefix
@@ -166,9 +167,12 @@ class RunTotals:
         if speed is None:
             raise ConfigError("wall_clock requires a device: name it in the study file (device) or with --device")
         seconds_per_token = self.weighted_flops(speed.half_rows) / speed.rate / self.shape.layout.world_size
+        training = self.shape.config.training
+        trunk = CheckpointName.parse(Path(training.branch_from or "").name)
+        share = 1 - trunk.step / training.steps if trunk else 1.0  # earlier steps are those of another run
         return Seconds(
             startup=speed.startup,
-            steps=self.tokens * seconds_per_token,
+            steps=share * self.tokens * seconds_per_token,
             evaluations=self.evaluations * self.tokens_per_evaluation * seconds_per_token / 3,
             checkpoints=self.checkpoints * speed.saving,
         )

@@ -16,9 +16,11 @@ from yaml import YAMLError
 
 from coe_megatron import parsing
 from coe_megatron.config import RunConfig
+from coe_megatron.config.change import with_setting
 from coe_megatron.config.load import read_all, resolve
 from coe_megatron.errors import ConfigError
 from coe_megatron.study.plan.axes import Axes, Labels, baselines, check_labels, crossed, matching_skip, named, read_axes
+from coe_megatron.study.plan.ladder import Rule, settings_of
 from coe_megatron.study.plan.names import title
 from coe_megatron.study.plan.study_file import RunSeed, StudySettings
 from coe_megatron.text import shortened
@@ -29,7 +31,7 @@ _OWN = {
     "output": "output",
 }  # settings that have their own key in a study file
 _MAX_ARMS, _MAX_RUNS = 1_000, 2_000  # resolving an arm takes about 25 ms
-_SEED = "{seed}"  # in training.warm_start: the run's seed, so that each seed can start from weights of its own
+_SEED = "{seed}"  # in training.warm_start and branch_from: the seed that names the run
 _SETTING = re.compile(r"[\w-]+(\.[\w-]+)*")
 
 
@@ -102,9 +104,10 @@ class Arm:
         own = [f"training.seed={seed.weights}", override("output", folder)]
         if training.data_seed != self.config.training.data_seed:
             own.append(override("training.data_seed", seed.data))
-        if training.warm_start is not None and _SEED in training.warm_start:
-            training = replace(training, warm_start=training.warm_start.replace(_SEED, str(seed.name)))
-            own.append(override("training.warm_start", training.warm_start))
+        for key in ("warm_start", "branch_from"):
+            if _SEED in (source := getattr(training, key) or ""):
+                training = with_setting(training, key, source.replace(_SEED, str(seed.name)))
+                own.append(override(f"training.{key}", getattr(training, key)))
         config = replace(self.config, output=folder, training=training)
         return Run(self.name, seed.name, config, (*self.overrides, *own), tuned)
 
@@ -117,12 +120,14 @@ class Study:
         base: OmegaConf config that all arms override.
         arms: all arms, in the order of the axes.
         skipped: labels of skipped combinations, and the reasons.
+        rule: of a ladder; None without.
     """
 
     settings: StudySettings
     base: Any
     arms: list[Arm]
     skipped: list[tuple[Labels, str]]
+    rule: Rule | None = None
 
     @cached_property
     def runs(self) -> list[Run]:
@@ -165,13 +170,18 @@ def make_study(settings: StudySettings, overrides: Sequence[str] = ()) -> Study:
     compared = baselines(settings, kept)
     base = read_all("base", [Path(name) for name in settings.base])
     common = (*(override(key, value) for key, value in settings.set.items()), *overrides)
+    rule = None if settings.ladder is None else Rule(settings.ladder, resolve(base, common))
+    folders = {tuple(labels.items()): f"{settings.output}/{name}" for name, labels in combinations.items()}
     arms = []
     for name, labels in kept.items():
-        settled = {key: value for axis, label in labels.items() for key, value in axes[axis][label].items()}
+        settled = {} if rule is None else rule.settings(labels, lambda other: folders[tuple(other.items())])
+        settled |= {key: value for axis, label in labels.items() for key, value in axes[axis][label].items()}
         given = (*common, *(override(key, value) for key, value in settled.items()))
         arms.append(Arm(name, labels, _resolve(settings, base, name, given), given, compared[name]))
     _check_different(arms)
-    return Study(settings, base, arms, [(combinations[name], skip.reason) for name, skip in skips.items() if skip])
+    return Study(
+        settings, base, arms, [(combinations[name], skip.reason) for name, skip in skips.items() if skip], rule
+    )
 
 
 def override(key: str, value: Any) -> str:
@@ -190,7 +200,7 @@ def _reads_as_itself(text: str) -> bool:
 
 def _check_keys(settings: StudySettings, axes: Mapping[str, Any], overrides: Sequence[str]) -> None:
     """Check that each key is the name of a setting, and that no setting is set twice."""
-    set_by: dict[str, str] = {}
+    set_by = dict.fromkeys(settings_of(settings.ladder), "ladder") if settings.ladder else {}
     for axis, points in axes.items():
         where = f"axes.{shortened(axis, 100)}"
         for point in points.values():
@@ -203,8 +213,8 @@ def _check_keys(settings: StudySettings, axes: Mapping[str, Any], overrides: Seq
     _require_settings("set", settings.set)
     everywhere = list(_all_keys(settings.set))
     given = [re.sub(r"\[([^\[\]]*)\]", r".\1", text.partition("=")[0]) for text in overrides]
-    for key in (*everywhere, *given):
-        if other := _overlapping(key, set_by):
+    for key in (*everywhere, *given):  # which a ladder scales
+        if (other := _overlapping(key, set_by)) and set_by[other] != "ladder":
             raise ConfigError(f"{shortened(key, 100)} is set for all arms: {set_by[other]} sets it too")
     for key in (*everywhere, *given, *set_by):
         if other := _overlapping(key, _OWN):

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
 from coe_megatron.errors import ConfigError
+from coe_megatron.study.plan.ladder import ladder_axes
 from coe_megatron.study.plan.names import arm_name, joined, listed, looks_like, row_label, text_of
 from coe_megatron.study.plan.study_file import Skip, StudySettings
 from coe_megatron.text import shortened
@@ -24,7 +25,13 @@ def read_axes(settings: StudySettings) -> dict[str, dict[str, dict[str, Any]]]:
     Raises:
         ConfigError: an axis is not valid; one line that names it.
     """
-    return {name: _points(name, given) for name, given in settings.axes.items()}
+    axes = {name: _points(name, given) for name, given in settings.axes.items()}
+    if settings.ladder is None:
+        return axes
+    own = ladder_axes(settings.ladder)
+    if both := [name for name in own if name in axes]:
+        raise ConfigError(f"axes.{both[0]} is an axis of the ladder: give it another name")
+    return axes | {name: {label: {} for label in labels} for name, labels in own.items()}
 
 
 def check_labels(settings: StudySettings, axes: Axes) -> None:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import Any
 
 from coe_megatron.config import RunConfig
+from coe_megatron.config.change import with_setting
 from coe_megatron.config.checks import check
 from coe_megatron.config.load import parse
 from coe_megatron.errors import ConfigError
@@ -104,7 +105,7 @@ def _solve(budget: Budget, config: RunConfig, wanted: float, amounts: Amounts) -
         raise ConfigError(f"budget.range is {list(budget.range)}: it contains no multiple of {budget.multiple_of}")
 
     def changed(value: int) -> RunConfig:
-        return _changed(config, budget.solve.split("."), value)
+        return with_setting(config, budget.solve, value)
 
     def amount(value: int) -> float:
         try:
@@ -147,8 +148,3 @@ def _integer_setting(study: Study, budget: Budget, config: RunConfig) -> int:
     if value is None:
         study.with_setting(study.baseline, budget.solve, budget.range[0])  # raises if there is no such setting
     raise ConfigError(f"budget.solve is {budget.solve}: it must name an integer setting")
-
-
-def _changed(config: Any, names: list[str], value: int) -> Any:
-    inner = value if len(names) == 1 else _changed(getattr(config, names[0]), names[1:], value)
-    return replace(config, **{names[0]: inner})

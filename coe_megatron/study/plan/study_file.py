@@ -17,6 +17,7 @@ from coe_megatron.study.plan.names import text_of
 from coe_megatron.text import shortened
 
 _MAX_BASES = 64
+Exponent = Annotated[float, Field(ge=0, le=4)]
 Quantity = Literal["expert_compute", "flops", "parameters", "memory", "wall_clock"]
 
 
@@ -101,6 +102,29 @@ class Tune:
 
 
 @dataclass(frozen=True)
+class LadderSettings:
+    """Sizes and lengths of runs by a rule (`study.plan.ladder`), as axes besides those of the study.
+
+    Attributes:
+        widths: values of `model.hidden_size`, increasing; `study.py register` predicts the largest from the others.
+        tokens_per_parameter: lengths of the runs, increasing; several are branches of one run with decay `wsd`.
+        rate_exponent: the learning rate falls with the width to this power.
+        batch_exponent: the batch grows with the tokens to this power.
+        depth_exponent: layers grow with the width to this power; 0 keeps the base's.
+        expert_exponent: routed experts grow with the width to this power; 0 keeps the base's.
+        rate_factors: factors on the rule's learning rate; several test `rate_exponent`.
+    """
+
+    widths: Annotated[list[Count], Field(min_length=2)]
+    tokens_per_parameter: Annotated[list[Positive], Field(min_length=1)]
+    rate_exponent: Exponent
+    batch_exponent: Exponent = 0.0
+    depth_exponent: Exponent = 0.0
+    expert_exponent: Exponent = 0.0
+    rate_factors: Annotated[list[Positive], Field(min_length=1)] = field(default_factory=lambda: [1.0])
+
+
+@dataclass(frozen=True)
 class StudySettings:
     """A complete study file.
 
@@ -119,6 +143,7 @@ class StudySettings:
         device: the device for predicted time and available memory; a name of `estimate.devices`.
         tune: the setting that each arm has tuned for it; null for none.
         margin: the equivalence margin in nats per token: a smaller difference of losses does not matter; null for none.
+        ladder: sizes and lengths of runs by a rule; null for none.
         seeds_of: the lists of `seeds`, if weights and data have their own; `read_study` sets it.
     """
 
@@ -133,6 +158,7 @@ class StudySettings:
     device: str | None = None
     tune: Tune | None = None
     margin: Positive | None = None
+    ladder: LadderSettings | None = None
     seeds_of: SeedLists | None = None
 
     @property
@@ -168,6 +194,9 @@ def read_study(path: Path) -> StudySettings:
     _require_different("seeds", settings.seeds)
     if settings.tune:
         _check_tune(settings.tune, settings)
+    if settings.ladder:
+        for name in ("widths", "tokens_per_parameter", "rate_factors"):
+            _require_increasing(f"ladder.{name}", getattr(settings.ladder, name))
     if (budget := settings.budget) and budget.range[0] > budget.range[1]:
         raise ConfigError(f"budget.range is {list(budget.range)}: the first number must not be larger than the second")
     return settings
@@ -177,8 +206,8 @@ def _check_tune(tune: Tune, settings: StudySettings) -> None:
     """Check that values and seeds differ, and that the seeds are not those of the comparison."""
     _require_different("tune.seeds", tune.seeds)
     _require_different("tune.values", tune.values)
-    if all(isinstance(value, int | float) for value in tune.values) and sorted(tune.values) != tune.values:
-        raise ConfigError(f"tune.values is {shortened(str(tune.values), 100)}: numbers must be in increasing order")
+    if all(isinstance(value, int | float) for value in tune.values):
+        _require_increasing("tune.values", tune.values)
     used = {number for seed in settings.run_seeds for number in (seed.weights, seed.data)}
     if both := [seed for seed in tune.seeds if seed in used]:
         raise ConfigError(
@@ -190,6 +219,12 @@ def _check_tune(tune: Tune, settings: StudySettings) -> None:
 def _require_different(name: str, values: Sequence[Any]) -> None:
     if len(set(map(text_of, values))) < len(values):
         raise ConfigError(f"{name} is {shortened(str(values), 100)}: {name.split('.')[-1]} must differ")
+
+
+def _require_increasing(name: str, values: Sequence[Any]) -> None:
+    _require_different(name, values)
+    if sorted(values) != values:
+        raise ConfigError(f"{name} is {shortened(str(values), 100)}: numbers must be in increasing order")
 
 
 def _repeated(seeds: list[int], other: list[int]) -> list[int]:

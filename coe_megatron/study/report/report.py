@@ -15,11 +15,13 @@ from coe_megatron.errors import one_line
 from coe_megatron.files import read_limited, require_replaceable, require_writable, write_atomically
 from coe_megatron.study.plan.cost_table import Plan
 from coe_megatron.study.plan.names import joined
+from coe_megatron.study.plan.registration import read_registration
 from coe_megatron.study.report.comparison import Summary, compare
 from coe_megatron.study.report.cost_tables import costs, loss_at_equal_memory, memory_by_component, speedup
 from coe_megatron.study.report.equal_memory import equal_memory, peak_memory
 from coe_megatron.study.report.figures.draw import arms_shown, draw
 from coe_megatron.study.report.figures.style import StudyFigure, is_truncated
+from coe_megatron.study.report.ladder import law_table, prediction_table
 from coe_megatron.study.report.loss_tables import (
     answer_groups,
     answers,
@@ -50,10 +52,12 @@ def write_report(plan: Plan, title: str, folder: Path) -> list[Path]:
     """Write the report into a folder, replacing an earlier report; returns the files.
 
     Raises:
-        ConfigError: the folder or a file in it cannot be written, or has another type; one line that names it.
+        ConfigError: the folder or a file in it cannot be written, or has another type; or the study is not the one that
+            was registered; one line.
         OSError: writing failed, such as on a full disk.
     """
     check_folder(folder)
+    read_registration(plan.study)  # refuses a study that has changed since, before anything is written
     results = collect(plan)
     summaries = compare(results, plan.arms, plan.study.settings.margin)
     folder.mkdir(parents=True, exist_ok=True)
@@ -104,6 +108,7 @@ def as_markdown(
         _budget(plan),
         *_unfinished(results),
         *_tuning(plan),
+        *_ladder(plan, summaries),
     ]
     if finished:
         parts += [
@@ -170,6 +175,20 @@ def _tuning(plan: Plan) -> list[str]:
     columns, rows = tuning_table(plan.tuning)
     cells = [[escaped(cell) for cell in row] for row in rows]
     return ["## Tuning", escaped(tuning_text(plan.tuning)), table([escaped(each) for each in columns], cells)]
+
+
+def _ladder(plan: Plan, summaries: Sequence[Summary]) -> list[str]:
+    if plan.study.settings.ladder is None:
+        return []
+    registered = read_registration(plan.study)
+    said, law = law_table(plan, registered)
+    parts = ["## Scaling law", escaped(said), *([table(*law)] if law else [])]
+    if registered is None:
+        return parts
+    columns, rows = prediction_table(plan, registered, summaries)
+    cells = [[escaped(cell) for cell in row] for row in rows]
+    known = f"Registered before the largest width ran; SHA-256 of registration.json: {registered.sha256}."
+    return [*parts, "### The largest width, as predicted", known, table(columns, cells)]
 
 
 def _unfinished(results: Sequence[Result]) -> list[str]:

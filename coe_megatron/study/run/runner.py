@@ -91,6 +91,12 @@ def is_finished(run: Run) -> bool:
     return state == "finished"
 
 
+def has_trunk(run: Run) -> bool:
+    """Whether a run can start: it has its own folder, or the checkpoint is there from which it branches off, if any."""
+    source = run.config.training.branch_from
+    return source is None or Path(source).exists() or (Path(run.config.output) / "checkpoints").exists()
+
+
 def command(run: Run, config: Path) -> list[str]:
     """The command line that starts a run on this host."""
     ranks = layout(run.config).world_size
@@ -156,6 +162,12 @@ class Runner:
                 results.append(RunResult(run, ExitStatus.MISTAKE, 0.0, reason))
             elif needed > len(free := self._free_devices()) or self._is_locked(run):
                 later.append(run)
+            elif not has_trunk(run):
+                if self._will_run(run.config.training.branch_from, [*waiting, *later]):
+                    later.append(run)
+                else:
+                    reason = f"training.branch_from is {run.config.training.branch_from}: it does not exist"
+                    results.append(RunResult(run, ExitStatus.MISTAKE, 0.0, reason))
             elif run.config.output in self._locked and _reached_last_step(run):  # in the other process
                 results.append(RunResult(run, ExitStatus.DONE, 0.0))
             else:
@@ -206,6 +218,11 @@ class Runner:
             self._locked.add(run.config.output)
             self._say(f"{run.title}: waits for another process, which writes {run.config.output}")
         return locked
+
+    def _will_run(self, checkpoint: str | None, waiting: Iterable[Run]) -> bool:
+        """Whether the run of a checkpoint is running, or waits for its turn."""
+        folders = [run.config.output for run in (*waiting, *(child.run for child in self._children))]
+        return any(Path(checkpoint or "").is_relative_to(folder) for folder in folders)
 
     def _forward(self, requests: Requests) -> None:
         """Send new requests to all running runs."""
