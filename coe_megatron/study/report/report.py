@@ -20,7 +20,7 @@ from coe_megatron.study.report.comparison import Summary, compare
 from coe_megatron.study.report.cost_tables import costs, loss_at_equal_memory, memory_by_component, speedup
 from coe_megatron.study.report.equal_memory import equal_memory, peak_memory
 from coe_megatron.study.report.figures.draw import arms_shown, draw
-from coe_megatron.study.report.figures.style import StudyFigure, is_truncated
+from coe_megatron.study.report.figures.style import PRINT, StudyFigure, is_truncated
 from coe_megatron.study.report.ladder import law_table, prediction_table
 from coe_megatron.study.report.loss_tables import (
     answer_groups,
@@ -37,13 +37,31 @@ from coe_megatron.study.report.scaling_fit import Fit, fit
 from coe_megatron.study.report.tuning import tuning_csv, tuning_table, tuning_text
 from coe_megatron.study.report.why import iterations_table
 
-_STYLE = """body { font: 16px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222 }
-table { border-collapse: collapse; font-size: 14px; display: block; overflow-x: auto }
-th, td { padding: .25em .7em; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
-th:first-child, td:first-child { text-align: left }
-img { max-width: 100% }
-@media print { body { max-width: none; font-size: 11px } img { break-inside: avoid; max-height: 95vh } }"""
+_DOTS = 200  # per inch of a PNG
+_SCREEN = 1.4  # size of figures on a screen, as a multiple of that in print
+_STYLE = f"""body {{ font: 16px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222 }}
+p, h1, h2, h3, h4 {{ overflow-wrap: anywhere }}
+table {{ border-collapse: collapse; font-size: 14px; display: block; max-width: 100%; overflow-x: auto }}
+th, td {{ padding: .25em .7em; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top }}
+td {{ white-space: nowrap }}
+th:first-child, td:first-child {{ text-align: left; white-space: normal; min-width: 12em; overflow-wrap: anywhere }}
+figure {{ margin: 2em 0 }}
+figure img {{ width: calc(var(--width) * {_SCREEN}); max-width: 100%; height: auto }}
+figcaption {{ font-style: italic; max-width: 50em }}
+@page {{ size: A4; margin: 15mm }}
+@media print {{
+body {{ max-width: none; margin: 0; padding: 0; font-size: 10pt }}
+h1, h2, h3, h4 {{ break-after: avoid }}
+table {{ display: table; width: 100%; font-size: 7pt }}
+tr, figure {{ break-inside: avoid }}
+th, td {{ padding: .15em .3em }}
+td {{ white-space: normal }}
+th:first-child, td:first-child {{ min-width: 6em }}
+figure img {{ width: var(--width); max-height: 230mm; object-fit: contain }} }}"""
 
+_FIGURE = re.compile(
+    r'<p><img alt="(?P<alt>[^"]*)" src="(?P<name>[\w-]+)\.svg" /></p>\s*<p><em>(?P<caption>.*?)</em></p>'
+)
 _TEXTS = ("report.md", "report.html", "results.csv", "timings.csv", "tuning.csv")
 _MAX_BYTES = 1 << 26  # of a report.md
 
@@ -65,7 +83,7 @@ def write_report(plan: Plan, title: str, folder: Path) -> list[Path]:
     files = [_write(folder / "results.csv", results_csv(results)), _write(folder / "timings.csv", timings_csv(results))]
     if plan.tuning:
         files.append(_write(folder / "tuning.csv", tuning_csv(plan.tuning)))
-    figures, images = list(draw(results, summaries, plan.study.baseline.name)), dict[str, bytes]()
+    figures, images = list(draw(plan, results, summaries)), dict[str, bytes]()
     for figure in figures:
         images[figure.name] = render(figure, "svg")
         files.append(_write(folder / f"{figure.name}.svg", images[figure.name]))
@@ -129,18 +147,26 @@ def as_markdown(
         parts += ["## Cost of the arms", costs(plan, finished)]
         parts += _iterations(plan, finished)
         parts += ["## Loss against parameters, FLOPs and recurrence", _scaling_fit(fit(summaries))]
-        shown = (f"![{each.name}]({each.name}.svg)\n\n*{escaped(each.caption)}*" for each in figures)
-        parts += ["## Figures", _arms_in_figures(summaries, study.baseline.name), *shown]
+        shown = (f"![{escaped(each.alt)}]({each.name}.svg)\n\n*{escaped(each.caption)}*" for each in figures)
+        parts += ["## Figures", _arms_in_figures(summaries), *shown]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def as_html(title: str, text: str, images: Mapping[str, bytes]) -> str:
     """The same as a self-contained HTML page; `images` has the figures as SVG, by name."""
-    body = markdown.markdown(text, extensions=["tables"])
-    for name, image in images.items():
-        figure = base64.b64encode(image).decode()
-        body = body.replace(f'src="{name}.svg"', f'src="data:image/svg+xml;base64,{figure}"')
-    head = f'<meta charset="utf-8"><title>{html.escape(one_line(title))}</title><style>{_STYLE}</style>'
+
+    def with_image(found: re.Match[str]) -> str:
+        image, alt, caption = images[found["name"]], found["alt"], found["caption"]
+        width = re.search(rb'width="([0-9.]+pt)"', image)
+        source = f"data:image/svg+xml;base64,{base64.b64encode(image).decode()}"
+        size = f' style="--width: {width[1].decode()}"' if width else ""
+        return f'<figure{size}><img alt="{alt}" src="{source}"><figcaption>{caption}</figcaption></figure>'
+
+    body = _FIGURE.sub(with_image, markdown.markdown(text, extensions=["tables"]))
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{html.escape(one_line(title))}</title><style>{_STYLE}</style>"
+    )
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
 
 
@@ -149,12 +175,19 @@ def _baselines(summaries: Sequence[Summary]) -> str:
     return f"The baseline is {names[0]}." if len(names) == 1 else f"The baselines are {', '.join(names)}."
 
 
-def _arms_in_figures(summaries: Sequence[Summary], baseline: str) -> str:
+def _arms_in_figures(summaries: Sequence[Summary]) -> str:
     """A note if the figures exclude arms or truncate labels; empty in most studies."""
-    names = arms_shown(summaries, baseline)
+    shown = arms_shown(summaries)
+    different = {summary.arm.arm.fingerprint for summary in summaries}
     notes = []
-    if len(names) < len(summaries):
-        notes.append(f"Of {len(summaries)} arms, they show the baseline and the {len(names) - 1} with the lowest loss.")
+    if len(different) < len(summaries):
+        notes.append("Of arms with the same settings, figures show one.")
+    if len(shown) < len(different):
+        base = sum(summary.is_baseline for summary in summaries)
+        notes.append(
+            f"Of {len(summaries)} arms, they show {'the baseline' if base == 1 else 'the baselines'} and the "
+            f"{len(shown) - base} with the lowest loss."
+        )
     if any(is_truncated(summary.arm.arm.title) for summary in summaries):
         notes.append("Long labels are truncated (…); if two become the same, the arm's number is appended.")
     return " ".join(notes)
@@ -229,14 +262,20 @@ def _scaling_fit(found: Fit | None) -> str:
 def render(figure: StudyFigure, kind: str) -> bytes:
     """A figure as an image of kind "svg" or "png"; the same figure gives the same bytes."""
     image = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": figure.name}), warnings.catch_warnings():
+    with matplotlib.rc_context(PRINT | {"svg.hashsalt": figure.name}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # such a glyph is drawn as a box
         warnings.filterwarnings(
             "ignore", "constrained_layout not applied"
         )  # long labels may leave no space for the axes
-        metadata = {"Date": None} if kind == "svg" else None
-        figure.figure.savefig(image, format=kind, dpi=150, metadata=metadata)
-    return image.getvalue()
+        metadata = {"Date": None, "Title": figure.name} if kind == "svg" else None
+        figure.figure.savefig(image, format=kind, dpi=_DOTS, metadata=metadata)
+    return _with_description(image.getvalue(), figure.alt) if kind == "svg" else image.getvalue()
+
+
+def _with_description(image: bytes, text: str) -> bytes:
+    """An SVG whose description, below its title, is the text."""
+    description = f"</title><desc>{html.escape(text)}</desc>".encode(errors="replace")
+    return image.replace(b"</title>", description, 1)
 
 
 def _write(path: Path, content: str | bytes) -> Path:

@@ -1,6 +1,5 @@
-"""Validation loss over training, and the gain over the baseline."""
+"""Validation loss over training."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -8,62 +7,73 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from coe_megatron.study.plan.names import joined
 from coe_megatron.study.report.comparison import Summary
-from coe_megatron.study.report.figures.style import (
-    GREY,
-    LITERAL,
-    LOSS_LABEL,
-    ArmStyle,
-    StudyFigure,
-    add_legend,
-    by_arm,
-    new_figure,
-    style_axes,
-)
+from coe_megatron.study.report.figures.descriptions import loss_ranking
+from coe_megatron.study.report.figures.panels import facet_grid, facets, plot_band
+from coe_megatron.study.report.figures.style import LOSS_LABEL, ArmStyle, StudyFigure, by_arm, printed
 from coe_megatron.study.report.results import Result
 
 _Amount: TypeAlias = Callable[[Result, Mapping[str, Any]], float]  # of a run at an evaluation
+_AMOUNTS: Mapping[str, tuple[str, _Amount]] = {
+    "steps": ("", lambda result, line: line["step"]),
+    "tokens (without padding)": ("", lambda result, line: line["tokens"]),
+    "training FLOPs": ("", lambda result, line: _fraction_done(result, line) * result.arm.flops),
+    "time in steps": ("s", lambda result, line: _fraction_done(result, line) * result.seconds),
+}
 
 
-def loss_curves(results: Sequence[Result], styles: Mapping[str, ArmStyle]) -> StudyFigure:
-    """Loss against steps, tokens, FLOPs and time."""
-    amounts: dict[str, tuple[str, _Amount]] = {
-        "steps": ("", lambda result, line: line["step"]),
-        "tokens (without padding)": ("", lambda result, line: line["tokens"]),
-        "training FLOPs": ("", lambda result, line: _fraction_done(result, line) * result.arm.flops),
-        "time in steps": ("s", lambda result, line: _fraction_done(result, line) * result.seconds),
-    }
-    figure, grid = new_figure(2, 2, height=6.2)
-    for axes, (title, (unit, amount)) in zip(grid.flat, amounts.items(), strict=True):
-        style_axes(axes)
-        for name, runs in by_arm(results):
-            lines = _common_steps([result.evaluations for result in runs])
-            losses = np.array([[line["valid_loss"] for line in some] for some in lines])
-            at = np.array([[amount(result, line) for line in some] for result, some in zip(runs, lines, strict=True)])
-            style, every = styles[name], math.ceil(losses.shape[1] / 8)
-            axes.plot(at.mean(0), losses.mean(0), **style.drawn, markevery=every)
-            axes.fill_between(at.mean(0), losses.min(0), losses.max(0), color=style.colour, alpha=0.15, linewidth=0)
-        axes.set_xlabel(title)
-        axes.xaxis.set_major_formatter(EngFormatter(unit))
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        _start_at_first_quarter(axes, results, amount)
-    for axes in grid[:, 0]:
-        axes.set_ylabel(LOSS_LABEL)
-    add_legend(figure, grid[0, 0], styles)
+@printed
+def loss_curves(results: Sequence[Result], summaries: Sequence[Summary], styles: Mapping[str, ArmStyle]) -> StudyFigure:
+    """Loss against steps, tokens, FLOPs and time; quantities that are proportional to an earlier one are left out."""
+    amounts, proportional = _different_amounts(results)
+    runs, labels = dict(by_arm(results)), {name: style.label for name, style in styles.items()}
+    grid = facet_grid(facets(list(runs), styles), labels, len(amounts))
+    for part in grid.parts:
+        for axes, (title, (unit, amount)) in zip(part.axes, amounts.items(), strict=True):
+            for name in part.names:
+                _plot_runs(axes, runs[name], amount, styles[name])
+            axes.set_xlabel(title)
+            axes.xaxis.set_major_formatter(EngFormatter(unit))
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+            _start_at_first_quarter(axes, results, amount)
+        part.part.supylabel(LOSS_LABEL, fontsize="medium")
+    grid.finish(labels)
+    left_out = f" {' and '.join(proportional).capitalize()} are proportional to one of these." if proportional else ""
     return StudyFigure(
         "loss-curves",
-        "Validation loss against steps, tokens, FLOPs and time, from a quarter of the steps on. Lines are means over "
-        "seeds, bands range from the lowest to the highest seed. Time is wall-clock time in steps.",
-        figure,
+        f"Validation loss against {', '.join(amounts)}, from a quarter of the steps on.{left_out} Lines are means over "
+        "seeds, bands their 95 % confidence intervals, cut where they leave the axes. Time is wall-clock time.",
+        f"Curves of validation loss that fall during training. {loss_ranking(summaries, labels)}",
+        grid.figure,
     )
+
+
+def _different_amounts(results: Sequence[Result]) -> tuple[dict[str, tuple[str, _Amount]], list[str]]:
+    """The amounts, and names of those that are proportional to an earlier one in all runs."""
+    kept: dict[str, np.ndarray] = {}
+    dropped = []
+    for name, (_, amount) in _AMOUNTS.items():
+        values = np.array([amount(result, line) for result in results for line in result.evaluations], dtype=float)
+        scaled = values / values.max()
+        if any(np.allclose(scaled, other, rtol=1e-6) for other in kept.values()):
+            dropped.append(name)
+        else:
+            kept[name] = scaled
+    return {name: _AMOUNTS[name] for name in kept}, dropped
+
+
+def _plot_runs(axes: Axes, runs: Sequence[Result], amount: _Amount, style: ArmStyle) -> None:
+    lines = common_steps([result.evaluations for result in runs])
+    losses = np.array([[line["valid_loss"] for line in some] for some in lines], dtype=float)
+    at = np.array([[amount(result, line) for line in some] for result, some in zip(runs, lines, strict=True)])
+    plot_band(axes, at.mean(0), losses, style)
 
 
 def _fraction_done(result: Result, line: Mapping[str, Any]) -> float:
     return line["step"] / result.run.config.training.steps
 
 
-def _common_steps(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[Mapping[str, Any]]]:
+def common_steps(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[Mapping[str, Any]]]:
     """The lines at steps that all runs have."""
     steps = set.intersection(*({line["step"] for line in lines} for lines in runs))
     return [[line for line in lines if line["step"] in steps] for lines in runs]
@@ -77,30 +87,4 @@ def _start_at_first_quarter(axes: Axes, results: Sequence[Result], amount: _Amou
     losses, at = [line["valid_loss"] for _, line in later], [amount(result, line) for result, line in later]
     margin = 0.05 * (max(losses) - min(losses)) or 0.1
     axes.set_ylim(min(losses) - margin, max(losses) + margin)
-    axes.set_xlim(left=min(at) - 0.03 * max(at))
-
-
-def gains(summaries: Sequence[Summary], styles: Mapping[str, ArmStyle], baseline: str) -> StudyFigure:
-    """The gain of every arm over the baseline."""
-    shown = [summary for summary in summaries if summary.gain is not None]
-    figure, grid = new_figure(height=1.2 + 0.38 * len(shown))
-    axes: Axes = grid[0, 0]
-    style_axes(axes)
-    base = next(summary for summary in summaries if summary.arm.arm.name == baseline)
-    for row, summary in enumerate(shown):
-        style = styles[summary.arm.arm.name]
-        seeds = [base.losses[seed] - loss for seed, loss in summary.losses.items() if seed in base.losses]
-        axes.plot(seeds, [row] * len(seeds), "|", color=style.colour, markersize=9)
-        axes.plot([summary.gain or 0.0], [row], **style.marked, markersize=7)
-        if summary.interval is not None:
-            axes.plot(summary.interval, [row, row], color=style.colour, linewidth=1.4)
-    axes.axvline(0, color=GREY, linewidth=1)
-    axes.set_yticks(range(len(shown)), [styles[summary.arm.arm.name].label for summary in shown], **LITERAL)
-    axes.set_ylim(len(shown) - 0.5, -0.5)
-    axes.set_xlabel("gain in validation loss (nats per token)")
-    return StudyFigure(
-        "gains",
-        f"Gain over the baseline, {joined(base.arm.arm.labels)}: each seed (strokes), the mean (marks), and its 95 % "
-        "confidence interval (lines). Right of 0 is better.",
-        figure,
-    )
+    axes.set_xlim(min(at) - 0.03 * max(at), 1.03 * max(at))

@@ -1,94 +1,135 @@
-"""Final loss against the settings that a study varies."""
+"""Final loss against the numbers that a study varies."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import groupby
-from typing import Any
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
+from coe_megatron.study.plan.names import text_of
 from coe_megatron.study.report.comparison import Summary
+from coe_megatron.study.report.figures.descriptions import ranking
+from coe_megatron.study.report.figures.panels import MAX_ARMS, Facet, FacetGrid, facet_grid, plot_mean
 from coe_megatron.study.report.figures.style import (
-    GREY,
+    DOUBLE,
     LOSS_LABEL,
+    SINGLE,
     ArmStyle,
     StudyFigure,
-    add_legend,
-    new_figure,
-    plot_with_range,
-    style_axes,
+    numbered_style,
+    printed,
+    text_width,
+    unique_labels,
 )
+from coe_megatron.study.report.figures.varied import Amount, Series, amounts
 
-_SCALED: dict[str, tuple[str, Callable[[Any], float]]] = {
-    "iterations": ("C, iterations", lambda config: config.chain.iterations),
-    "choices": ("K, experts per token and iteration", lambda config: config.moe.topk),
-    "experts": ("N, routed experts", lambda config: config.moe.num_experts),
-    "layers": ("L, layers", lambda config: config.model.num_layers),
-    "steps": ("steps", lambda config: config.training.steps),
-    "learning-rate": ("learning rate", lambda config: config.optimizer.lr),
+_KNOWN = {
+    "chain.iterations": ("iterations", "C, iterations"),
+    "moe.topk": ("choices", "K, experts per token and iteration"),
+    "moe.num_experts": ("experts", "N, routed experts"),
+    "model.num_layers": ("layers", "L, layers"),
+    "model.hidden_size": ("hidden", "hidden size"),
+    "moe.ffn_hidden_size": ("expert-width", "hidden size of an expert"),
+    "training.steps": ("steps", "steps"),
+    "optimizer.lr": ("learning-rate", "learning rate"),
 }
-_MIN_VALUES = {"learning-rate": 3}  # values; two may belong to two norm placements instead of a separate axis
+_LOG_RANGE = 3  # largest over smallest amount, from which on an axis is logarithmic
+_MAX_TIED = 3  # settings in a caption
 
 
-def scaling(summaries: Sequence[Summary], styles: Mapping[str, ArmStyle]) -> Iterator[StudyFigure]:
-    """Final loss against C, K, N, L, steps or learning rate, if an axis of the study varies it."""
+def scaling(
+    summaries: Sequence[Summary], axis: str, consequences: Collection[str] = (), seen: Collection[str] = ()
+) -> Iterator[StudyFigure]:
+    """Final loss against each number of an axis (`varied.amounts`).
+
+    Args:
+        seen: names of figures that there are already.
+    """
     known = [summary for summary in summaries if summary.mean is not None]
-    for name, (title, value) in _SCALED.items():
-        groups = [
-            group
-            for group in _differing_in_one_axis(known)
-            if len(_distinct_values(group, value)) >= _MIN_VALUES.get(name, 2)
-        ]
-        if groups:
-            shown = [summary for summary in known if any(summary in group for group in groups)]
-            yield _scaling_figure(f"scaling-{name}", title, value, shown, groups, styles)
+    for amount in amounts(known, axis, consequences) if known else ():
+        if figure_name(amount.setting) not in seen and len(amount.values) > 1:
+            yield _scaling_figure(amount)
 
 
-def _scaling_figure(
-    name: str,
-    title: str,
-    value: Callable[[Any], float],
-    shown: Sequence[Summary],
-    groups: Sequence[Sequence[Summary]],
-    styles: Mapping[str, ArmStyle],
-) -> StudyFigure:
-    figure, grid = new_figure()
-    axes: Axes = grid[0, 0]
-    style_axes(axes)
-    for summary in shown:
-        plot_with_range(axes, value(summary.arm.arm.config), summary, styles[summary.arm.arm.name])
-    for group in groups:
-        if len(_distinct_values(group, value)) == len(
-            group
-        ):  # otherwise two arms have the same value, and no line is right
-            line = sorted((value(summary.arm.arm.config), summary.mean or 0.0) for summary in group)
-            axes.plot(*zip(*line, strict=True), color=GREY, linewidth=0.8, zorder=1)
-    ticks = _distinct_values(shown, value)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel(title)
-    axes.set_ylabel(LOSS_LABEL)
-    add_legend(figure, axes, styles)
+def figure_name(setting: str) -> str:
+    """Name of the figure of a setting."""
+    return "scaling-" + (_KNOWN[setting][0] if setting in _KNOWN else re.sub(r"\W+", "-", setting))
+
+
+@printed
+def _scaling_figure(amount: Amount) -> StudyFigure:
+    title = _KNOWN.get(amount.setting, ("", amount.setting))[1]
+    labels = dict(enumerate(unique_labels([each.label or "all arms" for each in amount.series])))
+    named = {str(number): label for number, label in labels.items()}
+    styles = [numbered_style(number, number // 7, str(number), labels[number], {}) for number in labels]
+    grid = _grid(list(named), named)
+    for part in grid.parts:
+        (axes,) = part.axes
+        for name in part.names:
+            _plot_series(axes, amount.series[int(name)], styles[int(name)])
+        _set_amounts(axes, amount.values, grid.figure.get_figwidth())
+        axes.set_xlabel(title)
+        axes.set_ylabel(LOSS_LABEL)
+    grid.finish(named)
+    said = {f"{labels[number]} at {value:g}": each.mean or 0.0 for number, value, each in _points(amount)}
     return StudyFigure(
-        name,
-        f"Final validation loss against {title}. Marks are means over seeds, bars range from the lowest to the highest "
-        "seed. Lines join arms that differ in only one axis of the study, which may change other settings too.",
-        figure,
+        figure_name(amount.setting),
+        f"Final validation loss against {title}. Marks are means over seeds, bars their 95 % confidence intervals. "
+        f"Lines join arms that differ in {'this axis of the study' if amount.tied else 'nothing else'}.{_tied(amount)}",
+        f"Mean final validation loss by {title}. {ranking(said, '.4f', 'nats per token')}",
+        grid.figure,
     )
 
 
-def _differing_in_one_axis(summaries: Sequence[Summary]) -> Iterator[list[Summary]]:
-    """For every axis, the groups of arms with the same labels on all other axes."""
-    for axis in summaries[0].arm.arm.labels if summaries else ():
-
-        def others(summary: Summary, axis: str = axis) -> tuple[str, ...]:
-            return tuple(label for name, label in summary.arm.arm.labels.items() if name != axis)
-
-        for _, group in groupby(sorted(summaries, key=others), key=others):
-            yield list(group)
+def _grid(names: Sequence[str], labels: Mapping[str, str]) -> FacetGrid:
+    size = math.ceil(len(names) / math.ceil(len(names) / MAX_ARMS))
+    groups = [Facet("", names[start : start + size]) for start in range(0, len(names), size)]
+    narrow = max(map(text_width, labels.values())) < SINGLE / 2
+    return facet_grid(groups, labels, height=2.2, width=SINGLE if narrow else DOUBLE)
 
 
-def _distinct_values(summaries: Sequence[Summary], value: Callable[[Any], float]) -> list[float]:
-    """Distinct values in ascending order."""
-    return sorted({value(summary.arm.arm.config) for summary in summaries})
+def _points(amount: Amount) -> Iterator[tuple[int, float, Summary]]:
+    for number, series in enumerate(amount.series):
+        for value, summary in series.points:
+            yield number, value, summary
+
+
+def _plot_series(axes: Axes, series: Series, style: ArmStyle) -> None:
+    line = style.dash if series.joined else ""
+    axes.plot(
+        [value for value, _ in series.points],
+        [summary.mean or 0.0 for _, summary in series.points],
+        **style.drawn | {"linestyle": line},
+    )
+    for value, summary in series.points:
+        plot_mean(axes, value, summary.losses.values(), style)
+
+
+def _set_amounts(axes: Axes, values: Sequence[float], width: float) -> None:
+    """A logarithmic scale for a wide range, and ticks at amounts as far as their labels have space.
+
+    Args:
+        width: of the figure, in inches.
+    """
+    if values[0] > 0 and values[-1] >= _LOG_RANGE * values[0]:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_minor_locator(NullLocator())
+        at = [math.log(value / values[0]) / math.log(values[-1] / values[0]) for value in values]
+    else:
+        at = [(value - values[0]) / (values[-1] - values[0]) for value in values]
+    kept: list[int] = []
+    for index, place in enumerate(at):
+        space = 0.65 * width * (place - at[kept[-1]]) if kept else math.inf
+        if space > text_width(f"{values[index]:g}") + 0.1:
+            kept.append(index)
+    axes.set_xticks([values[index] for index in kept], [f"{values[index]:,g}" for index in kept])
+
+
+def _tied(amount: Amount) -> str:
+    """What changes along the lines besides the amount."""
+    if not amount.tied:
+        return ""
+    listed = [f"{key} ({', '.join(map(text_of, values))})" for key, values in list(amount.tied.items())[:_MAX_TIED]]
+    more = f" and {len(amount.tied) - _MAX_TIED} more settings" if len(amount.tied) > _MAX_TIED else ""
+    return f" Along them also change {', '.join(listed)}{more}."

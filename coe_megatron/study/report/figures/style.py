@@ -1,37 +1,64 @@
-"""The style of all figures: a colour, mark and dash for each arm, axes, legends."""
+"""The style of all figures: sizes for print, a colour, mark and dash for each arm, axes, panel letters, legends."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-import numpy as np
+import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import text_to_path
 
 from coe_megatron.study.plan.names import shortened
 from coe_megatron.study.report.comparison import Summary
 from coe_megatron.study.report.results import Result
 
+SINGLE, DOUBLE = 3.35, 6.9  # widths of one and of two columns of a printed page, in inches
+TEXT, SMALL = 8, 7  # sizes of text in points
+ROW = 0.19  # height of a row of labels, in inches
+PRINT: dict[Any, Any] = {
+    "font.size": TEXT,
+    "axes.titlesize": TEXT,
+    "axes.labelsize": TEXT,
+    "figure.titlesize": TEXT,
+    "legend.fontsize": SMALL,
+    "xtick.labelsize": SMALL,
+    "ytick.labelsize": SMALL,
+    "axes.linewidth": 0.6,
+    "lines.markersize": 4.5,
+    "hatch.linewidth": 0.6,
+}
+printed = matplotlib.rc_context(PRINT)  # decorates the functions that make figures
 # Okabe and Ito's colour-blind-safe palette, without yellow, which is lost in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 # Without colour, marks replace colours, and the fill of marks replaces dashes.
 _MARKS, _DASHES, _FILLS = "osD^vP*", ("-", "--", ":", "-."), ("full", "none", "left", "bottom")
 HATCHES = ("", "//", "..", "\\\\", "xx", "--")  # replace colours of bars
 GREY = "#666666"
-_MAX_LABEL = 36  # columns
-LITERAL = {"parse_math": False}  # $ in a label does not start a TeX formula
+_MAX_LABEL, _MAX_WIDTH = 36, 2.3  # columns; inches
+_HANDLE = 0.55  # inches of a legend's line and its spaces
+LITERAL: dict[str, Any] = {"parse_math": False}  # $ in a label does not start a TeX formula
 MIB = 2**20
 LOSS_LABEL = "validation loss (nats per token)"
 
 
 @dataclass(frozen=True)
 class ArmStyle:
-    """The style of an arm in all figures; `label` is its title, shortened and unique."""
+    """The style of an arm in all figures.
+
+    Attributes:
+        name: name of the arm.
+        label: its title, shortened and unique.
+        labels: its label on each axis of the study.
+    """
 
     name: str
     label: str
+    labels: Mapping[str, str]
     colour: str
     mark: str
     dash: str
@@ -40,25 +67,27 @@ class ArmStyle:
     @property
     def marked(self) -> dict[str, Any]:
         """Arguments of matplotlib for its marks."""
-        return {"color": self.colour, "marker": self.mark, "fillstyle": self.fill, "markeredgewidth": 1}
+        return {"color": self.colour, "marker": self.mark, "fillstyle": self.fill, "markeredgewidth": 0.8}
 
     @property
     def drawn(self) -> dict[str, Any]:
         """Arguments of matplotlib for its lines."""
-        return {**self.marked, "linestyle": self.dash, "linewidth": 1.4, "markersize": 4.5, "label": self.name}
+        return {**self.marked, "linestyle": self.dash, "linewidth": 1.1, "markersize": 3.5, "label": self.name}
 
 
 @dataclass(frozen=True)
 class StudyFigure:
-    """A figure and its caption.
+    """A figure and its texts.
 
     Attributes:
         name: name of its files.
         caption: what the figure shows, and how to read it.
+        alt: what its data say, with numbers, for readers who do not see it.
     """
 
     name: str
     caption: str
+    alt: str
     figure: Figure
 
 
@@ -73,22 +102,43 @@ def arm_styles(summaries: Sequence[Summary]) -> Mapping[str, ArmStyle]:
     rest = list(dict.fromkeys(key[1:] for key in keys))
     by_axis = len(first) <= len(COLOURS) and len(rest) <= len(_DASHES)
     styles = {}
-    labels = _labels([arm.title for arm in arms])
+    labels = unique_labels([arm.title for arm in arms])
     for number, (arm, key) in enumerate(zip(arms, keys, strict=True)):
         at, other = (first.index(key[0]), rest.index(key[1:])) if by_axis else (number, number // len(COLOURS))
-        at, other = at % len(COLOURS), other % len(_DASHES)
-        styles[arm.name] = ArmStyle(arm.name, labels[number], COLOURS[at], _MARKS[at], _DASHES[other], _FILLS[other])
+        styles[arm.name] = numbered_style(at, other, arm.name, labels[number], arm.labels)
     return styles
+
+
+def numbered_style(at: int, other: int, name: str, label: str, labels: Mapping[str, str]) -> ArmStyle:
+    """The style with a number for colour and mark, and another for dash and fill; both start again at their ends."""
+    at, other = at % len(COLOURS), other % len(_DASHES)
+    return ArmStyle(name, label, labels, COLOURS[at], _MARKS[at], _DASHES[other], _FILLS[other])
 
 
 def is_truncated(title: str) -> bool:
     """Whether figures truncate a title."""
-    return shortened(title, _MAX_LABEL) != title
+    return short_label(title) != title
 
 
-def _labels(titles: Sequence[str]) -> list[str]:
-    """Titles truncated for figures; if two become the same, the arm's number is appended."""
-    short = [shortened(title, _MAX_LABEL) for title in titles]
+def short_label(title: str) -> str:
+    """A title truncated to the columns and the width that figures have for it."""
+    columns, label = _MAX_LABEL, shortened(title, _MAX_LABEL)
+    while text_width(label) > _MAX_WIDTH:
+        columns -= 1
+        label = shortened(title, columns)
+    return label
+
+
+def text_width(text: str) -> float:
+    """Width of small text in inches."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        return text_to_path.get_text_width_height_descent(text, FontProperties(size=SMALL), False)[0] / 72
+
+
+def unique_labels(titles: Sequence[str]) -> list[str]:
+    """Titles truncated for figures; if two become the same, the number of the arm is appended."""
+    short = [short_label(title) for title in titles]
     return [f"{each} ({number})" if short.count(each) > 1 else each for number, each in enumerate(short, 1)]
 
 
@@ -98,33 +148,49 @@ def by_arm(results: Sequence[Result]) -> Iterator[tuple[str, list[Result]]]:
         yield name, list(group)
 
 
-def new_figure(rows: int = 1, columns: int = 1, width: float = 7.0, height: float = 4.2) -> tuple[Figure, np.ndarray]:
-    """A figure with a grid of axes [rows, columns], sizes in inches."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
 def style_axes(axes: Axes) -> None:
     """Remove the frame at the top and right, and add a light grid."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#dddddd", linewidth=0.5)
     axes.set_axisbelow(True)
+    axes.tick_params(labelsize=SMALL, width=0.6, length=2.5)
 
 
-def add_legend(figure: Figure, axes: Axes, styles: Mapping[str, ArmStyle]) -> None:
-    """Add a legend below the figure, and increase the figure's height for it."""
+def add_letters(panels: Sequence[Axes]) -> None:
+    """Put (a), (b), ... before the titles of several panels."""
+    if len(panels) > 1:
+        for number, axes in enumerate(panels):
+            title = f"({_letter(number)}) {axes.get_title(loc='left')}".strip()
+            axes.set_title(title, loc="left", fontsize=TEXT, **LITERAL)
+
+
+def _letter(number: int) -> str:
+    """a to z, then aa, ab, ..."""
+    return (chr(96 + number // 26) if number >= 26 else "") + chr(97 + number % 26)
+
+
+def legend_rows(labels: Iterable[str], width: float) -> tuple[int, int]:
+    """Columns and rows of a legend of that width in inches."""
+    labels = list(labels)
+    columns = max(1, min(len(labels), int(width / (max(map(text_width, labels)) + _HANDLE))))
+    return columns, math.ceil(len(labels) / columns)
+
+
+def add_legend(figure: FigureBase, axes: Axes, labels: Mapping[str, str], width: float) -> None:
+    """Add a legend below a figure, or a part of it with that width; `labels` has what to call each line's name."""
     handles, names = axes.get_legend_handles_labels()
-    labels = [styles[name].label for name in names]
-    across = max(1, min(len(labels), int(figure.get_figwidth() * 12 / (max(map(len, labels)) + 5))))
-    figure.set_figheight(figure.get_figheight() + 0.22 * math.ceil(len(labels) / across))
+    shown = [labels[name] for name in names]
+    columns, _ = legend_rows(shown, width)
     # Pass names first, since matplotlib ignores labels that start with _.
-    made = figure.legend(handles, names, loc="outside lower center", ncols=across, frameon=False, handlelength=3)
-    for text, label in zip(made.get_texts(), labels, strict=True):
+    made = figure.legend(
+        handles,
+        names,
+        loc="outside lower center",
+        ncols=columns,
+        frameon=False,
+        handlelength=2.8,
+        columnspacing=1,
+        fontsize=SMALL,
+    )
+    for text, label in zip(made.get_texts(), shown, strict=True):
         text.set(text=label, **LITERAL)
-
-
-def plot_with_range(axes: Axes, at: float, summary: Summary, style: ArmStyle) -> None:
-    """Plot a mark at the mean over seeds, and a bar from the lowest to the highest."""
-    losses, middle = list(summary.losses.values()), summary.mean or 0.0
-    bar = [[middle - min(losses)], [max(losses) - middle]]
-    axes.errorbar(at, middle, bar, **style.marked, linestyle="", label=style.name, capsize=3)
