@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from coe_megatron.files import write_atomically
-from coe_megatron.study.report.figures.style import COLOURS, LITERAL, new_figure, style_axes
+from coe_megatron.study.report.figures.style import COLOURS, LITERAL, style_axes
 
 PAGE = "report.md"
 _GIB = 2**30
@@ -165,10 +166,11 @@ def _draw_kernels(axes: Axes, found: Results) -> None:
 def _drawn(name: str, draw: Callable[[Axes, Results], None], results: Results, folder: Path) -> str:
     """Write a figure of horizontal bars, first on top; returns its line of the page."""
     bars = min(len(results["heaviest"]), _SHOWN) if "heaviest" in results else len(results)
-    figure, grid = new_figure(width=8.0, height=1.2 + 0.3 * bars)
-    draw(grid[0, 0], results)
-    style_axes(grid[0, 0])
-    grid[0, 0].set_ylim(bars - 0.4, -0.6)
+    figure = Figure(figsize=(8.0, 1.2 + 0.3 * bars), layout="constrained")
+    axes = figure.subplots()
+    draw(axes, results)
+    style_axes(axes)
+    axes.set_ylim(bars - 0.4, -0.6)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
     write_atomically(folder / f"{name}.png", image.getvalue())
