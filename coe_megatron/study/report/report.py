@@ -140,7 +140,9 @@ def as_markdown(
             answer_groups(finished),
         ]
         memory = peak_memory(results)
-        solved = [study.settings.budget.solve] if study.settings.budget else []
+        settings = study.settings
+        solved = [settings.budget.solve] if settings.budget else []
+        solved += [settings.tune.setting] if settings.tune else []
         at_memory = equal_memory(summaries, memory, solved, study.settings.margin)
         parts += [speedup(plan, finished, at_memory), loss_at_equal_memory(summaries, at_memory)]
         parts += ["## Memory by component", memory_by_component(plan, memory)]
