@@ -87,6 +87,25 @@ def test_recomputing_changes_no_report(mode: Recompute, gating: Gating) -> None:
     assert recomputed == plain and plain[0].dropped > 0
 
 
+@pytest.mark.parametrize("recompute", ["none", "iteration"])
+def test_streams_report_what_the_plain_chain_does_as_long_as_they_do_it(recompute: Recompute) -> None:
+    _, streams = pair(ChainSettings(3, streams=2), recompute, **SHARED)
+    _, layer = pair(ChainSettings(3), **SHARED)
+    for t, weights in enumerate(streams.mlp.variants.stream_weights):
+        read = torch.eye(2)[t % 2]
+        weights.data.copy_(torch.cat([read, torch.ones(2), torch.eye(2).flatten()]))
+    layer.load_state_dict({name: value for name, value in streams.state_dict().items() if "stream" not in name})
+    assert detailed_step(streams, two_batches()) == detailed_step(layer, two_batches())
+
+
+def test_increments_in_a_latent_space_are_compared_there() -> None:
+    _, layer = pair(ChainSettings(2, latent=8), **SHARED)
+    first, second = detailed_step(layer, two_batches())
+    assert first.increment_cosines is None and first.single_scale is None
+    assert second.increment_cosines is not None and -1 <= second.increment_cosines[0] <= 1
+    assert second.single_scale is not None and 0 < second.single_scale < 1
+
+
 def test_an_expert_that_no_router_wants_is_dead() -> None:
     oracle, layer = pair(ChainSettings(2))
     h_BSD, padding_BS = two_batches()[0]
