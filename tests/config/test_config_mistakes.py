@@ -198,6 +198,7 @@ OVERRIDES: list[tuple[str, str]] = [
         "profile.ranks is [4]: the run has ranks 0 to 3",
     ),
     ("training.warm_start=runs/mistakes", "training.warm_start is runs/mistakes: it must name another run than output"),
+    ("training.branch_from=runs/mistakes", "training.branch_from is runs/mistakes: it must name another run than"),
     ("data.reset_at_documents=true", "data.reset_at_documents is true: it requires data.samples packed"),
     ("data.blend=[]", "data.blend is []: it must name at least one folder, or be null"),
     ("data.validation={a/b: x}", "data.validation has the name 'a/b': a name is text on one line without slashes"),
