@@ -20,7 +20,7 @@ from coe_megatron.files import problem, require_replaceable, user_path, write_at
 from coe_megatron.launcher.torchrun_supervisor import Requests
 from coe_megatron.run.exit_status import ExitStatus
 from coe_megatron.run.status import table
-from coe_megatron.study.plan.arms import Run
+from coe_megatron.study.plan.arms import Run, largest_arms
 from coe_megatron.study.plan.cost_table import Plan, make_plan
 from coe_megatron.study.plan.names import listed
 from coe_megatron.study.plan.tuning import TuningCurve
@@ -95,6 +95,9 @@ def make_parser() -> Parser:
         command.add_argument("--seed", type=int, metavar="SEED", help="only this seed")
         at_once = "largest number of runs at the same time (default: one per GPU, one without GPUs; submit: no limit)"
         command.add_argument("--at-once", type=whole_number, metavar="N", help=at_once)
+    smaller = "only the widths of a ladder that the law is fitted to, so that the largest can be registered"
+    for command in (run, submit):
+        command.add_argument("--before-largest", action="store_true", help=smaller)
     run.add_argument("--devices", metavar="0,1", help="the GPUs to use (default: CUDA_VISIBLE_DEVICES, else all)")
     shared = "runs that share a GPU at a time: small models do not fill one (default: 1)"
     run.add_argument("--per-device", type=whole_number, default=1, metavar="N", help=shared)
@@ -214,8 +217,11 @@ def _open_tuning(plan: Plan, options: argparse.Namespace) -> list[Run]:
 def _open_runs(plan: Plan, options: argparse.Namespace) -> list[Run]:
     """The unfinished runs of the comparison among those selected by the options; prints how many there are."""
     _check_selection(plan, options)
+    skipped = largest_arms(plan.study) if options.before_largest else set()
     selected = [
-        each for each in plan.ready_runs if options.only in (None, each.arm) and options.seed in (None, each.seed)
+        each
+        for each in plan.ready_runs
+        if options.only in (None, each.arm) and options.seed in (None, each.seed) and each.arm not in skipped
     ]
     open_runs = [each for each in seed_by_seed(selected) if not is_finished(each)]
     total = len(selected)
@@ -233,6 +239,8 @@ def _check_selection(plan: Plan, options: argparse.Namespace) -> None:
     )
     if options.only is not None and options.only not in arms:
         raise ConfigError(f"--only is {options.only}: it must be an arm, one of {listed(arms)}")
+    if options.before_largest and settings.ladder is None:
+        raise ConfigError("--before-largest: the study has no ladder")
     if options.seed is not None and options.seed not in seeds:
         raise ConfigError(f"--seed is {options.seed}: it must be one of {listed(map(str, seeds))}")
 

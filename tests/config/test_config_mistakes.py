@@ -207,6 +207,7 @@ OVERRIDES: list[tuple[str, str]] = [
         "profile.ranks is [4]: the run has ranks 0 to 3",
     ),
     ("training.warm_start=runs/mistakes", "training.warm_start is runs/mistakes: it must name another run than output"),
+    ("training.branch_from=runs/mistakes", "training.branch_from is runs/mistakes: it must name another run than"),
     ("data.reset_at_documents=true", "data.reset_at_documents is true: it requires data.samples packed"),
     (
         "data.samples=packed & data.answer_tokens=1",

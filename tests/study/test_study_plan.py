@@ -23,7 +23,8 @@ from coe_megatron.study.plan.study_file import read_study
 Write = Callable[..., Path]
 STUDIES = ROOT / "configs" / "studies"
 FILES = sorted(path for path in STUDIES.rglob("*.yaml") if path.stem not in {"common", "topologies", "claims"})
-NAMES = {path.stem for path in FILES if not path.stem.startswith(("upcycling", "hops"))}  # of the paper, in both sizes
+OTHERS = ("upcycling", "hops", "ladder", "controls")  # the rest are of the paper, in both sizes
+NAMES = {path.stem for path in FILES if not path.stem.startswith(OTHERS)}
 NORM_PLACEMENTS = {"reference", "prenorm", "iteration_norm"}
 # Arms of studies, and the configs of single arms that are the same models.
 SINGLE = {
@@ -54,8 +55,8 @@ def test_every_study_of_the_project_plans(path: Path) -> None:
     if path.stem in NAMES - {"search"}:
         assert {arm.labels["norm_placement"] for arm in plan.study.arms} == NORM_PLACEMENTS
     assert not any(arm.too_large for arm in plan.arms)
-    rough = path.parent.name == "cpu" and path.stem == "learning-rate"  # a rate is chosen with one seed
-    assert len(plan.study.settings.seeds) == (1 if rough else 3)
+    fewer = {"learning-rate": 1, "ladder-rate": 1, "ladder": 2} if path.parent.name == "cpu" else {}
+    assert len(plan.study.settings.seeds) == fewer.get(path.stem, 3)
     if path.parent.name == "cpu":
         assert max(arm.seconds.total for arm in plan.arms if arm.seconds) <= 600
     trainings = [arm.config.training for arm in plan.study.arms]
@@ -106,6 +107,17 @@ def test_a_row_says_what_the_dry_run_says(study_file: Write) -> None:
         assert arm.flops == 100 * said.tokens_per_step * said.flops_per_token.total
         assert arm.expert_flops < arm.flops
     assert plan.device_seconds == pytest.approx(2 * sum(arm.seconds.total for arm in plan.arms if arm.seconds))
+
+
+def test_the_plan_names_the_baselines(study_file: Write) -> None:
+    skip = {"where": {"design": "MoE(4/8)", "norm_placement": "iteration_norm"}, "reason": "it is prenorm"}
+    depth = {"model.num_layers": [1, 2]}
+    axes = read_study(study_file()).axes | {"depth": depth}
+    skips = [skip | {"use": {"norm_placement": "prenorm"}}]
+    table = make_plan(study_file(axes=axes, skip=skips, baseline={"design": "MoE(4/8)"})).table()
+    assert "* 2 baselines: an arm is compared with the one of its norm_placement, depth" in table
+    assert "coe-2-2-8_iteration-norm_1 is compared with moe-4-8_prenorm_1" in table
+    assert table.count(" is compared with moe") == 2 and "moe-4-8_prenorm_2*" in table
 
 
 @pytest.mark.thorough

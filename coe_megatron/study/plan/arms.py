@@ -20,7 +20,7 @@ from coe_megatron.config.change import with_setting
 from coe_megatron.config.load import read_all, resolve
 from coe_megatron.errors import ConfigError
 from coe_megatron.study.plan.axes import Axes, Labels, baselines, check_labels, crossed, matching_skip, named, read_axes
-from coe_megatron.study.plan.ladder import Rule, settings_of
+from coe_megatron.study.plan.ladder import WIDTH, Rule, label_of, settings_of
 from coe_megatron.study.plan.names import title
 from coe_megatron.study.plan.study_file import RunSeed, StudySettings
 from coe_megatron.text import shortened
@@ -147,6 +147,13 @@ class Study:
         """An arm with one more setting; raises as `make_study`."""
         overrides = (*arm.overrides, override(key, value))
         return replace(arm, config=_resolve(self.settings, self.base, arm.name, overrides), overrides=overrides)
+
+
+def largest_arms(study: Study) -> set[str]:
+    """Names of the arms of a ladder's largest width; empty without a ladder."""
+    if (ladder := study.settings.ladder) is None:
+        return set()
+    return {arm.name for arm in study.arms if arm.labels[WIDTH] == label_of(ladder.widths[-1])}
 
 
 def make_study(settings: StudySettings, overrides: Sequence[str] = ()) -> Study:

@@ -138,14 +138,19 @@ class Plan:
         return "\n".join([*lines, "", *self._memory(), "", *map(one_line, notes)])
 
     def _baselines(self) -> list[str]:
-        """A line per baseline; with several, it lists the arms that are compared with it."""
-        compared: dict[str, list[str]] = {arm.name: [] for arm in self.study.arms if arm.is_baseline}
-        for arm in self.study.arms:
-            if not arm.is_baseline:
-                compared[arm.baseline].append(arm.name)
-        if len(compared) == 1:
-            return [f"* {self.study.baseline.name} is the baseline"]
-        return [f"* {name} is the baseline of {', '.join(arms) or 'no other arm'}" for name, arms in compared.items()]
+        """What the arms are compared with."""
+        study = self.study
+        baselines = [arm.name for arm in study.arms if arm.is_baseline]
+        if len(baselines) == 1:
+            return [f"* {baselines[0]} is the baseline"]
+        named = {axis for axis, label in study.settings.baseline.items() if label is not None}
+        shared = [axis for axis in study.arms[0].labels if axis not in named]
+        lines = [f"* {len(baselines)} baselines: an arm is compared with the one of its {', '.join(shared)}"]
+        for arm in study.arms:  # whose own baseline is skipped
+            baseline = study.arm(arm.baseline)
+            if any(arm.labels[axis] != baseline.labels[axis] for axis in shared):
+                lines.append(f"{arm.name} is compared with {arm.baseline}")
+        return lines
 
     def _memory(self) -> list[str]:
         """Rows of peak memory per rank, by component."""

@@ -140,7 +140,10 @@ class Rule:
     def parameters(self, width: int) -> int:
         """N of the base's model at a width: what a token uses without embeddings, each iteration counted."""
         config = with_settings(self.base, self.model(width))
-        outside, inside = sizes(RunShape.of(config, _ANY_VOCABULARY).model)
+        try:
+            outside, inside = sizes(RunShape.of(config, _ANY_VOCABULARY).model)
+        except ConfigError as error:
+            raise ConfigError(f"ladder.widths has {width}: {error}") from None
         return outside + config.chain.iterations * inside
 
     def batch(self, width: int) -> int:

@@ -20,8 +20,8 @@ from coe_megatron.errors import ConfigError
 from coe_megatron.files import kind_of, read_limited, require_replaceable, write_atomically
 from coe_megatron.parsing import JSON_BYTES, first_of, parse_json
 from coe_megatron.study.plan.amounts import Amounts
-from coe_megatron.study.plan.arms import Arm, Study
-from coe_megatron.study.plan.ladder import WIDTH, label_of, sizes
+from coe_megatron.study.plan.arms import Arm, Study, largest_arms
+from coe_megatron.study.plan.ladder import sizes
 from coe_megatron.study.plan.law import LawFit, Point, fit_law
 from coe_megatron.study.plan.past_runs import final_loss
 
@@ -85,10 +85,10 @@ class LadderRuns:
 
 def ladder_runs(study: Study) -> LadderRuns:
     """The points of a study with a ladder; `missing` are the folders of smaller runs that have no loss yet."""
-    fitted, predicted, missing, amounts = {}, {}, [], Amounts()
+    fitted, predicted, missing, amounts, largest = {}, {}, [], Amounts(), largest_arms(study)
     for arm in study.arms:
         point = _point(arm, amounts)
-        if _is_largest(study, arm):
+        if arm.name in largest:
             predicted[arm.name] = point
             continue
         for run in arm.runs(study.settings.run_seeds):
@@ -118,7 +118,7 @@ def register(study: Study) -> tuple[Path, Registration]:
     if kind_of(path, _FILE) is not None:
         raise ConfigError(f"{path} exists: this study is registered already")
     for arm in study.arms:
-        for run in arm.runs(study.settings.run_seeds) if _is_largest(study, arm) else []:
+        for run in arm.runs(study.settings.run_seeds) if arm.name in largest_arms(study) else []:
             if kind_of(Path(run.config.output), "the folder of a run") is not None:
                 raise ConfigError(f"{run.config.output} exists: the largest width must be registered before it runs")
     runs = ladder_runs(study)
@@ -196,11 +196,6 @@ def _first(now: Mapping[str, Any], then: Mapping[str, Any], of: str = "") -> str
         if then.get(key) != value:
             return f"{of}{key} is {value}, but {then.get(key)} is registered"
     return ""
-
-
-def _is_largest(study: Study, arm: Arm) -> bool:
-    assert study.settings.ladder is not None
-    return arm.labels[WIDTH] == label_of(study.settings.ladder.widths[-1])
 
 
 def _point(arm: Arm, amounts: Amounts) -> Point:

@@ -213,7 +213,8 @@ def _tuning(plan: Plan) -> list[str]:
 
 
 def _ladder(plan: Plan, summaries: Sequence[Summary]) -> list[str]:
-    if plan.study.settings.ladder is None:
+    ladder = plan.study.settings.ladder
+    if ladder is None or len(ladder.rate_factors) > 1:  # several learning rates per width test the rule instead
         return []
     registered = read_registration(plan.study)
     said, law = law_table(plan, registered)
