@@ -41,10 +41,9 @@ _DOTS = 200  # per inch of a PNG
 _SCREEN = 1.4  # size of figures on a screen, as a multiple of that in print
 _STYLE = f"""body {{ font: 16px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222 }}
 p, h1, h2, h3, h4 {{ overflow-wrap: anywhere }}
-table {{ border-collapse: collapse; font-size: 14px; display: block; max-width: 100%; overflow-x: auto }}
+table {{ border-collapse: collapse; font-size: 14px; display: block; margin: 1em 0; overflow-x: auto }}
 th, td {{ padding: .25em .7em; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top }}
-td {{ white-space: nowrap }}
-th:first-child, td:first-child {{ text-align: left; white-space: normal; min-width: 12em; overflow-wrap: anywhere }}
+th:first-child, td:first-child {{ text-align: left; min-width: 10em; overflow-wrap: anywhere }}
 figure {{ margin: 2em 0 }}
 figure img {{ width: calc(var(--width) * {_SCREEN}); max-width: 100%; height: auto }}
 figcaption {{ font-style: italic; max-width: 50em }}
@@ -55,7 +54,6 @@ h1, h2, h3, h4 {{ break-after: avoid }}
 table {{ display: table; width: 100%; font-size: 7pt }}
 tr, figure {{ break-inside: avoid }}
 th, td {{ padding: .15em .3em }}
-td {{ white-space: normal }}
 th:first-child, td:first-child {{ min-width: 6em }}
 figure img {{ width: var(--width); max-height: 230mm; object-fit: contain }} }}"""
 

@@ -6,18 +6,16 @@ from coe_megatron.study.report.figures.descriptions import ranking
 from coe_megatron.study.report.figures.panels import facet_grid, facets, mean_and_half_width
 from coe_megatron.study.report.figures.style import (
     DOUBLE,
-    LITERAL,
     SINGLE,
     ArmStyle,
     StudyFigure,
     by_arm,
     printed,
+    set_labels,
     short_label,
     text_width,
 )
 from coe_megatron.study.report.results import Result, group_accuracies
-
-_MAX_FLAT = 6  # group names without rotation
 
 
 @printed
@@ -39,9 +37,7 @@ def answers_by_group(results: Sequence[Result], styles: Mapping[str, ArmStyle]) 
             known = [(at, values) for at, group in enumerate(names) if (values := _values(found[name], group))]
             middles, halves = zip(*(mean_and_half_width(values) for _, values in known), strict=True)
             axes.errorbar([at + shift for at, _ in known], middles, halves, **styles[name].drawn, capsize=2)
-        axes.set_xticks(
-            range(len(names)), list(map(short_label, names)), rotation=45 * (len(names) > _MAX_FLAT), **LITERAL
-        )
+        set_labels(axes, range(len(names)), list(map(short_label, names)), grid.figure.get_figwidth())
         axes.set(ylabel="accuracy of answers", ylim=(-0.02, 1.02))
     grid.finish(labels)
     return StudyFigure(

@@ -10,7 +10,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from coe_megatron.study.report.comparison import Summary
 from coe_megatron.study.report.figures.descriptions import loss_ranking
 from coe_megatron.study.report.figures.panels import facet_grid, facets, plot_band
-from coe_megatron.study.report.figures.style import LOSS_LABEL, ArmStyle, StudyFigure, by_arm, printed
+from coe_megatron.study.report.figures.style import TEXT, ArmStyle, StudyFigure, by_arm, printed
 from coe_megatron.study.report.results import Result
 
 _Amount: TypeAlias = Callable[[Result, Mapping[str, Any]], float]  # of a run at an evaluation
@@ -36,7 +36,7 @@ def loss_curves(results: Sequence[Result], summaries: Sequence[Summary], styles:
             axes.xaxis.set_major_formatter(EngFormatter(unit))
             axes.xaxis.set_major_locator(MaxNLocator(4))
             _start_at_first_quarter(axes, results, amount)
-        part.part.supylabel(LOSS_LABEL, fontsize="medium")
+        part.part.supylabel("loss (nats per token)", fontsize=TEXT)
     grid.finish(labels)
     left_out = f" {' and '.join(proportional).capitalize()} are proportional to one of these." if proportional else ""
     return StudyFigure(

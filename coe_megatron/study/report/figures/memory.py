@@ -53,6 +53,8 @@ def loss_against_memory(
         style_axes(axes)
         axes.set_title(group.title, loc="left", fontsize=TEXT, **LITERAL)
         axes.step([x for x, _ in front], [y for _, y in front], where="post", color=GREY, linestyle=":", zorder=0)
+        others = [point for name, point in points.items() if name not in group.names]
+        axes.plot([x for x, _ in others], [y for _, y in others], ".", color="#bbbbbb", zorder=0)
         for name in group.names:
             _plot_point(axes, memory[name], losses[name], styles[name])
         axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -64,7 +66,9 @@ def loss_against_memory(
     return StudyFigure(
         "loss-against-memory",
         "Final validation loss against memory. Marks are means over seeds, bars their 95 % confidence intervals. The "
-        "dotted line is the Pareto front of the means: no arm has both less memory and a lower loss than an arm on it.",
+        "dotted line is the Pareto front of the means: no arm has both less memory and a lower loss than an arm on it."
+        + " Faint dots are the arms of the other panels."
+        * (len(groups) > 1),
         _description(points, front, styles),
         figure,
     )

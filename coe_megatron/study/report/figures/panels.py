@@ -73,10 +73,25 @@ class FacetGrid:
     parts: list[FacetPanels]
 
     def finish(self, labels: Mapping[str, str]) -> None:
-        """Add letters, and a legend below each part; `labels` has what to call the name of each line."""
+        """Add letters, give all parts the same limits, and put a legend below each that has names.
+
+        Args:
+            labels: what to call the name of each line.
+        """
         add_letters([axes for part in self.parts for axes in part.axes])
+        for same in zip(*(part.axes for part in self.parts), strict=True):
+            _share_limits(same)
         for part in self.parts:
-            add_legend(part.part, part.axes[0], labels, self.figure.get_figwidth())
+            if any(labels[name] for name in part.names):
+                add_legend(part.part, part.axes[0], labels, self.figure.get_figwidth())
+
+
+def _share_limits(panels: Sequence[Axes]) -> None:
+    """Give axes the smallest limits that hold those of all that have data."""
+    drawn = [axes for axes in panels if np.isfinite(axes.dataLim.get_points()).all()] if len(panels) > 1 else []
+    for axes in panels if drawn else ():
+        axes.set_xlim(min(each.get_xlim()[0] for each in drawn), max(each.get_xlim()[1] for each in drawn))
+        axes.set_ylim(min(each.get_ylim()[0] for each in drawn), max(each.get_ylim()[1] for each in drawn))
 
 
 def facet_grid(
@@ -92,7 +107,7 @@ def facet_grid(
     rows = 2 if panels == 4 and len(groups) == 1 else 1
     heights = [
         rows * height
-        + _TITLE * bool(group.title)
+        + _TITLE * bool(group.title and panels > 1)
         + _LEGEND_ROW * legend_rows([labels[name] for name in group.names], width)[1]
         for group in groups
     ]
@@ -100,9 +115,11 @@ def facet_grid(
     parts = figure.subfigures(len(groups), 1, squeeze=False, height_ratios=heights)[:, 0]
     made = []
     for group, part in zip(groups, parts, strict=True):
-        if group.title:
-            part.suptitle(group.title, x=0.01, ha="left", fontsize=TEXT, fontweight="bold", **LITERAL)
         axes = list(part.subplots(rows, panels // rows, squeeze=False).flat)
+        if panels == 1:
+            axes[0].set_title(group.title, loc="left", fontsize=TEXT, **LITERAL)
+        elif group.title:
+            part.suptitle(group.title, x=0.01, ha="left", fontsize=TEXT, fontweight="bold", **LITERAL)
         for each in axes:
             style_axes(each)
         made.append(FacetPanels(group.names, part, axes))
@@ -144,7 +161,8 @@ def row_panels(groups: Sequence[Facet], labels: Mapping[str, str], titles: Seque
             style_axes(axes)
             axes.set_ylim(len(group.names) - 0.5, -0.5)
         row[0].set_yticks(range(len(group.names)), [labels[name] for name in group.names], **LITERAL)
-        row[0].set_title(group.title, loc="left", fontsize=TEXT, **LITERAL)
+        if len(titles) == 1:  # otherwise it would run into the next panel's
+            row[0].set_title(group.title, loc="left", fontsize=TEXT, **LITERAL)
     for axes, title in zip(grid[-1], titles, strict=True):
         axes.set_xlabel(title)
     add_letters(list(grid.flat))

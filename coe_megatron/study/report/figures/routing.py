@@ -56,8 +56,7 @@ def routing_over_time(results: Sequence[Result], styles: Mapping[str, ArmStyle])
         "Routing over training, as means over layers and iterations: entropy of the router's scores relative to that "
         "of a uniform choice, tokens of the busiest expert relative to the mean, experts without tokens, and "
         "retention, the fraction of choices of an expert that the token has already visited in an earlier iteration of "
-        "the layer. "
-        "Lines are means over seeds, bands their 95 % confidence intervals.",
+        "the layer. Lines are means over seeds, bands their 95 % confidence intervals.",
         f"Entropy over log N at the end. {ranking(entropy, '.3f')}",
         grid.figure,
     )

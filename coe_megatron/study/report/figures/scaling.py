@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
+from matplotlib.transforms import ScaledTranslation, Transform
 
 from coe_megatron.study.plan.names import text_of
 from coe_megatron.study.report.comparison import Summary
@@ -60,14 +61,16 @@ def figure_name(setting: str) -> str:
 @printed
 def _scaling_figure(amount: Amount) -> StudyFigure:
     title = _KNOWN.get(amount.setting, ("", amount.setting))[1]
-    labels = dict(enumerate(unique_labels([each.label or "all arms" for each in amount.series])))
+    labels = dict(enumerate(unique_labels([each.label for each in amount.series])))
     named = {str(number): label for number, label in labels.items()}
     styles = [numbered_style(number, number // 7, str(number), labels[number], {}) for number in labels]
     grid = _grid(list(named), named)
     for part in grid.parts:
         (axes,) = part.axes
         for name in part.names:
-            _plot_series(axes, amount.series[int(name)], styles[int(name)])
+            at = 2.5 * (part.names.index(name) - (len(part.names) - 1) / 2)  # points, so that bars are side by side
+            shifted = axes.transData + ScaledTranslation(at / 72, 0, grid.figure.dpi_scale_trans)
+            _plot_series(axes, amount.series[int(name)], styles[int(name)], shifted)
         _set_amounts(axes, amount.values, grid.figure.get_figwidth())
         axes.set_xlabel(title)
         axes.set_ylabel(LOSS_LABEL)
@@ -95,15 +98,16 @@ def _points(amount: Amount) -> Iterator[tuple[int, float, Summary]]:
             yield number, value, summary
 
 
-def _plot_series(axes: Axes, series: Series, style: ArmStyle) -> None:
+def _plot_series(axes: Axes, series: Series, style: ArmStyle, transform: Transform) -> None:
     line = style.dash if series.joined else ""
     axes.plot(
         [value for value, _ in series.points],
         [summary.mean or 0.0 for _, summary in series.points],
         **style.drawn | {"linestyle": line},
+        transform=transform,
     )
     for value, summary in series.points:
-        plot_mean(axes, value, summary.losses.values(), style)
+        plot_mean(axes, value, summary.losses.values(), style, transform=transform)
 
 
 def _set_amounts(axes: Axes, values: Sequence[float], width: float) -> None:

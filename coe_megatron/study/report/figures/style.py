@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.font_manager import FontProperties
@@ -156,6 +157,18 @@ def style_axes(axes: Axes) -> None:
     axes.tick_params(labelsize=SMALL, width=0.6, length=2.5)
 
 
+def set_labels(axes: Axes, places: Sequence[float], labels: Sequence[str], width: float) -> None:
+    """Label places of the horizontal axis, upright if the labels would be too wide side by side.
+
+    Args:
+        width: of the figure, in inches.
+    """
+    at = np.sort(axes.xaxis.get_transform().transform(np.array(places, dtype=float)))
+    closest = float(np.diff(at).min() / np.ptp(at)) if len(at) > 1 else 1.0
+    crowded = 0.65 * width * closest < max(map(text_width, labels)) + 0.1
+    axes.set_xticks(places, labels, rotation=90 * crowded, **LITERAL)
+
+
 def add_letters(panels: Sequence[Axes]) -> None:
     """Put (a), (b), ... before the titles of several panels."""
     if len(panels) > 1:
@@ -170,8 +183,10 @@ def _letter(number: int) -> str:
 
 
 def legend_rows(labels: Iterable[str], width: float) -> tuple[int, int]:
-    """Columns and rows of a legend of that width in inches."""
+    """Columns and rows of a legend of that width in inches; no rows if nothing has a name."""
     labels = list(labels)
+    if not any(labels):
+        return 1, 0
     columns = max(1, min(len(labels), int(width / (max(map(text_width, labels)) + _HANDLE))))
     return columns, math.ceil(len(labels) / columns)
 

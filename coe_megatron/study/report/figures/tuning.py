@@ -17,6 +17,8 @@ from coe_megatron.study.report.figures.style import (
     ArmStyle,
     StudyFigure,
     printed,
+    set_labels,
+    short_label,
     text_width,
 )
 
@@ -30,7 +32,7 @@ def tuning_curves(curves: Sequence[TuningCurve], styles: Mapping[str, ArmStyle])
     grid = facet_grid(groups, labels, height=2.2, width=SINGLE if narrow else DOUBLE)
     for part in grid.parts:
         (axes,) = part.axes
-        _set_grid(axes, curves[0].values)
+        _set_grid(axes, curves[0].values, grid.figure.get_figwidth())
         for name in part.names:
             _plot_curve(axes, by_name[name], styles[name])
         axes.set_xlabel(curves[0].setting, parse_math=False)
@@ -52,12 +54,13 @@ def _places(values: Sequence[Any]) -> list[float]:
     return [float(value) if numbers else float(index) for index, value in enumerate(values)]
 
 
-def _set_grid(axes: Axes, values: Sequence[Any]) -> None:
+def _set_grid(axes: Axes, values: Sequence[Any], width: float) -> None:
+    """Scale and ticks, in a figure of that width in inches."""
     places = _places(values)
     if min(places) > 0:
         axes.set_xscale("log")
         axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticks(places, list(map(text_of, values)), rotation=45 * (len(values) > 5))
+    set_labels(axes, places, [short_label(text_of(value)) for value in values], width)
 
 
 def _plot_curve(axes: Axes, curve: TuningCurve, style: ArmStyle) -> None:

@@ -79,7 +79,7 @@ def amounts(summaries: Sequence[Summary], axis: str, consequences: Collection[st
         series = [_series(others, group, key, settings) for others, group in groups]
         tied = {other: _tied(key, other, settings) for other in varied if other != key}
         return [Amount(key, series, tied)]
-    found = [Amount(key, list(_alone(key, groups, settings)), {}) for key in varied]
+    found = [Amount(key, list(_alone(axis, key, groups, settings)), {}) for key in varied]
     return [each for each in found if each.series]
 
 
@@ -130,10 +130,10 @@ def _tied(key: str, other: str, settings: Mapping[str, Mapping[str, Any]]) -> li
 
 
 def _alone(
-    key: str, groups: Sequence[tuple[str, Sequence[Summary]]], settings: Mapping[str, Mapping[str, Any]]
+    axis: str, key: str, groups: Sequence[tuple[str, Sequence[Summary]]], settings: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[Series]:
     """Series of arms that differ in nothing but this number."""
-    for _, group in groups:
+    for others, group in groups:
         same: dict[str, list[Summary]] = {}
         for each in group:
             own = settings[each.arm.arm.name]
@@ -142,4 +142,5 @@ def _alone(
                 same.setdefault(rest, []).append(each)
         for alike in same.values():
             if len(alike) > 1:
-                yield _series(", ".join(each.arm.arm.title for each in alike), alike, key, settings)
+                labels = ", ".join(each.arm.arm.labels[axis] for each in alike)
+                yield _series(f"{others}: {labels}" if others else labels, alike, key, settings)
