@@ -53,7 +53,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     trials, noise = 40, 0.004
     held = {"prediction": 0, "E": 0, "alpha": 0, "beta": 0, "phi": 0}
     for trial in range(trials):
-        fit = fit_law(runs(TRUE, noise, seed=trial), replicates=100, seed=trial)
+        fit = fit_law(runs(TRUE, noise, seed=trial), replicates=60, seed=trial)
         low, high = fit.predict(LARGE)[1]
         measured = TRUE.loss(LARGE) * math.exp(np.random.default_rng([trial, 1]).normal(0, noise))
         held["prediction"] += low <= measured <= high

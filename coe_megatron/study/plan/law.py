@@ -25,7 +25,7 @@ _CONFIDENCE = 0.95
 _NAMES = ("E", "A", "alpha", "B", "beta", "phi")
 _EXPONENTS = (0.02, 2.0)  # bounds of alpha and beta
 _PHI = (-2.0, 3.0)  # bounds of phi
-_COLLINEAR = 0.98  # correlation of log N and log D above which the fit warns
+_COLLINEAR = 0.95  # correlation of log N and log D above which the fit warns
 _WIDE = 0.5  # width of an exponent's interval above which the fit warns
 
 Numbers = NDArray[np.float64]
@@ -227,7 +227,7 @@ class _Data:
         low, high = intervals["E"]
         if high - low > 0.5 * math.exp(self.losses.min()):
             said.append(f"the floor E is poorly identified: its interval is {low:.2f} to {high:.2f} nats per token")
-        if len(self.losses) < 2 * self.free:
+        if len(self.losses) <= 2 * self.free:
             said.append(f"{len(self.losses)} runs for {self.free} parameters: the intervals may be too narrow")
         return said
 
