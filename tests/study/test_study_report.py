@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from matplotlib.legend import Legend
 from programs import python
 from study_made_up import leave, leave_all
 
@@ -29,8 +30,8 @@ DESIGNS = {
     for iterations in (1, 2, 4)
 }
 FIGURES = {
-    "loss-curves", "gains", "loss-against-memory", "scaling-iterations", "scaling-choices", "memory",
-    "memory-by-component", "routing", "load", "norms", "followers",
+    "loss-curves", "gains", "scaling-iterations", "effect-2", "loss-against-memory", "memory-by-component",
+    "iterations", "routing", "load", "norms", "followers",
 }  # fmt: skip
 
 
@@ -165,7 +166,7 @@ def test_without_its_baseline_nothing_is_compared(plan: Plan) -> None:
     summaries = compare(results, plan.arms)
     text = as_markdown(plan, "A study", results, summaries, [])
     assert "The baseline has no finished run, so no arm can be compared with it." in text
-    assert {drawing.name for drawing in draw(results, summaries, "c1_prenorm")} == FIGURES - {"gains"}
+    assert {drawing.name for drawing in draw(plan, results, summaries)} == FIGURES - {"gains"}
 
 
 def test_seeds_with_other_evaluations_are_averaged_where_both_have_them(plan: Plan) -> None:
@@ -173,37 +174,40 @@ def test_seeds_with_other_evaluations_are_averaged_where_both_have_them(plan: Pl
     path = Path(plan.study.runs[0].config.output) / "metrics.jsonl"
     path.write_text(path.read_text().replace('"valid_loss": 6.0', '"valid_loss": null'))
     results = collect(plan)
-    curves = next(draw(results, compare(results, plan.arms), "c1_prenorm"))
+    curves = next(draw(plan, results, compare(results, plan.arms)))
     (line,) = curves.figure.axes[0].lines
     assert list(line.get_xdata()) == [0, 100] and list(line.get_ydata()) == [10.0, 4.0]
 
 
-def test_no_line_joins_arms_that_differ_in_more(study_file: Write, tmp_path: Path) -> None:
-    """Two designs have C = 2: which of them would a line go through?"""
+def test_lines_join_arms_that_differ_in_nothing_else(study_file: Write, tmp_path: Path) -> None:
+    """Two designs have C = 2: the line goes through the one that has the same K."""
     designs = {
         "C1": {"chain.iterations": 1, "moe.topk": 4},
         "C2": {"chain.iterations": 2, "moe.topk": 2},
         "wide": {"chain.iterations": 2, "moe.topk": 4},
     }
-    for count, lines in ((2, 1), (3, 0)):
+    for count, wanted in (
+        (2, {"scaling-iterations": [1, 2]}),
+        (3, {"scaling-iterations": [1, 2], "scaling-choices": [2, 4]}),
+    ):
         axes = {"design": dict(list(designs.items())[:count])}
         file = study_file(output=str(tmp_path / "out"), axes=axes, skip=None, baseline={"design": "C1"})
         plan = make_plan(file)
         leave_all(plan.study.runs, loss_of)
         results = collect(plan)
-        found = {each.name: each for each in draw(results, compare(results, plan.arms), "c1")}
-        drawn = found["scaling-iterations"].figure.axes[0].lines
-        assert sum(line.get_linewidth() == 0.8 for line in drawn) == lines
-        assert legend(found["scaling-iterations"]) == list(axes["design"])
+        found = {each.name: each.figure for each in draw(plan, results, compare(results, plan.arms))}
+        lines = {name: figure.axes[0].lines[0] for name, figure in found.items() if name.startswith("scaling")}
+        assert {name: list(line.get_xdata()) for name, line in lines.items()} == wanted
+        assert {line.get_linestyle() for line in lines.values()} == {"-"}
 
 
 @pytest.mark.slow
 def test_learning_rates_are_drawn_where_they_are_an_axis(study_file: Write, tmp_path: Path) -> None:
     """And a figure that is not drawn any more goes with the report it was in; what else lies there stays."""
     folder = tmp_path / "report"
-    for rates, drawn in (([1e-3, 2e-3, 4e-3], True), ([1e-3, 2e-3], False)):
-        axes = {"rate": {"optimizer.lr": rates}}
-        file = study_file(output=str(tmp_path / "out"), axes=axes, skip=None, baseline={"rate": 1e-3})
+    for axis, drawn in (({"optimizer.lr": [1e-3, 2e-3]}, True), ({"chain.norm_placement": ["prenorm"]}, False)):
+        first = next(iter(axis.values()))[0]
+        file = study_file(output=str(tmp_path / "out"), axes={"rate": axis}, skip=None, baseline={"rate": first})
         plan = make_plan(file)
         leave_all(plan.study.runs, lambda run: run.config.optimizer.lr)
         write_report(plan, "rates", folder)
@@ -261,24 +265,33 @@ def hostile(study_file: Write, tmp_path: Path) -> Plan:
 
 
 def legend(drawing: StudyFigure) -> list[str]:
-    (found,) = drawing.figure.legends
-    return [text.get_text() for text in found.get_texts()]
+    """The names in all legends of a figure."""
+    found = drawing.figure.findobj(lambda artist: isinstance(artist, Legend))
+    return [text.get_text() for each in found for text in each.get_texts()]
+
+
+def without_letters(titles: list[str]) -> list[str]:
+    """Titles of panels as they would be without (a), (b), ..."""
+    assert all(re.match(r"\([a-z]\) ", title) for title in titles)
+    return [title[4:] for title in titles]
 
 
 @pytest.mark.filterwarnings("error")
 def test_figures_draw_labels_literally(hostile: Plan) -> None:
     """Without warnings of glyphs that are missing; long labels are cut, and what is alike then has a number."""
     results = collect(hostile)
-    baseline = hostile.study.baseline.name
-    found = {each.name: each for each in draw(results, compare(results, hostile.arms), baseline)}
+    found = {each.name: each for each in draw(hostile, results, compare(results, hostile.arms))}
     wanted = [shown or label for label, shown in HOSTILE.items()]
     wanted[-2:] = [f"{wanted[-2]} (16)", f"{wanted[-2]} (17)"]
-    for name in ("loss-curves", "loss-against-memory", "memory", "routing", "norms"):
+    for name in ("loss-curves", "routing", "norms"):
         assert legend(found[name]) == wanted
-    assert [text.get_text() for text in found["gains"].figure.axes[0].get_yticklabels()] == wanted[1:]
-    assert [axes.get_title(loc="left") for axes in found["load"].figure.axes[: len(wanted)]] == wanted
-    rows = [axes.get_ylabel() for axes in found["followers"].figure.axes if axes.get_ylabel()]
-    assert rows[: len(wanted)] == wanted
+    marks = [text.get_text() for axes in found["loss-against-memory"].figure.axes for text in axes.texts]
+    assert sorted(name.removeprefix("   ") for name in marks if name) == sorted(wanted)
+    rows = [text.get_text() for axes in found["gains"].figure.axes for text in axes.get_yticklabels()]
+    assert rows == wanted[1:]
+    for start in ("load", "followers"):
+        panels = [axes for name in found if name.startswith(start) for axes in found[name].figure.axes]
+        assert without_letters(list(filter(None, (axes.get_title(loc="left") for axes in panels)))) == wanted
     for name in ("loss-against-memory", "gains"):
         assert render(found[name], "svg").startswith(b"<?xml")  # matplotlib reads formulas as it draws
 
@@ -306,6 +319,6 @@ def test_of_many_arms_figures_show_the_best_and_the_baseline(plan: Plan, monkeyp
     leave_all(plan.study.runs, loss_of)
     results = collect(plan)
     summaries = compare(results, plan.arms)
-    assert legend(next(draw(results, summaries, "c1_prenorm"))) == ["C1 prenorm", "C4 prenorm", "C4 reference"]
+    assert legend(next(draw(plan, results, summaries))) == ["C1 prenorm", "C4 prenorm", "C4 reference"]
     text = as_markdown(plan, "A study", results, summaries, [])
     assert "Of 6 arms, they show the baseline and the 2 with the lowest loss." in text

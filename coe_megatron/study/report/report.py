@@ -41,12 +41,16 @@ _DOTS = 200  # per inch of a PNG
 _SCREEN = 1.4  # size of figures on a screen, as a multiple of that in print
 _STYLE = f"""body {{ font: 16px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222 }}
 p, h1, h2, h3, h4 {{ overflow-wrap: anywhere }}
-table {{ border-collapse: collapse; font-size: 14px; display: block; margin: 1em 0; overflow-x: auto }}
-th, td {{ padding: .25em .7em; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top }}
+table {{ border-collapse: collapse; font-size: 13px; display: block; margin: 1em 0; overflow-x: auto }}
+th, td {{ padding: .25em .5em; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top }}
 th:first-child, td:first-child {{ text-align: left; min-width: 10em; overflow-wrap: anywhere }}
 figure {{ margin: 2em 0 }}
 figure img {{ width: calc(var(--width) * {_SCREEN}); max-width: 100%; height: auto }}
 figcaption {{ font-style: italic; max-width: 50em }}
+@media (max-width: 960px) {{
+table {{ font-size: 11px }}
+th, td {{ padding: .25em .3em }}
+th:first-child, td:first-child {{ min-width: 8em }} }}
 @page {{ size: A4; margin: 15mm }}
 @media print {{
 body {{ max-width: none; margin: 0; padding: 0; font-size: 10pt }}
