@@ -49,6 +49,7 @@ def test_the_gradient_is_the_slope_of_the_law() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     trials, noise = 40, 0.004
     held = {"prediction": 0, "E": 0, "alpha": 0, "beta": 0, "phi": 0}
