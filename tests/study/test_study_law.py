@@ -48,7 +48,7 @@ def test_the_gradient_is_the_slope_of_the_law() -> None:
         assert data.gradient(solution)[:, column] == pytest.approx(slope, abs=1e-8)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.timeout(1200)
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     trials, noise = 40, 0.004
