@@ -37,6 +37,8 @@ from coe_megatron.study.report.figures.style import (
 from coe_megatron.study.report.report import as_html, as_markdown, render
 from coe_megatron.study.report.results import Result, collect
 
+pytestmark = pytest.mark.thorough
+
 Write = Callable[..., Path]
 TUNE = {"setting": "optimizer.lr", "values": [1e-3, 2e-3, 4e-3], "seeds": [101, 102]}
 
@@ -137,7 +139,7 @@ LABELS = st.lists(st.tuples(LABEL, LABEL), min_size=9, max_size=9, unique=True)
 
 
 @pytest.mark.slow
-@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=2, deadline=None, suppress_health_check=list(HealthCheck))
 @given(LABELS)
 @example([("W" * 200, f"{number}") for number in range(9)])
 def test_nothing_overlaps_or_is_cut_whatever_labels_are(
@@ -234,7 +236,7 @@ def _is_legend(artist: Any) -> bool:
 
 def test_every_axis_has_a_figure_numbers_as_lines_and_others_as_gains(study_file: Write, tmp_path: Path) -> None:
     axes = {
-        "gating": {"own": {"chain.independent_gating": True}, "shared": {"chain.independent_gating": False}},
+        "gating": {"own": {"chain.gating": "independent"}, "shared": {"chain.gating": "shared_router"}},
         "width": {"model.hidden_size": [32, 64]},
         "design": {"C2": {"chain.iterations": 2}, "C3": {"chain.iterations": 3}},
     }
