@@ -171,6 +171,20 @@ def test_every_figure_fits_a_page_and_can_be_read(figures: Mapping[str, StudyFig
         assert list(collisions(each.figure)) == [], name
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["tuning", "gains", "effect-2", "scaling-iterations", "loss-against-memory", "iterations", "routing", "norms"],
+)
+def test_all_marks_are_within_the_axes(figures: Mapping[str, StudyFigure], name: str) -> None:
+    figures[name].figure.draw_without_rendering()
+    for axes in figures[name].figure.findobj(_is_axes):
+        lines = [line for line in axes.lines if line.get_marker() in ("o", "s", "D") and line.get_clip_on()]
+        places = [place for line in lines for place in line.get_transform().transform(line.get_xydata())]
+        seen = [place for place in places if np.isfinite(place).all()]
+        assert seen or axes.get_title(loc="left").endswith("retention")
+        assert all(axes.bbox.padded(1).contains(*place) for place in seen)
+
+
 def test_panels_have_letters_and_no_legend_has_more_than_eight_arms(figures: Mapping[str, StudyFigure]) -> None:
     letters = [axes.get_title(loc="left")[:3] for axes in figures["loss-curves"].figure.findobj(_is_axes)]
     assert letters == [f"({letter})" for letter in "abcdefghi"]  # three facets; tokens are proportional to steps
