@@ -37,6 +37,8 @@ from coe_megatron.study.report.figures.style import (
 from coe_megatron.study.report.report import as_html, as_markdown, render
 from coe_megatron.study.report.results import Result, collect
 
+pytestmark = pytest.mark.thorough
+
 Write = Callable[..., Path]
 TUNE = {"setting": "optimizer.lr", "values": [1e-3, 2e-3, 4e-3], "seeds": [101, 102]}
 
@@ -137,7 +139,7 @@ LABELS = st.lists(st.tuples(LABEL, LABEL), min_size=9, max_size=9, unique=True)
 
 
 @pytest.mark.slow
-@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=2, deadline=None, suppress_health_check=list(HealthCheck))
 @given(LABELS)
 @example([("W" * 200, f"{number}") for number in range(9)])
 def test_nothing_overlaps_or_is_cut_whatever_labels_are(
@@ -167,6 +169,20 @@ def test_every_figure_fits_a_page_and_can_be_read(figures: Mapping[str, StudyFig
         assert width in (SINGLE, DOUBLE) and height < 9.8, name
         assert min(text.get_fontsize() for text in texts_of(each.figure)) >= 7, name
         assert list(collisions(each.figure)) == [], name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tuning", "gains", "effect-2", "scaling-iterations", "loss-against-memory", "iterations", "routing", "norms"],
+)
+def test_all_marks_are_within_the_axes(figures: Mapping[str, StudyFigure], name: str) -> None:
+    figures[name].figure.draw_without_rendering()
+    for axes in figures[name].figure.findobj(_is_axes):
+        lines = [line for line in axes.lines if line.get_marker() in ("o", "s", "D") and line.get_clip_on()]
+        places = [place for line in lines for place in line.get_transform().transform(line.get_xydata())]
+        seen = [place for place in places if np.isfinite(place).all()]
+        assert seen or axes.get_title(loc="left").endswith("retention")
+        assert all(axes.bbox.padded(1).contains(*place) for place in seen)
 
 
 def test_panels_have_letters_and_no_legend_has_more_than_eight_arms(figures: Mapping[str, StudyFigure]) -> None:
@@ -234,7 +250,7 @@ def _is_legend(artist: Any) -> bool:
 
 def test_every_axis_has_a_figure_numbers_as_lines_and_others_as_gains(study_file: Write, tmp_path: Path) -> None:
     axes = {
-        "gating": {"own": {"chain.independent_gating": True}, "shared": {"chain.independent_gating": False}},
+        "gating": {"own": {"chain.gating": "independent"}, "shared": {"chain.gating": "shared_router"}},
         "width": {"model.hidden_size": [32, 64]},
         "design": {"C2": {"chain.iterations": 2}, "C3": {"chain.iterations": 3}},
     }

@@ -117,9 +117,11 @@ def test_what_the_tables_say(plan: Plan, tmp_path: Path) -> None:
 def test_final_answers_by_group(plan: Plan, tmp_path: Path) -> None:
     first, second = (run for run in plan.study.runs if run.arm == "c1_prenorm")
     for run, right in ((first, 0.5), (second, 1.0)):
-        leave(run, answer_accuracy=right, answer_groups={"2 hops": {"accuracy": right, "problems": 4}})
+        leave(
+            run, answer_accuracy=right, answer_problems=4, answer_groups={"2 hops": {"accuracy": right, "problems": 4}}
+        )
     other = next(run for run in plan.study.runs if run.arm == "c2_prenorm")
-    leave(other, answer_accuracy=0.25, answer_groups={"1 hop": {"accuracy": 0.25, "problems": 4}})
+    leave(other, answer_accuracy=0.25, answer_problems=4, answer_groups={"1 hop": {"accuracy": 0.25, "problems": 4}})
     results = collect(plan)
     text = as_markdown(plan, "A study", results, compare(results, plan.arms, "c1_prenorm"), [])
     head, _, *found = as_table(text.partition("### Final answers by group")[2])

@@ -154,7 +154,12 @@ def row_panels(groups: Sequence[Facet], labels: Mapping[str, str], titles: Seque
         layout="constrained",
     )
     grid = figure.subplots(
-        len(groups), len(titles), squeeze=False, sharex="col", sharey="row", height_ratios=[*map(len_of, groups)]
+        len(groups),
+        len(titles),
+        squeeze=False,
+        sharex="col",
+        sharey="row",
+        height_ratios=[len(group.names) for group in groups],
     )
     for group, row in zip(groups, grid, strict=True):
         for axes in row:
@@ -167,11 +172,6 @@ def row_panels(groups: Sequence[Facet], labels: Mapping[str, str], titles: Seque
         axes.set_xlabel(title)
     add_letters(list(grid.flat))
     return RowPanels(figure, [(group.names, list(row)) for group, row in zip(groups, grid, strict=True)])
-
-
-def len_of(group: Facet) -> int:
-    """The number of its arms."""
-    return len(group.names)
 
 
 def half_widths(values: np.ndarray) -> np.ndarray:

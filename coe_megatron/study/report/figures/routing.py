@@ -5,8 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from coe_megatron.study.report.figures.curves import common_steps
 from coe_megatron.study.report.figures.descriptions import ranking
@@ -124,7 +125,7 @@ def norms(results: Sequence[Result], styles: Mapping[str, ArmStyle]) -> StudyFig
             axes.set_title(title, loc="left")
             axes.set_xlabel("layer (iterations in between)")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.set_yscale("log")  # so that a diverging chain does not hide the others
+            _set_scale(axes, np.concatenate([_by_place(own, key)[1].ravel() for own in runs.values()]))
     grid.finish(labels)
     last = {labels[name]: float(_by_place(own, "state_norm")[1][:, -1].mean()) for name, own in runs.items()}
     return StudyFigure(
@@ -134,6 +135,13 @@ def norms(results: Sequence[Result], styles: Mapping[str, ArmStyle]) -> StudyFig
         f"Norm of the state after the last layer. {ranking(last, '.3g')}",
         grid.figure,
     )
+
+
+def _set_scale(axes: Axes, values: np.ndarray) -> None:
+    """A logarithmic scale if values are far apart, so that a diverging chain does not hide the others."""
+    if np.nanmax(values, initial=0.0) > 10 * np.nanmin(values, initial=math.inf):
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _by_place(runs: Sequence[Result], key: str) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,14 @@ from matplotlib.transforms import ScaledTranslation, Transform
 from coe_megatron.study.plan.names import text_of
 from coe_megatron.study.report.comparison import Summary
 from coe_megatron.study.report.figures.descriptions import ranking
-from coe_megatron.study.report.figures.panels import MAX_ARMS, Facet, FacetGrid, facet_grid, plot_mean
+from coe_megatron.study.report.figures.panels import (
+    MAX_ARMS,
+    Facet,
+    FacetGrid,
+    facet_grid,
+    mean_and_half_width,
+    plot_mean,
+)
 from coe_megatron.study.report.figures.style import (
     DOUBLE,
     LOSS_LABEL,
@@ -36,6 +43,7 @@ _KNOWN = {
     "optimizer.lr": ("learning-rate", "learning rate"),
 }
 _LOG_RANGE = 3  # largest over smallest amount, from which on an axis is logarithmic
+_MARGIN = 0.08  # around the data, in ranges of them
 _MAX_TIED = 3  # settings in a caption
 
 
@@ -72,10 +80,11 @@ def _scaling_figure(amount: Amount) -> StudyFigure:
             shifted = axes.transData + ScaledTranslation(at / 72, 0, grid.figure.dpi_scale_trans)
             _plot_series(axes, amount.series[int(name)], styles[int(name)], shifted)
         _set_amounts(axes, amount.values, grid.figure.get_figwidth())
+        axes.set_ylim(*_loss_limits(amount))
         axes.set_xlabel(title)
         axes.set_ylabel(LOSS_LABEL)
     grid.finish(named)
-    said = {f"{labels[number]} at {value:g}": each.mean or 0.0 for number, value, each in _points(amount)}
+    said = {f"{labels[number]} at {value:g}".strip(): each.mean or 0.0 for number, value, each in _points(amount)}
     return StudyFigure(
         figure_name(amount.setting),
         f"Final validation loss against {title}. Marks are means over seeds, bars their 95 % confidence intervals. "
@@ -110,6 +119,14 @@ def _plot_series(axes: Axes, series: Series, style: ArmStyle, transform: Transfo
         plot_mean(axes, value, summary.losses.values(), style, transform=transform)
 
 
+def _loss_limits(amount: Amount) -> tuple[float, float]:
+    """Limits that hold all intervals; matplotlib does not see those of shifted points."""
+    found = [mean_and_half_width(each.losses.values()) for _, _, each in _points(amount)]
+    low, high = min(mean - half for mean, half in found), max(mean + half for mean, half in found)
+    margin = _MARGIN * (high - low) or 0.1
+    return low - margin, high + margin
+
+
 def _set_amounts(axes: Axes, values: Sequence[float], width: float) -> None:
     """A logarithmic scale for a wide range, and ticks at amounts as far as their labels have space.
 
@@ -120,8 +137,12 @@ def _set_amounts(axes: Axes, values: Sequence[float], width: float) -> None:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_minor_locator(NullLocator())
         at = [math.log(value / values[0]) / math.log(values[-1] / values[0]) for value in values]
+        beyond = (values[-1] / values[0]) ** _MARGIN
+        axes.set_xlim(values[0] / beyond, values[-1] * beyond)
     else:
         at = [(value - values[0]) / (values[-1] - values[0]) for value in values]
+        beyond = _MARGIN * (values[-1] - values[0])
+        axes.set_xlim(values[0] - beyond, values[-1] + beyond)
     kept: list[int] = []
     for index, place in enumerate(at):
         space = 0.65 * width * (place - at[kept[-1]]) if kept else math.inf
