@@ -180,8 +180,13 @@ def test_recomputing_costs_the_chains_forward_pass_again(seed: int) -> None:
         with counting(shape) as counter:
             model(tokens, positions, None).sum().backward()
         found[mode] = counter.get_total_flops()
+    # Where torch stops a second pass depends on what ran in this process before: the projection out of a latent space,
+    # the last product of a layer, may run again, although nothing needs it.
+    last = sum(count * 2 * sum(kind.latent_matrices[1:]) for count, kind in shape.moe_kinds)
     for mode, flops in found.items():
-        assert flops - found["none"] == pytest.approx(extra_flops(shape, mode) * tokens.numel(), rel=0.01), config
+        expected, added = extra_flops(shape, mode), (flops - found["none"]) / tokens.numel()
+        allowed = [expected, expected + last] if mode == "layer" else [expected]
+        assert any(added == pytest.approx(each, rel=0.01) for each in allowed), (mode, config)
 
 
 def test_the_draw_reaches_everything() -> None:
