@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def measure(options: argparse.Namespace, parser: Parser) -> int:
-    from coe_megatron.data.prepare import PrepareSettings
+    from coe_megatron.data.prepare_settings import PrepareSettings
 
     source = {"inputs": tuple(options.input)} if options.input else {"builtin": 20_000}
     vocabulary = {"tokenizer": options.tokenizer} if options.tokenizer else {"vocab_size": options.vocab_size}

@@ -141,7 +141,8 @@ def _config(options: argparse.Namespace, variant: str, output: Path) -> RunConfi
 
 def _prepare(folder: Path) -> None:
     _quiet_megatron()
-    from coe_megatron.data.prepare import PrepareSettings, prepare
+    from coe_megatron.data.prepare import prepare
+    from coe_megatron.data.prepare_settings import PrepareSettings
 
     prepare(PrepareSettings(folder, builtin=400, vocab_size=512))
 

@@ -17,7 +17,8 @@ from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
 from coe_megatron.data.encode import encode_splits, write_encoded
-from coe_megatron.data.prepare import ChunkSource, PrepareSettings, join, training_documents
+from coe_megatron.data.prepare import ChunkSource, join, training_documents
+from coe_megatron.data.prepare_settings import PrepareSettings
 from coe_megatron.data.records import MalformedRecord
 from coe_megatron.data.tokenizer import Tokenizer, train_tokenizer
 from coe_megatron.text import aligned

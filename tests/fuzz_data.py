@@ -22,7 +22,8 @@ from coe_megatron.data.datasets import PreparedData
 from coe_megatron.data.encode import Recipe
 from coe_megatron.data.folders import check_data
 from coe_megatron.data.manifest import MANIFEST, TOKENIZER_CONFIG
-from coe_megatron.data.prepare import PrepareSettings, prepare
+from coe_megatron.data.prepare import prepare
+from coe_megatron.data.prepare_settings import PrepareSettings
 from coe_megatron.data.run_data import RunData
 from coe_megatron.data.sources import MalformedRecord, Templates, check_readable, read_chunks
 from coe_megatron.data.tokenizer import Tokenizer

@@ -11,7 +11,8 @@ import pytest
 from programs import ROOT, Program, python, wait_for_step
 
 from coe_megatron import scratch
-from coe_megatron.data.prepare import PrepareSettings, prepare
+from coe_megatron.data.prepare import prepare
+from coe_megatron.data.prepare_settings import PrepareSettings
 from coe_megatron.launcher.network import free_port
 from coe_megatron.training import loop
 

@@ -10,7 +10,8 @@ from coe_megatron.cli.arguments import Parser, program_name, write_out
 from coe_megatron.corpus.fact_hops import FactTask, Kind
 from coe_megatron.data.manifest import Manifest
 from coe_megatron.data.options import add_document_options, templates
-from coe_megatron.data.prepare import MAX_WORKERS, PrepareSettings, prepare, resumable_progress
+from coe_megatron.data.prepare import prepare, resumable_progress
+from coe_megatron.data.prepare_settings import MAX_WORKERS, PrepareSettings
 from coe_megatron.data.records import InputError
 from coe_megatron.data.sources import DEFAULT_RECORD_BYTES
 from coe_megatron.errors import ConfigError, one_line

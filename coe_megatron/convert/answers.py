@@ -13,7 +13,7 @@ from coe_megatron.corpus.fact_hops import FactTask
 from coe_megatron.corpus.word_problems import generate
 from coe_megatron.data.folders import training_parts
 from coe_megatron.data.manifest import Manifest
-from coe_megatron.data.prepare import FACT_TEMPLATE, PROBLEM_TEMPLATE
+from coe_megatron.data.prepare_settings import FACT_TEMPLATE, PROBLEM_TEMPLATE
 from coe_megatron.data.records import InputError, MalformedRecord, Record, Template, Templates
 from coe_megatron.data.sources import read_chunks
 from coe_megatron.errors import ConfigError

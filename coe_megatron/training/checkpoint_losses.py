@@ -22,7 +22,8 @@ from coe_megatron.convert.source import Source
 from coe_megatron.convert.weights import Weights
 from coe_megatron.data.datasets import PreparedData, validation_batches
 from coe_megatron.data.manifest import Split
-from coe_megatron.data.prepare import TEXT_TEMPLATE, PrepareSettings, prepare
+from coe_megatron.data.prepare import prepare
+from coe_megatron.data.prepare_settings import TEXT_TEMPLATE, PrepareSettings
 from coe_megatron.data.records import InputError
 from coe_megatron.distributed.collectives import is_rank0, run_on_rank0
 from coe_megatron.errors import ConfigError

@@ -13,7 +13,8 @@ import pytest
 from programs import ROOT, python, torchrun
 
 from coe_megatron.data.manifest import MANIFEST, TOKENIZER
-from coe_megatron.data.prepare import PrepareSettings, prepare
+from coe_megatron.data.prepare import prepare
+from coe_megatron.data.prepare_settings import PrepareSettings
 
 PROGRAM = ROOT / "launch" / "pretrain_coe.py"
 BEGIN = "pretrain_coe.py: error: "

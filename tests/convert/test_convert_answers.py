@@ -13,7 +13,8 @@ from coe_megatron.config.settings import DataSettings
 from coe_megatron.convert import answers
 from coe_megatron.corpus.fact_hops import FactTask
 from coe_megatron.corpus.word_problems import generate
-from coe_megatron.data.prepare import PrepareSettings, prepare
+from coe_megatron.data.prepare import prepare
+from coe_megatron.data.prepare_settings import PrepareSettings
 from coe_megatron.data.records import Templates
 from coe_megatron.errors import ConfigError
 

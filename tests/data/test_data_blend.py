@@ -13,7 +13,8 @@ from coe_megatron.config.settings import BlendPart, DataSettings
 from coe_megatron.data.datasets import BlendedOrder, StepBatches
 from coe_megatron.data.folders import check_folders
 from coe_megatron.data.manifest import TOKENIZER
-from coe_megatron.data.prepare import PrepareSettings, prepare
+from coe_megatron.data.prepare import prepare
+from coe_megatron.data.prepare_settings import PrepareSettings
 from coe_megatron.data.run_data import RunData
 
 SIZES, WEIGHTS = (7, 30, 11), (2.0, 1.0, 1.0)

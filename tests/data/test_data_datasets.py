@@ -13,7 +13,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from coe_megatron.data.datasets import PreparedData, StepBatches, validation_batches
 from coe_megatron.data.manifest import MANIFEST
-from coe_megatron.data.prepare import PrepareSettings, prepare
+from coe_megatron.data.prepare import prepare
+from coe_megatron.data.prepare_settings import PrepareSettings
 from coe_megatron.errors import ConfigError
 
 S = 48

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from coe_megatron.corpus.fact_hops import CONTEXT_ENTITIES, MAX_HOPS, FactTask
 from coe_megatron.data.datasets import PreparedData
 from coe_megatron.data.manifest import Manifest
-from coe_megatron.data.prepare import PrepareSettings, prepare
+from coe_megatron.data.prepare import prepare
+from coe_megatron.data.prepare_settings import PrepareSettings
 from coe_megatron.errors import ConfigError
 
 PROGRAM = Path(__file__).parents[2] / "launch" / "prepare_data.py"

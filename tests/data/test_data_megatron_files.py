@@ -13,7 +13,8 @@ from coe_megatron.config.settings import BlendPart, DataSettings
 from coe_megatron.data import megatron_files
 from coe_megatron.data.folders import check_data, check_folders, missing_folders
 from coe_megatron.data.indexed_prefix import IndexedPrefix
-from coe_megatron.data.prepare import PrepareSettings, prepare
+from coe_megatron.data.prepare import prepare
+from coe_megatron.data.prepare_settings import PrepareSettings
 from coe_megatron.data.run_data import RunData
 from coe_megatron.errors import ConfigError
 from coe_megatron.estimate.run_estimate import vocabulary

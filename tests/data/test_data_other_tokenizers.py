@@ -18,7 +18,8 @@ from coe_megatron.data import prepare as prepare_module
 from coe_megatron.data.datasets import PreparedData
 from coe_megatron.data.folders import check_data
 from coe_megatron.data.manifest import MANIFEST, SPLIT_FILES, TOKENIZER_CONFIG, Manifest
-from coe_megatron.data.prepare import PrepareSettings, prepare
+from coe_megatron.data.prepare import prepare
+from coe_megatron.data.prepare_settings import PrepareSettings
 from coe_megatron.data.records import InputError
 from coe_megatron.data.run_data import RunData
 from coe_megatron.data.tokenizer import Tokenizer, train_tokenizer

@@ -26,7 +26,8 @@ from coe_megatron.data import prepare as prepare_module
 from coe_megatron.data import sources
 from coe_megatron.data.encode import encode_chunk
 from coe_megatron.data.manifest import DATA_FILES, MANIFEST, Manifest
-from coe_megatron.data.prepare import PrepareSettings, prepare, resumable_progress
+from coe_megatron.data.prepare import prepare, resumable_progress
+from coe_megatron.data.prepare_settings import PrepareSettings
 from coe_megatron.data.records import Template
 from coe_megatron.data.tokenizer import Tokenizer, train_tokenizer
 from coe_megatron.errors import ConfigError

@@ -9,7 +9,8 @@ from model_build import make_config, make_gpt, make_mla_config
 
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.data.datasets import PreparedData
-from coe_megatron.data.prepare import PrepareSettings, prepare
+from coe_megatron.data.prepare import prepare
+from coe_megatron.data.prepare_settings import PrepareSettings
 from coe_megatron.data.samples import PackedDataset
 from coe_megatron.model import coe_layer_spec
 from coe_megatron.training.evaluation import Batch, forward
