@@ -141,11 +141,10 @@ def as_markdown(
             answers(plan, results),
             answer_groups(finished),
         ]
-        memory = peak_memory(results)
-        settings = study.settings
+        memory, settings = peak_memory(results), study.settings
         solved = [settings.budget.solve] if settings.budget else []
         solved += [settings.tune.setting] if settings.tune else []
-        at_memory = equal_memory(summaries, memory, solved, study.settings.margin)
+        at_memory = equal_memory(summaries, memory, solved, settings.margin)
         parts += [speedup(plan, finished, at_memory), loss_at_equal_memory(summaries, at_memory)]
         parts += ["## Memory by component", memory_by_component(plan, memory)]
         parts += ["## Cost of the arms", costs(plan, finished)]

@@ -15,8 +15,8 @@ from scipy import stats
 
 from coe_megatron.study.plan.cost_table import ArmPlan
 from coe_megatron.study.report.comparison import Summary
+from coe_megatron.study.report.statistics import LEVEL
 
-_CONFIDENCE = 0.95
 _MIN_RANGE = 0.05  # of a quantity's logarithm, after regression on the other quantities, for a meaningful exponent
 
 
@@ -60,7 +60,7 @@ def fit(summaries: Sequence[Summary]) -> Fit | None:
     found, *_ = np.linalg.lstsq(design, losses, rcond=None)
     variance = float(((losses - design @ found) ** 2).sum()) / free
     errors = np.sqrt(variance * np.diag(np.linalg.inv(design.T @ design)))
-    reach = stats.t.ppf((1 + _CONFIDENCE) / 2, free) * errors
+    reach = stats.t.ppf(1 - LEVEL / 2, free) * errors
     coefficients = [
         Coefficient(name, float(value), (float(value - width), float(value + width)))
         for name, value, width in zip(used, found[1:], reach[1:], strict=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
+from coe_megatron.study.report.markdown_text import number
 from coe_megatron.study.report.results import Result
 
 _EXPLANATION = (
@@ -74,12 +75,12 @@ def _summary(places: Sequence[Mapping[str, Any]]) -> IterationSummary:
 def _cells(chains: Sequence[IterationSummary]) -> list[str]:
     cosines = [chain.cosine for chain in chains if chain.cosine is not None]
     return [
-        _number(_mean(cosines), "+.2f"),
+        number(_mean(cosines), "+.2f"),
         f"{min(cosines):+.2f} to {max(cosines):+.2f}" if cosines else "-",
-        _number(_mean(chain.single_scale for chain in chains), ".2f"),
-        _number(_mean(chain.overlap for chain in chains), ".2f"),
-        _number(_mean(chain.first_norm for chain in chains), ".3g"),
-        _number(_mean(chain.last_norm for chain in chains), ".3g"),
+        number(_mean(chain.single_scale for chain in chains), ".2f"),
+        number(_mean(chain.overlap for chain in chains), ".2f"),
+        number(_mean(chain.first_norm for chain in chains), ".3g"),
+        number(_mean(chain.last_norm for chain in chains), ".3g"),
     ]
 
 
@@ -87,7 +88,3 @@ def _mean(values: Iterable[float | None]) -> float | None:
     """The mean of the values that are known; None if none is."""
     known = [value for value in values if value is not None]
     return mean(known) if known else None
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
