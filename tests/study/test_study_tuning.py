@@ -74,6 +74,19 @@ def test_every_arm_runs_with_the_value_that_was_best_for_it(file: Path) -> None:
     assert f"{COE}: optimizer.lr 0.001 is chosen, loss 2.8050, at the edge of the grid" in plan.table()
 
 
+def test_tuning_runs_can_have_settings_of_their_own(study_file: Write, tmp_path: Path) -> None:
+    shorter = TUNE | {"set": {"training.steps": 20, "training.evaluate_every": 10}}
+    file = study_file(output=str(tmp_path / "out"), tune=shorter, set={"training.steps": 50})
+    plan = tuned(file)
+    assert {run.config.training.steps for run in plan.tuning_runs} == {20}
+    assert {run.config.training.steps for run in plan.study.runs} == {50}
+    assert {arm.name: arm.config.optimizer.lr for arm in plan.study.arms} == CHOSEN
+    assert " Tuning runs have training.steps 20, training.evaluate_every 10. " in tuning_text(plan.tuning)
+    short = make_plan(file, device="cpu").tuning_seconds
+    long = make_plan(study_file(tune=TUNE, set={"training.steps": 50}), device="cpu").tuning_seconds
+    assert short is not None and long is not None and short < 0.6 * long
+
+
 def test_an_arm_whose_runs_are_not_complete_waits_alone(file: Path) -> None:
     run = next(each for each in tuned(file).tuning_runs if each.arm == COE)
     shutil.rmtree(run.config.output)
@@ -129,6 +142,11 @@ def test_the_choice_is_the_first_of_the_lowest_means(losses: list[list[float]]) 
         ({"setting": "training.seed"}, "tune.setting is training.seed: seeds sets it already"),
         ({"setting": "training.steps"}, "tune.setting is training.steps: the setting of all arms sets it already"),
         ({"setting": "model.hidden_size", "values": [32, 64]}, f"with 64, {MOE} has another flops than the budget"),
+        ({"set": {"moe.topk": 3}}, "tune.set sets moe.topk: axes.design sets it already"),
+        ({"set": {"optimizer.lr": 1e-3}}, "tune.set sets optimizer.lr: tune.setting sets it already"),
+        ({"set": {"training.global_batch": 2}}, "tune.set sets training.global_batch: budget.solve sets it already"),
+        ({"set": {"training.seed": 2}}, "tune.set sets training.seed: seeds sets it already"),
+        ({"set": {"training.stepps": 2}}, f"arm {MOE}: training.stepps is not a setting"),
         ({"sedes": [1]}, "tune.sedes is not a setting; did you mean tune.seeds"),
     ],
 )

@@ -22,7 +22,7 @@ from coe_megatron.errors import ConfigError
 from coe_megatron.study.plan.axes import Axes, Labels, baselines, check_labels, crossed, matching_skip, named, read_axes
 from coe_megatron.study.plan.ladder import WIDTH, Rule, label_of, settings_of
 from coe_megatron.study.plan.names import title
-from coe_megatron.study.plan.study_file import RunSeed, StudySettings
+from coe_megatron.study.plan.study_file import RunSeed, StudySettings, Tune
 from coe_megatron.text import shortened
 
 _OWN = {
@@ -143,9 +143,9 @@ class Study:
         """The arm of a name."""
         return next(arm for arm in self.arms if arm.name == name)
 
-    def with_setting(self, arm: Arm, key: str, value: Any) -> Arm:
-        """An arm with one more setting; raises as `make_study`."""
-        overrides = (*arm.overrides, override(key, value))
+    def with_settings(self, arm: Arm, values: Mapping[str, Any]) -> Arm:
+        """An arm with more settings; raises as `make_study`."""
+        overrides = (*arm.overrides, *(override(key, value) for key, value in values.items()))
         return replace(arm, config=_resolve(self.settings, self.base, arm.name, overrides), overrides=overrides)
 
 
@@ -229,14 +229,19 @@ def _check_keys(settings: StudySettings, axes: Mapping[str, Any], overrides: Seq
     if settings.budget and (other := _overlapping(key := settings.budget.solve, (used := set_by | _OWN))):
         raise ConfigError(f"budget.solve is {key}: {used[other]} sets it already; solve for another setting")
     if settings.tune:
-        _check_tuned(settings, set_by | dict.fromkeys((*everywhere, *given), "the setting of all arms") | _OWN)
+        solved = {settings.budget.solve: "budget.solve"} if settings.budget else {}
+        _check_tuned(settings.tune, set_by | _OWN | solved, dict.fromkeys((*everywhere, *given), "the setting of all arms"))
 
 
-def _check_tuned(settings: StudySettings, used: dict[str, str]) -> None:
-    assert settings.tune is not None
-    _require_settings("tune.setting", [key := settings.tune.setting])
-    if other := _overlapping(key, used | ({settings.budget.solve: "budget.solve"} if settings.budget else {})):
-        raise ConfigError(f"tune.setting is {shortened(key, 100)}: {used.get(other, 'budget.solve')} sets it already")
+def _check_tuned(tune: Tune, used: dict[str, str], common: dict[str, str]) -> None:
+    """Check that no other key sets what tuning sets; `common` are settings of all arms, which `tune.set` may override."""
+    _require_settings("tune.setting", [key := tune.setting])
+    _require_settings("tune.set", tune.set)
+    if other := _overlapping(key, all_used := common | used):
+        raise ConfigError(f"tune.setting is {shortened(key, 100)}: {all_used[other]} sets it already")
+    for own in _all_keys(tune.set):
+        if other := _overlapping(own, forbidden := used | {key: "tune.setting"}):
+            raise ConfigError(f"tune.set sets {shortened(own, 100)}: {forbidden[other]} sets it already")
 
 
 def _all_keys(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

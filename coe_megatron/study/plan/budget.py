@@ -60,7 +60,7 @@ def solve(study: Study, amounts: Amounts) -> tuple[Study, dict[str, Solved]]:
                 found[arm.name] = _solve(budget, arm.config, wanted[arm.baseline], amounts)
             except ConfigError as error:
                 raise ConfigError(f"arm {arm.name}: {error}") from None
-            arm = study.with_setting(arm, budget.solve, found[arm.name].value)
+            arm = study.with_settings(arm, {budget.solve: found[arm.name].value})
         arms.append(arm)
     return replace(study, arms=arms), found
 
@@ -146,5 +146,5 @@ def _integer_setting(study: Study, budget: Budget, config: RunConfig) -> int:
     if type(value) is int:
         return value
     if value is None:
-        study.with_setting(study.baseline, budget.solve, budget.range[0])  # raises if there is no such setting
+        study.with_settings(study.baseline, {budget.solve: budget.range[0]})  # raises if there is no such setting
     raise ConfigError(f"budget.solve is {budget.solve}: it must name an integer setting")

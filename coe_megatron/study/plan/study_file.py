@@ -94,11 +94,13 @@ class Tune:
         setting: the setting, such as `optimizer.lr`; it must not change the quantity of a budget.
         values: the grid, in increasing order if it holds numbers.
         seeds: seeds of the tuning runs; the comparison uses none of them.
+        set: settings of the tuning runs alone, such as fewer `training.steps`.
     """
 
     setting: str
     values: Annotated[list[Any], Field(min_length=2)]
     seeds: Annotated[list[Index], Field(min_length=1)]
+    set: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

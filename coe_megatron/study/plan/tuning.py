@@ -5,7 +5,7 @@ is stored.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import mean
 from typing import Any
 
@@ -29,6 +29,7 @@ class TuningCurve:
         runs: the tuning runs of each value, one per seed.
         losses: final validation loss in nats per token, by seed, for each value: infinite if the run diverged; seeds
             whose run is not finished are missing.
+        set: settings of the tuning runs alone.
     """
 
     arm: str
@@ -37,6 +38,7 @@ class TuningCurve:
     values: list[Any]
     runs: list[list[Run]]
     losses: list[dict[int, float]]
+    set: dict[str, Any] = field(default_factory=dict)
 
     @property
     def means(self) -> list[float | None]:
@@ -94,9 +96,9 @@ def tune(study: Study, amounts: Amounts) -> tuple[Study, list[TuningCurve]]:
         return study, []
     curves, arms = [], []
     for arm in study.arms:
-        candidates = [study.with_setting(arm, settings.setting, value) for value in settings.values]
+        candidates = [study.with_settings(arm, {settings.setting: value}) for value in settings.values]
         _check_budget(study, settings, arm, candidates, amounts)
-        curve = _curve(settings, arm, candidates)
+        curve = _curve(settings, arm, [study.with_settings(each, settings.set) for each in candidates])
         curves.append(curve)
         arms.append(arm if curve.chosen_index is None else candidates[curve.chosen_index])
     return replace(study, arms=arms), curves
@@ -109,7 +111,7 @@ def _curve(settings: Tune, arm: Arm, candidates: list[Arm]) -> TuningCurve:
         used.add(folder := arm_name([f"{settings.setting}-{text_of(value)}"], used))
         runs.append(candidate.runs(seeds, f"tune/{folder}", f"{settings.setting} {text_of(value)}"))
     losses = [{run.seed: loss for run in group if (loss := final_loss(run)) is not None} for group in runs]
-    return TuningCurve(arm.name, arm.title, settings.setting, settings.values, runs, losses)
+    return TuningCurve(arm.name, arm.title, settings.setting, settings.values, runs, losses, settings.set)
 
 
 def _check_budget(study: Study, settings: Tune, arm: Arm, candidates: list[Arm], amounts: Amounts) -> None:

@@ -22,6 +22,8 @@ def tuning_text(curves: Sequence[TuningCurve]) -> str:
         f"Each arm has the value of {first.setting} with its lowest mean final validation loss over the seeds {seeds}, "
         "which the comparison does not use."
     )
+    if first.set:
+        text += f" Tuning runs have {', '.join(f'{key} {text_of(value)}' for key, value in first.set.items())}."
     if open_curves := [curve for curve in curves if curve.chosen_index is None]:
         text += f" No value is chosen yet for {len(open_curves)} of {len(curves)} arms."
     if edges := [f"{curve.title} ({text_of(curve.chosen)})" for curve in curves if curve.at_edge]:
