@@ -16,6 +16,7 @@ from layers import BF16, LOSSES, SHARED, waits
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from model_build import copy_from_oracle, gradient, make_config, make_layer, make_oracle
+from saved_bytes import without_padding
 
 from coe_megatron.chain.settings import ChainSettings, Recompute
 from coe_megatron.distributed.flights import Flight
@@ -74,7 +75,8 @@ def run_all(cases: list[Case] = CASES) -> dict[Case, dict[str, Any]]:
     found: dict[Case, dict[str, Any]] = {}
     for layout, sizes in LAYOUTS.items():
         use_layout(sizes)
-        found |= {case: run(*case) for case in cases if case[0] == layout}
+        with without_padding():  # as in layers
+            found |= {case: run(*case) for case in cases if case[0] == layout}
     return found
 
 

@@ -230,11 +230,13 @@ def _check_keys(settings: StudySettings, axes: Mapping[str, Any], overrides: Seq
         raise ConfigError(f"budget.solve is {key}: {used[other]} sets it already; solve for another setting")
     if settings.tune:
         solved = {settings.budget.solve: "budget.solve"} if settings.budget else {}
-        _check_tuned(settings.tune, set_by | _OWN | solved, dict.fromkeys((*everywhere, *given), "the setting of all arms"))
+        _check_tuned(
+            settings.tune, set_by | _OWN | solved, dict.fromkeys((*everywhere, *given), "the setting of all arms")
+        )
 
 
 def _check_tuned(tune: Tune, used: dict[str, str], common: dict[str, str]) -> None:
-    """Check that no other key sets what tuning sets; `common` are settings of all arms, which `tune.set` may override."""
+    """Check that nothing else sets what tuning sets; `tune.set` may override `common`, the settings of all arms."""
     _require_settings("tune.setting", [key := tune.setting])
     _require_settings("tune.set", tune.set)
     if other := _overlapping(key, all_used := common | used):
