@@ -144,7 +144,6 @@ def test_the_choice_is_the_first_of_the_lowest_means(losses: list[list[float]]) 
         ({"setting": "model.hidden_size", "values": [32, 64]}, f"with 64, {MOE} has another flops than the budget"),
         ({"set": {"moe.topk": 3}}, "tune.set sets moe.topk: axes.design sets it already"),
         ({"set": {"optimizer.lr": 1e-3}}, "tune.set sets optimizer.lr: tune.setting sets it already"),
-        ({"set": {"training.global_batch": 2}}, "tune.set sets training.global_batch: budget.solve sets it already"),
         ({"set": {"training.seed": 2}}, "tune.set sets training.seed: seeds sets it already"),
         ({"set": {"training.stepps": 2}}, f"arm {MOE}: training.stepps is not a setting"),
         ({"sedes": [1]}, "tune.sedes is not a setting; did you mean tune.seeds"),

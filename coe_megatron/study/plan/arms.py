@@ -229,14 +229,15 @@ def _check_keys(settings: StudySettings, axes: Mapping[str, Any], overrides: Seq
     if settings.budget and (other := _overlapping(key := settings.budget.solve, (used := set_by | _OWN))):
         raise ConfigError(f"budget.solve is {key}: {used[other]} sets it already; solve for another setting")
     if settings.tune:
-        solved = {settings.budget.solve: "budget.solve"} if settings.budget else {}
-        _check_tuned(
-            settings.tune, set_by | _OWN | solved, dict.fromkeys((*everywhere, *given), "the setting of all arms")
-        )
+        common = dict.fromkeys((*everywhere, *given), "the setting of all arms")
+        common |= {settings.budget.solve: "budget.solve"} if settings.budget else {}
+        _check_tuned(settings.tune, set_by | _OWN, common)
 
 
 def _check_tuned(tune: Tune, used: dict[str, str], common: dict[str, str]) -> None:
-    """Check that nothing else sets what tuning sets; `tune.set` may override `common`, the settings of all arms."""
+    """Check that nothing else sets what tuning sets; `tune.set` may override `common`: what is the same in all arms, or
+    solved for a budget.
+    """
     _require_settings("tune.setting", [key := tune.setting])
     _require_settings("tune.set", tune.set)
     if other := _overlapping(key, all_used := common | used):
