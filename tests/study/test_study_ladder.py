@@ -1,13 +1,16 @@
 """Ladders: the rule's sizes, branches of one run, and predictions that are registered before the largest width runs."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from study_made_up import leave
 
 from coe_megatron.config import RunConfig
@@ -20,7 +23,11 @@ from coe_megatron.study.plan.cost_table import Plan, make_plan
 from coe_megatron.study.plan.ladder import sizes
 from coe_megatron.study.plan.law import Law, Point, fit_law
 from coe_megatron.study.plan.registration import read_registration, register
+from coe_megatron.study.report.comparison import compare
+from coe_megatron.study.report.figures.draw import draw
+from coe_megatron.study.report.ladder import find
 from coe_megatron.study.report.report import write_report
+from coe_megatron.study.report.results import collect
 from coe_megatron.study.run import runner
 from coe_megatron.study.run.runner import Runner, has_trunk
 from coe_megatron.training.lr_schedule import learning_rate
@@ -220,6 +227,17 @@ def test_the_largest_width_is_predicted_before_it_runs(
     text = (tmp_path / "report/report.md").read_text()
     assert "## Scaling law" in text and "The largest width, as predicted" in text and registered.sha256 in text
     assert text.count("| yes |") + text.count("| no |") == 6 and "| E |" in text
+    shown = re.search(r"!\[([^]]*)\]\(ladder.svg\)\n\n\*([^*]*)\*", text)
+    assert shown and shown[1].count(": predicted ") == shown[1].count(", measured ") == 6
+    assert "fitted to the smaller widths. Open diamonds are registered predictions" in shown[2]
+    results = collect(plan)
+    (figure,) = (
+        each.figure for each in draw(plan, results, compare(results, plan.arms), find(plan)) if each.name == "ladder"
+    )
+    for axes, design in zip(figure.findobj(Axes), DESIGNS, strict=True):
+        assert axes.get_title(loc="left") == f"({'ab'[axes is not figure.findobj(Axes)[0]]}) {design}"
+        lines = [each for each in axes.lines if len(each.get_xdata()) == 40]
+        assert len(lines) == 3 and all(np.diff(each.get_ydata()).max() < 0 for each in lines)
 
 
 def test_a_changed_study_is_refused_by_name(file: Callable[..., Path], tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def ladder_runs(study: Study) -> LadderRuns:
     """The points of a study with a ladder; `missing` are the folders of smaller runs that have no loss yet."""
     fitted, predicted, missing, amounts, largest = {}, {}, [], Amounts(), largest_arms(study)
     for arm in study.arms:
-        point = _point(arm, amounts)
+        point = point_of(arm, amounts)
         if arm.name in largest:
             predicted[arm.name] = point
             continue
@@ -198,7 +198,8 @@ def _first(now: Mapping[str, Any], then: Mapping[str, Any], of: str = "") -> str
     return ""
 
 
-def _point(arm: Arm, amounts: Amounts) -> Point:
+def point_of(arm: Arm, amounts: Amounts) -> Point:
+    """An arm as a point of the law, without a loss."""
     run = amounts.run(arm.config)
     return Point(*sizes(run.shape.model), run.shape.config.chain.iterations, run.tokens)
 

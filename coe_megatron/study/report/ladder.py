@@ -1,11 +1,12 @@
 """The ladder in the report: the law, and the registered prediction beside what was measured. All plain text."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 from coe_megatron.errors import ConfigError
 from coe_megatron.study.plan.cost_table import Plan
-from coe_megatron.study.plan.registration import Registration, ladder_runs, prediction_errors
+from coe_megatron.study.plan.law import Law
+from coe_megatron.study.plan.registration import Registration, ladder_runs, prediction_errors, read_registration
 from coe_megatron.study.report.comparison import Summary
 
 Table = tuple[list[str], list[list[str]]]
@@ -16,17 +17,42 @@ LAW = (
 )
 
 
-def law_table(plan: Plan, registered: Registration | None) -> tuple[str, Table | None]:
-    """What the law was fitted to and cannot tell, and a table of its parameters; no table if it cannot be fitted."""
+@dataclass(frozen=True)
+class LadderFindings:
+    """What a report has of a ladder.
+
+    Attributes:
+        registered: the registration, if there is one.
+        law: the registered law, otherwise that of the finished runs; None if it cannot be fitted.
+        said: what the law was fitted to and cannot tell, or why there is none.
+        parameters: a table of the law's parameters; None without a law.
+    """
+
+    registered: Registration | None
+    law: Law | None
+    said: str
+    parameters: Table | None
+
+
+def find(plan: Plan) -> LadderFindings | None:
+    """Read the registration or fit the law; None without a ladder, or if it tests its rule with several learning rates.
+
+    Raises:
+        ConfigError: the study is not the one that was registered; one line.
+    """
+    ladder, registered = plan.study.settings.ladder, read_registration(plan.study)
+    if ladder is None or len(ladder.rate_factors) > 1:
+        return None
     if registered is not None:
-        return _text(len(registered.inputs), registered.warnings), _parameters(registered.law)
-    runs = ladder_runs(plan.study)
+        law = Law(**{name: value for name, (value, _, _) in registered.law.items()})
+        said = _text(len(registered.inputs), registered.warnings)
+        return LadderFindings(registered, law, said, _parameters(registered.law))
     try:
-        fit = runs.fit()
+        fit = ladder_runs(plan.study).fit()
     except ConfigError as error:
-        return f"{LAW} It is not fitted: {error}.", None
+        return LadderFindings(None, None, f"{LAW} It is not fitted: {error}.", None)
     values = {name: (value, *fit.intervals[name]) for name, value in asdict(fit.law).items()}
-    return _text(fit.points, fit.warnings), _parameters(values)
+    return LadderFindings(None, fit.law, _text(fit.points, fit.warnings), _parameters(values))
 
 
 def prediction_table(plan: Plan, registered: Registration, summaries: Sequence[Summary]) -> Table:

@@ -15,13 +15,12 @@ from coe_megatron.errors import one_line
 from coe_megatron.files import read_limited, require_replaceable, require_writable, write_atomically
 from coe_megatron.study.plan.cost_table import Plan
 from coe_megatron.study.plan.names import joined
-from coe_megatron.study.plan.registration import read_registration
 from coe_megatron.study.report.comparison import Summary, compare
 from coe_megatron.study.report.cost_tables import costs, loss_at_equal_memory, memory_by_component, speedup
 from coe_megatron.study.report.equal_memory import equal_memory, peak_memory
 from coe_megatron.study.report.figures.draw import arms_shown, draw
 from coe_megatron.study.report.figures.style import PRINT, StudyFigure, is_truncated
-from coe_megatron.study.report.ladder import law_table, prediction_table
+from coe_megatron.study.report.ladder import LadderFindings, find, prediction_table
 from coe_megatron.study.report.loss_tables import (
     answer_groups,
     answers,
@@ -77,7 +76,7 @@ def write_report(plan: Plan, title: str, folder: Path) -> list[Path]:
         OSError: writing failed, such as on a full disk.
     """
     check_folder(folder)
-    read_registration(plan.study)  # refuses a study that has changed since, before anything is written
+    ladder = find(plan)  # refuses a study that has changed since, before anything is written
     results = collect(plan)
     summaries = compare(results, plan.arms, plan.study.settings.margin)
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,12 +84,12 @@ def write_report(plan: Plan, title: str, folder: Path) -> list[Path]:
     files = [_write(folder / "results.csv", results_csv(results)), _write(folder / "timings.csv", timings_csv(results))]
     if plan.tuning:
         files.append(_write(folder / "tuning.csv", tuning_csv(plan.tuning)))
-    figures, images = list(draw(plan, results, summaries)), dict[str, bytes]()
+    figures, images = list(draw(plan, results, summaries, ladder)), dict[str, bytes]()
     for figure in figures:
         images[figure.name] = render(figure, "svg")
         files.append(_write(folder / f"{figure.name}.svg", images[figure.name]))
         files.append(_write(folder / f"{figure.name}.png", render(figure, "png")))
-    text = as_markdown(plan, title, results, summaries, figures)
+    text = as_markdown(plan, title, results, summaries, figures, ladder)
     files.append(_write(folder / "report.md", text))
     files.append(_write(folder / "report.html", as_html(title, text, images)))
     return files
@@ -114,7 +113,12 @@ def _remove_figures(folder: Path) -> None:
 
 
 def as_markdown(
-    plan: Plan, title: str, results: Sequence[Result], summaries: Sequence[Summary], figures: Sequence[StudyFigure]
+    plan: Plan,
+    title: str,
+    results: Sequence[Result],
+    summaries: Sequence[Summary],
+    figures: Sequence[StudyFigure],
+    ladder: LadderFindings | None = None,
 ) -> str:
     """The report as Markdown; figures are separate files."""
     finished, study = finished_results(results), plan.study
@@ -128,7 +132,7 @@ def as_markdown(
         _budget(plan),
         *_unfinished(results),
         *_tuning(plan),
-        *_ladder(plan, summaries),
+        *(_ladder(plan, summaries, ladder) if ladder else []),
     ]
     if finished:
         parts += [
@@ -213,14 +217,9 @@ def _tuning(plan: Plan) -> list[str]:
     return ["## Tuning", escaped(tuning_text(plan.tuning)), table([escaped(each) for each in columns], cells)]
 
 
-def _ladder(plan: Plan, summaries: Sequence[Summary]) -> list[str]:
-    ladder = plan.study.settings.ladder
-    if ladder is None or len(ladder.rate_factors) > 1:  # several learning rates per width test the rule instead
-        return []
-    registered = read_registration(plan.study)
-    said, law = law_table(plan, registered)
-    parts = ["## Scaling law", escaped(said), *([table(*law)] if law else [])]
-    if registered is None:
+def _ladder(plan: Plan, summaries: Sequence[Summary], ladder: LadderFindings) -> list[str]:
+    parts = ["## Scaling law", escaped(ladder.said), *([table(*ladder.parameters)] if ladder.parameters else [])]
+    if (registered := ladder.registered) is None:
         return parts
     columns, rows = prediction_table(plan, registered, summaries)
     cells = [[escaped(cell) for cell in row] for row in rows]

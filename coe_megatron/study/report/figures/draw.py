@@ -8,22 +8,28 @@ from coe_megatron.study.report.figures.answers import answers_by_group
 from coe_megatron.study.report.figures.curves import loss_curves
 from coe_megatron.study.report.figures.gains import effect, gains
 from coe_megatron.study.report.figures.iterations import iterations
+from coe_megatron.study.report.figures.ladder import loss_against_tokens
 from coe_megatron.study.report.figures.memory import loss_against_memory, memory_by_component
 from coe_megatron.study.report.figures.routing import followers, loads, norms, routing_over_time
 from coe_megatron.study.report.figures.scaling import scaling
 from coe_megatron.study.report.figures.style import ArmStyle, StudyFigure, arm_styles
 from coe_megatron.study.report.figures.tuning import tuning_curves
+from coe_megatron.study.report.ladder import LadderFindings
 from coe_megatron.study.report.results import Result, finished_results
 
 MAX_ARMS = 32  # in a figure; with a thousand it would be unreadable, and larger than a PNG can be
 
 
-def draw(plan: Plan, results: Sequence[Result], summaries: Sequence[Summary]) -> Iterator[StudyFigure]:
+def draw(
+    plan: Plan, results: Sequence[Result], summaries: Sequence[Summary], ladder: LadderFindings | None = None
+) -> Iterator[StudyFigure]:
     """Yield all figures that the finished runs allow, of the arms in `arms_shown`."""
     styles, names = arm_styles(summaries), arms_shown(summaries)
     summaries = [summary for summary in summaries if summary.arm.arm.name in names]
     if curves := [curve for curve in plan.tuning if curve.arm in names and any(curve.losses)]:
         yield tuning_curves(curves, styles)
+    if ladder and ladder.law:
+        yield loss_against_tokens(summaries, ladder.law, ladder.registered)
     finished = [result for result in finished_results(results) if result.run.arm in names]
     if not finished:
         return
