@@ -17,7 +17,7 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.utils import safe_get_full_grad
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from model_build import TOPK, make_config, make_gpt
+from model_build import TOPK, make_config, make_gpt, make_mla_config
 
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.config.settings import OptimizerSettings, TrainingSettings, ZeroSettings
@@ -73,18 +73,20 @@ def make_engine(
     optimizer: OptimizerSettings | None = None,
     balancing: str = "seq_aux_loss",
     topk: int = TOPK,
+    latents: dict[str, Any] | None = None,
     spoil: Callable[[torch.nn.Module], None] = lambda model: None,
     **of_spec: Any,
 ) -> DeepSpeedEngine:
     """Eight experts a layer, two iterations, both auxiliary losses with large coefficients; clipping bites.
 
-    `spoil` may do something to the model before DeepSpeed sees it; `of_spec` goes to `coe_block_spec`.
+    `latents` are settings of multi-latent attention. `spoil` may do something to the model before DeepSpeed sees it;
+    `of_spec` goes to `coe_block_spec`.
     """
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     ranks = parallel_state.get_data_parallel_world_size()
-    config = make_config(
+    config = (make_config if latents is None else partial(make_mla_config, **latents))(
         num_layers=layers,
         hidden_size=32,
         hidden_dropout=dropout,

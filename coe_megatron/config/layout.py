@@ -94,11 +94,6 @@ def _unit(config: RunConfig) -> int:
 
 def _tensor(config: RunConfig) -> Iterator[str]:
     size, model, moe = config.parallel.tensor, config.model, config.moe
-    if size > 1 and model.mla is not None:
-        yield (
-            f"parallel.tensor is {size}: with model.mla it must be 1, because Megatron-Core 0.16.1 without Transformer "
-            "Engine then omits part of the gradients of attention; use parallel.expert or parallel.pipeline"
-        )
     if size > 1 and model.qk_norm_over_heads:
         yield f"parallel.tensor is {size}: with model.qk_norm_over_heads, whose norms see all heads, it must be 1"
     sharded = {
@@ -108,6 +103,9 @@ def _tensor(config: RunConfig) -> Iterator[str]:
         "model.vocab_size": model.vocab_size or 64,  # the tokenizer's size is rounded up to a multiple of 64
         "the width of the shared experts": moe.num_shared_experts * moe.ffn_hidden_size,
     }
+    if (mla := model.mla) is not None:
+        sharded["model.mla.kv_lora_rank + qk_pos_emb_head_dim"] = mla.kv_lora_rank + mla.qk_pos_emb_head_dim
+        sharded["model.mla.q_lora_rank"] = mla.q_lora_rank or size
     if isinstance(moe.layer_freq, list) or moe.layer_freq > 1:
         sharded["model.ffn_hidden_size"] = model.ffn_hidden_size or 4 * model.hidden_size
     for name, value in sharded.items():

@@ -186,7 +186,9 @@ def _tensor_traffic(run: RunShape, stage: int, link: Group) -> Sent:
     pair = 2 * shape.hidden + 3 * shape.hidden  # forward and backward of columns, then rows
     attention = pair
     if shape.attention == "mla":  # queries, keys with values, and the products after the latents
-        attention += 3 * (shape.hidden + shape.kv_lora_rank + (shape.q_lora_rank or 0))
+        queries, latent = shape.q_lora_rank or 0, shape.kv_lora_rank + shape.qk_rope
+        attention += 3 * (shape.hidden + shape.kv_lora_rank + queries)
+        attention += 2 * (latent + queries + shape.qk_rope)  # latents of all ranks for each row; the key of all rows
     shared = sum(count * kind.chain.iterations for count, kind in shape.moe_kinds) if shape.shared_ffn else 0
     width = shape.layers * attention + shared * (5 + (forward - 1) * 2) * shape.chain_width
     width += (shape.layers - shape.num_moe_layers) * pair

@@ -107,11 +107,10 @@ def refuse_missing_engine(config: TransformerConfig, use_transformer_engine: boo
     if use_transformer_engine and not has_transformer_engine():
         raise ConfigError("use_transformer_engine is True: Transformer Engine is not installed, set it to False")
     tensor = config.tensor_model_parallel_size
-    if config.multi_latent_attention and tensor > 1 and not use_transformer_engine:
-        # The rotary part of the keys goes into every head; its gradients from the ranks' heads are not added up.
+    if config.multi_latent_attention and tensor > 1 and not (use_transformer_engine or config.sequence_parallel):
         raise ConfigError(
-            f"tensor_model_parallel_size is {tensor}: with multi_latent_attention it must be 1 without Transformer "
-            "Engine, because Megatron-Core 0.16.1 then leaves out a part of the gradients"
+            f"tensor_model_parallel_size is {tensor}: with multi_latent_attention and without Transformer Engine it needs "
+            "sequence_parallel True, or gradients of the rotary keys would not be summed over the ranks"
         )
 
 

@@ -185,7 +185,11 @@ OVERRIDES: list[tuple[str, str]] = [
     ("parallel.pipeline=3", "parallel.pipeline is 3: it must divide model.num_layers (2)"),
     ("parallel.pipeline=2 & zero.stage=3", "zero.stage is 3: with parallel.pipeline (2) it must be 0 or 1, because"),
     ("parallel.pipeline=2 & model.untied_embeddings=false", "model.untied_embeddings is false: with parallel.pipeline"),
-    ("parallel.tensor=2 & model.mla={}", "parallel.tensor is 2: with model.mla it must be 1, because"),
+    (
+        "parallel.tensor=2 & model.mla={kv_lora_rank: 63, qk_pos_emb_head_dim: 16}",
+        "parallel.tensor is 2: it must divide model.mla.kv_lora_rank + qk_pos_emb_head_dim (79)",
+    ),
+    ("parallel.tensor=2 & model.mla={q_lora_rank: 33}", "parallel.tensor is 2: it must divide model.mla.q_lora_rank"),
     (
         "parallel.pipeline=2 & parallel.expert=2 & moe.layer_freq=[0,1]",
         "moe.layer_freq is [0, 1]: with parallel.pipeline (2) each stage needs a layer with experts",

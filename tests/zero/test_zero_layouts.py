@@ -28,6 +28,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from coe_megatron.chain.settings import ChainSettings, Recompute
 from coe_megatron.checkpoint import save_load as store
 from coe_megatron.config.settings import OptimizerSettings
+from coe_megatron.local_backend import latent_attention
 from coe_megatron.zero import engine as zero_engine
 from coe_megatron.zero import expert_groups, grad_clip
 from coe_megatron.zero import optimizer_states as states
@@ -54,11 +55,14 @@ WAYS: dict[str, dict[str, Any]] = {
     "2 chunks": {"overlap_chunks": 2},
     "deduplicated in 2 chunks": {"deduplicated": True, "overlap_chunks": 2},
 }
+ATTENTIONS: dict[str, dict[str, Any] | None] = {"": None, "MLA": {}, "MLA of latent queries": {"q_lora_rank": 6}}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One training; `offload` and `balancing` as make_engine takes them, `broken` a name in BROKEN, `way` in WAYS."""
+    """One training; `offload` and `balancing` as make_engine takes them, `broken` a name in BROKEN, `way` in WAYS,
+    `attention` in ATTENTIONS.
+    """
 
     layout: str
     stage: int
@@ -71,6 +75,7 @@ class Case:
     way: str = ""
     recompute: str = "none"
     padding: bool = False
+    attention: str = ""
 
     @property
     def ranks(self) -> int:
@@ -80,7 +85,11 @@ class Case:
         offloaded = f"{self.offload} offloaded" if self.offload else ""
         special = self.balancing.removeprefix("seq_aux_loss"), self.broken, self.precision.removeprefix("fp32")
         recompute = f"recompute {self.recompute}" if self.recompute != "none" else ""
-        more = [part for part in (offloaded, *special, self.way, recompute, "padding" * self.padding) if part]
+        more = [
+            part
+            for part in (offloaded, *special, self.way, recompute, "padding" * self.padding, self.attention)
+            if part
+        ]
         return ", ".join([self.layout, f"stage {self.stage}", f"C {self.iterations}", self.optimizer, *more])
 
 
@@ -131,6 +140,12 @@ FEW_WITH_WAYS = [
     Case("PP 2, TP 2", 0, 3, "AdamW", way="2 chunks"),
     Case("EP 4", 3, 2, "AdamW", way="deduplicated"),
 ]
+WITH_LATENTS = [
+    Case("TP 2", 1, 2, "SGD", attention="MLA"),
+    Case("TP 2, ETP 2", 3, 2, "SGD", attention="MLA of latent queries"),
+    Case("TP 2, EP 2, DP 2", 2, 2, "SGD", attention="MLA of latent queries"),
+    Case("PP 2, TP 2", 0, 2, "SGD", attention="MLA"),
+]
 REST_WITH_WAYS = [
     Case(
         layout,
@@ -173,19 +188,33 @@ def engine_of(case: Case, micro_batch: int, **more: Any) -> Any:
         }  # all of them: TP rounds otherwise, and a token at another expert is no small difference
     more |= {"stage": case.stage, "offload": case.offload, "balancing": case.balancing, "precision": case.precision}
     more |= {"recompute": case.recompute, **WAYS[case.way]}
+    more |= {"latents": ATTENTIONS[case.attention]}
     return make_engine(micro_batch, chain=chain, optimizer=settings, **more)
 
 
 def train_alone(folder: Path) -> None:
     for iterations in (1, 2, 3):
-        store.save(folder / f"begin {iterations}", 1, engine_of(Case("alone", 1, iterations, ""), 8), {}, keep=1)
+        begin(folder, Case("alone", 1, iterations, ""))
         for name in ("SGD", "AdamW"):
             train_case(Case("alone", 1, iterations, name), folder, micro_batch=8)
     for balancing in ("aux_loss", "global_aux_loss"):
         train_case(Case("alone", 1, 2, "SGD", balancing=balancing), folder, micro_batch=8)
     train_case(Case("alone", 1, 2, "SGD", precision="bf16"), folder, micro_batch=8)
+    for attention in ("MLA", "MLA of latent queries"):
+        case = Case("alone", 1, 2, "SGD", attention=attention)
+        begin(folder, case)
+        train_case(case, folder, micro_batch=8)
     # The z-loss is a mean over a micro-batch's places that count: the same micro-batches as of many ranks.
     train_case(Case("alone", 1, 2, "SGD", padding=True), folder, micro_batch=2)
+
+
+def begin(folder: Path, case: Case) -> None:
+    """The checkpoint that all cases of these iterations and this attention begin with."""
+    store.save(beginning(folder, case), 1, engine_of(case, 8), {}, keep=1)
+
+
+def beginning(folder: Path, case: Case) -> Path:
+    return folder / f"begin {case.iterations} {case.attention}".strip()
 
 
 def trained(engine: Any, case: Case) -> Trace:
@@ -211,7 +240,7 @@ def train_together(folder: Path, cases: list[Case]) -> None:
 def train_case(case: Case, folder: Path, micro_batch: int) -> None:
     with BROKEN[case.broken]():
         engine = engine_of(case, micro_batch, seed=7)
-    store.load_weights(folder / f"begin {case.iterations}", engine)
+    store.load_weights(beginning(folder, case), engine)
     write(engine, trained(engine, case), folder / str(case))
     engine.destroy()  # or its hooks keep it, and the groups it knows
 
@@ -269,8 +298,14 @@ def experts_as_dense() -> AbstractContextManager:
     return mock.patch.object(expert_groups, "expert_placeholder", forgotten)
 
 
+def keys_of_own_heads() -> AbstractContextManager:
+    """The gradient of the key that all heads share has what the heads of this rank add alone, as in Megatron."""
+    return mock.patch.object(latent_attention, "_by_rows", lambda projection, rows, output: output)
+
+
 BROKEN = {
     "": nullcontext,
+    "keys of own heads": keys_of_own_heads,
     "no sums over sequence parts": no_sums_over_sequence_parts,
     "norm of a stage": norm_of_a_stage,
     "experts as dense": experts_as_dense,
@@ -319,6 +354,12 @@ def test_tokens_may_travel_any_way(alone: Path, ranks: int) -> None:
     compare(alone, cases)
 
 
+@pytest.mark.ranks
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_latents_may_be_split(alone: Path, ranks: int) -> None:
+    compare(alone, [case for case in WITH_LATENTS if case.ranks == ranks])
+
+
 @pytest.mark.full
 @pytest.mark.ranks
 @pytest.mark.timeout(1800)
@@ -355,6 +396,7 @@ def test_bf16_is_the_training_of_one_process_but_for_its_rounding(alone: Path) -
 def test_a_broken_sum_is_noticed(alone: Path) -> None:
     broken = [
         Case("TP 2", 1, 2, "SGD", broken="no sums over sequence parts"),
+        Case("TP 2", 1, 2, "SGD", broken="keys of own heads", attention="MLA"),
         Case("PP 2", 1, 2, "SGD", broken="norm of a stage"),
         Case("EP 2", 1, 2, "SGD", broken="experts as dense"),
     ]
