@@ -3,13 +3,15 @@
 import os
 import stat
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 
 from coe_megatron.checkpoint import integrity
 from coe_megatron.checkpoint.integrity import MANIFEST
 from coe_megatron.checkpoint.metadata import METADATA, CheckpointMetadata
-from coe_megatron.checkpoint.names import CheckpointName, replaced_name, step_of
+from coe_megatron.checkpoint.names import CheckpointName, partial_name, replaced_name, step_of
 from coe_megatron.checkpoint.storage import Reader
 from coe_megatron.checkpoint.tensor_index import TensorIndex
 from coe_megatron.checkpoint.torch_file_check import rng_states_problem, saved_problem
@@ -165,6 +167,20 @@ def publish(partial: Path, final: Path) -> None:
         raise
     to_disk(final.parent)
     remove(aside, ignore_errors=True)
+
+
+@contextmanager
+def unpublished(out: Path) -> Iterator[Path]:
+    """A hidden folder to fill beside `out`, which is then published under that name; nothing is left after an error."""
+    folder = out.absolute().with_name(partial_name(out.absolute().name))
+    try:
+        remove(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        yield folder
+        publish(folder, out)
+    except BaseException:
+        remove(folder, ignore_errors=True)
+        raise
 
 
 def delete_between(folder: Path, first: int, last: int) -> None:

@@ -20,10 +20,9 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from coe_megatron.checkpoint import listing, storage
 from coe_megatron.checkpoint.integrity import MANIFEST, manifest_files, write_manifest
 from coe_megatron.checkpoint.metadata import METADATA, CheckpointMetadata
-from coe_megatron.checkpoint.names import partial_name
 from coe_megatron.checkpoint.storage import MASTER, OPTIMIZER, Entries, Reader
 from coe_megatron.errors import ConfigError
-from coe_megatron.files import remove, require_writable, write_atomically
+from coe_megatron.files import require_writable, write_atomically
 from coe_megatron.text import aligned, aligned_facts
 
 _SUFFIX_LENGTH = len("..replaced")  # longest addition to the name of a checkpoint while it is written
@@ -219,17 +218,11 @@ def _copy_random(checkpoint: Path, folder: Path) -> None:
 def new_checkpoint(out: Path, overwrite: bool, sources: Sequence[Path]) -> Iterator[Path]:
     """A folder to fill; it then gets a manifest and the name `out`. After an error nothing is left behind."""
     _require_out(out, overwrite, sources)
-    folder = out.absolute().with_name(partial_name(out.absolute().name))
     try:
-        try:
-            remove(folder, ignore_errors=True)
-            (folder / "tensors").mkdir(parents=True)
+        with listing.unpublished(out) as folder:
+            (folder / "tensors").mkdir()
             yield folder
             write_manifest(folder)
-            listing.publish(folder, out)
-        except BaseException:
-            remove(folder, ignore_errors=True)
-            raise
     except OSError as error:
         raise ConfigError(f"{out} could not be written: {error}") from error
 

@@ -5,9 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from coe_megatron.checkpoint import listing
-from coe_megatron.checkpoint.names import partial_name
 from coe_megatron.errors import ConfigError
-from coe_megatron.files import remove
 
 
 @contextmanager
@@ -29,12 +27,5 @@ def new_folder(out: Path, overwrite: bool, has: str, source: Path) -> Iterator[P
     place, inner = out.resolve(), source.resolve()
     if place == inner or place in inner.parents or inner in place.parents:
         raise ConfigError(f"{out} and {source} contain each other: name another folder")
-    folder = out.absolute().with_name(partial_name(out.absolute().name))
-    try:
-        remove(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+    with listing.unpublished(out) as folder:
         yield folder
-        listing.publish(folder, out)
-    except BaseException:
-        remove(folder, ignore_errors=True)
-        raise

@@ -109,8 +109,8 @@ def refuse_missing_engine(config: TransformerConfig, use_transformer_engine: boo
     tensor = config.tensor_model_parallel_size
     if config.multi_latent_attention and tensor > 1 and not (use_transformer_engine or config.sequence_parallel):
         raise ConfigError(
-            f"tensor_model_parallel_size is {tensor}: with multi_latent_attention and without Transformer Engine it needs "
-            "sequence_parallel True, or gradients of the rotary keys would not be summed over the ranks"
+            f"tensor_model_parallel_size is {tensor}: with multi_latent_attention and without Transformer Engine set "
+            "sequence_parallel to True, or gradients of the rotary keys would not be summed over the ranks"
         )
 
 

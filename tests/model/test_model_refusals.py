@@ -95,7 +95,11 @@ REFUSED = [
     *((spec, {name: value}, "the specs of a chain") for spec in SPECS for name, value in OTHER_SPECS.items()),
     (coe_block_spec, {"delay_wgrad_compute": True}, "must be False"),
     (coe_block_spec, {"cuda_graph_impl": "transformer_engine"}, "none"),
-    (coe_layer_spec, {"tensor_model_parallel_size": 2, "multi_latent_attention": True}, "it needs sequence_parallel True"),
+    (
+        coe_layer_spec,
+        {"tensor_model_parallel_size": 2, "multi_latent_attention": True},
+        "it needs sequence_parallel True",
+    ),
 ]
 
 
