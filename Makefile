@@ -6,6 +6,7 @@
 #   make test-all     both: everything that needs no GPU, with a covering few of the many layouts
 #   make test-full    make test-all, and all layouts with all ZeRO stages (about an hour more)
 #   make gpu          what holds on this machine's first GPU, in eight minutes: gpu-report/, rows in the README
+#   make combinations measure every pair of settings and layouts against one process: docs/combinations.md (minutes)
 #   make format       format and fix what can be fixed; make docs: write docs/settings.md anew
 # Python 3.11 installs Megatron-Core 0.16.1, Python 3.12 and newer 0.19.2. Both can live side by side, for example
 # make test PYTHON=python3.12 VENV=.venv-3.12
@@ -24,7 +25,7 @@ export PYTHONUNBUFFERED := 1
 # Some containers set it; without byte code every process compiles its imports, and pytest all tests, again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test test-side test-rest test-all test-full gpu lint check format docs clean
+.PHONY: quickstart test test-side test-rest test-all test-full gpu combinations lint check format docs clean
 
 quickstart: $(INSTALLED) data/builtin/manifest.json
 	OMP_NUM_THREADS=1 $(BIN)/python launch/one_host.py -- --nproc-per-node 2 launch/pretrain_coe.py configs/quickstart.yaml
@@ -53,6 +54,9 @@ test-full: test-all
 
 gpu: $(INSTALLED)
 	$(BIN)/python benchmarks/gpu_day.py
+
+combinations: $(INSTALLED)
+	$(BIN)/python tests/combinations/combination_page.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

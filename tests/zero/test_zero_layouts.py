@@ -7,31 +7,24 @@ those marked `full` are all combinations. So it is with the ways of tokens, reco
 knows of neither ways nor recompute.
 """
 
-import json
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
-from unittest import mock
 
 import pytest
 import torch
-from engine_build import ROWS, Named, Trace, make_engine, take_steps, use_groups
+from engine_build import ROWS, Trace, make_engine, take_steps, use_groups
 from megatron.core import parallel_state
-from model_build import EXPERTS, errors
+from model_build import EXPERTS
 from ranks import run_ranks
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader
+from whole_training import worst_deviations, write
 
 from coe_megatron.chain.settings import ChainSettings, Recompute
 from coe_megatron.checkpoint import save_load as store
 from coe_megatron.config.settings import OptimizerSettings
-from coe_megatron.local_backend import latent_attention
-from coe_megatron.zero import engine as zero_engine
-from coe_megatron.zero import expert_groups, grad_clip
-from coe_megatron.zero import optimizer_states as states
 
 STEPS = 5
 LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
@@ -60,8 +53,8 @@ ATTENTIONS: dict[str, dict[str, Any] | None] = {"": None, "MLA": {}, "MLA of lat
 
 @dataclass(frozen=True)
 class Case:
-    """One training; `offload` and `balancing` as make_engine takes them, `broken` a name in BROKEN, `way` in WAYS,
-    `attention` in ATTENTIONS.
+    """One training; `offload` and `balancing` as make_engine takes them, `way` in WAYS, `attention` in
+    ATTENTIONS.
     """
 
     layout: str
@@ -70,7 +63,6 @@ class Case:
     optimizer: str
     offload: str = ""
     balancing: str = "seq_aux_loss"
-    broken: str = ""
     precision: str = "fp32"
     way: str = ""
     recompute: str = "none"
@@ -83,7 +75,7 @@ class Case:
 
     def __str__(self) -> str:
         offloaded = f"{self.offload} offloaded" if self.offload else ""
-        special = self.balancing.removeprefix("seq_aux_loss"), self.broken, self.precision.removeprefix("fp32")
+        special = self.balancing.removeprefix("seq_aux_loss"), self.precision.removeprefix("fp32")
         recompute = f"recompute {self.recompute}" if self.recompute != "none" else ""
         more = [
             part
@@ -238,78 +230,10 @@ def train_together(folder: Path, cases: list[Case]) -> None:
 
 
 def train_case(case: Case, folder: Path, micro_batch: int) -> None:
-    with BROKEN[case.broken]():
-        engine = engine_of(case, micro_batch, seed=7)
+    engine = engine_of(case, micro_batch, seed=7)
     store.load_weights(beginning(folder, case), engine)
     write(engine, trained(engine, case), folder / str(case))
     engine.destroy()  # or its hooks keep it, and the groups it knows
-
-
-def write(engine: Any, trace: Trace, folder: Path) -> None:
-    """A checkpoint with the weights in the end and, where the first moments were, the gradients of the first step."""
-    shapes = {}
-    with states.gathered_weights(engine):
-        shapes = {name: parameter.shape for name, parameter in engine.module.named_parameters()}
-    for name, parameter in engine.module.named_parameters():
-        assert trace.gradients[name].shape == shapes[name], name
-        states.write(engine, parameter, "exp_avg", trace.gradients[name])
-    numbers = {"norms": trace.norms, "losses": trace.losses}
-    store.save(folder, STEPS, engine, numbers, keep=1)
-
-
-def read(folder: Path) -> tuple[dict[str, Named], dict[str, list[float]]]:
-    """What `write` wrote, whole: gradients and weights by Megatron's keys, and the numbers."""
-    (checkpoint,) = folder.glob("step-*")
-    reader = FileSystemReader(checkpoint / "tensors")
-    kinds = {"gradients": "optimizer.exp_avg.", "weights": "optimizer.fp32_param."}
-    stored = reader.read_metadata().state_dict_metadata
-    wanted = [key for key in stored if key.startswith(tuple(kinds.values()))]
-    whole = {key: torch.empty(stored[key].size) for key in wanted}
-    dcp.load(whole, storage_reader=reader, no_dist=True)
-    found = {kind: {k: v for k, v in whole.items() if k.startswith(prefix)} for kind, prefix in kinds.items()}
-    return found, json.loads((checkpoint / "state.json").read_text())["state"]
-
-
-def no_sums_over_sequence_parts() -> AbstractContextManager:
-    """Gradients of what tensor-parallel ranks share are not summed over their parts of the sequence."""
-    return mock.patch.object(zero_engine, "_reduce_sequence_parallel_gradients", lambda model: None)
-
-
-def norm_of_a_stage() -> AbstractContextManager:
-    """Each pipeline stage clips by the norm of its own gradients."""
-    whole, tensor = grad_clip.norm_of_partitions, parallel_state.get_tensor_model_parallel_group
-
-    def of_a_stage(optimizer: Any) -> torch.Tensor:
-        with mock.patch.object(parallel_state, "get_model_parallel_group", tensor):
-            return whole(optimizer)
-
-    return mock.patch.object(grad_clip, "norm_of_partitions", of_a_stage)
-
-
-def experts_as_dense() -> AbstractContextManager:
-    """The gradients of different experts are averaged, as DeepSpeed does when it does not know them."""
-
-    @contextmanager
-    def forgotten(model: torch.nn.Module) -> Iterator[None]:
-        for parameter in model.parameters():
-            parameter.allreduce = True  # type: ignore[attr-defined]
-        yield
-
-    return mock.patch.object(expert_groups, "expert_placeholder", forgotten)
-
-
-def keys_of_own_heads() -> AbstractContextManager:
-    """The gradient of the key that all heads share has what the heads of this rank add alone, as in Megatron."""
-    return mock.patch.object(latent_attention, "_by_rows", lambda projection, rows, output: output)
-
-
-BROKEN = {
-    "": nullcontext,
-    "keys of own heads": keys_of_own_heads,
-    "no sums over sequence parts": no_sums_over_sequence_parts,
-    "norm of a stage": norm_of_a_stage,
-    "experts as dense": experts_as_dense,
-}
 
 
 @pytest.fixture(scope="module")
@@ -391,19 +315,6 @@ def test_bf16_is_the_training_of_one_process_but_for_its_rounding(alone: Path) -
     assert beyond_limits(train_and_measure(alone, cases), limits) == set()
 
 
-@pytest.mark.slow
-@pytest.mark.ranks
-def test_a_broken_sum_is_noticed(alone: Path) -> None:
-    broken = [
-        Case("TP 2", 1, 2, "SGD", broken="no sums over sequence parts"),
-        Case("TP 2", 1, 2, "SGD", broken="keys of own heads", attention="MLA"),
-        Case("PP 2", 1, 2, "SGD", broken="norm of a stage"),
-        Case("EP 2", 1, 2, "SGD", broken="experts as dense"),
-    ]
-    worst = train_and_measure(alone, broken)
-    assert beyond_limits(worst) == worst.keys()
-
-
 def compare(folder: Path, cases: list[Case]) -> None:
     assert beyond_limits(train_and_measure(folder, cases)) == set()
 
@@ -424,14 +335,9 @@ def beyond_limits(worst: dict[str, dict[str, float]], limits: dict[str, float] =
     return {case for case, found in worst.items() if any(found[kind] > limits[kind] for kind in found)}
 
 
-ALONE = {"layout": "alone", "stage": 1, "offload": "", "broken": "", "way": "", "recompute": "none"}
+ALONE = {"layout": "alone", "stage": 1, "offload": "", "way": "", "recompute": "none"}
 
 
 def deviations(folder: Path, case: Case) -> dict[str, float]:
     """By kind the worst deviation from one process, relative to the value, or to a tensor's largest."""
-    found, numbers = read(folder / str(case))
-    truth, true_numbers = read(folder / str(replace(case, **ALONE)))
-    worst = {kind: max(errors(found[kind], truth[kind]).values()) for kind in truth}
-    for kind, values in true_numbers.items():
-        worst[kind] = max(abs(mine - his) / his for mine, his in zip(numbers[kind], values, strict=True))
-    return worst
+    return worst_deviations(folder / str(case), folder / str(replace(case, **ALONE)))

@@ -1,0 +1,130 @@
+"""Measures all pairs with the installed Megatron-Core, and writes docs/combinations.md from what is measured.
+
+    make combinations                                         # Megatron-Core 0.16.1
+    make combinations PYTHON=python3.12 VENV=.venv-3.12       # 0.19.2
+
+The numbers are in docs/combinations/RELEASE.json; the page shows the worst of all releases.
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
+
+from combination_design import DEFAULTS, Case, covering_cases, labels, pairs  # noqa: E402
+from combination_training import LIMITS, is_wrong, measure  # noqa: E402
+
+FOLDER = ROOT / "docs/combinations"
+PAGE = FOLDER.with_suffix(".md")
+
+
+def _short(deviation: float) -> str:
+    return f"{deviation:.0e}".replace("e-0", "e-") if deviation else "0"
+
+
+_GRADIENTS, _WEIGHTS = (_short(LIMITS["fp32"][kind]) for kind in ("gradients", "weights"))
+_INTRODUCTION = f"""# Combinations
+
+For every pair of settings and layouts: the worst deviation of a gradient, a loss, the gradient norm or a weight from
+the training of one process without sharding, recomputation or exchanges, relative to a tensor's largest element. A few
+cases cover all pairs. Each begins with the weights of the one process and takes three steps, with rows of different
+length and large auxiliary losses. A pair's number is the worst of all fp32 cases that contain it, so another part of a
+case may be what deviates; the numbers of bf16 are from its own cases. Limits are {_GRADIENTS} for gradients, losses and
+norms and {_WEIGHTS} for weights, and in bf16 {LIMITS["bf16"]["gradients"]} for gradients.
+
+`make combinations` writes this page; nothing in it is written by hand. There are no context parallelism and no
+interleaved pipelines, and a loss per token (`calculate_per_token_loss`) is a setting of Megatron's own loop."""
+
+
+def record(cases: Sequence[Case], found: Mapping[Case, Mapping[str, float]]) -> dict[str, Any]:
+    """What is measured, for JSON."""
+    return {
+        "megatron-core": version("megatron-core"),
+        "torch": torch.__version__,
+        "cases": [{"labels": list(case.labels), "ranks": case.ranks, "worst": found[case]} for case in cases],
+    }
+
+
+def page(records: Sequence[Mapping[str, Any]]) -> str:
+    """The page as Markdown, from the records of releases."""
+    found = pairs()
+    measured = [(Case(tuple(each["labels"])), max(each["worst"].values())) for one in records for each in one["cases"]]
+    worst: dict[tuple[str, str], float] = {}
+    for case, deviation in measured:
+        for pair in case.pairs:
+            if case.is_exact(pair):
+                worst[pair] = max(worst.get(pair, 0.0), deviation)
+    reasons = list(dict.fromkeys([*found.refused.values(), *found.another.values()]))
+    releases = " and ".join(f"Megatron-Core {one['megatron-core']} with torch {one['torch']}" for one in records)
+    wrong = sum(is_wrong(Case(tuple(each["labels"])), each["worst"]) for one in records for each in one["cases"])
+    parts = [
+        _INTRODUCTION,
+        f"{releases}: {len(records[0]['cases'])} cases on up to {max(each['ranks'] for each in records[0]['cases'])} "
+        f"ranks, {wrong} of them wrong. Of {len(found.tested) + len(found.refused) + len(found.another)} pairs "
+        f"{len(found.tested)} are tested, {len(found.refused)} are refused, and {len(found.another)} are another "
+        "computation by definition.",
+        "\n".join(_matrix(worst, {**found.refused, **found.another}, reasons)),
+        "## Reasons",
+        "\n".join(f"{number}. {reason}" for number, reason in enumerate(reasons, 1)),
+        "## Cases",
+        "\n".join(_cases(records)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _matrix(
+    worst: Mapping[tuple[str, str], float], excluded: Mapping[tuple[str, str], str], reasons: Sequence[str]
+) -> Iterator[str]:
+    """A row and a column for everything that is not the base's; a reason's number in brackets for pairs not tested."""
+    shown = [label for dimension, label in labels() if label != DEFAULTS[dimension]]
+    yield f"| | {' | '.join(map(str, range(1, len(shown))))} |"
+    yield f"|---|{'---|' * (len(shown) - 1)}"
+    for row, label in enumerate(shown, 1):
+        cells = []
+        for other in shown[: row - 1]:
+            pair = (other, label)
+            if pair in excluded:
+                cells.append(f"[{reasons.index(excluded[pair]) + 1}]")
+            else:
+                cells.append(_short(worst[pair]) if pair in worst else "")  # none of one dimension
+        cells += [""] * (len(shown) - 1 - len(cells))
+        yield f"| {row} {label} | {' | '.join(cells)} |"
+
+
+def _cases(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    yield f"| ranks | case | {' | '.join(one['megatron-core'] for one in records)} |"
+    yield f"|---:|---|{'---:|' * len(records)}"
+    for number, each in enumerate(records[0]["cases"]):
+        deviations = (_short(max(one["cases"][number]["worst"].values())) for one in records)
+        yield f"| {each['ranks']} | {Case(tuple(each['labels']))} | {' | '.join(deviations)} |"
+
+
+def read() -> list[dict[str, Any]]:
+    """The records of all releases."""
+    return [json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))]
+
+
+def main() -> None:
+    """Measure, and write both."""
+    cases = covering_cases()
+    with tempfile.TemporaryDirectory() as folder:
+        found = {case: worst for (case, _), worst in measure(Path(folder), [(case, "") for case in cases]).items()}
+    FOLDER.mkdir(exist_ok=True)
+    release = version("megatron-core")
+    (FOLDER / f"{release}.json").write_text(json.dumps(record(cases, found), indent=1) + "\n")
+    PAGE.write_text(page(read()))
+    print(
+        f"{len(cases)} cases, {sum(is_wrong(*each) for each in found.items())} of them wrong: {PAGE.relative_to(ROOT)}"
+    )
+
+
+if __name__ == "__main__":
+    main()

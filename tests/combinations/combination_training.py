@@ -1,0 +1,76 @@
+"""Trains the cases on the ranks that they need, and in one process, and compares them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from combination_design import ROWS, Case
+from combination_mistakes import MISTAKES
+from engine_build import take_steps, use_groups
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from ranks import run_ranks
+from whole_training import worst_deviations, write
+
+from coe_megatron.checkpoint import save_load
+from coe_megatron.config.settings import RunConfig
+from coe_megatron.model.build import build_model
+from coe_megatron.zero import engine as zero
+
+Attempt: TypeAlias = tuple[Case, str]  # a case, and the name of a mistake in it
+STEPS = 3
+# Relative: losses and norms to themselves, tensors to their largest element.
+LIMITS = {
+    "fp32": {"losses": 1e-5, "norms": 1e-5, "gradients": 1e-5, "weights": 1e-4},
+    "bf16": {"losses": 3e-3, "norms": 3e-2, "gradients": 1e-1, "weights": 5e-2},  # rounding
+}
+
+
+def build(config: RunConfig) -> zero.Engine:
+    """The engine of a run; weights differ from those that cases begin with."""
+    torch.manual_seed(7)
+    model_parallel_cuda_manual_seed(7)
+    training, vocabulary = config.training, config.model.vocab_size
+    assert vocabulary is not None
+    micro_batches = ROWS // training.micro_batch // parallel_state.get_data_parallel_world_size()
+    return zero.build_engine(build_model(config, vocabulary), config.optimizer, training, config.zero, micro_batches)
+
+
+def train_alone(folder: Path, cases: list[Case]) -> None:
+    """In one process, with a checkpoint of the beginning; equal ones once."""
+    for case in cases:
+        if not (own := folder / f"alone {case.number}").exists():
+            engine = build(case.alone_config)
+            save_load.save(folder / f"begin {case.number}", 1, engine, {}, keep=1)
+            write(engine, take_steps(engine, 0, STEPS, padding=case.is_padded), own)
+            engine.destroy()
+
+
+def train_together(folder: Path, cases: list[Attempt]) -> None:
+    """Each on its layout, from the same beginning."""
+    for case, mistake in cases:
+        parallel = case.config.parallel
+        use_groups(parallel.tensor, parallel.pipeline, parallel.expert, parallel.expert_tensor)
+        with MISTAKES[mistake][1]():
+            engine = build(case.config)
+            save_load.load_weights(folder / f"begin {case.number}", engine)
+            write(engine, take_steps(engine, 0, STEPS, padding=case.is_padded), folder / f"{case} {mistake}")
+            engine.destroy()
+
+
+def measure(folder: Path, cases: Sequence[Attempt]) -> dict[Attempt, dict[str, float]]:
+    """The worst deviations of each case from one process, by kind."""
+    run_ranks(train_alone, 1, folder, [case for case, _ in cases], seconds=120 + 20 * len(cases))
+    for ranks in sorted({case.ranks for case, _ in cases}):
+        own = [(case, mistake) for case, mistake in cases if case.ranks == ranks]
+        run_ranks(train_together, ranks, folder, own, seconds=120 + 40 * len(own))
+    return {
+        (case, mistake): worst_deviations(folder / f"{case} {mistake}", folder / f"alone {case.number}")
+        for case, mistake in cases
+    }
+
+
+def is_wrong(case: Case, worst: Mapping[str, float]) -> bool:
+    """Whether a case is not the training of one process."""
+    return any(not worst[kind] <= limit for kind, limit in LIMITS[case["precision"]].items())
