@@ -234,6 +234,18 @@ def _is_valid(labels: Sequence[str]) -> bool:
     return case.ranks <= MOST_RANKS and not (case.refusal or case.another)
 
 
+def fixed_cases() -> list[Case]:
+    """Cases on at most two ranks whose losses are kept: everything that divides or sends in another way, by itself."""
+    layouts = ["TP 2", "EP 2", "ETP 2", "PP 2", "2 x"]
+    stages = [("2 x", stage) for stage in DIMENSIONS["zero"] if stage not in DEFAULTS.values()]
+    ways = [("EP 2", label) for name in ("recompute", "dispatcher", "chunks") for label in list(DIMENSIONS[name])[1:]]
+    chains = [
+        (label,) for name in ("iterations", "norms", "attention", "precision") for label in list(DIMENSIONS[name])
+    ]
+    given = [(), *((label,) for label in layouts), *stages, *ways, *chains]
+    return list(dict.fromkeys(Case.of(*each) for each in given))
+
+
 def labels() -> Iterator[tuple[str, str]]:
     """All labels with their dimension."""
     for dimension, found in DIMENSIONS.items():

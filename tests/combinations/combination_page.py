@@ -3,7 +3,8 @@
     make combinations                                         # Megatron-Core 0.16.1
     make combinations PYTHON=python3.12 VENV=.venv-3.12       # 0.19.2
 
-The numbers are in docs/combinations/RELEASE.json; the page shows the worst of all releases.
+The numbers are in docs/combinations/RELEASE.json; the page shows the worst of all releases. It also writes the losses
+of fixed tiny runs, with which a test compares them.
 """
 
 import json
@@ -24,6 +25,7 @@ from combination_training import LIMITS, is_wrong, measure  # noqa: E402
 
 FOLDER = ROOT / "docs/combinations"
 PAGE = FOLDER.with_suffix(".md")
+LOSSES = Path(__file__).with_name("losses.json")  # by release and case, of `fixed_runs`
 
 
 def _short(deviation: float) -> str:
@@ -108,8 +110,10 @@ def _cases(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def read() -> list[dict[str, Any]]:
-    """The records of all releases."""
-    return [json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))]
+    """The records of all releases that have the cases of today."""
+    records = [json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))]
+    cases = [list(case.labels) for case in covering_cases()]
+    return [one for one in records if [each["labels"] for each in one["cases"]] == cases]
 
 
 def main() -> None:

@@ -71,6 +71,34 @@ def measure(folder: Path, cases: Sequence[Attempt]) -> dict[Attempt, dict[str, f
     }
 
 
+def fixed_runs(cases: Sequence[Case]) -> dict[str, tuple[list[float], bool]]:
+    """By case the losses of a few steps from a fixed seed, and whether the same run again has the same bits."""
+    found = {}
+    for ranks in sorted({case.ranks for case in cases}):
+        own = [case for case in cases if case.ranks == ranks]
+        of_ranks = run_ranks(train_twice, ranks, own, seconds=60 + 20 * len(own))
+        for case, *values in zip(own, *of_ranks, strict=True):
+            found[str(case)] = values[0][0], all(is_same for _, is_same in values)
+    return found
+
+
+def train_twice(cases: list[Case]) -> list[tuple[list[float], bool]]:
+    """On the ranks of the cases: losses, and whether losses, norms and all weights are the same in both runs."""
+    found = []
+    for case in cases:
+        parallel, traces = case.config.parallel, []
+        for _ in range(2):
+            use_groups(parallel.tensor, parallel.pipeline, parallel.expert, parallel.expert_tensor)
+            engine = build(case.config)
+            traces.append(take_steps(engine, 0, STEPS, padding=case.is_padded))
+            engine.destroy()
+        first, second = traces
+        is_same = (first.losses, first.norms) == (second.losses, second.norms)
+        is_same &= all(torch.equal(weight, second.weights[name]) for name, weight in first.weights.items())
+        found.append((first.losses, is_same))
+    return found
+
+
 def is_wrong(case: Case, worst: Mapping[str, float]) -> bool:
     """Whether a case is not the training of one process."""
     return any(not worst[kind] <= limit for kind, limit in LIMITS[case["precision"]].items())
