@@ -20,8 +20,8 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
 
-from combination_design import DEFAULTS, Case, covering_cases, labels, pairs  # noqa: E402
-from combination_training import LIMITS, is_wrong, measure  # noqa: E402
+from combination_design import DEFAULTS, Case, covering_cases, fixed_cases, labels, pairs  # noqa: E402
+from combination_training import LIMITS, fixed_runs, is_wrong, measure  # noqa: E402
 
 FOLDER = ROOT / "docs/combinations"
 PAGE = FOLDER.with_suffix(".md")
@@ -116,18 +116,24 @@ def read() -> list[dict[str, Any]]:
     return [one for one in records if [each["labels"] for each in one["cases"]] == cases]
 
 
+def write_losses(release: str) -> None:
+    """Write the losses of fixed runs, beside those of other releases."""
+    known = json.loads(LOSSES.read_text()) if LOSSES.exists() else {}
+    known[release] = {case: traces[0][0].losses for case, traces in fixed_runs(fixed_cases()).items()}
+    LOSSES.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
+
+
 def main() -> None:
-    """Measure, and write both."""
-    cases = covering_cases()
+    """Measure, and write everything."""
+    cases, release = covering_cases(), version("megatron-core")
     with tempfile.TemporaryDirectory() as folder:
         found = {case: worst for (case, _), worst in measure(Path(folder), [(case, "") for case in cases]).items()}
     FOLDER.mkdir(exist_ok=True)
-    release = version("megatron-core")
     (FOLDER / f"{release}.json").write_text(json.dumps(record(cases, found), indent=1) + "\n")
     PAGE.write_text(page(read()))
-    print(
-        f"{len(cases)} cases, {sum(is_wrong(*each) for each in found.items())} of them wrong: {PAGE.relative_to(ROOT)}"
-    )
+    wrong = sum(is_wrong(*each) for each in found.items())
+    print(f"{len(cases)} cases, {wrong} of them wrong: {PAGE.relative_to(ROOT)}")
+    write_losses(release)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import TypeAlias
 import torch
 from combination_design import ROWS, Case
 from combination_mistakes import MISTAKES
-from engine_build import take_steps, use_groups
+from engine_build import Trace, take_steps, use_groups
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from ranks import run_ranks
@@ -71,32 +71,28 @@ def measure(folder: Path, cases: Sequence[Attempt]) -> dict[Attempt, dict[str, f
     }
 
 
-def fixed_runs(cases: Sequence[Case]) -> dict[str, tuple[list[float], bool]]:
-    """By case the losses of a few steps from a fixed seed, and whether the same run again has the same bits."""
+def fixed_runs(cases: Sequence[Case], times: int = 1) -> dict[str, list[list[Trace]]]:
+    """Some steps of each case from a fixed seed: by case and rank what every time came to."""
     found = {}
     for ranks in sorted({case.ranks for case in cases}):
         own = [case for case in cases if case.ranks == ranks]
-        of_ranks = run_ranks(train_twice, ranks, own, seconds=60 + 20 * len(own))
-        for case, *values in zip(own, *of_ranks, strict=True):
-            found[str(case)] = values[0][0], all(is_same for _, is_same in values)
+        of_ranks = run_ranks(train_again, ranks, own, times, seconds=60 + 10 * times * len(own))
+        found |= {str(case): list(traces) for case, *traces in zip(own, *of_ranks, strict=True)}
     return found
 
 
-def train_twice(cases: list[Case]) -> list[tuple[list[float], bool]]:
-    """On the ranks of the cases: losses, and whether losses, norms and all weights are the same in both runs."""
-    found = []
-    for case in cases:
-        parallel, traces = case.config.parallel, []
-        for _ in range(2):
-            use_groups(parallel.tensor, parallel.pipeline, parallel.expert, parallel.expert_tensor)
-            engine = build(case.config)
-            traces.append(take_steps(engine, 0, STEPS, padding=case.is_padded))
-            engine.destroy()
-        first, second = traces
-        is_same = (first.losses, first.norms) == (second.losses, second.norms)
-        is_same &= all(torch.equal(weight, second.weights[name]) for name, weight in first.weights.items())
-        found.append((first.losses, is_same))
-    return found
+def train_again(cases: list[Case], times: int) -> list[list[Trace]]:
+    """On the ranks of the cases."""
+    return [[_fixed_run(case) for _ in range(times)] for case in cases]
+
+
+def _fixed_run(case: Case) -> Trace:
+    parallel = case.config.parallel
+    use_groups(parallel.tensor, parallel.pipeline, parallel.expert, parallel.expert_tensor)
+    engine = build(case.config)
+    trace = take_steps(engine, 0, STEPS, padding=case.is_padded)
+    engine.destroy()
+    return trace
 
 
 def is_wrong(case: Case, worst: Mapping[str, float]) -> bool:
