@@ -98,7 +98,7 @@ REFUSED = [
     (
         coe_layer_spec,
         {"tensor_model_parallel_size": 2, "multi_latent_attention": True},
-        "it needs sequence_parallel True",
+        "set sequence_parallel to True",
     ),
 ]
 

@@ -51,7 +51,7 @@ def test_no_other_value_comes_nearer(
         best = solved[arm.name]
         assert AMOUNTS.run(arm.config).of(equal) == best.amount == pytest.approx(wanted * (1 + best.deviation))
         for value in range(-(-bounds[0] // multiple) * multiple, bounds[1] + 1, multiple):
-            other = AMOUNTS.run(study.with_setting(arm, key, value).config).of(equal)
+            other = AMOUNTS.run(study.with_settings(arm, {key: value}).config).of(equal)
             assert abs(best.amount - wanted) <= abs(other - wanted), (arm.name, value)
 
 
