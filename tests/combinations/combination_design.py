@@ -39,7 +39,7 @@ DIMENSIONS: dict[str, dict[str, dict[str, Any]]] = {
     "expert": {"EP 1": {}, "EP 2": {"parallel.expert": 2}},
     "expert tensor": {"ETP 1": {}, "ETP 2": {"parallel.expert_tensor": 2}},
     "pipeline": {"PP 1": {}, "PP 2": {"parallel.pipeline": 2}},
-    "replicas": {"1 x": {}, "2 x": {}},
+    "replicas": {"replicas x 1": {}, "replicas x 2": {}},
     "micro-batches": {"1 micro-batch": {}, "2 micro-batches": {}},
     "zero": {
         **{f"ZeRO {stage}": {"zero.stage": stage} for stage in (1, 0, 2, 3)},
@@ -111,7 +111,7 @@ class Case:
     @cached_property
     def ranks(self) -> int:
         """The number of ranks that it needs."""
-        return layout(with_settings(BASE, self._settings)).world_size * int(self["replicas"][0])
+        return layout(with_settings(BASE, self._settings)).world_size * int(self["replicas"][-1])
 
     @property
     def _settings(self) -> dict[str, Any]:
@@ -236,8 +236,8 @@ def _is_valid(labels: Sequence[str]) -> bool:
 
 def fixed_cases() -> list[Case]:
     """Cases on at most two ranks whose losses are kept: everything that divides or sends in another way, by itself."""
-    layouts = ["TP 2", "EP 2", "ETP 2", "PP 2", "2 x"]
-    stages = [("2 x", stage) for stage in DIMENSIONS["zero"] if stage not in DEFAULTS.values()]
+    layouts = ["TP 2", "EP 2", "ETP 2", "PP 2", "replicas x 2"]
+    stages = [("replicas x 2", stage) for stage in DIMENSIONS["zero"] if stage not in DEFAULTS.values()]
     ways = [("EP 2", label) for name in ("recompute", "dispatcher", "chunks") for label in list(DIMENSIONS[name])[1:]]
     chains = [
         (label,) for name in ("iterations", "norms", "attention", "precision") for label in list(DIMENSIONS[name])
