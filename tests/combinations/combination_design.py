@@ -106,7 +106,8 @@ class Case:
     def config(self) -> RunConfig:
         """As a run's, with the batch of a rank."""
         found = with_settings(BASE, self._settings)
-        return with_settings(found, {"training.micro_batch": ROWS // self._parts(found)})
+        parts = layout(found, self.ranks).data * int(self["micro-batches"][0])
+        return with_settings(found, {"training.micro_batch": ROWS // parts})
 
     @cached_property
     def ranks(self) -> int:
@@ -117,10 +118,6 @@ class Case:
     def _settings(self) -> dict[str, Any]:
         given = zip(DIMENSIONS.values(), self.labels, strict=True)
         return {key: value for labels, label in given for key, value in labels[label].items()}
-
-    def _parts(self, config: RunConfig) -> int:
-        """Micro-batches of all replicas in a step."""
-        return self.ranks // (config.parallel.tensor * config.parallel.pipeline) * int(self["micro-batches"][0])
 
     @property
     def alone(self) -> "Case":
@@ -152,7 +149,7 @@ class Case:
 
     @property
     def is_padded(self) -> bool:
-        """Whether the model is told which tokens are padding."""
+        """Whether the model gets a padding mask."""
         return self["padding"] == "padding mask"
 
     @cached_property

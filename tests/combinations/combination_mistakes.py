@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -52,18 +53,10 @@ def norm_of_a_stage() -> Patch:
     return mock.patch.object(grad_clip, "norm_of_partitions", of_a_stage)
 
 
-def mean_over_replicas() -> Patch:
-    """DeepSpeed's division by the replicas is not undone."""
+def loss_divided_by(count: Callable[[zero_engine.Engine], int]) -> Patch:
+    """A division is not undone, so that a step is the mean over its replicas or micro-batches, not the sum."""
     right = train_step.backward
-    return mock.patch.object(train_step, "backward", lambda engine, loss: right(engine, loss / engine.dp_world_size))
-
-
-def mean_over_micro_batches() -> Patch:
-    """A step is the mean over its micro-batches, not the sum."""
-    right = train_step.backward
-    return mock.patch.object(
-        train_step, "backward", lambda engine, loss: right(engine, loss / engine.gradient_accumulation_steps())
-    )
+    return mock.patch.object(train_step, "backward", lambda engine, loss: right(engine, loss / count(engine)))
 
 
 def without_z_loss() -> Patch:
@@ -145,8 +138,11 @@ MISTAKES: dict[str, tuple[tuple[str, ...], Callable[[], Patch]]] = {
     "experts as dense, ETP": (("ETP 2",), experts_as_dense),
     "experts as dense, stage 3": (("EP 2", "ZeRO 3"), experts_as_dense),
     "norm of a stage": (("PP 2",), norm_of_a_stage),
-    "mean over replicas": (("replicas x 2",), mean_over_replicas),
-    "mean over micro-batches": (("2 micro-batches",), mean_over_micro_batches),
+    "mean over replicas": (("replicas x 2",), partial(loss_divided_by, lambda engine: engine.dp_world_size)),
+    "mean over micro-batches": (
+        ("2 micro-batches",),
+        partial(loss_divided_by, lambda engine: engine.gradient_accumulation_steps()),
+    ),
     "without z-loss": (("z-loss",), without_z_loss),
     "fading with replicas": (("global_aux_loss", "replicas x 2"), fading_with_replicas),
     "balanced twice": (("seq_aux_loss",), balanced_twice),

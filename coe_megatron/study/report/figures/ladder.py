@@ -74,6 +74,22 @@ def _plot(
 ) -> None:
     tokens = [points[summary.arm.arm.name].tokens for summary in members]
     axes.set_xscale("log")
+    if known := [name for summary in members if (name := summary.arm.arm.name) in predictions]:
+        losses = np.array([predictions[name].loss for name in known])
+        low, high = np.array([predictions[name].interval for name in known]).T
+        axes.errorbar(
+            [points[name].tokens for name in known],
+            losses,
+            [losses - low, high - losses],
+            color="black",
+            marker="D",
+            fillstyle="none",
+            markersize=7,
+            linestyle="",
+            elinewidth=0.8,
+            capsize=3,
+            label=_PREDICTED,
+        )
     for width, style in styles.items():
         own = [summary for summary in members if summary.arm.arm.labels[WIDTH] == width]
         if not own:
@@ -84,24 +100,8 @@ def _plot(
         axes.plot(at, line, color=style.colour, linewidth=0.9, linestyle=style.dash)
         axes.plot([], [], **style.marked, linestyle=style.dash, linewidth=0.9, label=width)
         for summary in own:
-            name = summary.arm.arm.name
-            if (predicted := predictions.get(name)) is not None:
-                low, high = predicted.interval
-                axes.errorbar(
-                    points[name].tokens,
-                    predicted.loss,
-                    [[predicted.loss - low], [high - predicted.loss]],
-                    color="black",
-                    marker="D",
-                    fillstyle="none",
-                    markersize=7,
-                    linestyle="",
-                    elinewidth=0.8,
-                    capsize=3,
-                    label=_PREDICTED if _PREDICTED not in axes.get_legend_handles_labels()[1] else None,
-                )
             if summary.losses:
-                plot_mean(axes, points[name].tokens, summary.losses.values(), style)
+                plot_mean(axes, points[summary.arm.arm.name].tokens, summary.losses.values(), style)
     axes.set_xlabel("tokens")
     axes.set_ylabel(LOSS_LABEL)
 
