@@ -42,6 +42,10 @@ def add_coe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     ours = attribute_meanings(MoESettings)
     _add(group, "recompute", Recompute, "none", ours["recompute"])
     _add(group, "deduplicated", bool, False, "a token travels once to each rank that holds some of its experts")
+    losses = (
+        "scale the losses of routers as Megatron-Core does, also where that is wrong: with --calculate-per-token-loss"
+    )
+    _add(group, "megatron_losses", bool, False, losses)
     chunks = "parts of the tokens that go through the chain in turns: experts work while tokens of other parts travel"
     _add(group, "overlap_chunks", int, 1, chunks)
     return parser
@@ -82,6 +86,7 @@ def coe_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmod
         vp_stage=vp_stage,
         deduplicated=getattr(arguments, "coe_deduplicated", False),
         overlap_chunks=getattr(arguments, "coe_overlap_chunks", 1),
+        megatron_losses=getattr(arguments, "coe_megatron_losses", False),
     )
 
 

@@ -21,13 +21,17 @@ from model_build import TOPK, make_config, make_gpt, make_mla_config
 
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.config.settings import OptimizerSettings, TrainingSettings, ZeroSettings
+from coe_megatron.distributed.process_groups import replicas
 from coe_megatron.model import coe_block_spec
-from coe_megatron.model.router_state import update_router_state
+from coe_megatron.model.router_state import update_router_state, weigh_over_step
+from coe_megatron.model.stage_parts import StageParts
+from coe_megatron.sequence_parts import own_part
 from coe_megatron.training import evaluation
+from coe_megatron.training.loop import mean_tokens
 from coe_megatron.zero import engine as zero
 from coe_megatron.zero.train_step import train_step
 
-ROWS, SEQUENCE, VOCAB = 8, 12, 64
+ROWS, SEQUENCE, VOCAB = 8, 16, 64
 Named = dict[str, torch.Tensor]
 _engines: WeakSet[DeepSpeedEngine] = WeakSet()  # whose groups still stand
 
@@ -42,7 +46,14 @@ class Trace:
     weights: Named = field(default_factory=dict)
 
 
-def use_groups(tensor: int = 1, pipeline: int = 1, expert: int = 1, expert_tensor: int = 1) -> None:
+def use_groups(
+    tensor: int = 1,
+    pipeline: int = 1,
+    expert: int = 1,
+    expert_tensor: int = 1,
+    context: int = 1,
+    virtual_pipeline: int | None = None,
+) -> None:
     """Other process groups on the same ranks; those before them end: they would leave some fifty threads each time."""
     torch.distributed.barrier()  # no rank is in the midst of one
     _, *groups = parallel_state._global_process_group_list  # the first stands for that of all ranks
@@ -57,6 +68,8 @@ def use_groups(tensor: int = 1, pipeline: int = 1, expert: int = 1, expert_tenso
         pipeline_model_parallel_size=pipeline,
         expert_model_parallel_size=expert,
         expert_tensor_parallel_size=expert_tensor,
+        context_parallel_size=context,
+        virtual_pipeline_model_parallel_size=virtual_pipeline,
     )
 
 
@@ -94,25 +107,32 @@ def make_engine(
         moe_shared_expert_intermediate_size=24,
         moe_router_topk=topk,
         moe_router_load_balancing_type=balancing,
-        # As `training.model` has it, and for its reason.
-        moe_aux_loss_coeff=0.1 * (ranks if balancing == "global_aux_loss" else 1),
+        moe_aux_loss_coeff=0.1,
         moe_z_loss_coeff=0.01,
         expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         expert_tensor_parallel_size=parallel_state.get_expert_tensor_parallel_world_size(),
         sequence_parallel=parallel_state.get_tensor_model_parallel_world_size() > 1,
+        context_parallel_size=parallel_state.get_context_parallel_world_size(),
         pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        virtual_pipeline_model_parallel_size=parallel_state.get_virtual_pipeline_model_parallel_world_size(),
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=precision == "bf16",
         hetereogenous_dist_checkpoint=chain is not None and chain.layers is not None,
     )
-    place = {
-        "pre_process": parallel_state.is_pipeline_first_stage(),
-        "post_process": parallel_state.is_pipeline_last_stage(),
-    }
-    spec = coe_block_spec(config, chain or ChainSettings(iterations=2), **of_spec)
-    model = make_gpt(config, spec, vocab=VOCAB, **place)
+
+    def part_of_stage(number: int | None) -> torch.nn.Module:
+        place = {
+            "pre_process": parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=number),
+            "post_process": parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=number),
+            "vp_stage": number,
+        }
+        spec = coe_block_spec(config, chain or ChainSettings(iterations=2), vp_stage=number, **of_spec)
+        return make_gpt(config, spec, vocab=VOCAB, **place)
+
+    parts = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+    model = part_of_stage(None) if parts is None else StageParts(map(part_of_stage, range(parts)))
     spoil(model)
     training = TrainingSettings(global_batch=ROWS, micro_batch=micro_batch, precision=precision)
     optimizer = optimizer or OptimizerSettings(lr=1e-2, clip=0.1)
@@ -135,10 +155,13 @@ def take_steps(
     spoil_loss: float = 1.0,
     rate: float = 1e-2,
     padding: bool = False,
+    documents: bool = False,
+    auxiliary_mean: str = "micro_batch",
 ) -> Trace:
     """Train on the rows of steps `first` to `first + count - 1`; `mean_of_means` is the wrong way to weigh rows.
 
-    With `padding` the model is told which positions are padding.
+    With `padding` the model is told which positions are padding; with `documents` rows have several documents, and
+    attention stays in one.
     """
     trace, forward = Trace(), partial(_forward, padding=padding)
 
@@ -149,7 +172,9 @@ def take_steps(
 
     for step in range(first, first + count):
         zero.set_lr(engine, rate / (1 + step))
-        batches = list(micro_batches(step, engine.train_micro_batch_size_per_gpu()))
+        batches = list(micro_batches(step, engine.train_micro_batch_size_per_gpu(), documents))
+        if auxiliary_mean == "step":
+            weigh_over_step(engine.module, mean_tokens([{"padding_mask": ~batch["counts"]} for batch in batches]))
         with _seen_before_the_step(engine, trace) if step == first else nullcontext():
             loss = train_step(engine, batches, forward, loss_of)
         update_router_state(engine.module)
@@ -174,28 +199,37 @@ def _seen_before_the_step(engine: DeepSpeedEngine, trace: Trace) -> Iterator[Non
 
 
 def _forward(model: torch.nn.Module, batch: Named, padding: bool) -> torch.Tensor:
-    tokens = batch["tokens"]
-    positions = torch.arange(SEQUENCE).expand(len(tokens), -1)
     if padding:  # as programs do
-        return evaluation.forward(model, {**batch, "position_ids": positions, "padding_mask": ~batch["counts"]})
-    return model(tokens, positions, None, labels=batch["labels"])
+        return evaluation.forward(model, {**batch, "padding_mask": ~batch["counts"]})
+    return model(batch["tokens"], batch["position_ids"], batch.get("attention_mask"), labels=batch["labels"])
 
 
-def micro_batches(step: int, size: int) -> Iterator[Named]:
-    """This rank's micro-batches: tokens and labels [B, S], which of these count [B, S], and the step's `total`."""
+def micro_batches(step: int, size: int, documents: bool = False) -> Iterator[Named]:
+    """This rank's micro-batches: tokens, labels, positions [B, S], which labels count [B, S], and the step's `total`.
+
+    With `documents` also an attention mask [B, 1, S, S].
+    """
     generator = torch.Generator().manual_seed(100 + step)
     tokens = torch.randint(VOCAB, (ROWS, SEQUENCE + 1), generator=generator)
     lengths = torch.randint(1, SEQUENCE + 1, (ROWS, 1), generator=generator)
     counts = torch.arange(SEQUENCE) < lengths
+    starts = torch.rand(ROWS, SEQUENCE, generator=generator) < 0.2
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    context = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
     for number in range(rank, ROWS // size, ranks):
         rows = slice(number * size, (number + 1) * size)
-        yield {
+        batch = {
             "tokens": tokens[rows, :-1],
             "labels": tokens[rows, 1:].contiguous(),
             "counts": counts[rows],
-            "total": counts.sum(),
+            "position_ids": torch.arange(SEQUENCE).expand(size, -1),
         }
+        if documents:
+            own = starts[rows].cumsum(1)
+            same = own[:, :, None] == own[:, None, :]
+            batch["attention_mask"] = ~(same & torch.ones(SEQUENCE, SEQUENCE, dtype=torch.bool).tril())[:, None]
+        dims = {name: 2 if name == "attention_mask" else 1 for name in batch}
+        yield {name: own_part(tensor, dims[name], *context) for name, tensor in batch.items()} | {"total": counts.sum()}
 
 
 def gradients(engine: DeepSpeedEngine) -> Named:
@@ -214,5 +248,5 @@ def joined(ranks: list[Trace], layout: str) -> Trace:
 
 
 def _summed(value: torch.Tensor) -> torch.Tensor:
-    torch.distributed.all_reduce(value, group=parallel_state.get_data_parallel_group())
+    torch.distributed.all_reduce(value, group=replicas())
     return value

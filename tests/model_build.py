@@ -82,10 +82,10 @@ def mlp_class(mlp: Any) -> type:
     return getattr(function, "__self__", function)
 
 
-def make_coe(config: TransformerConfig, **chain: Any) -> CoELayer:
+def make_coe(config: TransformerConfig, megatron_losses: bool = False, **chain: Any) -> CoELayer:
     """Our layer alone, as layer 1; by default with one iteration."""
     settings = ChainSettings(**({"iterations": 1} | chain))
-    spec = coe_layer_spec(config, settings)
+    spec = coe_layer_spec(config, settings, megatron_losses=megatron_losses)
     layer = build_moe_layer(spec.submodules.mlp, config, get_default_pg_collection())
     layer.set_layer_number(1)
     return layer

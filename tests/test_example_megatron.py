@@ -105,9 +105,7 @@ def compare(folder: Path, iterations: int, optimizer: str, **changes: object) ->
 def train_together(folder: Path) -> tuple[Found, Found]:
     """What this rank found of trainings that should be that of one process, and of some with a mistake."""
     right = {f"C = {c}, {kind}": compare(folder, c, kind) for c in ITERATIONS for kind in OPTIMIZERS}
-    # Megatron then counts a micro-batch's tokens as one row's, so `seq_aux_loss` has that much less weight.
-    by_tokens = {"calculate_per_token_loss": True, "moe_aux_loss_coeff": COEFFICIENT * example.MICRO_BATCH}
-    right["loss by tokens"] = compare(folder, 2, "sgd", **by_tokens)
+    right["loss by tokens"] = compare(folder, 2, "sgd", calculate_per_token_loss=True)
     with mock.patch.object(example, "gradient_norm", norm_of_one_rank):
         wrong = {"norm of one rank": compare(folder, 2, "sgd")}
     wrong["experts doubled"] = compare(folder, 2, "sgd", finalize_model_grads_func=doubled)

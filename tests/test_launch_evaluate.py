@@ -37,6 +37,7 @@ LAYOUTS = {
     "EP 2": (2, "parallel.expert=2"),
     "PP 2": (2, "parallel.pipeline=2"),
     "TP 2": (2, "parallel.tensor=2"),
+    "CP 2": (2, "parallel.context=2"),
     "2 replicas": (2,),
 }
 FEW = ("1 rank", "EP 2", "PP 2")

@@ -27,7 +27,12 @@ def parse(text: str) -> argparse.Namespace:
 
 
 def test_every_setting_of_the_chain_is_an_argument() -> None:
-    names = {field.name for field in fields(ChainSettings)} | {"recompute", "deduplicated", "overlap_chunks"}
+    names = {field.name for field in fields(ChainSettings)} | {
+        "recompute",
+        "deduplicated",
+        "overlap_chunks",
+        "megatron_losses",
+    }
     assert {name.removeprefix("coe_") for name in vars(parse("")) if name != "spec"} == names
     assert chain_settings(parse("")) == ChainSettings()
 
@@ -52,6 +57,7 @@ def test_any_option_of_the_chain_selects_the_spec() -> None:
     assert parse("").spec is None
     assert parse("--coe-iterations 1").spec == SPEC
     assert parse("--coe-no-return").spec == SPEC
+    assert parse("--coe-megatron-losses").spec == SPEC and parse("--coe-megatron-losses").coe_megatron_losses
     assert parse("--spec other function --coe-no-return").spec == ["other", "function"]
 
 

@@ -46,6 +46,8 @@ class SavedLayout:
     expert: _Size
     expert_tensor: _Size
     zero_stage: Annotated[int, Field(strict=True, ge=0, le=3)]
+    context: _Size = 1
+    virtual_pipeline: _Size = 1
 
     def same_ranks(self, other: "SavedLayout") -> bool:
         """Whether each rank has the same role; the ZeRO stage may differ, as it does not change random numbers."""

@@ -165,6 +165,8 @@ def _layout(engine: Engine) -> SavedLayout:
         pipeline=parallel_state.get_pipeline_model_parallel_world_size(),
         expert=parallel_state.get_expert_model_parallel_world_size(),
         expert_tensor=parallel_state.get_expert_tensor_parallel_world_size(),
+        context=parallel_state.get_context_parallel_world_size(),
+        virtual_pipeline=parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
         zero_stage=engine.zero_optimization_stage(),
     )
 

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from coe_megatron.cli import language_model
 from coe_megatron.cli.arguments import Parser, program_name, write_out
 from coe_megatron.config import RunConfig
+from coe_megatron.config.layout import SIZES
 from coe_megatron.config.load import load
 from coe_megatron.data.folders import validation_paths
 from coe_megatron.data.records import Templates
@@ -46,7 +47,7 @@ EPILOG = "exit status: 0 done, 1 unexpected error, 2 invalid arguments or data (
 _ALLOWED = (
     "parallel.", "moe.dispatcher=", "moe.overlap_chunks=", "model.backend=", "chain.no_return=", "chain.gating=fixed"
 )  # fmt: skip
-_PLAIN_LAYOUT = ("parallel.tensor=1", "parallel.pipeline=1", "parallel.expert=1", "parallel.expert_tensor=1")
+_PLAIN_LAYOUT = tuple(f"parallel.{name}=1" for name in (*SIZES, "virtual_pipeline"))
 _MOST_PROBLEMS = 1_000_000
 
 

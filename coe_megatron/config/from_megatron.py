@@ -349,10 +349,11 @@ def _training(given: _Given) -> None:
 
 def _layout(given: _Given) -> None:
     given["parallel.expert_tensor"] = given.number("expert-tensor-parallel-size", given["parallel.tensor"] or 1)
-    if (context := given.number("context-parallel-size", 1)) > 1:
-        given.note(
-            f"--context-parallel-size {context}: there is no context parallelism, so there will be more replicas"
-        )
+    if "num-layers-per-virtual-pipeline-stage" in given:
+        layers = given.number("num-layers-per-virtual-pipeline-stage") * (given["parallel.pipeline"] or 1)
+        given["parallel.virtual_pipeline"] = given["model.num_layers"] // layers
+    else:
+        given["parallel.virtual_pipeline"] = given.number("num-virtual-stages-per-pipeline-rank", 1)
     if ranks := _world_size(given):
         given["parallel.world_size"] = ranks
         given["parallel.ranks_per_node"] = given.number("nproc-per-node")

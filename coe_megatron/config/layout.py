@@ -1,8 +1,8 @@
 """Parallel layouts: the sizes, and all rules for valid layouts.
 
 Each group of TP x PP ranks holds the dense parameters once, and each group of ETP x EP x PP ranks the experts. The
-remaining factor of the world size is data parallelism: replicas of the dense parameters, and replicas of the experts.
-Megatron builds its process groups from the same sizes.
+remaining factor of the world size are replicas of the dense parameters, and replicas of the experts. CP of the former
+share their sequences; the others are data parallelism. Megatron builds its process groups from the same sizes.
 """
 
 from collections.abc import Iterator
@@ -11,6 +11,8 @@ from math import lcm
 
 from coe_megatron.alignment import row_multiple
 from coe_megatron.config.settings import RunConfig
+
+SIZES = ("tensor", "context", "pipeline", "expert", "expert_tensor")  # settings of `parallel` that divide the ranks
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class Layout:
         pipeline: PP, stages of consecutive layers.
         expert: EP, ranks that share the experts of a layer.
         expert_tensor: ETP, ranks that shard each expert.
+        context: CP, replicas of the dense parameters that share their sequences.
+        virtual_pipeline: VPP, parts of each stage; all first parts come before all second ones.
     """
 
     world_size: int
@@ -30,11 +34,18 @@ class Layout:
     pipeline: int = 1
     expert: int = 1
     expert_tensor: int = 1
+    context: int = 1
+    virtual_pipeline: int = 1
+
+    @property
+    def replicas(self) -> int:
+        """Replicas of the dense parameters."""
+        return self.world_size // (self.tensor * self.pipeline)
 
     @property
     def data(self) -> int:
-        """Replicas of the dense parameters; each processes its own micro-batches."""
-        return self.world_size // (self.tensor * self.pipeline)
+        """Groups of ranks that process micro-batches of their own."""
+        return self.replicas // self.context
 
     @property
     def expert_data(self) -> int:
@@ -48,8 +59,8 @@ class Layout:
 
     def __str__(self) -> str:
         """For example `data 4, tensor 2, expert 2`; sizes of 1 are omitted, except data."""
-        sizes = {"tensor": self.tensor, "pipeline": self.pipeline, "expert": self.expert}
-        sizes["expert tensor"] = self.expert_tensor
+        sizes = {"tensor": self.tensor, "context": self.context, "pipeline": self.pipeline}
+        sizes |= {"virtual pipeline": self.virtual_pipeline, "expert": self.expert, "expert tensor": self.expert_tensor}
         return ", ".join([f"data {self.data}", *(f"{name} {size}" for name, size in sizes.items() if size > 1)])
 
 
@@ -61,7 +72,8 @@ def layout(config: RunConfig, world_size: int | None = None) -> Layout:
     """
     parallel = config.parallel
     size = world_size or parallel.world_size or _unit(config)
-    return Layout(size, parallel.tensor, parallel.pipeline, parallel.expert, parallel.expert_tensor)
+    names = ("tensor", "pipeline", "expert", "expert_tensor", "context", "virtual_pipeline")
+    return Layout(size, *(getattr(parallel, name) for name in names))
 
 
 def moe_pattern(config: RunConfig) -> tuple[int, ...]:
@@ -81,6 +93,7 @@ def chain_pattern(config: RunConfig) -> tuple[int, ...]:
 def problems(config: RunConfig, world_size: int | None = None) -> Iterator[str]:
     """Every rule that the layout breaks, one line each."""
     yield from _tensor(config)
+    yield from _context(config)
     yield from _experts(config)
     yield from _pipeline(config)
     yield from _ranks(config, world_size)
@@ -89,7 +102,7 @@ def problems(config: RunConfig, world_size: int | None = None) -> Iterator[str]:
 def _unit(config: RunConfig) -> int:
     """The number that must divide the number of ranks."""
     parallel = config.parallel
-    return parallel.pipeline * lcm(parallel.tensor, parallel.expert * parallel.expert_tensor)
+    return parallel.pipeline * lcm(parallel.tensor * parallel.context, parallel.expert * parallel.expert_tensor)
 
 
 def _tensor(config: RunConfig) -> Iterator[str]:
@@ -113,6 +126,15 @@ def _tensor(config: RunConfig) -> Iterator[str]:
             yield f"parallel.tensor is {size}: it must divide {name} ({value})"
 
 
+def _context(config: RunConfig) -> Iterator[str]:
+    size, length, tensor = config.parallel.context, config.model.seq_length, config.parallel.tensor
+    if size > 1 and length % (2 * size * tensor):
+        yield (
+            f"parallel.context is {size}: model.seq_length ({length}) must be a multiple of {2 * size * tensor}, two "
+            f"chunks for each rank{f' by parallel.tensor ({tensor})' if tensor > 1 else ''}"
+        )
+
+
 def _experts(config: RunConfig) -> Iterator[str]:
     parallel, moe = config.parallel, config.moe
     if moe.num_experts % parallel.expert:
@@ -126,20 +148,27 @@ def _experts(config: RunConfig) -> Iterator[str]:
 
 
 def _pipeline(config: RunConfig) -> Iterator[str]:
-    stages = config.parallel.pipeline
+    stages, parts, layers = config.parallel.pipeline, config.parallel.virtual_pipeline, config.model.num_layers
     if stages == 1:
+        if parts > 1:
+            yield f"parallel.virtual_pipeline is {parts}: it needs parallel.pipeline above 1"
         return
-    if config.model.num_layers % stages:
-        yield f"parallel.pipeline is {stages}: it must divide model.num_layers ({config.model.num_layers})"
+    if layers % stages:
+        yield f"parallel.pipeline is {stages}: it must divide model.num_layers ({layers})"
+    elif layers % (stages * parts):
+        yield (
+            f"parallel.virtual_pipeline is {parts}: with parallel.pipeline ({stages}), {stages * parts} must divide "
+            f"model.num_layers ({layers})"
+        )
     if config.zero.stage > 1:
         yield (
             f"zero.stage is {config.zero.stage}: with parallel.pipeline ({stages}) it must be 0 or 1, because stages 2 "
             "and 3 partition gradients after each micro-batch, and a pipeline has several in flight"
         )
-    elif config.zero.stage == 1 and layout(config).separate_experts and not all(map(any, _by_stage(config))):
+    elif config.zero.offload_optimizer and layout(config).separate_experts and _has_stage_without_experts(config):
         yield (
-            f"moe.layer_freq is {config.moe.layer_freq}: with parallel.pipeline ({stages}) each stage needs a layer "
-            "with experts, or zero.stage must be 0: otherwise DeepSpeed's sum of expert gradient norms would deadlock"
+            f"zero.offload_optimizer is true: with parallel.pipeline ({stages}) each stage needs a layer with experts, "
+            f"not moe.layer_freq {config.moe.layer_freq}, because DeepSpeed sums the norm of each parameter group"
         )
     if not config.model.untied_embeddings:
         yield (
@@ -148,10 +177,18 @@ def _pipeline(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _by_stage(config: RunConfig) -> list[tuple[int, ...]]:
-    """`moe_pattern` by pipeline stage; the number of stages divides the number of layers."""
-    pattern, count = moe_pattern(config), config.model.num_layers // config.parallel.pipeline
-    return [pattern[first : first + count] for first in range(0, len(pattern), max(1, count))]
+def stage_layers(config: RunConfig, stage: int) -> list[int]:
+    """The layers of a pipeline stage, both from 0; in `parallel.virtual_pipeline` parts of consecutive ones."""
+    stages, parts = config.parallel.pipeline, config.parallel.virtual_pipeline
+    count = config.model.num_layers // (stages * parts)
+    firsts = ((part * stages + stage) * count for part in range(parts))
+    return [layer for first in firsts for layer in range(first, first + count)]
+
+
+def _has_stage_without_experts(config: RunConfig) -> bool:
+    pattern = moe_pattern(config)
+    stages = (stage_layers(config, stage) for stage in range(config.parallel.pipeline))
+    return not all(any(pattern[layer] for layer in layers) for layers in stages)
 
 
 def _ranks(config: RunConfig, world_size: int | None) -> Iterator[str]:
@@ -160,7 +197,7 @@ def _ranks(config: RunConfig, world_size: int | None) -> Iterator[str]:
         yield f"parallel.world_size is {required}: {world_size} ranks were started, start {required} or set it to null"
     found = layout(config, required or world_size)
     if found.world_size % unit:
-        sizes = {name: getattr(config.parallel, name) for name in ("tensor", "pipeline", "expert", "expert_tensor")}
+        sizes = {name: getattr(config.parallel, name) for name in SIZES}
         names = [name for name, size in sizes.items() if size > 1]
         yield (
             f"{' and '.join(f'parallel.{name} is {sizes[name]}' for name in names)}: the number of ranks "
@@ -169,6 +206,12 @@ def _ranks(config: RunConfig, world_size: int | None) -> Iterator[str]:
         )
         return
     rows = training.micro_batch * found.data
+    stages = found.pipeline
+    if training.global_batch % rows == 0 and found.virtual_pipeline > 1 and training.global_batch // rows % stages:
+        yield (
+            f"parallel.virtual_pipeline is {found.virtual_pipeline}: the micro-batches of a step on each replica "
+            f"({training.global_batch // rows}) must be a multiple of parallel.pipeline ({stages})"
+        )
     if training.global_batch % rows:
         yield (
             f"training.global_batch is {training.global_batch}: it must be a multiple of training.micro_batch x "

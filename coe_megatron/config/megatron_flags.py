@@ -272,21 +272,23 @@ FLAGS: dict[str, Flag] = {
         whole,
         tensor_model_parallel_size="parallel.tensor",
         pipeline_model_parallel_size="parallel.pipeline",
+        context_parallel_size="parallel.context",
         expert_model_parallel_size="parallel.expert",
     ),
     **_switches(optimizer_cpu_offload=("zero.offload_optimizer", True, None)),
     **_together("expert-tensor-parallel-size", "parallel.expert_tensor"),
     **{name: Flag("parallel.world_size") for name in sorted(RANKS)},
     **_together("use-megatron-fsdp data-parallel-sharding-strategy", "zero.stage"),
-    **_together("context-parallel-size", "always 1"),
     **_needless("sequence-parallel", "always with tensor parallelism"),
     **_needless("use-distributed-optimizer", "ZeRO shards optimizer states from stage 1 on"),
+    **_together(
+        "num-layers-per-virtual-pipeline-stage num-virtual-stages-per-pipeline-rank", "parallel.virtual_pipeline"
+    ),
     **_none(
-        "num-layers-per-virtual-pipeline-stage num-virtual-stages-per-pipeline-rank "
         "pipeline-model-parallel-layout decoder-first-pipeline-num-layers decoder-last-pipeline-num-layers",
         "stages have equal numbers of layers",
     ),
-    **_none("cp-comm-type hierarchical-context-parallel-sizes", "there is no context parallelism"),
+    **_none("cp-comm-type hierarchical-context-parallel-sizes", "keys and values are gathered"),
     # what launches, or changes neither model nor result
     **{name: Flag(note="torchrun's; docs/launching.md", needless=True) for name in sorted(TORCHRUN - RANKS)},
     **_needless(

@@ -134,6 +134,8 @@ class MoESettings:
         aux_loss_coeff: coefficient of the auxiliary loss (`chain.aux_loss_reduction` says how it scales with
             iterations).
         z_loss_coeff: coefficient of the router's z-loss; 0 for none.
+        auxiliary_mean: what tokens `seq_aux_loss` and the z-loss are means over: the `micro_batch`, as in Megatron, or
+            the `step`. They differ where rows have padding; with `step` the split into micro-batches does not matter.
         expert_bias: auxiliary-loss-free load balancing: a bias on the scores, for the choice of experts only, updated
             after each step (sigmoid scores only).
         expert_bias_rate: size of an update of the expert bias.
@@ -169,6 +171,7 @@ class MoESettings:
     load_balancing: Literal["none", "aux_loss", "seq_aux_loss", "global_aux_loss"] = "seq_aux_loss"
     aux_loss_coeff: NonNegative = 0.001
     z_loss_coeff: NonNegative = 0.0
+    auxiliary_mean: Literal["micro_batch", "step"] = "micro_batch"
     expert_bias: bool = False
     expert_bias_rate: NonNegative = 0.001
     input_jitter: Fraction = 0.0
@@ -269,7 +272,9 @@ class ParallelSettings:
 
     Attributes:
         tensor: TP, ranks that shard attention, shared experts and embedding, with sequence parallelism in between.
+        context: CP, ranks that each have a part of every sequence; attention gathers keys and values of all parts.
         pipeline: PP, the stages of consecutive layers (ZeRO stages 0 and 1).
+        virtual_pipeline: VPP, the parts of each stage that take turns (Megatron's interleaved schedule).
         expert: EP, ranks that share the experts of a layer.
         expert_tensor: ETP, ranks that shard each expert; independent of `tensor`.
         world_size: required number of ranks; null accepts any. `--dry-run` assumes it.
@@ -280,7 +285,9 @@ class ParallelSettings:
     """
 
     tensor: Count = 1
+    context: Count = 1
     pipeline: Annotated[int, Field(ge=1, le=256)] = 1
+    virtual_pipeline: Annotated[int, Field(ge=1, le=256)] = 1
     expert: Count = 1
     expert_tensor: Count = 1
     world_size: Annotated[int, Field(ge=1, le=1_000_000)] | None = None

@@ -63,6 +63,8 @@ def start(
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
         **({} if timeout is None else {"distributed_timeout_minutes": math.ceil(timeout / timedelta(minutes=1))}),
@@ -86,14 +88,19 @@ def seed_weights(seed: int) -> None:
 
 
 def seed_dropout(seed: int) -> None:
-    """Give each replica of the model its own seed, so that dropout masks differ where the data differ.
+    """Give each replica of the model its own seed, so that dropout masks differ where the tokens differ.
 
     Tensor-parallel ranks keep sharing a seed: Megatron draws what must differ between them from its own generators.
     Call this after the weights are initialised.
     """
     stages = parallel_state.get_pipeline_model_parallel_world_size()
-    replica, stage = parallel_state.get_data_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
+    replica, stage = replicas().rank(), parallel_state.get_pipeline_model_parallel_rank()
     _seed(seed, stages * (1 + replica) + stage)
+
+
+def replicas() -> dist.ProcessGroup:
+    """The replicas of this rank's dense parameters; with context parallelism several of them share sequences."""
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
 def _seed(seed: int, which: int) -> None:
@@ -125,9 +132,6 @@ class MegatronGroups:
     get_pipeline_model_parallel_group = staticmethod(parallel_state.get_pipeline_model_parallel_group)
     get_pipeline_model_parallel_world_size = staticmethod(parallel_state.get_pipeline_model_parallel_world_size)
     get_pipeline_model_parallel_rank = staticmethod(parallel_state.get_pipeline_model_parallel_rank)
-    get_data_parallel_group = staticmethod(parallel_state.get_data_parallel_group)
-    get_data_parallel_world_size = staticmethod(parallel_state.get_data_parallel_world_size)
-    get_data_parallel_rank = staticmethod(parallel_state.get_data_parallel_rank)
 
     @staticmethod
     def get_model_parallel_world_size() -> int:
@@ -140,6 +144,21 @@ class MegatronGroups:
         return parallel_state.get_model_parallel_group().rank()
 
     @staticmethod
+    def get_data_parallel_group() -> dist.ProcessGroup:
+        """The ranks over which gradients are summed and ZeRO partitions."""
+        return replicas()
+
+    @staticmethod
+    def get_data_parallel_world_size() -> int:
+        """Their number."""
+        return replicas().size()
+
+    @staticmethod
+    def get_data_parallel_rank() -> int:
+        """This rank's index in that group."""
+        return replicas().rank()
+
+    @staticmethod
     def get_data_parallel_group_ranks() -> list[int]:
-        """Global ranks of this rank's data-parallel group."""
-        return dist.get_process_group_ranks(parallel_state.get_data_parallel_group())
+        """Their global ranks."""
+        return dist.get_process_group_ranks(replicas())

@@ -3,7 +3,8 @@
 Does not import torch. Tests compare every form with the tensors that the Megatron model keeps on the CPU. On CUDA, the
 forms should be upper bounds, but this is not measured: torch's RMSNorm is a single kernel, which need not keep the
 normalised input, and dropout masks take bytes. Dropped tokens are counted, and fp64 in a router is not. The forms are
-those of `model.backend` local; Transformer Engine's modules keep other tensors, which are not counted.
+those of `model.backend` local; Transformer Engine's modules keep other tensors, which are not counted. With context
+parallelism torch's attention has a mask on the CPU, S / 2 CP by up to S in each layer, and none on CUDA; not counted.
 
 Tensor parallelism includes sequence parallelism, which Megatron requires with experts: between layers a rank has T / TP
 tokens; inside attention and shared experts it has all T tokens with 1 / TP of the width. So everything except token ids
@@ -14,6 +15,7 @@ Letters: T tokens of a micro-batch on a rank, b bytes of an element, D hidden, N
 """
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal, get_args
 
 from coe_megatron.chain.settings import Recompute
@@ -45,11 +47,13 @@ class PassSettings:
         dropout: whether hidden states have dropout (dropout of attention weights is fused on CUDA and not counted).
         expert_parallel: EP, ranks that share the experts of a layer.
         tensor: TP, ranks that shard everything else, and the sequence between layers.
+        context: CP, ranks that each have a part of every sequence; attention keeps keys and values of all parts.
         expert_tensor: ETP, ranks that shard each expert; each of them gets the rows of all.
         deduplicated: whether a token travels once to each rank, and not once for each expert.
         groups: of group-limited routing: how many there are, and how many a token may choose experts from.
         first, last: whether the rank has the embedding, and whether it has the output layer and the loss.
-        in_flight: number of micro-batches that a pipeline keeps on this rank at the same time.
+        in_flight: number of micro-batches that a pipeline keeps on this rank at the same time; a fraction where some
+            are in a part of the stage only.
     """
 
     micro_batch: int
@@ -62,12 +66,13 @@ class PassSettings:
     dropout: bool = False
     expert_parallel: int = 1
     tensor: int = 1
+    context: int = 1
     expert_tensor: int = 1
     deduplicated: bool = False
     groups: tuple[int | None, int | None] = (None, None)
     first: bool = True
     last: bool = True
-    in_flight: int = 1
+    in_flight: Fraction | int = 1
 
 
 @dataclass(frozen=True)
@@ -89,14 +94,14 @@ class Activations:
     recomputed: int
     logits_gradient: int
     gradients: int
-    in_flight: int = 1
+    in_flight: Fraction | int = 1
 
     @property
     def peak(self) -> int:
         """Bytes at the peak of the backward pass: at the logits, or in the last chain after the logits are freed."""
         total = sum(self.kept.values())
         in_pass = max(total + self.logits_gradient, total - self.kept["output"] + self.recomputed + self.gradients)
-        return (self.in_flight - 1) * total + in_pass
+        return int((self.in_flight - 1) * total) + in_pass
 
 
 def activations(shape: ModelShape, settings: PassSettings) -> Activations:
@@ -105,7 +110,7 @@ def activations(shape: ModelShape, settings: PassSettings) -> Activations:
     Args:
         shape: the complete model, or the layers of the rank's pipeline stage.
     """
-    all_tokens, tokens = settings.micro_batch * shape.seq_length, _tokens(shape, settings)
+    all_tokens, tokens = _positions(shape, settings), _tokens(shape, settings)
     dense = shape.layers - shape.num_moe_layers
     kinds = [(count, _chain(kind, settings)) for count, kind in shape.moe_kinds]
     own_norms = sum(count for count, kind in shape.moe_kinds if kind.chain.norm_placement == "iteration_norm")
@@ -160,11 +165,7 @@ def segments(shape: ModelShape, settings: PassSettings) -> list[Segment]:
     dense = _segment(norm + state + ffn + dropout, state + ffn)
     kinds = [_moe_segment(kind, settings, norm, dropout) for _, kind in shape.moe_kinds]
     pattern = shape.moe_layers if isinstance(shape.moe_layers, tuple) else (1,) * shape.layers
-    found = [
-        _segment(settings.micro_batch * shape.seq_length * _INDEX + dropout, state)
-        if settings.first
-        else _segment(0, 0)
-    ]
+    found = [_segment(_positions(shape, settings) * _INDEX + dropout, state) if settings.first else _segment(0, 0)]
     for is_moe, is_chain in zip(pattern, shape.chains or pattern, strict=True):
         # `moe_kinds` has chains first.
         found += [attention, (kinds[0] if is_chain else kinds[-1]) if is_moe else dense]
@@ -185,15 +186,20 @@ def _moe_segment(shape: ModelShape, settings: PassSettings, norm: int, dropout: 
     return Segment(kept, recomputed + _gradients(shape, settings), at_first_gradient=left, at_later_gradients=left)
 
 
+def _positions(shape: ModelShape, settings: PassSettings) -> int:
+    """Tokens of a micro-batch in this rank's part of the sequences."""
+    return settings.micro_batch * shape.seq_length // settings.context
+
+
 def _tokens(shape: ModelShape, settings: PassSettings) -> int:
     """Tokens of a micro-batch whose hidden states are on this rank."""
-    return settings.micro_batch * shape.seq_length // settings.tensor
+    return _positions(shape, settings) // settings.tensor
 
 
 def _output(shape: ModelShape, settings: PassSettings) -> int:
     """The last hidden states, the softmax of the logits, and a label, mask and loss for every position."""
     states = _tokens(shape, settings) * (settings.element_bytes * shape.hidden + _FP32 * shape.vocab)
-    return states + settings.micro_batch * shape.seq_length * (_INDEX + 1 + _FP32)
+    return states + _positions(shape, settings) * (_INDEX + 1 + _FP32)
 
 
 def extra_flops(shape: ModelShape, recompute: Recompute) -> int:
@@ -387,7 +393,8 @@ def _attention(shape: ModelShape, settings: PassSettings) -> int:
     else:
         per_token, angles = _grouped_attention(shape, settings), shape.head_width
     # Sine and cosine, separately for queries and keys.
-    return tokens * (b * shape.hidden + per_token + kernel) + shape.seq_length * b * 4 * angles
+    positions = shape.seq_length // settings.context
+    return tokens * (b * shape.hidden + per_token + kernel) + positions * b * 4 * angles
 
 
 def _grouped_attention(shape: ModelShape, settings: PassSettings) -> int:
@@ -395,6 +402,10 @@ def _grouped_attention(shape: ModelShape, settings: PassSettings) -> int:
     b, size, heads, groups = settings.element_bytes, shape.head_width, shape.heads, shape.kv_groups or shape.heads
     straight = b * size * (heads + 2 * groups)
     rotated, out = b * size * (heads + groups), b * size * heads
+    if settings.context > 1:  # keys and values are copied to be gathered, and two chunks of the output joined
+        is_view = shape.qk_layernorm and not shape.qk_norm_over_heads and (shape.layer_norm or b == _FP32)
+        straight *= is_view
+        rotated, out = b * (size * heads + settings.context * shape.key_value_width), 2 * out
     if not shape.qk_layernorm:
         return straight + rotated + out
     rows = heads + groups
@@ -417,5 +428,9 @@ def _latent_attention(shape: ModelShape, settings: PassSettings) -> int:
         latents += b * queries + _norm(shape, settings, queries)
     size, value = shape.qk_nope + shape.qk_rope, shape.v_head_dim
     # If values are shorter than keys, they are padded for the kernel, and its output is sliced.
-    values = 2 * size + value if value < size else 2 * value
-    return latents + b * shape.heads * (2 * size + values)
+    padded, out = (size, size + value) if value < size else (0, value)
+    if settings.context > 1:  # whose gathered keys and values are in one tensor, and two chunks of the output joined
+        kept = size + settings.context * (size + value + padded) + (out if padded else 2 * out)
+    else:
+        kept = 2 * size + (padded or value) + out
+    return latents + b * shape.heads * kept

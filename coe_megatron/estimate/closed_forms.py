@@ -141,6 +141,13 @@ class ModelShape:
         return self.head_dim or self.hidden // self.heads
 
     @property
+    def key_value_width(self) -> int:
+        """Elements of keys and values per token, over all heads."""
+        if self.attention == "mla":
+            return self.heads * (self.qk_nope + self.qk_rope + self.v_head_dim)
+        return 2 * (self.kv_groups or self.heads) * self.head_width
+
+    @property
     def attention_biases(self) -> int:
         """Parameters of the biases of a layer's attention."""
         return self.head_width * (self.heads + 2 * (self.kv_groups or self.heads)) if self.qkv_bias else 0

@@ -128,7 +128,7 @@ def _options(config: RunConfig, moe: MoESettings) -> tuple[Sequence[Dispatcher],
     least one position of the sequence.
     """
     is_ours = moe.capacity_factor is None and moe.dispatcher != "allgather" and config.parallel.expert > 1
-    positions = config.model.seq_length // config.parallel.tensor
+    positions = config.model.seq_length // (config.parallel.tensor * config.parallel.context)
     dispatchers: Sequence[Dispatcher] = ("alltoall", "deduplicated") if is_ours else ("alltoall",)
     chunks = [count for count in _CHUNKS if count <= positions] if is_ours else [1]
     return (

@@ -109,7 +109,7 @@ def _layer_seconds(run: RunShape, kind: ModelShape, speeds: Speeds) -> float:
 def _forward(run: RunShape, kind: ModelShape, speeds: Speeds) -> PassSeconds:
     """Of one of `moe.overlap_chunks` chunks."""
     chunks, layout, flops = run.config.moe.resolved_chunks(), run.layout, forward_flops(kind)
-    tokens = run.config.training.micro_batch * kind.seq_length / layout.tensor / chunks
+    tokens = run.config.training.micro_batch * kind.seq_length / layout.tensor / layout.context / chunks
     rows = tokens * layout.expert * layout.expert_tensor * kind.topk / kind.experts  # of an expert
     has_gpus = run.network is not None and run.network.has_gpus
     sent = one_way(run, kind).across_nodes * (1 if has_gpus else run.ranks_on_a_node)

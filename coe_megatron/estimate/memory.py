@@ -92,7 +92,7 @@ def _moments_of_step(run: RunShape, stage: int, shards: ParameterShards) -> tupl
         buffers=2 if shards.sizes.overlap and zero.stage < 3 and run.layout.pipeline == 1 else 1,
         pipelined=run.layout.pipeline > 1,
     )
-    earlier = (pass_settings.in_flight - 1) * sum(part.kept for part in parts)
+    earlier = int((pass_settings.in_flight - 1) * sum(part.kept for part in parts))
     return list(moments(shards, parts, reduction, earlier, _gathered(run, shards))), reduction
 
 
@@ -124,7 +124,8 @@ def _gradients(run: RunShape, shards: ParameterShards) -> int:
 
 
 def _gathered_sequence(run: RunShape) -> int:
-    return run.element_bytes * run.config.training.micro_batch * run.model.seq_length * run.model.hidden
+    positions = run.model.seq_length // run.layout.context
+    return run.element_bytes * run.config.training.micro_batch * positions * run.model.hidden
 
 
 def _optimizer(run: RunShape, shards: ParameterShards) -> int:

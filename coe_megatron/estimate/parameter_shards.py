@@ -96,7 +96,7 @@ def parameter_shards(run: RunShape, stage: int) -> ParameterShards:
     return ParameterShards(
         dense=dense,
         experts=experts,
-        dense_replicas=layout.data,
+        dense_replicas=layout.replicas,
         expert_replicas=layout.expert_data,
         separate_experts=layout.separate_experts,
         persistent=vectors + sum(small),
@@ -110,9 +110,9 @@ def parameter_shards(run: RunShape, stage: int) -> ParameterShards:
 def _overlapping(in_order: list[tuple[str, int]], layout: Layout) -> int:
     """See `ParameterShards`. DeepSpeed flattens experts together with all other tensors, or separately."""
     if not layout.separate_experts:
-        return _most_overlapping([size for _, size in in_order], layout.data)
+        return _most_overlapping([size for _, size in in_order], layout.replicas)
     dense, experts = ([size for kind, size in in_order if kind == which] for which in ("dense", "expert"))
-    return _most_overlapping(dense, layout.data) + _most_overlapping(experts, layout.expert_data)
+    return _most_overlapping(dense, layout.replicas) + _most_overlapping(experts, layout.expert_data)
 
 
 def _most_overlapping(sizes: list[int], replicas: int) -> int:

@@ -79,6 +79,7 @@ class RunEstimate:
             "layout": asdict(self.layout)
             | {
                 "data": self.layout.data,
+                "replicas": self.layout.replicas,
                 "expert_data": self.layout.expert_data,
                 "micro_batch": self.micro_batch,
                 "micro_batches_per_step": self.micro_batches,

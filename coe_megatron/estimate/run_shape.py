@@ -1,6 +1,7 @@
 """`RunShape`: a run's config, vocabulary size and layout, from which all estimates are computed."""
 
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cached_property
 
 from coe_megatron.chain.settings import Recompute
@@ -56,8 +57,8 @@ class RunShape:
 
     @property
     def tokens_per_replica(self) -> int:
-        """Tokens per step on each replica."""
-        return self.config.training.global_batch * self.config.model.seq_length // self.layout.data
+        """Tokens per step on each replica of the dense parameters."""
+        return self.config.training.global_batch * self.config.model.seq_length // self.layout.replicas
 
     @property
     def element_bytes(self) -> int:
@@ -101,10 +102,13 @@ class RunShape:
 
     def stage_model(self, stage: int) -> ModelShape:
         """The layers of a pipeline stage (from 0), with embedding and output layer as in the complete model."""
-        layers = self.model.layers // self.layout.pipeline
-        own = slice(stage * layers, (stage + 1) * layers)
-        chains = None if self.model.chains is None else self.model.chains[own]
-        return replace(self.model, layers=layers, moe_layers=moe_pattern(self.config)[own], chains=chains)
+        own, pattern, chains = layouts.stage_layers(self.config, stage), moe_pattern(self.config), self.model.chains
+        return replace(
+            self.model,
+            layers=len(own),
+            moe_layers=tuple(pattern[layer] for layer in own),
+            chains=None if chains is None else tuple(chains[layer] for layer in own),
+        )
 
     def pass_settings(self, recompute: Recompute | None = None) -> PassSettings:
         """A micro-batch's pass through the complete model; `recompute` replaces the run's own mode."""
@@ -121,15 +125,20 @@ class RunShape:
             dropout=self.config.model.hidden_dropout > 0,
             expert_parallel=self.layout.expert,
             tensor=self.layout.tensor,
+            context=self.layout.context,
             expert_tensor=self.layout.expert_tensor,
             deduplicated=moe.dispatcher == "deduplicated",
             groups=(moe.num_groups, moe.group_topk),
         )
 
     def stage_pass(self, stage: int, recompute: Recompute | None = None) -> PassSettings:
-        """The passes of a pipeline stage: under 1F1B, stage p of P keeps at most P - p micro-batches."""
-        stages = self.layout.pipeline
-        in_flight = min(stages - stage, self.micro_batches)
+        """The passes of a pipeline stage: under 1F1B, stage p of P keeps at most P - p micro-batches.
+
+        Of V parts, which take turns, it keeps 2 (P - p - 1) + P (V - 1) + 1 passes, each through one part.
+        """
+        stages, parts = self.layout.pipeline, self.layout.virtual_pipeline
+        passes = stages - stage if parts == 1 else 2 * (stages - stage - 1) + stages * (parts - 1) + 1
+        in_flight = min(Fraction(passes, parts), Fraction(self.micro_batches))
         complete = self.pass_settings(recompute)
         return replace(complete, first=stage == 0, last=stage == stages - 1, in_flight=in_flight)
 

@@ -1,13 +1,15 @@
 """Closed forms of the bytes that one rank sends in a step: by purpose, and by link (within a node or across nodes).
 
 Ranks are numbered as in Megatron: tensor-parallel neighbours first, then expert-parallel ones (for experts) or replicas
-(for dense parameters), then pipeline stages; a node holds `parallel.ranks_per_node` consecutive ranks. So the ranks of
-a group have a constant stride, which determines the nodes they are on. If a group has g ranks, m of them per node:
+(for dense parameters, those that share sequences first), then pipeline stages; a node holds `parallel.ranks_per_node`
+consecutive ranks. So the ranks of a group have a constant stride, which determines the nodes they are on. If a group
+has g ranks, m of them per node:
 
 * in an all-to-all, each rank sends the same amount to every other rank; the fraction (g - m) / (g - 1) crosses nodes;
 * in a ring (reduce, scatter, gather), each rank sends everything to the next rank; averaged over ranks, 1 / m crosses
   nodes, or nothing if m = g;
-* a pipeline sends to the next stage; g / m - 1 of the g - 1 boundaries between stages are between nodes.
+* a pipeline sends to the next stage; g / m - 1 of the g - 1 boundaries between stages are between nodes. (The way from
+  the last stage to the next part of the first is counted as one of them.)
 
 Groups need not fill nodes evenly (with EP 4 on nodes of 6 ranks, one group in three spans two nodes), so ranks are
 counted, and a rank sends the mean over all groups of a kind.
@@ -96,7 +98,8 @@ def groups(layout: Layout, ranks_per_node: int) -> dict[str, Group]:
     """Megatron's groups by purpose."""
     strides = {
         "tensor": (layout.tensor, 1),
-        "data": (layout.data, layout.tensor),
+        "context": (layout.context, layout.tensor),
+        "data": (layout.replicas, layout.tensor),
         "expert_tensor": (layout.expert_tensor, 1),
         "expert": (layout.expert, layout.expert_tensor),
         "expert_data": (layout.expert_data, layout.expert_tensor * layout.expert),
@@ -114,6 +117,7 @@ def traffic(run: RunShape, stage: int) -> dict[str, Sent]:
     return {
         **expert_traffic(run, stage),
         "tensor": _tensor_traffic(run, stage, links["tensor"]),
+        "context": _context_traffic(run, stage, links["context"]),
         "pipeline": _pipeline_traffic(run, stage, links["pipeline"]),
         **_replica_traffic(run, parameter_shards(run, stage), links),
     }
@@ -197,9 +201,17 @@ def _tensor_traffic(run: RunShape, stage: int, link: Group) -> Sent:
     return link.ring(run.tokens_per_replica * width * run.element_bytes, 1)
 
 
+def _context_traffic(run: RunShape, stage: int, link: Group) -> Sent:
+    """Keys and values of whole sequences are gathered in each attention, and their gradients scattered."""
+    shape, layout = run.stage_model(stage), run.layout
+    width = shape.layers * shape.key_value_width // layout.tensor
+    return link.ring(run.tokens_per_replica * layout.context * width * run.element_bytes, 2)
+
+
 def _pipeline_traffic(run: RunShape, stage: int, link: Group) -> Sent:
-    """Hidden states to the next stage, and their gradients to the previous one."""
-    times = (stage < run.layout.pipeline - 1) + (stage > 0)
+    """Hidden states to the next stage, and their gradients to the previous one; the last one of parts has no next."""
+    parts = run.layout.virtual_pipeline
+    times = 2 * parts - (stage == run.layout.pipeline - 1) - (stage == 0)
     return link.to_next(times * _state_bytes(run, run.model.hidden))
 
 
@@ -219,9 +231,9 @@ def _replica_traffic(run: RunShape, shards: ParameterShards, links: dict[str, Gr
 
 
 def bubble(run: RunShape) -> float:
-    """Fraction of a step in which a stage is idle: (P - 1) / (M + P - 1) with M micro-batches under 1F1B."""
+    """Fraction of a step in which a stage is idle: (P - 1) / (V M + P - 1); M micro-batches, V parts of a stage."""
     stages = run.layout.pipeline
-    return (stages - 1) / (run.micro_batches + stages - 1)
+    return (stages - 1) / (run.layout.virtual_pipeline * run.micro_batches + stages - 1)
 
 
 def _split(sent: int, across_fraction: Fraction) -> Sent:

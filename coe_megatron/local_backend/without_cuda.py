@@ -14,6 +14,8 @@ Replacements and reasons (Megatron-Core 0.16.1 and 0.19.2):
   module only, `torch` is now a wrapper whose `zeros` treats "cuda" as the current device.
 * `tensor_parallel.mappings._gather_along_first_dim`: with EP and ETP together, ranks gather unequal numbers of rows,
   but gloo's all-gather requires equal numbers. Unequal ones now use an all-to-all.
+* `get_pos_emb_on_this_cp_rank` of the rotary embeddings: with context parallelism it takes a rank's part by indices in
+  pinned memory, which needs CUDA. It now takes the same part in another way.
 """
 
 import contextlib
@@ -23,11 +25,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from coe_megatron.sequence_parts import own_part
+
 
 def install() -> None:
     """Apply the replacements if CUDA is missing; otherwise do nothing."""
     if torch.cuda.is_available():
         return
+    from megatron.core.models.common.embeddings import rotary_pos_embedding, yarn_rotary_pos_embedding
     from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import mappings, random
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
@@ -42,6 +47,8 @@ def install() -> None:
     MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = _splits_to_lists
     schedules.torch = _TorchOfSchedules()
     mappings._gather_along_first_dim = _gather_unequal_rows(mappings._gather_along_first_dim)
+    rotary_pos_embedding.get_pos_emb_on_this_cp_rank = _part_of_angles
+    yarn_rotary_pos_embedding.get_pos_emb_on_this_cp_rank = _part_of_angles
 
 
 def _cpu_device() -> torch.device:
@@ -121,6 +128,10 @@ def _gather_unequal_rows(stock: Callable) -> Callable:
         return output
 
     return gather_along_first_dim
+
+
+def _part_of_angles(pos_emb: torch.Tensor, seq_dim: int, cp_group: dist.ProcessGroup) -> torch.Tensor:
+    return own_part(pos_emb, seq_dim, cp_group.rank(), cp_group.size())
 
 
 class _TorchOfSchedules:

@@ -18,27 +18,23 @@ from coe_megatron.local_backend.norm import KeyNorm, QueryNorm
 from coe_megatron.model import coe_block_spec
 from coe_megatron.model.layer import coe_layers, routers
 from coe_megatron.model.specs import with_local_names
+from coe_megatron.model.stage_parts import StageParts
 
 
-def build_model(config: RunConfig, vocab_size: int, block: TransformerBlockSubmodules | None = None) -> GPTModel:
+def build_model(
+    config: RunConfig, vocab_size: int, block: TransformerBlockSubmodules | None = None
+) -> GPTModel | StageParts:
     """The model of this rank, initialised; Megatron's process groups and seeds have to stand.
 
     Args:
         vocab_size: rows of the embedding, padding included.
         block: specs of other layers, to compare with; those of `layer_specs` when None.
     """
-    megatron = transformer_config(config)
-    model = GPTModel(
-        config=megatron,
-        transformer_layer_spec=block or layer_specs(config, megatron),
-        vocab_size=vocab_size,
-        max_sequence_length=config.model.seq_length,
-        position_embedding_type="rope",
-        rotary_base=config.model.rotary_base,
-        share_embeddings_and_output_weights=not config.model.untied_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-    )
+    parts = config.parallel.virtual_pipeline
+    if parts == 1:
+        model = _build_part(config, vocab_size, block, None)
+    else:
+        model = StageParts(_build_part(config, vocab_size, block, part) for part in range(parts))
     if config.moe.router_init == "kaiming_uniform":
         for _, _, router in routers(model):
             if router.tied_to is None:
@@ -52,11 +48,31 @@ def build_model(config: RunConfig, vocab_size: int, block: TransformerBlockSubmo
     return model
 
 
-def layer_specs(config: RunConfig, megatron: TransformerConfig) -> TransformerBlockSubmodules:
+def _build_part(
+    config: RunConfig, vocab_size: int, block: TransformerBlockSubmodules | None, part: int | None
+) -> GPTModel:
+    """A pipeline stage, or with interleaved pipelines a part of it."""
+    megatron = transformer_config(config)
+    return GPTModel(
+        config=megatron,
+        transformer_layer_spec=block or layer_specs(config, megatron, part),
+        vocab_size=vocab_size,
+        max_sequence_length=config.model.seq_length,
+        position_embedding_type="rope",
+        rotary_base=config.model.rotary_base,
+        share_embeddings_and_output_weights=not config.model.untied_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=part),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=part),
+        vp_stage=part,
+    )
+
+
+def layer_specs(config: RunConfig, megatron: TransformerConfig, part: int | None = None) -> TransformerBlockSubmodules:
     """The specs of this rank's layers with the parts of `model.backend`; checkpoints of both have the same keys.
 
     Args:
         megatron: the result of `transformer_config`.
+        part: of the stage, from 0, with interleaved pipelines.
     """
     engine = _on_engine(config)
     block = coe_block_spec(
@@ -66,6 +82,7 @@ def layer_specs(config: RunConfig, megatron: TransformerConfig) -> TransformerBl
         use_transformer_engine=engine,
         deduplicated=config.moe.dispatcher == "deduplicated",
         overlap_chunks=config.moe.resolved_chunks(),
+        vp_stage=part,
     )
     if config.model.qk_norm_over_heads:
         for spec in block.layer_specs:
@@ -84,7 +101,7 @@ def _on_engine(config: RunConfig) -> bool:
     return config.model.backend == "transformer_engine"
 
 
-def _mark_experts(model: GPTModel, config: RunConfig) -> None:
+def _mark_experts(model: torch.nn.Module, config: RunConfig) -> None:
     """Mark experts whose replicas differ from those of dense parameters.
 
     Megatron-Core 0.16.1 marks Transformer Engine's by expert parallelism alone, also where ETP differs from TP.
@@ -119,7 +136,9 @@ def _layout_fields(config: RunConfig) -> dict[str, Any]:
     return {
         "tensor_model_parallel_size": parallel.tensor,
         "sequence_parallel": parallel.tensor > 1,
+        "context_parallel_size": parallel.context,
         "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         "pipeline_dtype": torch.bfloat16 if config.training.precision == "bf16" else torch.float32,
         "expert_model_parallel_size": parallel.expert,
         "expert_tensor_parallel_size": parallel.expert_tensor,
@@ -167,7 +186,7 @@ def _moe_fields(moe: MoESettings) -> dict[str, Any]:
         "moe_router_group_topk": moe.group_topk,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": moe.load_balancing,
-        "moe_aux_loss_coeff": _balancing_coefficient(moe),
+        "moe_aux_loss_coeff": 0.0 if moe.load_balancing == "none" else moe.aux_loss_coeff,
         "moe_z_loss_coeff": moe.z_loss_coeff or None,
         "moe_router_enable_expert_bias": moe.expert_bias,
         "moe_router_bias_update_rate": moe.expert_bias_rate,
@@ -177,15 +196,6 @@ def _moe_fields(moe: MoESettings) -> dict[str, Any]:
         "moe_token_dispatcher_type": "allgather" if moe.dispatcher == "allgather" else "alltoall",
         "moe_router_force_load_balancing": moe.force_load_balancing,
     }
-
-
-def _balancing_coefficient(moe: MoESettings) -> float:
-    if moe.load_balancing == "none":
-        return 0.0
-    # On each replica Megatron's global loss is what its tokens add to the loss of all, and the gradients of auxiliary
-    # losses are means over replicas: without the factor it would fade as replicas are added.
-    replicas = parallel_state.get_data_parallel_world_size() if moe.load_balancing == "global_aux_loss" else 1
-    return moe.aux_loss_coeff * replicas
 
 
 def _mla_fields(mla: MLASettings, rotary_base: int) -> dict[str, Any]:

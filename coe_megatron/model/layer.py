@@ -65,6 +65,7 @@ class CoELayer(MoELayer):
         topk: K; None takes the config's `moe_router_topk`.
         deduplicated: a token travels once to each rank with some of its experts (`moe.dispatcher`).
         overlap_chunks: parts of the tokens that go through the chain in turns (`moe.overlap_chunks`).
+        megatron_losses: scale losses of routers as Megatron-Core does where it is wrong; see RouterWithLosses.
         later: arguments that later releases of Megatron-Core pass (`is_mtp_layer`, `name`).
 
     Raises:
@@ -85,6 +86,7 @@ class CoELayer(MoELayer):
         topk: int | None = None,
         deduplicated: bool = False,
         overlap_chunks: int = 1,
+        megatron_losses: bool = False,
         **later: Any,
     ) -> None:
         chain, hidden = chain or ChainSettings(), config.hidden_size
@@ -97,7 +99,7 @@ class CoELayer(MoELayer):
         recompute = recompute_mode(config, recompute)
         assert submodules is not None, "CoELayer needs submodules: take them from coe_layer_spec"
         groups = pg_collection or get_default_pg_collection()
-        router = partial(CoERouter, chain=chain)
+        router = partial(CoERouter, chain=chain, megatron_losses=megatron_losses)
         super().__init__(config, replace(submodules, router=router), layer_number, groups, **later)
         self.chain, self.recompute = chain, recompute
         self.probe: ChainProbe | None = None  # set by routing_stats.reset_routing for a step whose metrics are logged

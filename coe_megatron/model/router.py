@@ -58,6 +58,7 @@ class CoERouter(RouterWithLosses):
         config: Megatron's; its routing settings apply to every iteration.
         chain: the chain's settings.
         tied_to: the router whose weights this one shares (gating `shared_router`); None for its own weights.
+        megatron_losses: as for RouterWithLosses.
         later: arguments that later releases of Megatron-Core pass (`is_mtp_layer`).
     """
 
@@ -80,6 +81,7 @@ class CoERouter(RouterWithLosses):
         pg_collection: ProcessGroupCollection | None = None,
         chain: ChainSettings | None = None,
         tied_to: "CoERouter | None" = None,
+        megatron_losses: bool = False,
         **later: Any,
     ) -> None:
         chain = chain or ChainSettings(iterations=1)
@@ -87,7 +89,7 @@ class CoERouter(RouterWithLosses):
         if self.capacity_factor is not None:  # `routing` applies it, which can keep to a record
             config = copy(config)
             config.moe_expert_capacity_factor = None
-        super().__init__(config, pg_collection, chain, **later)
+        super().__init__(config, pg_collection, chain, megatron_losses, **later)
         self._tied_to = (tied_to,)  # in a tuple, so that torch does not take it for a child
         if tied_to is not None:
             del self.weight, self.bias
@@ -207,7 +209,7 @@ class CoERouter(RouterWithLosses):
         For softmax scores it is done here: Megatron chooses twice, for the experts and for the auxiliary loss, and
         spreads gates over all experts.
         """
-        config = self.config
+        config, self._padding = self.config, padding_mask
         self._is_sparse = (
             self.has_sparse_gates
             and self.score_function == "softmax"

@@ -3,6 +3,10 @@
     aux: coefficient * N sum_i f_i P_i             f_i: share of the choices, P_i: mean score (arXiv 2101.03961)
     z:   coefficient * mean (log sum_i exp logit_i)^2                                         (arXiv 2202.08906)
 
+With `step_tokens` tokens weigh the same in all micro-batches of a step, also where these have unequal padding: the mean
+of the z-loss is over that number of tokens, and f and P of a sequence are relative to the mean length in the step, not
+in its micro-batch.
+
 What scales them, in this order: the coefficient, divided by the number of routers with `chain.aux_loss_reduction:
 mean`; for the z-loss the ranks that have parts of the same sequence; with `calculate_per_token_loss` the tokens, by
 which Megatron divides every gradient later. The gradient is then scaled once more, see `coe_megatron.zero.engine`.
@@ -25,18 +29,38 @@ from coe_megatron.model.router_stats import RouterStats
 
 
 class RouterWithLosses(TopKRouter):
-    """Megatron's router as one of the `num_routers` of a chain, with losses and loads of its own in `stats`."""
+    """Megatron's router as one of the `num_routers` of a chain, with losses and loads of its own in `stats`.
 
+    Args:
+        megatron_losses: scale losses as the installed release of Megatron-Core does where it is wrong:
+            `global_aux_loss` is divided by the replicas; and with `calculate_per_token_loss` 0.16.1 divides all losses
+            by the ranks of a sequence and `seq_aux_loss` by the rows of a micro-batch, and 0.19.2 multiplies them by
+            the ranks of a sequence if there is padding.
+    """
+
+    step_tokens: torch.Tensor | None = None  # of a micro-batch, the mean of those of a step; None for its own
     _is_recomputed = False  # set by CoERouter for a call
+    _padding: torch.Tensor | None = None  # the same, [S, B] bool
 
     def __init__(
-        self, config: TransformerConfig, pg_collection: ProcessGroupCollection, chain: ChainSettings, **later: Any
+        self,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+        chain: ChainSettings,
+        megatron_losses: bool = False,
+        **later: Any,
     ) -> None:
+        self.megatron_losses = megatron_losses
         self.num_routers = 1 if chain.gating == "fixed" else chain.iterations
         if chain.aux_loss_reduction == "mean":
             config = _with_divided_coefficients(config, self.num_routers)
         super().__init__(config=config, pg_collection=pg_collection, **later)
         self.stats = RouterStats()
+
+    @property
+    def is_in_prediction_layer(self) -> bool:
+        """Whether its layer predicts tokens after the next one, and is numbered by itself, as in 0.19.2 alone."""
+        return getattr(self, "is_mtp_layer", False)
 
     @property
     def is_counting(self) -> bool:
@@ -54,13 +78,22 @@ class RouterWithLosses(TopKRouter):
         **averaging,
     ):
         """Megatron's method; also records the loss here, and adds 1/C of it to Megatron's tracker."""
+        if aux_loss_name == "seq_load_balancing_loss" and self.step_tokens is not None:
+            aux_loss = aux_loss * (self._tokens_of_all_parts(len(activation)) / self.step_tokens).square()
+        if self.is_in_prediction_layer and self.config.mtp_use_repeated_layer:
+            aux_loss = aux_loss / self.config.mtp_num_layers  # of one layer that is called so often
         if self.is_counting:
             loss = aux_loss.detach() / aux_loss_coeff  # what this rank's tokens add to the loss of all in reduce_group
             self.stats.add_loss(aux_loss_name, loss * reduce_group.size())
             self._track(aux_loss_name, loss, reduce_group=reduce_group, **averaging)
+        if not self.megatron_losses:  # what the tokens of one replica add to a loss of all; gradients become their mean
+            aux_loss = aux_loss * (reduce_group.size() // self.tp_cp_group.size())
         if self.calculate_per_token_loss:  # Megatron then divides every gradient by the number of tokens
-            tokens = activation.shape[0] if valid_token_count is None else valid_token_count
-            aux_loss = aux_loss * tokens * per_token_ranks(self.tp_cp_group)
+            tokens = self._tokens_of_all_parts(len(activation))
+            if self.megatron_losses:
+                counted = len(activation) if valid_token_count is None else valid_token_count
+                tokens = counted * per_token_ranks(self.tp_cp_group)
+            aux_loss = aux_loss * tokens
         return MoEAuxLossAutoScaler.apply(activation, aux_loss)
 
     def apply_z_loss(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -76,26 +109,37 @@ class RouterWithLosses(TopKRouter):
         tokens: float | torch.Tensor = logits.shape[0]
         if padding_mask is not None:
             own = (~padding_mask).sum()
-            tokens = self._mean_over_parts(own)
+            parts = self.tp_cp_group.size()
+            tokens = self._mean_over_parts(own) if self.step_tokens is None else self.step_tokens / parts
             loss = loss * (own / tokens)  # a token weighs the same in whichever part of the sequence it is
         if self.is_counting:
             self.stats.add_loss("z_loss", loss.detach() / coefficient)
             self._track("z_loss", loss.detach() / coefficient)
         if self.calculate_per_token_loss:  # Megatron then divides every gradient by the number of tokens
-            loss = loss * tokens * per_token_ranks(self.tp_cp_group)
+            parts = per_token_ranks(self.tp_cp_group) if self.megatron_losses else self.tp_cp_group.size()
+            loss = loss * tokens * parts
         return MoEAuxLossAutoScaler.apply(logits, loss)
 
     def _mean_over_parts(self, tokens: torch.Tensor) -> torch.Tensor:
         """Mean of a count over the ranks that have parts of the same sequences; above 0."""
-        ranks = self.tp_cp_group.size()
+        return self._sum_over_parts(tokens).clamp(min=1) / self.tp_cp_group.size()
+
+    def _tokens_of_all_parts(self, rows: int) -> torch.Tensor | int:
+        """Tokens of the micro-batch without padding, on all ranks that have parts of its sequences."""
+        if self._padding is None:
+            return rows * self.tp_cp_group.size()
+        return self._sum_over_parts((~self._padding).sum())
+
+    def _sum_over_parts(self, tokens: torch.Tensor) -> torch.Tensor:
         total = tokens.clone()
-        if ranks > 1:
+        if self.tp_cp_group.size() > 1:
             torch.distributed.all_reduce(total, group=self.tp_cp_group)
-        return total.clamp(min=1) / ranks
+        return total
 
     def _track(self, name: str, loss: torch.Tensor, **reduction: Any) -> None:
         layers = self.config.num_layers + (self.config.mtp_num_layers or 0)
-        track_loss(name, loss / self.num_routers, self.layer_number, layers, **reduction)
+        number = self.layer_number + (self.config.num_layers if self.is_in_prediction_layer else 0)
+        track_loss(name, loss / self.num_routers, number, layers, **reduction)
 
 
 def _with_divided_coefficients(config: TransformerConfig, num_routers: int) -> TransformerConfig:

@@ -1,4 +1,4 @@
-"""Router state that changes once per optimizer step: the expert bias, and the loads of the global auxiliary loss."""
+"""Router state that changes once per step: the expert bias, loads of the global auxiliary loss, weights of tokens."""
 
 from collections.abc import Sequence
 
@@ -7,6 +7,16 @@ from megatron.core.transformer.moe.moe_utils import get_updated_expert_bias
 
 from coe_megatron.model.layer import routers
 from coe_megatron.model.router import CoERouter
+
+
+def weigh_over_step(model: torch.nn.Module, tokens: torch.Tensor) -> None:
+    """Let every token weigh the same in the losses of routers, whichever micro-batch of the step it is in.
+
+    Args:
+        tokens: without padding in a micro-batch, the mean over all micro-batches of the step, scalar; 0 counts as 1.
+    """
+    for _, _, router in routers(model):
+        router.step_tokens = tokens.clamp(min=1)
 
 
 def update_router_state(model: torch.nn.Module, applied: bool = True) -> None:

@@ -82,7 +82,7 @@ def report_routing(model: torch.nn.Module) -> list[RoutingReport]:
     stages = parallel_state.get_pipeline_model_parallel_group()
     reports: list[list[RoutingReport]] = [[]] * stages.size()
     torch.distributed.all_gather_object(reports, _report_stage(model), group=stages)
-    return [report for stage in reports for report in stage]
+    return sorted((report for stage in reports for report in stage), key=lambda report: report.layer)
 
 
 def _report_stage(model: torch.nn.Module) -> list[RoutingReport]:

@@ -45,6 +45,7 @@ def coe_layer_spec(
     pg_collection: ProcessGroupCollection | None = None,
     deduplicated: bool = False,
     overlap_chunks: int = 1,
+    megatron_losses: bool = False,
 ) -> ModuleSpec:
     """The spec of one transformer layer whose MLP is a Chain-of-Experts, for `GPTModel(transformer_layer_spec=)`.
 
@@ -61,6 +62,7 @@ def coe_layer_spec(
         deduplicated: a token travels once to each rank with some of its experts; see `model.exchange`.
         overlap_chunks: parts of the tokens that go through the chain in turns, so that one's experts work while
             another's rows travel.
+        megatron_losses: scale losses of routers as Megatron-Core does where it is wrong; see RouterWithLosses.
     """
     if config.num_moe_experts is None:
         raise ConfigError("num_moe_experts is None: a Chain-of-Experts layer needs at least one routed expert")
@@ -85,7 +87,7 @@ def coe_layer_spec(
             normalization=config.normalization,
         )
     mode = _recompute(config, recompute, use_transformer_engine)
-    own = {"recompute": mode, "deduplicated": deduplicated, "overlap_chunks": overlap_chunks}
+    own = _own_arguments(mode, deduplicated, overlap_chunks, megatron_losses)
     return _convert(spec, chain or ChainSettings(), use_transformer_engine, pg_collection, own)
 
 
@@ -99,6 +101,7 @@ def coe_block_spec(
     vp_stage: int | None = None,
     deduplicated: bool = False,
     overlap_chunks: int = 1,
+    megatron_losses: bool = False,
 ) -> TransformerBlockSubmodules:
     """The specs of this pipeline stage's layers, dense or Chain-of-Experts as `config.moe_layer_freq` says.
 
@@ -120,7 +123,7 @@ def coe_block_spec(
     )
     mode = _recompute(config, recompute, use_transformer_engine)
     first = get_transformer_layer_offset(config, vp_stage=vp_stage) + 1
-    own = {"recompute": mode, "deduplicated": deduplicated, "overlap_chunks": overlap_chunks}
+    own = _own_arguments(mode, deduplicated, overlap_chunks, megatron_losses)
     plain = {**own, "topk": chain.iterations * config.moe_router_topk}
     layers = [
         _convert(spec, chain, use_transformer_engine, pg_collection, own)
@@ -154,6 +157,18 @@ def with_local_names(block: TransformerBlockSubmodules) -> TransformerBlockSubmo
         else:
             names.update((name, fused) for name in (own, "mlp.norms.0."))
     return block
+
+
+def _own_arguments(
+    recompute: Recompute, deduplicated: bool, overlap_chunks: int, megatron_losses: bool
+) -> dict[str, Any]:
+    """Further arguments of CoELayer."""
+    return {
+        "recompute": recompute,
+        "deduplicated": deduplicated,
+        "overlap_chunks": overlap_chunks,
+        "megatron_losses": megatron_losses,
+    }
 
 
 def _recompute(config: TransformerConfig, recompute: Recompute, use_transformer_engine: bool) -> Recompute:

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from megatron.core import parallel_state
 
 from coe_megatron.checkpoint import sharding
 from coe_megatron.config import RunConfig
@@ -31,6 +30,7 @@ from coe_megatron.estimate.dispatch import resolved
 from coe_megatron.files import remove
 from coe_megatron.model.build import build_model
 from coe_megatron.model.layer import coe_layers
+from coe_megatron.training.data_shard import data_shard, shared
 from coe_megatron.training.evaluation import SetLoss, ValidationSet, set_losses
 
 
@@ -110,8 +110,7 @@ def _validation_set(
         reset_at_documents=settings.reset_at_documents,
         answer_tokens=settings.answer_tokens,
     )
-    rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    batches = list(validation_batches(samples, training.micro_batch, rank, ranks, limit))
+    batches = list(validation_batches(shared(samples), training.micro_batch, **data_shard(), limit=limit))
     return ValidationSet(batches, data.manifest.splits[split].bytes_per_token)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
+from coe_megatron.distributed import process_groups
 from coe_megatron.distributed.collectives import start_sum
 from coe_megatron.errors import ConfigError
 from coe_megatron.zero import train_step
@@ -25,7 +26,7 @@ def forward(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
             attention_mask [B, 1, S, S] bool, True where attention is forbidden, instead of the causal mask.
     """
     padding = batch["padding_mask"]
-    if not parallel_state.is_pipeline_first_stage():  # there GPTModel itself takes this rank's part of the sequence
+    if not model.pre_process:  # with the embedding GPTModel itself takes this rank's part of the sequence
         tensor = parallel_state.get_tensor_model_parallel_group()
         padding = padding.chunk(tensor.size(), dim=1)[tensor.rank()]
     masks = {"labels": batch["labels"], "padding_mask": padding}
@@ -128,7 +129,7 @@ def _sums(engine: Engine | torch.nn.Module, batches: Sequence[Batch]) -> tuple[f
     def sums_of(token_losses: torch.Tensor, batch: Batch) -> torch.Tensor:
         return torch.stack([masked_loss_sum(token_losses, batch), batch["loss_mask"].sum()]).double()
 
-    nats, tokens = data_parallel_sum(train_step.evaluate(engine, batches, forward, sums_of, size=2)).tolist()
+    nats, tokens = replica_sum(train_step.evaluate(engine, batches, forward, sums_of, size=2)).tolist()
     return nats, tokens
 
 
@@ -138,11 +139,11 @@ def unigram_entropy(batches: Iterable[Batch], vocab_size: int) -> float:
     for batch in batches:
         labels = batch["labels"][batch["loss_mask"] > 0]
         counts += torch.bincount(labels, minlength=vocab_size).double()
-    shares = data_parallel_sum(counts).cpu()
+    shares = replica_sum(counts).cpu()
     shares = shares[shares > 0] / shares.sum()
     return -float((shares * shares.log()).sum())
 
 
-def data_parallel_sum(values: torch.Tensor) -> torch.Tensor:
-    """Sum of a tensor over the data-parallel ranks, on this rank's device; on CUDA the host does not wait for it."""
-    return start_sum(values, parallel_state.get_data_parallel_group()).result()
+def replica_sum(values: torch.Tensor) -> torch.Tensor:
+    """Sum of a tensor over the replicas of the model, on this rank's device; on CUDA the host does not wait for it."""
+    return start_sum(values, process_groups.replicas()).result()

@@ -27,13 +27,14 @@ def layout_map(layout: Layout, hosts: Sequence[str], num_experts: int) -> str:
 
 
 def _cell(layout: Layout, rank: int, num_experts: int) -> str:
-    """Megatron's order of ranks: tensor parallelism varies fastest, then replicas or experts, then pipeline stages."""
+    """Megatron's order of ranks: tensor shards vary fastest, then parts of sequences, replicas or experts, stages."""
     stage, inside = divmod(rank, layout.world_size // layout.pipeline)
     part = inside // layout.expert_tensor % layout.expert
     count = num_experts // layout.expert
     words = {
         f"s{stage}": layout.pipeline > 1,
-        f"r{inside // layout.tensor}": layout.data > 1,
+        f"r{inside // (layout.tensor * layout.context)}": layout.data > 1,
+        f"p{inside // layout.tensor % layout.context}": layout.context > 1,
         f"t{inside % layout.tensor}": layout.tensor > 1,
         f"e{part * count}-{(part + 1) * count - 1}": layout.expert > 1,
         f"c{inside % layout.expert_tensor}": layout.expert_tensor > 1,
@@ -45,6 +46,7 @@ def _legend(layout: Layout) -> str:
     words = {
         "s pipeline stage": layout.pipeline > 1,
         "r replica": layout.data > 1,
+        "p part of the sequence": layout.context > 1,
         "t tensor shard": layout.tensor > 1,
         "e experts": layout.expert > 1,
         "c expert tensor shard": layout.expert_tensor > 1,

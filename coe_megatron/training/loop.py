@@ -10,7 +10,7 @@ import platform
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -35,7 +35,7 @@ from coe_megatron.estimate.run_estimate import estimate, vocabulary
 from coe_megatron.estimate.run_shape import RunShape
 from coe_megatron.model import routing_stats
 from coe_megatron.model.build import build_model, require_backend
-from coe_megatron.model.router_state import update_router_state
+from coe_megatron.model.router_state import update_router_state, weigh_over_step
 from coe_megatron.run import disk_space
 from coe_megatron.run import folder as run_folder
 from coe_megatron.run.exit_status import ExitStatus
@@ -50,7 +50,7 @@ from coe_megatron.training.progress import Progress
 from coe_megatron.training.signals import StopRequest
 from coe_megatron.training.watchdog import HangDetector, collective_timeout
 from coe_megatron.zero import engine as zero
-from coe_megatron.zero.train_step import train_step
+from coe_megatron.zero.train_step import Batch, train_step
 
 Result = TypeVar("Result")
 
@@ -257,7 +257,9 @@ class Pretraining:
         routing_stats.reset_routing(model, detailed=self._due("log_every", "evaluate_every", ahead=1), pairs=last)
         batches = self.data.batches.for_step(step + self.state.data_offset)
         own = torch.stack([batch["loss_mask"].sum() for batch in batches]).double().sum()
-        counted = start_sum(own, parallel_state.get_data_parallel_group())  # hidden by the first forward pass
+        counted = start_sum(own, process_groups.replicas())  # hidden by the first forward pass
+        if self.config.moe.auxiliary_mean == "step":
+            weigh_over_step(model, mean_tokens(batches))
         agreed: list[Pending] = []
         zero.set_lr(self.engine, learning_rate(settings, step, self.config.training.steps))
         with self.memory.step():
@@ -363,6 +365,13 @@ class Pretraining:
             )
         if self.start_message:
             self.progress.say(self.start_message)
+
+
+def mean_tokens(batches: Sequence[Batch]) -> torch.Tensor:
+    """Tokens without padding of a micro-batch, the mean over the step; collective."""
+    own = torch.stack([(~batch["padding_mask"]).sum() for batch in batches]).sum().double()
+    total = start_sum(own, process_groups.replicas()).result()
+    return (total / (len(batches) * parallel_state.get_data_parallel_world_size())).float()
 
 
 def _start_agreement(loss: torch.Tensor, stop: ExitStatus) -> Pending:

@@ -23,29 +23,30 @@ Token loss:
 
 * `training.loop.Pretraining._train_step`: the sum of a micro-batch's token losses / counted tokens of the step.
 * `zero.train_step.train_step`: times 1, or NaN for a step to skip. In a pipeline also times micro-batches and times
-  data-parallel ranks, because Megatron's schedule divides by the former and DeepSpeed by the latter.
-* `zero.engine.backward`: without a pipeline, times data-parallel ranks; DeepSpeed's division by micro-batches is off.
+  replicas / CP, because Megatron's schedule divides by micro-batches / CP and DeepSpeed by replicas.
+* `zero.engine.backward`: without a pipeline, times replicas; DeepSpeed's division by micro-batches is off.
 
 Auxiliary losses, before they are attached to gates or logits:
 
-* `model.build._balancing_coefficient`: the coefficient of the global auxiliary loss times replicas.
 * `model.router_losses._with_divided_coefficients`: with `chain.aux_loss_reduction: mean` coefficients / C.
 * Megatron's TopKRouter: the coefficient; `seq_aux_loss` / sequences of the micro-batch.
 * `model.router_losses.RouterWithLosses.apply_z_loss`: / ranks that hold parts of the same sequence, times this rank's
   fraction of their tokens.
-* `model.router_losses.RouterWithLosses.attach_and_log_load_balancing_loss`, and `apply_z_loss`: times tokens if
-  Megatron divides every gradient by them (`calculate_per_token_loss`, which `build_model` does not set).
+* `model.router_losses.RouterWithLosses.attach_and_log_load_balancing_loss`: the global loss times data-parallel ranks.
+* The same, and `apply_z_loss`: times tokens if Megatron divides every gradient by them (`calculate_per_token_loss`,
+  which `build_model` does not set).
 
 Auxiliary losses, in the backward pass (MoEAuxLossAutoScaler):
 
-* `zero.engine.backward`: their gradient is 1 / micro-batches. In a pipeline Megatron's schedule sets the same.
+* `zero.engine.backward`: their gradient is 1 / micro-batches, times context-parallel ranks, each of which adds the part
+  of its tokens. In a pipeline Megatron's schedule sets the same.
 
 Gradients:
 
 * `zero.engine._reduce_sequence_parallel_gradients`: summed over tensor-parallel ranks if each has its own tokens, not
   divided.
-* DeepSpeed: summed over data-parallel ranks and divided by their number; an expert's over its replicas, and divided by
-  the same number, since these have seen the tokens of all ranks.
+* DeepSpeed: summed over replicas (data parallel and context parallel) and divided by their number; an expert's over its
+  own replicas, and divided by the same number, since these have seen the tokens of all ranks.
 * Clipping: by DeepSpeed, in stage 0 by `zero.grad_clip.clip`. The norm in stages 1 and 2: `zero.grad_clip`.
 
 For reports only, `model.router_losses.RouterWithLosses._track` adds 1/C of a loss to Megatron's tracker, and
@@ -134,6 +135,9 @@ def build_engine(
     engine.allreduce_gradients = partial(engine.allreduce_gradients, bucket_size=sizes.reduce_bucket)
     if isinstance(engine.optimizer, stage_1_and_2.DeepSpeedZeroOptimizer) and not zero_settings.offload_optimizer:
         engine.optimizer.scaled_global_norm = partial(grad_clip.norm_of_partitions, engine.optimizer)
+    if isinstance(engine.optimizer, bf16_optimizer.BF16_Optimizer) and expert_groups.are_separate():
+        engine.optimizer.has_moe_layers = True  # on a stage without experts too, which takes part in the norm
+        engine.optimizer.expert_gradients = getattr(engine.optimizer, "expert_gradients", {})
     if zero_settings.stage == 0:
         engine.clip_fp32_gradients = partial(_clip_gradients, engine)  # replaces DeepSpeed's, see `grad_clip`
     optimizer_states.create(engine)
@@ -143,13 +147,14 @@ def build_engine(
 def backward(engine: Engine, loss: torch.Tensor) -> None:
     """Backpropagate one micro-batch and add its gradients to those of the step, scaled as the module's docstring says.
 
-    DeepSpeed divides every summed gradient by the number of data-parallel ranks. It does so for experts too: their
+    DeepSpeed divides every summed gradient by the number of replicas. It does so for experts too: their
     gradients are summed over their replicas only, but these replicas have seen the tokens of all ranks. The factor
     `dp_world_size` undoes this division, and `scale_wrt_gas` switches off the division by the accumulation. The
     gradient of an auxiliary loss has the scale set on Megatron's scaler, whatever `loss` is; with the division by the
-    ranks it becomes the mean.
+    replicas it becomes the mean over data-parallel ranks.
     """
-    scale = torch.full((1,), 1 / engine.gradient_accumulation_steps(), device=loss.device)  # as Megatron's schedules do
+    ranks = parallel_state.get_context_parallel_world_size()  # Megatron's schedules have the same factor
+    scale = torch.full((1,), ranks / engine.gradient_accumulation_steps(), device=loss.device)
     MoEAuxLossAutoScaler.set_loss_scale(scale)
     engine.backward(loss * engine.dp_world_size, scale_wrt_gas=False)
 
@@ -276,6 +281,7 @@ def _prepare_deepspeed() -> None:
     parameter group after the other.
     """
     stage_1_and_2.all_gather_dp_groups = bf16_optimizer.all_gather_dp_groups = _gather_weights
+    bf16_optimizer.get_norm_with_moe_layers = grad_clip.norm_with_experts
     for handler in logging.getLogger("DeepSpeed").handlers:
         if type(handler) is logging.StreamHandler:
             handler.setStream(sys.stderr)

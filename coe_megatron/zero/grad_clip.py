@@ -1,10 +1,12 @@
 """Gradient norms that replace DeepSpeed's, and clipping for ZeRO stage 0.
 
 In stage 0 DeepSpeed treats a rank's experts as replicated on all ranks. In stage 2, and in stage 1 with fp32, it waits
-for an all-reduce per parameter group, and for another one to average what all ranks have of experts.
+for an all-reduce per parameter group, and for another one to average what all ranks have of experts. In stage 1 with
+bf16 it sums the norm of experts over pipeline stages, without those that have none: the others would wait for ever.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -52,12 +54,34 @@ def clip(model: torch.nn.Module, max_norm: float) -> float:
 def norm_of_partitions(optimizer: DeepSpeedZeroOptimizer) -> torch.Tensor:
     """2-norm of the gradients that ZeRO has partitioned, scalar fp32; infinite if it is not finite. Collective.
 
-    Replaces `DeepSpeedZeroOptimizer.scaled_global_norm`, without offloading: one all-reduce for all parameter groups.
+    Replaces `DeepSpeedZeroOptimizer.scaled_global_norm`, without offloading: one all-reduce for all parameter groups,
+    of which a pipeline stage without experts has fewer.
     """
-    squares = torch.stack([_sum_of_squares(optimizer, group) for group in range(len(optimizer.bit16_groups))])
-    dist.all_reduce(squares, group=optimizer.dp_process_group)
-    dist.all_reduce(squares, group=parallel_state.get_model_parallel_group())
-    return combine_grad_norm_groups(squares.sqrt())
+    squares = [_sum_of_squares(optimizer, group) for group in range(len(optimizer.bit16_groups))]
+    square = torch.stack(squares).sum(0, keepdim=True)
+    dist.all_reduce(square, group=optimizer.dp_process_group)
+    dist.all_reduce(square, group=parallel_state.get_model_parallel_group())
+    return combine_grad_norm_groups(square.sqrt())
+
+
+def norm_with_experts(
+    dense_norm: torch.Tensor, mpu: Any, expert_tensors: dict[str, list[torch.Tensor]], norm_type: float = 2
+) -> torch.Tensor:
+    """2-norm of all gradients, scalar fp32; -1 if it is not finite. Collective, also on stages without experts.
+
+    Replaces DeepSpeed's `get_norm_with_moe_layers`.
+
+    Args:
+        dense_norm: of the dense parameters of all stages.
+        expert_tensors: the gradients of this rank's experts, by their group; none on a stage without experts.
+    """
+    assert norm_type == 2, "only the 2-norm is supported"
+    gradients = [gradient for group in expert_tensors.values() for gradient in group]
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+    square = torch.stack(norms).square().sum() if norms else torch.zeros_like(dense_norm)
+    dist.all_reduce(square, group=parallel_state.get_expert_tensor_model_pipeline_parallel_group())
+    norm = (dense_norm.square() + square).sqrt()
+    return torch.where(torch.isfinite(norm), norm, -1)
 
 
 def _sum_of_squares(optimizer: DeepSpeedZeroOptimizer, group: int) -> torch.Tensor:

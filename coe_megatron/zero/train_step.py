@@ -1,11 +1,11 @@
-"""A step or an evaluation over many micro-batches: one after the other, or by Megatron's pipeline schedule (1F1B).
+"""A step or an evaluation over many micro-batches: one after the other, or by Megatron's pipeline schedules (1F1B).
 
     loss = train_step(engine, batches, forward, loss_fn)     # forward, backward, reduction, optimizer step
     sums = evaluate(engine, batches, forward, sums_fn, size)
 
-`forward(model, batch)` runs this rank's pipeline stage: the last stage returns the input of `loss_fn(output, batch)`,
-the others return hidden states, which the schedule sends to the next stage. All ranks of one replica pass the same
-batches.
+`forward(model, batch)` runs this rank's pipeline stage, or a part of it: the last one returns the input of
+`loss_fn(output, batch)`, the others return hidden states, which the schedule sends on. All ranks of one replica pass
+the same batches, or with context parallelism their parts.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +18,8 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from coe_megatron.distributed.collectives import to_device
+from coe_megatron.distributed.process_groups import replicas
+from coe_megatron.model.stage_parts import parts_of
 from coe_megatron.zero.engine import Engine, backward
 
 Batch: TypeAlias = dict[str, torch.Tensor]
@@ -42,7 +44,8 @@ def train_step(
     unchanged on all ranks, and `zero.engine.was_applied` is False for its gradient norm.
 
     Args:
-        batches: as many as the engine accumulates, `tokens` [B, S] of equal shape; moved to the device one by one.
+        batches: as many as the engine accumulates, `tokens` [B, S] of equal shape; moved to the device one by one. With
+            context parallelism S / CP.
         loss_fn: returns a scalar; the step minimises its sum over micro-batches and ranks.
         after_backward: called after each backward pass, when its gradients exist; in a pipeline, once after all.
         max_loss: a step is also skipped if its loss (the sum over micro-batches and ranks) is larger. This costs an
@@ -69,9 +72,11 @@ def train_step(
         return total
 
     def scaled(output: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        # Undoes the division by micro-batches (Megatron's schedule) and by data-parallel ranks (DeepSpeed).
+        # Undoes the division by micro-batches / CP (Megatron's schedule) and by replicas (DeepSpeed).
         loss = recorded(loss_fn(output, batch))
-        return loss * (len(batches) * engine.dp_world_size), losses[-1]
+        return loss * (len(batches) * engine.dp_world_size / parallel_state.get_context_parallel_world_size()), losses[
+            -1
+        ]
 
     _run_pipeline(engine, batches, forward, scaled)
     after_backward()
@@ -94,10 +99,16 @@ def evaluate(
     if _stages() == 1:
         total = torch.stack([sums_fn(forward(engine, batch), batch) for batch in _on_device(batches)]).sum(0)
     else:
+        rounds = -(-len(batches) // _stages()) if _is_interleaved() else 0  # whose schedule has whole ones
+        more = rounds * _stages() - len(batches)
         sums = _run_pipeline(
-            engine, batches, forward, lambda output, batch: (output.sum(), sums_fn(output, batch)), forward_only=True
+            engine,
+            [*batches, *([batches[0]] * more)],
+            forward,
+            lambda output, batch: (output.sum(), sums_fn(output, batch)),
+            forward_only=True,
         )
-        total = _from_last_stage(sums, (size,))
+        total = _from_last_stage(sums[: len(batches)], (size,))
     engine.train(was_training)
     return total
 
@@ -110,7 +121,7 @@ def _one_or_nan(losses: Sequence[torch.Tensor], max_loss: float | None) -> torch
     if max_loss is None:
         return losses[-1] * 0 + 1  # NaN if the loss is not finite, even if its gradient would be
     total = torch.stack(list(losses)).double().sum()
-    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    dist.all_reduce(total, group=replicas())
     return torch.where(total <= max_loss, 1.0, torch.nan).to(losses[-1])
 
 
@@ -122,6 +133,10 @@ def _on_device(batches: Sequence[Batch]) -> Iterator[Batch]:
 
 def _stages() -> int:
     return parallel_state.get_pipeline_model_parallel_world_size()
+
+
+def _is_interleaved() -> bool:
+    return parallel_state.get_virtual_pipeline_model_parallel_world_size() is not None
 
 
 def _run_pipeline(
@@ -138,12 +153,14 @@ def _run_pipeline(
         return forward(model, batch), lambda output: loss_and_recorded(output, batch)
 
     rows, length = batches[0]["tokens"].shape
+    parts = parts_of(getattr(engine, "module", engine))
+    iterators = [_on_device(batches) for _ in parts]
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=_on_device(batches),
-        model=getattr(engine, "module", engine),
+        data_iterator=iterators if _is_interleaved() else iterators[0],
+        model=parts if _is_interleaved() else parts[0],
         num_microbatches=len(batches),
-        seq_length=length,
+        seq_length=length * parallel_state.get_context_parallel_world_size(),
         micro_batch_size=rows,
         forward_only=forward_only,
     )

@@ -17,8 +17,10 @@ LAYOUTS: dict[str, tuple[int, int, dict[str, int], dict[str, Any]]] = {
     "one process": (1, 1, {}, {}),
     "EP 2": (2, 1, {"expert": 2}, {"deduplicated": True, "recompute": "layer"}),
     "TP 2": (2, 1, {"tensor": 2}, {}),
+    "CP 2": (2, 1, {"context": 2}, {"recompute": "layer"}),
     "ZeRO-3, EP 2": (2, 3, {"expert": 2}, {"deduplicated": True, "overlap_chunks": 2, "recompute": "iteration"}),
     "PP 2": (2, 1, {"pipeline": 2}, {"overlap_chunks": 2}),
+    "PP 2 interleaved": (2, 1, {"pipeline": 2, "virtual_pipeline": 2}, {}),
 }
 
 
@@ -26,7 +28,8 @@ def engine_of(layout: str, seed: int) -> torch.nn.Module:
     _, stage, cut, way = LAYOUTS[layout]
     use_groups(**cut)
     # A large eps: AdamW's first steps are a gradient's sign where it is near zero, which is rounding.
-    return make_engine(2, stage=stage, seed=seed, optimizer=OptimizerSettings(lr=1e-2, clip=0.1, eps=1e-4), **way)
+    optimizer = OptimizerSettings(lr=1e-2, clip=0.1, eps=1e-4)
+    return make_engine(2, stage=stage, seed=seed, layers=4, optimizer=optimizer, **way)
 
 
 def save(folder: Path, layouts: list[str]) -> dict[str, Trace]:

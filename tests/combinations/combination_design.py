@@ -4,7 +4,8 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import combinations
+from itertools import combinations, product
+from random import Random
 from typing import Any
 
 from coe_megatron.chain.settings import ChainSettings
@@ -20,10 +21,10 @@ from coe_megatron.config.settings import (
     TrainingSettings,
 )
 
-ROWS, SEQUENCE, VOCABULARY, EXPERTS, MOST_RANKS = 8, 12, 64, 8, 4
+ROWS, SEQUENCE, VOCABULARY, EXPERTS, MOST_RANKS = 8, 16, 64, 8, 4
 BASE = RunConfig(
     model=ModelSettings(
-        2, 32, 4, seq_length=SEQUENCE, vocab_size=VOCABULARY, untied_embeddings=True, init_method_std=0.2
+        4, 32, 4, seq_length=SEQUENCE, vocab_size=VOCABULARY, untied_embeddings=True, init_method_std=0.2
     ),
     # Large coefficients, so that a wrong factor shows.
     moe=MoESettings(EXPERTS, 2, 16, load_balancing="none", aux_loss_coeff=0.1, expert_bias_rate=0.1),
@@ -36,11 +37,16 @@ BASE = RunConfig(
 # the batch of a rank instead.
 DIMENSIONS: dict[str, dict[str, dict[str, Any]]] = {
     "tensor": {"TP 1": {}, "TP 2": {"parallel.tensor": 2}},
+    "context": {"CP 1": {}, "CP 2": {"parallel.context": 2}},
     "expert": {"EP 1": {}, "EP 2": {"parallel.expert": 2}},
     "expert tensor": {"ETP 1": {}, "ETP 2": {"parallel.expert_tensor": 2}},
-    "pipeline": {"PP 1": {}, "PP 2": {"parallel.pipeline": 2}},
+    "pipeline": {
+        "PP 1": {},
+        "PP 2": {"parallel.pipeline": 2},
+        "PP 2 interleaved": {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2},
+    },
     "replicas": {"replicas x 1": {}, "replicas x 2": {}},
-    "micro-batches": {"1 micro-batch": {}, "2 micro-batches": {}},
+    "micro-batches": {"2 micro-batches": {}, "1 micro-batch": {}},
     "zero": {
         **{f"ZeRO {stage}": {"zero.stage": stage} for stage in (1, 0, 2, 3)},
         "ZeRO 1 offloaded": {"zero.stage": 1, "zero.offload_optimizer": True},
@@ -48,6 +54,7 @@ DIMENSIONS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "precision": {"fp32": {}, "bf16": {"training.precision": "bf16", "moe.topk": EXPERTS}},
     "iterations": {f"C = {count}": {"chain.iterations": count} for count in (1, 2, 3)},
+    "layers": {"all layers MoE": {}, "half of them dense": {"moe.layer_freq": [0, 0, 1, 1]}},
     "norms": {name: {"chain.norm_placement": name} for name in ("prenorm", "reference", "iteration_norm")},
     "attention": {
         "MHA": {},
@@ -70,11 +77,13 @@ DIMENSIONS: dict[str, dict[str, dict[str, Any]]] = {
         **{name: {"moe.load_balancing": name} for name in ("seq_aux_loss", "aux_loss", "global_aux_loss")},
     },
     "z-loss": {"no z-loss": {}, "z-loss": {"moe.z_loss_coeff": 0.01}},
+    "means": {"means of micro-batches": {}, "means of the step": {"moe.auxiliary_mean": "step"}},
     "bias": {"no expert bias": {}, "expert bias": {"moe.expert_bias": True, "moe.score_function": "sigmoid"}},
     "padding": {"no padding mask": {}, "padding mask": {}},
+    "documents": {"one document": {}, "packed documents": {}},
 }
 DEFAULTS = {name: next(iter(labels)) for name, labels in DIMENSIONS.items()}
-OF_LAYOUT = ("tensor", "expert", "expert tensor", "pipeline", "replicas")
+OF_LAYOUT = ("tensor", "context", "expert", "expert tensor", "pipeline", "replicas")
 # What one process computes in another way, but computes too.
 OF_TRAVEL = ("zero", "recompute", "dispatcher", "chunks")
 
@@ -127,8 +136,13 @@ class Case:
 
     @property
     def alone_config(self) -> RunConfig:
-        """Of one process; a balancing loss of all replicas needs their micro-batches as one."""
+        """Of one process; a balancing loss of all replicas needs their micro-batches as one.
+
+        If tokens weigh the same in all micro-batches, one micro-batch has to do as well.
+        """
         size = self.config.training.micro_batch
+        if self["means"] == "means of the step" and self["capacity"] == "no capacity":
+            size = size if self["balancing"] == "aux_loss" else ROWS
         if self["balancing"] == "global_aux_loss":
             size = ROWS // int(self["micro-batches"][0])
         return with_settings(self.alone.config, {"training.micro_batch": size})
@@ -138,19 +152,25 @@ class Case:
         """All pairs of its labels."""
         return combinations(self.labels, 2)
 
-    def is_exact(self, pair: tuple[str, str]) -> bool:
-        """Whether the case tests a pair of its labels as exactly as can be."""
-        return self["precision"] == "fp32" or "bf16" in pair
+    def is_exact(self, labels: tuple[str, ...]) -> bool:
+        """Whether the case tests some of its labels as exactly as can be."""
+        return self["precision"] == "fp32" or "bf16" in labels
 
     @property
     def number(self) -> str:
         """Names what it is compared with."""
-        return hashlib.sha256(repr((self.alone_config, self.is_padded)).encode()).hexdigest()[:12]
+        content = self.alone_config, self.is_padded, self.has_documents
+        return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
 
     @property
     def is_padded(self) -> bool:
         """Whether the model gets a padding mask."""
         return self["padding"] == "padding mask"
+
+    @property
+    def has_documents(self) -> bool:
+        """Whether attention stays in one of several documents of a row."""
+        return self["documents"] == "packed documents"
 
     @cached_property
     def refusal(self) -> str:
@@ -160,12 +180,15 @@ class Case:
     @property
     def another(self) -> str:
         """Why it does not compute what one process does, which is no mistake; empty if it does."""
-        if self["capacity"] != "no capacity" and self["tensor"] == "TP 2":
-            return "a capacity is that of a rank's tokens, and TP divides these"
+        if self["capacity"] != "no capacity":
+            for dimension, divided in {"tensor": "TP 2", "context": "CP 2"}.items():
+                if self[dimension] == divided:
+                    return f"a capacity is that of a rank's tokens, and {divided[:2]} divides these"
         has_replicas = layout(self.config, self.ranks).data > 1
         if self["balancing"] == "global_aux_loss" and has_replicas:
             of_each = "a capacity" if self["capacity"] != "no capacity" else ""
-            of_each = "a z-loss with padding" if self.is_padded and self["z-loss"] == "z-loss" else of_each
+            if self.is_padded and self["z-loss"] == "z-loss" and self["means"] == "means of micro-batches":
+                of_each = "a z-loss with padding"
             if of_each:
                 return f"global_aux_loss takes the micro-batches of all replicas as one, {of_each} each by itself"
         return ""
@@ -203,12 +226,22 @@ def pairs() -> Pairs:
     return Pairs(refused, another, tested)
 
 
-def covering_cases() -> list[Case]:
-    """Few cases in which every tested pair occurs: each begins with a pair that is left, and takes labels greedily.
+@cache
+def triples() -> list[tuple[str, ...]]:
+    """Those that can be tested, of labels that are not the base's."""
+    others = {name: list(labels)[1:] for name, labels in DIMENSIONS.items()}
+    all_of_them = (found for three in combinations(others, 3) for found in product(*(others[name] for name in three)))
+    return [found for found in all_of_them if _is_valid(found)]
 
-    Rounding in bf16 hides much, so all pairs but those with bf16 occur in fp32.
+
+def covering_cases(wanted: Sequence[tuple[str, ...]] | None = None) -> list[Case]:
+    """Few cases in which every wanted pair or triple occurs; None for all tested pairs.
+
+    Each begins with one that is left, and takes labels greedily. Rounding in bf16 hides much, so all but those with
+    bf16 occur in fp32.
     """
-    left = dict.fromkeys(frozenset(pair) for pair in pairs().tested)
+    wanted = pairs().tested if wanted is None else wanted
+    size, left = len(wanted[0]), dict.fromkeys(frozenset(labels) for labels in wanted)
     found = []
     while left:
         row = list(next(iter(left)))
@@ -217,12 +250,23 @@ def covering_cases() -> list[Case]:
         for dimension in DIMENSIONS:
             if dimension not in map(dimension_of, row):
                 fitting = [label for label in DIMENSIONS[dimension] if _is_valid([*row, label])]
-                row.append(max(fitting, key=lambda label: sum(frozenset((label, other)) in left for other in row)))
+                others = list(combinations(row, size - 1))
+                row.append(max(fitting, key=lambda label: sum(frozenset((label, *some)) in left for some in others)))
         case = Case.of(*row)
-        for pair in case.pairs:
-            if case.is_exact(pair):
-                left.pop(frozenset(pair), None)
+        for labels in combinations(case.labels, size):
+            if case.is_exact(labels):
+                left.pop(frozenset(labels), None)
         found.append(case)
+    return found
+
+
+def drawn_cases(count: int, seed: int) -> list[Case]:
+    """Random ones of those that can be tested, each label as likely as the others of its dimension."""
+    generator, found = Random(seed), []
+    while len(found) < count:
+        labels = [generator.choice(list(each)) for each in DIMENSIONS.values()]
+        if _is_valid(labels):
+            found.append(Case(tuple(labels)))
     return found
 
 
@@ -233,7 +277,7 @@ def _is_valid(labels: Sequence[str]) -> bool:
 
 def fixed_cases() -> list[Case]:
     """Cases on at most two ranks whose losses are kept: everything that divides or sends in another way, by itself."""
-    layouts = ["TP 2", "EP 2", "ETP 2", "PP 2", "replicas x 2"]
+    layouts = ["TP 2", "CP 2", "EP 2", "ETP 2", "PP 2", "PP 2 interleaved", "replicas x 2"]
     stages = [("replicas x 2", stage) for stage in DIMENSIONS["zero"] if stage not in DEFAULTS.values()]
     ways = [("EP 2", label) for name in ("recompute", "dispatcher", "chunks") for label in list(DIMENSIONS[name])[1:]]
     chains = [

@@ -2,14 +2,17 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
+from deepspeed.runtime import bf16_optimizer
 from megatron.core import parallel_state
 
-from coe_megatron.local_backend import latent_attention
+from coe_megatron.config.settings import MoESettings
+from coe_megatron.local_backend import attention, latent_attention
 from coe_megatron.model import build, layer, router, router_losses, router_state
 from coe_megatron.model.exchange import Exchange
 from coe_megatron.model.router import CoERouter
@@ -28,6 +31,27 @@ def no_sums_over_sequence_parts() -> Patch:
 def keys_of_own_heads() -> Patch:
     """The gradient of the key that all heads share has what the heads of this rank add alone, as in Megatron."""
     return mock.patch.object(latent_attention, "_by_rows", lambda projection, rows, output: output)
+
+
+def keys_out_of_order() -> Patch:
+    """Keys and values stay in the order of the ranks that have them."""
+    return mock.patch.object(attention, "in_order", lambda parts, ranks: parts)
+
+
+def halved_by_parts() -> Patch:
+    """The auxiliary losses are divided by the ranks that have parts of a sequence."""
+    right = zero_engine.MoEAuxLossAutoScaler.set_loss_scale
+    return mock.patch.object(zero_engine.MoEAuxLossAutoScaler, "set_loss_scale", lambda scale: right(scale / 2))
+
+
+def across_documents() -> Patch:
+    """Attention ignores where documents end."""
+    right = attention.SDPACoreAttention._attend
+    return mock.patch.object(
+        attention.SDPACoreAttention,
+        "_attend",
+        lambda self, query, key, value, mask, causal, dropout: right(self, query, key, value, None, True, dropout),
+    )
 
 
 def experts_as_dense() -> Patch:
@@ -53,6 +77,17 @@ def norm_of_a_stage() -> Patch:
     return mock.patch.object(grad_clip, "norm_of_partitions", of_a_stage)
 
 
+def unweighted() -> Patch:
+    """The losses of routers are means over micro-batches after all."""
+    never = property(lambda self: None, lambda self, tokens: None)
+    return mock.patch.object(router_losses.RouterWithLosses, "step_tokens", never)
+
+
+def norm_of_dense_alone() -> Patch:
+    """What clips is the norm of the dense parameters."""
+    return mock.patch.object(bf16_optimizer, "get_norm_with_moe_layers", lambda norm, **others: norm)
+
+
 def loss_divided_by(count: Callable[[zero_engine.Engine], int]) -> Patch:
     """A division is not undone, so that a step is the mean over its replicas or micro-batches, not the sum."""
     right = train_step.backward
@@ -67,14 +102,19 @@ def without_z_loss() -> Patch:
 
 
 def fading_with_replicas() -> Patch:
-    """The global loss is divided by the replicas, as Megatron's is."""
-    return mock.patch.object(build, "_balancing_coefficient", lambda moe: moe.aux_loss_coeff)
+    """The losses of routers are scaled as Megatron's are: the global one is divided by the replicas."""
+    always = property(lambda self: True, lambda self, given: None)
+    return mock.patch.object(router_losses.RouterWithLosses, "megatron_losses", always)
 
 
 def balanced_twice() -> Patch:
     """The coefficient of the balancing loss is doubled."""
-    right = build._balancing_coefficient
-    return mock.patch.object(build, "_balancing_coefficient", lambda moe: 2 * right(moe))
+    right = build._moe_fields
+
+    def doubled(moe: MoESettings) -> dict[str, Any]:
+        return right(replace(moe, aux_loss_coeff=2 * moe.aux_loss_coeff))
+
+    return mock.patch.object(build, "_moe_fields", doubled)
 
 
 def bias_without_updates() -> Patch:
@@ -134,10 +174,16 @@ MISTAKES: dict[str, tuple[tuple[str, ...], Callable[[], Patch]]] = {
     "": ((), nullcontext),
     "no sums over sequence parts": (("TP 2",), no_sums_over_sequence_parts),
     "keys of own heads": (("TP 2", "MLA"), keys_of_own_heads),
+    "keys out of order": (("CP 2",), keys_out_of_order),
+    "halved by parts": (("CP 2", "aux_loss"), halved_by_parts),
+    "across documents": (("packed documents",), across_documents),
     "experts as dense": (("EP 2",), experts_as_dense),
     "experts as dense, ETP": (("ETP 2",), experts_as_dense),
     "experts as dense, stage 3": (("EP 2", "ZeRO 3"), experts_as_dense),
     "norm of a stage": (("PP 2",), norm_of_a_stage),
+    "means of micro-batches again": (("means of the step", "padding mask", "seq_aux_loss"), unweighted),
+    "means of micro-batches again, z-loss": (("means of the step", "padding mask", "z-loss"), unweighted),
+    "norm of dense alone": (("PP 2", "EP 2", "bf16", "half of them dense"), norm_of_dense_alone),
     "mean over replicas": (("replicas x 2",), partial(loss_divided_by, lambda engine: engine.dp_world_size)),
     "mean over micro-batches": (
         ("2 micro-batches",),

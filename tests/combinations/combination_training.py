@@ -14,7 +14,7 @@ from ranks import run_ranks
 from whole_training import worst_deviations, write
 
 from coe_megatron.checkpoint import save_load
-from coe_megatron.config.settings import RunConfig
+from coe_megatron.config.settings import ParallelSettings, RunConfig
 from coe_megatron.model.build import build_model
 from coe_megatron.zero import engine as zero
 
@@ -37,25 +37,37 @@ def build(config: RunConfig) -> zero.Engine:
     return zero.build_engine(build_model(config, vocabulary), config.optimizer, training, config.zero, micro_batches)
 
 
+def use_groups_of(parallel: ParallelSettings) -> None:
+    """The groups of a layout."""
+    virtual = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+    sizes = parallel.tensor, parallel.pipeline, parallel.expert, parallel.expert_tensor, parallel.context
+    use_groups(*sizes, virtual)
+
+
+def taken(engine: zero.Engine, case: Case) -> Trace:
+    """The steps of a case."""
+    given = {"padding": case.is_padded, "documents": case.has_documents}
+    return take_steps(engine, 0, STEPS, auxiliary_mean=case.config.moe.auxiliary_mean, **given)
+
+
 def train_alone(folder: Path, cases: list[Case]) -> None:
     """In one process, with a checkpoint of the beginning; equal ones once."""
     for case in cases:
         if not (own := folder / f"alone {case.number}").exists():
             engine = build(case.alone_config)
             save_load.save(folder / f"begin {case.number}", 1, engine, {}, keep=1)
-            write(engine, take_steps(engine, 0, STEPS, padding=case.is_padded), own)
+            write(engine, taken(engine, case), own)
             engine.destroy()
 
 
 def train_together(folder: Path, cases: list[Attempt]) -> None:
     """Each on its layout, from the same beginning."""
     for case, mistake in cases:
-        parallel = case.config.parallel
-        use_groups(parallel.tensor, parallel.pipeline, parallel.expert, parallel.expert_tensor)
+        use_groups_of(case.config.parallel)
         with MISTAKES[mistake][1]():
             engine = build(case.config)
             save_load.load_weights(folder / f"begin {case.number}", engine)
-            write(engine, take_steps(engine, 0, STEPS, padding=case.is_padded), folder / f"{case} {mistake}")
+            write(engine, taken(engine, case), folder / f"{case} {mistake}")
             engine.destroy()
 
 
@@ -87,10 +99,9 @@ def train_again(cases: list[Case], times: int) -> list[list[Trace]]:
 
 
 def _fixed_run(case: Case) -> Trace:
-    parallel = case.config.parallel
-    use_groups(parallel.tensor, parallel.pipeline, parallel.expert, parallel.expert_tensor)
+    use_groups_of(case.config.parallel)
     engine = build(case.config)
-    trace = take_steps(engine, 0, STEPS, padding=case.is_padded)
+    trace = taken(engine, case)
     engine.destroy()
     return trace
 

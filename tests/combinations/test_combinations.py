@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from combination_design import DIMENSIONS, Case, covering_cases, dimension_of, fixed_cases, pairs
+from combination_design import (
+    DIMENSIONS,
+    Case,
+    covering_cases,
+    dimension_of,
+    drawn_cases,
+    fixed_cases,
+    pairs,
+    triples,
+)
 from combination_mistakes import MISTAKES
 from combination_page import LOSSES, PAGE, page, read
 from combination_training import fixed_runs, is_wrong, measure
@@ -51,6 +60,21 @@ def test_the_same_run_again_has_the_same_bits() -> None:
 @pytest.mark.timeout(1800)
 def test_pairs_are_the_training_of_one_process(tmp_path: Path) -> None:
     found = measure(tmp_path, [(case, "") for case in covering_cases()])
+    assert {str(case): worst for (case, _), worst in found.items() if is_wrong(case, worst)} == {}
+
+
+@pytest.mark.full
+@pytest.mark.timeout(7200)
+def test_triples_are_the_training_of_one_process(tmp_path: Path) -> None:
+    found = measure(tmp_path, [(case, "") for case in covering_cases(triples())])
+    assert {str(case): worst for (case, _), worst in found.items() if is_wrong(case, worst)} == {}
+
+
+@pytest.mark.full
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("seed", range(8))
+def test_random_combinations_are_the_training_of_one_process(tmp_path: Path, seed: int) -> None:
+    found = measure(tmp_path, [(case, "") for case in drawn_cases(25, seed)])
     assert {str(case): worst for (case, _), worst in found.items() if is_wrong(case, worst)} == {}
 
 

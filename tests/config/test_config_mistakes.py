@@ -191,10 +191,16 @@ OVERRIDES: list[tuple[str, str]] = [
     ),
     ("parallel.tensor=2 & model.mla={q_lora_rank: 33}", "parallel.tensor is 2: it must divide model.mla.q_lora_rank"),
     (
-        "parallel.pipeline=2 & parallel.expert=2 & moe.layer_freq=[0,1]",
-        "moe.layer_freq is [0, 1]: with parallel.pipeline (2) each stage needs a layer with experts",
+        "parallel.pipeline=2 & parallel.expert=2 & moe.layer_freq=[0,1] & zero.offload_optimizer=true",
+        "zero.offload_optimizer is true: with parallel.pipeline (2) each stage needs a layer with experts, not ",
     ),
-    ("parallel.context=2", "parallel.context is not a setting; valid keys: tensor, pipeline, expert, expert_tensor"),
+    ("parallel.x=2", "parallel.x is not a setting; valid keys: tensor, context, pipeline, expert, expert_tensor"),
+    (
+        "parallel.tensor=2 & parallel.context=2 & model.seq_length=20",
+        "parallel.context is 2: model.seq_length (20) must be a multiple of 8, two chunks for each rank by "
+        "parallel.tensor (2)",
+    ),
+    ("parallel.context=2 & model.seq_length=18", "parallel.context is 2: model.seq_length (18) must be a multiple of"),
     (
         "parallel.tensor=2 & parallel.pipeline=2 & parallel.world_size=6",
         "parallel.tensor is 2 and parallel.pipeline is 2: the number of ranks (6) must be a multiple of 4; start "

@@ -82,6 +82,18 @@ def look_at_groups() -> dict:
 
 
 @pytest.mark.ranks
+def test_deepspeed_reduces_over_parts_of_sequences_too() -> None:
+    for rank, values in enumerate(run_ranks(look_at_groups, 4, tensor_model_parallel_size=2, context_parallel_size=2)):
+        assert values["data ranks"] == [rank % 2, rank % 2 + 2]
+
+
+@pytest.mark.ranks
+def test_dropout_masks_differ_between_parts_of_a_sequence() -> None:
+    first, second = run_ranks(draw, 2, context_parallel_size=2)
+    assert first["outside"] != second["outside"] and first["inside"] != second["inside"]
+
+
+@pytest.mark.ranks
 def test_dropout_seeds_differ_between_data_ranks_and_not_between_tensor_ranks() -> None:
     seen = run_ranks(draw, 4, tensor_model_parallel_size=2)
     (a0, a1), (b0, b1) = seen[:2], seen[2:]  # data-parallel ranks a and b, tensor-parallel ranks 0 and 1

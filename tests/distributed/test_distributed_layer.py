@@ -214,7 +214,7 @@ def _summed_gradients(layer: TransformerLayer) -> dict[str, torch.Tensor]:
 def stock_errors(**changes: Any) -> dict[str, float]:
     """Our layer with one iteration against Megatron's own, both with expert parallel size 2."""
     config = make_config(**EXPERT, **changes)
-    stock, layer, found = make_stock(config), make_coe(config), []
+    stock, layer, found = make_stock(config), make_coe(config, megatron_losses=True), []
     copy_from_stock(layer, stock)
     x = torch.randn(SEQUENCE, 3, HIDDEN, generator=torch.Generator().manual_seed(torch.distributed.get_rank()))
     for each in (stock, layer):

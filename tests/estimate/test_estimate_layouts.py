@@ -56,10 +56,29 @@ def test_the_bubble_is_that_of_1f1b() -> None:
     assert cost("parallel.world_size=4").bubble == 0
 
 
+def test_parts_of_stages_shorten_the_bubble_and_are_sent_more_often() -> None:
+    """Of 4 layers on 2 stages the first has layers 1 and 3, the second 2 and 4."""
+    overrides = ("parallel.world_size=2", "parallel.pipeline=2", "moe.layer_freq=[0,1,1,1]")
+    whole, parts = (cost(*overrides, f"parallel.virtual_pipeline={count}", stage=0) for count in (1, 2))
+    assert parts.bubble == pytest.approx(1 / (2 * 64 + 1)) and whole.bubble == pytest.approx(1 / 65)
+    assert parts.communication["pipeline"].total == 3 * whole.communication["pipeline"].total
+    # One pass of two in 1F1B; of the parts 2 + 2 + 1 passes through half of the layers.
+    assert whole.activations["none"].in_flight == 2 and parts.activations["none"].in_flight == Fraction(5, 2)
+    second = [cost(*overrides, f"parallel.virtual_pipeline={count}", stage=1) for count in (1, 2)]
+    for first, last in zip((whole, parts), second, strict=True):
+        assert (first.memory["weights"] + last.memory["weights"]) // TWO_BYTES == whole.parameters.total
+    # The first stage of two consecutive layers has the dense one, and so it has in parts: layers 1 and 3.
+    assert whole.memory["weights"] == parts.memory["weights"]
+    later = ("parallel.world_size=2", "parallel.pipeline=2", "moe.layer_freq=[1,0,1,1]")
+    whole, parts = (cost(*later, f"parallel.virtual_pipeline={count}", stage=0) for count in (1, 2))
+    assert whole.memory["weights"] < parts.memory["weights"]  # layers 1 and 2, or 1 and 3
+
+
 def test_megatrons_groups_and_who_of_them_shares_a_node() -> None:
     found = groups(Layout(64, tensor=2, pipeline=4, expert=8, expert_tensor=1), ranks_per_node=8)
     assert found == {
         "tensor": Group(2, 1, Fraction(0), Fraction(0), Fraction(0)),
+        "context": Group(1, 2, Fraction(0), Fraction(0), Fraction(0)),
         "data": Group(8, 2, Fraction(4, 7), Fraction(2, 8), Fraction(1, 7)),
         "expert_tensor": Group(1, 1, Fraction(0), Fraction(0), Fraction(0)),
         "expert": Group(8, 1, Fraction(0), Fraction(0), Fraction(0)),
@@ -96,13 +115,14 @@ def test_groups_are_those_that_megatron_makes() -> None:
     """Rank 0's, from Megatron's own generator of its groups."""
     from megatron.core.parallel_state import RankGenerator
 
-    ranks = Layout(64, tensor=2, pipeline=4, expert=4, expert_tensor=1)
+    ranks = Layout(64, tensor=2, pipeline=4, expert=4, expert_tensor=1, context=2)
     found = groups(ranks, ranks_per_node=64)
-    dense = RankGenerator(tp=2, ep=1, dp=8, pp=4, cp=1, order="tp-cp-ep-dp-pp")
+    dense = RankGenerator(tp=2, ep=1, dp=4, pp=4, cp=2, order="tp-cp-ep-dp-pp")
     experts = RankGenerator(tp=1, ep=4, dp=4, pp=4, cp=1, order="tp-cp-ep-dp-pp")
     for name, made in {
         "tensor": dense.get_ranks("tp"),
-        "data": dense.get_ranks("dp"),
+        "context": dense.get_ranks("cp"),
+        "data": dense.get_ranks("cp-dp"),
         "pipeline": dense.get_ranks("pp"),
         "expert": experts.get_ranks("ep"),
         "expert_data": experts.get_ranks("dp"),
@@ -128,6 +148,23 @@ def test_what_tensor_parallelism_and_pipelines_send() -> None:
     assert found == Sent(TOKENS * TWO_BYTES * width // 2, 0)
     stages = cost("parallel.world_size=4", "parallel.pipeline=4", "parallel.ranks_per_node=1").communication
     assert stages["pipeline"] == Sent(0, 2 * TOKENS * HIDDEN * TWO_BYTES)  # of a stage in the middle
+
+
+def test_parts_of_sequences_cut_activations_and_not_weights() -> None:
+    """A rank has half of the positions, but for keys and values, which are gathered and thus there twice in all."""
+    overrides = ("parallel.world_size=2", "training.micro_batch=2", "model.mla=null")
+    one, two = (cost(*overrides, f"parallel.context={size}") for size in (1, 2))
+    for kind in ("weights", "optimizer"):
+        assert one.memory[kind] == two.memory[kind]
+    kept = [each.activations["none"].kept for each in (one, two)]
+    assert {kind: 2 * value for kind, value in kept[1].items() if kind != "attention"} == {
+        kind: value for kind, value in kept[0].items() if kind != "attention"
+    }
+    assert kept[0]["attention"] / 2 < kept[1]["attention"] < kept[0]["attention"]
+    layers, both = 4, 2 * HIDDEN
+    assert two.communication["context"] == Sent(2 * TOKENS // 2 * layers * both * TWO_BYTES, 0)
+    assert one.communication["context"] == Sent(0, 0)
+    assert one.communication["all_to_all"] == two.communication["all_to_all"]
 
 
 def test_a_stage_has_the_routers_and_gains_of_its_own_chains() -> None:

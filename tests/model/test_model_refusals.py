@@ -64,7 +64,6 @@ NARROW = {
 }
 OTHER_SPECS = {"experimental_attention_variant": "dsa", "qk_l2_norm": True, "use_kitchen": True}
 REFUSED = [
-    (build_core, {"context_parallel_size": 2}, "default"),
     (build_core, {"window_size": (4, 0)}, "default"),
     (build_core, {"apply_query_key_layer_scaling": True}, "default"),
     (build_core, {"softmax_type": "off-by-one"}, "default"),

@@ -110,7 +110,7 @@ def train_step(layer: MoELayer, padding_mask: torch.Tensor | None = None) -> Nam
 
 def assert_equal_to_stock(changes: dict, chain: dict | None = None, padding_mask: torch.Tensor | None = None) -> None:
     config = make_config(**changes)
-    stock, layer = make_biased_stock(config), make_coe(config, **(chain or {}))
+    stock, layer = make_biased_stock(config), make_coe(config, megatron_losses=True, **(chain or {}))
     copy_from_stock(layer, stock)
     found, truth = train_step(layer, padding_mask), train_step(stock, padding_mask)
     found |= {name: gradient(p) for name, p in layer.named_parameters()}
@@ -133,7 +133,7 @@ def test_two_iterations_equal_two_stock_layers(changes: dict) -> None:
     """x + F_1(x) + F_2(x + F_1(x)): the same experts twice, each time with a router (and its counters) of its own."""
     config = make_config(**changes)
     first, second = make_biased_stock(config), make_biased_stock(config)
-    layer = make_coe(config, iterations=2)
+    layer = make_coe(config, megatron_losses=True, iterations=2)
     copy_chain_from_stock(layer, first, second)
     truth = train_step(TwoStockLayers(first, second))
     found = train_step(layer)

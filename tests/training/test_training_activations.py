@@ -82,6 +82,7 @@ def built(config: RunConfig) -> tuple[torch.nn.Module, Callable[[], torch.Tensor
     if config.training.precision == "bf16":
         model.bfloat16()
     shape = (config.training.micro_batch, config.model.seq_length)
+    shape = (shape[0], shape[1] // config.parallel.context)
     tokens = torch.randint(VOCABULARY, shape)
     batch = {
         "tokens": tokens,
@@ -155,6 +156,27 @@ def test_two_ranks_keep_what_uniform_routing_would(dispatcher: str) -> None:
     for (first, closed), (second, _) in zip(*ranks, strict=True):
         assert closed == pytest.approx((first + second) / 2, rel=0.02)
         assert closed == pytest.approx(max(first, second), rel=0.1)
+
+
+def kept_of_a_part() -> list[tuple[int, int]]:
+    configs = [
+        replace(run_config(model, MOE, ChainSettings(2), precision), parallel=ParallelSettings(context=2))
+        for model in ATTENTIONS
+        for precision in ("fp32", "bf16")
+    ]
+    return [measured_and_expected(config) for config in configs]
+
+
+@pytest.mark.ranks
+def test_ranks_with_parts_of_sequences_keep_the_keys_and_values_of_all() -> None:
+    """And on a CPU a mask for each chunk that attends to earlier ones: ranks 0 and 1 of 2 have them for 4 and 5 chunks
+    of earlier and own keys, which is not in the form.
+    """
+    ranks = run_ranks(kept_of_a_part, 2, context_parallel_size=2)
+    for number, found in enumerate(zip(*ranks, strict=True)):
+        for (measured, closed), keys in zip(found, (4, 5), strict=True):
+            mask = MODEL.num_layers * keys * (MODEL.seq_length // 4) ** 2 * (2 if number % 2 else 4)
+            assert closed + mask == pytest.approx(measured, rel=0.005), ATTENTIONS[number // 2]
 
 
 @pytest.mark.usefixtures("single_rank")

@@ -16,6 +16,14 @@ def test_a_map_as_it_is_printed() -> None:
     ]
 
 
+def test_replicas_that_share_sequences() -> None:
+    lines = layout_map(Layout(8, tensor=2, context=2), ["a"] * 8, 8).splitlines()
+    assert lines == [
+        "a, ranks 0-7 | r0 p0 t0 | r0 p0 t1 | r0 p1 t0 | r0 p1 t1 | r1 p0 t0 | r1 p0 t1 | r1 p1 t0 | r1 p1 t1",
+        "(r replica, p part of the sequence, t tensor shard)",
+    ]
+
+
 def test_nodes_of_unequal_sizes_and_many_nodes() -> None:
     lines = layout_map(Layout(3), ["a", "a", "b"], 8).splitlines()
     assert lines == ["a, ranks 0-1 | r0 | r1", "b, ranks 2-2 | r2", "(r replica)"]

@@ -390,13 +390,25 @@ def test_the_layout_does_not_change_the_training(config: Path, prepared: Path, t
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_tensor_and_pipeline_parallelism(config: Path, prepared: Path, tmp_path: Path) -> None:
+def test_a_run_goes_on_with_tensor_context_and_pipeline_parallelism(
+    config: Path, prepared: Path, tmp_path: Path
+) -> None:
     """Begun by one process; losses, norms, validation and routing of all layers are those it would have had."""
-    common = ("launch/pretrain_coe.py", config, f"data.path={prepared}", "training.save_every=3", *NO_DROPOUT)
-    alone, tensor, pipeline = (tmp_path / name for name in ("alone", "tensor", "pipeline"))
+    common = (
+        "launch/pretrain_coe.py", config, f"data.path={prepared}", "training.save_every=3", "model.num_layers=4",
+        *NO_DROPOUT,
+    )  # fmt: skip
+    alone, tensor, pipeline, context, interleaved = (
+        tmp_path / name for name in ("alone", "tensor", "pipeline", "context", "interleaved")
+    )
     done = python(*common, f"output={alone}", "parallel.expert=1", "training.steps=3", "optimizer.warmup=0")
     assert done.returncode == 0, done.stderr
-    layouts = {tensor: (2, "parallel.tensor=2"), pipeline: (4, "parallel.tensor=2", "parallel.pipeline=2")}
+    layouts = {
+        tensor: (2, "parallel.tensor=2"),
+        context: (2, "parallel.expert=2", "parallel.context=2"),
+        pipeline: (4, "parallel.tensor=2", "parallel.pipeline=2"),
+        interleaved: (2, "parallel.pipeline=2", "parallel.virtual_pipeline=2"),
+    }
     for folder, (ranks, *layout) in layouts.items():
         shutil.copytree(alone, folder)
         changes = ("training.steps=6", "optimizer.warmup=0", *layout)

@@ -182,7 +182,7 @@ class RunTotals:
         model, config, flops = self.shape.model, self.shape.config, self.flops_per_token
         positions = config.training.micro_batch * model.seq_length
         positions *= config.parallel.expert * config.parallel.expert_tensor
-        rows = positions / config.parallel.tensor * model.topk / model.experts
+        rows = positions / config.parallel.tensor / config.parallel.context * model.topk / model.experts
         return flops.total + extra_flops(model, config.moe.recompute) + flops.experts * half_rows / rows
 
 
