@@ -42,8 +42,8 @@ length and large auxiliary losses. A pair's number is the worst of all fp32 case
 case may be what deviates; the numbers of bf16 are from its own cases. Limits are {_GRADIENTS} for gradients, losses and
 norms and {_WEIGHTS} for weights, and in bf16 {LIMITS["bf16"]["gradients"]} for gradients.
 
-`make combinations` writes this page; nothing in it is written by hand. A loss per token (`calculate_per_token_loss`) is a
-setting of Megatron's own loop, whose losses are compared with
+`make combinations` writes this page; nothing in it is written by hand. A loss per token (`calculate_per_token_loss`) is
+a setting of Megatron's own loop, whose losses are compared with
 [Megatron's](megatron-releases.md#gradients-that-are-wrong-in-megatron-core). On four ranks triples are tested too, and
 random combinations (`pytest -m full tests/combinations`)."""
 
