@@ -31,6 +31,7 @@ OPTIMIZERS: dict[str, Callable] = {
 LAYOUTS = {
     "expert": (2, {"expert_model_parallel_size": 2}),
     "pipeline": (2, {"pipeline_model_parallel_size": 2}),
+    "context x expert": (2, {"context_parallel_size": 2, "expert_model_parallel_size": 2}),
     "pipeline x expert": (4, {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2}),
 }
 Found = dict[str, dict[str, float]]  # training -> kind -> worst deviation
@@ -65,7 +66,11 @@ def build(iterations: int, **changes: object) -> DistributedDataParallel:
     reset_megatron()
     model_parallel_cuda_manual_seed(1)
     expert = parallel_state.get_expert_model_parallel_world_size()
-    config = example.configure(expert, parallel_state.get_pipeline_model_parallel_world_size())
+    pipeline, context = (
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_context_parallel_world_size(),
+    )
+    config = example.configure(expert, pipeline, context)
     config = replace(config, **({"moe_aux_loss_coeff": COEFFICIENT, "moe_z_loss_coeff": 0.01} | changes))
     return example.build(config, ChainSettings(iterations=iterations), torch.device("cpu"))
 
