@@ -8,7 +8,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from deepspeed.runtime import bf16_optimizer
 from megatron.core import parallel_state
 
 from coe_megatron.config.settings import MoESettings
@@ -83,9 +82,10 @@ def unweighted() -> Patch:
     return mock.patch.object(router_losses.RouterWithLosses, "step_tokens", never)
 
 
-def norm_of_dense_alone() -> Patch:
-    """What clips is the norm of the dense parameters."""
-    return mock.patch.object(bf16_optimizer, "get_norm_with_moe_layers", lambda norm, **others: norm)
+def norm_of_experts_alone() -> Patch:
+    """What clips is the norm of the experts, which are those of some stages."""
+    right = grad_clip.norm_with_experts
+    return mock.patch.object(grad_clip, "norm_with_experts", lambda dense, **more: right(dense * 0, **more))
 
 
 def loss_divided_by(count: Callable[[zero_engine.Engine], int]) -> Patch:
@@ -104,7 +104,7 @@ def without_z_loss() -> Patch:
 def fading_with_replicas() -> Patch:
     """The losses of routers are scaled as Megatron's are: the global one is divided by the replicas."""
     always = property(lambda self: True, lambda self, given: None)
-    return mock.patch.object(router_losses.RouterWithLosses, "megatron_losses", always)
+    return mock.patch.object(router_losses.RouterWithLosses, "megatron_losses", always, create=True)
 
 
 def balanced_twice() -> Patch:
@@ -183,7 +183,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], Callable[[], Patch]]] = {
     "norm of a stage": (("PP 2",), norm_of_a_stage),
     "means of micro-batches again": (("means of the step", "padding mask", "seq_aux_loss"), unweighted),
     "means of micro-batches again, z-loss": (("means of the step", "padding mask", "z-loss"), unweighted),
-    "norm of dense alone": (("PP 2", "EP 2", "bf16", "half of them dense"), norm_of_dense_alone),
+    "norm of experts alone": (("PP 2", "EP 2", "bf16", "half of them dense"), norm_of_experts_alone),
     "mean over replicas": (("replicas x 2",), partial(loss_divided_by, lambda engine: engine.dp_world_size)),
     "mean over micro-batches": (
         ("2 micro-batches",),
