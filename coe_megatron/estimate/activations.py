@@ -15,7 +15,6 @@ Letters: T tokens of a micro-batch on a rank, b bytes of an element, D hidden, N
 """
 
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Literal, get_args
 
 from coe_megatron.chain.settings import Recompute
@@ -72,7 +71,7 @@ class PassSettings:
     groups: tuple[int | None, int | None] = (None, None)
     first: bool = True
     last: bool = True
-    in_flight: Fraction | int = 1
+    in_flight: float = 1
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class Activations:
     recomputed: int
     logits_gradient: int
     gradients: int
-    in_flight: Fraction | int = 1
+    in_flight: float = 1
 
     @property
     def peak(self) -> int:

@@ -1,7 +1,6 @@
 """`RunShape`: a run's config, vocabulary size and layout, from which all estimates are computed."""
 
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from functools import cached_property
 
 from coe_megatron.chain.settings import Recompute
@@ -138,7 +137,7 @@ class RunShape:
         """
         stages, parts = self.layout.pipeline, self.layout.virtual_pipeline
         passes = stages - stage if parts == 1 else 2 * (stages - stage - 1) + stages * (parts - 1) + 1
-        in_flight = min(Fraction(passes, parts), Fraction(self.micro_batches))
+        in_flight = min(passes if parts == 1 else passes / parts, self.micro_batches)
         complete = self.pass_settings(recompute)
         return replace(complete, first=stage == 0, last=stage == stages - 1, in_flight=in_flight)
 

@@ -243,7 +243,8 @@ def feature_rounds(name: str, gating: str, layout: dict[str, int]) -> Named:
     own = taken(changes)
     config, chain = make_config(**layout, **changes), ChainSettings(2, gating)
     torch.manual_seed(2)
-    oracle, layer = make_oracle(config, chain), make_layer(config, chain, **own)
+    # Gradients are summed here, not averaged, so a global loss must not be multiplied by the replicas.
+    oracle, layer = make_oracle(config, chain), make_layer(config, chain, megatron_losses=True, **own)
     copy_from_oracle(layer, oracle)
     counts: list[torch.Tensor] = []
     recorded: dict[int, list[torch.Tensor]] = {}
