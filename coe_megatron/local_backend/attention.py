@@ -20,7 +20,6 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, 
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch.nn.attention.bias import causal_lower_right
 
 from coe_megatron.errors import ConfigError
 from coe_megatron.sequence_parts import chunks_of, in_order
@@ -141,6 +140,8 @@ class SDPACoreAttention(MegatronModule):
 def _causal(queries: int, keys: int, device: torch.device) -> torch.Tensor:
     """Which of the keys the last queries attend to: on CUDA a note for torch's kernels, else bool [queries, keys]."""
     if device.type == "cuda":
+        from torch.nn.attention.bias import causal_lower_right  # with torch's compiler, which nothing else needs
+
         return causal_lower_right(queries, keys)
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 

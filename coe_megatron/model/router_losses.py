@@ -86,8 +86,9 @@ class RouterWithLosses(TopKRouter):
             loss = aux_loss.detach() / aux_loss_coeff  # what this rank's tokens add to the loss of all in reduce_group
             self.stats.add_loss(aux_loss_name, loss * reduce_group.size())
             self._track(aux_loss_name, loss, reduce_group=reduce_group, **averaging)
-        if not self.megatron_losses:  # what the tokens of one replica add to a loss of all; gradients become their mean
-            aux_loss = aux_loss * (reduce_group.size() // self.tp_cp_group.size())
+        replicas = reduce_group.size() // self.tp_cp_group.size()
+        if replicas > 1 and not self.megatron_losses:  # what one's tokens add to a loss of all; gradients become means
+            aux_loss = aux_loss * replicas
         if self.calculate_per_token_loss:  # Megatron then divides every gradient by the number of tokens
             tokens = self._tokens_of_all_parts(len(activation))
             if self.megatron_losses:

@@ -196,6 +196,7 @@ def test_a_checkpoint_holds_no_pickled_objects_and_keys_by_parameter(tmp_path: P
         assert {f"optimizer.{kind}.{key}" for key in weights} <= keys
     facts = json.loads((tmp_path / "step-00000003" / "state.json").read_text())
     layout = {"world_size": 1, "tensor": 1, "pipeline": 1, "expert": 1, "expert_tensor": 1, "zero_stage": 1}
+    layout |= {"context": 1, "virtual_pipeline": 1}
     assert facts == {"layout": layout, "optimizer_steps": 1, "state": {"step": 3}}
 
 

@@ -192,6 +192,8 @@ def test_parts_of_parallel_ranks_go_through(layout: dict[str, int], single_rank:
         "expert": expert,
         "expert_tensor": 1,
         "zero_stage": 1,
+        "context": 1,
+        "virtual_pipeline": 1,
     }
     assert asdict(contents.metadata.layout) == told
     assert contents.tensors["output_layer.weight"].parts == tensor

@@ -194,7 +194,7 @@ OVERRIDES: list[tuple[str, str]] = [
         "parallel.pipeline=2 & parallel.expert=2 & moe.layer_freq=[0,1] & zero.offload_optimizer=true",
         "zero.offload_optimizer is true: with parallel.pipeline (2) each stage needs a layer with experts, not ",
     ),
-    ("parallel.x=2", "parallel.x is not a setting; valid keys: tensor, context, pipeline, expert, expert_tensor"),
+    ("parallel.x=2", "parallel.x is not a setting; valid keys: tensor, context, pipeline, virtual_pipeline, expert"),
     (
         "parallel.tensor=2 & parallel.context=2 & model.seq_length=20",
         "parallel.context is 2: model.seq_length (20) must be a multiple of 8, two chunks for each rank by "

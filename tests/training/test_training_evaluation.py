@@ -13,6 +13,8 @@ pytestmark = pytest.mark.usefixtures("single_rank")
 class Echo(torch.nn.Module):
     """A model whose loss of a token is the number that stands in the token's place."""
 
+    pre_process = True  # it has the embedding
+
     def forward(
         self, tokens: torch.Tensor, _positions: torch.Tensor, _mask: None, labels: torch.Tensor, padding_mask: None
     ) -> torch.Tensor:
