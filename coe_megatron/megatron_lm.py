@@ -42,9 +42,7 @@ def add_coe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     ours = attribute_meanings(MoESettings)
     _add(group, "recompute", Recompute, "none", ours["recompute"])
     _add(group, "deduplicated", bool, False, "a token travels once to each rank that holds some of its experts")
-    losses = (
-        "scale the losses of routers as Megatron-Core does, also where that is wrong: with --calculate-per-token-loss"
-    )
+    losses = "scale the losses of routers as Megatron-Core does, also where that is wrong"
     _add(group, "megatron_losses", bool, False, losses)
     chunks = "parts of the tokens that go through the chain in turns: experts work while tokens of other parts travel"
     _add(group, "overlap_chunks", int, 1, chunks)

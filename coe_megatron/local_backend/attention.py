@@ -10,7 +10,7 @@ S: sequence, B: batch, A: heads on this rank, G: key/value heads on this rank, H
 size. Multi-latent attention uses V different from H; grouped-query attention G smaller than A.
 """
 
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import torch
 import torch.nn.functional as F
@@ -142,7 +142,8 @@ def _causal(queries: int, keys: int, device: torch.device) -> torch.Tensor:
     if device.type == "cuda":
         from torch.nn.attention.bias import causal_lower_right  # with torch's compiler, which nothing else needs
 
-        return causal_lower_right(queries, keys)
+        with suppress(RuntimeError):  # torch cannot make it under a TorchDispatchMode, such as one that counts FLOPs
+            return causal_lower_right(queries, keys)
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 

@@ -28,6 +28,7 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "chunks": (2, ["parallel.expert=2", "moe.dispatcher=deduplicated", "moe.overlap_chunks=2", "moe.recompute=layer"]),
     "pipeline": (2, ["parallel.pipeline=2"]),
     "tensor": (2, ["parallel.tensor=2"]),
+    "context": (2, ["parallel.context=2"]),
 }
 DISPATCH, FP32_PRODUCTS = "model/exchange.py", "local_backend/expert_mlp.py"
 # Our own waits per step by file, beside those of the dispatch and of DeepSpeed: the numbers of a step are read
@@ -35,8 +36,8 @@ DISPATCH, FP32_PRODUCTS = "model/exchange.py", "local_backend/expert_mlp.py"
 STEP = {"distributed/collectives.py": 1, "model/routing_stats.py": 1}
 STAGE_0 = {**STEP, "zero/grad_clip.py": 1}  # whether the norm is finite decides whether the step is applied
 DEEPSPEED = {
-    "stage 0": 0, "stage 1": 3, "stage 2": 6, "stage 3": 56, "offloaded": 61, "expert": 8, "chunks": 8,
-    "pipeline": 3, "tensor": 8,
+    "stage 0": 0, "stage 1": 3, "stage 2": 6, "stage 3": 56, "offloaded": 61, "expert": 3, "chunks": 3,
+    "pipeline": 3, "tensor": 3, "context": 3,
 }  # fmt: skip
 
 Truth = Callable[[str], dict[int, float]]
