@@ -66,8 +66,8 @@ def _candidates(config: RunConfig) -> Iterator[Changes]:
     Recompute mode `experts` repeats no matrix product. ZeRO stages 1 and 2 at most send more gradients, and smaller
     micro-batches make smaller products. `iteration` and `layer` repeat the forward pass of all experts. More expert
     parallelism sends more tokens. Stage 3 sends weights twice per micro-batch, tensor parallelism sends hidden states
-    several times per layer, and a pipeline has a bubble. With optimizer states or weights in host memory, the device
-    waits for host and bus.
+    several times per layer, context parallelism keys and values, and a pipeline has a bubble. With optimizer states or
+    weights in host memory, the device waits for host and bus.
     """
     zero, parallel, modes = config.zero, config.parallel, ("none", "experts", "iteration", "layer")
     recompute = [{"moe.recompute": mode} for mode in modes[modes.index(config.moe.recompute) + 1 :]]
@@ -78,6 +78,7 @@ def _candidates(config: RunConfig) -> Iterator[Changes]:
     yield from ({"parallel.expert": count} for count in _doubles(parallel.expert, config.moe.num_experts))
     yield from ({"zero.stage": 3} for _ in range(zero.stage < 3))
     yield from ({"parallel.tensor": count} for count in _doubles(parallel.tensor, parallel.ranks_per_node))
+    yield from ({"parallel.context": count} for count in _doubles(parallel.context, parallel.ranks_per_node))
     yield from ({"parallel.pipeline": count} for count in _doubles(parallel.pipeline, config.model.num_layers))
     yield from (
         {f"zero.{what}": True} for what in ("offload_optimizer", "offload_parameters") if not getattr(zero, what)
