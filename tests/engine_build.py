@@ -116,6 +116,8 @@ def make_engine(
         context_parallel_size=parallel_state.get_context_parallel_world_size(),
         pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
         virtual_pipeline_model_parallel_size=parallel_state.get_virtual_pipeline_model_parallel_world_size(),
+        overlap_p2p_comm=parallel_state.get_virtual_pipeline_model_parallel_world_size() is not None,
+        batch_p2p_comm=parallel_state.get_virtual_pipeline_model_parallel_world_size() is None,
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=precision == "bf16",

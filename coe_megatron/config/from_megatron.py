@@ -351,7 +351,9 @@ def _layout(given: _Given) -> None:
     given["parallel.expert_tensor"] = given.number("expert-tensor-parallel-size", given["parallel.tensor"] or 1)
     if "num-layers-per-virtual-pipeline-stage" in given:
         layers = given.number("num-layers-per-virtual-pipeline-stage") * (given["parallel.pipeline"] or 1)
-        given["parallel.virtual_pipeline"] = given["model.num_layers"] // layers
+        given["parallel.virtual_pipeline"], more = divmod(given["model.num_layers"], layers)
+        if more:
+            given.note(f"--num-layers-per-virtual-pipeline-stage: {layers} must divide model.num_layers")
     else:
         given["parallel.virtual_pipeline"] = given.number("num-virtual-stages-per-pipeline-rank", 1)
     if ranks := _world_size(given):

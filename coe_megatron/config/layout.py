@@ -1,8 +1,8 @@
 """Parallel layouts: the sizes, and all rules for valid layouts.
 
 Each group of TP x PP ranks holds the dense parameters once, and each group of ETP x EP x PP ranks the experts. The
-remaining factor of the world size are replicas of the dense parameters, and replicas of the experts. CP of the former
-share their sequences; the others are data parallelism. Megatron builds its process groups from the same sizes.
+remaining factors of the world size are their replicas. CP replicas of the dense parameters share their sequences; the
+remaining factor of these is data parallelism. Megatron builds its process groups from the same sizes.
 """
 
 from collections.abc import Iterator
@@ -130,8 +130,8 @@ def _context(config: RunConfig) -> Iterator[str]:
     size, length, tensor = config.parallel.context, config.model.seq_length, config.parallel.tensor
     if size > 1 and length % (2 * size * tensor):
         yield (
-            f"parallel.context is {size}: model.seq_length ({length}) must be a multiple of {2 * size * tensor}, two "
-            f"chunks for each rank{f' by parallel.tensor ({tensor})' if tensor > 1 else ''}"
+            f"parallel.context is {size}: model.seq_length ({length}) must be a multiple of {2 * size * tensor}"
+            f"{', 2 x parallel.context x parallel.tensor' if tensor > 1 else ', 2 x parallel.context'}"
         )
 
 

@@ -200,6 +200,9 @@ FLAGS: dict[str, Flag] = {
         for name in fields(ChainSettings)
     },
     "--coe-recompute": Flag("moe.recompute", str),
+    "--coe-overlap-chunks": Flag("moe.overlap_chunks", whole),
+    **_none("coe-deduplicated", "set moe.dispatcher to deduplicated"),
+    **_none("coe-megatron-losses", "losses of routers are scaled as in one process"),
     **_together("spec", "chain.iterations"),
     # optimizer
     **_values(
@@ -288,7 +291,7 @@ FLAGS: dict[str, Flag] = {
         "pipeline-model-parallel-layout decoder-first-pipeline-num-layers decoder-last-pipeline-num-layers",
         "stages have equal numbers of layers",
     ),
-    **_none("cp-comm-type hierarchical-context-parallel-sizes", "keys and values are gathered"),
+    **_none("cp-comm-type hierarchical-context-parallel-sizes", "each backend has one way (parallel.context)"),
     # what launches, or changes neither model nor result
     **{name: Flag(note="torchrun's; docs/launching.md", needless=True) for name in sorted(TORCHRUN - RANKS)},
     **_needless(

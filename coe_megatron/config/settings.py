@@ -134,8 +134,9 @@ class MoESettings:
         aux_loss_coeff: coefficient of the auxiliary loss (`chain.aux_loss_reduction` says how it scales with
             iterations).
         z_loss_coeff: coefficient of the router's z-loss; 0 for none.
-        auxiliary_mean: what tokens `seq_aux_loss` and the z-loss are means over: the `micro_batch`, as in Megatron, or
-            the `step`. They differ where rows have padding; with `step` the split into micro-batches does not matter.
+        auxiliary_mean: whether `seq_aux_loss` and the z-loss are means over the tokens of a `micro_batch`, as in
+            Megatron, or of the `step`. They differ where rows have padding; with `step` the split into micro-batches
+            does not matter.
         expert_bias: auxiliary-loss-free load balancing: a bias on the scores, for the choice of experts only, updated
             after each step (sigmoid scores only).
         expert_bias_rate: size of an update of the expert bias.
@@ -272,9 +273,11 @@ class ParallelSettings:
 
     Attributes:
         tensor: TP, ranks that shard attention, shared experts and embedding, with sequence parallelism in between.
-        context: CP, ranks that each have a part of every sequence; attention gathers keys and values of all parts.
-        pipeline: PP, the stages of consecutive layers (ZeRO stages 0 and 1).
-        virtual_pipeline: VPP, the parts of each stage that take turns (Megatron's interleaved schedule).
+        context: CP, ranks that each have a part of every sequence; attention gathers keys and values of all parts (with
+            `model.backend` transformer_engine they go round in a ring).
+        pipeline: PP, stages of layers (ZeRO stages 0 and 1).
+        virtual_pipeline: VPP, parts of consecutive layers in each stage, which take turns (Megatron's interleaved
+            schedule).
         expert: EP, ranks that share the experts of a layer.
         expert_tensor: ETP, ranks that shard each expert; independent of `tensor`.
         world_size: required number of ranks; null accepts any. `--dry-run` assumes it.
@@ -297,7 +300,7 @@ class ParallelSettings:
 
 @dataclass(frozen=True)
 class ZeroSettings:
-    """DeepSpeed ZeRO: what is sharded over the data-parallel ranks instead of replicated.
+    """DeepSpeed ZeRO: what is sharded over the replicas (data and context parallel) instead of replicated.
 
     Attributes:
         stage: 0 nothing (fp32 only); 1 optimizer states; 2 also gradients; 3 also weights.

@@ -100,7 +100,8 @@ class Activations:
         """Bytes at the peak of the backward pass: at the logits, or in the last chain after the logits are freed."""
         total = sum(self.kept.values())
         in_pass = max(total + self.logits_gradient, total - self.kept["output"] + self.recomputed + self.gradients)
-        return int((self.in_flight - 1) * total) + in_pass
+        # The output layer's backward pass follows its forward pass at once, also where other parts have several.
+        return int((self.in_flight - 1) * (total - self.kept["output"])) + in_pass
 
 
 def activations(shape: ModelShape, settings: PassSettings) -> Activations:

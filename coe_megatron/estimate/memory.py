@@ -92,7 +92,7 @@ def _moments_of_step(run: RunShape, stage: int, shards: ParameterShards) -> tupl
         buffers=2 if shards.sizes.overlap and zero.stage < 3 and run.layout.pipeline == 1 else 1,
         pipelined=run.layout.pipeline > 1,
     )
-    earlier = int((pass_settings.in_flight - 1) * sum(part.kept for part in parts))
+    earlier = int((pass_settings.in_flight - 1) * sum(part.kept for part in parts[:-1]))  # no logits
     return list(moments(shards, parts, reduction, earlier, _gathered(run, shards))), reduction
 
 

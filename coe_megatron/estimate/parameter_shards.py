@@ -2,8 +2,8 @@
 
 TP shards attention, shared experts, dense layers, embedding and output layer; EP and ETP shard routed experts. Norms,
 gains, routers and matrices of variants are replicated (with Transformer Engine, so are MLA's two down-projections).
-Pipeline stages hold consecutive layers, the first one also the embedding and the last one the output layer. ZeRO then
-partitions the parameters over their replicas.
+Pipeline stages hold layers (consecutive ones, or parts of consecutive ones), the first one also the embedding and the
+last one the output layer. ZeRO then partitions the parameters over their replicas.
 """
 
 from dataclasses import dataclass

@@ -139,6 +139,9 @@ def _layout_fields(config: RunConfig) -> dict[str, Any]:
         "context_parallel_size": parallel.context,
         "pipeline_model_parallel_size": parallel.pipeline,
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        # Parts of stages: with two stages a batch of messages would mix those to the next and to the previous stage.
+        "overlap_p2p_comm": parallel.virtual_pipeline > 1,
+        "batch_p2p_comm": parallel.virtual_pipeline == 1,
         "pipeline_dtype": torch.bfloat16 if config.training.precision == "bf16" else torch.float32,
         "expert_model_parallel_size": parallel.expert,
         "expert_tensor_parallel_size": parallel.expert_tensor,

@@ -38,7 +38,8 @@ class RouterWithLosses(TopKRouter):
             the ranks of a sequence if there is padding.
     """
 
-    step_tokens: torch.Tensor | None = None  # of a micro-batch, the mean of those of a step; None for its own
+    # Of a micro-batch, the mean of those of a step; None for its own. Not for `calculate_per_token_loss`.
+    step_tokens: torch.Tensor | None = None
     _is_recomputed = False  # set by CoERouter for a call
     _padding: torch.Tensor | None = None  # the same, [S, B] bool
 
@@ -63,6 +64,12 @@ class RouterWithLosses(TopKRouter):
         return getattr(self, "is_mtp_layer", False)
 
     @property
+    def _repetitions(self) -> int:
+        """How often its layer is called in a pass: `mtp_num_layers` times where one layer predicts all later tokens."""
+        is_repeated = self.is_in_prediction_layer and self.config.mtp_use_repeated_layer
+        return self.config.mtp_num_layers if is_repeated else 1
+
+    @property
     def is_counting(self) -> bool:
         """False in evaluation, and when a pass is recomputed."""
         return self.training and torch.is_grad_enabled() and not self._is_recomputed
@@ -80,8 +87,8 @@ class RouterWithLosses(TopKRouter):
         """Megatron's method; also records the loss here, and adds 1/C of it to Megatron's tracker."""
         if aux_loss_name == "seq_load_balancing_loss" and self.step_tokens is not None:
             aux_loss = aux_loss * (self._tokens_of_all_parts(len(activation)) / self.step_tokens).square()
-        if self.is_in_prediction_layer and self.config.mtp_use_repeated_layer:
-            aux_loss = aux_loss / self.config.mtp_num_layers  # of one layer that is called so often
+        if self._repetitions > 1:
+            aux_loss = aux_loss / self._repetitions
         if self.is_counting:
             loss = aux_loss.detach() / aux_loss_coeff  # what this rank's tokens add to the loss of all in reduce_group
             self.stats.add_loss(aux_loss_name, loss * reduce_group.size())
@@ -115,7 +122,7 @@ class RouterWithLosses(TopKRouter):
             loss = loss * (own / tokens)  # a token weighs the same in whichever part of the sequence it is
         if self.is_counting:
             self.stats.add_loss("z_loss", loss.detach() / coefficient)
-            self._track("z_loss", loss.detach() / coefficient)
+            self._track("z_loss", loss.detach() / coefficient / self._repetitions)
         if self.calculate_per_token_loss:  # Megatron then divides every gradient by the number of tokens
             parts = per_token_ranks(self.tp_cp_group) if self.megatron_losses else self.tp_cp_group.size()
             loss = loss * tokens * parts

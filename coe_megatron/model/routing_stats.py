@@ -23,7 +23,7 @@ class RoutingReport:
     Attributes:
         layer, iteration: both counted from 1.
         losses: name -> mean over micro-batches of the loss without its coefficient (1.0 for a perfectly balanced
-            auxiliary loss).
+            auxiliary loss); with `moe.auxiliary_mean: step` weighted as in the gradient.
         load: the N experts' shares of all token copies; they add up to 1.
         load_max_over_mean: load of the busiest expert over the mean load; 1.0 is perfect balance.
         dead_experts: how many experts got no copy.

@@ -23,7 +23,8 @@ def forward(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 
     Args:
         batch: tokens, labels, position_ids [B, S] int64 and padding_mask [B, S] bool, True at padding; optionally
-            attention_mask [B, 1, S, S] bool, True where attention is forbidden, instead of the causal mask.
+            attention_mask [B, 1, S, S] bool, True where attention is forbidden, instead of the causal mask. With
+            context parallelism S / CP of each, and [B, 1, S / CP, S].
     """
     padding = batch["padding_mask"]
     if not model.pre_process:  # with the embedding GPTModel itself takes this rank's part of the sequence

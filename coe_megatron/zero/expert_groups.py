@@ -14,8 +14,6 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.utils import groups
 from megatron.core import parallel_state
 
-from coe_megatron.distributed import process_groups
-
 
 def is_expert(parameter: torch.nn.Parameter) -> bool:
     """Whether a parameter differs between the ranks of the data-parallel group (Megatron marks it with `allreduce`)."""
@@ -23,9 +21,12 @@ def is_expert(parameter: torch.nn.Parameter) -> bool:
 
 
 def are_separate() -> bool:
-    """Whether the replicas of experts form other groups than those of dense parameters."""
-    replicas = parallel_state.get_expert_data_parallel_group(), process_groups.replicas()
-    return len({tuple(dist.get_process_group_ranks(group)) for group in replicas}) > 1
+    """Whether the experts of this layout are partitioned and reduced apart, as `Layout.separate_experts`."""
+    expert_tensor = parallel_state.get_expert_tensor_parallel_world_size()
+    return (
+        parallel_state.get_expert_model_parallel_world_size() > 1
+        or expert_tensor != parallel_state.get_tensor_model_parallel_world_size()
+    )
 
 
 def group_name() -> str:

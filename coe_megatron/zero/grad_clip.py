@@ -72,7 +72,7 @@ def norm_with_experts(
     Replaces DeepSpeed's `get_norm_with_moe_layers`.
 
     Args:
-        dense_norm: of the dense parameters of all stages.
+        dense_norm: of the dense parameters of all stages; -1 if DeepSpeed found that it is not finite.
         expert_tensors: the gradients of this rank's experts, by their group; none on a stage without experts.
     """
     assert norm_type == 2, "only the 2-norm is supported"
@@ -81,7 +81,7 @@ def norm_with_experts(
     square = torch.stack(norms).square().sum() if norms else torch.zeros_like(dense_norm)
     dist.all_reduce(square, group=parallel_state.get_expert_tensor_model_pipeline_parallel_group())
     norm = (dense_norm.square() + square).sqrt()
-    return torch.where(torch.isfinite(norm), norm, -1)
+    return torch.where(torch.isfinite(norm) & (dense_norm >= 0), norm, -1)
 
 
 def _sum_of_squares(optimizer: DeepSpeedZeroOptimizer, group: int) -> torch.Tensor:

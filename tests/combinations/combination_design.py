@@ -46,7 +46,7 @@ DIMENSIONS: dict[str, dict[str, dict[str, Any]]] = {
         "PP 2 interleaved": {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2},
     },
     "replicas": {"replicas x 1": {}, "replicas x 2": {}},
-    "micro-batches": {"2 micro-batches": {}, "1 micro-batch": {}},
+    "micro-batches": {"2 micro-batches": {}, "1 micro-batch": {}, "4 micro-batches": {}},
     "zero": {
         **{f"ZeRO {stage}": {"zero.stage": stage} for stage in (1, 0, 2, 3)},
         "ZeRO 1 offloaded": {"zero.stage": 1, "zero.offload_optimizer": True},
@@ -117,6 +117,11 @@ class Case:
         found = with_settings(BASE, self._settings)
         parts = layout(found, self.ranks).data * int(self["micro-batches"][0])
         return with_settings(found, {"training.micro_batch": ROWS // parts})
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether there is a row for every micro-batch."""
+        return self.config.training.micro_batch > 0
 
     @cached_property
     def ranks(self) -> int:
@@ -272,7 +277,7 @@ def drawn_cases(count: int, seed: int) -> list[Case]:
 
 def _is_valid(labels: Sequence[str]) -> bool:
     case = Case.of(*labels)
-    return case.ranks <= MOST_RANKS and not (case.refusal or case.another)
+    return case.ranks <= MOST_RANKS and case.has_rows and not (case.refusal or case.another)
 
 
 def fixed_cases() -> list[Case]:
@@ -283,7 +288,7 @@ def fixed_cases() -> list[Case]:
     chains = [
         (label,) for name in ("iterations", "norms", "attention", "precision") for label in list(DIMENSIONS[name])
     ]
-    given = [(), *((label,) for label in layouts), *stages, *ways, *chains]
+    given = [(), *((label,) for label in layouts), ("PP 2 interleaved", "4 micro-batches"), *stages, *ways, *chains]
     return list(dict.fromkeys(Case.of(*each) for each in given))
 
 

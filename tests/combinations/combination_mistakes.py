@@ -82,6 +82,13 @@ def unweighted() -> Patch:
     return mock.patch.object(router_losses.RouterWithLosses, "step_tokens", never)
 
 
+def messages_mixed() -> Patch:
+    """Messages to the next stage and to the previous one go as one batch, which two stages cannot tell apart."""
+    right = build._layout_fields
+    batched = {"overlap_p2p_comm": False, "batch_p2p_comm": True}
+    return mock.patch.object(build, "_layout_fields", lambda config: right(config) | batched)
+
+
 def norm_of_experts_alone() -> Patch:
     """What clips is the norm of the experts, which are those of some stages."""
     right = grad_clip.norm_with_experts
@@ -183,6 +190,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], Callable[[], Patch]]] = {
     "norm of a stage": (("PP 2",), norm_of_a_stage),
     "means of micro-batches again": (("means of the step", "padding mask", "seq_aux_loss"), unweighted),
     "means of micro-batches again, z-loss": (("means of the step", "padding mask", "z-loss"), unweighted),
+    "messages mixed": (("PP 2 interleaved", "4 micro-batches"), messages_mixed),
     "norm of experts alone": (("PP 2", "EP 2", "bf16", "half of them dense"), norm_of_experts_alone),
     "mean over replicas": (("replicas x 2",), partial(loss_divided_by, lambda engine: engine.dp_world_size)),
     "mean over micro-batches": (

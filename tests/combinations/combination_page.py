@@ -44,8 +44,8 @@ norms and {_WEIGHTS} for weights, and in bf16 {LIMITS["bf16"]["gradients"]} for 
 
 `make combinations` writes this page; nothing in it is written by hand. A loss per token (`calculate_per_token_loss`) is
 a setting of Megatron's own loop, whose losses are compared with
-[Megatron's](megatron-releases.md#gradients-that-are-wrong-in-megatron-core). On four ranks triples are tested too, and
-random combinations (`pytest -m full tests/combinations`)."""
+[Megatron's](megatron-releases.md#gradients-that-are-wrong-in-megatron-core). The full tier of tests has triples
+and random combinations (`pytest -m full tests/combinations`)."""
 
 
 def record(cases: Sequence[Case], found: Mapping[Case, Mapping[str, float]]) -> dict[str, Any]:

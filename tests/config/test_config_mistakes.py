@@ -197,8 +197,7 @@ OVERRIDES: list[tuple[str, str]] = [
     ("parallel.x=2", "parallel.x is not a setting; valid keys: tensor, context, pipeline, virtual_pipeline, expert"),
     (
         "parallel.tensor=2 & parallel.context=2 & model.seq_length=20",
-        "parallel.context is 2: model.seq_length (20) must be a multiple of 8, two chunks for each rank by "
-        "parallel.tensor (2)",
+        "parallel.context is 2: model.seq_length (20) must be a multiple of 8, 2 x parallel.context x parallel.tensor",
     ),
     ("parallel.context=2 & model.seq_length=18", "parallel.context is 2: model.seq_length (18) must be a multiple of"),
     (

@@ -407,7 +407,7 @@ def test_a_run_goes_on_with_tensor_context_and_pipeline_parallelism(
         tensor: (2, "parallel.tensor=2"),
         context: (2, "parallel.expert=2", "parallel.context=2"),
         pipeline: (4, "parallel.tensor=2", "parallel.pipeline=2"),
-        interleaved: (2, "parallel.pipeline=2", "parallel.virtual_pipeline=2"),
+        interleaved: (2, "parallel.expert=1", "parallel.pipeline=2", "parallel.virtual_pipeline=2"),
     }
     for folder, (ranks, *layout) in layouts.items():
         shutil.copytree(alone, folder)

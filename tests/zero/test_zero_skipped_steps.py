@@ -27,7 +27,7 @@ KINDS = {
     "stage 3, bf16": {"stage": 3, "precision": "bf16"},
     "stage 3, offload": {"stage": 3, "offload": "optimizer and parameters"},
 }
-MISHAPS = ("NaN in one batch", "infinite loss", "NaN in one expert", "too large")
+MISHAPS = ("NaN in one batch", "infinite loss", "NaN in one expert", "NaN in a table", "too large")
 FEW = ("stage 0", "stage 1", "stage 1, bf16", "stage 2", "stage 3")
 
 
@@ -90,6 +90,10 @@ def step(engine: Any, number: int, mishap: str = "") -> float:
     if mishap == "NaN in one expert" and dist.get_rank() == 1:
         weight = next(p for name, p in engine.module.named_parameters() if ".experts." in name)
         hooks.append(weight.register_hook(lambda gradient: gradient * torch.nan))
+
+    if mishap == "NaN in a table" and hasattr(engine.module, "embedding"):  # of all gradients in this one alone
+        table = engine.module.embedding.word_embeddings.weight
+        hooks.append(table.register_hook(lambda gradient: gradient * torch.nan))
 
     def loss_of(losses: torch.Tensor, batch: Named) -> torch.Tensor:
         loss = (losses.float() * batch["counts"]).sum() / batch["total"]
