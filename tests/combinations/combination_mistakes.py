@@ -191,7 +191,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], Callable[[], Patch]]] = {
     "means of micro-batches again": (("means of the step", "padding mask", "seq_aux_loss"), unweighted),
     "means of micro-batches again, z-loss": (("means of the step", "padding mask", "z-loss"), unweighted),
     "messages mixed": (("PP 2 interleaved", "4 micro-batches"), messages_mixed),
-    "norm of experts alone": (("PP 2", "EP 2", "bf16", "half of them dense"), norm_of_experts_alone),
+    "norm of experts alone": (("TP 2", "PP 2", "EP 2", "bf16", "half of them dense"), norm_of_experts_alone),
     "mean over replicas": (("replicas x 2",), partial(loss_divided_by, lambda engine: engine.dp_world_size)),
     "mean over micro-batches": (
         ("2 micro-batches",),
