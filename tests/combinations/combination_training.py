@@ -23,7 +23,7 @@ STEPS = 3
 # Relative: losses and norms to themselves, tensors to their largest element.
 LIMITS = {
     "fp32": {"losses": 1e-5, "norms": 1e-5, "gradients": 1e-5, "weights": 1e-4},
-    "bf16": {"losses": 3e-3, "norms": 3e-2, "gradients": 1e-1, "weights": 5e-2},  # rounding
+    "bf16": {"losses": 1e-2, "norms": 1e-1, "gradients": 2e-1, "weights": 1e-1},  # rounding in up to 12 iterations
 }
 
 
