@@ -235,6 +235,13 @@ def test_a_report_that_is_not_there_yet_decides_nothing(tmp_path: Path) -> None:
     assert (verdict.result, verdict.findings[0].reason) == (OPEN, "there is no report yet")
 
 
+def test_the_page_has_no_link_to_a_report_that_is_not_there(tmp_path: Path, study_program: Program) -> None:
+    file = claims_file(tmp_path, {"id": "lower", "relation": "less"})
+    assert study_program("verdict", file, "--to", tmp_path / "docs.md")[0] == 0
+    page = (tmp_path / "docs.md").read_text()
+    assert "Report: report (not there yet)." in page and "](report" not in page
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

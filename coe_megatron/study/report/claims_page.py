@@ -84,7 +84,12 @@ def _explanation(tests: int) -> str:
 def _section(verdict: Verdict, folder: Path) -> str:
     rows = [_cells(finding) for finding in verdict.findings]
     reports = dict.fromkeys(Path(finding.condition.report) for finding in verdict.findings)
-    links = [f"[{escaped(report.name)}]({quote(_link(report / 'report.md', folder))})" for report in reports]
+    links = [
+        f"[{escaped(report.name)}]({quote(_link(report / 'report.md', folder))})"
+        if (report / "results.csv").exists()
+        else f"{escaped(report.name)} (not there yet)"
+        for report in reports
+    ]
     columns = ["condition", "difference", "95 % CI", "p", "seeds", "seeds that would decide"]
     heading = f"## {escaped(verdict.claim.id)}: {verdict.result}"
     sources = f"Report{'s' * (len(links) > 1)}: {', '.join(links)}."
