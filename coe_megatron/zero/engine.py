@@ -33,11 +33,11 @@ Auxiliary losses, before they are attached to gates or logits:
 * `model.router_losses.RouterWithLosses.apply_z_loss`: / ranks that hold parts of the same sequence, times this rank's
   fraction of their tokens.
 * `model.router_losses.RouterWithLosses.attach_and_log_load_balancing_loss`: the global loss times data-parallel ranks.
-* `model.router_losses.RouterWithLosses.step_tokens`, with `moe.auxiliary_mean: step`: the sequence loss times (tokens
-  of the micro-batch / mean of the step) squared; the z-loss / mean of the step, not / tokens of the micro-batch.
-* `attach_and_log_load_balancing_loss` in a layer of multi-token prediction that is repeated: / the number of times.
-* The same, and `apply_z_loss`: times tokens if Megatron divides every gradient by them (`calculate_per_token_loss`,
-  which `build_model` does not set).
+* In a layer of multi-token prediction that is repeated: / the number of times.
+* `model.router_state.weigh_over_step`, with `moe.auxiliary_mean: step`: the sequence loss times (tokens of the
+  micro-batch / mean of the step) squared; the z-loss / mean of the step, not / tokens of the micro-batch.
+* Both of these methods: times tokens if Megatron divides every gradient by them (`calculate_per_token_loss`, which
+  `build_model` does not set).
 
 Auxiliary losses, in the backward pass (MoEAuxLossAutoScaler):
 
