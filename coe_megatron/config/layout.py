@@ -22,7 +22,7 @@ class Layout:
     Attributes:
         world_size: number of ranks.
         tensor: TP, ranks that shard attention, shared experts, embedding and, in between, the sequence.
-        pipeline: PP, stages of consecutive layers.
+        pipeline: PP, stages of layers.
         expert: EP, ranks that share the experts of a layer.
         expert_tensor: ETP, ranks that shard each expert.
         context: CP, replicas of the dense parameters that share their sequences.
@@ -206,13 +206,13 @@ def _ranks(config: RunConfig, world_size: int | None) -> Iterator[str]:
         )
         return
     rows = training.micro_batch * found.data
-    stages = found.pipeline
-    if training.global_batch % rows == 0 and found.virtual_pipeline > 1 and training.global_batch // rows % stages:
+    micro_batches, more = divmod(training.global_batch, rows)
+    if not more and found.virtual_pipeline > 1 and micro_batches % found.pipeline:
         yield (
             f"parallel.virtual_pipeline is {found.virtual_pipeline}: the micro-batches of a step on each replica "
-            f"({training.global_batch // rows}) must be a multiple of parallel.pipeline ({stages})"
+            f"({micro_batches}) must be a multiple of parallel.pipeline ({found.pipeline})"
         )
-    if training.global_batch % rows:
+    if more:
         yield (
             f"training.global_batch is {training.global_batch}: it must be a multiple of training.micro_batch x "
             f"data-parallel ranks ({training.micro_batch} x {found.data} = {rows})"

@@ -11,6 +11,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
+from coe_megatron.config.layout import layout
 from coe_megatron.config.settings import MLASettings, ModelSettings, MoESettings, RunConfig
 from coe_megatron.errors import ConfigError
 from coe_megatron.local_backend.attention import SDPACoreAttention
@@ -106,8 +107,7 @@ def _mark_experts(model: torch.nn.Module, config: RunConfig) -> None:
 
     Megatron-Core 0.16.1 marks Transformer Engine's by expert parallelism alone, also where ETP differs from TP.
     """
-    parallel = config.parallel
-    separate = parallel.expert > 1 or parallel.expert_tensor != parallel.tensor
+    separate = layout(config).separate_experts
     for layer in coe_layers(model):
         for parameter in layer.experts.parameters():
             parameter.allreduce = not separate
