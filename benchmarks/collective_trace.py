@@ -55,7 +55,7 @@ _PLUMBING = (  # modules, and functions below
     "coe_megatron.local_backend.without_cuda",
     __name__,
 )
-_PLUMBING_FUNCTIONS = ("data_parallel_sum", "wrapped_fn", "wrapper", "decorate_context")
+_PLUMBING_FUNCTIONS = ("replica_sum", "wrapped_fn", "wrapper", "decorate_context")
 _SENT = ("input", "inputs", "input_tensor", "input_tensors", "tensors", "tensor")  # arguments that hold what is sent
 
 

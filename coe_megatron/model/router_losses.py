@@ -41,7 +41,7 @@ class RouterWithLosses(TopKRouter):
     # Of a micro-batch, the mean of those of a step; None for its own. Not for `calculate_per_token_loss`.
     step_tokens: torch.Tensor | None = None
     _is_recomputed = False  # set by CoERouter for a call
-    _padding: torch.Tensor | None = None  # the same, [S, B] bool
+    _padding: torch.Tensor | None = None  # of the tokens that are routed, bool; set for a call
 
     def __init__(
         self,
