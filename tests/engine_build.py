@@ -16,6 +16,7 @@ import torch
 from deepspeed import DeepSpeedEngine
 from deepspeed.utils import safe_get_full_grad
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings import RotaryEmbedding, YarnRotaryEmbedding
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from model_build import TOPK, make_config, make_gpt, make_mla_config
 
@@ -62,6 +63,8 @@ def use_groups(
     parallel_state.destroy_model_parallel()
     while _engines:
         _engines.pop().destroy()  # or its hooks keep it, and the groups it knows, whose threads wake all the time
+    for rotary in (RotaryEmbedding, YarnRotaryEmbedding):
+        rotary.forward.cache_clear()  # which keeps the embeddings of 32 models, with their groups
     gc.collect()  # an engine is a circle
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor,

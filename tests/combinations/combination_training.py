@@ -64,11 +64,15 @@ def train_together(folder: Path, cases: list[Attempt]) -> None:
     """Each on its layout, from the same beginning."""
     for case, mistake in cases:
         use_groups_of(case.config.parallel)
-        with MISTAKES[mistake][1]():
-            engine = build(case.config)
-            save_load.load_weights(folder / f"begin {case.number}", engine)
-            write(engine, taken(engine, case), folder / f"{case} {mistake}")
-            engine.destroy()
+        _train(folder, case, mistake)  # leaves no engine behind, whose groups would outlive the next ones
+
+
+def _train(folder: Path, case: Case, mistake: str) -> None:
+    with MISTAKES[mistake][1]():
+        engine = build(case.config)
+        save_load.load_weights(folder / f"begin {case.number}", engine)
+        write(engine, taken(engine, case), folder / f"{case} {mistake}")
+        engine.destroy()
 
 
 def measure(folder: Path, cases: Sequence[Attempt]) -> dict[Attempt, dict[str, float]]:
