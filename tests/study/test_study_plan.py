@@ -17,8 +17,9 @@ from coe_megatron.errors import ConfigError
 from coe_megatron.estimate.run_estimate import estimate
 from coe_megatron.estimate.run_shape import RunShape
 from coe_megatron.study.plan.arms import make_study
-from coe_megatron.study.plan.cost_table import format_duration, make_plan
+from coe_megatron.study.plan.cost_table import make_plan
 from coe_megatron.study.plan.study_file import read_study
+from coe_megatron.text import format_duration
 
 Write = Callable[..., Path]
 STUDIES = ROOT / "configs" / "studies"
