@@ -48,6 +48,14 @@ def duration(seconds: float) -> str:
     return f"{float(f'{seconds / factor:.3g}'):g} {unit}"
 
 
+def format_duration(seconds: float) -> str:
+    """Seconds as text, in h, min or s."""
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 def _prefix(text: str, most: int) -> str:
     """The longest prefix that fits into `most` columns."""
     ends = accumulate(map(_columns, text))

@@ -23,6 +23,7 @@ import os
 import signal
 import sys
 import traceback
+from argparse import Namespace
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -31,16 +32,15 @@ from pathlib import Path
 
 from coe_megatron import scratch
 from coe_megatron.cli.arguments import Parser, program_name, write_out
+from coe_megatron.cli.forecast import forecast, suggest
 from coe_megatron.cli.pretrain import RESUMES, leave
 from coe_megatron.config import RunConfig, load
 from coe_megatron.config.load import parse
-from coe_megatron.data.folders import missing_folders
 from coe_megatron.distributed.environment import DistributedEnv
 from coe_megatron.errors import ConfigError, one_line
-from coe_megatron.estimate.advice import parse_size, refusal
 from coe_megatron.estimate.dispatch import resolved
-from coe_megatron.estimate.node_crossing import needless_crossing
-from coe_megatron.estimate.run_estimate import estimate, vocabulary
+from coe_megatron.estimate.machine import machines
+from coe_megatron.estimate.run_estimate import vocabulary
 from coe_megatron.files import kind_of, problem, require_folder, user_path
 from coe_megatron.lean_imports import import_megatron, without_collection
 from coe_megatron.run.exit_status import ExitStatus, write_error_file
@@ -64,20 +64,35 @@ def pretrain(arguments: list[str] | None) -> int:
         "with --dry-run: exit with status 2 if the run needs more than SIZE, such as 80GiB, and suggest what would fit"
     )
     parser.add_argument("--device-memory", metavar="SIZE", help=fits)
+    timed = "with --dry-run and --suggest: the machine, to predict the time of a step; a machine file, or one of "
+    timed += ", ".join(machines())
+    parser.add_argument("--machine", metavar="NAME", help=timed)
+    finds = "print the five fastest layouts of the run on --machine that fit, and exit; needs no data or ranks"
+    parser.add_argument("--suggest", action="store_true", help=finds)
+    ranks = "with --suggest: the number of ranks (default: parallel.world_size, else those of a node)"
+    parser.add_argument("--gpus", metavar="N", type=int, help=ranks)
+    saves = "with --suggest: write a config with the fastest layout, which inherits from CONFIG"
+    parser.add_argument("--save-config", metavar="FILE", type=user_path, help=saves)
     stops = "stop after the current step, with a checkpoint, when this file exists; use a new name for each start"
     parser.add_argument("--stop-file", metavar="FILE", type=user_path, help=stops)
     options = parser.parse_intermixed_args(arguments)
     if options.json and not options.dry_run:
         parser.error("--json needs --dry-run: a run writes its numbers into metrics.jsonl")
-    if options.device_memory is not None and not options.dry_run:
-        parser.error("--device-memory needs --dry-run")
+    for option in ("device_memory", "machine"):
+        if getattr(options, option) is not None and not (options.dry_run or options.suggest):
+            parser.error(f"--{option.replace('_', '-')} needs --dry-run or --suggest")
+    for option in ("gpus", "save_config"):
+        if getattr(options, option) is not None and not options.suggest:
+            parser.error(f"--{option.replace('_', '-')} needs --suggest")
     env = _distributed_env(parser)
     try:
-        if options.dry_run:
+        if options.dry_run or options.suggest:
             config = load(options.config, options.overrides)
             require_output(config)
             _require_sources(config)
-            return _print_estimate(env, config, options.json, options.device_memory)
+            if env.rank == 0:
+                write_out(_foreseen(options, config))
+            return 0
         if env.rank != 0:
             return _pretrain(parser, env, None, None)
         config = load(options.config, options.overrides, env.world_size)
@@ -93,6 +108,13 @@ def pretrain(arguments: list[str] | None) -> int:
         parser.error(str(error))
 
 
+def _foreseen(options: Namespace, config: RunConfig) -> str:
+    memory = options.device_memory
+    if options.suggest:
+        return suggest(config, options.machine, options.gpus, memory, options.config, options.save_config)
+    return forecast(config, options.machine, memory, options.json)
+
+
 def _distributed_env(parser: Parser) -> DistributedEnv:
     """Rank and world size of this process; exits if the variables are invalid, before any file is read."""
     try:
@@ -100,23 +122,6 @@ def _distributed_env(parser: Parser) -> DistributedEnv:
     except ConfigError as error:
         # Under torchrun only the first rank prints; a rank that was started by hand prints its own line.
         parser.refuse(ExitStatus.MISTAKE, str(error), all_ranks="TORCHELASTIC_RUN_ID" not in os.environ)
-
-
-def _print_estimate(env: DistributedEnv, config: RunConfig, as_json: bool, device_memory: str | None) -> int:
-    run = resolved(config, vocabulary(config))
-    cost = estimate(run)
-    if device_memory is not None:
-        try:
-            available = parse_size(device_memory)
-        except ConfigError as error:
-            raise ConfigError(f"--device-memory {error}") from error
-        if refused := refusal(run, cost, available):
-            raise ConfigError(f"--device-memory {device_memory}: {refused}")
-    warnings = [*missing_folders(config.data), *filter(None, [needless_crossing(run, cost)])]
-    if env.rank == 0:
-        as_text = json.dumps({**cost.as_dict(), "warnings": warnings}, indent=2) if as_json else cost.table()
-        write_out(as_text if as_json else "\n".join([as_text, *(f"warning: {each}" for each in warnings)]))
-    return 0
 
 
 def _require_backend(config: RunConfig) -> None:

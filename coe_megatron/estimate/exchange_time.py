@@ -57,7 +57,8 @@ def step_seconds(run: RunShape, stage: int) -> float | None:
     speeds = speeds_between(run)
     if speeds is None or has_megatrons_dispatcher(run):
         return None
-    layers = (count * _layer_seconds(run, kind, speeds) for count, kind in run.stage_model(stage).moe_kinds)
+    kinds = run.stage_model(stage).moe_kinds
+    layers = (count * sum(layer_seconds(run, kind, _forward(run, kind, speeds))) for count, kind in kinds)
     return run.micro_batches * sum(layers)
 
 
@@ -90,20 +91,24 @@ class PassSeconds:
         return replace(self, sizes=0.0, started=BACKWARD, **work)
 
 
-def _layer_seconds(run: RunShape, kind: ModelShape, speeds: Speeds) -> float:
-    """Forward and backward pass of a micro-batch through a MoE layer of a kind, with what is recomputed."""
-    forward, recompute = _forward(run, kind, speeds), run.config.moe.recompute
+def layer_seconds(run: RunShape, kind: ModelShape, forward: PassSeconds) -> tuple[float, float]:
+    """Forward and backward pass of a micro-batch through a MoE layer of a kind; backward with what is recomputed.
+
+    Args:
+        forward: of a chunk in an iteration.
+    """
+    recompute = run.config.moe.recompute
     again = [replace(forward, sizes=0.0)] if recompute in ("iteration", "layer") else []
     chunks, iterations, routings = run.config.moe.resolved_chunks(), kind.chain.iterations, kind.routings
-    seconds = 0.0
-    for each in (forward, *again, forward.backward):
+
+    def seconds(each: PassSeconds) -> float:
         if recompute == "iteration":  # all chunks finish an iteration before the next one
             routed, reused = (chain_seconds(each, chunks, 1, count) for count in (1, 0))
-            seconds += routings * routed + (iterations - routings) * reused
-        else:
-            simulated = min(iterations, _SIMULATED)
-            seconds += chain_seconds(each, chunks, simulated, routings) * iterations / simulated
-    return seconds
+            return routings * routed + (iterations - routings) * reused
+        simulated = min(iterations, _SIMULATED)
+        return chain_seconds(each, chunks, simulated, routings) * iterations / simulated
+
+    return seconds(forward), sum(map(seconds, (*again, forward.backward)))
 
 
 def _forward(run: RunShape, kind: ModelShape, speeds: Speeds) -> PassSeconds:

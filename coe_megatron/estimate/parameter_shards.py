@@ -6,6 +6,7 @@ Pipeline stages hold layers (consecutive ones, or parts of consecutive ones), th
 last one the output layer. ZeRO then partitions the parameters over their replicas.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 from coe_megatron.config.layout import Layout
@@ -117,12 +118,13 @@ def _overlapping(in_order: list[tuple[str, int]], layout: Layout) -> int:
 
 def _most_overlapping(sizes: list[int], replicas: int) -> int:
     """Flatten tensors and split them into equal partitions: the largest total size of tensors that overlap one."""
-    partition, start, totals = -(-sum(sizes) // replicas), 0, [0] * replicas
+    partition, start = -(-sum(sizes) // replicas), 0
+    totals: Counter[int] = Counter()  # of the partitions in which a tensor begins or ends; others overlap one only
     for size in sizes:
-        for number in range(start // partition, min(replicas, -(-(start + size) // partition))):
+        for number in {start // partition, (start + size - 1) // partition}:
             totals[number] += size
         start += size
-    return max(totals)
+    return max(totals.values())
 
 
 def _segments(shape: ModelShape, layout: Layout) -> list[list[tuple[str, int]]]:

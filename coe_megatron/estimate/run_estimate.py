@@ -16,11 +16,13 @@ from coe_megatron.estimate import closed_forms
 from coe_megatron.estimate.activations import Activations, activations, extra_flops
 from coe_megatron.estimate.closed_forms import Flops, ParameterCount
 from coe_megatron.estimate.dispatch import Dispatch, dispatch
+from coe_megatron.estimate.machine import Machine
 from coe_megatron.estimate.memory import memory
 from coe_megatron.estimate.node_limit import NodeLimit, node_limit
 from coe_megatron.estimate.run_shape import RunShape, padded_vocabulary
+from coe_megatron.estimate.step_time import StepTime, step_time
 from coe_megatron.estimate.traffic import Sent, bubble, traffic
-from coe_megatron.text import aligned_facts
+from coe_megatron.text import aligned_facts, duration, format_duration
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class RunEstimate:
         communication: bytes per rank and step of the stage that sends most, by purpose and link.
         dispatch: how tokens get to their experts; None without expert parallelism.
         node_limit: to how many nodes a token goes; None without a limit.
+        steps: of the run.
+        machine, time: the machine, and the predicted time of a step on it; None if no machine was given.
     """
 
     layout: Layout
@@ -65,6 +69,17 @@ class RunEstimate:
     communication: dict[str, Sent]
     dispatch: Dispatch | None
     node_limit: NodeLimit | None
+    steps: int
+    machine: Machine | None
+    time: StepTime | None
+
+    @property
+    def mfu(self) -> float | None:
+        """The fraction of the machine's peak in bf16 that the step's FLOPs take; None if one of both is unknown."""
+        if self.machine is None or self.time is None or self.machine.bf16.peak is None:
+            return None
+        flops = self.tokens_per_step * self.flops_per_token.total
+        return flops / self.time.total / self.layout.world_size / self.machine.bf16.peak
 
     @property
     def needed(self) -> int:
@@ -101,6 +116,7 @@ class RunEstimate:
             },
             "dispatch": self.dispatch and self.dispatch.as_dict(),
             "node_limit": self.node_limit and self.node_limit.as_dict(),
+            "seconds_per_step": self.time and {"total": self.time.total, "mfu": self.mfu} | self.time.parts,
         }
 
     def table(self) -> str:
@@ -123,8 +139,16 @@ class RunEstimate:
             **{f"sent {link.replace('_', ' ')}": _sizes(self._sent(link)) for link in ("inside_node", "across_nodes")},
             **({"dispatch": self.dispatch} if self.dispatch else {}),
             **({"nodes per token": _of_nodes(self.node_limit)} if self.node_limit else {}),
+            **({"time of a step": self._time(self.machine, self.time)} if self.machine and self.time else {}),
         }
-        return aligned_facts(rows)
+        return "\n".join([aligned_facts(rows), *(self.time.bars() if self.time else [])])
+
+    def _time(self, machine: Machine, time: StepTime) -> str:
+        used = f", {self.mfu:.1%} of the peak" if self.mfu is not None else ""
+        whole = f"{self.steps:,} steps take {format_duration(self.steps * time.total)}"
+        price = self.steps * time.total / 3600 * self.layout.world_size * (machine.price or 0)
+        whole += f" and cost {price:,.0f}" if machine.price else ""
+        return f"{duration(time.total)} on {machine.name}{used}; {whole}"
 
     def _mode(self, mode: str) -> str:
         extra = self.extra_flops[mode] / self.flops_per_token.total
@@ -134,11 +158,12 @@ class RunEstimate:
         return {name: getattr(each, link) for name, each in self.communication.items()}
 
 
-def estimate(run: RunShape, stage: int | None = None) -> RunEstimate:
+def estimate(run: RunShape, stage: int | None = None, machine: Machine | None = None) -> RunEstimate:
     """Estimate the cost of a run.
 
     Args:
         stage: the pipeline stage (from 0) whose memory to report; None for the one with the most memory.
+        machine: on which to predict the time of a step; None for no prediction.
     """
     config, stages = run.config, range(run.layout.pipeline)
     held = {each: memory(run, each) for each in (stages if stage is None else [stage])}
@@ -162,6 +187,9 @@ def estimate(run: RunShape, stage: int | None = None) -> RunEstimate:
         communication=max(sent, key=lambda kinds: sum(kinds.values(), Sent(0, 0)).total),
         dispatch=dispatch(run),
         node_limit=node_limit(run),
+        steps=config.training.steps,
+        machine=machine,
+        time=None if machine is None else step_time(run, machine),
     )
 
 

@@ -21,7 +21,7 @@ from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
-from math import gcd
+from math import gcd, lcm
 
 from coe_megatron.config.layout import Layout
 from coe_megatron.estimate.closed_forms import ModelShape, ranks_of_a_token
@@ -84,6 +84,8 @@ def group(ranks: int, size: int, stride: int, ranks_per_node: int) -> Group:
     if size == 1:
         return Group(size, stride, Fraction(0), Fraction(0), Fraction(0))
     others, ring, row = 0, 0, 0
+    repeats = lcm(size * stride, ranks_per_node)  # ranks, after which groups lie on nodes as before
+    ranks = repeats if ranks % repeats == 0 else ranks
     firsts = [rank for rank in range(ranks) if rank // stride % size == 0]
     for first in firsts:
         per_node = Counter((first + member * stride) // ranks_per_node for member in range(size)).values()

@@ -19,7 +19,7 @@ from coe_megatron.study.plan.calibration import calibrate
 from coe_megatron.study.plan.names import joined
 from coe_megatron.study.plan.study_file import RunSeed, read_study
 from coe_megatron.study.plan.tuning import TuningCurve, tune
-from coe_megatron.text import aligned
+from coe_megatron.text import aligned, format_duration
 
 
 @dataclass(frozen=True)
@@ -268,14 +268,6 @@ def _plan(arm: Arm, amounts: Amounts, solved: Solved | None, memory: int | None)
         solved=solved,
         too_large=refusal(run.shape, cost, memory) if memory is not None else None,
     )
-
-
-def format_duration(seconds: float) -> str:
-    """Seconds as text, in h, min or s."""
-    for unit, length in (("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:,.1f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 def _tuning_as_dict(curve: TuningCurve) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 
-from coe_megatron.study.plan.cost_table import Plan, format_count, format_duration
+from coe_megatron.study.plan.cost_table import Plan, format_count
 from coe_megatron.study.report.comparison import Summary
 from coe_megatron.study.report.equal_memory import EqualMemory
 from coe_megatron.study.report.markdown_text import escaped, interval, number, p_value, table
 from coe_megatron.study.report.results import Result
 from coe_megatron.study.report.speedup import QUANTITIES, Factor, speedups
+from coe_megatron.text import format_duration
 
 _MIB = 2**20
 _SCHEDULES = {

@@ -22,10 +22,9 @@ from coe_megatron.run.exit_status import ExitStatus, known_status
 from coe_megatron.run.lock import is_held
 from coe_megatron.run.status import Status, status
 from coe_megatron.study.plan.arms import Run
-from coe_megatron.study.plan.cost_table import format_duration
 from coe_megatron.study.plan.past_runs import difference, used_settings
 from coe_megatron.study.run.paths import log_of, write_config
-from coe_megatron.text import shortened
+from coe_megatron.text import format_duration, shortened
 
 _POLL_SECONDS = 0.2
 _ATTEMPT_LINE = "study.py begins: "  # starts the first line of every attempt in a run's log

@@ -1,0 +1,141 @@
+"""What `coe-pretrain --dry-run` and `--suggest` print: the predicted cost of a run, and the fastest layouts for it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from coe_megatron.config import RunConfig
+from coe_megatron.data.folders import missing_folders
+from coe_megatron.errors import ConfigError
+from coe_megatron.estimate.advice import parse_size, refusal
+from coe_megatron.estimate.dispatch import resolved
+from coe_megatron.estimate.machine import Machine, machine, machines
+from coe_megatron.estimate.node_crossing import needless_crossing
+from coe_megatron.estimate.run_estimate import estimate, size, vocabulary
+from coe_megatron.estimate.traffic import Sent
+from coe_megatron.files import write_atomically
+from coe_megatron.parsing import to_yaml
+from coe_megatron.scale.search import Found, Result, Search
+from coe_megatron.text import aligned, duration
+
+
+def forecast(config: RunConfig, machine_name: str | None, device_memory: str | None, as_json: bool) -> str:
+    """The cost as a table, or as a JSON object.
+
+    Args:
+        machine_name, device_memory: the options; None if they were not given.
+
+    Raises:
+        ConfigError: an option is not valid, or the run does not fit.
+    """
+    available = None if device_memory is None else memory_of(device_memory)
+    run, found = resolved(config, vocabulary(config)), None if machine_name is None else machine_of(machine_name)
+    cost = estimate(run, machine=found)
+    if available is not None and (refused := refusal(run, cost, available)):
+        raise ConfigError(f"--device-memory {device_memory}: {refused}")
+    warnings = [*missing_folders(config.data), *filter(None, [needless_crossing(run, cost)])]
+    if as_json:
+        return json.dumps({**cost.as_dict(), "warnings": warnings}, indent=2)
+    return "\n".join([cost.table(), *(f"warning: {each}" for each in warnings)])
+
+
+_SHOWN, _MOST_RANKS = 5, 1_000_000
+_MARGIN = 0.9  # of a device's memory is taken: routing is uneven, and allocators leave gaps
+
+
+def suggest(
+    config: RunConfig,
+    machine_name: str | None,
+    gpus: int | None,
+    device_memory: str | None,
+    source: Path,
+    save: Path | None,
+) -> str:
+    """The fastest layouts as a table; the first one is also written as a config.
+
+    Args:
+        source: the config's file, which the new one inherits from.
+        save: the new config; None for none. The other arguments are the options.
+
+    Raises:
+        ConfigError: an option is missing or not valid, or no layout fits.
+    """
+    if machine_name is None:
+        raise ConfigError(f"--suggest needs --machine: a machine file, or one of {', '.join(machines())}")
+    found = machine_of(machine_name)
+    available = found.memory.capacity and _MARGIN * found.memory.capacity
+    available = available if device_memory is None else memory_of(device_memory)
+    if available is None:
+        raise ConfigError(f"--suggest needs --device-memory: the memory of {machine_name} is unknown")
+    if gpus is not None and not 1 <= gpus <= _MOST_RANKS:
+        raise ConfigError(f"--gpus is {gpus}: it must be a number from 1 to {_MOST_RANKS:,}")
+    ranks = gpus or config.parallel.world_size or found.ranks_per_node
+    result = Search(resolved(config, vocabulary(config), ranks), found, available).best(_SHOWN)
+    if save is not None:
+        best = result.best[0]
+        why = f"# The fastest of {result.layouts:,} layouts of {ranks:,} ranks: {duration(best.time.total)} a step"
+        settings = to_yaml(_nested({"base": _as_base(source), **best.changes}))
+        write_atomically(save, f"{why} predicted\n# on {found.name}.\n{settings}")
+    return _table(result, found, ranks, available) + (f"\n{save} has the first one" if save is not None else "")
+
+
+def _table(result: Result, found: Machine, ranks: int, available: float) -> str:
+    best = result.best[0]
+    head = f"{ranks:,} ranks of {found.name}, {size(int(available))} each"
+    head += f": {result.layouts:,} layouts, {result.tried:,} timed"
+    rows = [["", "a step", "MFU", "memory", "sent", *(["price a step"] if found.price else []), "layout", "slower by"]]
+    for number, each in enumerate(result.best, start=1):
+        cost = estimate(each.run, machine=found)
+        sent = sum(cost.communication.values(), Sent(0, 0)).total
+        price = [f"{each.time.total / 3600 * ranks * found.price:.3g}"] if found.price else []
+        mfu = "-" if cost.mfu is None else f"{cost.mfu:.1%}"
+        slower = each.time.total / best.time.total - 1
+        why = f"{slower:.1%}: {each.why_slower(best)}" if number > 1 else "-"
+        rows.append(
+            [str(number), duration(each.time.total), mfu, size(each.needed), size(sent), *price, _layout(each), why]
+        )
+    return "\n".join([head, *aligned(rows, "<>>>>" + ">" * bool(found.price) + "<")])
+
+
+def _layout(found: Found) -> str:
+    config = found.run.config
+    parts = [f"{found.run.layout}", f"micro-batch {config.training.micro_batch}", f"ZeRO {config.zero.stage}"]
+    parts += ["optimizer offloaded"] if config.zero.offload_optimizer else []
+    parts += [f"recompute {config.moe.recompute}"] if config.moe.recompute != "none" else []
+    if config.parallel.expert > 1:
+        chunks = config.moe.resolved_chunks()
+        parts.append(f"{config.moe.dispatcher}, {chunks} chunk{'s' * (chunks > 1)}")
+    return ", ".join(parts)
+
+
+def _as_base(source: Path) -> str:
+    """How a config in any folder names this one: packaged ones by their name."""
+    return str(source.absolute()) if source.is_file() else str(source)
+
+
+def _nested(values: dict[str, object]) -> dict[str, Any]:
+    """A mapping of sections from dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        *sections, key = name.split(".")
+        place = found
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[key] = value
+    return found
+
+
+def memory_of(text: str) -> int:
+    """The bytes of `--device-memory`."""
+    try:
+        return parse_size(text)
+    except ConfigError as error:
+        raise ConfigError(f"--device-memory {error}") from error
+
+
+def machine_of(name: str) -> Machine:
+    """The machine of `--machine`."""
+    try:
+        return machine(name)
+    except ConfigError as error:
+        raise ConfigError(f"--machine {error}") from error

@@ -1,0 +1,124 @@
+"""The estimated bytes and number of operations other than products against traces of the local backend."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from saved_bytes import without_padding
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from coe_megatron.config import RunConfig, parse
+from coe_megatron.estimate.operations import Moves, Rank
+from coe_megatron.estimate.run_shape import RunShape
+from coe_megatron.model.build import build_model
+from coe_megatron.training import evaluation
+
+VOCABULARY = 512
+_FREE = {
+    "empty",
+    "new_empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty_strided",
+    "_local_scalar_dense",
+    "detach",
+    "alias",
+}
+_PRODUCTS = {"mm", "bmm", "addmm", "_grouped_mm"}
+
+
+class Traced(TorchDispatchMode):
+    """Sums the bytes of inputs and outputs of operations that are neither views nor products; counts all but views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
+        if func.is_view or name in _FREE:
+            return out
+        self.operations += 1
+        if name not in _PRODUCTS and "scaled_dot_product" not in name:
+            self.bytes += sum(map(_size, args)) + _size(out)
+        return out
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    return sum(map(_size, value)) if isinstance(value, list | tuple) else 0
+
+
+def config(**sections: Any) -> RunConfig:
+    model = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 128, "vocab_size": VOCABULARY}
+    return parse(
+        {
+            "model": model | sections.pop("model", {}),
+            "moe": {"num_experts": 16, "topk": 2, "ffn_hidden_size": 48} | sections.pop("moe", {}),
+            "chain": {"iterations": 2} | sections.pop("chain", {}),
+            "training": {"global_batch": 4, "micro_batch": 4, "precision": "fp32"},
+        }
+    )
+
+
+def traced(given: RunConfig) -> tuple[Traced, Traced]:
+    """Forward and backward pass of the model, without an engine."""
+    torch.manual_seed(1)
+    model, training = build_model(given, VOCABULARY), given.training
+    rows, length = training.micro_batch, given.model.seq_length
+    batch = {
+        "tokens": torch.randint(VOCABULARY, (rows, length)),
+        "labels": torch.randint(VOCABULARY, (rows, length)),
+        "loss_mask": torch.ones(rows, length),
+        "position_ids": torch.arange(length).expand(rows, -1).contiguous(),
+        "padding_mask": torch.zeros(rows, length, dtype=torch.bool),
+    }
+
+    def forward() -> torch.Tensor:
+        return evaluation.masked_loss_sum(evaluation.forward(model, batch), batch)
+
+    with without_padding():
+        forward().backward()  # caches and gradients exist from here on
+        with Traced() as there:
+            loss = forward()
+        with Traced() as back:
+            loss.backward()
+    return there, back
+
+
+def estimated(given: RunConfig, direction: Callable[[Any], Moves]) -> Moves:
+    run = RunShape.of(given, VOCABULARY, 1)
+    rank = Rank(run.stage_model(0), run.stage_pass(0))
+    total = direction(rank.embedding()) + direction(rank.output())
+    total += direction(rank.attention()).times(rank.shape.layers)
+    total += direction(rank.dense()).times(rank.shape.layers - rank.shape.num_moe_layers)
+    for count, kind in rank.shape.moe_kinds:
+        total += direction(rank.around_chain(kind)).times(count)
+        total += direction(rank.iteration(kind, True, 1)).times(count * kind.routings)
+        total += direction(rank.iteration(kind, False, 1)).times(count * (kind.chain.iterations - kind.routings))
+    return total
+
+
+MLA = {"kv_lora_rank": 32, "qk_head_dim": 16, "qk_pos_emb_head_dim": 8, "v_head_dim": 16}
+CASES: dict[str, dict[str, Any]] = {
+    "mha": {},
+    "wide": {"model": {"hidden_size": 128}, "moe": {"ffn_hidden_size": 96, "topk": 4}},
+    "mla": {"model": {"mla": MLA}},
+    "one iteration, many experts": {"chain": {"iterations": 1}, "moe": {"num_experts": 64, "topk": 8}},
+    "four iterations": {"chain": {"iterations": 4}},
+    "norms of its own": {"chain": {"iterations": 3, "norm_placement": "iteration_norm"}},
+    "one routing": {"chain": {"iterations": 3, "gating": "fixed"}},
+    "dense layers": {"model": {"num_layers": 4}, "moe": {"layer_freq": 2}},
+    "no shared experts": {"moe": {"num_shared_experts": 0}},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bytes_and_operations_are_those_of_a_trace(single_rank: None, name: str) -> None:
+    given = config(**CASES[name])
+    for found, direction in zip(traced(given), ("forward", "backward"), strict=True):
+        wanted = estimated(given, lambda work, direction=direction: getattr(work, direction))
+        assert wanted.bytes == pytest.approx(found.bytes, rel=0.25)
+        assert wanted.operations == pytest.approx(found.operations, rel=0.25)
