@@ -1,10 +1,12 @@
 """What `coe-pretrain --dry-run` and `--suggest` print: the predicted cost of a run, and the fastest layouts for it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from coe_megatron.config import RunConfig
+from coe_megatron.config.checks import check
 from coe_megatron.data.folders import missing_folders
 from coe_megatron.errors import ConfigError
 from coe_megatron.estimate.advice import parse_size, refusal
@@ -12,11 +14,13 @@ from coe_megatron.estimate.dispatch import resolved
 from coe_megatron.estimate.machine import Machine, machine, machines
 from coe_megatron.estimate.node_crossing import needless_crossing
 from coe_megatron.estimate.run_estimate import estimate, size, vocabulary
+from coe_megatron.estimate.step_time import step_time
 from coe_megatron.estimate.traffic import Sent
 from coe_megatron.files import write_atomically
 from coe_megatron.parsing import to_yaml
+from coe_megatron.scale.failures import Goodput, Job, best_interval, between_stops, daly, simulate, young
 from coe_megatron.scale.search import Found, Result, Search
-from coe_megatron.text import aligned, duration
+from coe_megatron.text import aligned, aligned_facts, duration, format_duration
 
 
 def forecast(config: RunConfig, machine_name: str | None, device_memory: str | None, as_json: bool) -> str:
@@ -39,6 +43,54 @@ def forecast(config: RunConfig, machine_name: str | None, device_memory: str | N
     return "\n".join([cost.table(), *(f"warning: {each}" for each in warnings)])
 
 
+def simulated(config: RunConfig, machine_name: str | None, gpus: int | None) -> str:
+    """The goodput of a run whose nodes fail, with its own interval of saves and with the best one.
+
+    Raises:
+        ConfigError: an option is missing or not valid.
+    """
+    found = _required(machine_name, "--simulate")
+    run = resolved(config, vocabulary(config), _ranks(config, gpus, found))
+    check(run.config, run.layout.world_size)
+    job = Job.of(run, found, step_time(run, found).total)
+    failures, between = found.failures, between_stops(job, found.failures)
+    best = replace(job, interval=best_interval(job, failures))
+    rules = [f"{name}'s rule {max(1, round(rule(job.save, between) / job.step)):,}" for name, rule in _RULES.items()]
+    rules.insert(0, f"{best.interval:,} steps ({format_duration(best.interval * job.step)})")
+    node = format_duration(failures.between_failures)
+    facts = {
+        "run": f"{job.steps:,} steps of {duration(job.step)} on {job.nodes:,} nodes of {found.name}",
+        "stops": f"one in {format_duration(between)}; a node fails once in {node}",
+        "a save": f"{duration(job.save)}, and {duration(job.written)} in the background; reading {duration(job.load)}",
+        "as configured": f"{_goodput(simulate(job, failures))}; training.save_every is {job.interval:,}",
+        "best interval": f"{_goodput(simulate(best, failures))}; {', '.join(rules)}",
+        "with one spare node more": _goodput(simulate(best, replace(failures, spare_nodes=failures.spare_nodes + 1))),
+        f"{'not ' * failures.elastic}elastic": _goodput(
+            simulate(best, replace(failures, elastic=not failures.elastic))
+        ),
+    }
+    return aligned_facts(facts)
+
+
+def _goodput(found: Goodput) -> str:
+    lost = ", ".join(f"{name} {seconds / found.seconds:.1%}" for name, seconds in found.lost.items() if seconds > 0)
+    range_ = f"{found.quantile(0.05):.1%} to {found.quantile(0.95):.1%} in 90 % of runs"
+    return f"goodput {found.mean:.1%} ({range_}; {found.failures:.3g} stops; lost to {lost or 'nothing'})"
+
+
+def _required(machine_name: str | None, option: str) -> Machine:
+    if machine_name is None:
+        raise ConfigError(f"{option} needs --machine: a machine file, or one of {', '.join(machines())}")
+    return machine_of(machine_name)
+
+
+def _ranks(config: RunConfig, gpus: int | None, found: Machine) -> int:
+    if gpus is not None and not 1 <= gpus <= _MOST_RANKS:
+        raise ConfigError(f"--gpus is {gpus}: it must be a number from 1 to {_MOST_RANKS:,}")
+    return gpus or config.parallel.world_size or found.ranks_per_node
+
+
+_RULES = {"Young": young, "Daly": daly}
 _SHOWN, _MOST_RANKS = 5, 1_000_000
 _MARGIN = 0.9  # of a device's memory is taken: routing is uneven, and allocators leave gaps
 
@@ -60,16 +112,12 @@ def suggest(
     Raises:
         ConfigError: an option is missing or not valid, or no layout fits.
     """
-    if machine_name is None:
-        raise ConfigError(f"--suggest needs --machine: a machine file, or one of {', '.join(machines())}")
-    found = machine_of(machine_name)
+    found = _required(machine_name, "--suggest")
     available = found.memory.capacity and _MARGIN * found.memory.capacity
     available = available if device_memory is None else memory_of(device_memory)
     if available is None:
         raise ConfigError(f"--suggest needs --device-memory: the memory of {machine_name} is unknown")
-    if gpus is not None and not 1 <= gpus <= _MOST_RANKS:
-        raise ConfigError(f"--gpus is {gpus}: it must be a number from 1 to {_MOST_RANKS:,}")
-    ranks = gpus or config.parallel.world_size or found.ranks_per_node
+    ranks = _ranks(config, gpus, found)
     result = Search(resolved(config, vocabulary(config), ranks), found, available).best(_SHOWN)
     if save is not None:
         best = result.best[0]

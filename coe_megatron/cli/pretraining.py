@@ -32,7 +32,7 @@ from pathlib import Path
 
 from coe_megatron import scratch
 from coe_megatron.cli.arguments import Parser, program_name, write_out
-from coe_megatron.cli.forecast import forecast, suggest
+from coe_megatron.cli.forecast import forecast, simulated, suggest
 from coe_megatron.cli.pretrain import RESUMES, leave
 from coe_megatron.config import RunConfig, load
 from coe_megatron.config.load import parse
@@ -47,6 +47,13 @@ from coe_megatron.run.exit_status import ExitStatus, write_error_file
 from coe_megatron.run.lock import FolderInUse
 from coe_megatron.run.output_check import require_output
 from coe_megatron.training.signals import StopRequest, stop_with_parent
+
+_NEEDS = {
+    "device_memory": ("dry_run", "suggest"),
+    "machine": ("dry_run", "suggest", "simulate"),
+    "gpus": ("suggest", "simulate"),
+    "save_config": ("suggest",),
+}  # options that mean something with one of others only
 
 
 def pretrain(arguments: list[str] | None) -> int:
@@ -64,12 +71,14 @@ def pretrain(arguments: list[str] | None) -> int:
         "with --dry-run: exit with status 2 if the run needs more than SIZE, such as 80GiB, and suggest what would fit"
     )
     parser.add_argument("--device-memory", metavar="SIZE", help=fits)
-    timed = "with --dry-run and --suggest: the machine, to predict the time of a step; a machine file, or one of "
+    timed = "with --dry-run, --suggest and --simulate: the machine, for the time of a step; a machine file, or one of "
     timed += ", ".join(machines())
     parser.add_argument("--machine", metavar="NAME", help=timed)
     finds = "print the five fastest layouts of the run on --machine that fit, and exit; needs no data or ranks"
     parser.add_argument("--suggest", action="store_true", help=finds)
-    ranks = "with --suggest: the number of ranks (default: parallel.world_size, else those of a node)"
+    fails = "print the goodput of the run on --machine, whose nodes fail, and the best interval of saves, and exit"
+    parser.add_argument("--simulate", action="store_true", help=fails)
+    ranks = "with --suggest and --simulate: the number of ranks (default: parallel.world_size, else those of a node)"
     parser.add_argument("--gpus", metavar="N", type=int, help=ranks)
     saves = "with --suggest: write a config with the fastest layout, which inherits from CONFIG"
     parser.add_argument("--save-config", metavar="FILE", type=user_path, help=saves)
@@ -78,15 +87,13 @@ def pretrain(arguments: list[str] | None) -> int:
     options = parser.parse_intermixed_args(arguments)
     if options.json and not options.dry_run:
         parser.error("--json needs --dry-run: a run writes its numbers into metrics.jsonl")
-    for option in ("device_memory", "machine"):
-        if getattr(options, option) is not None and not (options.dry_run or options.suggest):
-            parser.error(f"--{option.replace('_', '-')} needs --dry-run or --suggest")
-    for option in ("gpus", "save_config"):
-        if getattr(options, option) is not None and not options.suggest:
-            parser.error(f"--{option.replace('_', '-')} needs --suggest")
+    for option, needs in _NEEDS.items():
+        if getattr(options, option) is not None and not any(getattr(options, each) for each in needs):
+            named = " or ".join(f"--{each.replace('_', '-')}" for each in needs)
+            parser.error(f"--{option.replace('_', '-')} needs {named}")
     env = _distributed_env(parser)
     try:
-        if options.dry_run or options.suggest:
+        if options.dry_run or options.suggest or options.simulate:
             config = load(options.config, options.overrides)
             require_output(config)
             _require_sources(config)
@@ -110,6 +117,8 @@ def pretrain(arguments: list[str] | None) -> int:
 
 def _foreseen(options: Namespace, config: RunConfig) -> str:
     memory = options.device_memory
+    if options.simulate:
+        return simulated(config, options.machine, options.gpus)
     if options.suggest:
         return suggest(config, options.machine, options.gpus, memory, options.config, options.save_config)
     return forecast(config, options.machine, memory, options.json)

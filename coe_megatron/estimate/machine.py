@@ -14,7 +14,7 @@ from typing import Annotated
 from pydantic import Field
 
 from coe_megatron.config.load import parse_as, plain, read
-from coe_megatron.config.settings import Count, NonNegative, Positive
+from coe_megatron.config.settings import Count, Index, NonNegative, Positive
 from coe_megatron.errors import ConfigError
 
 _FOLDER = Path(__file__).parents[1] / "machines"
@@ -137,6 +137,33 @@ class Disk:
 
 
 @dataclass(frozen=True)
+class Failures:
+    """How often nodes fail, and what a failure costs, in seconds.
+
+    Attributes:
+        between_failures: mean time between failures of one node.
+        between_preemptions: mean time between preemptions of the job; null for none.
+        notice: until a failure is noticed.
+        requeue: until the job starts again, if it has its nodes.
+        start: from the start of the processes to the first step, without reading the checkpoint.
+        warm_up: what the first steps take longer than others.
+        repair: until a node that failed can be used again.
+        spare_nodes: nodes beyond those that the run needs.
+        elastic: whether the run goes on with fewer nodes if no spare is left, at a speed in proportion.
+    """
+
+    between_failures: Positive
+    between_preemptions: Positive | None
+    notice: NonNegative
+    requeue: NonNegative
+    start: NonNegative
+    warm_up: NonNegative
+    repair: NonNegative
+    spare_nodes: Index
+    elastic: bool
+
+
+@dataclass(frozen=True)
 class Machine:
     """A kind of node, and the network between such nodes.
 
@@ -150,6 +177,7 @@ class Machine:
         price: of a device per hour, in any currency; null if unknown.
         bf16, fp32: matrix products.
         memory, host, disk: of a node.
+        failures: of nodes, and what they cost.
         inside, across: links inside a node and between nodes; `across` is null if none was measured.
     """
 
@@ -165,6 +193,7 @@ class Machine:
     memory: Memory
     host: Host
     disk: Disk
+    failures: Failures
     inside: Link
     across: Link | None
 
