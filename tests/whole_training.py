@@ -39,9 +39,14 @@ def read(folder: Path) -> tuple[dict[str, Named], dict[str, list[float]]]:
     return found, json.loads((checkpoint / "state.json").read_text())["state"]
 
 
-def worst_deviations(folder: Path, alone: Path) -> dict[str, float]:
-    """By kind the worst deviation from one process, relative to the value, or to a tensor's largest."""
+def worst_deviations(folder: Path, alone: Path, norms: int | None = None) -> dict[str, float]:
+    """By kind the worst deviation from one process, relative to the value, or to a tensor's largest.
+
+    Args:
+        norms: compare the norms of so many first steps; None for all.
+    """
     (found, numbers), (truth, true_numbers) = read(folder), read(alone)
+    numbers["norms"], true_numbers["norms"] = numbers["norms"][:norms], true_numbers["norms"][:norms]
     worst = {kind: max(errors(found[kind], truth[kind]).values()) for kind in truth}
     for kind, values in true_numbers.items():
         worst[kind] = max(abs(mine - his) / his for mine, his in zip(numbers[kind], values, strict=True))
