@@ -1,12 +1,14 @@
-"""What `coe-pretrain --dry-run` and `--suggest` print: the predicted cost of a run, and the fastest layouts for it."""
+"""What `coe-pretrain` foresees: the cost of a run (--dry-run), the fastest layouts for it (--suggest), and its goodput
+on nodes that fail (--simulate).
+"""
 
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from coe_megatron.config import RunConfig
 from coe_megatron.config.checks import check
+from coe_megatron.config.load import dump
 from coe_megatron.data.folders import missing_folders
 from coe_megatron.errors import ConfigError
 from coe_megatron.estimate.advice import parse_size, refusal
@@ -16,8 +18,7 @@ from coe_megatron.estimate.node_crossing import needless_crossing
 from coe_megatron.estimate.run_estimate import estimate, size, vocabulary
 from coe_megatron.estimate.step_time import step_time
 from coe_megatron.estimate.traffic import Sent
-from coe_megatron.files import write_atomically
-from coe_megatron.parsing import to_yaml
+from coe_megatron.files import require_writable, write_atomically
 from coe_megatron.scale.failures import Goodput, Job, best_interval, between_stops, daly, simulate, young
 from coe_megatron.scale.search import Found, Result, Search
 from coe_megatron.text import aligned, aligned_facts, duration, format_duration
@@ -96,22 +97,18 @@ _MARGIN = 0.9  # of a device's memory is taken: routing is uneven, and allocator
 
 
 def suggest(
-    config: RunConfig,
-    machine_name: str | None,
-    gpus: int | None,
-    device_memory: str | None,
-    source: Path,
-    save: Path | None,
+    config: RunConfig, machine_name: str | None, gpus: int | None, device_memory: str | None, save: Path | None
 ) -> str:
     """The fastest layouts as a table; the first one is also written as a config.
 
     Args:
-        source: the config's file, which the new one inherits from.
         save: the new config; None for none. The other arguments are the options.
 
     Raises:
         ConfigError: an option is missing or not valid, or no layout fits.
     """
+    if save is not None:
+        require_writable(save, "--save-config", "file")
     found = _required(machine_name, "--suggest")
     available = found.memory.capacity and _MARGIN * found.memory.capacity
     available = available if device_memory is None else memory_of(device_memory)
@@ -122,8 +119,8 @@ def suggest(
     if save is not None:
         best = result.best[0]
         why = f"# The fastest of {result.layouts:,} layouts of {ranks:,} ranks: {duration(best.time.total)} a step"
-        settings = to_yaml(_nested({"base": _as_base(source), **best.changes}))
-        write_atomically(save, f"{why} predicted\n# on {found.name}.\n{settings}")
+        save.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(save, f"{why} predicted\n# on {found.name}.\n{dump(best.run.config)}")
     return _table(result, found, ranks, available) + (f"\n{save} has the first one" if save is not None else "")
 
 
@@ -154,23 +151,6 @@ def _layout(found: Found) -> str:
         chunks = config.moe.resolved_chunks()
         parts.append(f"{config.moe.dispatcher}, {chunks} chunk{'s' * (chunks > 1)}")
     return ", ".join(parts)
-
-
-def _as_base(source: Path) -> str:
-    """How a config in any folder names this one: packaged ones by their name."""
-    return str(source.absolute()) if source.is_file() else str(source)
-
-
-def _nested(values: dict[str, object]) -> dict[str, Any]:
-    """A mapping of sections from dotted names."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        *sections, key = name.split(".")
-        place = found
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[key] = value
-    return found
 
 
 def memory_of(text: str) -> int:

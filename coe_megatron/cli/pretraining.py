@@ -63,7 +63,8 @@ def pretrain(arguments: list[str] | None) -> int:
         "config", type=user_path, help="YAML file, or the name of a packaged config, such as quickstart.yaml"
     )
     parser.add_argument("overrides", nargs="*", default=[], help="key.sub=value, overrides the file")
-    parser.add_argument(
+    foresee = parser.add_mutually_exclusive_group()
+    foresee.add_argument(
         "--dry-run", action="store_true", help="print what the run would cost, and exit; needs no data or ranks"
     )
     parser.add_argument("--json", action="store_true", help="with --dry-run: print one JSON object")
@@ -75,12 +76,12 @@ def pretrain(arguments: list[str] | None) -> int:
     timed += ", ".join(machines())
     parser.add_argument("--machine", metavar="NAME", help=timed)
     finds = "print the five fastest layouts of the run on --machine that fit, and exit; needs no data or ranks"
-    parser.add_argument("--suggest", action="store_true", help=finds)
+    foresee.add_argument("--suggest", action="store_true", help=finds)
     fails = "print the goodput of the run on --machine, whose nodes fail, and the best interval of saves, and exit"
-    parser.add_argument("--simulate", action="store_true", help=fails)
+    foresee.add_argument("--simulate", action="store_true", help=fails)
     ranks = "with --suggest and --simulate: the number of ranks (default: parallel.world_size, else those of a node)"
     parser.add_argument("--gpus", metavar="N", type=int, help=ranks)
-    saves = "with --suggest: write a config with the fastest layout, which inherits from CONFIG"
+    saves = "with --suggest: write a config with the fastest layout and all other settings of the run"
     parser.add_argument("--save-config", metavar="FILE", type=user_path, help=saves)
     stops = "stop after the current step, with a checkpoint, when this file exists; use a new name for each start"
     parser.add_argument("--stop-file", metavar="FILE", type=user_path, help=stops)
@@ -120,7 +121,7 @@ def _foreseen(options: Namespace, config: RunConfig) -> str:
     if options.simulate:
         return simulated(config, options.machine, options.gpus)
     if options.suggest:
-        return suggest(config, options.machine, options.gpus, memory, options.config, options.save_config)
+        return suggest(config, options.machine, options.gpus, memory, options.save_config)
     return forecast(config, options.machine, memory, options.json)
 
 

@@ -18,7 +18,6 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 from coe_megatron.chain.settings import Recompute
 from coe_megatron.config import RunConfig
 from coe_megatron.config.checks import problems
-from coe_megatron.config.layout import SIZES
 from coe_megatron.config.settings import Dispatcher
 from coe_megatron.errors import ConfigError
 from coe_megatron.estimate.exchange_time import has_megatrons_dispatcher
@@ -59,22 +58,6 @@ class Found:
     run: RunShape
     time: StepTime
     needed: int
-
-    @property
-    def changes(self) -> dict[str, object]:
-        """The settings that make the layout, by their dotted names."""
-        config, parallel = self.run.config, self.run.config.parallel
-        sizes = {f"parallel.{name}": getattr(parallel, name) for name in (*SIZES, "virtual_pipeline")}
-        return sizes | {
-            "parallel.world_size": parallel.world_size,
-            "parallel.ranks_per_node": parallel.ranks_per_node,
-            "training.micro_batch": config.training.micro_batch,
-            "zero.stage": config.zero.stage,
-            "zero.offload_optimizer": config.zero.offload_optimizer,
-            "moe.recompute": config.moe.recompute,
-            "moe.dispatcher": config.moe.dispatcher,
-            "moe.overlap_chunks": config.moe.overlap_chunks,
-        }
 
     def why_slower(self, best: "Found") -> str:
         """Where it loses against a faster one: the parts that grew most, up to two."""
