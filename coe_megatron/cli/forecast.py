@@ -18,7 +18,7 @@ from coe_megatron.estimate.node_crossing import needless_crossing
 from coe_megatron.estimate.run_estimate import estimate, size, vocabulary
 from coe_megatron.estimate.step_time import step_time
 from coe_megatron.estimate.traffic import Sent
-from coe_megatron.files import require_writable, write_atomically
+from coe_megatron.files import problem, require_writable, write_atomically
 from coe_megatron.scale.failures import Goodput, Job, best_interval, between_stops, daly, simulate, young
 from coe_megatron.scale.search import Found, Result, Search
 from coe_megatron.text import aligned, aligned_facts, duration, format_duration
@@ -119,8 +119,11 @@ def suggest(
     if save is not None:
         best = result.best[0]
         why = f"# The fastest of {result.layouts:,} layouts of {ranks:,} ranks: {duration(best.time.total)} a step"
-        save.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(save, f"{why} predicted\n# on {found.name}.\n{dump(best.run.config)}")
+        try:
+            save.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(save, f"{why} predicted\n# on {found.name}.\n{dump(best.run.config)}")
+        except OSError as error:
+            raise problem(save, "--save-config", error) from None
     return _table(result, found, ranks, available) + (f"\n{save} has the first one" if save is not None else "")
 
 
