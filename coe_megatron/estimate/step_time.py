@@ -163,9 +163,8 @@ def _of_stage(costs: Costs, stage: int, imbalance: float) -> StepTime:
     stages = run.layout.pipeline
     parts["bubble"] = sum(parts.values()) * (stages - 1) / (run.layout.virtual_pipeline * run.micro_batches)
     hidden_by = sum(backward.values()) + exchange[1]
-    shards = parameter_shards(run, stage)
-    parts |= _replicas(costs, shards, sent, links, hidden_by, sum(forward.values()) + exchange[0] + hidden_by)
-    parts["update"] = _update(costs, shards)
+    parts |= _replicas(costs, passes.shards, sent, links, hidden_by, sum(forward.values()) + exchange[0] + hidden_by)
+    parts["update"] = _update(costs, passes.shards)
     return StepTime({name: seconds for name, seconds in parts.items() if seconds})
 
 
@@ -180,6 +179,11 @@ class _Passes:
     def _rank(self) -> Rank:
         run = self.costs.run
         return Rank(run.stage_model(self.stage), run.stage_pass(self.stage))
+
+    @cached_property
+    def shards(self) -> ParameterShards:
+        """The parameters of the stage on a rank."""
+        return parameter_shards(self.costs.run, self.stage)
 
     def _parts(self) -> Iterator[tuple[float, Work, bool]]:
         """Work, how often, and whether it is part of a chain, which may be recomputed."""
@@ -206,8 +210,8 @@ class _Passes:
                 found["moves"] += count * costs.moves(moves)
                 operations += count * moves.operations
         if backward:
-            shards = parameter_shards(costs.run, self.stage)
-            found["moves"] += costs.moves(Moves(_GRADIENT_MOVES * costs.run.element_bytes * shards.total, 1))
+            moved = _GRADIENT_MOVES * costs.run.element_bytes * self.shards.total
+            found["moves"] += costs.moves(Moves(moved, 1))
         return found | {"starts": costs.starts(operations, sum(found.values()))}
 
     def exchange(self) -> tuple[float, float]:
