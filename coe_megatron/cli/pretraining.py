@@ -32,7 +32,7 @@ from pathlib import Path
 
 from coe_megatron import scratch
 from coe_megatron.cli.arguments import Parser, program_name, write_out
-from coe_megatron.cli.forecast import forecast, simulated, suggest
+from coe_megatron.cli.estimates import estimated, simulated, suggest
 from coe_megatron.cli.pretrain import RESUMES, leave
 from coe_megatron.config import RunConfig, load
 from coe_megatron.config.load import parse
@@ -63,8 +63,8 @@ def pretrain(arguments: list[str] | None) -> int:
         "config", type=user_path, help="YAML file, or the name of a packaged config, such as quickstart.yaml"
     )
     parser.add_argument("overrides", nargs="*", default=[], help="key.sub=value, overrides the file")
-    foresee = parser.add_mutually_exclusive_group()
-    foresee.add_argument(
+    estimates = parser.add_mutually_exclusive_group()
+    estimates.add_argument(
         "--dry-run", action="store_true", help="print what the run would cost, and exit; needs no data or ranks"
     )
     parser.add_argument("--json", action="store_true", help="with --dry-run: print one JSON object")
@@ -76,9 +76,9 @@ def pretrain(arguments: list[str] | None) -> int:
     timed += ", ".join(machines())
     parser.add_argument("--machine", metavar="NAME", help=timed)
     finds = "print the five fastest layouts of the run on --machine that fit, and exit; needs no data or ranks"
-    foresee.add_argument("--suggest", action="store_true", help=finds)
+    estimates.add_argument("--suggest", action="store_true", help=finds)
     fails = "print the goodput of the run on --machine, whose nodes fail, and the best interval of saves, and exit"
-    foresee.add_argument("--simulate", action="store_true", help=fails)
+    estimates.add_argument("--simulate", action="store_true", help=fails)
     ranks = "with --suggest and --simulate: the number of ranks (default: parallel.world_size, else those of a node)"
     parser.add_argument("--gpus", metavar="N", type=int, help=ranks)
     saves = "with --suggest: write a config with the fastest layout and all other settings of the run"
@@ -99,7 +99,7 @@ def pretrain(arguments: list[str] | None) -> int:
             require_output(config)
             _require_sources(config)
             if env.rank == 0:
-                write_out(_foreseen(options, config))
+                write_out(_estimated(options, config))
             return 0
         if env.rank != 0:
             return _pretrain(parser, env, None, None)
@@ -116,13 +116,13 @@ def pretrain(arguments: list[str] | None) -> int:
         parser.error(str(error))
 
 
-def _foreseen(options: Namespace, config: RunConfig) -> str:
+def _estimated(options: Namespace, config: RunConfig) -> str:
     memory = options.device_memory
     if options.simulate:
         return simulated(config, options.machine, options.gpus)
     if options.suggest:
         return suggest(config, options.machine, options.gpus, memory, options.save_config)
-    return forecast(config, options.machine, memory, options.json)
+    return estimated(config, options.machine, memory, options.json)
 
 
 def _distributed_env(parser: Parser) -> DistributedEnv:

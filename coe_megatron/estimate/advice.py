@@ -30,6 +30,14 @@ def parse_size(text: str) -> int:
     return count
 
 
+def device_memory_option(text: str) -> int:
+    """The bytes of `--device-memory`; raises as `parse_size`, with the option's name."""
+    try:
+        return parse_size(text)
+    except ConfigError as error:
+        raise ConfigError(f"--device-memory {error}") from None
+
+
 def refusal(run: RunShape, cost: RunEstimate, device_memory: int) -> str | None:
     """Why a run does not fit, and which change would make it fit; None if it fits.
 

@@ -9,7 +9,7 @@ per token in an iteration, F ffn, N experts.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from coe_megatron.estimate.activations import PassSettings
 from coe_megatron.estimate.closed_forms import ModelShape
@@ -57,13 +57,6 @@ class Moves:
     bytes: float
     operations: float
 
-    def __add__(self, other: "Moves") -> "Moves":
-        return Moves(self.bytes + other.bytes, self.operations + other.operations)
-
-    def times(self, factor: float) -> "Moves":
-        """So many of them."""
-        return Moves(factor * self.bytes, factor * self.operations)
-
 
 @dataclass(frozen=True)
 class Work:
@@ -78,16 +71,8 @@ class Work:
     forward: Moves
     backward: Moves
 
-    def times(self, count: float) -> "Work":
-        """So many of them, one after the other."""
-        products = tuple(replace(each, count=each.count * count) for each in self.products)
-        return Work(products, self.forward.times(count), self.backward.times(count))
 
-    def __add__(self, other: "Work") -> "Work":
-        return Work(self.products + other.products, self.forward + other.forward, self.backward + other.backward)
-
-
-NOTHING = Work((), Moves(0, 0), Moves(0, 0))
+_NOTHING = Work((), Moves(0, 0), Moves(0, 0))
 
 
 @dataclass(frozen=True)
@@ -112,9 +97,25 @@ class Rank:
         """T."""
         return self.positions / self.settings.tensor
 
+    def parts(self, chunks: int = 1) -> Iterator[tuple[int, Work, bool]]:
+        """All of a pass: how often, the work, and whether it is part of a chain, which may be recomputed.
+
+        Args:
+            chunks: into which the tokens of MoE layers are split.
+        """
+        shape = self.shape
+        yield 1, self.embedding(), False
+        yield shape.layers, self.attention(), False
+        yield shape.layers - shape.num_moe_layers, self.dense(), False
+        for count, kind in shape.moe_kinds:
+            yield count, self.around_chain(kind), False
+            yield count * chunks * kind.routings, self.iteration(kind, True, chunks), True
+            yield count * chunks * (kind.chain.iterations - kind.routings), self.iteration(kind, False, chunks), True
+        yield 1, self.output(), False
+
     def embedding(self) -> Work:
         """The rows of the tokens, and the sum of their gradients."""
-        return Work((), Moves(*self._sized(2, 2)), Moves(*self._sized(3, 3))) if self.settings.first else NOTHING
+        return Work((), Moves(*self._sized(2, 2)), Moves(*self._sized(3, 3))) if self.settings.first else _NOTHING
 
     def _sized(self, states: float, operations: float) -> tuple[float, float]:
         return states * self.tokens * self.shape.hidden * self.settings.element_bytes, operations
@@ -133,7 +134,7 @@ class Rank:
             widths = self.positions * b * (heads * query * 2 + shape.key_value_width / tensor)
             latents = 0.0
             moved, starts = (_MHA_FORWARD, _MHA_BACKWARD), (33, 59)
-        forward, backward = (sum(map(float.__mul__, each, (state, widths, latents))) for each in moved)
+        forward, backward = (_weighted(each, state, widths, latents) for each in moved)
         return Work(
             tuple(self._attention_products(query, value)), Moves(forward, starts[0]), Moves(backward, starts[1])
         )
@@ -198,9 +199,7 @@ class Rank:
             positions * kind.shared_ffn / tensor * b,
             experts * kind.ffn_matrices * width * ffn * b,
         )
-        forward, backward = (
-            sum(map(float.__mul__, each, map(float, sizes))) for each in (_CHAIN_FORWARD, _CHAIN_BACKWARD)
-        )
+        forward, backward = (_weighted(each, *sizes) for each in (_CHAIN_FORWARD, _CHAIN_BACKWARD))
         starts = (59, 56) if routed else (33, 40)
         return Work(tuple(products), Moves(forward, starts[0]), Moves(backward, starts[1]))
 
@@ -219,7 +218,7 @@ class Rank:
     def output(self) -> Work:
         """The last norm, the logits, their loss."""
         if not self.settings.last:
-            return NOTHING
+            return _NOTHING
         shape, tensor = self.shape, self.settings.tensor
         logits = self.positions * shape.vocab / tensor * _FP32
         state = self.tokens * shape.hidden * self.settings.element_bytes

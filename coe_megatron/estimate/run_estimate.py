@@ -146,8 +146,8 @@ class RunEstimate:
     def _time(self, machine: Machine, time: StepTime) -> str:
         used = f", {self.mfu:.1%} of the peak" if self.mfu is not None else ""
         whole = f"{self.steps:,} steps take {format_duration(self.steps * time.total)}"
-        price = self.steps * time.total / 3600 * self.layout.world_size * (machine.price or 0)
-        whole += f" and cost {price:,.0f}" if machine.price else ""
+        if machine.price:
+            whole += f" and cost {self.steps * time.total / 3600 * self.layout.world_size * machine.price:,.0f}"
         return f"{duration(time.total)} on {machine.name}{used}; {whole}"
 
     def _mode(self, mode: str) -> str:

@@ -15,14 +15,13 @@ adapters. Ranks that share the cores of a node (`Machine.cores`) slow each other
 no core to spare. In a pipeline the stage that takes longest sets the pace.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 from coe_megatron.estimate.closed_forms import ModelShape
 from coe_megatron.estimate.exchange_time import PassSeconds, has_megatrons_dispatcher, layer_seconds
 from coe_megatron.estimate.machine import Machine, Way
-from coe_megatron.estimate.operations import NOTHING, Moves, Product, Rank, Work
+from coe_megatron.estimate.operations import Moves, Product, Rank
 from coe_megatron.estimate.parameter_shards import ParameterShards, parameter_shards
 from coe_megatron.estimate.run_shape import RunShape
 from coe_megatron.estimate.traffic import Group, Sent, expert_traffic, groups, one_way, traffic
@@ -185,23 +184,11 @@ class _Passes:
         """The parameters of the stage on a rank."""
         return parameter_shards(self.costs.run, self.stage)
 
-    def _parts(self) -> Iterator[tuple[float, Work, bool]]:
-        """Work, how often, and whether it is part of a chain, which may be recomputed."""
-        rank, shape, chunks = self._rank, self._rank.shape, self.costs.run.config.moe.resolved_chunks()
-        yield 1, rank.embedding(), False
-        yield shape.layers, rank.attention(), False
-        yield shape.layers - shape.num_moe_layers, rank.dense() if shape.dense_ffn else NOTHING, False
-        for count, kind in shape.moe_kinds:
-            yield count, rank.around_chain(kind), False
-            yield count * chunks * kind.routings, rank.iteration(kind, True, chunks), True
-            yield count * chunks * (kind.chain.iterations - kind.routings), rank.iteration(kind, False, chunks), True
-        yield 1, rank.output(), False
-
     def work(self, backward: bool) -> dict[str, float]:
         """Seconds by kind, in one direction; backward with what is recomputed."""
         costs, found = self.costs, {"moves": 0.0}
         operations, recompute = 0.0, costs.run.config.moe.recompute
-        for count, work, is_chain in self._parts():
+        for count, work, is_chain in self._rank.parts(costs.run.config.moe.resolved_chunks()):
             repeats = is_chain and backward and recompute in ("iteration", "layer")
             for each in work.products:
                 times = (each.again if backward else 1) + repeats
@@ -296,7 +283,7 @@ def _replicas(
 
 
 def _update(costs: Costs, shards: ParameterShards) -> float:
-    """The norm of the gradients, AdamW on the rank's partition, on the device or in host memory, and its reading."""
+    """The norm of the gradients, and AdamW on the rank's partition, on the device or in host memory."""
     run, host = costs.run, costs.machine.host
     size = shards.total if run.config.zero.stage == 0 else shards.partition
     norm = costs.moves(Moves(_NORM_READS * size, 2)) + host.wait

@@ -75,13 +75,11 @@ class Result:
         best: the fastest first.
         layouts: how many there are.
         tried: for how many a time was computed; the bound excludes the others.
-        too_large: how many of these fit in no ZeRO stage and recompute mode.
     """
 
     best: list[Found]
     layouts: int
     tried: int
-    too_large: int
 
 
 @dataclass(frozen=True)
@@ -123,7 +121,7 @@ class Search:
         queue = [(self._bound(sizes, self._work), False, sizes) for sizes in self._layouts]
         heapify(queue)
         best: list[Found] = []
-        tried = too_large = 0
+        tried = 0
         while queue:
             bound, is_tight, sizes = heappop(queue)
             if len(best) == count and bound >= best[-1].time.total:
@@ -140,12 +138,11 @@ class Search:
                 for dispatcher, (_, chunks) in ways.items()
             ]
             if all(self._needed(self._leanest(each)) > self.available for each in dispatches):
-                too_large += 1
                 continue
             options = (self._fastest(each, limit) for each in dispatches)
             if (found := min(filter(None, options), key=lambda each: each.time.total, default=None)) is not None:
                 best = sorted([*best, found], key=lambda each: each.time.total)[:count]
-        return Result(best, len(self._layouts), tried, too_large)
+        return Result(best, len(self._layouts), tried)
 
     @cached_property
     def _layouts(self) -> list[Sizes]:

@@ -41,14 +41,7 @@ def products(run: RunShape) -> dict[str, float]:
     """FLOPs of a micro-batch's forward pass over all ranks of a replica, by kind."""
     found: dict[str, float] = {}
     for stage in range(run.layout.pipeline):
-        rank = Rank(run.stage_model(stage), run.stage_pass(stage))
-        own = rank.shape
-        works = [(own.layers, rank.attention()), (own.layers - own.num_moe_layers, rank.dense()), (1, rank.output())]
-        for count, kind in own.moe_kinds:
-            c, routings = kind.chain.iterations, kind.routings
-            works += [(count * routings, rank.iteration(kind, True, 1)), (count, rank.around_chain(kind))]
-            works.append((count * (c - routings), rank.iteration(kind, False, 1)))
-        for count, work in works:
+        for count, work, _ in Rank(run.stage_model(stage), run.stage_pass(stage)).parts():
             for each in work.products:
                 found[each.kind] = found.get(each.kind, 0.0) + count * each.flops
     replicas = run.layout.tensor * run.layout.context

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from coe_megatron.errors import ConfigError, one_line
-from coe_megatron.estimate.advice import parse_size, refusal
+from coe_megatron.estimate.advice import device_memory_option, refusal
 from coe_megatron.estimate.devices import Device
 from coe_megatron.estimate.devices import device as device_named
 from coe_megatron.estimate.memory import components
@@ -213,7 +213,7 @@ def make_plan(
     """
     study = make_study(read_study(path), overrides)
     found = _device(device, study.settings.device)
-    memory = _memory(device_memory) if device_memory is not None else found.memory if found else None
+    memory = device_memory_option(device_memory) if device_memory is not None else found.memory if found else None
     speed = None
     if calibration is not None:
         if found is None:
@@ -243,13 +243,6 @@ def _device(option: str | None, own: str | None) -> Device | None:
         return device_named(name) if (name := option or own) is not None else None
     except ConfigError as error:
         raise ConfigError(f"{'--device' if option else 'device'} is {error}") from None
-
-
-def _memory(text: str) -> int:
-    try:
-        return parse_size(text)
-    except ConfigError as error:
-        raise ConfigError(f"--device-memory {error}") from None
 
 
 def _plan(arm: Arm, amounts: Amounts, solved: Solved | None, memory: int | None) -> ArmPlan:

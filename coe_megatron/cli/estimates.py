@@ -1,4 +1,4 @@
-"""What `coe-pretrain` foresees: the cost of a run (--dry-run), the fastest layouts for it (--suggest), and its goodput
+"""What `coe-pretrain` predicts: the cost of a run (--dry-run), the fastest layouts for it (--suggest), and its goodput
 on nodes that fail (--simulate).
 """
 
@@ -11,7 +11,7 @@ from coe_megatron.config.checks import check
 from coe_megatron.config.load import dump
 from coe_megatron.data.folders import missing_folders
 from coe_megatron.errors import ConfigError
-from coe_megatron.estimate.advice import parse_size, refusal
+from coe_megatron.estimate.advice import device_memory_option, refusal
 from coe_megatron.estimate.dispatch import resolved
 from coe_megatron.estimate.machine import Machine, machine, machines
 from coe_megatron.estimate.node_crossing import needless_crossing
@@ -24,7 +24,7 @@ from coe_megatron.scale.search import Found, Result, Search
 from coe_megatron.text import aligned, aligned_facts, duration, format_duration
 
 
-def forecast(config: RunConfig, machine_name: str | None, device_memory: str | None, as_json: bool) -> str:
+def estimated(config: RunConfig, machine_name: str | None, device_memory: str | None, as_json: bool) -> str:
     """The cost as a table, or as a JSON object.
 
     Args:
@@ -33,7 +33,7 @@ def forecast(config: RunConfig, machine_name: str | None, device_memory: str | N
     Raises:
         ConfigError: an option is not valid, or the run does not fit.
     """
-    available = None if device_memory is None else memory_of(device_memory)
+    available = None if device_memory is None else device_memory_option(device_memory)
     run, found = resolved(config, vocabulary(config)), None if machine_name is None else machine_of(machine_name)
     cost = estimate(run, machine=found)
     if available is not None and (refused := refusal(run, cost, available)):
@@ -111,7 +111,7 @@ def suggest(
         require_writable(save, "--save-config", "file")
     found = _required(machine_name, "--suggest")
     available = found.memory.capacity and _MARGIN * found.memory.capacity
-    available = available if device_memory is None else memory_of(device_memory)
+    available = available if device_memory is None else device_memory_option(device_memory)
     if available is None:
         raise ConfigError(f"--suggest needs --device-memory: the memory of {machine_name} is unknown")
     ranks = _ranks(config, gpus, found)
@@ -154,14 +154,6 @@ def _layout(found: Found) -> str:
         chunks = config.moe.resolved_chunks()
         parts.append(f"{config.moe.dispatcher}, {chunks} chunk{'s' * (chunks > 1)}")
     return ", ".join(parts)
-
-
-def memory_of(text: str) -> int:
-    """The bytes of `--device-memory`."""
-    try:
-        return parse_size(text)
-    except ConfigError as error:
-        raise ConfigError(f"--device-memory {error}") from error
 
 
 def machine_of(name: str) -> Machine:
