@@ -14,9 +14,9 @@ PYTHON ?= python3
 VENV ?= .venv
 # Files or folders of tests, all when empty: make test TESTS="tests/model tests/zero"
 TESTS ?=
-# Files of tests that run side by side, each with up to a few processes: one for a core is about right. Jobs with
-# time limits, slow networks and what takes minutes of all cores have the machine to themselves.
-WORKERS ?= 2
+# Files of tests that run side by side, each with up to a few processes that also wait: one more than cores is about
+# right. Jobs with time limits, slow networks and what takes minutes of all cores have the machine to themselves.
+WORKERS ?= 3
 ALONE := slurm or network or alone
 BIN := $(VENV)/bin
 SIDE_BY_SIDE := $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
@@ -33,6 +33,9 @@ quickstart: $(INSTALLED) data/builtin/manifest.json
 CORPUS := $(wildcard coe_megatron/data/*.py coe_megatron/corpus/*.py coe_megatron/corpus/*/*.py coe_megatron/corpus/*/*/*.py)
 data/builtin/manifest.json: $(INSTALLED) $(CORPUS)
 	$(BIN)/python launch/prepare_data.py --builtin 20000 --vocab-size 2048 --output data/builtin --overwrite
+
+# Threads of several processes that share the cores would only wait for each other.
+test test-side test-rest test-full check: export OMP_NUM_THREADS := 1
 
 test: test-side
 	$(BIN)/pytest -m "($(ALONE)) and not slow and not full" $(TESTS)

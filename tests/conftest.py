@@ -1,5 +1,6 @@
 """Fixtures of all tests: one process with Megatron's groups, and where the real text lies."""
 
+import gc
 import os
 import signal
 from collections import Counter
@@ -27,6 +28,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with most slow tests first: of several workers, which take a file each, none is left with a long one."""
     slow = Counter(item.path for item in items for marker in SLOW if item.get_closest_marker(marker))
     items.sort(key=lambda item: -slow[item.path])
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected lives as long as the tests: no collection of garbage has to look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ starts in milliseconds. A file is the meeting point (no port to guess), a rank t
 what the ranks return comes back in rank order.
 """
 
+import gc
 import multiprocessing.forkserver
 import os
 import pickle
@@ -90,6 +91,7 @@ def _rank(
     results: Any,
     over: Any,
 ) -> None:
+    gc.freeze()  # what the server has imported: no collection of garbage looks at it again
     os.environ.clear()
     os.environ.update(environment)
     try:

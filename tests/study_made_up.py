@@ -34,7 +34,7 @@ def leave_all(runs: list[Run], loss: Callable[[Run], float]) -> None:
 def _lines(config: RunConfig, loss: float, random: np.random.Generator) -> Iterator[dict[str, Any]]:
     training, every = config.training, config.training.evaluate_every
     yield {"step": 0, "tokens": 0, "valid_loss": 10.0}
-    for step in range(every // 2, training.steps + 1, every // 2):
+    for step in [*range(every // 2, training.steps, every // 2), training.steps]:
         last = step == training.steps
         routing = list(_routing(config, random, last))
         line: dict[str, Any] = {

@@ -61,7 +61,9 @@ def test_the_commands_for_ones_own_text_train_and_cut_no_document(tmp_path: Path
 
 
 @pytest.mark.run
-@pytest.mark.parametrize("layout", ["", "--expert 2", pytest.param("--pipeline 2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "layout", ["", *(pytest.param(layout, marks=pytest.mark.slow) for layout in ("--expert 2", "--pipeline 2"))]
+)
 def test_the_example_in_megatron_learns(layout: str) -> None:
     command = f"examples/chain_in_megatron.py {layout}".strip()
     assert command in README

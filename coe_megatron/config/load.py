@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, fields, is_dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -274,7 +274,7 @@ def _read_yaml(path: Path) -> tuple[Any, int]:
 
 def _override(values: Any, text: str) -> None:
     """Apply an override; keys may contain list indices (`data.blend.0.path=...`)."""
-    key, equals, given = text.partition("=")
+    key, equals, _ = text.partition("=")
     if len(text) > _LONGEST_OVERRIDE:
         raise ConfigError(f"override {shown(text)}: it has more than {_LONGEST_OVERRIDE:,} characters")
     if not equals or not _KEY.fullmatch(key) or len(re.split(r"[.\[]", key)) > parsing.DEEPEST:
@@ -284,16 +284,23 @@ def _override(values: Any, text: str) -> None:
     if problem := _index_problem(values, re.findall(r"[^.\[\]]+", key)):
         raise ConfigError(f"override {shown(text)}: {problem}")
     try:
-        parsing.check_yaml(given)
-        value: Any = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
-        for _ in re.split(r"[.\[]", key):
-            (value,) = value.values()
-        OmegaConf.update(values, key, value)
+        OmegaConf.update(values, key, _value(text))
     except (YAMLError, OmegaConfBaseException, ValueError, TypeError, IndexError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
             f"override {shown(text)}: write it as key.sub=value, the value as in YAML ({reason})"
         ) from None
+
+
+@lru_cache(maxsize=1 << 12)  # a study has the same ones for many arms; `OmegaConf.update` copies what it is given
+def _value(override: str) -> Any:
+    """The value of an override; raises as OmegaConf and `check_yaml`."""
+    key, _, given = override.partition("=")
+    parsing.check_yaml(given)
+    value: Any = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
+    for _ in re.split(r"[.\[]", key):
+        (value,) = value.values()
+    return value
 
 
 def _index_problem(values: Any, path: Sequence[str]) -> str:

@@ -1,8 +1,8 @@
 """Stands in for a run: study_stand_in.py CONFIG.yaml HOW. Writes what a run writes, and notes when it began and ended.
 
 HOW is `done`, `fail`, `refused`, `silent` (fails without a word), `busy` (once, then done), `obeys` (waits for what
-stdin says), `stubborn` (ends for nothing but `end`), `slow` (done after a while), `diverged`, or `loss L` (done with
-this validation loss).
+stdin says), `stubborn` (ends for nothing but `end`), `slow` (done after a while), `with N` (done after N have begun),
+`diverged`, or `loss L` (done with this validation loss).
 """
 
 import fcntl
@@ -49,6 +49,9 @@ def act(folder: Path, how: str) -> tuple[int, str]:
     if how == "slow":
         note(folder, "works")
         time.sleep(0.5)
+    if how.startswith("with "):
+        while (folder.parents[1] / "events").read_text().count(" begins ") < int(how.removeprefix("with ")):
+            time.sleep(0.01)
     if how in ("obeys", "stubborn"):
         note(folder, "waits")
         while (word := sys.stdin.readline().strip()) == "stop" and how == "stubborn":

@@ -55,7 +55,7 @@ def file(study_file: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             "axes": {"design": DESIGNS},
             "skip": None,
             "baseline": {"design": "MoE(4/8)"},
-            "set": {"training.global_batch": 64, "training.evaluate_every": 2},  # `leave` writes a line per half of it
+            "set": {"training.global_batch": 64, "training.evaluate_every": 20},
             "ladder": LADDER | changes,
         }
         return study_file(**(given | study))
@@ -209,6 +209,7 @@ def test_submit_leaves_branches_for_later(file: Callable[..., Path], study_progr
     assert status == 0 and "--array=0-3" in out and "_32_" not in out
 
 
+@pytest.mark.slow
 def test_the_largest_width_is_predicted_before_it_runs(
     file: Callable[..., Path], study_program: Program, tmp_path: Path
 ) -> None:

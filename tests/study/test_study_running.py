@@ -106,20 +106,20 @@ def test_runs_go_seed_by_seed_one_after_another(place: Place) -> None:
 
 
 def test_no_more_than_so_many_at_once(place: Place) -> None:
-    place.how = dict.fromkeys(map(name, place.runs()), "slow")
+    place.how = dict.fromkeys(map(name, place.runs()), "with 2")
     place.go(place.runs(), at_once=2)
-    assert most_at_once(place.events) == 2 and len(place.events) == 18
+    assert most_at_once(place.events) == 2 and len(place.events) == 12
 
 
 def test_devices_are_given_out_and_given_back(place: Place) -> None:
-    place.how = dict.fromkeys(map(name, place.runs()), "slow")
+    place.how = dict.fromkeys(map(name, place.runs()), "with 2")
     place.go(place.runs(), devices=("3", "5"), at_once=6)
     given = [line.split()[-1] for line in place.events if "begins" in line]
     assert set(given) == {"3", "5"} and most_at_once(place.events) == 2
 
 
 def test_small_runs_share_a_device(place: Place) -> None:
-    place.how = dict.fromkeys(map(name, place.runs()), "slow")
+    place.how = dict.fromkeys(map(name, place.runs()), "with 4")
     place.go(place.runs(), devices=("3", "5"), at_once=6, per_device=2)
     given = [line.split()[-1] for line in place.events if "begins" in line]
     assert sorted(given[:4]) == ["3", "3", "5", "5"] and most_at_once(place.events) == 4

@@ -268,9 +268,10 @@ def test_all_cases_are_the_training_of_one_process(alone: Path, ranks: int, iter
     compare(alone, [case for case in REST if (case.ranks, case.iterations) == (ranks, iterations)])
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_tokens_may_travel_any_way(alone: Path, ranks: int) -> None:
     cases = [case for case in FEW_WITH_WAYS if case.ranks == ranks]
     assert {case.stage for case in cases} == {0, 1, 2, 3} and {case.way for case in cases} == {*WAYS} - {""}
@@ -278,8 +279,9 @@ def test_tokens_may_travel_any_way(alone: Path, ranks: int) -> None:
     compare(alone, cases)
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_latents_may_be_split(alone: Path, ranks: int) -> None:
     compare(alone, [case for case in WITH_LATENTS if case.ranks == ranks])
 

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +197,7 @@ def override(key: str, value: Any) -> str:
     return f"{key}={value if plain else json.dumps(value, ensure_ascii=False)}"
 
 
+@lru_cache(maxsize=1 << 12)
 def _reads_as_itself(text: str) -> bool:
     try:
         parsing.check_yaml(text)

@@ -2,6 +2,7 @@
 
 import math
 import time
+from functools import lru_cache
 from pathlib import Path
 
 from coe_megatron.config import RunConfig, flat, load
@@ -17,7 +18,16 @@ _DIVERGED = "Diverged("  # begins the reason of a run that gave up on its loss (
 def used_settings(run: Run) -> RunConfig | None:
     """The settings of a started run; None if it has no config.yaml. ConfigError if the file is damaged."""
     path = Path(run.config.output) / "config.yaml"
-    return None if kind_of(path, "config.yaml") is None else load(path)
+    if kind_of(path, "config.yaml") is None:
+        return None
+    found = path.stat()
+    return _settings(path, found.st_mtime_ns, found.st_size)
+
+
+@lru_cache(maxsize=1 << 14)
+def _settings(path: Path, _written: int, _size: int) -> RunConfig:
+    """A file's settings; read again if the file was written again."""
+    return load(path)
 
 
 def difference(used: RunConfig, wanted: RunConfig) -> str:

@@ -64,7 +64,7 @@ class Result:
         """The final validation loss, in nats per token."""
         return float(self.lines[-1]["valid_loss"])
 
-    @property
+    @cached_property
     def seconds(self) -> float:
         """Seconds in steps, without evaluations and checkpoints."""
         return seconds_in_steps(self.steps)
