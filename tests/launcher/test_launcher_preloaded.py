@@ -132,11 +132,11 @@ from coe_megatron.training.signals import stop_with_parent
 if len(sys.argv) == 1:
     with Preloaded(["wave"]) as preloaded:
         inner = Popen([sys.executable, sys.argv[0], "inner"], preloaded, start_new_session=True)
-        os.write(1, b"%d\n" % inner.pid)  # at once: the other process writes there too
+        os.write(1, b"%d\\n" % inner.pid)  # at once: the other process writes there too
         inner.wait()
 else:
     stop_with_parent()
-    os.write(1, b"%s %d\n" % (b"loaded" if "wave" in sys.modules else b"fresh", os.getppid()))
+    os.write(1, b"%s %d\\n" % (b"loaded" if "wave" in sys.modules else b"fresh", os.getppid()))
     time.sleep(60)
 """
 
