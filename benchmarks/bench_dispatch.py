@@ -15,13 +15,9 @@ Exit status: 0 done, 1 hosts cannot be made here or a rank failed, 2 a bad argum
 
 import argparse
 import json
-import os
-import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -47,7 +43,6 @@ training: {global_batch: 16, micro_batch: 4}
 """
 TODAY = "moe.dispatcher=alltoall"
 WARM_UP = 3  # steps before the timed ones; the first is slow, since its memory is measured
-PORT = 29500  # in a namespace of our own, where nothing else listens
 _KILOBYTE = 1000
 
 
@@ -90,7 +85,7 @@ def measure(options: argparse.Namespace, parser: Parser) -> int:
         print(f"error: hosts cannot be made of network namespaces here: {one_line(reason)}", file=sys.stderr)
         return 1
     if options.config is None:
-        _prepare(folder / "data")
+        prepare(folder / "data")
     results = _run(options, configs, folder)
     if results is None:
         print("error: a rank failed", file=sys.stderr)
@@ -139,7 +134,8 @@ def _config(options: argparse.Namespace, variant: str, output: Path) -> RunConfi
     return load(path, [*own, *options.overrides, *variant.split()], ranks)
 
 
-def _prepare(folder: Path) -> None:
+def prepare(folder: Path) -> None:
+    """Tokens of the built-in corpus."""
     _quiet_megatron()
     from coe_megatron.data.prepare import prepare
     from coe_megatron.data.prepare_settings import PrepareSettings
@@ -153,37 +149,15 @@ def _run(options: argparse.Namespace, configs: list[RunConfig], folder: Path) ->
     asked = {name: getattr(options, name) for name in ("rounds", "steps", "clock")}
     written = {"configs": [asdict(config) for config in configs], "warm_up": WARM_UP, "result": str(result), **asked}
     plan.write_text(json.dumps(written))
-    cables = [_cable(options)] * options.hosts
-    with Network(cables, folder / "shell") as network:
-        ranks = _start(network, options, plan)
-        while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
-            time.sleep(0.2)
-    for rank in ranks:  # the network has killed what was left
-        rank.wait()
+    with Network([cable(options.delay_ms, options.rate_mbit)] * options.hosts, folder / "shell") as network:
+        network.run([sys.executable, __file__, "--rank", str(plan)], options.ranks_per_host)
     return json.loads(result.read_text()) if result.exists() else None
 
 
-def _cable(options: argparse.Namespace) -> str:
+def cable(delay_ms: float, rate_mbit: float) -> str:
     """What netem is told: a frame passes two cables, each with half the delay."""
-    delay = [f"delay {options.delay_ms / 2:g}ms"] if options.delay_ms else []
-    return " ".join([*delay, *([f"rate {options.rate_mbit:g}mbit"] if options.rate_mbit else [])])
-
-
-def _start(network: Network, options: argparse.Namespace, plan: Path) -> list[subprocess.Popen]:
-    ranks, interface = options.hosts * options.ranks_per_host, {"GLOO_SOCKET_IFNAME": "eth0"}
-    shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": options.ranks_per_host, "GROUP_WORLD_SIZE": options.hosts}
-    shared |= {"MASTER_ADDR": network.hosts[0], "MASTER_PORT": PORT, "OMP_NUM_THREADS": 1}
-    shared |= {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # the hosts have no names, of which torch warns
-    started = []
-    for rank in range(ranks):
-        host, local = divmod(rank, options.ranks_per_host)
-        own = {"RANK": rank, "LOCAL_RANK": local, "GROUP_RANK": host}
-        environment = {name: str(value) for name, value in (shared | own).items()}
-        environment |= interface if options.hosts > 1 else {}
-        command = shlex.join([sys.executable, __file__, "--rank", str(plan)])
-        program = [str(network.shell), network.hosts[host], command]
-        started.append(subprocess.Popen(program, env={**os.environ, **environment}, stdout=subprocess.DEVNULL))
-    return started
+    delay = [f"delay {delay_ms / 2:g}ms"] if delay_ms else []
+    return " ".join([*delay, *([f"rate {rate_mbit:g}mbit"] if rate_mbit else [])])
 
 
 def _summary(result: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ file as a program: it takes frames from each cable and hands them on after as lo
 import heapq
 import os
 import select
+import shlex
 import shutil
 import socket
 import subprocess
@@ -19,6 +20,7 @@ import psutil
 _PACKET, _VNET_HEADER, _OUTGOING = 263, 15, 4  # SOL_PACKET, PACKET_VNET_HDR, PACKET_OUTGOING of <linux/if_packet.h>
 _HEADER = 10  # bytes; with it checksums and segments that were left to the hardware stay right
 _LARGEST = 2**17
+_PORT = 29500  # of the rendezvous, in a namespace of our own, where nothing else listens
 
 
 class Network:
@@ -77,6 +79,38 @@ class Network:
         """What runs on the hosts."""
         listed = [_ip("netns", "pids", self._space(host)).split() for host in self.hosts]
         return [psutil.Process(int(pid)) for pids in listed for pid in pids if psutil.pid_exists(int(pid))]
+
+    def start(self, program: list[str], ranks_per_host: int) -> list[subprocess.Popen]:
+        """Start so many ranks of a program on each host, with torchrun's variables; their output is dropped."""
+        ranks = len(self.hosts) * ranks_per_host
+        shared: dict[str, object] = {
+            "WORLD_SIZE": ranks,
+            "LOCAL_WORLD_SIZE": ranks_per_host,
+            "GROUP_WORLD_SIZE": len(self.hosts),
+        }
+        shared |= {"MASTER_ADDR": self.hosts[0], "MASTER_PORT": _PORT, "OMP_NUM_THREADS": 1}
+        shared |= {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # the hosts have no names, of which torch warns
+        shared |= {"GLOO_SOCKET_IFNAME": "eth0"} if len(self.hosts) > 1 else {}
+        started = []
+        for rank in range(ranks):
+            host, local = divmod(rank, ranks_per_host)
+            own = {"RANK": rank, "LOCAL_RANK": local, "GROUP_RANK": host}
+            environment = {**os.environ, **{name: str(value) for name, value in (shared | own).items()}}
+            command = [str(self.shell), self.hosts[host], shlex.join(program)]
+            started.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
+        return started
+
+    def run(self, program: list[str], ranks_per_host: int) -> bool:
+        """Wait for so many ranks of a program on each host; whether none failed. The first failure ends all."""
+        ranks = self.start(program, ranks_per_host)
+        while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
+            time.sleep(0.2)
+        if failed := any(rank.poll() for rank in ranks):
+            for process in self.processes():
+                process.kill()
+        for rank in ranks:
+            rank.wait()
+        return not failed
 
     def _bridge(self) -> None:
         _ip("-n", self._space("switch"), "link", "add", "bridge", "type", "bridge")

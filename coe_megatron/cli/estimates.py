@@ -13,35 +13,71 @@ from coe_megatron.data.folders import missing_folders
 from coe_megatron.errors import ConfigError
 from coe_megatron.estimate.advice import device_memory_option, refusal
 from coe_megatron.estimate.dispatch import resolved
+from coe_megatron.estimate.load_imbalance import load_imbalance
 from coe_megatron.estimate.machine import Machine, machine, machines
 from coe_megatron.estimate.node_crossing import needless_crossing
 from coe_megatron.estimate.run_estimate import estimate, size, vocabulary
+from coe_megatron.estimate.run_shape import RunShape
 from coe_megatron.estimate.step_time import step_time
 from coe_megatron.estimate.traffic import Sent
-from coe_megatron.files import problem, require_writable, write_atomically
+from coe_megatron.files import problem, require_folder, require_writable, write_atomically
+from coe_megatron.run.metrics_log import read_metrics
 from coe_megatron.scale.failures import Goodput, Job, best_interval, between_stops, daly, simulate, young
 from coe_megatron.scale.search import Found, Result, Search
 from coe_megatron.text import aligned, aligned_facts, duration, format_duration
 
 
-def estimated(config: RunConfig, machine_name: str | None, device_memory: str | None, as_json: bool) -> str:
+def estimated(
+    config: RunConfig, machine_name: str | None, device_memory: str | None, routing: Path | None, as_json: bool
+) -> str:
     """The cost as a table, or as a JSON object.
 
     Args:
-        machine_name, device_memory: the options; None if they were not given.
+        machine_name, device_memory, routing: the options; None if they were not given.
 
     Raises:
         ConfigError: an option is not valid, or the run does not fit.
     """
+    if routing is not None and machine_name is None:
+        raise ConfigError("--routing needs --machine, on which the busiest rank takes longer")
     available = None if device_memory is None else device_memory_option(device_memory)
     run, found = resolved(config, vocabulary(config)), None if machine_name is None else machine_of(machine_name)
-    cost = estimate(run, machine=found)
+    cost = estimate(run, machine=found, imbalance=1.0 if routing is None else _imbalance(routing, run))
     if available is not None and (refused := refusal(run, cost, available)):
         raise ConfigError(f"--device-memory {device_memory}: {refused}")
     warnings = [*missing_folders(config.data), *filter(None, [needless_crossing(run, cost)])]
     if as_json:
         return json.dumps({**cost.as_dict(), "warnings": warnings}, indent=2)
     return "\n".join([cost.table(), *(f"warning: {each}" for each in warnings)])
+
+
+def _imbalance(folder: Path, run: RunShape) -> float:
+    """Of the loads that the last logged step of a run had."""
+    require_folder(folder, "--routing")
+    try:
+        lines = read_metrics(folder / "metrics.jsonl")
+        routed = [line["routing"] for line in lines if line.get("routing")]
+        loads = [[float(load) for load in part["load"]] for part in routed[-1]] if routed else []
+    except (ValueError, LookupError, TypeError) as error:
+        raise problem(folder, "--routing", f"its metrics.jsonl cannot be used ({error})") from None
+    if not loads or not all(sum(load) > 0 for load in loads):
+        raise problem(folder, "--routing", "no step with the loads of experts is logged there")
+    try:
+        return load_imbalance(loads, run.layout.expert)
+    except ConfigError as error:
+        raise problem(folder, "--routing", str(error)) from None
+
+
+def best_save_interval(config: RunConfig, machine_name: str, ranks: int, spare_nodes: int) -> int:
+    """The steps between checkpoints with the highest simulated goodput, for a job with so many spare nodes.
+
+    Raises:
+        ConfigError: there is no such machine.
+    """
+    found = _machine(machine_name, "COE_MACHINE")
+    run = resolved(config, vocabulary(config), ranks)
+    failures = replace(found.failures, spare_nodes=spare_nodes)
+    return best_interval(Job.of(run, found, step_time(run, found).total), failures)
 
 
 def simulated(config: RunConfig, machine_name: str | None, gpus: int | None) -> str:
@@ -158,7 +194,11 @@ def _layout(found: Found) -> str:
 
 def machine_of(name: str) -> Machine:
     """The machine of `--machine`."""
+    return _machine(name, "--machine")
+
+
+def _machine(name: str, said_by: str) -> Machine:
     try:
         return machine(name)
     except ConfigError as error:
-        raise ConfigError(f"--machine {error}") from error
+        raise ConfigError(f"{said_by} {error}") from error

@@ -51,6 +51,7 @@ from coe_megatron.training.signals import StopRequest, stop_with_parent
 _NEEDS = {
     "device_memory": ("dry_run", "suggest"),
     "machine": ("dry_run", "suggest", "simulate"),
+    "routing": ("dry_run",),
     "gpus": ("suggest", "simulate"),
     "save_config": ("suggest",),
 }  # options that mean something with one of others only
@@ -75,6 +76,8 @@ def pretrain(arguments: list[str] | None) -> int:
     timed = "with --dry-run, --suggest and --simulate: the machine, for the time of a step; a machine file, or one of "
     timed += ", ".join(machines())
     parser.add_argument("--machine", metavar="NAME", help=timed)
+    uneven = "with --dry-run and --machine: a run's folder; the busiest rank has the load that its experts had last"
+    parser.add_argument("--routing", metavar="RUN", type=user_path, help=uneven)
     finds = "print the five fastest layouts of the run on --machine that fit, and exit; needs no data or ranks"
     estimates.add_argument("--suggest", action="store_true", help=finds)
     fails = "print the goodput of the run on --machine, whose nodes fail, and the best interval of saves, and exit"
@@ -122,7 +125,7 @@ def _estimated(options: Namespace, config: RunConfig) -> str:
         return simulated(config, options.machine, options.gpus)
     if options.suggest:
         return suggest(config, options.machine, options.gpus, memory, options.save_config)
-    return estimated(config, options.machine, memory, options.json)
+    return estimated(config, options.machine, memory, options.routing, options.json)
 
 
 def _distributed_env(parser: Parser) -> DistributedEnv:

@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 
 from coe_megatron.cli.arguments import Parser
-from coe_megatron.config import load
+from coe_megatron.config import RunConfig, load
 from coe_megatron.distributed.environment import MOST_RANKS, whole_number
 from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.files import problem, require_folder, require_writable, user_path
@@ -68,6 +68,7 @@ def begin(options: argparse.Namespace) -> ExitStatus:
     config = load(
         options.config, options.overrides, whole_number("the number of ranks", str(plan.ranks), 1, MOST_RANKS)
     )
+    save_every = _save_every(config, plan)
     try:
         folder = attempts.begin(str(job), Path(config.output))
     except AttemptRefused as refused:
@@ -82,10 +83,23 @@ def begin(options: argparse.Namespace) -> ExitStatus:
         "COE_CHECK_OPTIONS": " ".join(plan.check_options()),
         "COE_START_OPTIONS": " ".join(plan.start_options()),
         "MASTER_PORT": rendezvous_port(job, restarts),
+        "COE_SAVE_EVERY": save_every or "",
     }
     for name, value in variables.items():
         print(f"{name}={value}")
     return ExitStatus.DONE
+
+
+def _save_every(config: RunConfig, plan: JobPlan) -> int | None:
+    """The best number of steps between checkpoints on the machine that COE_MACHINE names; None if it names none."""
+    name = os.environ.get("COE_MACHINE")
+    if not name:
+        return None
+    from coe_megatron.cli.estimates import best_save_interval
+
+    steps = best_save_interval(config, name, plan.ranks, plan.nodes - plan.needed)
+    say(f"a checkpoint every {steps:,} steps, the best interval on {name}")
+    return steps
 
 
 def nodes(options: argparse.Namespace) -> ExitStatus:

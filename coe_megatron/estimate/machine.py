@@ -111,6 +111,7 @@ class Host:
 
     Attributes:
         operation: seconds to start an operation.
+        step: seconds of a step that depend neither on the model nor on the batch: the loop's and the engine's own.
         is_asynchronous: whether the device works meanwhile.
         wait: seconds until the host has a number from the device and the device its next operation.
         transfer: bytes per second between host and device memory.
@@ -118,6 +119,7 @@ class Host:
     """
 
     operation: NonNegative
+    step: NonNegative
     is_asynchronous: bool
     wait: NonNegative
     transfer: Positive
@@ -172,7 +174,8 @@ class Machine:
         measured: the date and host of the measurement; null if all numbers are from data sheets or assumed.
         device: part of the device's name in CUDA; `cpu` for processor cores.
         ranks_per_node: devices of a node.
-        cores: if ranks share the cores of a node, how many there are; null if each rank has a device of its own.
+        cores: if ranks share the cores of a node, how many there are, by the speed of as many ranks; null if each rank
+            has a device of its own.
         adapters: network adapters of a node.
         price: of a device per hour, in any currency; null if unknown.
         bf16, fp32: matrix products.
@@ -185,7 +188,7 @@ class Machine:
     measured: str | None
     device: str
     ranks_per_node: Count
-    cores: Count | None
+    cores: Positive | None
     adapters: Count
     price: Positive | None
     bf16: Arithmetic

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from coe_megatron.chain.settings import Recompute
 from coe_megatron.config.layout import Layout
-from coe_megatron.config.settings import RunConfig
+from coe_megatron.config.settings import RunConfig, TrainingSettings
 from coe_megatron.data.folders import check_data, data_folders
 from coe_megatron.errors import ConfigError
 from coe_megatron.estimate import closed_forms
@@ -20,6 +20,7 @@ from coe_megatron.estimate.machine import Machine
 from coe_megatron.estimate.memory import memory
 from coe_megatron.estimate.node_limit import NodeLimit, node_limit
 from coe_megatron.estimate.run_shape import RunShape, padded_vocabulary
+from coe_megatron.estimate.run_time import RunSeconds, checkpoints, evaluations, run_time, validation_samples
 from coe_megatron.estimate.step_time import StepTime, step_time
 from coe_megatron.estimate.traffic import Sent, bubble, traffic
 from coe_megatron.text import aligned_facts, duration, format_duration
@@ -48,8 +49,8 @@ class RunEstimate:
         communication: bytes per rank and step of the stage that sends most, by purpose and link.
         dispatch: how tokens get to their experts; None without expert parallelism.
         node_limit: to how many nodes a token goes; None without a limit.
-        steps: of the run.
-        machine, time: the machine, and the predicted time of a step on it; None if no machine was given.
+        training: settings that the number of evaluations and checkpoints follows from.
+        machine, time, whole: the machine, and the predicted times of a step and of the run on it; None without one.
     """
 
     layout: Layout
@@ -69,9 +70,10 @@ class RunEstimate:
     communication: dict[str, Sent]
     dispatch: Dispatch | None
     node_limit: NodeLimit | None
-    steps: int
+    training: TrainingSettings
     machine: Machine | None
     time: StepTime | None
+    whole: RunSeconds | None
 
     @property
     def mfu(self) -> float | None:
@@ -117,6 +119,7 @@ class RunEstimate:
             "dispatch": self.dispatch and self.dispatch.as_dict(),
             "node_limit": self.node_limit and self.node_limit.as_dict(),
             "seconds_per_step": self.time and {"total": self.time.total, "mfu": self.mfu} | self.time.parts,
+            "seconds_of_the_run": self.whole and {"total": self.whole.total} | asdict(self.whole),
         }
 
     def table(self) -> str:
@@ -139,16 +142,27 @@ class RunEstimate:
             **{f"sent {link.replace('_', ' ')}": _sizes(self._sent(link)) for link in ("inside_node", "across_nodes")},
             **({"dispatch": self.dispatch} if self.dispatch else {}),
             **({"nodes per token": _of_nodes(self.node_limit)} if self.node_limit else {}),
-            **({"time of a step": self._time(self.machine, self.time)} if self.machine and self.time else {}),
+            **(self._times(self.machine, self.time, self.whole) if self.machine and self.time and self.whole else {}),
         }
         return "\n".join([aligned_facts(rows), *(self.time.bars() if self.time else [])])
 
-    def _time(self, machine: Machine, time: StepTime) -> str:
-        used = f", {self.mfu:.1%} of the peak" if self.mfu is not None else ""
-        whole = f"{self.steps:,} steps take {format_duration(self.steps * time.total)}"
+    def _times(self, machine: Machine, time: StepTime, whole: RunSeconds) -> dict[str, str]:
+        """The time of the run, and last that of a step, under which the bars are."""
+        counts = {
+            "start-up": whole.startup,
+            f"{self.training.steps:,} steps": whole.steps,
+            f"{evaluations(self.training):,} evaluations": whole.evaluations,
+            f"{checkpoints(self.training):,} checkpoints": whole.checkpoints,
+        }
+        parts = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in counts.items() if seconds)
+        price = ""
         if machine.price:
-            whole += f" and cost {self.steps * time.total / 3600 * self.layout.world_size * machine.price:,.0f}"
-        return f"{duration(time.total)} on {machine.name}{used}; {whole}"
+            price = f"; it costs {whole.total / 3600 * self.layout.world_size * machine.price:,.0f}"
+        used = f", {self.mfu:.1%} of the peak" if self.mfu is not None else ""
+        return {
+            "time of the run": f"{format_duration(whole.total)} without failures ({parts}){price}",
+            "time of a step": f"{duration(time.total)} on {machine.name}{used}",
+        }
 
     def _mode(self, mode: str) -> str:
         extra = self.extra_flops[mode] / self.flops_per_token.total
@@ -158,13 +172,17 @@ class RunEstimate:
         return {name: getattr(each, link) for name, each in self.communication.items()}
 
 
-def estimate(run: RunShape, stage: int | None = None, machine: Machine | None = None) -> RunEstimate:
+def estimate(
+    run: RunShape, stage: int | None = None, machine: Machine | None = None, imbalance: float = 1.0
+) -> RunEstimate:
     """Estimate the cost of a run.
 
     Args:
         stage: the pipeline stage (from 0) whose memory to report; None for the one with the most memory.
-        machine: on which to predict the time of a step; None for no prediction.
+        machine: on which to predict the times of a step and of the run; None for no prediction.
+        imbalance: as in `step_time`.
     """
+    time = None if machine is None else step_time(run, machine, imbalance)
     config, stages = run.config, range(run.layout.pipeline)
     held = {each: memory(run, each) for each in (stages if stage is None else [stage])}
     most = max(held, key=lambda each: held[each].total)
@@ -187,9 +205,10 @@ def estimate(run: RunShape, stage: int | None = None, machine: Machine | None = 
         communication=max(sent, key=lambda kinds: sum(kinds.values(), Sent(0, 0)).total),
         dispatch=dispatch(run),
         node_limit=node_limit(run),
-        steps=config.training.steps,
+        training=config.training,
         machine=machine,
-        time=None if machine is None else step_time(run, machine),
+        time=time,
+        whole=None if machine is None or time is None else run_time(run, machine, time, validation_samples(config)),
     )
 
 

@@ -41,9 +41,11 @@ class StepTime:
     Attributes:
         parts: by where they go; only what nothing hides. `moves` are operations other than products; `starts` is the
             time that the host needs beyond that of the device; `imbalance` what the busiest rank takes longer.
+        forward: seconds of the forward pass of a micro-batch.
     """
 
     parts: dict[str, float]
+    forward: float
 
     @property
     def total(self) -> float:
@@ -157,14 +159,16 @@ def _of_stage(costs: Costs, stage: int, imbalance: float) -> StepTime:
     exchange = passes.exchange()
     parts["imbalance"] = (imbalance - 1) * (parts["experts"] + sum(exchange))
     parts["all_to_all"] = sum(exchange)
-    parts |= {name: passes.collectives(name, sent[name], links[name]) for name in ("tensor", "context", "pipeline")}
+    passing = {name: passes.collectives(name, sent[name], links[name]) for name in ("tensor", "context", "pipeline")}
+    parts |= passing
     parts = {name: run.micro_batches * seconds for name, seconds in parts.items()}
     stages = run.layout.pipeline
     parts["bubble"] = sum(parts.values()) * (stages - 1) / (run.layout.virtual_pipeline * run.micro_batches)
     hidden_by = sum(backward.values()) + exchange[1]
     parts |= _replicas(costs, passes.shards, sent, links, hidden_by, sum(forward.values()) + exchange[0] + hidden_by)
-    parts["update"] = _update(costs, passes.shards)
-    return StepTime({name: seconds for name, seconds in parts.items() if seconds})
+    parts["update"] = _update(costs, passes.shards) + costs.slowdown * costs.machine.host.step
+    forward_pass = sum(forward.values()) + exchange[0] + sum(passing.values()) / 2
+    return StepTime({name: seconds for name, seconds in parts.items() if seconds}, forward_pass)
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from math import sqrt
 
 import numpy as np
 
-from coe_megatron.estimate.checkpoint_size import checkpoint_bytes
 from coe_megatron.estimate.machine import Failures, Machine
 from coe_megatron.estimate.run_shape import RunShape
+from coe_megatron.estimate.run_time import SaveSeconds
 
 _LONGEST = 100  # times the seconds of all steps; then a run is given up
 _GRID = tuple(2.0 ** (power / 2) for power in range(-4, 5))  # times Young's interval
@@ -48,15 +48,14 @@ class Job:
     @classmethod
     def of(cls, run: RunShape, machine: Machine, step: float) -> "Job":
         """The job of a run whose steps take so many seconds; checkpoints go to the machine's disk."""
-        training, size = run.config.training, checkpoint_bytes(run)
-        writing, copying = size / machine.disk.write, size / run.layout.world_size / machine.host.transfer
+        training, save = run.config.training, SaveSeconds.of(run, machine)
         return cls(
             steps=training.steps,
             step=step,
             nodes=-(-run.layout.world_size // run.ranks_on_a_node),
-            save=copying if training.background_saving else writing,
-            written=writing if training.background_saving else 0.0,
-            load=size / machine.disk.read,
+            save=save.stopped,
+            written=save.written,
+            load=save.loaded,
             interval=training.save_every,
         )
 

@@ -1,17 +1,21 @@
 """The predicted time of a step, by hand, and machine files."""
 
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from coe_megatron.cli.estimates import estimated
 from coe_megatron.config import RunConfig, load, parse
 from coe_megatron.errors import ConfigError
 from coe_megatron.estimate.closed_forms import forward_flops
+from coe_megatron.estimate.load_imbalance import load_imbalance
 from coe_megatron.estimate.machine import Machine, Rates, machine, machines
 from coe_megatron.estimate.operations import Product, Rank
 from coe_megatron.estimate.run_shape import RunShape
+from coe_megatron.estimate.run_time import SaveSeconds, run_time
 from coe_megatron.estimate.step_time import Costs, step_time
 from coe_megatron.estimate.traffic import Sent, group
 
@@ -183,3 +187,49 @@ def test_a_machine_file_inherits(tmp_path: Path) -> None:
 def test_unknown_machines_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"^x100: it must be a machine file, or one of a100, .*h200-ethernet$"):
         machine("x100")
+
+
+def test_a_run_is_its_steps_evaluations_checkpoints_and_start() -> None:
+    run = shape(2, training={"steps": 100, "evaluate_every": 40, "save_every": 30, "milestones": [50]})
+    step = step_time(run, H100)
+    found = run_time(run, H100, step, samples=9)
+    assert found.steps == pytest.approx(100 * step.total)
+    assert found.evaluations == pytest.approx(4 * 3 * step.forward)  # nine rows by two ranks with two at once
+    assert 0 < step.forward < step.total
+    assert found.checkpoints == pytest.approx(5 * SaveSeconds.of(run, H100).stopped)
+    assert found.startup == H100.failures.start + H100.failures.warm_up
+    assert found.total == pytest.approx(found.startup + found.steps + found.evaluations + found.checkpoints)
+
+
+def test_the_busiest_rank_is_that_of_the_busiest_experts() -> None:
+    even, uneven = [0.25] * 4, [0.5, 0.3, 0.1, 0.1]
+    assert load_imbalance([even, uneven], 2) == pytest.approx((1 + 1.6) / 2)
+    assert load_imbalance([uneven], 1) == pytest.approx(1)
+    with pytest.raises(ConfigError, match="4 experts, and 3 expert-parallel ranks"):
+        load_imbalance([even], 3)
+
+
+def test_the_dry_run_takes_the_loads_of_a_run(tmp_path: Path) -> None:
+    def imbalance(content: str) -> str:
+        (tmp_path / "metrics.jsonl").write_text(content)
+        try:
+            return str(json.loads(estimated(given, "h100", None, tmp_path, True))["seconds_per_step"].get("imbalance"))
+        except ConfigError as error:
+            return str(error)
+
+    given = parse(
+        {
+            "model": MODEL | {"vocab_size": 512},
+            "moe": MOE,
+            "training": {"global_batch": 32, "micro_batch": 2},
+            "parallel": {"world_size": 8, "expert": 4},
+        }
+    )
+    line = {"step": 1, "routing": [{"load": [1 / 8] * 8}]}
+    assert imbalance(json.dumps(line) + "\n") == "None"
+    line["routing"] = [{"load": [0.3, 0.1, *[0.1] * 6]}]
+    assert float(imbalance(json.dumps(line) + "\n")) > 0
+    for content in ("", "{}\n", '{"step": 1, "routing": [{"load": [0, 0]}]}\n'):
+        assert imbalance(content).startswith(f"--routing is {tmp_path}: ")
+    with pytest.raises(ConfigError, match="--routing needs --machine"):
+        estimated(given, None, None, tmp_path, True)

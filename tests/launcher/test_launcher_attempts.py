@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from programs import python
 
+from coe_megatron.cli.estimates import best_save_interval
+from coe_megatron.config import load
 from coe_megatron.run.exit_status import ExitStatus
 from coe_megatron.slurm.requeue import AttemptRefused, Attempts, latest_step
 
@@ -188,3 +190,22 @@ def test_a_folder_that_is_none_is_one_line(logs: str, attempt: str, said: str) -
 def test_torch_is_not_imported() -> None:
     code = "import sys, coe_megatron.slurm.requeue, coe_megatron.slurm.failures; sys.exit('torch' in sys.modules)"
     assert python("-c", code).returncode == 0
+
+
+@pytest.mark.parametrize("machine", ["h100", "", "x100"])
+def test_a_job_saves_at_the_interval_that_is_best_on_its_machine(
+    machine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"COE_MACHINE": machine, "COE_RANKS_PER_NODE": "8", "COE_SPARE_NODES": "1", "SLURM_CPUS_ON_NODE": "64"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    nodes = " ".join(f"n{number}" for number in range(9))
+    done = python("-m", PROGRAM, "begin", "--logs", tmp_path / "logs", "--nodes", nodes, "64-gpus.yaml")
+    if machine == "x100":
+        assert done.returncode == 2 and "error: COE_MACHINE x100: it must be a machine file, or one of" in done.stderr
+        assert not list(tmp_path.iterdir())
+        return
+    assert done.returncode == 0, done.stderr
+    best = best_save_interval(load("64-gpus.yaml", world_size=64), machine, 64, 1) if machine else ""
+    assert f"COE_SAVE_EVERY={best}\n" in done.stdout
+    assert done.stderr == (f"a checkpoint every {best:,} steps, the best interval on h100\n" if machine else "")

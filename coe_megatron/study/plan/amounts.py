@@ -5,14 +5,12 @@ chain pays this C times: it computes K rows per token in each iteration, where a
 Communication and pipeline bubbles are not included.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from coe_megatron.checkpoint.names import CheckpointName
 from coe_megatron.config import RunConfig
-from coe_megatron.data.folders import DataFolder, validation_paths
 from coe_megatron.data.indexed_prefix import IndexedPrefix
 from coe_megatron.data.manifest import Manifest
 from coe_megatron.errors import ConfigError
@@ -22,6 +20,7 @@ from coe_megatron.estimate.devices import Device
 from coe_megatron.estimate.dispatch import resolved
 from coe_megatron.estimate.run_estimate import estimate, vocabulary
 from coe_megatron.estimate.run_shape import RunShape
+from coe_megatron.estimate.run_time import RunSeconds, checkpoints, evaluations, validation_samples
 from coe_megatron.study.plan.study_file import Quantity
 
 
@@ -47,21 +46,6 @@ class Speed:
         return cls(device.rate, device.half_rows)
 
 
-@dataclass(frozen=True)
-class Seconds:
-    """Seconds of a run, by purpose."""
-
-    startup: float
-    steps: float
-    evaluations: float
-    checkpoints: float
-
-    @property
-    def total(self) -> float:
-        """Total seconds."""
-        return self.startup + self.steps + self.evaluations + self.checkpoints
-
-
 @dataclass
 class Amounts:
     """Computes totals of runs; caches what it reads of prepared data.
@@ -84,20 +68,7 @@ class Amounts:
 
     def validation_samples(self, config: RunConfig) -> int:
         """Samples per evaluation; if data are not prepared yet, `validation_samples` per validation set."""
-        return sum(self._validation_samples(config))
-
-    def _validation_samples(self, config: RunConfig) -> Iterator[int]:
-        limit = config.data.validation_samples
-        for name, path in validation_paths(config.data).items():
-            if path not in self._validation:
-                self._validation[path] = _summary(DataFolder(f"data.validation.{name}", Path(path)))
-            manifest = self._validation[path]
-            if manifest is None:
-                yield limit or 0
-                continue
-            split = manifest.splits["valid"]
-            samples = split.documents if config.data.samples == "row" else split.tokens // config.model.seq_length
-            yield min(limit or samples, samples)
+        return validation_samples(config, self._validation)
 
     def _vocabulary(self, config: RunConfig) -> int:
         key = (repr(config.data), config.model.vocab_size, config.model.seq_length)
@@ -140,9 +111,8 @@ class RunTotals:
 
     @property
     def evaluations(self) -> int:
-        """Number of evaluations: before the first step, every `evaluate_every` steps, and after the last step."""
-        training = self.shape.config.training
-        return 1 + -(-training.steps // training.evaluate_every)
+        """Number of evaluations, as `estimate.run_time.evaluations`."""
+        return evaluations(self.shape.config.training)
 
     @property
     def tokens_per_evaluation(self) -> int:
@@ -151,13 +121,11 @@ class RunTotals:
 
     @property
     def checkpoints(self) -> int:
-        """Number of checkpoints: every `save_every` steps, at milestones, and after the last step."""
-        training = self.shape.config.training
-        steps, every = training.steps, training.save_every
-        return -(-steps // every) + sum(step % every > 0 and step < steps for step in set(training.milestones))
+        """Number of checkpoints, as `estimate.run_time.checkpoints`."""
+        return checkpoints(self.shape.config.training)
 
     @property
-    def seconds(self) -> Seconds:
+    def seconds(self) -> RunSeconds:
         """Predicted seconds.
 
         Raises:
@@ -170,7 +138,7 @@ class RunTotals:
         training = self.shape.config.training
         trunk = CheckpointName.parse(Path(training.branch_from or "").name)
         share = 1 - trunk.step / training.steps if trunk else 1.0  # earlier steps are those of another run
-        return Seconds(
+        return RunSeconds(
             startup=speed.startup,
             steps=share * self.tokens * seconds_per_token,
             evaluations=self.evaluations * self.tokens_per_evaluation * seconds_per_token / 3,
@@ -184,8 +152,3 @@ class RunTotals:
         positions *= config.parallel.expert * config.parallel.expert_tensor
         rows = positions / config.parallel.tensor / config.parallel.context * model.topk / model.experts
         return flops.total + extra_flops(model, config.moe.recompute) + flops.experts * half_rows / rows
-
-
-def _summary(data: DataFolder) -> Manifest | IndexedPrefix | None:
-    """The manifest of prepared data, or the index of Megatron's files; None if they do not exist yet."""
-    return data.read() if data.exists else None

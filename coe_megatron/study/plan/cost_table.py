@@ -12,7 +12,8 @@ from coe_megatron.estimate.devices import Device
 from coe_megatron.estimate.devices import device as device_named
 from coe_megatron.estimate.memory import components
 from coe_megatron.estimate.run_estimate import estimate, size
-from coe_megatron.study.plan.amounts import Amounts, Seconds, Speed
+from coe_megatron.estimate.run_time import RunSeconds
+from coe_megatron.study.plan.amounts import Amounts, Speed
 from coe_megatron.study.plan.arms import Arm, Run, Study, make_study
 from coe_megatron.study.plan.budget import Solved, solve
 from coe_megatron.study.plan.calibration import calibrate
@@ -47,7 +48,7 @@ class ArmPlan:
     expert_flops: float
     components: dict[str, int]
     ranks: int
-    seconds: Seconds | None
+    seconds: RunSeconds | None
     solved: Solved | None
     too_large: str | None
 

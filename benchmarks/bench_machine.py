@@ -1,0 +1,212 @@
+"""Measures this node and its links in about two minutes, and writes a machine file for `coe-pretrain --machine`.
+
+Matrix products by shape and precision, elementwise operations by size, what the host needs for an operation and for a
+step, the optimizer, memory and disk, and collectives by kind, size and group. Without a launcher as many processes
+start here as there are GPUs or cores; with one of yours, which starts a process for each device, links between nodes
+are measured too. Prices, peaks, adapters, and what failures cost, are those of --base.
+
+    python benchmarks/bench_machine.py node.yaml
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-endpoint HOST:29500 benchmarks/bench_machine.py cluster.yaml
+
+Exit status: 0 done, 1 a process failed, 2 a bad argument, 130 interrupted from the keyboard.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import bench_options
+from bench_options import positive
+
+from coe_megatron import parsing
+from coe_megatron.cli.arguments import Parser, write_out
+from coe_megatron.errors import ConfigError
+from coe_megatron.estimate.machine import Machine, machine, machines
+from coe_megatron.files import problem, require_writable, user_path, write_atomically
+
+_TINY: dict[str, dict[str, Any]] = {
+    "model": {"hidden_size": 16, "num_attention_heads": 2, "seq_length": 8, "vocab_size": 64},
+    "moe": {"num_experts": 4, "topk": 2, "ffn_hidden_size": 8},
+    "training": {"global_batch": 1, "micro_batch": 1, "precision": "fp32"},
+}
+_LAYERS = (8, 2)  # of the two models whose steps tell what the host needs
+_STEPS = 30
+_PATIENCE = timedelta(minutes=30)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, measure, write; returns the exit status."""
+    parser = bench_options.parser("bench_machine.py", __doc__)
+    parser.add_argument("file", type=user_path, help="the machine file to write")
+    parser.add_argument("--base", metavar="MACHINE", help="a machine file or name (default: that of the device)")
+    parser.add_argument("--description", help="one line (default: the devices of a node)")
+    parser.add_argument("--ranks", type=positive, metavar="N", help="processes here (default: one for a GPU or core)")
+    parser.add_argument("--host", type=Path, help=argparse.SUPPRESS)  # the process that measures steps, and its result
+    return bench_options.run(parser, measure, arguments)
+
+
+def measure(options: argparse.Namespace, parser: Parser) -> int:
+    if options.host:
+        options.host.write_text(json.dumps(_of_steps()))
+        return 0
+    require_writable(options.file, "FILE", "file")
+    import torch
+
+    kind = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    base = _base(options.base, kind)
+    if "RANK" not in os.environ:
+        ranks = options.ranks or torch.cuda.device_count() or os.cpu_count()
+        own = [f"--{name}={value}" for name in ("base", "description") if (value := getattr(options, name)) is not None]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        done = subprocess.run([*launcher, __file__, str(options.file), *own], check=False, env=_environment(kind))
+        return int(done.returncode != 0)
+    return _measure_together(options, base, kind)
+
+
+def _environment(kind: str) -> dict[str, str]:
+    return {**os.environ, **({"OMP_NUM_THREADS": "1"} if kind == "cpu" else {}), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+
+
+def _base(name: str | None, kind: str) -> Machine:
+    if name is not None:
+        return machine(name)
+    for each in machines():
+        if (found := machine(each)).device in kind:
+            return found
+    raise ConfigError(f"--base must be given for {kind}: one of {', '.join(machines())}, or a machine file")
+
+
+def _measure_together(options: argparse.Namespace, base: Machine, kind: str) -> int:
+    import torch
+    import torch.distributed as dist
+    from machine_times import Bench
+
+    rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cpu") if kind == "cpu" else torch.device("cuda", local)
+    if kind != "cpu":
+        torch.cuda.set_device(device)
+    dist.init_process_group("gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl", timeout=_PATIENCE)
+    bench, found = Bench(device), {}
+    if rank == 0:
+        found = _alone(bench, options.file, base)
+    dist.barrier()
+    found |= _links(bench, base)
+    if rank == 0:
+        found |= {"description": options.description or f"{os.environ['LOCAL_WORLD_SIZE']} ranks on {_processor(kind)}"}
+        _write(options.file, asdict(base) | found)
+    dist.destroy_process_group()
+    return 0
+
+
+def _processor(kind: str) -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if kind == "cpu" and line.startswith("model name"):
+                return f"{os.cpu_count()} cores of {line.partition(':')[2].strip()}"
+    return kind if kind != "cpu" else f"{os.cpu_count()} cores"
+
+
+def _alone(bench: Any, file: Path, base: Machine) -> dict[str, Any]:
+    """What one rank measures while the others wait."""
+    import torch
+
+    on_cpu = bench.device.type == "cpu"
+    found: dict[str, Any] = {"device": "cpu" if on_cpu else torch.cuda.get_device_name(bench.device)}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        _say(f"matrix products in {name}")
+        peak = asdict(getattr(base, name))["peak"]
+        found[name] = {"peak": peak, "products": bench.rates(dtype, False), "grouped": bench.rates(dtype, True)}
+    _say("elementwise operations, host and disk")
+    free = None if on_cpu else float(torch.cuda.mem_get_info(bench.device)[1])
+    found["memory"] = bench.memory() | {"capacity": free}
+    found["host"] = {"is_asynchronous": not on_cpu, "wait": bench.wait(), "transfer": bench.transfer()}
+    found["host"] |= {"update": bench.update()} | _host(file)
+    found["disk"] = bench.disk(file.parent)
+    found["measured"] = f"{datetime.now(UTC):%Y-%m-%d} on {platform.node()}"
+    return found
+
+
+def _host(file: Path) -> dict[str, float]:
+    """Seconds of an operation and of a step, from training steps of tiny models in a process of its own."""
+    _say("steps of tiny models")
+    result = file.with_suffix(".steps")
+    launchers = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    alone = {name: value for name, value in os.environ.items() if not name.endswith(launchers)}
+    try:
+        subprocess.run([sys.executable, __file__, str(file), "--host", str(result)], check=True, env=alone)
+        many, few = json.loads(result.read_text())
+    finally:
+        result.unlink(missing_ok=True)
+    operation = (many["seconds"] - few["seconds"]) / (many["operations"] - few["operations"])
+    return {"operation": operation, "step": max(0.0, few["seconds"] - operation * few["operations"])}
+
+
+def _of_steps() -> list[dict[str, float]]:
+    """Seconds and operations of a step of two models whose tensors are tiny."""
+    from step_times import time_steps
+
+    from coe_megatron.config.load import parse
+    from coe_megatron.distributed import process_groups
+    from coe_megatron.estimate.operations import Rank
+    from coe_megatron.estimate.run_shape import RunShape
+
+    found: list[dict[str, float]] = []
+    for layers in _LAYERS:
+        config = parse(_TINY | {"model": _TINY["model"] | {"num_layers": layers}})
+        if not found:
+            process_groups.start(config.parallel, config.training.seed)
+        run = RunShape.of(config, 64, 1)
+        parts = Rank(run.stage_model(0), run.stage_pass(0)).parts()
+        operations = sum(count * (work.forward.operations + work.backward.operations) for count, work, _ in parts)
+        found.append({"seconds": time_steps(config, _STEPS)["seconds"]["median"], "operations": operations})
+    return found
+
+
+def _links(bench: Any, base: Machine) -> dict[str, Any]:
+    """Cores that ranks share, and the collectives of all groups that a node, or all, can be divided into."""
+    import torch.distributed as dist
+    from machine_times import Calls
+
+    world, ranks = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    on_cpu = bench.device.type == "cpu"
+    calls = Calls(bench, ranks)
+    cores = calls.cores() if on_cpu else None
+    _say("collectives inside a node")
+    inside = calls.ways(
+        [(size, 1) for size in _halves(ranks)], lambda sent: sent.inside_node * (ranks if on_cpu else 1)
+    )
+    across = None
+    if world > ranks:
+        _say("collectives between nodes")
+        groups = [(world // ranks, ranks), *([(world, 1)] if ranks > 1 else [])]
+        across = calls.ways(groups, lambda sent: sent.across_nodes * ranks / base.adapters)
+    return {"cores": cores, "ranks_per_node": ranks, "inside": inside, "across": across}
+
+
+def _halves(ranks: int) -> list[int]:
+    return [ranks >> power for power in range(ranks.bit_length()) if ranks % 2**power == 0 and ranks >> power > 1]
+
+
+def _say(what: str) -> None:
+    if os.environ.get("RANK") == "0":
+        print(f"{what} ...", file=sys.stderr, flush=True)
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    try:
+        write_atomically(path, parsing.to_yaml(values))
+    except OSError as error:
+        raise problem(path, "FILE", error) from None
+    write_out(f"{path}: {machine(str(path)).name}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

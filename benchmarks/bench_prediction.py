@@ -1,0 +1,202 @@
+"""Holds predicted times of steps against measured ones, layout by layout, on one host and over slow cables.
+
+For each network a machine file is measured (bench_machine.py) by as many ranks as then train; nothing else is fitted.
+Hosts are network namespaces of this machine (benchmarks/cables.py): that needs root, and Debian's iproute2. The table
+has the seconds of a step, measured (median) and predicted, and its parts; then the median and the largest error, and
+the correlation of ranks. --figure draws one against the other.
+
+    python benchmarks/bench_prediction.py --json times.json --figure times.png
+    python benchmarks/bench_prediction.py --only "2 hosts"
+
+Exit status: 0 done, 1 hosts cannot be made here or a rank failed, 2 a bad argument, 130 interrupted from the keyboard.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import bench_options
+from bench_dispatch import WARM_UP, cable, prepare
+from bench_options import positive
+from cables import Network, unable
+from scipy.stats import spearmanr
+
+from coe_megatron.cli.arguments import Parser, write_out
+from coe_megatron.config import RunConfig
+from coe_megatron.config.load import load
+from coe_megatron.errors import one_line
+from coe_megatron.estimate.machine import machine
+from coe_megatron.estimate.run_estimate import vocabulary
+from coe_megatron.estimate.run_shape import RunShape
+from coe_megatron.estimate.step_time import step_time
+from coe_megatron.files import user_path
+from coe_megatron.text import aligned, duration
+
+HERE = Path(__file__).resolve().parent
+CONFIG = """
+model: {num_layers: 4, hidden_size: 128, num_attention_heads: 4, seq_length: 64, hidden_dropout: 0.0}
+moe: {num_experts: 8, topk: 2, ffn_hidden_size: 96}
+data: {validation_samples: 8}
+optimizer: {lr: 3e-3}
+training: {global_batch: 32, micro_batch: 4}
+"""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Ranks on hosts with cables between them.
+
+    Attributes:
+        layouts: overrides of the config, separated by spaces.
+    """
+
+    hosts: int
+    ranks_per_host: int
+    delay_ms: float
+    rate_mbit: float
+    layouts: tuple[str, ...]
+
+    @property
+    def ranks(self) -> int:
+        """On all hosts."""
+        return self.hosts * self.ranks_per_host
+
+    def __str__(self) -> str:
+        ranks = f"{self.ranks_per_host} rank{'s' * (self.ranks_per_host > 1)}"
+        if self.hosts == 1:
+            return f"1 host, {ranks}"
+        return f"{self.hosts} hosts of {ranks}, {self.rate_mbit:g} Mbit/s, {self.delay_ms:g} ms"
+
+
+_ALONE = ("", "training.micro_batch=8", "chain.iterations=3", "chain.iterations=1 moe.topk=4", "moe.recompute=layer")
+_TWO = (
+    "parallel.expert=2",
+    "parallel.expert=2 moe.dispatcher=deduplicated moe.overlap_chunks=2",
+    "zero.stage=3",
+    "parallel.tensor=2",
+    "parallel.pipeline=2 training.micro_batch=2",
+    "parallel.context=2",
+)
+_FOUR = (
+    "parallel.expert=4",
+    "parallel.expert=2 zero.stage=2",
+    "parallel.tensor=2 parallel.expert=2",
+    "parallel.pipeline=2 parallel.expert=2 training.micro_batch=2",
+    "parallel.expert=4 moe.dispatcher=deduplicated chain.iterations=3",
+)
+_EIGHT = (
+    "parallel.expert=8",
+    "parallel.expert=4 zero.stage=1",
+    "parallel.pipeline=2 parallel.expert=4 training.micro_batch=2",
+    "parallel.tensor=2 parallel.expert=4",
+)
+PLACES = (
+    Place(1, 1, 0, 0, _ALONE),
+    Place(1, 2, 0, 0, _TWO),
+    Place(1, 4, 0, 0, _FOUR),
+    Place(1, 8, 0, 0, _EIGHT),
+    Place(2, 1, 2, 200, _TWO),
+    Place(2, 1, 5, 1000, _TWO),
+    Place(2, 1, 0.1, 10_000, _TWO),
+    Place(2, 2, 0.5, 1000, _FOUR),
+    Place(4, 1, 1, 500, _FOUR),
+    Place(4, 2, 0.5, 1000, _EIGHT),
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, measure, print; returns the exit status."""
+    parser = bench_options.parser("bench_prediction.py", __doc__)
+    parser.add_argument("--only", default="", metavar="TEXT", help="only places whose name contains this")
+    parser.add_argument("--steps", type=positive, default=12, metavar="N", help="timed steps (default: 12)")
+    parser.add_argument("--figure", type=user_path, metavar="FILE", help="draw it as a PNG")
+    return bench_options.run(parser, measure, arguments)
+
+
+def measure(options: argparse.Namespace, parser: Parser) -> int:
+    places = [place for place in PLACES if options.only in str(place)]
+    if not places:
+        parser.error(f"--only: no place has {options.only!r} in its name: {'; '.join(map(str, PLACES))}")
+    if reason := unable():
+        print(f"error: hosts cannot be made of network namespaces here: {one_line(reason)}", file=sys.stderr)
+        return 1
+    folder = Path(tempfile.mkdtemp())
+    prepare(folder / "data")
+    rows: list[dict[str, Any]] = []
+    for number, place in enumerate(places, start=1):
+        print(f"place {number}/{len(places)}: {place}", file=sys.stderr, flush=True)
+        own = folder / str(number)
+        own.mkdir()
+        found = _measure(place, own, folder / "data", options.steps)
+        if found is None:
+            print("error: a rank failed", file=sys.stderr)
+            return 1
+        rows += found
+        write_out("\n".join(_table(place, found)))
+        bench_options.write(options.json, {"rows": rows, "summary": summary(rows)})
+    write_out("\n" + ", ".join(f"{name} {value:.3f}" for name, value in summary(rows).items()))
+    return 0
+
+
+def _measure(place: Place, folder: Path, data: Path, steps: int) -> list[dict[str, Any]] | None:
+    """A row for each layout; None if a rank failed, which has then said why."""
+    file, rows = folder / "machine.yaml", []
+    with Network([cable(place.delay_ms, place.rate_mbit)] * place.hosts, folder / "shell") as network:
+        if not network.run([sys.executable, str(HERE / "bench_machine.py"), str(file)], place.ranks_per_host):
+            return None
+        found = machine(str(file))
+        cores = (os.cpu_count() or 1) / place.hosts  # hosts of this kind share those of this machine
+        found = replace(found, cores=min(cores, found.cores or cores))
+        for number, layout in enumerate(place.layouts):
+            config = _config(place, layout, folder / f"run{number}", data, steps)
+            plan, result = folder / "plan.json", folder / f"result{number}.json"
+            asked = {"warm_up": WARM_UP, "rounds": 1, "steps": steps, "clock": "wall", "result": str(result)}
+            plan.write_text(json.dumps({"configs": [asdict(config)], **asked}))
+            rank = [sys.executable, str(HERE / "bench_dispatch.py"), "--rank", str(plan)]
+            if not network.run(rank, place.ranks_per_host):
+                return None
+            seconds = json.loads(result.read_text())[0]["seconds"][0]
+            run = RunShape.of(config, vocabulary(config), place.ranks)
+            predicted = step_time(run, found)
+            row = {"place": str(place), "layout": layout, "measured": statistics.median(seconds), "steps": seconds}
+            rows.append(row | {"predicted": predicted.total, "parts": predicted.parts})
+    return rows
+
+
+def _config(place: Place, layout: str, output: Path, data: Path, steps: int) -> RunConfig:
+    path, last = output.with_suffix(".yaml"), WARM_UP + steps + 1
+    path.write_text(CONFIG)
+    every = {"log_every": last, "evaluate_every": last + 1, "save_every": last + 1, "steps": last + 1}
+    own = [f"training.{name}={value}" for name, value in every.items()]
+    own += [f"output={output}", f"data.path={data}", f"parallel.ranks_per_node={place.ranks_per_host}"]
+    return load(path, [*own, *layout.split()], place.ranks)
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Median and largest error of predicted against measured times, and the correlation of their ranks."""
+    errors = [abs(row["predicted"] / row["measured"] - 1) for row in rows]
+    found = {"median error": statistics.median(errors), "largest error": max(errors)}
+    if len(rows) > 1:
+        predicted, measured = ([row[name] for row in rows] for name in ("predicted", "measured"))
+        found["correlation of ranks"] = float(spearmanr(predicted, measured).statistic)
+    return found
+
+
+def _table(place: Place, rows: list[dict[str, Any]]) -> list[str]:
+    lines = [("layout", "measured", "predicted", "error", "largest parts")]
+    for row in rows:
+        parts = sorted(row["parts"].items(), key=lambda part: -part[1])[:4]
+        largest = ", ".join(f"{name} {seconds / row['predicted']:.0%}" for name, seconds in parts)
+        error = f"{row['predicted'] / row['measured'] - 1:+.1%}"
+        lines.append((row["layout"] or "-", duration(row["measured"]), duration(row["predicted"]), error, largest))
+    return ["", str(place), *aligned(lines, "<>>><")]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
