@@ -6,7 +6,8 @@ start here as there are GPUs or cores; with one of yours, which starts a process
 are measured too. Prices, peaks, adapters, and what failures cost, are those of --base.
 
     python benchmarks/bench_machine.py node.yaml
-    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-endpoint HOST:29500 benchmarks/bench_machine.py cluster.yaml
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
+        benchmarks/bench_machine.py cluster.yaml
 
 Exit status: 0 done, 1 a process failed, 2 a bad argument, 130 interrupted from the keyboard.
 """
@@ -44,7 +45,7 @@ _PATIENCE = timedelta(minutes=30)
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse, measure, write; returns the exit status."""
-    parser = bench_options.parser("bench_machine.py", __doc__)
+    parser = Parser(prog="bench_machine.py", description=__doc__)
     parser.add_argument("file", type=user_path, help="the machine file to write")
     parser.add_argument("--base", metavar="MACHINE", help="a machine file or name (default: that of the device)")
     parser.add_argument("--description", help="one line (default: the devices of a node)")
@@ -77,7 +78,10 @@ def _environment(kind: str) -> dict[str, str]:
 
 def _base(name: str | None, kind: str) -> Machine:
     if name is not None:
-        return machine(name)
+        try:
+            return machine(name)
+        except ConfigError as error:
+            raise ConfigError(f"--base {error}") from error
     for each in machines():
         if (found := machine(each)).device in kind:
             return found
@@ -96,6 +100,7 @@ def _measure_together(options: argparse.Namespace, base: Machine, kind: str) -> 
     dist.init_process_group("gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl", timeout=_PATIENCE)
     bench, found = Bench(device), {}
     if rank == 0:
+        options.file.parent.mkdir(parents=True, exist_ok=True)
         found = _alone(bench, options.file, base)
     dist.barrier()
     found |= _links(bench, base)
@@ -122,7 +127,7 @@ def _alone(bench: Any, file: Path, base: Machine) -> dict[str, Any]:
     found: dict[str, Any] = {"device": "cpu" if on_cpu else torch.cuda.get_device_name(bench.device)}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         _say(f"matrix products in {name}")
-        peak = asdict(getattr(base, name))["peak"]
+        peak = asdict(getattr(base, name))["peak"] if base.device in found["device"] else None
         found[name] = {"peak": peak, "products": bench.rates(dtype, False), "grouped": bench.rates(dtype, True)}
     _say("elementwise operations, host and disk")
     free = None if on_cpu else float(torch.cuda.mem_get_info(bench.device)[1])
@@ -200,9 +205,18 @@ def _say(what: str) -> None:
         print(f"{what} ...", file=sys.stderr, flush=True)
 
 
+def _rounded(value: Any) -> Any:
+    """With four digits: no measurement here has more."""
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_rounded(each) for each in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
 def _write(path: Path, values: dict[str, Any]) -> None:
     try:
-        write_atomically(path, parsing.to_yaml(values))
+        write_atomically(path, parsing.to_yaml(_rounded(values)))
     except OSError as error:
         raise problem(path, "FILE", error) from None
     write_out(f"{path}: {machine(str(path)).name}")

@@ -31,7 +31,7 @@ def run(made: Parser, measure: Measure, arguments: list[str] | None) -> int:
     """Parse, measure; returns the exit status."""
     options = made.parse_args(arguments)
     try:
-        if options.json is not None:
+        if getattr(options, "json", None) is not None:
             require_folder(options.json.parent, "the folder of --json")
             require_replaceable(options.json, "--json")
         scratch.enter()

@@ -1,15 +1,18 @@
 """The programs of benchmarks/: what they write and refuse; layers that compute different things are not timed."""
 
 import json
+import os
 from pathlib import Path
 
 import layer_times
 import pytest
 import torch
+from machine_times import Call, fitted
 from programs import python
 
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.estimate.closed_forms import ModelShape
+from coe_megatron.estimate.machine import machine
 from coe_megatron.local_backend.expert_activation import SwiGLU
 from coe_megatron.local_backend.expert_mlp import Assignment, ExpertMLP, WeightGradients
 
@@ -75,6 +78,8 @@ def test_a_preparation_is_timed_phase_by_phase(tmp_path: Path) -> None:
         ("layer", "CoE-2 with half the experts"),
         ("data", "plain   SentencePiece's own encoding"),
         ("dispatch", "Hosts are network namespaces of this machine"),
+        ("machine", "Measures this node and its links in about two minutes"),
+        ("prediction", "Holds predicted times of steps against measured ones"),
     ],
 )
 def test_each_benchmark_explains_itself(kind: str, explained: str) -> None:
@@ -91,6 +96,10 @@ def test_each_benchmark_explains_itself(kind: str, explained: str) -> None:
         ("dispatch", ("--variant", "", "--variant", "parallel.expert=1"), "--variant changes parallel"),
         ("dispatch", ("--expert", "3"), "parallel.expert is 3"),
         ("dispatch", ("--delay-ms", "-1"), "argument --delay-ms: '-1' is not a number from 0 to 1000000"),
+        ("machine", ("x.yaml", "--base", "x100"), "--base x100: it must be a machine file, or one of a100"),
+        ("machine", ("x.yaml", "--ranks", "0"), "argument --ranks: '0' is not an integer from 1"),
+        ("machine", ("/dev/null/x.yaml",), "FILE is /dev/null/x.yaml: "),
+        ("prediction", ("--only", "mars"), "--only: no place has 'mars' in its name: 1 host, 1 rank; "),
         ("layer", ("--topk", "3"), "topk is 3: it must be even"),
         ("layer", ("--experts", "4", "--topk", "8"), "topk is 8: it must be at most experts, 4"),
         ("layer", ("--hidden", "0"), "argument --hidden: '0' is not an integer from 1 to 2147483648"),
@@ -101,6 +110,29 @@ def test_a_bad_argument_is_one_line(kind: str, arguments: tuple[str, ...], says:
     done = python(f"benchmarks/bench_{kind}.py", *arguments)
     assert done.returncode == 2
     assert says in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("ways", [(2e-4, 3e-5, 1e9), (1e-3, 0.0, 5e7)])
+def test_a_way_is_what_its_calls_take(ways: tuple[float, float, float]) -> None:
+    start, hop, bandwidth = ways
+    sizes = [(size, sent) for size in (2, 4, 8) for sent in (64.0, 1e5, 1e7)]
+    calls = [Call(size, sent, start + hop * (size - 2) + sent / bandwidth) for size, sent in sizes]
+    assert fitted(calls) == pytest.approx({"start": start, "hop": hop, "bandwidth": bandwidth})
+    assert fitted([Call(2, 64.0, start)])["hop"] == 0  # which groups of two cannot tell
+
+
+@pytest.mark.slow
+@pytest.mark.run
+def test_this_node_is_measured(tmp_path: Path) -> None:
+    file = tmp_path / "new folder" / "node.yaml"
+    done = python("benchmarks/bench_machine.py", file, "--base", "h100", "--ranks", 2, seconds=280)
+    assert done.returncode == 0, done.stderr
+    found = machine(str(file))
+    assert found.measured and done.stdout == f"{file}: {found.name}\n" and "Traceback" not in done.stderr
+    assert (found.ranks_per_node, found.device, found.across, found.bf16.peak) == (2, "cpu", None, None)
+    assert found.failures == machine("h100").failures and found.host.operation > 0 and not found.host.is_asynchronous
+    assert found.inside.ring.bandwidth > 1e6 and found.cores and 0.5 < found.cores <= (os.cpu_count() or 1)
+    assert not list(file.parent.glob(".machine-*")) and list(file.parent.iterdir()) == [file]
 
 
 def test_a_machine_without_network_namespaces_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
