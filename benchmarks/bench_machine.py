@@ -98,10 +98,11 @@ def _measure_together(options: argparse.Namespace, base: Machine, kind: str) -> 
     if kind != "cpu":
         torch.cuda.set_device(device)
     dist.init_process_group("gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl", timeout=_PATIENCE)
-    bench, found = Bench(device), {}
+    bench = Bench(device)
     if rank == 0:
         options.file.parent.mkdir(parents=True, exist_ok=True)
-        found = _alone(bench, options.file, base)
+    dist.barrier()
+    found = _of_rank(bench, options.file, base)
     dist.barrier()
     found |= _links(bench, base)
     if rank == 0:
@@ -119,8 +120,8 @@ def _processor(kind: str) -> str:
     return kind if kind != "cpu" else f"{os.cpu_count()} cores"
 
 
-def _alone(bench: Any, file: Path, base: Machine) -> dict[str, Any]:
-    """What one rank measures while the others wait."""
+def _of_rank(bench: Any, file: Path, base: Machine) -> dict[str, Any]:
+    """What each rank measures while the others do the same; the first one's numbers count."""
     import torch
 
     on_cpu = bench.device.type == "cpu"
@@ -134,7 +135,7 @@ def _alone(bench: Any, file: Path, base: Machine) -> dict[str, Any]:
     found["memory"] = bench.memory() | {"capacity": free}
     found["host"] = {"is_asynchronous": not on_cpu, "wait": bench.wait(), "transfer": bench.transfer()}
     found["host"] |= {"update": bench.update()} | _host(file)
-    found["disk"] = bench.disk(file.parent)
+    found["disk"] = bench.disk(file.parent) if os.environ["RANK"] == "0" else {}
     found["measured"] = f"{datetime.now(UTC):%Y-%m-%d} on {platform.node()}"
     return found
 
@@ -142,7 +143,7 @@ def _alone(bench: Any, file: Path, base: Machine) -> dict[str, Any]:
 def _host(file: Path) -> dict[str, float]:
     """Seconds of an operation and of a step, from training steps of tiny models in a process of its own."""
     _say("steps of tiny models")
-    result = file.with_suffix(".steps")
+    result = file.with_suffix(f".steps-{os.environ['RANK']}")
     launchers = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     alone = {name: value for name, value in os.environ.items() if not name.endswith(launchers)}
     try:
@@ -176,19 +177,19 @@ def _of_steps() -> list[dict[str, float]]:
 
 
 def _links(bench: Any, base: Machine) -> dict[str, Any]:
-    """Cores that ranks share, and the collectives of all groups that a node, or all, can be divided into."""
+    """Ranks that share cores, and the collectives of all groups that a node, or all, can be divided into."""
     import torch.distributed as dist
     from machine_times import Calls
 
     world, ranks = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     on_cpu = bench.device.type == "cpu"
     calls = Calls(bench, ranks)
-    cores = calls.cores() if on_cpu else None
-    _say("collectives inside a node")
-    inside = calls.ways(
-        [(size, 1) for size in _halves(ranks)], lambda sent: sent.inside_node * (ranks if on_cpu else 1)
-    )
-    across = None
+    cores = float(max(ranks, os.cpu_count() or 1)) if on_cpu else None
+    inside, across = asdict(base.inside), None
+    if ranks > 1:
+        _say("collectives inside a node")
+        groups = [(size, 1) for size in _halves(ranks)]
+        inside = calls.ways(groups, lambda sent: sent.inside_node * (ranks if on_cpu else 1))
     if world > ranks:
         _say("collectives between nodes")
         groups = [(world // ranks, ranks), *([(world, 1)] if ranks > 1 else [])]

@@ -13,7 +13,6 @@ Exit status: 0 done, 1 hosts cannot be made here or a rank failed, 2 a bad argum
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -151,8 +150,8 @@ def _measure(place: Place, folder: Path, data: Path, steps: int) -> list[dict[st
         if not network.run([sys.executable, str(HERE / "bench_machine.py"), str(file)], place.ranks_per_host):
             return None
         found = machine(str(file))
-        cores = (os.cpu_count() or 1) / place.hosts  # hosts of this kind share those of this machine
-        found = replace(found, cores=min(cores, found.cores or cores))
+        if place.hosts > 1:  # which share the cores of this machine
+            found = replace(found, cores=float(place.ranks_per_host))
         for number, layout in enumerate(place.layouts):
             config = _config(place, layout, folder / f"run{number}", data, steps)
             plan, result = folder / "plan.json", folder / f"result{number}.json"

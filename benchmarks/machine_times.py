@@ -1,7 +1,7 @@
 """What a rank of bench_machine.py measures: matrix products, moves, host, disk, and collectives.
 
-A number is the median of repeated turns, each long enough for the clock. Collectives are measured by all ranks of the
-groups at once, so that a link and cores are shared as in training.
+A number is the median of repeated turns, each long enough for the clock. All ranks measure at the same time, so that
+cores, memory and links are shared as in training; only the disk is measured by one.
 """
 
 import os
@@ -23,7 +23,6 @@ from coe_megatron.estimate.traffic import Sent, group
 
 _TURNS, _SHORTEST = 5, 2e-3  # of a measurement; seconds of a turn at least
 _EXPERTS = 8  # of a grouped product
-_CONTENDED = 0.9  # ranks that reach less than this of a lone one's speed share its core
 _CALLS = 4  # of a collective, in a turn
 _ADAM = 7 * 4  # bytes that AdamW reads and writes per parameter
 
@@ -195,14 +194,6 @@ class Calls:
 
     bench: Bench
     ranks: int
-
-    def cores(self) -> float:
-        """Cores of a node, or how many its ranks seem to have if they slow each other down."""
-        left = torch.randn(256, 256)
-        alone = self._slowest(self.bench.seconds(lambda: left @ left) if dist.get_rank() == 0 else 0.0)
-        together = self._slowest(statistics.median(self.bench.seconds(lambda: left @ left) for _ in range(_TURNS)))
-        share = alone / together
-        return self.ranks * share if share < _CONTENDED else float(os.cpu_count() or 1)
 
     def ways(self, groups: list[tuple[int, int]], shared: Callable[[Sent], float]) -> dict[str, dict[str, float]]:
         """`estimate.machine.Link` of the collectives in groups.

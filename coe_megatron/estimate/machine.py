@@ -174,8 +174,8 @@ class Machine:
         measured: the date and host of the measurement; null if all numbers are from data sheets or assumed.
         device: part of the device's name in CUDA; `cpu` for processor cores.
         ranks_per_node: devices of a node.
-        cores: if ranks share the cores of a node, how many there are, by the speed of as many ranks; null if each rank
-            has a device of its own.
+        cores: if ranks share the cores of a node, up to how many ranks all numbers hold: more slow each other down, and
+            work hides nothing unless there are fewer; null if each rank has a device of its own.
         adapters: network adapters of a node.
         price: of a device per hour, in any currency; null if unknown.
         bf16, fp32: matrix products.
