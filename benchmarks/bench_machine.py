@@ -3,7 +3,7 @@
 Matrix products by shape and precision, elementwise operations by size, what the host needs for an operation and for a
 step, the optimizer, memory and disk, and collectives by kind, size and group. Without a launcher as many processes
 start here as there are GPUs or cores; with one of yours, which starts a process for each device, links between nodes
-are measured too. Prices, peaks, adapters, and what failures cost, are those of --base.
+are measured too. Prices, peaks, adapters, what failures cost, and links that there are not here, are those of --base.
 
     python benchmarks/bench_machine.py node.yaml
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
@@ -134,8 +134,10 @@ def _of_rank(bench: Any, file: Path, base: Machine) -> dict[str, Any]:
     free = None if on_cpu else float(torch.cuda.mem_get_info(bench.device)[1])
     found["memory"] = bench.memory() | {"capacity": free}
     found["host"] = {"is_asynchronous": not on_cpu, "wait": bench.wait(), "transfer": bench.transfer()}
-    found["host"] |= {"update": bench.update()} | _host(file)
-    found["disk"] = bench.disk(file.parent) if os.environ["RANK"] == "0" else {}
+    found["host"]["update"] = bench.update()
+    is_first = os.environ["RANK"] == "0"
+    found["host"] |= _host(file) if on_cpu or is_first else {}
+    found["disk"] = bench.disk(file.parent) if is_first else {}
     found["measured"] = f"{datetime.now(UTC):%Y-%m-%d} on {platform.node()}"
     return found
 
@@ -151,7 +153,7 @@ def _host(file: Path) -> dict[str, float]:
         many, few = json.loads(result.read_text())
     finally:
         result.unlink(missing_ok=True)
-    operation = (many["seconds"] - few["seconds"]) / (many["operations"] - few["operations"])
+    operation = max(0.0, many["seconds"] - few["seconds"]) / (many["operations"] - few["operations"])
     return {"operation": operation, "step": max(0.0, few["seconds"] - operation * few["operations"])}
 
 
@@ -185,7 +187,7 @@ def _links(bench: Any, base: Machine) -> dict[str, Any]:
     on_cpu = bench.device.type == "cpu"
     calls = Calls(bench, ranks)
     cores = float(max(ranks, os.cpu_count() or 1)) if on_cpu else None
-    inside, across = asdict(base.inside), None
+    inside, across = (asdict(base)[name] for name in ("inside", "across"))
     if ranks > 1:
         _say("collectives inside a node")
         groups = [(size, 1) for size in _halves(ranks)]
