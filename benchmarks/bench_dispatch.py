@@ -121,17 +121,25 @@ def _quiet_megatron() -> None:
 
 
 def _config(options: argparse.Namespace, variant: str, output: Path) -> RunConfig:
-    """The config of a variant, whose steps are neither logged nor evaluated nor saved, but for the last, traced one."""
+    """The config of a variant."""
     data, path = output.parent / "data", options.config or output.parent / "config.yaml"
     if options.config is None:
         path.write_text(CONFIG)
     ranks = options.hosts * options.ranks_per_host
-    steps = WARM_UP + options.rounds * options.steps + 1
-    every = {"log_every": steps, "evaluate_every": steps + 1, "save_every": steps + 1, "steps": steps + 1}
-    own = [f"training.{name}={value}" for name, value in every.items()]
-    own += [f"output={output}", f"parallel.expert={options.expert or ranks}"]
+    own = [
+        *timed_only(options.rounds * options.steps),
+        f"output={output}",
+        f"parallel.expert={options.expert or ranks}",
+    ]
     own += [] if options.config else [f"data.path={data}"]
     return load(path, [*own, *options.overrides, *variant.split()], ranks)
+
+
+def timed_only(steps: int) -> list[str]:
+    """Overrides: no step is logged, evaluated or saved, but for one after the first ones and so many timed ones."""
+    last = WARM_UP + steps + 1
+    every = {"log_every": last, "evaluate_every": last + 1, "save_every": last + 1, "steps": last + 1}
+    return [f"training.{name}={value}" for name, value in every.items()]
 
 
 def prepare(folder: Path) -> None:

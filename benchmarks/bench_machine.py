@@ -29,6 +29,7 @@ from bench_options import positive
 
 from coe_megatron import parsing
 from coe_megatron.cli.arguments import Parser, write_out
+from coe_megatron.cli.estimates import machine_of
 from coe_megatron.errors import ConfigError
 from coe_megatron.estimate.machine import Machine, machine, machines
 from coe_megatron.files import problem, require_writable, user_path, write_atomically
@@ -78,10 +79,7 @@ def _environment(kind: str) -> dict[str, str]:
 
 def _base(name: str | None, kind: str) -> Machine:
     if name is not None:
-        try:
-            return machine(name)
-        except ConfigError as error:
-            raise ConfigError(f"--base {error}") from error
+        return machine_of(name, "--base")
     for each in machines():
         if (found := machine(each)).device in kind:
             return found

@@ -3,9 +3,9 @@
 For each network a machine file is measured (bench_machine.py) by as many ranks as then train; nothing else is fitted.
 Hosts are network namespaces of this machine (benchmarks/cables.py): that needs root, and Debian's iproute2. The table
 has the seconds of a step, measured (median) and predicted, and its parts; then the median and the largest error, and
-the correlation of ranks. --figure draws one against the other.
+the correlation of ranks.
 
-    python benchmarks/bench_prediction.py --json times.json --figure times.png
+    python benchmarks/bench_prediction.py --json times.json
     python benchmarks/bench_prediction.py --only "2 hosts"
 
 Exit status: 0 done, 1 hosts cannot be made here or a rank failed, 2 a bad argument, 130 interrupted from the keyboard.
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_options
-from bench_dispatch import WARM_UP, cable, prepare
+from bench_dispatch import WARM_UP, cable, prepare, timed_only
 from bench_options import positive
 from cables import Network, unable
 from scipy.stats import spearmanr
@@ -34,7 +34,6 @@ from coe_megatron.estimate.machine import machine
 from coe_megatron.estimate.run_estimate import vocabulary
 from coe_megatron.estimate.run_shape import RunShape
 from coe_megatron.estimate.step_time import step_time
-from coe_megatron.files import user_path
 from coe_megatron.text import aligned, duration
 
 HERE = Path(__file__).resolve().parent
@@ -114,7 +113,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser = bench_options.parser("bench_prediction.py", __doc__)
     parser.add_argument("--only", default="", metavar="TEXT", help="only places whose name contains this")
     parser.add_argument("--steps", type=positive, default=12, metavar="N", help="timed steps (default: 12)")
-    parser.add_argument("--figure", type=user_path, metavar="FILE", help="draw it as a PNG")
     return bench_options.run(parser, measure, arguments)
 
 
@@ -169,12 +167,10 @@ def _measure(place: Place, folder: Path, data: Path, steps: int) -> list[dict[st
 
 
 def _config(place: Place, layout: str, output: Path, data: Path, steps: int) -> RunConfig:
-    path, last = output.with_suffix(".yaml"), WARM_UP + steps + 1
+    path = output.with_suffix(".yaml")
     path.write_text(CONFIG)
-    every = {"log_every": last, "evaluate_every": last + 1, "save_every": last + 1, "steps": last + 1}
-    own = [f"training.{name}={value}" for name, value in every.items()]
-    own += [f"output={output}", f"data.path={data}", f"parallel.ranks_per_node={place.ranks_per_host}"]
-    return load(path, [*own, *layout.split()], place.ranks)
+    own = [f"output={output}", f"data.path={data}", f"parallel.ranks_per_node={place.ranks_per_host}"]
+    return load(path, [*timed_only(steps), *own, *layout.split()], place.ranks)
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, float]:

@@ -80,7 +80,7 @@ class Network:
         listed = [_ip("netns", "pids", self._space(host)).split() for host in self.hosts]
         return [psutil.Process(int(pid)) for pids in listed for pid in pids if psutil.pid_exists(int(pid))]
 
-    def start(self, program: list[str], ranks_per_host: int) -> list[subprocess.Popen]:
+    def _start(self, program: list[str], ranks_per_host: int) -> list[subprocess.Popen]:
         """Start so many ranks of a program on each host, with torchrun's variables; their output is dropped."""
         ranks = len(self.hosts) * ranks_per_host
         shared: dict[str, object] = {
@@ -102,7 +102,7 @@ class Network:
 
     def run(self, program: list[str], ranks_per_host: int) -> bool:
         """Wait for so many ranks of a program on each host; whether none failed. The first failure ends all."""
-        ranks = self.start(program, ranks_per_host)
+        ranks = self._start(program, ranks_per_host)
         while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
             time.sleep(0.2)
         if failed := any(rank.poll() for rank in ranks):

@@ -19,12 +19,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from scipy.optimize import nnls
 
+from coe_megatron.estimate.step_time import UPDATE_BYTES
 from coe_megatron.estimate.traffic import Sent, group
 
 _TURNS, _SHORTEST = 5, 2e-3  # of a measurement; seconds of a turn at least
 _EXPERTS = 8  # of a grouped product
 _CALLS = 4  # of a collective, in a turn
-_ADAM = 7 * 4  # bytes that AdamW reads and writes per parameter
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ class Bench:
         return statistics.median(self.turn(work, calls) for _ in range(_TURNS)) / calls
 
     def turn(self, work: Callable[[], object], calls: int) -> float:
+        """Seconds of so many calls."""
         self._finish()
         start = time.perf_counter()
         for _ in range(calls):
@@ -152,7 +153,7 @@ class Bench:
         parameter.grad = torch.ones_like(parameter)
         optimizer = torch.optim.AdamW([parameter], fused=True)
         host = Bench(torch.device("cpu"))
-        return _ADAM * 2**22 / host.seconds(optimizer.step)
+        return UPDATE_BYTES * 2**22 / host.seconds(optimizer.step)
 
     def disk(self, folder: Path) -> dict[str, float]:
         """Bytes per second of a file that is written and synchronised, and read without the host's cache."""

@@ -129,13 +129,10 @@ def test_this_node_is_measured(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = machine(str(file))
     assert found.measured and done.stdout == f"{file}: {found.name}\n" and "Traceback" not in done.stderr
-    assert (found.ranks_per_node, found.device, found.across, found.bf16.peak) == (
-        2,
-        "cpu",
-        machine("h100").across,
-        None,
-    )
-    assert found.failures == machine("h100").failures and found.host.operation > 0 and not found.host.is_asynchronous
+    base = machine("h100")
+    assert (found.ranks_per_node, found.device, found.bf16.peak) == (2, "cpu", None)
+    assert (found.across, found.failures) == (base.across, base.failures)
+    assert found.host.operation > 0 and not found.host.is_asynchronous
     assert found.inside.ring.bandwidth > 1e6 and found.cores == max(2, os.cpu_count() or 1)
     assert not list(file.parent.glob(".machine-*")) and list(file.parent.iterdir()) == [file]
 

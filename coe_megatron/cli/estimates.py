@@ -74,7 +74,7 @@ def best_save_interval(config: RunConfig, machine_name: str, ranks: int, spare_n
     Raises:
         ConfigError: there is no such machine.
     """
-    found = _machine(machine_name, "COE_MACHINE")
+    found = machine_of(machine_name, "COE_MACHINE")
     run = resolved(config, vocabulary(config), ranks)
     failures = replace(found.failures, spare_nodes=spare_nodes)
     return best_interval(Job.of(run, found, step_time(run, found).total), failures)
@@ -192,12 +192,8 @@ def _layout(found: Found) -> str:
     return ", ".join(parts)
 
 
-def machine_of(name: str) -> Machine:
-    """The machine of `--machine`."""
-    return _machine(name, "--machine")
-
-
-def _machine(name: str, said_by: str) -> Machine:
+def machine_of(name: str, said_by: str = "--machine") -> Machine:
+    """The machine that an option or variable names."""
     try:
         return machine(name)
     except ConfigError as error:

@@ -30,7 +30,7 @@ from coe_megatron.text import aligned, duration
 _BAR = 40  # columns of the longest part
 _FP32 = 4
 _NORM_READS = 2 * _FP32  # bytes per parameter of its gradient: its norm is taken, and it is scaled
-_UPDATE = 7 * _FP32  # AdamW reads and writes weights and two moments, and reads gradients
+UPDATE_BYTES = 7 * _FP32  # per parameter: AdamW reads and writes weights and two moments, and reads gradients
 _GRADIENT_MOVES = 10  # elements per parameter and backward pass: sums over micro-batches, copies into buckets
 
 
@@ -293,5 +293,5 @@ def _update(costs: Costs, shards: ParameterShards) -> float:
     norm = costs.moves(Moves(_NORM_READS * size, 2)) + host.wait
     if run.config.zero.offload_optimizer:
         moved = (_FP32 + run.element_bytes) * size
-        return norm + costs.slowdown * (moved / host.transfer + _UPDATE * size / host.update)
-    return norm + costs.moves(Moves((_UPDATE + run.element_bytes * (run.element_bytes < _FP32)) * size, 1))
+        return norm + costs.slowdown * (moved / host.transfer + UPDATE_BYTES * size / host.update)
+    return norm + costs.moves(Moves((UPDATE_BYTES + run.element_bytes * (run.element_bytes < _FP32)) * size, 1))

@@ -1,6 +1,7 @@
 """A small study to change."""
 
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,9 @@ def study_file(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def study_program(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+def study_program(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., tuple[int, str, str]]]:
     """coe-study in this process: its exit status, and what it wrote to stdout and stderr."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
 
     def run(*arguments: object) -> tuple[int, str, str]:
         try:
@@ -57,4 +59,6 @@ def study_program(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int
         written = capsys.readouterr()
         return int(status), written.out, written.err
 
-    return run
+    yield run
+    for number, handler in before.items():  # which the program has made its own
+        signal.signal(number, handler)

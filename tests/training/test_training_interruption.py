@@ -15,7 +15,6 @@ from coe_megatron.training.signals import StopRequest
 @pytest.fixture
 def listen() -> Iterator[Callable[..., StopRequest]]:
     made = []
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background programs ignore it
 
     def make(stop_file: Path | None = None) -> StopRequest:
         made.append(StopRequest(stop_file))
@@ -24,7 +23,6 @@ def listen() -> Iterator[Callable[..., StopRequest]]:
     yield make
     for interruption in made:
         interruption.restore_handlers()
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
