@@ -11,6 +11,7 @@ from fuzz_targets import Target, finite, printable
 from hypothesis import strategies as st
 
 from coe_megatron.config import dump, parse
+from coe_megatron.estimate.machine import machine
 from coe_megatron.run import folder as run_folder
 from coe_megatron.run.metrics_log import read_metrics
 from coe_megatron.run.record import read_record
@@ -55,7 +56,9 @@ class Records(Target):
         rows = statuses([folder])
         assert printable(table(rows, time.time()))
         assert finite([row.as_dict() for row in rows]), "status.py --json has numbers that are no JSON"
-        refusals = attempt(lambda: read_metrics(run / "metrics.jsonl")) + attempt(lambda: calibrate(run, 100.0))
+        refusals = attempt(lambda: read_metrics(run / "metrics.jsonl")) + attempt(
+            lambda: calibrate(run, machine("cpu"))
+        )
         refusals += attempt(lambda: self._compare(run))
         before = {path: path.read_bytes() for path in run.iterdir() if path.is_file() and not path.is_symlink()}
         try:

@@ -15,7 +15,7 @@ from pathlib import Path
 from coe_megatron.cli.arguments import Parser, program_name, write_out
 from coe_megatron.config.layout import layout
 from coe_megatron.errors import ConfigError, one_line
-from coe_megatron.estimate.devices import DEVICES
+from coe_megatron.estimate.machine import machines
 from coe_megatron.files import problem, require_replaceable, user_path, write_atomically
 from coe_megatron.launcher.torchrun_supervisor import Requests
 from coe_megatron.run.exit_status import ExitStatus
@@ -39,7 +39,7 @@ from coe_megatron.study.run.slurm_arrays import submissions
 EPILOG = """examples:
   %(prog)s plan configs/studies/paper/main-pair.yaml
   %(prog)s plan configs/studies/cpu/main-pair.yaml --calibration runs/cpu/moe_8-64
-  %(prog)s plan configs/studies/paper/width.yaml --device h100 --price 2.50 training.steps=500
+  %(prog)s plan configs/studies/paper/width.yaml --machine h100 --price 2.50 training.steps=500
   %(prog)s run configs/studies/cpu/main-pair.yaml --at-once 2
   %(prog)s run configs/studies/cpu/main-pair.yaml --only coe-2-4-64_prenorm --seed 2
   %(prog)s submit configs/studies/paper/main-pair.yaml --sbatch='--gpus-per-node=1 --time=1:00:00'
@@ -81,14 +81,21 @@ def make_parser() -> Parser:
             "study", type=user_path, metavar="STUDY.yaml", help="a file, or a packaged one: studies/cpu/main-pair.yaml"
         )
         command.add_argument("overrides", nargs="*", default=[], help="key.sub=value, for all arms")
-        device = f"device for the estimated hours: {', '.join(DEVICES)} (default: the study's `device`)"
-        command.add_argument("--device", metavar="NAME", help=device)
-        speed = "the folder of a finished run on such a device, whose measured speed the estimated hours are based on"
+        machine = (
+            f"for the predicted hours: a machine file, or {', '.join(machines())} (default: the study's `machine`)"
+        )
+        command.add_argument("--machine", metavar="NAME", help=machine)
+        speed = "the folder of a finished run on such a machine, whose measured speed the predicted hours are based on"
         command.add_argument("--calibration", type=user_path, metavar="RUN", help=speed)
     plan, run, submit, status, report = (parsers[name] for name in ("plan", "run", "submit", "status", "report"))
-    memory = "memory of a device, which all arms must fit, such as 80GiB (default: the device's)"
+    memory = "memory of a device, which all arms must fit, such as 80GiB (default: the machine's)"
     plan.add_argument("--device-memory", metavar="SIZE", help=memory)
-    plan.add_argument("--price", type=price, metavar="PRICE", help="price of one device-hour, for the total cost")
+    plan.add_argument(
+        "--price",
+        type=price,
+        metavar="PRICE",
+        help="price of one device-hour, for the total cost (default: the machine's)",
+    )
     plan.add_argument("--json", action="store_true", help="print one JSON object, unrounded")
     for command in (run, submit):
         command.add_argument("--only", metavar="ARM", help="only this arm")
@@ -140,7 +147,7 @@ def whole_number(text: str) -> int:
 def planned(options: argparse.Namespace) -> Plan:
     """The study's plan; it depends on what tuning runs have left in their folders."""
     limits = (options.device_memory, options.price) if options.command == "plan" else (None, None)
-    return make_plan(options.study, options.overrides, options.device, options.calibration, *limits)
+    return make_plan(options.study, options.overrides, options.machine, options.calibration, *limits)
 
 
 def run(plan: Plan, options: argparse.Namespace) -> ExitStatus:

@@ -3,13 +3,14 @@
 `resolved` replaces `auto` once, before anything is built or estimated. The choice follows from the config, the layout
 and the report that `parallel.network` names, so that a dry run and all attempts of a run agree.
 
-Nothing measured applies without a report, and to expert-parallel groups inside a node, where the check measures
-nothing. Then bytes decide: `deduplicated` if it sends at most 0.9 of what `alltoall` does, since it has more work with
-its rows; and one chunk, since chunks send the same bytes in more collectives.
+Nothing measured applies without a report, to expert-parallel groups inside a node, where the check measures nothing,
+and to devices that no packaged machine file has. Then bytes decide: `deduplicated` if it sends at most 0.9 of what
+`alltoall` does, since it has more work with its rows; and one chunk, since chunks send the same bytes in more
+collectives.
 
 With a measurement, the simplest candidate is taken that is predicted to be within 5 % of the fastest
-(`estimate.exchange_time`): the speed of devices is an assumption, and more chunks mean more and smaller kernels. What a
-chunk can hide is the work of the others. If the speed of the device is unknown, there is one chunk.
+(`estimate.step_time`): the speed of devices may be an assumption, and more chunks mean more and smaller kernels. What a
+chunk can hide is the work of the others.
 """
 
 from collections.abc import Sequence
@@ -18,17 +19,12 @@ from itertools import product
 from typing import Any
 
 from coe_megatron.config.settings import Dispatcher, MoESettings, RunConfig
-from coe_megatron.estimate.exchange_time import (
-    BACKWARD,
-    FORWARD,
-    device_of,
-    has_megatrons_dispatcher,
-    speeds_between,
-    step_seconds,
-)
+from coe_megatron.estimate.exchange_time import BACKWARD, FORWARD, has_megatrons_dispatcher
+from coe_megatron.estimate.machine import Machine
 from coe_megatron.estimate.measured_network import read_network
 from coe_megatron.estimate.run_shape import RunShape
-from coe_megatron.estimate.traffic import Sent, expert_traffic
+from coe_megatron.estimate.step_time import moe_seconds
+from coe_megatron.estimate.traffic import Sent, expert_nodes, expert_traffic
 from coe_megatron.text import duration
 
 _CHUNKS = (1, 2, 4)
@@ -139,8 +135,13 @@ def _options(config: RunConfig, moe: MoESettings) -> tuple[Sequence[Dispatcher],
 
 def _candidates(run: RunShape, dispatchers: Sequence[Dispatcher], chunks: Sequence[int]) -> tuple[Candidate, ...]:
     """Chunks only if their effect is known."""
-    known = chunks if speeds_between(run) is not None and device_of(run) is not None else chunks[:1]
+    known = chunks if _measured(run) is not None else chunks[:1]
     return tuple(_candidate(_with(run, dispatcher, count)) for count, dispatcher in product(known, dispatchers))
+
+
+def _measured(run: RunShape) -> Machine | None:
+    """The machine with the measured network between its nodes; None if tokens stay inside a node, or it is unknown."""
+    return run.network.machine if run.network is not None and expert_nodes(run) > 1 else None
 
 
 def _choose(candidates: Sequence[Candidate]) -> Candidate:
@@ -162,7 +163,8 @@ def _candidate(run: RunShape) -> Candidate:
 
 def _of_stage(run: RunShape, stage: int) -> Candidate:
     moe, sent = run.config.moe, sum(expert_traffic(run, stage).values(), Sent(0, 0))
-    collectives, seconds = _collectives(run, stage), step_seconds(run, stage)
+    machine, collectives = _measured(run), _collectives(run, stage)
+    seconds = None if machine is None or collectives is None else moe_seconds(run, machine, stage)
     return Candidate(moe.dispatcher, moe.resolved_chunks(), sent.total, sent.across_nodes, collectives, seconds)
 
 
@@ -182,14 +184,15 @@ def _with(run: RunShape, dispatcher: Dispatcher, chunks: int) -> RunShape:
 
 
 def _basis(run: RunShape) -> str:
-    network, speeds = run.network, speeds_between(run)
+    network = run.network
     if run.config.moe.capacity_factor is not None:
         return "the only choice with moe.capacity_factor"
     if network is None:
         return "by bytes alone: parallel.network is null"
     if network.speeds is None:
         return f"by bytes alone: {network.name} has no measurement over all nodes"
-    if speeds is None:
+    if expert_nodes(run) == 1:
         return f"by bytes alone: tokens stay inside nodes of {run.config.parallel.ranks_per_node} ranks"
-    known = "" if device_of(run) else f"; one chunk: the speed of {network.device or 'the devices'} is unknown"
-    return f"{network.name}: {speeds}{known}"
+    if network.machine is None:
+        return f"by bytes alone: the speed of {network.device or 'the devices'} is unknown"
+    return f"{network.name}: {network.speeds}"

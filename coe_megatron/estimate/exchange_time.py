@@ -1,18 +1,13 @@
-"""The predicted time of a step in MoE layers, from what the node check measured between nodes.
+"""The time of tokens' ways through a chain, chunk by chunk.
 
 `chain_seconds` goes through a chain as `CoELayer` does, chunk by chunk in turns, with these times:
 
-* a way there or back: the bytes that leave the node at the measured bandwidth. If the nodes have GPUs, each rank is
-  assumed to have a network adapter as fast as that of the check's process; otherwise the ranks of a node share what was
-  measured. Bytes inside a node are assumed to be faster.
-* the measured latency of each all-to-all. Rows are one, gates with local experts another, sums one; in the backward
-  pass gradients of sums are one, and of rows and gates two. NCCL delivers those of a group one after the other, gloo
-  two at once, since a group has two threads.
-* the host's wait for the sizes: an all-to-all, or with expert tensor parallelism an all-gather, which goes round a ring
-  with a latency for each node but one. In the backward pass, in a recomputed pass, and where `fixed` gating uses
-  choices again, the sizes are known.
-* routers and experts: their FLOPs at the assumed speed of the device; each chunk loads the experts' weights again. The
-  backward pass computes twice as much.
+* a way there or back, and the latency of each all-to-all. Rows are one, gates with local experts another, sums one; in
+  the backward pass gradients of sums are one, and of rows and gates two. NCCL delivers those of a group one after the
+  other, gloo two at once, since a group has two threads.
+* the host's wait for the sizes: an all-to-all, or with expert tensor parallelism an all-gather. In the backward pass,
+  in a recomputed pass, and where `fixed` gating uses choices again, the sizes are known.
+* routers and experts: each chunk loads the experts' weights again. The backward pass computes twice as much.
 
 So chunks pay for more latencies, and hide work behind ways. Gathers of expert tensor parallelism, which is inside
 nodes, take no time here.
@@ -21,45 +16,16 @@ nodes, take no time here.
 from dataclasses import dataclass, replace
 from heapq import heapreplace
 
-from coe_megatron.estimate.closed_forms import ModelShape, forward_flops
-from coe_megatron.estimate.devices import Device, find_device
-from coe_megatron.estimate.measured_network import Speeds
+from coe_megatron.estimate.closed_forms import ModelShape
 from coe_megatron.estimate.run_shape import RunShape
-from coe_megatron.estimate.traffic import expert_nodes, one_way
 
 FORWARD, BACKWARD = (2, 1), (1, 2)  # all-to-alls that start together, before the experts and after them
 _SIMULATED = 32  # iterations; further ones take as long
 
 
-def speeds_between(run: RunShape) -> Speeds | None:
-    """What was measured between the nodes of an expert-parallel group; None if it is on one node, or nothing was."""
-    return run.network.speeds if run.network is not None and expert_nodes(run) > 1 else None
-
-
-def device_of(run: RunShape) -> Device | None:
-    """The device that the report names; None if its speed is unknown, as that of GPUs in fp32."""
-    if run.network is None or (run.network.has_gpus and run.config.training.precision == "fp32"):
-        return None
-    return find_device(run.network.device)
-
-
 def has_megatrons_dispatcher(run: RunShape) -> bool:
     """Whether Megatron's dispatcher sends the tokens, and not ours."""
     return run.config.moe.capacity_factor is not None or run.config.moe.dispatcher == "allgather"
-
-
-def step_seconds(run: RunShape, stage: int) -> float | None:
-    """Seconds of a step in the MoE layers of a pipeline stage, without idle time of the pipeline.
-
-    None if nothing was measured that applies, or if Megatron's dispatcher sends the tokens. Work takes no time if the
-    speed of the device is unknown.
-    """
-    speeds = speeds_between(run)
-    if speeds is None or has_megatrons_dispatcher(run):
-        return None
-    kinds = run.stage_model(stage).moe_kinds
-    layers = (count * sum(layer_seconds(run, kind, _forward(run, kind, speeds))) for count, kind in kinds)
-    return run.micro_batches * sum(layers)
 
 
 @dataclass(frozen=True)
@@ -109,27 +75,6 @@ def layer_seconds(run: RunShape, kind: ModelShape, forward: PassSeconds) -> tupl
         return chain_seconds(each, chunks, simulated, routings) * iterations / simulated
 
     return seconds(forward), sum(map(seconds, (*again, forward.backward)))
-
-
-def _forward(run: RunShape, kind: ModelShape, speeds: Speeds) -> PassSeconds:
-    """Of one of `moe.overlap_chunks` chunks."""
-    chunks, layout, flops = run.config.moe.resolved_chunks(), run.layout, forward_flops(kind)
-    tokens = run.config.training.micro_batch * kind.seq_length / layout.tensor / layout.context / chunks
-    rows = tokens * layout.expert * layout.expert_tensor * kind.topk / kind.experts  # of an expert
-    has_gpus = run.network is not None and run.network.has_gpus
-    sent = one_way(run, kind).across_nodes * (1 if has_gpus else run.ranks_on_a_node)
-    seconds, loading = 0.0, 0.0  # per FLOP of a token in all layers; of weights, as a part of the products
-    if device := device_of(run):
-        seconds, loading = tokens / kind.num_moe_layers / device.rate, device.half_rows / rows
-    return PassSeconds(
-        way=sent / speeds.bandwidth / chunks,
-        latency=speeds.latency,
-        sizes=speeds.latency * (expert_nodes(run) - 1 if layout.expert_tensor > 1 else 1),
-        router=flops.routers * seconds / kind.routings,
-        shared=flops.shared * seconds / kind.chain.iterations,
-        experts=flops.experts * seconds / kind.chain.iterations * (1 + loading),
-        at_once=1 if has_gpus else 2,
-    )
 
 
 class _Group:

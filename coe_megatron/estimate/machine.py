@@ -6,7 +6,7 @@ name alone (`h100`).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from math import exp, log
 from pathlib import Path
 from typing import Annotated
@@ -249,6 +249,21 @@ def machine(name: str) -> Machine:
 def machines() -> list[str]:
     """The names of the packaged machine files."""
     return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+
+
+@cache
+def machine_of_device(name: str) -> Machine | None:
+    """The packaged machine with these devices; None if there is none.
+
+    Args:
+        name: as CUDA names a device, or `cpu` with anything after it.
+    """
+    found = [each for each in map(machine, machines()) if name.startswith(each.device) or _is_in_cuda(each, name)]
+    return max(found, key=lambda each: len(each.device), default=None)  # the first one has the faster network
+
+
+def _is_in_cuda(found: Machine, name: str) -> bool:
+    return found.cores is None and found.device in name
 
 
 def _lists(found: Machine) -> list[tuple[str, Sequence[float], Sequence[object]]]:

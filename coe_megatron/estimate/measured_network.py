@@ -1,12 +1,14 @@
 """What the node check (`launch/check_nodes.py --report`) measured of the network between nodes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from coe_megatron.errors import ConfigError
+from coe_megatron.estimate.machine import Link, Machine, Way, machine_of_device
 from coe_megatron.files import problem, read_limited
 from coe_megatron.parsing import JSON_BYTES, first_of, parse_json
 from coe_megatron.text import duration
@@ -49,10 +51,20 @@ class MeasuredNetwork:
         """The name of the report's file."""
         return Path(self.report).name
 
-    @property
-    def has_gpus(self) -> bool:
-        """Whether the devices of the nodes are GPUs."""
-        return bool(self.device) and not self.device.startswith("cpu")
+    @cached_property
+    def machine(self) -> Machine | None:
+        """The packaged machine with these devices, and what was measured between its nodes; None without either.
+
+        If the nodes have GPUs, each is assumed to have a network adapter as fast as that of the check's process;
+        otherwise the ranks of a node share what was measured. A ring goes from node to node, with a latency for each.
+        """
+        found = machine_of_device(self.device)
+        if found is None or self.speeds is None:
+            return None
+        start, bandwidth = self.speeds.latency, self.speeds.bandwidth
+        way, ring = Way(start, 0.0, bandwidth), Way(start, start, bandwidth)
+        adapters = found.ranks_per_node if found.cores is None else 1
+        return replace(found, across=Link(all_to_all=way, ring=ring, point_to_point=way), adapters=adapters)
 
 
 class _Strict(BaseModel):

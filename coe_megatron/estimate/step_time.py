@@ -114,7 +114,7 @@ class Costs:
         if self.machine.across is None or not group.others_across:
             return own + times * _latency(inside, group)
         across = getattr(self.machine.across, way)
-        others = sent.across_nodes * ranks / (self.machine.adapters * across.bandwidth)
+        others = sent.across_nodes * max(1.0, ranks / self.machine.adapters) / across.bandwidth
         return max(own, others) + times * _latency(across, group)
 
 
@@ -140,6 +140,11 @@ def products_and_moves(costs: Costs) -> float:
     """Seconds of a micro-batch in the first pipeline stage, both directions, without collectives."""
     passes = _Passes(costs, 0)
     return sum(sum(passes.work(backward).values()) for backward in (False, True))
+
+
+def moe_seconds(run: RunShape, machine: Machine, stage: int) -> float:
+    """Seconds of a step in the MoE layers of a pipeline stage, without idle time of the pipeline."""
+    return run.micro_batches * _Passes(Costs(run, machine), stage).moe_layers()
 
 
 def inner_collectives(costs: Costs) -> float:
@@ -219,28 +224,33 @@ class _Passes:
         each = [self._exposed(count, kind) for count, kind in self._rank.shape.moe_kinds]
         return sum(forward for forward, _ in each), sum(backward for _, backward in each)
 
+    def moe_layers(self) -> float:
+        """Seconds in MoE layers with the journeys of their tokens, both directions."""
+        run, kinds = self.costs.run, self._rank.shape.moe_kinds
+        return sum(count * sum(layer_seconds(run, kind, self._chunk(kind))) for count, kind in kinds)
+
     def _exposed(self, count: int, kind: ModelShape) -> tuple[float, float]:
-        run, chunks = self.costs.run, self.costs.run.config.moe.resolved_chunks()
-        each = self._chunk(kind, chunks)
+        run, each = self.costs.run, self._chunk(kind)
         forward, backward = layer_seconds(run, kind, each)
-        routed, iterations = kind.routings * chunks * each.router, kind.chain.iterations * chunks
-        work = routed + iterations * (each.shared + each.experts)
+        chunks = run.config.moe.resolved_chunks()
+        work = chunks * (kind.routings * each.router + kind.chain.iterations * (each.shared + each.experts))
         repeats = run.config.moe.recompute in ("iteration", "layer")
         return count * (forward - work), count * (backward - (2 + repeats) * work)
 
-    def _chunk(self, kind: ModelShape, chunks: int) -> PassSeconds:
+    def _chunk(self, kind: ModelShape) -> PassSeconds:
         """Of a chunk in an iteration, forward."""
-        run, costs = self.costs.run, self.costs
+        run, costs, chunks = self.costs.run, self.costs, self.costs.run.config.moe.resolved_chunks()
         group = groups(run.layout, run.config.parallel.ranks_per_node)["expert"]
         work, products = self._rank.iteration(kind, True, chunks), {"routers": 0.0, "shared": 0.0, "experts": 0.0}
         for product in work.products:
             name = product.kind if product.kind in products else "experts"
             products[name] += costs.product(product)
         latency = costs.collective("all_to_all", Sent(0, 0), group)
+        sizes = costs.collective("ring", Sent(0, 0), group) if run.layout.expert_tensor > 1 else latency
         return PassSeconds(
             way=costs.collective("all_to_all", one_way(run, kind), group, 0.0) / chunks,
             latency=latency,
-            sizes=latency + costs.machine.host.wait,
+            sizes=sizes + costs.machine.host.wait,
             router=products["routers"],
             shared=products["shared"],
             experts=products["experts"] + costs.moves(work.forward),

@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from coe_megatron.estimate.devices import peak_of
+from coe_megatron.estimate.machine import machine_of_device
 from coe_megatron.local_backend.expert_mlp import has_amx
 
 _FAST_CAPABILITIES = (9, 10)
@@ -23,7 +23,8 @@ def peak_flops(precision: str, device_name: str | None = None) -> float | None:
     """
     if device_name is None:
         device_name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return peak_of(device_name) if precision == "bf16" else None
+    found = machine_of_device(device_name) if precision == "bf16" else None
+    return None if found is None else found.bf16.peak
 
 
 def slow_experts(precision: str, capability: tuple[int, int] | None = None) -> str | None:

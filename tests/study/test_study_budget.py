@@ -10,6 +10,7 @@ from flops_counted import counting
 from model_build import reset_megatron
 
 from coe_megatron.errors import ConfigError
+from coe_megatron.estimate.machine import machine
 from coe_megatron.estimate.run_shape import RunShape
 from coe_megatron.model.build import build_model
 from coe_megatron.study.plan.amounts import Amounts, Speed
@@ -18,7 +19,7 @@ from coe_megatron.study.plan.budget import Solved, nearest, solve
 from coe_megatron.study.plan.study_file import Quantity, read_study
 
 Write = Callable[..., Path]
-AMOUNTS = Amounts(Speed(rate=1e9, half_rows=4.0, startup=0.01, saving=0.001))
+AMOUNTS = Amounts(Speed(machine("cpu"), startup=0.01, saving=0.001))
 # The chain has a tenth more to do than the baseline in everything but memory, and other sizes where these are solved.
 SOLVED = [
     ("expert_compute", "training.steps", [50, 120], 1),
@@ -204,9 +205,9 @@ def test_a_mistake_is_one_line(study_file: Write, given: dict[str, Any], said: s
     assert "\n" not in str(error.value)
 
 
-def test_seconds_need_a_device(study_file: Write) -> None:
+def test_seconds_need_a_machine(study_file: Write) -> None:
     study = make_study(read_study(study_file(budget=budget("wall_clock", "training.steps", [20, 400]))))
-    with pytest.raises(ConfigError, match="wall_clock requires a device"):
+    with pytest.raises(ConfigError, match="wall_clock requires a machine"):
         solve(study, Amounts())
 
 

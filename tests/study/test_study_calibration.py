@@ -1,4 +1,4 @@
-"""Hours by ratios of FLOPs from a finished run's own files."""
+"""Hours from a finished run's own files: as many times longer than predicted as its own."""
 
 import json
 from collections.abc import Callable
@@ -12,18 +12,26 @@ import pytest
 from coe_megatron.config import RunConfig, dump
 from coe_megatron.config.settings import DataSettings, ModelSettings, TrainingSettings
 from coe_megatron.errors import ConfigError
-from coe_megatron.study.plan.amounts import Amounts, Speed
+from coe_megatron.estimate.machine import machine
+from coe_megatron.study.plan.amounts import Amounts, RunTotals, Speed
 from coe_megatron.study.plan.calibration import calibrate
 
-HALF_ROWS = 24.0
+CPU = machine("cpu")
 CONFIG = RunConfig(
     model=ModelSettings(vocab_size=64),
     data=DataSettings(path="nowhere", validation_samples=40),
     training=TrainingSettings(steps=50, log_every=10, evaluate_every=20, save_every=20, milestones=[5]),
 )
 STARTUP, A_STEP, A_SAVE, RANKS = 7.0, 2.0, 3.0, 2
-A_PASS = A_STEP * 40 / CONFIG.training.global_batch / 3
 Write = Callable[..., Path]
+
+
+def on_its_ranks(config: RunConfig, speed: Speed | None = None) -> RunTotals:
+    return Amounts(speed or Speed(CPU)).run(config, RANKS)
+
+
+PREDICTED = on_its_ranks(CONFIG)
+A_PASS = PREDICTED.seconds.evaluations / 4 * A_STEP / PREDICTED.step.total  # of four evaluations
 
 
 @pytest.fixture
@@ -56,62 +64,43 @@ def run(tmp_path: Path) -> Write:
     return write
 
 
-def on_its_ranks(config: RunConfig) -> RunConfig:
-    return replace(config, parallel=replace(config.parallel, world_size=RANKS))
-
-
 def test_the_run_itself_is_predicted(run: Write) -> None:
-    speed = calibrate(run(), HALF_ROWS)
-    totals = Amounts(speed).run(on_its_ranks(CONFIG))
+    totals = on_its_ranks(CONFIG, calibrate(run(), CPU))
     seconds = totals.seconds
     assert seconds.steps == pytest.approx(50 * A_STEP)
-    assert seconds.evaluations == pytest.approx(totals.evaluations * A_PASS) and totals.evaluations == 4
+    assert seconds.evaluations == pytest.approx(4 * A_PASS)
     assert seconds.checkpoints == pytest.approx(totals.checkpoints * A_SAVE) and totals.checkpoints == 4
     assert seconds.startup == pytest.approx(STARTUP)
     assert seconds.total == pytest.approx(STARTUP + 50 * A_STEP + 4 * A_PASS + 4 * A_SAVE)
 
 
-def test_another_run_takes_longer_by_its_flops(run: Write) -> None:
-    amounts = Amounts(calibrate(run(), HALF_ROWS))
+def test_another_run_takes_longer_as_predicted(run: Write) -> None:
+    speed = calibrate(run(), CPU)
     larger = replace(CONFIG, model=replace(CONFIG.model, num_layers=8), training=replace(CONFIG.training, steps=500))
-    one, other = (amounts.run(on_its_ranks(config)).seconds for config in (CONFIG, larger))
-    ratio = amounts.run(larger).weighted_flops(HALF_ROWS) / amounts.run(CONFIG).weighted_flops(HALF_ROWS)
+    one, other = (on_its_ranks(config, speed) for config in (CONFIG, larger))
+    ratio = other.step.total / one.step.total
     assert 1.5 < ratio < 2
-    assert other.steps == pytest.approx(10 * ratio * one.steps)
-    assert other.startup == one.startup
-
-
-def test_few_rows_for_an_expert_take_longer_than_their_flops() -> None:
-    """K halved and C doubled: the same products in pieces of half the rows."""
-    amounts = Amounts(Speed(1e9, HALF_ROWS))
-    chain = replace(CONFIG, moe=replace(CONFIG.moe, topk=4, num_shared_experts=0))
-    moe = replace(
-        chain, moe=replace(chain.moe, topk=8), chain=replace(chain.chain, iterations=1, gating="shared_router")
-    )
-    runs = [amounts.run(config) for config in (moe, chain)]
-    flops = [each.flops_per_token for each in runs]
-    assert flops[0].experts == flops[1].experts
-    weighted = [each.weighted_flops(HALF_ROWS) for each in runs]
-    rows = 16 * 128 * 8 / 64
-    routers = flops[1].routers - flops[0].routers
-    assert weighted[1] - weighted[0] - routers == pytest.approx(flops[0].experts * HALF_ROWS / rows)
+    assert other.seconds.steps == pytest.approx(10 * ratio * one.seconds.steps)
+    assert other.seconds.startup == one.seconds.startup
 
 
 @pytest.mark.parametrize("how", [{"attempts": 2}, {"outcome": "interrupted", "until": 40}])
 def test_of_a_run_in_several_attempts_only_steps_are_told(run: Write, how: dict[str, Any]) -> None:
-    speed = calibrate(run(**how), HALF_ROWS)
-    assert (speed.startup, speed.saving) == (0, 0)
-    assert Amounts(speed).run(on_its_ranks(CONFIG)).seconds.steps == pytest.approx(50 * A_STEP)
+    speed = calibrate(run(**how), CPU)
+    assert (speed.startup, speed.saving) == (None, None)
+    seconds = on_its_ranks(CONFIG, speed).seconds
+    assert seconds.steps == pytest.approx(50 * A_STEP)
+    assert (seconds.startup, seconds.checkpoints) == (PREDICTED.seconds.startup, PREDICTED.seconds.checkpoints)
 
 
 def test_what_is_no_calibration_is_one_line(run: Write, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"metrics\.jsonl has 2 logged steps; 3 are needed"):
-        calibrate(run(until=20), HALF_ROWS)
+        calibrate(run(until=20), CPU)
     with pytest.raises(ConfigError, match=r"--calibration is .*none: there is no such folder"):
-        calibrate(tmp_path / "none", HALF_ROWS)
+        calibrate(tmp_path / "none", CPU)
     (tmp_path / "run.json").write_text('{"attempts": [{"outcome": "running"}]}')
     with pytest.raises(ConfigError, match=r"its run\.json has no attempt with a step"):
-        calibrate(tmp_path, HALF_ROWS)
+        calibrate(tmp_path, CPU)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +116,7 @@ def test_a_damaged_record_is_one_line(run: Write, changes: dict[str, Any], said:
     record = run() / "run.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | changes))
     with pytest.raises(ConfigError) as error:
-        calibrate(record.parent, HALF_ROWS)
+        calibrate(record.parent, CPU)
     assert said in str(error.value)
 
 
@@ -145,7 +134,7 @@ def test_times_that_no_run_takes_are_one_line(run: Write, changes: dict[str, Any
     """Of one line of several: a median alone would not show it."""
     folder = change_metrics(run(), 30, changes)
     with pytest.raises(ConfigError) as error:
-        calibrate(folder, HALF_ROWS)
+        calibrate(folder, CPU)
     assert str(error.value) == f"--calibration is {folder}: its metrics.jsonl is damaged ({said})"
 
 
@@ -155,14 +144,14 @@ def test_steps_that_no_device_takes_are_one_line(run: Write, seconds: float) -> 
     for step in (10, 20, 30, 40, 50):
         change_metrics(folder, step, {"step_seconds": seconds})
     with pytest.raises(ConfigError) as error:
-        calibrate(folder, HALF_ROWS)
+        calibrate(folder, CPU)
     said = f"its metrics.jsonl is damaged ({seconds:.3g} s per step on {RANKS} ranks would be "
     assert said in str(error.value) and str(error.value).endswith(" FLOP/s per rank)")
 
 
 def test_times_that_were_not_finite_are_left_out(run: Write) -> None:
     folder = change_metrics(run(), 30, {"step_seconds": None, "eta_seconds": None})
-    assert calibrate(folder, HALF_ROWS).rate == calibrate(run(), HALF_ROWS).rate
+    assert calibrate(folder, CPU).factor == calibrate(run(), CPU).factor
 
 
 def change_metrics(folder: Path, step: int, changes: dict[str, Any]) -> Path:
@@ -187,5 +176,5 @@ def test_a_damaged_file_is_one_line(run: Write, file: str, content: bytes | None
     path = run() / file
     path.unlink() if content is None else path.write_bytes(content)
     with pytest.raises(ConfigError) as error:
-        calibrate(path.parent, HALF_ROWS)
+        calibrate(path.parent, CPU)
     assert said in str(error.value)

@@ -121,7 +121,7 @@ def test_n1_and_n2_are_what_a_token_uses(file: Callable[..., Path]) -> None:
 
 
 def test_shorter_runs_branch_off_the_longest_before_they_decay(file: Callable[..., Path]) -> None:
-    plan = make_plan(file(), device="cpu")
+    plan = make_plan(file(), machine="cpu")
     for width in LADDER["widths"]:
         trunk, *branches = (of(plan, "MoE(4/8)", width, tokens) for tokens in (4, 1, 2))
         steps = []

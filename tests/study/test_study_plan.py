@@ -14,8 +14,11 @@ from programs import ROOT, python
 
 from coe_megatron.config import load
 from coe_megatron.errors import ConfigError
+from coe_megatron.estimate.machine import machine
 from coe_megatron.estimate.run_estimate import estimate
 from coe_megatron.estimate.run_shape import RunShape
+from coe_megatron.estimate.run_time import run_time
+from coe_megatron.estimate.step_time import step_time
 from coe_megatron.study.plan.arms import make_study
 from coe_megatron.study.plan.cost_table import make_plan
 from coe_megatron.study.plan.study_file import read_study
@@ -31,6 +34,8 @@ OTHERS = (
     "controls",
     "claims-",
     "paper-claims",
+    "strong-scaling",
+    "weak-scaling",
 )  # the rest are of the paper, in both sizes
 NAMES = {path.stem for path in FILES if not path.stem.startswith(OTHERS)}
 NORM_PLACEMENTS = {"reference", "prenorm", "iteration_norm"}
@@ -64,10 +69,11 @@ def test_every_study_of_the_project_plans(path: Path) -> None:
         assert {arm.labels["norm_placement"] for arm in plan.study.arms} == NORM_PLACEMENTS
     assert not any(arm.too_large for arm in plan.arms)
     fewer = {"learning-rate": 1, "ladder-rate": 1, "ladder": 2} if path.parent.name == "cpu" else {}
+    fewer |= {"strong-scaling": 1, "weak-scaling": 1}  # of their speed
     assert len(plan.study.settings.seeds) == fewer.get(path.stem, 3)
     if path.parent.name == "cpu":
         assert max(arm.seconds.total for arm in plan.arms if arm.seconds) <= 600
-    if plan.study.settings.ladder is not None:  # its law takes final losses alone
+    if plan.study.settings.ladder is not None or path.stem.endswith("scaling"):  # final losses alone, or none
         return
     trainings = [arm.config.training for arm in plan.study.arms]
     assert all(math.ceil(training.steps / training.evaluate_every) >= 10 for training in trainings)  # for speed-ups
@@ -113,7 +119,7 @@ def test_every_single_config_of_the_paper_is_an_arm() -> None:
 
 
 def test_a_row_says_what_the_dry_run_says(study_file: Write) -> None:
-    plan = make_plan(study_file(), device="cpu")
+    plan = make_plan(study_file(), machine="cpu")
     for arm in plan.arms:
         said = estimate(RunShape.of(arm.arm.config, 64))
         assert (arm.parameters, arm.memory) == (said.parameters.total, said.needed)
@@ -147,18 +153,29 @@ def test_the_study_at_equal_memory_has_it_equal_and_moves_what_it_is_made_of(siz
             assert arm.components["activations"] > 1.05 * baseline.components["activations"]
 
 
-def test_seconds_are_flops_over_the_speed_of_all_ranks(study_file: Write) -> None:
-    alone, two = (make_plan(study_file(), [f"parallel.world_size={n}"], "h100") for n in (1, 2))
-    for one, both in zip(alone.arms, two.arms, strict=True):
-        assert one.seconds and both.seconds
-        assert one.seconds.total == pytest.approx(2 * both.seconds.total)
-        assert one.seconds.evaluations == pytest.approx(one.seconds.steps * 3 * 8 / (100 * 4) / 3)
-    assert alone.device_seconds == pytest.approx(two.device_seconds)
+def test_runs_of_any_size_are_priced_by_the_predicted_time_of_their_steps(study_file: Write) -> None:
+    h100 = machine("h100")
+    for ranks in (1, 16):  # of one device, and of two nodes
+        plan = make_plan(study_file(), [f"parallel.world_size={ranks}", "training.global_batch=32"], "h100", price=2.0)
+        for arm in plan.arms:
+            run = RunShape.of(arm.arm.config, 64)
+            assert arm.ranks == ranks and arm.seconds == run_time(run, h100, step_time(run, h100), 8)
+        assert plan.device_seconds == pytest.approx(
+            2 * ranks * sum(arm.seconds.total for arm in plan.arms if arm.seconds)
+        )
+        assert plan.cost == pytest.approx(2.0 * plan.device_seconds / 3600)
+
+
+def test_the_price_is_the_machines_unless_one_is_given(study_file: Write, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(f"base: {ROOT / 'coe_megatron' / 'machines' / 'h100.yaml'}\nprice: 3.0\n")
+    plans = [make_plan(study_file(), machine=str(mine), price=price) for price in (None, 5.0)]
+    assert [plan.price for plan in plans] == [3.0, 5.0] and all(plan.cost for plan in plans)
 
 
 def test_the_table_and_what_stands_below(study_file: Write) -> None:
     budget = {"equal": "flops", "solve": "moe.ffn_hidden_size", "range": [4, 64], "multiple_of": 4, "tolerance": 0.3}
-    plan = make_plan(study_file(budget=budget), device="cpu", device_memory="1MiB", price=2.0)
+    plan = make_plan(study_file(budget=budget), machine="cpu", device_memory="1MiB", price=2.0)
     text = plan.table()
     header, *rows = text.splitlines()
     assert "moe.ffn_hidden_size  deviation" in header
@@ -179,7 +196,7 @@ def test_the_table_and_what_stands_below(study_file: Write) -> None:
     assert len({len(row) for row in text.splitlines()[:4]}) == 1
 
 
-def test_without_a_device_hours_are_not_known(study_file: Write) -> None:
+def test_without_a_machine_hours_are_not_known(study_file: Write) -> None:
     plan = make_plan(study_file(), price=2.0)
     assert (plan.device_seconds, plan.cost, plan.speed) == (None, None, None)
     assert [row.split()[-1] for row in plan.table().splitlines()[1:4]] == ["-"] * 3
@@ -187,7 +204,7 @@ def test_without_a_device_hours_are_not_known(study_file: Write) -> None:
 
 
 def test_json_holds_every_arm_and_run(study_file: Write) -> None:
-    said = json.loads(json.dumps(make_plan(study_file(), device="a100").as_dict()))
+    said = json.loads(json.dumps(make_plan(study_file(), machine="a100").as_dict()))
     assert [arm["name"] for arm in said["arms"]] == ["moe-4-8_prenorm", "coe-2-2-8_prenorm", "coe-2-2-8_iteration-norm"]
     assert said["arms"][1]["runs"] == [f"runs/small/coe-2-2-8_prenorm/seed-{seed}" for seed in (1, 2)]
     assert said["baseline"] == "moe-4-8_prenorm" and said["total"]["runs"] == 6
@@ -201,10 +218,10 @@ def test_json_holds_every_arm_and_run(study_file: Write) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"device": "h300"}, "--device is h300: it must be one of b200, h200, "),
+        ({"machine": "h300"}, "--machine is h300: it must be a machine file, or one of a100, "),
         ({"device_memory": "80"}, "--device-memory '80' must be a number above 0 and one of GiB"),
-        ({"device": "h200", "device_memory": "80"}, "--device-memory '80' must be"),
-        ({"calibration": Path("nowhere")}, "--calibration requires a device: name it in the study file (device) or"),
+        ({"machine": "h200", "device_memory": "80"}, "--device-memory '80' must be"),
+        ({"calibration": Path("nowhere")}, "--calibration requires a machine: name it in the study file (machine) or"),
         ({"overrides": ["moe.topk=2"]}, "moe.topk is set for all arms: axes.design sets it too"),
         ({"overrides": ["training.steps"]}, "override 'training.steps': write it as key.sub=value"),
     ],
@@ -215,9 +232,9 @@ def test_mistakes_in_options(study_file: Write, options: dict[str, Any], said: s
     assert said in str(error.value)
 
 
-def test_the_device_of_a_file_is_checked_too(study_file: Write) -> None:
-    with pytest.raises(ConfigError, match=r"^device is h300: it must be one of"):
-        make_plan(study_file(device="h300"))
+def test_the_machine_of_a_file_is_checked_too(study_file: Write) -> None:
+    with pytest.raises(ConfigError, match=r"^machine is h300: it must be a machine file, or one of"):
+        make_plan(study_file(machine="h300"))
 
 
 def test_the_example_of_the_documents_is_a_study(tmp_path: Path) -> None:
@@ -239,7 +256,7 @@ def test_planning_needs_no_torch(study_file: Write) -> None:
         "import sys; from coe_megatron.cli import study; status = study.main(sys.argv[1:]); "
         "sys.exit(status or 'torch' in sys.modules)"
     )
-    command = [sys.executable, "-c", code, "plan", str(study_file()), "--device", "cpu", "training.steps=7", "--json"]
+    command = [sys.executable, "-c", code, "plan", str(study_file()), "--machine", "cpu", "training.steps=7", "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert {arm["steps"] for arm in json.loads(done.stdout)["arms"]} == {7}

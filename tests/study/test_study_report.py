@@ -74,7 +74,7 @@ class Page(HTMLParser):
 def plan(study_file: Write, tmp_path: Path) -> Plan:
     axes = {"design": DESIGNS, "norm_placement": {"chain.norm_placement": ["prenorm", "reference"]}}
     baseline = {"design": "C1", "norm_placement": "prenorm"}
-    return make_plan(study_file(output=str(tmp_path / "out"), axes=axes, skip=None, baseline=baseline), device="cpu")
+    return make_plan(study_file(output=str(tmp_path / "out"), axes=axes, skip=None, baseline=baseline), machine="cpu")
 
 
 def report(plan: Plan, folder: Path, title: str = "A study") -> tuple[str, Page]:

@@ -31,7 +31,7 @@ def loss_of(run: Run) -> float:
 
 @pytest.fixture
 def plan(study_file: Write, tmp_path: Path) -> Plan:
-    return make_plan(study_file(output=str(tmp_path / "out")), device="cpu")
+    return make_plan(study_file(output=str(tmp_path / "out")), machine="cpu")
 
 
 def by_name(plan: Plan) -> Mapping[str, Summary]:

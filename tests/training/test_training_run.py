@@ -19,6 +19,7 @@ from programs import ROOT, children, kill, python, start_torchrun, torchrun, wai
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from coe_megatron.config import RunConfig, load
+from coe_megatron.estimate.machine import machine
 from coe_megatron.run import folder as run_folder
 from coe_megatron.run.metrics_log import read_metrics
 from coe_megatron.study.plan.amounts import Amounts
@@ -93,12 +94,12 @@ def test_a_run_leaves_everything_it_should(finished: Path) -> None:
 
 def test_a_finished_run_tells_how_long_it_took(finished: Path) -> None:
     """Start-up is what steps, evaluations and checkpoints leave of its time, if they leave any."""
-    speed = calibrate(finished, half_rows=24)
+    speed = calibrate(finished, machine("cpu"))
     attempt = json.loads((finished / "run.json").read_text())["attempts"][-1]
     began, ended = (datetime.fromisoformat(attempt[name]) for name in ("began", "ended"))
     config = load(finished / "config.yaml", ["parallel.world_size=2"])
     estimated = Amounts(speed).run(config).seconds
-    assert min(speed.rate, speed.saving, estimated.evaluations) > 0
+    assert speed.saving is not None and min(speed.factor, speed.saving, estimated.evaluations) > 0
     in_steps = sum(line["step_seconds"] for line in read_metrics(finished / "metrics.jsonl")[1:])
     took = (ended - began).total_seconds()
     beside = estimated.evaluations + estimated.checkpoints

@@ -1,9 +1,4 @@
-"""Totals of a run that a budget can hold equal: FLOPs, parameters, memory, seconds.
-
-Seconds are estimated from FLOPs. Loading an expert's weights takes as long as computing `half_rows` rows with them. A
-chain pays this C times: it computes K rows per token in each iteration, where a MoE computes C·K rows at once.
-Communication and pipeline bubbles are not included.
-"""
+"""Totals of a run that a budget can hold equal: FLOPs, parameters, memory, seconds."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,36 +9,31 @@ from coe_megatron.config import RunConfig
 from coe_megatron.data.indexed_prefix import IndexedPrefix
 from coe_megatron.data.manifest import Manifest
 from coe_megatron.errors import ConfigError
-from coe_megatron.estimate.activations import extra_flops
 from coe_megatron.estimate.closed_forms import Flops, parameters, training_flops
-from coe_megatron.estimate.devices import Device
 from coe_megatron.estimate.dispatch import resolved
+from coe_megatron.estimate.machine import Machine
 from coe_megatron.estimate.run_estimate import estimate, vocabulary
 from coe_megatron.estimate.run_shape import RunShape
-from coe_megatron.estimate.run_time import RunSeconds, checkpoints, evaluations, validation_samples
+from coe_megatron.estimate.run_time import RunSeconds, checkpoints, run_time, validation_samples
+from coe_megatron.estimate.step_time import StepTime, step_time
 from coe_megatron.study.plan.study_file import Quantity
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Speed of a run.
+    """Speed of runs.
 
     Attributes:
-        rate: FLOP/s of a rank in large matrix products.
-        half_rows: see `estimate.devices.Device`.
-        startup: seconds until the first evaluation.
-        saving: seconds per checkpoint.
+        machine: what they run on.
+        factor: measured seconds of a step over predicted ones.
+        startup: seconds until the first evaluation, as measured; None for the machine's.
+        saving: seconds that a checkpoint stops a run, as measured; None for the machine's.
     """
 
-    rate: float
-    half_rows: float
-    startup: float = 0.0
-    saving: float = 0.0
-
-    @classmethod
-    def of(cls, device: Device) -> "Speed":
-        """The speed in the table of devices, with no time for start-up and checkpoints."""
-        return cls(device.rate, device.half_rows)
+    machine: Machine
+    factor: float = 1.0
+    startup: float | None = None
+    saving: float | None = None
 
 
 @dataclass
@@ -58,13 +48,16 @@ class Amounts:
     _vocabularies: dict[tuple[str, int | None, int], int] = field(default_factory=dict)
     _validation: dict[str, Manifest | IndexedPrefix | None] = field(default_factory=dict)
 
-    def run(self, config: RunConfig) -> "RunTotals":
+    def run(self, config: RunConfig, ranks: int | None = None) -> "RunTotals":
         """The totals of the run of a config.
+
+        Args:
+            ranks: if the config does not say; None for as few as its layout needs.
 
         Raises:
             ConfigError: as `estimate.run_estimate.vocabulary` and `estimate.dispatch.resolved`.
         """
-        return RunTotals(self, resolved(config, self._vocabulary(config)))
+        return RunTotals(self, resolved(config, self._vocabulary(config), ranks))
 
     def validation_samples(self, config: RunConfig) -> int:
         """Samples per evaluation; if data are not prepared yet, `validation_samples` per validation set."""
@@ -110,16 +103,6 @@ class RunTotals:
         return training.steps * training.global_batch * self.shape.config.model.seq_length
 
     @property
-    def evaluations(self) -> int:
-        """Number of evaluations, as `estimate.run_time.evaluations`."""
-        return evaluations(self.shape.config.training)
-
-    @property
-    def tokens_per_evaluation(self) -> int:
-        """Tokens per evaluation, including padding."""
-        return self.amounts.validation_samples(self.shape.config) * self.shape.config.model.seq_length
-
-    @property
     def checkpoints(self) -> int:
         """Number of checkpoints, as `estimate.run_time.checkpoints`."""
         return checkpoints(self.shape.config.training)
@@ -129,26 +112,28 @@ class RunTotals:
         """Predicted seconds.
 
         Raises:
-            ConfigError: the speed is unknown.
+            ConfigError: the machine is unknown.
         """
-        speed = self.amounts.speed
-        if speed is None:
-            raise ConfigError("wall_clock requires a device: name it in the study file (device) or with --device")
-        seconds_per_token = self.weighted_flops(speed.half_rows) / speed.rate / self.shape.layout.world_size
+        speed = self._speed
+        samples = self.amounts.validation_samples(self.shape.config)
+        whole = run_time(self.shape, speed.machine, self.step, samples)
         training = self.shape.config.training
         trunk = CheckpointName.parse(Path(training.branch_from or "").name)
         share = 1 - trunk.step / training.steps if trunk else 1.0  # earlier steps are those of another run
         return RunSeconds(
-            startup=speed.startup,
-            steps=share * self.tokens * seconds_per_token,
-            evaluations=self.evaluations * self.tokens_per_evaluation * seconds_per_token / 3,
-            checkpoints=self.checkpoints * speed.saving,
+            startup=whole.startup if speed.startup is None else speed.startup,
+            steps=share * speed.factor * whole.steps,
+            evaluations=speed.factor * whole.evaluations,
+            checkpoints=whole.checkpoints if speed.saving is None else self.checkpoints * speed.saving,
         )
 
-    def weighted_flops(self, half_rows: float) -> float:
-        """Training FLOPs per token with recomputation; routed experts cost more the fewer rows they have."""
-        model, config, flops = self.shape.model, self.shape.config, self.flops_per_token
-        positions = config.training.micro_batch * model.seq_length
-        positions *= config.parallel.expert * config.parallel.expert_tensor
-        rows = positions / config.parallel.tensor / config.parallel.context * model.topk / model.experts
-        return flops.total + extra_flops(model, config.moe.recompute) + flops.experts * half_rows / rows
+    @cached_property
+    def step(self) -> StepTime:
+        """The time of a step on the machine, as predicted without measuring; raises as `seconds`."""
+        return step_time(self.shape, self._speed.machine)
+
+    @property
+    def _speed(self) -> Speed:
+        if self.amounts.speed is None:
+            raise ConfigError("wall_clock requires a machine: name it in the study file (machine) or with --machine")
+        return self.amounts.speed

@@ -1,4 +1,4 @@
-"""Measure the speed of a finished run from its files; the time of other runs follows from ratios of FLOPs."""
+"""Measures the speed of a finished run from its files: how many times longer than predicted its steps took."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,6 +11,8 @@ from pydantic import AwareDatetime, BaseModel, Field, ValidationError
 from coe_megatron.config import RunConfig, load
 from coe_megatron.config.settings import Count
 from coe_megatron.errors import ConfigError
+from coe_megatron.estimate.machine import Machine
+from coe_megatron.estimate.run_time import evaluations
 from coe_megatron.files import problem, read_limited, require_file, require_folder
 from coe_megatron.parsing import JSON_BYTES, first_of, parse_json
 from coe_megatron.run.metrics_check import find_damaged_times
@@ -39,21 +41,21 @@ class _Record(BaseModel):
     parameters: _Parameters
 
 
-def calibrate(folder: Path, half_rows: float) -> Speed:
+def calibrate(folder: Path, machine: Machine) -> Speed:
     """The speed of the run in a folder.
 
     The time of a step is the median over logged steps, except the first. Start-up and checkpoints can be measured only
-    if a single attempt completed the run; otherwise they count as 0.
+    if a single attempt completed the run; otherwise they are the machine's.
 
     Args:
-        half_rows: that of its kind of device (see `estimate.devices.Device`).
+        machine: what it ran on.
 
     Raises:
         ConfigError: the folder has no run, too few logged steps, or impossible times.
     """
     record, lines = _read(folder)
     try:
-        config = _with_vocabulary(load(folder / "config.yaml"), record)
+        config = _with_vocabulary(load(folder / "config.yaml", world_size=record.ranks), record)
     except ConfigError as error:
         raise ConfigError(f"--calibration is {folder}: its config.yaml cannot be used: {error}") from None
     logged = [line for line in lines if (line.get("step_seconds") or 0) > 0]
@@ -61,22 +63,22 @@ def calibrate(folder: Path, half_rows: float) -> Speed:
         raise ConfigError(
             f"--calibration is {folder}: its metrics.jsonl has {len(logged)} logged steps; {_MIN_STEPS} are needed"
         )
-    run = Amounts().run(config)
-    step_seconds = median(line["step_seconds"] for line in logged[1:])
-    flops = run.weighted_flops(half_rows)
-    rate = flops * config.training.global_batch * config.model.seq_length / step_seconds / record.ranks
+    run = Amounts(Speed(machine)).run(config, record.ranks)
+    step_seconds, predicted = median(line["step_seconds"] for line in logged[1:]), run.seconds
+    rate = run.of("flops") / config.training.steps / step_seconds / record.ranks
     if not 1 <= rate < _MAX_RATE:
         raise ConfigError(
             f"--calibration is {folder}: its metrics.jsonl is damaged ({step_seconds:.3g} s per step on "
             f"{record.ranks:,} ranks would be {rate:.3g} FLOP/s per rank)"
         )
-    only = record.attempts[0]
+    factor, only = step_seconds / run.step.total, record.attempts[0]
     if len(record.attempts) > 1 or only.outcome != "finished" or only.began is None or only.ended is None:
-        return Speed(rate, half_rows)
-    evaluation_seconds = flops / 3 * run.tokens_per_evaluation / rate / record.ranks
-    save_seconds = _save_seconds(config, lines, evaluation_seconds)
-    known = seconds_in_steps(logged) + run.evaluations * evaluation_seconds + run.checkpoints * save_seconds
-    return Speed(rate, half_rows, max(0.0, (only.ended - only.began).total_seconds() - known), save_seconds)
+        return Speed(machine, factor)
+    evaluating = factor * predicted.evaluations
+    save_seconds = _save_seconds(config, lines, evaluating / evaluations(config.training))
+    known = seconds_in_steps(logged) + evaluating + run.checkpoints * save_seconds
+    startup = max(0.0, (only.ended - only.began).total_seconds() - known)
+    return Speed(machine, factor, startup, save_seconds)
 
 
 def _read(folder: Path) -> tuple[_Record, list[dict[str, Any]]]:

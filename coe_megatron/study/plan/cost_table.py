@@ -8,8 +8,8 @@ from typing import Any
 
 from coe_megatron.errors import ConfigError, one_line
 from coe_megatron.estimate.advice import device_memory_option, refusal
-from coe_megatron.estimate.devices import Device
-from coe_megatron.estimate.devices import device as device_named
+from coe_megatron.estimate.machine import Machine
+from coe_megatron.estimate.machine import machine as machine_named
 from coe_megatron.estimate.memory import components
 from coe_megatron.estimate.run_estimate import estimate, size
 from coe_megatron.estimate.run_time import RunSeconds
@@ -35,9 +35,9 @@ class ArmPlan:
         expert_flops: the part of `flops` in routed and shared experts.
         components: peak memory of the largest rank in bytes, by `estimate.memory.components`.
         ranks: ranks of a run.
-        seconds: predicted time; None if the device is unknown.
+        seconds: predicted time; None if the machine is unknown.
         solved: the solution of the budget; None without a budget.
-        too_large: why the arm does not fit the device, and what would fit; None if it fits or the memory is unknown.
+        too_large: why the arm does not fit a device, and what would fit; None if it fits or the memory is unknown.
     """
 
     arm: Arm
@@ -65,15 +65,17 @@ class Plan:
     Attributes:
         study: the study, with its budget solved.
         arms: costs of its arms, in order.
-        speed: the speed from which seconds are predicted, and its source; None if unknown.
-        price: price per device hour, in any currency.
+        speed: the speed from which seconds are predicted; None if the machine is unknown.
+        calibrated_by: the folder of the run that it was measured with; None if it was not.
+        price: price per device hour, in any currency; None if unknown.
         tuning: the tuning of each arm; empty if the study tunes nothing.
         tuning_seconds: predicted device seconds of all tuning runs; None if unknown.
     """
 
     study: Study
     arms: list[ArmPlan]
-    speed: tuple[Speed, str] | None
+    speed: Speed | None
+    calibrated_by: Path | None
     price: float | None
     tuning: list[TuningCurve] = field(default_factory=list)
     tuning_seconds: float | None = 0.0
@@ -113,7 +115,7 @@ class Plan:
             "baseline": study.baseline.name,
             "margin": settings.margin,
             "budget": asdict(settings.budget) if settings.budget else None,
-            "speed": {"of": self.speed[1], **asdict(self.speed[0])} if self.speed else None,
+            "speed": self._speed_as_dict(),
             "arms": [_as_dict(arm, settings.run_seeds) for arm in self.arms],
             "tuning": [_tuning_as_dict(curve) for curve in self.tuning],
             "skipped": [{"labels": dict(labels), "reason": reason} for labels, reason in study.skipped],
@@ -125,6 +127,13 @@ class Plan:
                 "cost": self.cost,
             },
         }
+
+    def _speed_as_dict(self) -> dict[str, Any] | None:
+        if self.speed is None:
+            return None
+        values = {name: value for name, value in vars(self.speed).items() if name != "machine"}
+        calibrated_by = None if self.calibrated_by is None else str(self.calibrated_by)
+        return {"machine": self.speed.machine.name, "calibrated_by": calibrated_by, **values}
 
     def table(self) -> str:
         """The same as a text table."""
@@ -183,10 +192,12 @@ class Plan:
         if tune := self.study.settings.tune:
             lines[0] += f", after {len(self.tuning_runs)} to tune {tune.setting}"
         if self.speed is not None and self.device_seconds is not None:
-            speed, whose = self.speed
             lines[0] += f"; {format_duration(self.device_seconds)} on one device"
             lines[0] += f", {self.cost:,.2f} at {self.price:g} per hour" if self.cost is not None else ""
-            lines.append(f"speed of {whose}: {speed.rate / 1e12:.3g} TFLOP/s in large matrix products")
+            times = f"times on {self.speed.machine.name}"
+            if self.calibrated_by is not None:
+                times += f", {self.speed.factor:.2f} times as long a step as predicted, as in {self.calibrated_by}"
+            lines.append(times)
         if budget := self.study.settings.budget:
             lines.append(f"{budget.equal.replace('_', ' ')} equal to the baseline's: {budget.solve} is solved for it")
         return lines
@@ -195,7 +206,7 @@ class Plan:
 def make_plan(
     path: Path,
     overrides: Sequence[str] = (),
-    device: str | None = None,
+    machine: str | None = None,
     calibration: Path | None = None,
     device_memory: str | None = None,
     price: float | None = None,
@@ -204,29 +215,29 @@ def make_plan(
 
     Args:
         overrides: `key=value` for all arms.
-        device: a name of `estimate.devices`; None for the study's own.
-        calibration: folder of a finished run on such a device, whose measured speed is used.
+        machine: a machine file, or a packaged one by its name; None for the study's own.
+        calibration: folder of a finished run on such a machine, whose measured speed is used.
         device_memory: such as `80GiB`; None for the device's.
-        price: price per device hour.
+        price: price per device hour; None for the machine's.
 
     Raises:
         ConfigError: one line that names the key of the study, the setting or the option, and what would be valid.
     """
     study = make_study(read_study(path), overrides)
-    found = _device(device, study.settings.device)
-    memory = device_memory_option(device_memory) if device_memory is not None else found.memory if found else None
-    speed = None
-    if calibration is not None:
-        if found is None:
-            raise ConfigError("--calibration requires a device: name it in the study file (device) or with --device")
-        speed = calibrate(calibration, found.half_rows), str(calibration)
-    elif found is not None:
-        speed = Speed.of(found), f"{device or study.settings.device}, not calibrated"
-    amounts = Amounts(speed[0] if speed else None)
+    found = _machine(machine, study.settings.machine)
+    capacity = found.memory.capacity if found is not None else None
+    memory = int(capacity) if capacity is not None else None
+    memory = memory if device_memory is None else device_memory_option(device_memory)
+    if calibration is not None and found is None:
+        raise ConfigError("--calibration requires a machine: name it in the study file (machine) or with --machine")
+    speed = None if found is None else Speed(found) if calibration is None else calibrate(calibration, found)
+    price = price if price is not None or found is None else found.price
+    amounts = Amounts(speed)
     study, solved = solve(study, amounts)
     study, curves = tune(study, amounts)
     arms = [_plan(arm, amounts, solved.get(arm.name), memory) for arm in study.arms]
-    return Plan(study, arms, speed, price, curves, _tuning_seconds(curves, amounts) if speed else None)
+    seconds = _tuning_seconds(curves, amounts) if speed else None
+    return Plan(study, arms, speed, calibration, price, curves, seconds)
 
 
 def _tuning_seconds(curves: Sequence[TuningCurve], amounts: Amounts) -> float:
@@ -238,12 +249,12 @@ def _tuning_seconds(curves: Sequence[TuningCurve], amounts: Amounts) -> float:
     return total
 
 
-def _device(option: str | None, own: str | None) -> Device | None:
-    """The device of the option, or the study's own."""
+def _machine(option: str | None, own: str | None) -> Machine | None:
+    """The machine of the option, or the study's own."""
     try:
-        return device_named(name) if (name := option or own) is not None else None
+        return machine_named(name) if (name := option or own) is not None else None
     except ConfigError as error:
-        raise ConfigError(f"{'--device' if option else 'device'} is {error}") from None
+        raise ConfigError(f"{'--machine' if option else 'machine'} is {error}") from None
 
 
 def _plan(arm: Arm, amounts: Amounts, solved: Solved | None, memory: int | None) -> ArmPlan:

@@ -142,7 +142,7 @@ class StudySettings:
         set: settings for all arms, which override `base`.
         skip: combinations of labels to skip.
         budget: what is held equal; null for nothing.
-        device: the device for predicted time and available memory; a name of `estimate.devices`.
+        machine: the machine for predicted time and available memory: a machine file, or a packaged one by its name.
         tune: the setting that each arm has tuned for it; null for none.
         margin: the equivalence margin in nats per token: a smaller difference of losses does not matter; null for none.
         ladder: sizes and lengths of runs by a rule; null for none.
@@ -157,7 +157,7 @@ class StudySettings:
     set: dict[str, Any] = field(default_factory=dict)
     skip: list[Skip] = field(default_factory=list)
     budget: Budget | None = None
-    device: str | None = None
+    machine: str | None = None
     tune: Tune | None = None
     margin: Positive | None = None
     ladder: LadderSettings | None = None

@@ -33,6 +33,7 @@ from coe_megatron.study.report.loss_tables import (
 from coe_megatron.study.report.markdown_text import counted, escaped, table
 from coe_megatron.study.report.results import Result, collect, finished_results, results_csv, timings_csv
 from coe_megatron.study.report.scaling_fit import Fit, fit
+from coe_megatron.study.report.throughput import over_ranks, ranks_table
 from coe_megatron.study.report.tuning import tuning_csv, tuning_table, tuning_text
 from coe_megatron.study.report.why import iterations_table
 
@@ -151,7 +152,7 @@ def as_markdown(
         at_memory = equal_memory(summaries, memory, solved, settings.margin)
         parts += [speedup(plan, finished, at_memory), loss_at_equal_memory(summaries, at_memory)]
         parts += ["## Memory by component", memory_by_component(plan, memory)]
-        parts += ["## Cost of the arms", costs(plan, finished)]
+        parts += ["## Cost of the arms", costs(plan, finished), ranks_table(over_ranks(summaries, finished))]
         parts += _iterations(plan, finished)
         parts += ["## Loss against parameters, FLOPs and recurrence", _scaling_fit(fit(summaries))]
         shown = (f"![{escaped(each.alt)}]({each.name}.svg)\n\n*{escaped(each.caption)}*" for each in figures)

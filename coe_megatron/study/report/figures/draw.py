@@ -10,12 +10,14 @@ from coe_megatron.study.report.figures.gains import effect, gains
 from coe_megatron.study.report.figures.iterations import iterations
 from coe_megatron.study.report.figures.ladder import loss_against_tokens
 from coe_megatron.study.report.figures.memory import loss_against_memory, memory_by_component
+from coe_megatron.study.report.figures.ranks import throughput
 from coe_megatron.study.report.figures.routing import followers, loads, norms, routing_over_time
 from coe_megatron.study.report.figures.scaling import scaling
 from coe_megatron.study.report.figures.style import ArmStyle, StudyFigure, arm_styles
 from coe_megatron.study.report.figures.tuning import tuning_curves
 from coe_megatron.study.report.ladder import LadderFindings
 from coe_megatron.study.report.results import Result, finished_results
+from coe_megatron.study.report.throughput import over_ranks
 
 MAX_ARMS = 32  # in a figure; with a thousand it would be unreadable, and larger than a PNG can be
 
@@ -37,6 +39,8 @@ def draw(
     if any(summary.gain is not None for summary in summaries):
         yield gains(summaries, styles)
     yield from _axes(plan, summaries)
+    if scaled := over_ranks(summaries, finished):
+        yield throughput(scaled)
     yield loss_against_memory(summaries, finished, styles)
     yield memory_by_component(finished, styles)
     yield from filter(None, (answers_by_group(finished, styles), iterations(finished, styles)))

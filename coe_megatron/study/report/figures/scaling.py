@@ -40,6 +40,7 @@ _KNOWN = {
     "model.hidden_size": ("hidden", "hidden size"),
     "moe.ffn_hidden_size": ("expert-width", "hidden size of an expert"),
     "training.steps": ("steps", "steps"),
+    "parallel.world_size": ("ranks", "ranks"),
     "optimizer.lr": ("learning-rate", "learning rate"),
 }
 _LOG_RANGE = 3  # largest over smallest amount, from which on an axis is logarithmic

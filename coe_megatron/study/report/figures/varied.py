@@ -10,7 +10,15 @@ from coe_megatron.study.report.comparison import Summary
 
 _OWN = {"output", "training.seed", "training.data_seed"}  # of every arm or run
 # The settings that most readers ask for come first.
-_FIRST = ("chain.iterations", "moe.topk", "moe.num_experts", "model.num_layers", "model.hidden_size", "training.steps")
+_FIRST = (
+    "chain.iterations",
+    "moe.topk",
+    "moe.num_experts",
+    "model.num_layers",
+    "model.hidden_size",
+    "parallel.world_size",
+    "training.steps",
+)
 
 
 @dataclass(frozen=True)
