@@ -12,6 +12,7 @@ import math
 import operator
 from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
+from functools import cached_property
 from typing import Literal, get_args
 
 from coe_megatron.chain.settings import ChainSettings
@@ -125,7 +126,7 @@ class ModelShape:
             return sum(map(bool, self.moe_layers))
         return self.layers if self.moe_layers is None else self.moe_layers
 
-    @property
+    @cached_property
     def moe_kinds(self) -> list[tuple[int, "ModelShape"]]:
         """Numbers of chains and plain MoE layers, if any, each with a shape whose MoE layers are all of this kind."""
         chains = self.num_moe_layers if self.chains is None else sum(self.chains)

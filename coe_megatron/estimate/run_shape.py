@@ -101,6 +101,15 @@ class RunShape:
 
     def stage_model(self, stage: int) -> ModelShape:
         """The layers of a pipeline stage (from 0), with embedding and output layer as in the complete model."""
+        if stage not in self._stage_models:
+            self._stage_models[stage] = self._stage_model(stage)
+        return self._stage_models[stage]
+
+    @cached_property
+    def _stage_models(self) -> dict[int, ModelShape]:
+        return {}
+
+    def _stage_model(self, stage: int) -> ModelShape:
         own, pattern, chains = layouts.stage_layers(self.config, stage), moe_pattern(self.config), self.model.chains
         return replace(
             self.model,

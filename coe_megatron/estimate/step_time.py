@@ -24,7 +24,7 @@ from coe_megatron.estimate.machine import Machine, Way
 from coe_megatron.estimate.operations import Moves, Product, Rank
 from coe_megatron.estimate.parameter_shards import ParameterShards, parameter_shards
 from coe_megatron.estimate.run_shape import RunShape
-from coe_megatron.estimate.traffic import Group, Sent, expert_traffic, groups, one_way, traffic
+from coe_megatron.estimate.traffic import Group, Sent, expert_traffic, groups, one_way, sequence_traffic, traffic
 from coe_megatron.text import aligned, duration
 
 _BAR = 40  # columns of the longest part
@@ -151,14 +151,14 @@ def inner_collectives(costs: Costs) -> float:
     """Seconds of a micro-batch in the first pipeline stage in which tokens, hidden states, keys and values travel."""
     passes, run = _Passes(costs, 0), costs.run
     links = groups(run.layout, run.config.parallel.ranks_per_node)
-    sent = traffic(run, 0)
-    inner = sum(passes.collectives(name, sent[name], links[name]) for name in ("tensor", "context"))
+    inner = sum(passes.collectives(name, sent, links[name]) for name, sent in sequence_traffic(run, 0).items())
     return inner + sum(passes.exchange())
 
 
 def _of_stage(costs: Costs, stage: int, imbalance: float) -> StepTime:
     run, links = costs.run, groups(costs.run.layout, costs.run.config.parallel.ranks_per_node)
-    passes, sent = _Passes(costs, stage), traffic(run, stage)
+    passes = _Passes(costs, stage)
+    sent = traffic(run, stage, passes.shards)
     forward, backward = passes.work(backward=False), passes.work(backward=True)
     parts = {kind: forward.get(kind, 0.0) + backward.get(kind, 0.0) for kind in {**forward, **backward}}
     exchange = passes.exchange()

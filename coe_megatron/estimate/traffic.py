@@ -110,18 +110,29 @@ def groups(layout: Layout, ranks_per_node: int) -> dict[str, Group]:
     return {name: group(layout.world_size, size, stride, ranks_per_node) for name, (size, stride) in strides.items()}
 
 
-def traffic(run: RunShape, stage: int) -> dict[str, Sent]:
+def traffic(run: RunShape, stage: int, shards: ParameterShards | None = None) -> dict[str, Sent]:
     """What a rank of a pipeline stage sends in a step, assuming uniform routing.
 
     Small messages are not included: losses of routers, gates, gradient norms, and maxima and sums of logits.
+
+    Args:
+        shards: the stage's parameters on a rank, if they are known already.
     """
     links = groups(run.layout, run.config.parallel.ranks_per_node)
     return {
         **expert_traffic(run, stage),
+        **sequence_traffic(run, stage),
+        "pipeline": _pipeline_traffic(run, stage, links["pipeline"]),
+        **_replica_traffic(run, shards or parameter_shards(run, stage), links),
+    }
+
+
+def sequence_traffic(run: RunShape, stage: int) -> dict[str, Sent]:
+    """The part of it between ranks that share sequences."""
+    links = groups(run.layout, run.config.parallel.ranks_per_node)
+    return {
         "tensor": _tensor_traffic(run, stage, links["tensor"]),
         "context": _context_traffic(run, stage, links["context"]),
-        "pipeline": _pipeline_traffic(run, stage, links["pipeline"]),
-        **_replica_traffic(run, parameter_shards(run, stage), links),
     }
 
 
