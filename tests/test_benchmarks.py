@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import layer_times
+import published_runs
 import pytest
 import torch
 from machine_times import Call, fitted
@@ -188,3 +189,19 @@ def test_gradients_of_a_chain_are_added_in_place() -> None:
     for each, truth in zip(found, torch.autograd.grad(expected, inputs, gradient), strict=True):
         torch.testing.assert_close(each, truth)
     assert all(each.is_contiguous() and not each._is_view() for each in found[:3])
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active"),
+    [
+        ("Mixtral 8x22B, 128 GPUs", 141e9, 39e9),
+        ("Qwen2-57B-A14B, 64 GPUs", 57.4e9, 14.2e9),
+        ("DeepSeek-V3, 2,048 GPUs", 671e9 * 64 / 61, 37e9 * 64 / 61),
+    ],
+)
+def test_published_runs_are_of_the_published_models(name: str, total: float, active: float) -> None:
+    run = published_runs.RUNS[name]
+    cost = published_runs.predicted(run, run.interleaved[-1])
+    assert cost.parameters.total == pytest.approx(total, rel=0.02)
+    assert cost.parameters.active == pytest.approx(active, rel=0.03)
+    assert cost.layout.world_size == int(name.split()[-2].replace(",", ""))

@@ -26,7 +26,7 @@ class Way:
 
     Attributes:
         start: seconds of one that sends nothing, between two ranks.
-        hop: seconds for each further rank.
+        hop: seconds for each further rank; of a ring across nodes, for each further node.
         bandwidth: bytes per second: inside a node those that a rank sends, or all ranks of a node if they share its
             cores; across nodes those that a network adapter sends.
     """

@@ -112,14 +112,18 @@ class Costs:
         inside, ranks = getattr(self.machine.inside, way), self.run.ranks_on_a_node
         own = sent.inside_node * (ranks if self.machine.cores else 1) / inside.bandwidth
         if self.machine.across is None or not group.others_across:
-            return own + times * _latency(inside, group)
+            return own + times * (inside.start + inside.hop * (group.size - 2))
         across = getattr(self.machine.across, way)
         others = sent.across_nodes * max(1.0, ranks / self.machine.adapters) / across.bandwidth
-        return max(own, others) + times * _latency(across, group)
+        return max(own, others) + times * _latency(way, inside, across, group)
 
 
-def _latency(way: Way, group: Group) -> float:
-    return way.start + way.hop * (group.size - 2)
+def _latency(name: str, inside: Way, across: Way, group: Group) -> float:
+    """Of a collective between nodes: a ring goes from rank to rank, most of which are neighbours in a node."""
+    if name != "ring":
+        return across.start + across.hop * (group.size - 2)
+    hops = float(group.size * group.ring_across)  # between nodes
+    return across.start + across.hop * (hops - 2) + inside.hop * (group.size - hops)
 
 
 def step_time(run: RunShape, machine: Machine, imbalance: float = 1.0) -> StepTime:

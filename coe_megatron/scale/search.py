@@ -209,15 +209,18 @@ class Search:
         return self.run.changed(replace(config, training=training, moe=replace(config.moe, recompute="none")))
 
     def _config(self, sizes: Sizes, offloads: bool) -> RunConfig:
+        """Of these sizes, with a stage of ZeRO and a dispatch that are valid with all of them."""
         config, divided = self.run.config, sizes._asdict()
         micro_batch = divided.pop("micro_batch")
+        is_ours = not has_megatrons_dispatcher(self.run)
         return replace(
             config,
+            moe=replace(config.moe, dispatcher="alltoall", overlap_chunks=1) if is_ours else config.moe,
             parallel=replace(
                 config.parallel, world_size=self.ranks, ranks_per_node=self.machine.ranks_per_node, **divided
             ),
             training=replace(config.training, micro_batch=micro_batch),
-            zero=replace(config.zero, offload_optimizer=offloads, offload_parameters=False),
+            zero=replace(config.zero, stage=1, offload_optimizer=offloads, offload_parameters=False),
         )
 
     def _fastest(self, base: RunConfig, limit: float) -> Found | None:

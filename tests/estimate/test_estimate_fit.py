@@ -15,7 +15,9 @@ VOCABULARY = 102_400
 
 
 def large(*overrides: str) -> RunConfig:
-    return load(CONFIGS / "1024-gpus.yaml", ["parallel.world_size=4096", "data.path=nowhere", *overrides])
+    own = ["parallel.world_size=4096", "training.micro_batch=1", "zero.stage=1", "moe.recompute=experts"]
+    own += ["moe.dispatcher=alltoall", "moe.overlap_chunks=1", "data.path=nowhere"]
+    return load(CONFIGS / "1024-gpus.yaml", [*own, *overrides])
 
 
 @pytest.mark.parametrize(("text", "size"), [("80GiB", 80 * 2**30), ("80GB", 80 * 10**9), ("1.5MiB", 3 * 2**19)])

@@ -68,6 +68,18 @@ def test_few_layouts_are_timed() -> None:
     assert found.layouts > 1000 and found.tried < found.layouts / 10
 
 
+def test_how_the_run_divides_its_ranks_does_not_matter() -> None:
+    """Stage 3 excludes pipelines, for example, which may be faster."""
+    one = search(16)
+    config = one.run.config
+    moe = replace(config.moe, dispatcher="deduplicated", overlap_chunks=4, recompute="layer")
+    other = replace(config, moe=moe, zero=replace(config.zero, stage=3))
+    changed = replace(one, run=one.run.changed(other))
+    found, expected = changed.best(5), one.best(5)
+    assert [each.run for each in found.best] == [each.run for each in expected.best]
+    assert (found.layouts, found.tried) == (expected.layouts, expected.tried)
+
+
 def test_more_memory_is_never_slower() -> None:
     times = [search(available=available).best(1).best[0].time.total for available in (2.5e8, 5e8, 1e9, 4e9)]
     assert times == sorted(times, reverse=True)

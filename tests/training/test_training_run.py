@@ -182,7 +182,8 @@ def test_a_second_run_with_the_output_of_another_is_refused(config: Path, prepar
         ),
         (
             ("configs/1024-gpus.yaml", "data.path=nowhere", "--dry-run", "--device-memory", "30GiB"),
-            "--device-memory 30GiB: a rank needs 41.2 GiB, most of it activations (22.5 GiB); zero.stage=2 would fit",
+            "--device-memory 30GiB: a rank needs 50.1 GiB, most of it activations (47.7 GiB); "
+            "training.micro_batch=1 would fit",
         ),
     ],
 )
