@@ -38,8 +38,8 @@ from coe_megatron.text import aligned, duration
 
 HERE = Path(__file__).resolve().parent
 CONFIG = """
-model: {num_layers: 4, hidden_size: 128, num_attention_heads: 4, seq_length: 64, hidden_dropout: 0.0}
-moe: {num_experts: 8, topk: 2, ffn_hidden_size: 96}
+model: {num_layers: 4, hidden_size: 256, num_attention_heads: 8, seq_length: 128, hidden_dropout: 0.0}
+moe: {num_experts: 8, topk: 2, ffn_hidden_size: 256}
 data: {validation_samples: 8}
 optimizer: {lr: 3e-3}
 training: {global_batch: 32, micro_batch: 4}

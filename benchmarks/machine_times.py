@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from coe_megatron.estimate.traffic import Sent, group
 
 _TURNS, _SHORTEST = 5, 2e-3  # of a measurement; seconds of a turn at least
 _EXPERTS = 8  # of a grouped product
-_CALLS = 4  # of a collective, in a turn
+_CALLS = 8  # of a collective, in a turn
+_BETWEEN, _LEAST = 5e-4, 1e-7  # seconds of work between two collectives; of a collective at least
 
 
 @dataclass(frozen=True)
@@ -235,13 +236,36 @@ class Calls:
                 yield kind, Call(size, shared(sent), self._seconds(work))
 
     def _seconds(self, work: Callable[[], object]) -> float:
-        """Of a call; the slowest rank's, in the median turn."""
-        work()
+        """Of a call between other work, as in a step, where ranks do not arrive at once and threads have to wake up.
+
+        The slowest rank's, in the median turn, less the other work.
+        """
+        busy = self._busy
+
+        def both() -> None:
+            busy()
+            work()
+
+        both()
         turns = []
         for _ in range(_TURNS):
             dist.barrier()
-            turns.append(self._slowest(self.bench.turn(work, _CALLS) / _CALLS))
-        return statistics.median(turns)
+            alone = self._slowest(self.bench.turn(busy, _CALLS) / _CALLS)
+            dist.barrier()
+            turns.append(self._slowest(self.bench.turn(both, _CALLS) / _CALLS) - alone)
+        return max(_LEAST, statistics.median(turns))
+
+    @cached_property
+    def _busy(self) -> Callable[[], None]:
+        """Work of about `_BETWEEN` seconds, the same on all ranks."""
+        states, weights = (torch.randn(size, 128, device=self.bench.device) for size in (64, 128))
+        once = self._slowest(self.bench.seconds(lambda: states @ weights))
+
+        def work() -> None:
+            for _ in range(max(1, round(_BETWEEN / once))):
+                states @ weights
+
+        return work
 
     def _slowest(self, seconds: float) -> float:
         value = torch.tensor(seconds, dtype=torch.float64)

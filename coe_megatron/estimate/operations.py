@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from coe_megatron.estimate.activations import PassSettings
-from coe_megatron.estimate.closed_forms import ModelShape
+from coe_megatron.estimate.closed_forms import ModelShape, ranks_of_a_token
 
 _FP32 = 4
 
@@ -201,7 +201,25 @@ class Rank:
         )
         forward, backward = (_weighted(each, *sizes) for each in (_CHAIN_FORWARD, _CHAIN_BACKWARD))
         starts = (59, 56) if routed else (33, 40)
-        return Work(tuple(products), Moves(forward, starts[0]), Moves(backward, starts[1]))
+        sent = self._sent(kind, sizes[0], sizes[3])
+        return Work(
+            tuple(products),
+            Moves(forward + sent[0].bytes, starts[0] + sent[0].operations),
+            Moves(backward + sent[1].bytes, starts[1] + sent[1].operations),
+        )
+
+    def _sent(self, kind: ModelShape, state: float, scores: float) -> tuple[Moves, Moves]:
+        """What a rank does with the rows that it sends and gets, besides sending them; forward and backward."""
+        settings = self.settings
+        if settings.expert_parallel * settings.expert_tensor == 1:
+            return _NOTHING.forward, _NOTHING.backward
+        copies = float(kind.topk)
+        found, starts = (_SENT_FORWARD, _SENT_BACKWARD), (18, 5)
+        if settings.deduplicated:
+            copies = ranks_of_a_token(kind.experts, kind.topk, settings.expert_parallel, *settings.groups)
+            found, starts = (_DEDUPLICATED_FORWARD, _DEDUPLICATED_BACKWARD), (29, 8)
+        forward, backward = (_weighted(each, state, copies * state, kind.topk * state, scores) for each in found)
+        return Moves(max(0.0, forward), starts[0]), Moves(max(0.0, backward), starts[1])
 
     def around_chain(self, kind: ModelShape) -> Work:
         """Norms of further iterations, and projections into a latent space and back."""
@@ -240,3 +258,6 @@ _MHA_FORWARD, _MHA_BACKWARD = (32.0, 3.4, 0.0), (25.0, 9.4, 0.0)
 _MLA_FORWARD, _MLA_BACKWARD = (18.0, 4.7, 5.5), (13.0, 6.4, 32.0)
 # Of: states, rows of experts, their inner width, scores, the inner width of shared experts, weights of the experts.
 _CHAIN_FORWARD, _CHAIN_BACKWARD = (15.0, 2.3, 6.9, 10.6, 10.0, 0.0), (30.0, 4.3, 25.0, 2.0, 16.3, 1.5)
+# Of: states, copies of them that are sent, rows of experts, scores.
+_SENT_FORWARD, _SENT_BACKWARD = (-2.7, 0.0, 8.6, 4.0), (-7.6, 0.0, 11.4, 1.5)
+_DEDUPLICATED_FORWARD, _DEDUPLICATED_BACKWARD = (0.0, 4.1, 2.3, 11.0), (0.0, 3.9, 2.1, 2.6)

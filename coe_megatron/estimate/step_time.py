@@ -276,6 +276,8 @@ class _Passes:
             times = layers * per_layer + 5 * (shared + layers - shape.num_moe_layers)
         else:
             times = 2 * layers
+        # Ranks that share sequences average what routers have counted.
+        times += sum(count * kind.routings for count, kind in shape.moe_kinds)
         return self.costs.collective("ring", sent, group, times * run.micro_batches) / run.micro_batches
 
 

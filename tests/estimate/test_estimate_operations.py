@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import run_ranks
 from saved_bytes import without_padding
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,6 +26,7 @@ _FREE = {
     "alias",
 }
 _PRODUCTS = {"mm", "bmm", "addmm", "_grouped_mm"}
+_COLLECTIVES = {"alltoall_base_", "allreduce_"}
 
 
 class Traced(TorchDispatchMode):
@@ -36,7 +38,7 @@ class Traced(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
-        if func.is_view or name in _FREE:
+        if func.is_view or name in _FREE | _COLLECTIVES:
             return out
         self.operations += 1
         if name not in _PRODUCTS and "scaled_dot_product" not in name:
@@ -51,13 +53,15 @@ def _size(value: Any) -> int:
 
 
 def config(**sections: Any) -> RunConfig:
+    """Of two layers."""
     model = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 128, "vocab_size": VOCABULARY}
     return parse(
         {
             "model": model | sections.pop("model", {}),
             "moe": {"num_experts": 16, "topk": 2, "ffn_hidden_size": 48} | sections.pop("moe", {}),
             "chain": {"iterations": 2} | sections.pop("chain", {}),
-            "training": {"global_batch": 4, "micro_batch": 4, "precision": "fp32"},
+            "training": {"global_batch": 8, "micro_batch": 4, "precision": "fp32"},
+            "parallel": sections.pop("parallel", {}),
         }
     )
 
@@ -88,7 +92,7 @@ def traced(given: RunConfig) -> tuple[Traced, Traced]:
 
 
 def estimated(given: RunConfig, direction: str) -> Moves:
-    run = RunShape.of(given, VOCABULARY, 1)
+    run = RunShape.of(given, VOCABULARY, given.parallel.expert)
     parts = list(Rank(run.stage_model(0), run.stage_pass(0)).parts())
     moves: list[tuple[int, Moves]] = [(count, getattr(work, direction)) for count, work, _ in parts]
     return Moves(
@@ -117,3 +121,22 @@ def test_bytes_and_operations_are_those_of_a_trace(single_rank: None, name: str)
         wanted = estimated(given, direction)
         assert wanted.bytes == pytest.approx(found.bytes, rel=0.25)
         assert wanted.operations == pytest.approx(found.operations, rel=0.25)
+
+
+@pytest.mark.parametrize(
+    ("dispatcher", "topk"), [("alltoall", 2), ("alltoall", 4), ("deduplicated", 2), ("deduplicated", 4)]
+)
+def test_what_a_dispatch_adds_is_that_of_a_trace(dispatcher: str, topk: int) -> None:
+    """On two ranks; collectives are not among it."""
+    given = config(moe={"dispatcher": dispatcher, "topk": topk}, parallel={"expert": 2})
+    alone = config(moe={"topk": topk})
+    found, plain = run_ranks(counted, 2, given, expert_model_parallel_size=2)[0], run_ranks(counted, 1, alone)[0]
+    for here, there, direction in zip(found, plain, ("forward", "backward"), strict=True):
+        wanted, without = estimated(given, direction), estimated(alone, direction)
+        assert wanted.bytes - without.bytes == pytest.approx(here[0] - there[0], rel=0.15)
+        assert wanted.operations - without.operations == pytest.approx(here[1] - there[1], rel=0.15)
+
+
+def counted(given: RunConfig) -> list[tuple[int, int]]:
+    """Bytes and operations of a rank, forward and backward."""
+    return [(each.bytes, each.operations) for each in traced(given)]
