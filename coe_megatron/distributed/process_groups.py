@@ -60,6 +60,17 @@ def start(
         device_id=own,
         timeout=timeout,
     )
+    create_groups(parallel, timeout)
+    seed_weights(seed)
+    return device
+
+
+def create_groups(parallel: ParallelSettings, timeout: timedelta | None = None) -> None:
+    """Create Megatron's process groups; collective, after the default group of torch is initialised.
+
+    Without the gloo copies of data-parallel groups, which only Megatron's own optimizer uses: they would connect each
+    rank to every other rank of these groups.
+    """
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -67,10 +78,9 @@ def start(
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
+        create_gloo_process_groups=False,
         **({} if timeout is None else {"distributed_timeout_minutes": math.ceil(timeout / timedelta(minutes=1))}),
     )
-    seed_weights(seed)
-    return device
 
 
 def stop() -> None:
