@@ -19,7 +19,7 @@ from coe_megatron.parsing import parse_json
 MANIFEST = "complete.json"
 SHARD_SUFFIX = ".distcp"  # of the files with tensor data; only these may be large
 _MAX_FILE_BYTES = 1 << 26  # of any other file
-_MAX_MANIFEST_BYTES = 1 << 22  # four times what 4,096 ranks need
+MAX_MANIFEST_BYTES = 1 << 25  # six times what 16,384 ranks need
 Entry: TypeAlias = dict[str, Any]  # "bytes" and "sha256" of a file
 
 
@@ -29,7 +29,7 @@ def write_manifest(folder: Path, group: Group = None) -> None:
     own: list[tuple[str, Entry]] = []
     run_on_all(lambda: own.extend((name, _describe(folder / name)) for name in shard(files)), group)
     entries = dict(sorted(all_gather(own, group)))
-    run_on_rank0(lambda: write_atomically(folder / MANIFEST, _manifest_text(entries)), group)
+    run_on_rank0(lambda: write_atomically(folder / MANIFEST, manifest_text(entries)), group)
 
 
 def problem(folder: Path) -> str | None:
@@ -88,7 +88,7 @@ def _files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def _manifest_text(files: dict[str, Entry]) -> str:
+def manifest_text(files: dict[str, Entry]) -> str:
     """The manifest's text, including a checksum of its entries; changed text is refused."""
     digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
     return json.dumps({"files": files, "sha256": digest}, indent=1)
@@ -102,7 +102,7 @@ def _read_manifest(folder: Path) -> dict[str, Entry]:
         raise ConfigError(f"{MANIFEST} is missing") from None
     except OSError as error:
         raise ConfigError(f"{MANIFEST} cannot be read: {(error.strerror or str(error)).lower()}") from None
-    content = read_limited(folder / MANIFEST, MANIFEST, _MAX_MANIFEST_BYTES)
+    content = read_limited(folder / MANIFEST, MANIFEST, MAX_MANIFEST_BYTES)
     try:
         found = parse_json(content)
     except ValueError as error:
@@ -110,7 +110,7 @@ def _read_manifest(folder: Path) -> dict[str, Entry]:
     files = found.get("files") if type(found) is dict else None
     if type(files) is not dict or not all(_is_entry(name, entry) for name, entry in files.items()):
         raise ConfigError(f"{MANIFEST} cannot be read: it is not a list of checkpoint files")
-    if content != _manifest_text(files).encode():
+    if content != manifest_text(files).encode():
         raise ConfigError(f"the content of {MANIFEST} has changed")
     return files
 

@@ -20,7 +20,7 @@ from rights import as_nobody
 from torch.distributed.checkpoint.metadata import Metadata, TensorProperties
 
 from coe_megatron.checkpoint import listing, tools
-from coe_megatron.checkpoint.integrity import MANIFEST, _manifest_text
+from coe_megatron.checkpoint.integrity import MANIFEST, manifest_text
 from coe_megatron.checkpoint.metadata import CheckpointMetadata
 from coe_megatron.checkpoint.names import name_of
 from coe_megatron.checkpoint.storage import Reader
@@ -234,7 +234,7 @@ def listed(*names: str) -> Change:
     def change(checkpoint: Path) -> None:
         files = json.loads((checkpoint / MANIFEST).read_text())["files"]
         files |= {name: {"bytes": 1, "sha256": "0" * 64} for name in names}
-        (checkpoint / MANIFEST).write_text(_manifest_text(files))
+        (checkpoint / MANIFEST).write_text(manifest_text(files))
 
     return change
 
