@@ -125,8 +125,12 @@ def load_model(model: torch.nn.Module, folder: Path) -> None:
 
 def main_parts(model: torch.nn.Module) -> list[ShardedTensor]:
     """The parts of weights and buffers that this rank has and no earlier one; of all ranks together the model, once."""
-    parts = (part for shard in _weights(model).values() for part in _parts(shard))
-    return [part for part in parts if is_main_replica(part.replica_id)]
+    return [part for part in stored_parts(model) if is_main_replica(part.replica_id)]
+
+
+def stored_parts(model: torch.nn.Module) -> list[ShardedTensor]:
+    """All parts of weights and buffers that this rank has, also those that other ranks have too."""
+    return [part for shard in _weights(model).values() for part in _parts(shard)]
 
 
 def rng_states() -> RngStates:

@@ -34,7 +34,7 @@ from coe_megatron.text import shortened
 
 INDEX = ".metadata"
 # A part takes some 200 bytes in the index, and 1,600 bytes besides its data in a file.
-_MIN_INDEX, _MAX_INDEX = 1 << 16, 1 << 26  # bytes
+_MIN_INDEX, MAX_INDEX = 1 << 16, 1 << 26  # bytes
 _MAX_KEY = 500  # characters
 
 
@@ -57,7 +57,7 @@ class TensorIndex:
             sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.suffix == SHARD_SUFFIX}
         except OSError as error:
             raise ConfigError(f"{folder.name} cannot be read: {(error.strerror or str(error)).lower()}") from None
-        path, most = f"{folder.name}/{INDEX}", min(_MAX_INDEX, _MIN_INDEX + sum(sizes.values()) // 4)
+        path, most = f"{folder.name}/{INDEX}", min(MAX_INDEX, _MIN_INDEX + sum(sizes.values()) // 4)
         return cls(path, read_limited(folder / INDEX, path, most), sizes)
 
     def parse(self) -> Metadata:
@@ -85,7 +85,7 @@ def _require_parts(found: Metadata, sizes: Mapping[str, int]) -> None:
             raise ValueError("it lists something other than tensors")
         if not key.isprintable() or len(key) > _MAX_KEY:
             raise ValueError("the name of a tensor is too long or not printable")
-        if not _covers(entry.chunks, entry.size):
+        if not covers(entry.chunks, entry.size):
             raise ValueError(f"the parts of {key} have gaps, overlap, or have another shape")
         for chunk in entry.chunks:
             _require_place(found.storage_data.get(MetadataIndex(key, chunk.offsets)), key, entry, chunk, sizes)
@@ -109,7 +109,7 @@ def _require_place(
         raise ValueError(f"a part of {key} is in {place.relative_path}, which is too short for it")
 
 
-def _covers(chunks: Sequence[ChunkStorageMetadata], size: torch.Size, dimension: int = 0) -> bool:
+def covers(chunks: Sequence[ChunkStorageMetadata], size: torch.Size, dimension: int = 0) -> bool:
     """Whether chunks cover a tensor without gap or overlap: split along the first dimension, each slab along the next.
 
     Megatron splits every tensor in this way.
@@ -123,7 +123,7 @@ def _covers(chunks: Sequence[ChunkStorageMetadata], size: torch.Size, dimension:
         slabs.setdefault((chunk.offsets[dimension], chunk.sizes[dimension]), []).append(chunk)
     end = 0
     for (offset, length), slab in sorted(slabs.items(), key=lambda each: each[0]):
-        if offset != end or not _covers(slab, size, dimension + 1):
+        if offset != end or not covers(slab, size, dimension + 1):
             return False
         end += length
     return end == size[dimension]

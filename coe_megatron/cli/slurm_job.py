@@ -77,11 +77,7 @@ def begin(options: argparse.Namespace) -> ExitStatus:
     variables = {
         "COE_ATTEMPT": folder,
         "COE_OUTPUT": config.output,
-        "COE_LAUNCH": plan.launch,
-        "COE_NODES": plan.needed,
-        "COE_RANKS_PER_NODE": plan.ranks_per_node,
-        "COE_CHECK_OPTIONS": " ".join(plan.check_options()),
-        "COE_START_OPTIONS": " ".join(plan.start_options()),
+        **plan.variables(),
         "MASTER_PORT": rendezvous_port(job, restarts),
         "COE_SAVE_EVERY": save_every or "",
     }

@@ -14,6 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from coe_megatron.slurm.tasks import rank_variables, torchrun_options
+
 NEEDED = (
     *("COE_ATTEMPT", "COE_LAUNCH", "COE_NODES", "COE_RANKS_PER_NODE", "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID"),
     *("SLURM_NODEID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURMD_NODENAME"),
@@ -50,19 +52,7 @@ def _use_interface_towards(neighbour: str) -> None:
 
 def _torchrun(attempt: Path, node: int, program: list[str]) -> int:
     """Run torchrun on this node; the job's log shows the output of rank 0, but not torchrun's own."""
-    env = os.environ
-    options = [
-        *(f"--nnodes={env['COE_NODES']}", f"--node-rank={node}", f"--nproc-per-node={env['COE_RANKS_PER_NODE']}"),
-        *(
-            "--max-restarts=0",
-            "--rdzv-backend=static",
-            f"--rdzv-id={env['SLURM_JOB_ID']}-{env.get('SLURM_RESTART_COUNT', 0)}",
-        ),
-        *(f"--master-addr={env['MASTER_ADDR']}", f"--master-port={env['MASTER_PORT']}"),
-        *(f"--log-dir={attempt}/ranks/node-{node}", "--redirects=3", "--signals-to-handle=SIGINT"),
-        *(("--tee=0:3",) if node == 0 else ()),
-    ]
-    command = [sys.executable, "-m", "coe_megatron.launcher.torchrun", *options, *program]
+    command = [sys.executable, "-m", "coe_megatron.launcher.torchrun", *torchrun_options(os.environ, attempt), *program]
     with (attempt / f"node-{node}.log").open("wb") as log:
         if node:
             return _status(_start(command, log, subprocess.STDOUT).wait())
@@ -81,15 +71,7 @@ def _rank(attempt: Path, node: int, program: list[str]) -> int:
     env = os.environ
     folder = attempt / "ranks" / f"node-{node}" / env["SLURM_LOCALID"]
     folder.mkdir(parents=True, exist_ok=True)
-    env |= {
-        "RANK": env["SLURM_PROCID"],
-        "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
-        "GROUP_RANK": str(node),
-        "LOCAL_RANK": env["SLURM_LOCALID"],
-        "LOCAL_WORLD_SIZE": env["COE_RANKS_PER_NODE"],
-        "OMP_NUM_THREADS": env.get("OMP_NUM_THREADS") or env.get("SLURM_CPUS_PER_TASK") or "1",
-        "TORCHELASTIC_ERROR_FILE": str(folder / "error.json"),
-    }
+    env |= rank_variables(env, folder)
     command = [sys.executable, *program]
     with (folder / "stdout.log").open("wb") as out, (folder / "stderr.log").open("wb") as err:
         if env["RANK"] != "0":

@@ -130,8 +130,16 @@ class StepBatches:
         Raises:
             ValueError: the step is negative.
         """
-        rows = np.asarray(self.indices(step)).reshape(-1, self._ranks, self._micro_batch, 2)
-        return [_stack([self._corpora[corpus][int(index)] for corpus, index in micro]) for micro in rows[:, self._rank]]
+        own = self.rows(step)[:, self._rank]
+        return [_stack([self._corpora[corpus][int(index)] for corpus, index in micro]) for micro in own]
+
+    def rows(self, step: int) -> np.ndarray:
+        """The samples of a step by micro-batch, rank and row, as (corpus, index): [micro-batches, dp_size, b, 2].
+
+        Raises:
+            ValueError: the step is negative.
+        """
+        return np.asarray(self.indices(step)).reshape(-1, self._ranks, self._micro_batch, 2)
 
     def indices(self, step: int) -> list[tuple[int, int]]:
         """The samples of the global batch of a step in order, as (corpus, index in the corpus).

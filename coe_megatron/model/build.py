@@ -122,6 +122,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         **_layout_fields(config),
         "hetereogenous_dist_checkpoint": config.chain.layers is not None,
         "moe_grouped_gemm": _on_engine(config),
+        "perform_initialization": torch.get_default_device().type != "meta",  # where there is nothing to fill
         "bf16": bf16,
         "params_dtype": torch.bfloat16 if bf16 else torch.float32,
     }

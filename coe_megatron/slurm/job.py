@@ -82,6 +82,16 @@ class JobPlan:
     def ranks(self) -> int:
         return self.needed * self.ranks_per_node
 
+    def variables(self) -> dict[str, str]:
+        """What the job script exports of the plan."""
+        return {
+            "COE_LAUNCH": self.launch,
+            "COE_NODES": str(self.needed),
+            "COE_RANKS_PER_NODE": str(self.ranks_per_node),
+            "COE_CHECK_OPTIONS": " ".join(self.check_options()),
+            "COE_START_OPTIONS": " ".join(self.start_options()),
+        }
+
     def check_options(self) -> list[str]:
         """Options of the srun that checks all nodes; empty if the check is switched off."""
         if not self.check:
