@@ -1,8 +1,9 @@
-"""What `coe-pretrain` predicts: the cost of a run (--dry-run), the fastest layouts for it (--suggest), and its goodput
-on nodes that fail (--simulate).
+"""What `coe-pretrain` predicts: the cost of a run (--dry-run), the fastest layouts for it (--suggest), its goodput on
+nodes that fail (--simulate), and what all its ranks would have (--rehearse).
 """
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from coe_megatron.estimate.run_shape import RunShape
 from coe_megatron.estimate.step_time import step_time
 from coe_megatron.estimate.traffic import Sent
 from coe_megatron.files import problem, require_folder, require_writable, write_atomically
+from coe_megatron.lean_imports import import_megatron, without_collection
 from coe_megatron.run.metrics_log import read_metrics
 from coe_megatron.scale.failures import Goodput, Job, best_interval, between_stops, daly, simulate, young
 from coe_megatron.scale.search import Found, Result, Search
@@ -121,9 +123,37 @@ def _required(machine_name: str | None, option: str) -> Machine:
     return machine_of(machine_name)
 
 
-def _ranks(config: RunConfig, gpus: int | None, found: Machine) -> int:
+def rehearsed(config: RunConfig, gpus: int | None) -> str:
+    """What all ranks of the run would have, made in this process and checked; a GPU is not used.
+
+    Raises:
+        ConfigError: the option is not valid, or a check fails.
+    """
+    _require_number(gpus)
+    if config.model.backend == "transformer_engine":  # whose checkpoints have the same parts
+        config = replace(config, model=replace(config.model, backend="local"))
+    if gpus is not None:
+        config = replace(config, parallel=replace(config.parallel, world_size=gpus))
+    run = resolved(config, vocabulary(config), gpus)
+    check(run.config, run.layout.world_size)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch, which is not imported yet, then behaves alike everywhere
+    from coe_megatron.training.console import quiet_libraries
+
+    quiet_libraries()
+    with without_collection():
+        import_megatron()
+        from coe_megatron.scale.rehearsal.rehearsal import rehearse
+
+    return aligned_facts(rehearse(run))
+
+
+def _require_number(gpus: int | None) -> None:
     if gpus is not None and not 1 <= gpus <= _MOST_RANKS:
         raise ConfigError(f"--gpus is {gpus}: it must be a number from 1 to {_MOST_RANKS:,}")
+
+
+def _ranks(config: RunConfig, gpus: int | None, found: Machine) -> int:
+    _require_number(gpus)
     return gpus or config.parallel.world_size or found.ranks_per_node
 
 

@@ -32,7 +32,7 @@ from pathlib import Path
 
 from coe_megatron import scratch
 from coe_megatron.cli.arguments import Parser, program_name, write_out
-from coe_megatron.cli.estimates import estimated, simulated, suggest
+from coe_megatron.cli.estimates import estimated, rehearsed, simulated, suggest
 from coe_megatron.cli.pretrain import RESUMES, leave
 from coe_megatron.config import RunConfig, load
 from coe_megatron.config.load import parse
@@ -52,7 +52,7 @@ _NEEDS = {
     "device_memory": ("dry_run", "suggest"),
     "machine": ("dry_run", "suggest", "simulate"),
     "routing": ("dry_run",),
-    "gpus": ("suggest", "simulate"),
+    "gpus": ("suggest", "simulate", "rehearse"),
     "save_config": ("suggest",),
 }  # options that mean something with one of others only
 
@@ -82,7 +82,10 @@ def pretrain(arguments: list[str] | None) -> int:
     estimates.add_argument("--suggest", action="store_true", help=finds)
     fails = "print the goodput of the run on --machine, whose nodes fail, and the best interval of saves, and exit"
     estimates.add_argument("--simulate", action="store_true", help=fails)
-    ranks = "with --suggest and --simulate: the number of ranks (default: parallel.world_size, else those of a node)"
+    makes = "make the groups, shards, data order, checkpoint plan and SLURM job of all ranks, check them, and exit; "
+    estimates.add_argument("--rehearse", action="store_true", help=f"{makes}needs no data or ranks")
+    ranks = "with --suggest, --simulate and --rehearse: the number of ranks (default: parallel.world_size, else those "
+    ranks += "of a node, and with --rehearse the fewest of the layout)"
     parser.add_argument("--gpus", metavar="N", type=int, help=ranks)
     saves = "with --suggest: write a config with the fastest layout and all other settings of the run"
     parser.add_argument("--save-config", metavar="FILE", type=user_path, help=saves)
@@ -97,7 +100,7 @@ def pretrain(arguments: list[str] | None) -> int:
             parser.error(f"--{option.replace('_', '-')} needs {named}")
     env = _distributed_env(parser)
     try:
-        if options.dry_run or options.suggest or options.simulate:
+        if options.dry_run or options.suggest or options.simulate or options.rehearse:
             config = load(options.config, options.overrides)
             require_output(config)
             _require_sources(config)
@@ -121,6 +124,8 @@ def pretrain(arguments: list[str] | None) -> int:
 
 def _estimated(options: Namespace, config: RunConfig) -> str:
     memory = options.device_memory
+    if options.rehearse:
+        return rehearsed(config, options.gpus)
     if options.simulate:
         return simulated(config, options.machine, options.gpus)
     if options.suggest:

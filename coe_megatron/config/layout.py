@@ -71,7 +71,7 @@ def layout(config: RunConfig, world_size: int | None = None) -> Layout:
         world_size: number of ranks; None means `parallel.world_size`, or the fewest that the other sizes allow.
     """
     parallel = config.parallel
-    size = world_size or parallel.world_size or _unit(config)
+    size = world_size or parallel.world_size or rank_unit(config)
     names = ("tensor", "pipeline", "expert", "expert_tensor", "context", "virtual_pipeline")
     return Layout(size, *(getattr(parallel, name) for name in names))
 
@@ -99,7 +99,7 @@ def problems(config: RunConfig, world_size: int | None = None) -> Iterator[str]:
     yield from _ranks(config, world_size)
 
 
-def _unit(config: RunConfig) -> int:
+def rank_unit(config: RunConfig) -> int:
     """The number that must divide the number of ranks."""
     parallel = config.parallel
     return parallel.pipeline * lcm(parallel.tensor * parallel.context, parallel.expert * parallel.expert_tensor)
@@ -192,7 +192,7 @@ def _has_stage_without_experts(config: RunConfig) -> bool:
 
 
 def _ranks(config: RunConfig, world_size: int | None) -> Iterator[str]:
-    required, unit, training = config.parallel.world_size, _unit(config), config.training
+    required, unit, training = config.parallel.world_size, rank_unit(config), config.training
     if None not in (required, world_size) and required != world_size:
         yield f"parallel.world_size is {required}: {world_size} ranks were started, start {required} or set it to null"
     found = layout(config, required or world_size)
