@@ -26,7 +26,7 @@ from coe_megatron.scale.rehearsal.shards import RankShards
 from coe_megatron.zero import optimizer_states
 
 RNG_BYTES = 23_000  # of a rank's RNG states on the CPU
-_SMALL = {"tensors/common.pt": 1_000, "tensors/metadata.json": 130, "state.json": 1_500}  # about
+_SMALL = {"tensors/common.pt": 1_260, "tensors/metadata.json": 120, "state.json": 560}  # about
 _KINDS = ("", *(f"optimizer.{kind}." for kind in optimizer_states.KINDS))  # of a parameter's tensors
 _OPENS = {"row": (7, 4), "packed": (13, 13)}  # of a training and a validation split's files, by one rank
 
@@ -89,11 +89,12 @@ def index_bytes(shards: Iterable[RankShards]) -> int:
     sizes: dict[str, torch.Size] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
     for rank, shard in enumerate(shards):
+        file = f"__{rank}_0.distcp"
         for key, size, offset, length in shard.main:
             for name in (kind + key for kind in _KINDS):
                 sizes[name] = torch.Size(size)
                 chunks[name].append(ChunkStorageMetadata(torch.Size(offset), torch.Size(length)))
-                place = _StorageInfo(f"__{rank}_0.distcp", 2**33 + len(places), 2**20)
+                place = _StorageInfo(file, 2**33 + len(places), 2**20)
                 places[MetadataIndex(name, torch.Size(offset))] = place
     own = TensorProperties(torch.float32)
     return len(
@@ -134,7 +135,7 @@ def data_opens(data: DataSettings) -> int:
 
 
 def order_bytes(run: RunShape) -> int:
-    """Host memory in which each rank keeps the order of the samples up to the last step, at most."""
+    """Host memory in which each rank keeps the corpus of each sample up to the last step, at most."""
     return 4 * run.config.training.steps * run.config.training.global_batch  # int16, up to twice as many as needed
 
 

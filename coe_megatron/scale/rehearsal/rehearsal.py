@@ -92,9 +92,9 @@ def _samples(run: RunShape) -> str:
     validation = samples.check_validation(run)
     samples.check_tokens(run)
     return (
-        f"each goes to one replica once per epoch (6 steps, two ends of an epoch, a resume from {before:,} to {after:,} "
-        f"replicas), each of {validation:,} to validate on once, each token to one of {run.layout.context} ranks; "
-        f"a rank keeps up to {size(files.order_bytes(run))} of their order"
+        f"each goes to one replica once per epoch (6 steps, two ends of an epoch, a resume from {before:,} to "
+        f"{after:,} replicas), each of {validation:,} to validate on once, each token to one of {run.layout.context} "
+        f"ranks; a rank keeps up to {size(files.order_bytes(run))} of their order, and 8 bytes per sample of a corpus"
     )
 
 
