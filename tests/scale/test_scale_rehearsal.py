@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from programs import PLAIN_TORCHRUN, _run, python
+from programs import python, torchrun
 from ranks import start_groups
 
 from coe_megatron import sequence_parts
@@ -121,6 +121,17 @@ def test_groups_in_another_order_are_refused(alone: None, monkeypatch: pytest.Mo
     monkeypatch.setattr(parallel_state, "initialize_model_parallel", lambda **sizes: create(**sizes, **pipelines_first))
     with as_rank(run, 5, 64):
         refused(lambda: groups.check_own_groups(run, 5), "process groups: the data group of rank 5 has ranks .* not ")
+
+
+def test_no_group_has_a_copy_for_gloo(alone: None) -> None:
+    """A copy would connect each rank to all others of its group at the start."""
+    with as_rank(run_of(8, {"expert": 2}), 5, 8):
+        for name in (
+            "_DATA_PARALLEL_GROUP_GLOO",
+            "_DATA_PARALLEL_GROUP_WITH_CP_GLOO",
+            "_EXPERT_DATA_PARALLEL_GROUP_GLOO",
+        ):
+            assert getattr(parallel_state, name) is None
 
 
 def test_samples_of_another_replica_are_refused(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,8 +344,7 @@ def test_two_ranks_open_and_make_as_many_files(
     for steps in (1, 2):
         counts = tmp_path / f"{steps}"
         counts.mkdir()
-        command = [tmp_path / "program.py", counts, config, *overrides, f"training.steps={steps}"]
-        done = _run([*PLAIN_TORCHRUN, "2", *map(str, command)], 300, fresh=True)
+        done = torchrun(tmp_path / "program.py", counts, config, *overrides, f"training.steps={steps}", fresh=True)
         assert done.returncode == 0, done.stderr
     settings = load(config, [*overrides, "training.steps=2"])
     run = resolved(settings, vocabulary(settings), 2)
