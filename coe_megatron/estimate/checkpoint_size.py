@@ -6,7 +6,7 @@ from coe_megatron.estimate.closed_forms import ModelShape
 from coe_megatron.estimate.run_shape import RunShape
 
 _KINDS = 4  # a weight, its fp32 master and AdamW's two moments
-_MASTER_AND_MOMENTS = 12  # bytes per parameter
+MASTER_AND_MOMENTS = 12  # bytes per parameter: fp32 master weight and AdamW's two moments
 # Measured: torch writes each part of a tensor as a separate archive within a file, and lists it in `.metadata`.
 _BYTES_PER_PART = 1_750
 _BYTES_PER_RANK = 23_000  # RNG states on the CPU
@@ -14,7 +14,7 @@ _BYTES_PER_RANK = 23_000  # RNG states on the CPU
 
 def checkpoint_bytes(run: RunShape) -> int:
     """Bytes of one checkpoint."""
-    tensor_bytes = (run.element_bytes + _MASTER_AND_MOMENTS) * closed_forms.parameters(run.model).total
+    tensor_bytes = (run.element_bytes + MASTER_AND_MOMENTS) * closed_forms.parameters(run.model).total
     part_bytes = _KINDS * _parts(run.model, run.layout) * _BYTES_PER_PART
     return tensor_bytes + part_bytes + run.layout.world_size * _BYTES_PER_RANK
 

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 
 from coe_megatron.estimate.activations import segments
+from coe_megatron.estimate.checkpoint_size import MASTER_AND_MOMENTS
 from coe_megatron.estimate.gradients import Moment, Reduction, moments
 from coe_megatron.estimate.parameter_shards import ParameterShards, parameter_shards
 from coe_megatron.estimate.run_shape import RunShape
 
 MEASURED = ("weights", "gradients", "optimizer", "communication_buckets", "activations")  # components of a rank
-_MASTER_AND_MOMENTS = 12  # bytes per parameter: fp32 master weight and AdamW's two moments
 _FP32 = 4  # bytes; gradients are accumulated and reduced in fp32
 
 
@@ -130,5 +130,5 @@ def _gathered_sequence(run: RunShape) -> int:
 
 def _optimizer(run: RunShape, shards: ParameterShards) -> int:
     if run.config.zero.stage == 0:  # the weights are fp32 and serve as masters
-        return (_MASTER_AND_MOMENTS - _FP32) * shards.total
-    return _MASTER_AND_MOMENTS * shards.partition
+        return (MASTER_AND_MOMENTS - _FP32) * shards.total
+    return MASTER_AND_MOMENTS * shards.partition

@@ -9,8 +9,9 @@ from coe_megatron.config.settings import TrainingSettings
 from coe_megatron.data.folders import DataFolder, validation_paths
 from coe_megatron.data.indexed_prefix import IndexedPrefix
 from coe_megatron.data.manifest import Manifest
-from coe_megatron.estimate.checkpoint_size import checkpoint_bytes
+from coe_megatron.estimate.checkpoint_size import MASTER_AND_MOMENTS, checkpoint_bytes
 from coe_megatron.estimate.machine import Machine
+from coe_megatron.estimate.parameter_shards import parameter_shards
 from coe_megatron.estimate.run_shape import RunShape
 from coe_megatron.estimate.step_time import StepTime
 
@@ -37,7 +38,7 @@ class SaveSeconds:
     Attributes:
         stopped: how long the run waits for it.
         written: how long it is written after that, in the background.
-        loaded: how long reading it takes.
+        loaded: how long it takes until all ranks have read what they hold.
     """
 
     stopped: float
@@ -53,8 +54,20 @@ class SaveSeconds:
         return cls(
             stopped=copying if in_background else writing,
             written=writing if in_background else 0.0,
-            loaded=size / machine.disk.read,
+            loaded=_read_bytes(run) / machine.disk.read,
         )
+
+
+def _read_bytes(run: RunShape) -> int:
+    """Bytes that all nodes read of a checkpoint: each node all that its ranks hold, once, whatever others read."""
+    layout, ranks, size = run.layout, run.ranks_on_a_node, run.element_bytes + MASTER_AND_MOMENTS
+    found = 0
+    for stage in range(layout.pipeline):
+        shards = parameter_shards(run, stage)
+        own = shards.dense * min(layout.tensor, ranks)
+        own += shards.experts * min(layout.expert * layout.expert_tensor, ranks)
+        found += size * own * -(-layout.world_size // layout.pipeline // ranks)
+    return found
 
 
 def run_time(run: RunShape, machine: Machine, step: StepTime, samples: int) -> RunSeconds:
