@@ -40,9 +40,9 @@ HERE = Path(__file__).resolve().parent
 CONFIG = """
 model: {num_layers: 4, hidden_size: 256, num_attention_heads: 8, seq_length: 128, hidden_dropout: 0.0}
 moe: {num_experts: 8, topk: 2, ffn_hidden_size: 256}
-data: {validation_samples: 8}
+data: {validation_samples: 16}
 optimizer: {lr: 3e-3}
-training: {global_batch: 32, micro_batch: 4}
+training: {global_batch: 16, micro_batch: 2}
 """
 
 
@@ -72,26 +72,26 @@ class Place:
         return f"{self.hosts} hosts of {ranks}, {self.rate_mbit:g} Mbit/s, {self.delay_ms:g} ms"
 
 
-_ALONE = ("", "training.micro_batch=8", "chain.iterations=3", "chain.iterations=1 moe.topk=4", "moe.recompute=layer")
+_ALONE = ("", "training.micro_batch=4", "chain.iterations=3", "chain.iterations=1 moe.topk=4", "moe.recompute=layer")
 _TWO = (
     "parallel.expert=2",
     "parallel.expert=2 moe.dispatcher=deduplicated moe.overlap_chunks=2",
     "zero.stage=3",
     "parallel.tensor=2",
-    "parallel.pipeline=2 training.micro_batch=2",
+    "parallel.pipeline=2 training.micro_batch=1",
     "parallel.context=2",
 )
 _FOUR = (
     "parallel.expert=4",
     "parallel.expert=2 zero.stage=2",
     "parallel.tensor=2 parallel.expert=2",
-    "parallel.pipeline=2 parallel.expert=2 training.micro_batch=2",
+    "parallel.pipeline=2 parallel.expert=2 training.micro_batch=1",
     "parallel.expert=4 moe.dispatcher=deduplicated chain.iterations=3",
 )
 _EIGHT = (
     "parallel.expert=8",
     "parallel.expert=4 zero.stage=1",
-    "parallel.pipeline=2 parallel.expert=4 training.micro_batch=2",
+    "parallel.pipeline=2 parallel.expert=4 training.micro_batch=1",
     "parallel.tensor=2 parallel.expert=4",
 )
 PLACES = (

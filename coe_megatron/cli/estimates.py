@@ -17,7 +17,7 @@ from coe_megatron.estimate.dispatch import resolved
 from coe_megatron.estimate.load_imbalance import load_imbalance
 from coe_megatron.estimate.machine import Machine, machine, machines
 from coe_megatron.estimate.node_crossing import needless_crossing
-from coe_megatron.estimate.run_estimate import estimate, size, vocabulary
+from coe_megatron.estimate.run_estimate import RunEstimate, estimate, size, vocabulary
 from coe_megatron.estimate.run_shape import RunShape
 from coe_megatron.estimate.step_time import step_time
 from coe_megatron.estimate.traffic import Sent
@@ -26,20 +26,30 @@ from coe_megatron.lean_imports import import_megatron, without_collection
 from coe_megatron.run.metrics_log import read_metrics
 from coe_megatron.scale.failures import Goodput, Job, best_interval, between_stops, daly, simulate, young
 from coe_megatron.scale.search import Found, Result, Search
+from coe_megatron.scale.step_picture import draw_step
 from coe_megatron.text import aligned, aligned_facts, duration, format_duration
 
 
 def estimated(
-    config: RunConfig, machine_name: str | None, device_memory: str | None, routing: Path | None, as_json: bool
+    config: RunConfig,
+    machine_name: str | None,
+    device_memory: str | None,
+    routing: Path | None,
+    picture: Path | None,
+    as_json: bool,
 ) -> str:
     """The cost as a table, or as a JSON object.
 
     Args:
-        machine_name, device_memory, routing: the options; None if they were not given.
+        machine_name, device_memory, routing, picture: the options; None if they were not given.
 
     Raises:
         ConfigError: an option is not valid, or the run does not fit.
     """
+    if picture is not None:
+        if machine_name is None:
+            raise ConfigError("--picture needs --machine, on which a step takes the time that is drawn")
+        require_writable(picture, "--picture", "file")
     if routing is not None and machine_name is None:
         raise ConfigError("--routing needs --machine, on which the busiest rank takes longer")
     available = None if device_memory is None else device_memory_option(device_memory)
@@ -48,9 +58,21 @@ def estimated(
     if available is not None and (refused := refusal(run, cost, available)):
         raise ConfigError(f"--device-memory {device_memory}: {refused}")
     warnings = [*missing_folders(config.data), *filter(None, [needless_crossing(run, cost)])]
+    if picture is not None:
+        _draw(cost, picture)
     if as_json:
         return json.dumps({**cost.as_dict(), "warnings": warnings}, indent=2)
     return "\n".join([cost.table(), *(f"warning: {each}" for each in warnings)])
+
+
+def _draw(cost: RunEstimate, path: Path) -> None:
+    assert cost.time is not None and cost.machine is not None
+    title = f"a step on {cost.layout.world_size:,} ranks: {cost.layout}\n{cost.machine.name}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, draw_step(cost.time, title))
+    except OSError as error:
+        raise problem(path, "--picture", error) from None
 
 
 def _imbalance(folder: Path, run: RunShape) -> float:

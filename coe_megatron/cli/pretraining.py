@@ -52,6 +52,7 @@ _NEEDS = {
     "device_memory": ("dry_run", "suggest"),
     "machine": ("dry_run", "suggest", "simulate"),
     "routing": ("dry_run",),
+    "picture": ("dry_run",),
     "gpus": ("suggest", "simulate", "rehearse"),
     "save_config": ("suggest",),
 }  # options that mean something with one of others only
@@ -78,6 +79,8 @@ def pretrain(arguments: list[str] | None) -> int:
     parser.add_argument("--machine", metavar="NAME", help=timed)
     uneven = "with --dry-run and --machine: a run's folder; the busiest rank has the load that its experts had last"
     parser.add_argument("--routing", metavar="RUN", type=user_path, help=uneven)
+    draws = "with --dry-run and --machine: draw where the time of a step goes into a PNG"
+    parser.add_argument("--picture", metavar="FILE", type=user_path, help=draws)
     finds = "print the five fastest layouts of the run on --machine that fit, and exit; needs no data or ranks"
     estimates.add_argument("--suggest", action="store_true", help=finds)
     fails = "print the goodput of the run on --machine, whose nodes fail, and the best interval of saves, and exit"
@@ -130,7 +133,7 @@ def _estimated(options: Namespace, config: RunConfig) -> str:
         return simulated(config, options.machine, options.gpus)
     if options.suggest:
         return suggest(config, options.machine, options.gpus, memory, options.save_config)
-    return estimated(config, options.machine, memory, options.routing, options.json)
+    return estimated(config, options.machine, memory, options.routing, options.picture, options.json)
 
 
 def _distributed_env(parser: Parser) -> DistributedEnv:

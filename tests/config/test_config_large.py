@@ -136,10 +136,10 @@ def test_comments_say_how_long_another_choice_would_take(name: str, override: st
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["64-gpus", "1024-gpus"])
-def test_they_are_the_fastest_that_the_search_finds(name: str) -> None:
+def test_they_are_next_to_the_fastest_that_the_search_finds(name: str) -> None:
     config, cost = costed(name)
     run = RunShape.of(config, vocabulary(config), config.parallel.world_size or 1)
     h100 = machine("h100")
     assert h100.memory.capacity is not None and cost.time is not None
     best = Search(run, h100, 0.9 * h100.memory.capacity).best(1).best[0]
-    assert best.run.config == config and best.time == cost.time
+    assert best.time.total <= cost.time.total <= 1.01 * best.time.total

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import ROOT
 
 from coe_megatron.cli.estimates import estimated
 from coe_megatron.config import RunConfig, load, parse
@@ -16,8 +17,9 @@ from coe_megatron.estimate.machine import Machine, Rates, machine, machines
 from coe_megatron.estimate.operations import Product, Rank
 from coe_megatron.estimate.run_shape import RunShape
 from coe_megatron.estimate.run_time import SaveSeconds, run_time
-from coe_megatron.estimate.step_time import Costs, step_time
+from coe_megatron.estimate.step_time import Costs, StepTime, step_time
 from coe_megatron.estimate.traffic import Sent, group
+from coe_megatron.scale.step_picture import _KINDS, draw_step
 
 VOCABULARY = 512
 H100 = machine("h100")
@@ -216,7 +218,9 @@ def test_the_dry_run_takes_the_loads_of_a_run(tmp_path: Path) -> None:
     def imbalance(content: str) -> str:
         (tmp_path / "metrics.jsonl").write_text(content)
         try:
-            return str(json.loads(estimated(given, "h100", None, tmp_path, True))["seconds_per_step"].get("imbalance"))
+            return str(
+                json.loads(estimated(given, "h100", None, tmp_path, None, True))["seconds_per_step"].get("imbalance")
+            )
         except ConfigError as error:
             return str(error)
 
@@ -235,4 +239,20 @@ def test_the_dry_run_takes_the_loads_of_a_run(tmp_path: Path) -> None:
     for content in ("", "{}\n", '{"step": 1, "routing": [{"load": [0, 0]}]}\n'):
         assert imbalance(content).startswith(f"--routing is {tmp_path}: ")
     with pytest.raises(ConfigError, match="--routing needs --machine"):
-        estimated(given, None, None, tmp_path, True)
+        estimated(given, None, None, tmp_path, None, True)
+
+
+def test_a_step_is_drawn_with_a_bar_for_each_part(tmp_path: Path) -> None:
+    config = load(ROOT / "configs" / "64-gpus.yaml", ["data.path=nowhere"])
+    picture = tmp_path / "new" / "step.png"
+    text = estimated(config, "h100", None, None, picture, False)
+    assert "time of a step" in text
+    small, large = (
+        picture.read_bytes(),
+        draw_step(StepTime({name: 1.0 for _, names in _KINDS.values() for name in names}, 1.0), "all parts"),
+    )
+    assert small.startswith(b"\x89PNG") and len(large) > len(small) > 10_000
+    with pytest.raises(ConfigError, match=r"^--picture needs --machine"):
+        estimated(config, None, None, None, picture, False)
+    with pytest.raises(ConfigError, match=r"--picture is .*: it is a folder"):
+        estimated(config, "h100", None, None, tmp_path, False)
