@@ -1,15 +1,17 @@
 """Simulates a run on nodes that fail: its goodput as a distribution, and the interval of saves that is best.
 
 Nodes fail independently at a constant rate (exponential times between failures), and jobs are preempted at another. A
-failure loses the steps since the last complete checkpoint; then it is noticed, the job starts again (with a spare node
-at once, otherwise when a node is repaired, or elastically with fewer nodes), loads, and warms up. A save stops the run
-for its foreground part; with background saving the checkpoint is complete only some time after.
+failure loses the steps since the last complete checkpoint; then it is noticed, and the job starts again (with a spare
+node at once, otherwise when a node is repaired, or elastically with fewer nodes), loads, and warms up, all of which can
+fail too. A save stops the run for its foreground part; with background saving the checkpoint is complete only some time
+after, and is lost if the run fails before. `replay` takes times between stops that are known (bench_goodput.py).
 
 Young (1974) and Daly (2006) give the interval of saves from the mean time between failures M and the foreground part of
 a save d: sqrt(2 d M) and, for d < 2 M, sqrt(2 d M) (1 + sqrt(d / 2M) / 3 + d / 18M) - d. `best_interval` takes the
 simulated best of a grid around them instead, since they know neither background saving nor what a start costs.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from math import sqrt
 
@@ -20,6 +22,7 @@ from coe_megatron.estimate.run_shape import RunShape
 from coe_megatron.estimate.run_time import SaveSeconds
 
 _LONGEST = 100  # times the seconds of all steps; then a run is given up
+_NEVER = 1e15  # seconds
 _GRID = tuple(2.0 ** (power / 2) for power in range(-4, 5))  # times Young's interval
 
 
@@ -68,8 +71,8 @@ class Goodput:
         fractions: of each run, the time of its steps without failures and saves over its whole time, sorted.
         failures: mean number of failures and preemptions of a run.
         seconds: mean whole time.
-        lost: mean seconds by cause: `saves`, `repeated` steps, `down` until the job runs again, `slower` with fewer
-            nodes.
+        lost: mean seconds by cause: `saves`, `repeated` steps, `down` until the job runs, at first and after each stop,
+            `slower` with fewer nodes.
     """
 
     fractions: tuple[float, ...]
@@ -89,7 +92,16 @@ class Goodput:
 
 def simulate(job: Job, failures: Failures, runs: int = 400, seed: int = 1) -> Goodput:
     """Simulate runs with different failures; the same seed gives the same ones."""
-    found = [_Run(job, failures, np.random.default_rng((seed, number))).run() for number in range(runs)]
+    return _goodput([_Run(job, failures, np.random.default_rng((seed, number))).run() for number in range(runs)])
+
+
+def replay(job: Job, failures: Failures, stops: Iterator[float]) -> Goodput:
+    """The run that fails so many seconds after each of its starts, and never again when they are used up."""
+    return _goodput([_Run(job, failures, _Known(stops)).run()])
+
+
+def _goodput(found: "list[_Run]") -> Goodput:
+    job, runs = found[0].job, len(found)
     return Goodput(
         tuple(sorted(run.done * job.step / run.now for run in found)),
         sum(run.stops for run in found) / runs,
@@ -131,13 +143,28 @@ def best_interval(job: Job, failures: Failures) -> int:
     return max(tried, key=lambda steps: simulate(replace(job, interval=steps), failures, runs=100).mean)
 
 
+@dataclass(frozen=True)
+class _Known:
+    """Takes the place of random numbers: known seconds between stops, all of which are failures."""
+
+    stops: Iterator[float]
+
+    def exponential(self, _mean: float) -> float:
+        """The next one."""
+        return next(self.stops, _NEVER)
+
+    def random(self) -> float:
+        """Less than the part of failures."""
+        return 0.0
+
+
 @dataclass
 class _Run:
     """A simulated run: its clock, and what is done."""
 
     job: Job
     failures: Failures
-    random: np.random.Generator
+    random: np.random.Generator | _Known
     now: float = 0.0
     done: int = 0
     saved: int = 0
@@ -152,12 +179,14 @@ class _Run:
         """Until the last step is saved, or too long."""
         longest = _LONGEST * self.job.steps * self.job.step
         while self.now < longest:
-            stop, is_failure = self._next_stop()
-            if self._works_until(stop):
+            nodes = self._nodes()
+            stop, is_failure = self._next_stop(nodes)
+            if self._starts_until(stop) and self._works_until(stop, nodes):
                 return self
             self.stops += 1
             self.done = self.saved = self.saving[1] if self.saving[0] <= stop else self.saved
-            self._starts_again(stop, is_failure)
+            self.saving = (stop, self.saved)  # what was being written is lost
+            self._waits_for_nodes(stop, is_failure)
         return self
 
     @property
@@ -171,15 +200,23 @@ class _Run:
         self.in_repair = sorted(ready for ready in self.in_repair if ready > self.now)
         return min(self.job.nodes, self.job.nodes + self.failures.spare_nodes - len(self.in_repair))
 
-    def _next_stop(self) -> tuple[float, bool]:
-        """When the next failure or preemption is, and whether it is a failure."""
-        failures = self._nodes() / self.failures.between_failures
+    def _next_stop(self, nodes: int) -> tuple[float, bool]:
+        """When the next failure or preemption of a job that starts now is, and whether it is a failure."""
+        failures = nodes / self.failures.between_failures
         rate = failures + _preemptions(self.failures)
         return self.now + self.random.exponential(1 / rate), self.random.random() < failures / rate
 
-    def _works_until(self, stop: float) -> bool:
+    def _starts_until(self, stop: float) -> bool:
+        """Processes, checkpoint and first steps until a stop; whether the job runs before."""
+        began, own = self.now, self.failures
+        ready = began + own.start + self.job.load * (self.saved > 0) + own.warm_up
+        self.now = min(ready, stop)
+        self.down += self.now - began
+        return ready < stop
+
+    def _works_until(self, stop: float, nodes: int) -> bool:
         """Steps and saves until a stop; whether the run is done before."""
-        job, pace = self.job, self.job.step * self.job.nodes / self._nodes()
+        job, pace = self.job, self.job.step * self.job.nodes / nodes
         while True:
             goal = min(job.steps, (self.done // job.interval + 1) * job.interval)
             reached = min(goal, self.done + int((stop - self.now) / pace))
@@ -187,24 +224,24 @@ class _Run:
             self.now += (reached - self.done) * pace
             self.done = reached
             begun = max(self.now, self.saving[0])  # one save is written at a time
-            if reached < goal or begun + job.save > stop:
+            stopped = job.save + job.written * (goal == job.steps)  # the run ends when its last one is written
+            if reached < goal or begun + stopped > stop:
                 self.now = stop
                 return False
             if self.saving[0] <= begun:
                 self.saved = self.saving[1]
-            self.saves += begun + job.save - self.now
-            self.now = begun + job.save
-            self.saving = (self.now + job.written, goal)
+            self.saves += begun + stopped - self.now
+            self.now = begun + stopped
+            self.saving = (begun + job.save + job.written, goal)
             if goal == job.steps:
                 return True
 
-    def _starts_again(self, stop: float, is_failure: bool) -> None:
-        """The clock at the next step, on as many nodes as there are."""
+    def _waits_for_nodes(self, stop: float, is_failure: bool) -> None:
+        """The clock when the job starts again, on as many nodes as there are."""
         own, before = self.failures, self.now
         if is_failure:
             self.in_repair.append(stop + own.repair)
         self.now += own.notice * is_failure + own.requeue
         if (missing := self.job.nodes - self._nodes()) and not (own.elastic and missing < self.job.nodes):
             self.now = self.in_repair[missing - 1]
-        self.now += own.start + self.job.load + own.warm_up
         self.down += self.now - before

@@ -7,7 +7,7 @@ import pytest
 from programs import python
 
 from coe_megatron.estimate.machine import Failures, machine
-from coe_megatron.scale.failures import Job, best_interval, between_stops, daly, simulate, young
+from coe_megatron.scale.failures import Job, best_interval, between_stops, daly, replay, simulate, young
 
 JOB = Job(steps=20_000, step=1.0, nodes=1, save=30.0, written=0.0, load=0.0, interval=600)
 NEVER = 1e15
@@ -25,6 +25,25 @@ def test_the_mean_time_is_that_of_the_closed_form(between: float, interval: int)
     segments = JOB.steps / interval
     assert found.seconds == pytest.approx(segments * (between + 300) * (exp((interval + 30) / between) - 1), rel=0.02)
     assert sum(found.lost.values()) + JOB.steps == pytest.approx(found.seconds)
+
+
+def test_a_job_fails_while_it_starts_too() -> None:
+    """Daly's closed form: a start of so many seconds after each failure makes a segment exp(start / M) times longer."""
+    between, start, segments = 1200.0, 400.0, 100
+    found = simulate(replace(JOB, interval=200), failing(between, start=start - 50, warm_up=50.0))
+    first = (between + 300) * (exp((start + 230) / between) - 1)
+    later = (between + 300) * exp(start / between) * (exp(230 / between) - 1)
+    assert found.seconds == pytest.approx(first + (segments - 1) * later, rel=0.02)
+    assert sum(found.lost.values()) + JOB.steps == pytest.approx(found.seconds)
+
+
+def test_a_start_loads_what_was_saved() -> None:
+    job, own = replace(JOB, steps=1000, interval=100, load=10.0, save=0.0), failing(NEVER, notice=0.0, start=20.0)
+    assert replay(job, own, iter(())).seconds == 1020  # the first start counts
+    assert replay(job, own, iter([70.0])).seconds == 70 + 1020  # 50 steps, which are lost
+    found = replay(job, own, iter([270.0, 25.0, 15.0]))  # 250 steps, of which 200 are saved; then while it starts
+    assert found.seconds == 270 + 25 + 15 + 30 + 800
+    assert found.lost == {"saves": 0, "down": 20 + 25 + 15 + 30, "slower": 0, "repeated": 50} and found.failures == 3
 
 
 def test_without_failures_only_saves_are_lost() -> None:
@@ -61,6 +80,21 @@ def test_a_checkpoint_in_the_background_counts_when_it_is_written() -> None:
     background = simulate(replace(JOB, save=1.0, written=29.0), failing(3600.0))
     slow = simulate(replace(JOB, save=1.0, written=599.0), failing(3600.0))
     assert before.mean < background.mean and slow.mean < background.mean
+
+
+def test_a_checkpoint_whose_writing_was_killed_never_counts() -> None:
+    job, own = replace(JOB, steps=1000, interval=100, save=1.0, written=90.0), failing(NEVER, notice=0.0)
+    rest = 900 + 9 + 90  # from step 100; the last checkpoint has to be written
+    assert replay(job, own, iter([250.0])).seconds == 250 + rest  # step 200 was to be written at 292
+    assert replay(job, own, iter([250.0, 60.0])).seconds == 250 + 60 + rest
+    assert replay(job, own, iter([250.0, 150.0])).seconds == 250 + 150 + rest
+    assert replay(job, own, iter([295.0])).seconds == 295 + rest - 101
+
+
+def test_a_run_ends_when_its_last_checkpoint_is_written() -> None:
+    job = replace(JOB, steps=200, interval=100, save=1.0, written=50.0)
+    assert simulate(job, failing(NEVER), runs=1).seconds == pytest.approx(200 + 2 + 50)
+    assert replay(job, failing(NEVER, notice=0.0), iter([240.0])).seconds == 240 + 100 + 1 + 50
 
 
 def test_the_best_interval_is_near_the_rules_where_they_hold() -> None:
