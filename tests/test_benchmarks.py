@@ -8,6 +8,8 @@ import layer_times
 import published_runs
 import pytest
 import torch
+from attempt_log import Attempt, Constants, Log, Losses
+from bench_goodput import compared, failing, kills
 from machine_times import Call, fitted
 from programs import python
 
@@ -81,6 +83,7 @@ def test_a_preparation_is_timed_phase_by_phase(tmp_path: Path) -> None:
         ("dispatch", "Hosts are network namespaces of this machine"),
         ("machine", "Measures this node and its links in about two minutes"),
         ("prediction", "Holds predicted times of steps against measured ones"),
+        ("goodput", "Holds the predicted goodput of runs that are killed at random"),
     ],
 )
 def test_each_benchmark_explains_itself(kind: str, explained: str) -> None:
@@ -101,6 +104,8 @@ def test_each_benchmark_explains_itself(kind: str, explained: str) -> None:
         ("machine", ("x.yaml", "--ranks", "0"), "argument --ranks: '0' is not an integer from 1"),
         ("machine", ("/dev/null/x.yaml",), "FILE is /dev/null/x.yaml: "),
         ("prediction", ("--only", "mars"), "--only: no place has 'mars' in its name: 1 host, 1 rank; "),
+        ("goodput", ("--only", "mars"), "--only: no run has 'mars' in its name: foreground; background; "),
+        ("goodput", ("--between", "0"), "argument --between: '0' is not an integer from 1"),
         ("layer", ("--topk", "3"), "topk is 3: it must be even"),
         ("layer", ("--experts", "4", "--topk", "8"), "topk is 8: it must be at most experts, 4"),
         ("layer", ("--hidden", "0"), "argument --hidden: '0' is not an integer from 1 to 2147483648"),
@@ -205,3 +210,68 @@ def test_published_runs_are_of_the_published_models(name: str, total: float, act
     assert cost.parameters.total == pytest.approx(total, rel=0.02)
     assert cost.parameters.active == pytest.approx(active, rel=0.03)
     assert cost.layout.world_size == int(name.split()[-2].replace(",", ""))
+
+
+def _steps(ready: float, first: int, last: int, start: float = 2.0, killed_after: float = 0.4) -> Attempt:
+    """Steps of 1 s that begin at `ready`: the first one takes 1.5 s, and those after a save (every 10 steps) 3 s."""
+    done, now = [], ready
+    for step in range(first + 1, last + 1):
+        now += 1.5 if step == first + 1 else 3.0 if step % 10 == 1 else 1.0
+        done.append(now)
+    return Attempt(ready - start, now + killed_after, ready, first, tuple(done))
+
+
+def _log(paused: float = 0.0) -> Log:
+    """35 steps; killed after step 27, then while it starts from step 20, then not again."""
+    first = _steps(102.0, 0, 27)
+    stuck = Attempt(first.ended + 1 + paused, first.ended + 2 + paused)
+    last = _steps(stuck.ended + 4, 20, 35, start=3.0, killed_after=2.5)
+    complete = {10: first.steps[9] + 1.9, 20: first.steps[19] + 1.9, 30: last.steps[9] + 1.9, 35: last.steps[-1] + 2}
+    return Log((first, stuck, last), complete, interval=10, background=False, paused=paused)
+
+
+def test_constants_of_a_run_that_was_killed() -> None:
+    found = Constants.of([_log()]).as_dict()
+    expected = {"step": 1.0, "median": 1.0, "start": 2.0, "load": 1.0, "warm_up": 0.5, "save": 2.0, "written": 0.0}
+    assert found == pytest.approx(expected)
+
+
+def test_where_a_killed_run_lost_its_time() -> None:
+    log = _log()
+    found = Losses.of(log, step=1.0)
+    down = (2.0 + 0.5) + 1.0 + 1.0 + (1.0 + 3.0 + 0.5)
+    saves, repeated = 2 * 3 + 2, 7 + 0.4  # the second save of step 20 does not count, as the run goes on from there
+    assert (found.failures, found.before_first_step) == (2, 1)
+    assert found.lost == pytest.approx({"saves": saves, "down": down, "repeated": repeated})
+    assert found.seconds == pytest.approx(35 + saves + down + repeated)
+    assert found.goodput == pytest.approx(35 / found.seconds)
+    assert Losses.of(_log(paused=50.0), step=1.0).lost == pytest.approx(found.lost)
+
+
+def test_a_killed_run_replayed_takes_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = _log()
+    gaps = [each.ended - each.began for each in log.attempts[:2]]
+    monkeypatch.setattr("bench_goodput.kills", lambda *_: iter(gaps))
+    found = compared("by hand", log, Constants.of([log]), failing(20.0, 1.0), seed=1)
+    for times in ("own", "timed"):
+        replayed = found["predicted"][f"replayed, {times} times"]
+        assert replayed["error"] == pytest.approx(0, abs=1e-6)
+        assert replayed["lost"] | {"slower": 0} == pytest.approx(found["measured"]["lost"] | {"slower": 0})
+    assert found["predicted"]["simulated, own times"]["failures"] > 2
+
+
+def test_a_background_save_counts_when_it_is_written() -> None:
+    """Steps during the writing take 0.5 s longer, and the copy 1 s."""
+    done, now = [], 10.0
+    for step in range(1, 41):
+        now += 1.0 + (step > 3) * (1.0 * (step % 10 == 1) + 0.5 * (step % 10 in (1, 2, 3)))
+        done.append(now)
+    attempt = Attempt(8.0, now + 6, 10.0, 0, tuple(done))
+    log = Log((attempt,), {step: done[step - 1] + 5.4 for step in (10, 20, 30, 40)}, interval=10, background=True)
+    found = Constants.of([log])
+    assert (found.step, found.save, found.written) == pytest.approx((1.0, 2.5, 2.9))
+
+
+def test_kills_have_the_mean_that_is_asked_for() -> None:
+    drawn = kills(1, 20.0)
+    assert sum(next(drawn) for _ in range(4000)) / 4000 == pytest.approx(20, rel=0.05)
