@@ -102,11 +102,15 @@ class Log:
             raise ValueError("no save was completed")
         return found
 
+    def _longest(self) -> float:
+        """How long a save has an effect on steps, at most; a rare one that takes longer is not followed."""
+        return 1.5 * statistics.median(self._offsets())
+
     def saves(self, attempt: Attempt) -> Iterator[tuple[bool, list[float]]]:
         """Of each save between two steps of a start: whether it was followed until its end, and seconds of the steps
         that began before.
         """
-        longest, times = max(self._offsets()), list(attempt.intervals)
+        longest, times = self._longest(), list(attempt.intervals)
         for step, _, done in times:
             if step % self.interval == 0:
                 after = [each for each in times if step < each[0] <= step + self.interval]
@@ -117,14 +121,14 @@ class Log:
 
     def plain(self) -> list[float]:
         """Seconds of steps at which nothing else happens: no warm-up, no save, no evaluation after the last step."""
-        longest, last, found = max(self._offsets()), max(self.completed), []
+        longest, last, found, others = self._longest(), max(self.completed), list[float](), list[float]()
         for attempt in self.attempts:
             saved = -longest
             for number, (step, began, done) in enumerate(attempt.intervals):
-                if number >= WARM_UP and began >= saved + longest and step != last:
-                    found.append(done - began)
+                if number >= WARM_UP and step != last:
+                    (found if began >= saved + longest else others).append(done - began)
                 saved = done if step % self.interval == 0 else saved
-        return found
+        return found or others  # where a save follows another at once
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,18 @@ import sys
 import time
 from typing import Any
 
-from coe_megatron.checkpoint import save_load
 from coe_megatron.cli.pretrain import main
-from coe_megatron.training import loop
+from coe_megatron.lean_imports import import_megatron
+from coe_megatron.training.console import quiet_libraries
 
 
 def pace(step: float, write: float) -> None:
     """Replace the loop's step and the writing of checkpoints in this process."""
+    quiet_libraries()
+    import_megatron()
+    from coe_megatron.checkpoint import save_load
+    from coe_megatron.training import loop
+
     train_step, write_checkpoint = loop.train_step, save_load._write
 
     def paced_step(*args: Any) -> None:
