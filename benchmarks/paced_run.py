@@ -23,14 +23,15 @@ def pace(step: float, write: float) -> None:
 
     train_step, write_checkpoint = loop.train_step, save_load._write
 
-    def paced_step(*args: Any) -> None:
+    def paced_step(*args: Any, **named: Any) -> Any:
         began = time.perf_counter()
-        train_step(*args)
+        loss = train_step(*args, **named)
         time.sleep(max(0.0, step + began - time.perf_counter()))
+        return loss
 
-    def slow_write(*args: Any) -> None:
+    def slow_write(*args: Any, **named: Any) -> None:
         time.sleep(write)
-        write_checkpoint(*args)
+        write_checkpoint(*args, **named)
 
     loop.train_step, save_load._write = paced_step, slow_write
 
