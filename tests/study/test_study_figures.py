@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
+from omegaconf import OmegaConf
 from scipy import stats
+from small_study import BASE, STUDY
 from study_made_up import leave, leave_all
 
 from coe_megatron.study.plan.arms import Run
@@ -62,9 +64,6 @@ def drawn(plan: Plan) -> dict[str, StudyFigure]:
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, list[Result]]:
     """Nine arms of two axes, tuned, with answers by group: every figure there is."""
-    from conftest import BASE, STUDY
-    from omegaconf import OmegaConf
-
     folder = tmp_path_factory.mktemp("many")
     (folder / "base.yaml").write_text(BASE)
     axes = {

@@ -15,7 +15,9 @@ from study_made_up import leave
 
 from coe_megatron.config import RunConfig
 from coe_megatron.errors import ConfigError
+from coe_megatron.estimate.machine import machine
 from coe_megatron.estimate.run_shape import RunShape
+from coe_megatron.estimate.step_time import step_time
 from coe_megatron.launcher.torchrun_supervisor import Requests
 from coe_megatron.study.plan import registration
 from coe_megatron.study.plan.arms import Run
@@ -137,7 +139,8 @@ def test_shorter_runs_branch_off_the_longest_before_they_decay(file: Callable[..
     first = next(run for run in plan.study.runs if run.config.training.branch_from)
     assert f"/seed-{first.seed}/checkpoints/" in str(first.config.training.branch_from)
     arm = next(arm for arm in plan.arms if arm.arm.config.training.branch_from)
-    assert arm.seconds and arm.seconds.steps < 0.3 * arm.flops / 1e9  # only the decay is run
+    step = step_time(RunShape.of(arm.arm.config, 64), machine("cpu")).total
+    assert arm.seconds and arm.seconds.steps < 0.3 * step * arm.arm.config.training.steps  # only the decay is run
 
 
 @pytest.mark.parametrize(
