@@ -23,7 +23,7 @@ def peak_flops(precision: str, device_name: str | None = None) -> float | None:
     """
     if device_name is None:
         device_name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    found = machine_of_device(device_name) if precision == "bf16" else None
+    found = machine_of_device(device_name) if device_name and precision == "bf16" else None
     return None if found is None else found.bf16.peak
 
 
