@@ -11,11 +11,12 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from coe_megatron.config import RunConfig, load
+from coe_megatron.config import load
 from coe_megatron.estimate.machine import Machine, machine
+from coe_megatron.estimate.run_estimate import vocabulary
 from coe_megatron.estimate.run_shape import RunShape
 from coe_megatron.estimate.step_time import step_time
-from coe_megatron.scale.search import Search
+from coe_megatron.scale.search import MARGIN, Search
 from coe_megatron.study.report.figures.style import COLOURS, PRINT, SMALL, add_letters, style_axes
 from coe_megatron.text import aligned
 
@@ -29,7 +30,6 @@ WAYS = {  # dispatcher and chunks
     "deduplicated": ("deduplicated", 1),
     "deduplicated, 4 chunks": ("deduplicated", 4),
 }
-MARGIN = 0.9  # of a device's memory
 
 
 def weak(found: Machine, expert: int) -> Iterator[tuple[str, str, list[float]]]:
@@ -40,7 +40,8 @@ def weak(found: Machine, expert: int) -> Iterator[tuple[str, str, list[float]]]:
             for ranks in RANKS:
                 settings = [f"parallel.world_size={ranks}", f"training.global_batch={SAMPLES * ranks}"]
                 settings += [f"parallel.expert={min(expert, ranks)}", f"moe.dispatcher={dispatcher}"]
-                run = _run(load(CONFIG, [*overrides, *settings, f"moe.overlap_chunks={chunks}"]))
+                config = load(CONFIG, [*overrides, *settings, f"moe.overlap_chunks={chunks}"])
+                run = RunShape.of(config, vocabulary(config))
                 seconds = step_time(run, found).total
                 speeds.append(SAMPLES * run.model.seq_length / seconds)
             yield design, way, speeds
@@ -51,19 +52,10 @@ def strong(found: Machine, overrides: list[str]) -> Iterator[tuple[float, str]]:
     assert found.memory.capacity is not None
     config = load(CONFIG, overrides)
     for ranks in RANKS:
-        run = RunShape.of(config, _vocabulary(config), ranks)
+        run = RunShape.of(config, vocabulary(config), ranks)
         best = Search(run, found, MARGIN * found.memory.capacity).best(1).best[0]
         tokens = config.training.global_batch * run.model.seq_length
         yield tokens / best.time.total / ranks, f"{best.run.layout}, {best.run.config.moe.dispatcher}"
-
-
-def _run(config: RunConfig) -> RunShape:
-    return RunShape.of(config, _vocabulary(config))
-
-
-def _vocabulary(config: RunConfig) -> int:
-    assert config.model.vocab_size is not None
-    return config.model.vocab_size
 
 
 def draw(name: str) -> None:

@@ -25,7 +25,7 @@ from coe_megatron.files import problem, require_folder, require_writable, write_
 from coe_megatron.lean_imports import import_megatron, without_collection
 from coe_megatron.run.metrics_log import read_metrics
 from coe_megatron.scale.failures import Goodput, Job, best_interval, between_stops, daly, simulate, young
-from coe_megatron.scale.search import Found, Result, Search
+from coe_megatron.scale.search import MARGIN, Found, Result, Search
 from coe_megatron.scale.step_picture import draw_step
 from coe_megatron.text import aligned, aligned_facts, duration, format_duration
 
@@ -68,11 +68,16 @@ def estimated(
 def _draw(cost: RunEstimate, path: Path) -> None:
     assert cost.time is not None and cost.machine is not None
     title = f"a step on {cost.layout.world_size:,} ranks: {cost.layout}\n{cost.machine.name}"
+    _write(path, "--picture", draw_step(cost.time, title))
+
+
+def _write(path: Path, option: str, content: str | bytes) -> None:
+    """Write the file that an option names, and its folder if there is none."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, draw_step(cost.time, title))
+        write_atomically(path, content)
     except OSError as error:
-        raise problem(path, "--picture", error) from None
+        raise problem(path, option, error) from None
 
 
 def _imbalance(folder: Path, run: RunShape) -> float:
@@ -181,7 +186,6 @@ def _ranks(config: RunConfig, gpus: int | None, found: Machine) -> int:
 
 _RULES = {"Young": young, "Daly": daly}
 _SHOWN, _MOST_RANKS = 5, 1_000_000
-_MARGIN = 0.9  # of a device's memory is taken: routing is uneven, and allocators leave gaps
 
 
 def suggest(
@@ -198,7 +202,7 @@ def suggest(
     if save is not None:
         require_writable(save, "--save-config", "file")
     found = _required(machine_name, "--suggest")
-    available = found.memory.capacity and _MARGIN * found.memory.capacity
+    available = found.memory.capacity and MARGIN * found.memory.capacity
     available = available if device_memory is None else device_memory_option(device_memory)
     if available is None:
         raise ConfigError(f"--suggest needs --device-memory: the memory of {machine_name} is unknown")
@@ -207,11 +211,7 @@ def suggest(
     if save is not None:
         best = result.best[0]
         why = f"# The fastest of {result.layouts:,} layouts of {ranks:,} ranks: {duration(best.time.total)} a step"
-        try:
-            save.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(save, f"{why} predicted\n# on {found.name}.\n{dump(best.run.config)}")
-        except OSError as error:
-            raise problem(save, "--save-config", error) from None
+        _write(save, "--save-config", f"{why} predicted\n# on {found.name}.\n{dump(best.run.config)}")
     return _table(result, found, ranks, available) + (f"\n{save} has the first one" if save is not None else "")
 
 

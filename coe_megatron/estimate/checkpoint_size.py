@@ -9,14 +9,14 @@ _KINDS = 4  # a weight, its fp32 master and AdamW's two moments
 MASTER_AND_MOMENTS = 12  # bytes per parameter: fp32 master weight and AdamW's two moments
 # Measured: torch writes each part of a tensor as a separate archive within a file, and lists it in `.metadata`.
 _BYTES_PER_PART = 1_750
-_BYTES_PER_RANK = 23_000  # RNG states on the CPU
+RNG_BYTES = 23_000  # of a rank's RNG states on the CPU
 
 
 def checkpoint_bytes(run: RunShape) -> int:
     """Bytes of one checkpoint."""
     tensor_bytes = (run.element_bytes + MASTER_AND_MOMENTS) * closed_forms.parameters(run.model).total
     part_bytes = _KINDS * _parts(run.model, run.layout) * _BYTES_PER_PART
-    return tensor_bytes + part_bytes + run.layout.world_size * _BYTES_PER_RANK
+    return tensor_bytes + part_bytes + run.layout.world_size * RNG_BYTES
 
 
 def _parts(shape: ModelShape, layout: Layout) -> int:

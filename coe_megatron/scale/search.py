@@ -28,6 +28,7 @@ from coe_megatron.estimate.step_time import Costs, StepTime, inner_collectives, 
 
 Stage: TypeAlias = Literal[0, 1, 2, 3]  # of ZeRO
 
+MARGIN = 0.9  # of a device's memory should be taken: routing is uneven, and allocators leave gaps
 _MOST_CONTEXT, _MOST_PARTS, _MOST_ROWS = 64, 8, 64
 _MODES: tuple[Recompute, ...] = ("none", "experts", "iteration", "layer")
 _CHUNKS = (1, 2, 4)

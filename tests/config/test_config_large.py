@@ -10,7 +10,7 @@ from coe_megatron.config import RunConfig, load
 from coe_megatron.estimate.machine import machine
 from coe_megatron.estimate.run_estimate import RunEstimate, estimate, vocabulary
 from coe_megatron.estimate.run_shape import RunShape
-from coe_megatron.scale.search import Search
+from coe_megatron.scale.search import MARGIN, Search
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MOE = "chain.iterations=1"
@@ -141,5 +141,5 @@ def test_they_are_next_to_the_fastest_that_the_search_finds(name: str) -> None:
     run = RunShape.of(config, vocabulary(config), config.parallel.world_size or 1)
     h100 = machine("h100")
     assert h100.memory.capacity is not None and cost.time is not None
-    best = Search(run, h100, 0.9 * h100.memory.capacity).best(1).best[0]
+    best = Search(run, h100, MARGIN * h100.memory.capacity).best(1).best[0]
     assert best.time.total <= cost.time.total <= 1.01 * best.time.total

@@ -20,12 +20,11 @@ from coe_megatron.checkpoint.tensor_index import MAX_INDEX
 from coe_megatron.config.settings import DataSettings
 from coe_megatron.data.folders import training_parts, validation_paths
 from coe_megatron.errors import ConfigError
-from coe_megatron.estimate.checkpoint_size import checkpoint_bytes
+from coe_megatron.estimate.checkpoint_size import RNG_BYTES, checkpoint_bytes
 from coe_megatron.estimate.run_shape import RunShape
 from coe_megatron.scale.rehearsal.shards import RankShards
 from coe_megatron.zero import optimizer_states
 
-RNG_BYTES = 23_000  # of a rank's RNG states on the CPU
 _SMALL = {"tensors/common.pt": 1_260, "tensors/metadata.json": 120, "state.json": 560}  # about
 _KINDS = ("", *(f"optimizer.{kind}." for kind in optimizer_states.KINDS))  # of a parameter's tensors
 _OPENS = {"row": (7, 4), "packed": (13, 13)}  # of a training and a validation split's files, by one rank
