@@ -42,6 +42,7 @@ optimizer: {lr: 3e-3}
 training: {global_batch: 16, micro_batch: 4}
 """
 TODAY = "moe.dispatcher=alltoall"
+VOCABULARY = 512
 WARM_UP = 3  # steps before the timed ones; the first is slow, since its memory is measured
 _KILOBYTE = 1000
 
@@ -148,7 +149,7 @@ def prepare(folder: Path) -> None:
     from coe_megatron.data.prepare import prepare
     from coe_megatron.data.prepare_settings import PrepareSettings
 
-    prepare(PrepareSettings(folder, builtin=400, vocab_size=512))
+    prepare(PrepareSettings(folder, builtin=400, vocab_size=VOCABULARY))
 
 
 def _run(options: argparse.Namespace, configs: list[RunConfig], folder: Path) -> list[dict[str, Any]] | None:

@@ -1,12 +1,13 @@
 """Holds predicted times of steps against measured ones, layout by layout, on one host and over slow cables.
 
 For each network a machine file is measured (bench_machine.py) by as many ranks as then train; nothing else is fitted.
-Hosts are network namespaces of this machine (benchmarks/cables.py): that needs root, and Debian's iproute2. The table
-has the seconds of a step, measured (median) and predicted, and its parts; then the median and the largest error, and
-the correlation of ranks.
+Predictions know the loads of experts that the run had. Hosts are network namespaces of this machine
+(benchmarks/cables.py): that needs root, and Debian's iproute2. The table has the seconds of a step, measured (median)
+and predicted, and its parts; then the median and the largest error, and the correlation of ranks.
 
     python benchmarks/bench_prediction.py --json times.json
     python benchmarks/bench_prediction.py --only "2 hosts"
+    python benchmarks/bench_prediction.py --again times.json  # predicts what was measured, as the code does today
 
 Exit status: 0 done, 1 hosts cannot be made here or a rank failed, 2 a bad argument, 130 interrupted from the keyboard.
 """
@@ -21,19 +22,20 @@ from pathlib import Path
 from typing import Any
 
 import bench_options
-from bench_dispatch import WARM_UP, cable, prepare, timed_only
+from bench_dispatch import VOCABULARY, WARM_UP, cable, prepare, timed_only
 from bench_options import positive
 from cables import Network, unable
 from scipy.stats import spearmanr
 
 from coe_megatron.cli.arguments import Parser, write_out
 from coe_megatron.config import RunConfig
-from coe_megatron.config.load import load
+from coe_megatron.config.load import load, parse_as
 from coe_megatron.errors import one_line
-from coe_megatron.estimate.machine import machine
-from coe_megatron.estimate.run_estimate import vocabulary
+from coe_megatron.estimate.load_imbalance import load_imbalance
+from coe_megatron.estimate.machine import Machine, machine
 from coe_megatron.estimate.run_shape import RunShape
 from coe_megatron.estimate.step_time import step_time
+from coe_megatron.files import problem, user_path
 from coe_megatron.text import aligned, duration
 
 HERE = Path(__file__).resolve().parent
@@ -112,6 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse, measure, print; returns the exit status."""
     parser = bench_options.parser("bench_prediction.py", __doc__)
     parser.add_argument("--only", default="", metavar="TEXT", help="only places whose name contains this")
+    parser.add_argument("--again", type=user_path, metavar="FILE", help="what --json wrote: measures nothing")
     parser.add_argument("--steps", type=positive, default=12, metavar="N", help="timed steps (default: 12)")
     return bench_options.run(parser, measure, arguments)
 
@@ -120,57 +123,81 @@ def measure(options: argparse.Namespace, parser: Parser) -> int:
     places = [place for place in PLACES if options.only in str(place)]
     if not places:
         parser.error(f"--only: no place has {options.only!r} in its name: {'; '.join(map(str, PLACES))}")
-    if reason := unable():
+    if options.again is None and (reason := unable()):
         print(f"error: hosts cannot be made of network namespaces here: {one_line(reason)}", file=sys.stderr)
         return 1
     folder = Path(tempfile.mkdtemp())
-    prepare(folder / "data")
+    measured = _read(options.again) if options.again else None
+    if measured is None:
+        prepare(folder / "data")
     rows: list[dict[str, Any]] = []
+    found: dict[str, Any] = {}
     for number, place in enumerate(places, start=1):
-        print(f"place {number}/{len(places)}: {place}", file=sys.stderr, flush=True)
-        own = folder / str(number)
-        own.mkdir()
-        found = _measure(place, own, folder / "data", options.steps)
-        if found is None:
-            print("error: a rank failed", file=sys.stderr)
-            return 1
-        rows += found
-        write_out("\n".join(_table(place, found)))
-        bench_options.write(options.json, {"rows": rows, "summary": summary(rows)})
+        if measured is None:
+            print(f"place {number}/{len(places)}: {place}", file=sys.stderr, flush=True)
+            own = folder / str(number)
+            own.mkdir()
+            times = _measure(place, own, folder / "data", options.steps)
+            if times is None:
+                print("error: a rank failed", file=sys.stderr)
+                return 1
+        elif (times := measured.get(str(place))) is None:
+            continue
+        found[str(place)] = times
+        of_place = [_predicted(place, folder, times["machine"], run) for run in times["runs"]]
+        rows += of_place
+        write_out("\n".join(_table(place, of_place)))
+        bench_options.write(options.json, {"places": found, "rows": rows, "summary": summary(rows)})
+    if not rows:
+        parser.error("--again: no such place was measured")
     write_out("\n" + ", ".join(f"{name} {value:.3f}" for name, value in summary(rows).items()))
     return 0
 
 
-def _measure(place: Place, folder: Path, data: Path, steps: int) -> list[dict[str, Any]] | None:
-    """A row for each layout; None if a rank failed, which has then said why."""
-    file, rows = folder / "machine.yaml", []
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text())["places"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise problem(path, "--again", f"it cannot be used ({error})") from None
+
+
+def _measure(place: Place, folder: Path, data: Path, steps: int) -> dict[str, Any] | None:
+    """The machine, and the steps and loads of each layout; None if a rank failed, which has then said why."""
+    file, runs = folder / "machine.yaml", []
     with Network([cable(place.delay_ms, place.rate_mbit)] * place.hosts, folder / "shell") as network:
         if not network.run([sys.executable, str(HERE / "bench_machine.py"), str(file)], place.ranks_per_host):
             return None
-        found = machine(str(file))
-        if place.hosts > 1:  # which share the cores of this machine
-            found = replace(found, cores=float(place.ranks_per_host))
         for number, layout in enumerate(place.layouts):
-            config = _config(place, layout, folder / f"run{number}", data, steps)
+            own = [f"output={folder / f'run{number}'}", f"data.path={data}"]
+            config = _config(place, layout, folder, [*timed_only(steps), *own])
             plan, result = folder / "plan.json", folder / f"result{number}.json"
             asked = {"warm_up": WARM_UP, "rounds": 1, "steps": steps, "clock": "wall", "result": str(result)}
             plan.write_text(json.dumps({"configs": [asdict(config)], **asked}))
             rank = [sys.executable, str(HERE / "bench_dispatch.py"), "--rank", str(plan)]
             if not network.run(rank, place.ranks_per_host):
                 return None
-            seconds = json.loads(result.read_text())[0]["seconds"][0]
-            run = RunShape.of(config, vocabulary(config), place.ranks)
-            predicted = step_time(run, found)
-            row = {"place": str(place), "layout": layout, "measured": statistics.median(seconds), "steps": seconds}
-            rows.append(row | {"predicted": predicted.total, "parts": predicted.parts})
-    return rows
+            of_rank = json.loads(result.read_text())[0]
+            runs.append({"layout": layout, "steps": of_rank["seconds"][0], "loads": of_rank["loads"]})
+    return {"machine": asdict(machine(str(file))), "runs": runs}
 
 
-def _config(place: Place, layout: str, output: Path, data: Path, steps: int) -> RunConfig:
-    path = output.with_suffix(".yaml")
+def _predicted(place: Place, folder: Path, measured: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+    """A row: a layout's measured and predicted step."""
+    found = parse_as(Machine, measured)
+    if place.hosts > 1:  # which share the cores of this machine
+        found = replace(found, cores=float(place.ranks_per_host))
+    shape = RunShape.of(
+        _config(place, run["layout"], folder, ["output=none", "data.path=none"]), VOCABULARY, place.ranks
+    )
+    predicted = step_time(shape, found, load_imbalance(run["loads"], shape.layout.expert))
+    row = {"place": str(place), "layout": run["layout"], "measured": statistics.median(run["steps"])}
+    return row | {"predicted": predicted.total, "parts": predicted.parts}
+
+
+def _config(place: Place, layout: str, folder: Path, own: list[str]) -> RunConfig:
+    path = folder / "config.yaml"
     path.write_text(CONFIG)
-    own = [f"output={output}", f"data.path={data}", f"parallel.ranks_per_node={place.ranks_per_host}"]
-    return load(path, [*timed_only(steps), *own, *layout.split()], place.ranks)
+    return load(path, [*own, f"parallel.ranks_per_node={place.ranks_per_host}", *layout.split()], place.ranks)
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, float]:

@@ -25,7 +25,7 @@ from coe_megatron.distributed.rendezvous import rendezvous
 from coe_megatron.estimate.run_estimate import vocabulary
 from coe_megatron.estimate.run_shape import RunShape
 from coe_megatron.training.loop import Pretraining, _Clock
-from coe_megatron.training.metrics import CompositeMetrics
+from coe_megatron.training.metrics import CompositeMetrics, Values
 from coe_megatron.training.progress import Progress
 from coe_megatron.training.signals import StopRequest
 from coe_megatron.training.watchdog import HangDetector
@@ -61,20 +61,40 @@ class Variant:
         return seconds
 
     def trace(self) -> dict[str, Any]:
-        """The collectives of one more step, those of logging it, and the bytes that left the host meanwhile."""
+        """The collectives of one more step, those of logging it, and the bytes that left the host meanwhile.
+
+        And the loads of experts in that step, for each layer and iteration.
+        """
         self._begin_turn()
-        before, clock = _sent_by_host(), _Clock(self._run.state)
+        before, clock, logged = _sent_by_host(), _Clock(self._run.state), _Kept()
         with CollectiveTrace() as of_step:
             loss, _ = self._run._train_step(self._run.state.step)
+        self._run.writer = CompositeMetrics([logged])
         with CollectiveTrace() as of_log:
             self._run._log(loss, clock)  # to no disk
         sent = _sent_by_host() - before
-        return {"step": [*map(asdict, of_step.calls)], "log": [*map(asdict, of_log.calls)], "sent_by_host": sent}
+        found = {"step": [*map(asdict, of_step.calls)], "log": [*map(asdict, of_log.calls)], "sent_by_host": sent}
+        return found | {"loads": [each["load"] for each in logged.values["routing"]]}
 
     def _begin_turn(self) -> None:
         """Seed dropout, since all variants draw from the same generators, and wait for the other ranks."""
         process_groups.seed_dropout(self._run.config.training.seed + self._run.state.step)
         torch.distributed.barrier()
+
+
+class _Kept:
+    """Metrics that keep the last values in memory."""
+
+    values: Values
+
+    def write(self, values: Values) -> None:
+        self.values = values
+
+    def rewind(self, step: int) -> None:
+        """Nothing is stored."""
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 def run_rank(plan: dict[str, Any]) -> None:

@@ -100,7 +100,7 @@ def gather(engine: Engine) -> dict[str, torch.Tensor]:
     with torch.no_grad(), optimizer_states.gathered_weights(engine):
         parts = sharding.main_parts(engine.module)
         for part in parts:
-            part.data = part.data.detach().cpu()
+            part.data = part.data.detach().to("cpu", copy=True)  # a view would be sent with all of its storage
     received: list[Any] = [None] * dist.get_world_size()
     dist.gather_object(parts, received if is_rank0() else None)
     return assembled(received) if is_rank0() else {}

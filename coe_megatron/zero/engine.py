@@ -280,8 +280,9 @@ def _prepare_deepspeed() -> None:
 
     DeepSpeed logs to stdout by default. It reads the device from LOCAL_RANK only, even in a process that torchrun did
     not start. On CPU it would compile a shared-memory all-reduce that only its inference uses; an empty table of
-    compatible ops prevents that, so no C++ compiler is needed. After a step it would gather the weights of one
-    parameter group after the other.
+    compatible ops prevents that, so no C++ compiler is needed. Stage 3 asks for the number of devices before each
+    reduction, and on CPU DeepSpeed starts numactl to count them, unless LOCAL_SIZE has their number. After a step it
+    would gather the weights of one parameter group after the other.
     """
     stage_1_and_2.all_gather_dp_groups = bf16_optimizer.all_gather_dp_groups = _gather_weights
     bf16_optimizer.get_norm_with_moe_layers = grad_clip.norm_with_experts
@@ -291,6 +292,7 @@ def _prepare_deepspeed() -> None:
     os.environ.setdefault("LOCAL_RANK", str(torch.cuda.current_device()) if torch.cuda.is_available() else "0")
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__ = {}
+        os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     import_deepspeed_muon()
 
 

@@ -1,6 +1,8 @@
 """Answers on the way: rank 0 gathers the weights that a checkpoint has, on any layout, and training does not change."""
 
+import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +39,21 @@ def test_rank_0_gathers_what_a_checkpoint_has(layout: str, stage: int, tmp_path:
     assert whole.keys() == stored
     for key, tensor in whole.items():
         assert torch.equal(tensor, weights.read(weights.place(key))), key
+
+
+@pytest.mark.usefixtures("single_rank")
+def test_each_weight_is_sent_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[tuple[int, int, int]] = []
+    send = torch.distributed.gather_object
+
+    def noted(parts: Any, received: Any) -> None:
+        sizes.append((len(pickle.dumps(parts)), sum(part.data.nbytes for part in parts), len(parts)))
+        send(parts, received)
+
+    monkeypatch.setattr(torch.distributed, "gather_object", noted)
+    gather(make_engine(4, layers=4))
+    [(sent, weights, parts)] = sizes
+    assert weights < sent < weights + 2000 * parts, "parts are views of larger tensors"
 
 
 @pytest.mark.run

@@ -7,6 +7,7 @@ import contextlib
 import io
 import pkgutil
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,17 @@ def test_stage_3_gathers_a_layer_once_a_pass_whatever_its_iterations(monkeypatch
     inside = {type(module).__name__ for layer in coe_layers(engine.module) for module in layer.modules()} - {"CoELayer"}
     assert {"CoERouter", "GroupedExperts"} <= inside
     assert not {"CoERouter", "GroupedExperts", "SharedExpertMLP"} & set(fetched)
+
+
+@pytest.mark.usefixtures("single_rank")
+def test_a_step_starts_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(8, stage=3)
+
+    def refused(*arguments: Any, **_: Any) -> None:
+        raise AssertionError(f"a step starts {arguments}")
+
+    monkeypatch.setattr(subprocess, "Popen", refused)
+    take_steps(engine, 0, 1)
 
 
 @pytest.mark.usefixtures("single_rank")
