@@ -3,7 +3,8 @@
 Matrix products by shape and precision, elementwise operations by size, what the host needs for an operation and for a
 step, the optimizer, memory and disk, and collectives by kind, size and group. Without a launcher as many processes
 start here as there are GPUs or cores; with one of yours, which starts a process for each device, links between nodes
-are measured too. Prices, peaks, adapters, what failures cost, and links that there are not here, are those of --base.
+are measured too. If there are more processes than cores, only as many work at the same time, but all of them send.
+Prices, peaks, adapters, what failures cost, and links that there are not here, are those of --base.
 
     python benchmarks/bench_machine.py node.yaml
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
@@ -30,8 +31,12 @@ from bench_options import positive
 from coe_megatron import parsing
 from coe_megatron.cli.arguments import Parser, write_out
 from coe_megatron.cli.estimates import machine_of
+from coe_megatron.config.load import parse, parse_as
 from coe_megatron.errors import ConfigError
 from coe_megatron.estimate.machine import Machine, machine, machines
+from coe_megatron.estimate.operations import Rank
+from coe_megatron.estimate.run_shape import RunShape
+from coe_megatron.estimate.step_time import step_time
 from coe_megatron.files import problem, require_writable, user_path, write_atomically
 
 _TINY: dict[str, dict[str, Any]] = {
@@ -39,7 +44,13 @@ _TINY: dict[str, dict[str, Any]] = {
     "moe": {"num_experts": 4, "topk": 2, "ffn_hidden_size": 8},
     "training": {"global_batch": 1, "micro_batch": 1, "precision": "fp32"},
 }
-_LAYERS = (8, 2)  # of the two models whose steps tell what the host needs
+_SMALL: dict[str, dict[str, Any]] = {
+    "model": {"hidden_size": 128, "num_attention_heads": 4, "seq_length": 64, "vocab_size": 64},
+    "moe": {"num_experts": 8, "topk": 2, "ffn_hidden_size": 128},
+    "training": {"global_batch": 4, "micro_batch": 4, "precision": "fp32"},
+}
+_MODELS = {"tiny": _TINY, "small": _SMALL}
+_LAYERS = (8, 2)  # of two models whose steps tell what the host needs
 _STEPS = 30
 _PATIENCE = timedelta(minutes=30)
 
@@ -50,6 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("file", type=user_path, help="the machine file to write")
     parser.add_argument("--base", metavar="MACHINE", help="a machine file or name (default: that of the device)")
     parser.add_argument("--description", help="one line (default: the devices of a node)")
+    parser.add_argument("--links", action="store_true", help="measure collectives only; the rest is that of --base")
     parser.add_argument("--ranks", type=positive, metavar="N", help="processes here (default: one for a GPU or core)")
     parser.add_argument("--host", type=Path, help=argparse.SUPPRESS)  # the process that measures steps, and its result
     return bench_options.run(parser, measure, arguments)
@@ -67,6 +79,7 @@ def measure(options: argparse.Namespace, parser: Parser) -> int:
     if "RANK" not in os.environ:
         ranks = options.ranks or torch.cuda.device_count() or os.cpu_count()
         own = [f"--{name}={value}" for name in ("base", "description") if (value := getattr(options, name)) is not None]
+        own += ["--links"] if options.links else []
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         done = subprocess.run([*launcher, __file__, str(options.file), *own], check=False, env=_environment(kind))
         return int(done.returncode != 0)
@@ -100,7 +113,8 @@ def _measure_together(options: argparse.Namespace, base: Machine, kind: str) -> 
     if rank == 0:
         options.file.parent.mkdir(parents=True, exist_ok=True)
     dist.barrier()
-    found = _of_rank(bench, options.file, base)
+    works = kind != "cpu" or local < (os.cpu_count() or 1)
+    found = _of_rank(bench, options.file, base) if works and not options.links else {}
     dist.barrier()
     found |= _links(bench, base)
     if rank == 0:
@@ -131,49 +145,67 @@ def _of_rank(bench: Any, file: Path, base: Machine) -> dict[str, Any]:
     _say("elementwise operations, host and disk")
     free = None if on_cpu else float(torch.cuda.mem_get_info(bench.device)[1])
     found["memory"] = bench.memory() | {"capacity": free}
-    found["host"] = {"is_asynchronous": not on_cpu, "wait": bench.wait(), "transfer": bench.transfer()}
-    found["host"]["update"] = bench.update()
+    host = {"operation": 0.0, "step": 0.0, "is_asynchronous": not on_cpu, "wait": bench.wait()}
+    found["host"] = host | {"transfer": bench.transfer(), "update": bench.update()}
     is_first = os.environ["RANK"] == "0"
-    found["host"] |= _host(file) if on_cpu or is_first else {}
+    if on_cpu or is_first:
+        found["host"] |= _host(file, parse_as(Machine, asdict(base) | found))
     found["disk"] = bench.disk(file.parent) if is_first else {}
     found["measured"] = f"{datetime.now(UTC):%Y-%m-%d} on {platform.node()}"
     return found
 
 
-def _host(file: Path) -> dict[str, float]:
-    """Seconds of an operation and of a step, from training steps of tiny models in a process of its own."""
-    _say("steps of tiny models")
+def _host(file: Path, found: Machine) -> dict[str, float]:
+    """Seconds of an operation and of a step, from training steps of models in a process of its own.
+
+    Between operations that do some work, which empties the host's caches, the host needs longer for one than between
+    those of tiny tensors.
+
+    Args:
+        found: what is measured already, with a host that needs no time.
+    """
+    _say("steps of small models")
     result = file.with_suffix(f".steps-{os.environ['RANK']}")
     launchers = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     alone = {name: value for name, value in os.environ.items() if not name.endswith(launchers)}
     try:
         subprocess.run([sys.executable, __file__, str(file), "--host", str(result)], check=True, env=alone)
-        many, few = json.loads(result.read_text())
+        seconds = json.loads(result.read_text())
     finally:
         result.unlink(missing_ok=True)
-    operation = max(0.0, many["seconds"] - few["seconds"]) / (many["operations"] - few["operations"])
-    return {"operation": operation, "step": max(0.0, few["seconds"] - operation * few["operations"])}
+    (tiny, operations), (small, _) = (_of_layers(given, seconds[name], found) for name, given in _MODELS.items())
+    step = seconds["tiny"][1] - tiny * operations
+    return {"operation": tiny if found.host.is_asynchronous else max(tiny, small), "step": max(0.0, step)}
 
 
-def _of_steps() -> list[dict[str, float]]:
-    """Seconds and operations of a step of two models whose tensors are tiny."""
+def _of_layers(given: dict[str, Any], seconds: list[float], found: Machine) -> tuple[float, float]:
+    """Seconds of an operation, from steps with many and few layers, less the work predicted; operations of few."""
+    runs = [_run(given, layers) for layers in _LAYERS]
+    works = given is _SMALL  # what the tiny one does counts as the host's time
+    many, few = (own - works * step_time(run, found).total for own, run in zip(seconds, runs, strict=True))
+    counts = [
+        sum(count * (work.forward.operations + work.backward.operations) for count, work, _ in parts)
+        for parts in (Rank(run.stage_model(0), run.stage_pass(0)).parts() for run in runs)
+    ]
+    return max(0.0, many - few) / (counts[0] - counts[1]), counts[1]
+
+
+def _of_steps() -> dict[str, list[float]]:
+    """Seconds of a step of each model."""
     from step_times import time_steps
 
-    from coe_megatron.config.load import parse
     from coe_megatron.distributed import process_groups
-    from coe_megatron.estimate.operations import Rank
-    from coe_megatron.estimate.run_shape import RunShape
 
-    found: list[dict[str, float]] = []
-    for layers in _LAYERS:
-        config = parse(_TINY | {"model": _TINY["model"] | {"num_layers": layers}})
-        if not found:
-            process_groups.start(config.parallel, config.training.seed)
-        run = RunShape.of(config, 64, 1)
-        parts = Rank(run.stage_model(0), run.stage_pass(0)).parts()
-        operations = sum(count * (work.forward.operations + work.backward.operations) for count, work, _ in parts)
-        found.append({"seconds": time_steps(config, _STEPS)["seconds"]["median"], "operations": operations})
-    return found
+    first = _run(_TINY, _LAYERS[0]).config
+    process_groups.start(first.parallel, first.training.seed)
+    return {
+        name: [time_steps(_run(given, layers).config, _STEPS)["seconds"]["median"] for layers in _LAYERS]
+        for name, given in _MODELS.items()
+    }
+
+
+def _run(given: dict[str, Any], layers: int) -> RunShape:
+    return RunShape.of(parse(given | {"model": given["model"] | {"num_layers": layers}}), 64, 1)
 
 
 def _links(bench: Any, base: Machine) -> dict[str, Any]:
@@ -184,7 +216,7 @@ def _links(bench: Any, base: Machine) -> dict[str, Any]:
     world, ranks = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     on_cpu = bench.device.type == "cpu"
     calls = Calls(bench, ranks)
-    cores = float(max(ranks, os.cpu_count() or 1)) if on_cpu else None
+    cores = float(os.cpu_count() or 1) if on_cpu else None
     inside, across = (asdict(base)[name] for name in ("inside", "across"))
     if ranks > 1:
         _say("collectives inside a node")

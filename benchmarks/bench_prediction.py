@@ -1,6 +1,7 @@
 """Holds predicted times of steps against measured ones, layout by layout, on one host and over slow cables.
 
-For each network a machine file is measured (bench_machine.py) by as many ranks as then train; nothing else is fitted.
+For each network the links are measured (bench_machine.py) by as many ranks as then train, and the rest by as many as
+there are cores, or one rank if it trains alone; nothing else is fitted.
 Predictions know the loads of experts that the run had. Hosts are network namespaces of this machine
 (benchmarks/cables.py): that needs root, and Debian's iproute2. The table has the seconds of a step, measured (median)
 and predicted, and its parts; then the median and the largest error, and the correlation of ranks.
@@ -14,9 +15,12 @@ Exit status: 0 done, 1 hosts cannot be made here or a rank failed, 2 a bad argum
 
 import argparse
 import json
+import math
+import os
 import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,8 +40,12 @@ from coe_megatron.estimate.machine import Machine, machine
 from coe_megatron.estimate.run_shape import RunShape
 from coe_megatron.estimate.step_time import step_time
 from coe_megatron.files import problem, user_path
+from coe_megatron.scale.search import Search
 from coe_megatron.text import aligned, duration
 
+DEFAULT = ""  # data parallelism alone, as whoever sets nothing gets it
+_NOWHERE = ("output=none", "data.path=none")
+_SIZES = ("tensor", "context", "pipeline", "virtual_pipeline", "expert", "expert_tensor")
 HERE = Path(__file__).resolve().parent
 CONFIG = """
 model: {num_layers: 4, hidden_size: 256, num_attention_heads: 8, seq_length: 128, hidden_dropout: 0.0}
@@ -83,6 +91,7 @@ _TWO = (
     "parallel.pipeline=2 training.micro_batch=1",
     "parallel.context=2",
 )
+OTHER_MODELS = {"chain.iterations=3", "chain.iterations=1"}
 _FOUR = (
     "parallel.expert=4",
     "parallel.expert=2 zero.stage=2",
@@ -146,7 +155,7 @@ def measure(options: argparse.Namespace, parser: Parser) -> int:
         found[str(place)] = times
         of_place = [_predicted(place, folder, times["machine"], run) for run in times["runs"]]
         rows += of_place
-        write_out("\n".join(_table(place, of_place)))
+        write_out("\n".join([*_table(place, of_place), *_choices(of_place, times.get("suggested"))]))
         bench_options.write(options.json, {"places": found, "rows": rows, "summary": summary(rows)})
     if not rows:
         parser.error("--again: no such place was measured")
@@ -161,13 +170,26 @@ def _read(path: Path) -> dict[str, Any]:
         raise problem(path, "--again", f"it cannot be used ({error})") from None
 
 
+def _measure_node(file: Path, ranks: int) -> bool:
+    """Write the machine file of one host; returns whether all ranks did their part."""
+    with Network([""], file.with_suffix(".shell")) as network:
+        return network.run([sys.executable, str(HERE / "bench_machine.py"), str(file)], ranks)
+
+
 def _measure(place: Place, folder: Path, data: Path, steps: int) -> dict[str, Any] | None:
     """The machine, and the steps and loads of each layout; None if a rank failed, which has then said why."""
     file, runs = folder / "machine.yaml", []
+    ranks = min(place.ranks, os.cpu_count() or 1)
+    node = folder.parent / f"node-{ranks}.yaml"
+    if not node.exists() and not _measure_node(node, ranks):
+        return None
     with Network([cable(place.delay_ms, place.rate_mbit)] * place.hosts, folder / "shell") as network:
-        if not network.run([sys.executable, str(HERE / "bench_machine.py"), str(file)], place.ranks_per_host):
+        links = [str(HERE / "bench_machine.py"), str(file), "--base", str(node), "--links"]
+        if not network.run([sys.executable, *links], place.ranks_per_host):
             return None
-        for number, layout in enumerate(place.layouts):
+        found = parse_as(Machine, asdict(machine(str(file))))
+        layouts = [*place.layouts, *([DEFAULT, _suggested(place, folder, found)] if place.ranks > 1 else [])]
+        for number, layout in enumerate(dict.fromkeys(layouts)):
             own = [f"output={folder / f'run{number}'}", f"data.path={data}"]
             config = _config(place, layout, folder, [*timed_only(steps), *own])
             plan, result = folder / "plan.json", folder / f"result{number}.json"
@@ -178,23 +200,35 @@ def _measure(place: Place, folder: Path, data: Path, steps: int) -> dict[str, An
                 return None
             of_rank = json.loads(result.read_text())[0]
             runs.append({"layout": layout, "steps": of_rank["seconds"][0], "loads": of_rank["loads"]})
-    return {"machine": asdict(machine(str(file))), "runs": runs}
+    return {"machine": asdict(found), "runs": runs, "suggested": layouts[-1]}
+
+
+def _suggested(place: Place, folder: Path, found: Machine) -> str:
+    """The layout that a search finds for the model of the benchmark, as overrides."""
+    run = RunShape.of(_config(place, DEFAULT, folder, _NOWHERE), VOCABULARY, place.ranks)
+    best = Search(run, _shared(found, place), math.inf).best(1).best[0].run.config
+    sizes = {name: getattr(best.parallel, name) for name in _SIZES}
+    moe = {name: getattr(best.moe, name) for name in ("dispatcher", "overlap_chunks", "recompute")}
+    given = {f"parallel.{name}": size for name, size in sizes.items()} | {f"moe.{name}": moe[name] for name in moe}
+    given |= {"zero.stage": best.zero.stage, "training.micro_batch": best.training.micro_batch}
+    return " ".join(f"{name}={value}" for name, value in given.items())
+
+
+def _shared(found: Machine, place: Place) -> Machine:
+    """Of a host, which shares the cores of this machine."""
+    return replace(found, cores=(found.cores or 1) / place.hosts)
 
 
 def _predicted(place: Place, folder: Path, measured: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
     """A row: a layout's measured and predicted step."""
-    found = parse_as(Machine, measured)
-    if place.hosts > 1:  # which share the cores of this machine
-        found = replace(found, cores=float(place.ranks_per_host))
-    shape = RunShape.of(
-        _config(place, run["layout"], folder, ["output=none", "data.path=none"]), VOCABULARY, place.ranks
-    )
+    found = _shared(parse_as(Machine, measured), place)
+    shape = RunShape.of(_config(place, run["layout"], folder, _NOWHERE), VOCABULARY, place.ranks)
     predicted = step_time(shape, found, load_imbalance(run["loads"], shape.layout.expert))
     row = {"place": str(place), "layout": run["layout"], "measured": statistics.median(run["steps"])}
     return row | {"predicted": predicted.total, "parts": predicted.parts}
 
 
-def _config(place: Place, layout: str, folder: Path, own: list[str]) -> RunConfig:
+def _config(place: Place, layout: str, folder: Path, own: Sequence[str]) -> RunConfig:
     path = folder / "config.yaml"
     path.write_text(CONFIG)
     return load(path, [*own, f"parallel.ranks_per_node={place.ranks_per_host}", *layout.split()], place.ranks)
@@ -208,6 +242,18 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
         predicted, measured = ([row[name] for row in rows] for name in ("predicted", "measured"))
         found["correlation of ranks"] = float(spearmanr(predicted, measured).statistic)
     return found
+
+
+def _choices(rows: list[dict[str, Any]], suggested: str | None) -> list[str]:
+    """What the suggested layout and the default take, against the best one measured of the same model."""
+    same = {row["layout"]: row["measured"] for row in rows if not set(row["layout"].split()) & OTHER_MODELS}
+    if suggested is None:
+        return []
+    best = min(same, key=lambda layout: same[layout])
+    lines = [f"best: {best or 'default'}"]
+    for name, layout in (("suggested", suggested), ("default", DEFAULT)):
+        lines.append(f"{name}: {same[layout] / same[best] - 1:+.1%} ({layout or 'data parallelism'})")
+    return lines
 
 
 def _table(place: Place, rows: list[dict[str, Any]]) -> list[str]:

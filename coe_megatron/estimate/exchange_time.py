@@ -7,6 +7,7 @@
   other, gloo two at once, since a group has two threads.
 * the host's wait for the sizes: an all-to-all, or with expert tensor parallelism an all-gather. In the backward pass,
   in a recomputed pass, and where `fixed` gating uses choices again, the sizes are known.
+* shared experts, which work while tokens travel, unless ranks share all cores of a node.
 * routers and experts: each chunk loads the experts' weights again. The backward pass computes twice as much.
 
 So chunks pay for more latencies, and hide work behind ways. Gathers of expert tensor parallelism, which is inside
@@ -36,9 +37,10 @@ class PassSeconds:
         way: of the rows there, or back.
         latency: of an all-to-all.
         sizes: until the host knows them.
-        router, shared, experts: work; the shared experts work while tokens travel.
+        router, shared, experts: work.
         started: all-to-alls that start together, before the experts and after them.
         at_once: all-to-alls of a group that are delivered at the same time.
+        hides: whether shared experts work while tokens travel.
     """
 
     way: float
@@ -49,6 +51,7 @@ class PassSeconds:
     experts: float
     started: tuple[int, int] = FORWARD
     at_once: int = 1
+    hides: bool = True
 
     @property
     def backward(self) -> "PassSeconds":
@@ -108,7 +111,7 @@ def chain_seconds(each: PassSeconds, chunks: int, iterations: int, routings: int
     for t in range(iterations):
         for chunk in range(chunks):
             now = max(now, back[chunk]) + (each.router + each.sizes if t < routings else 0.0)
-            there[chunk] = group.start(now, before)
+            there[chunk] = group.start(now if each.hides else now + each.shared, before)
             now += each.shared
         for chunk in range(chunks):
             now = max(now, there[chunk]) + each.experts

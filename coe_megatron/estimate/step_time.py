@@ -11,8 +11,8 @@ meanwhile only what exceeds the device's time. To this come collectives that not
 * stage 3's gathers, as far as they take longer than the passes that hide them.
 
 A collective takes the longer one of its time inside a node and across nodes, where the ranks of a node share its
-adapters. Ranks that share the cores of a node (`Machine.cores`) slow each other down, and nothing is hidden if there is
-no core to spare. In a pipeline the stage that takes longest sets the pace.
+adapters. Ranks that share the cores of a node (`Machine.cores`) slow each other down, less while some of them wait, and
+nothing is hidden if there is no core to spare. In a pipeline the stage that takes longest sets the pace.
 """
 
 from dataclasses import dataclass
@@ -24,13 +24,23 @@ from coe_megatron.estimate.machine import Machine, Way
 from coe_megatron.estimate.operations import Moves, Product, Rank
 from coe_megatron.estimate.parameter_shards import ParameterShards, parameter_shards
 from coe_megatron.estimate.run_shape import RunShape
-from coe_megatron.estimate.traffic import Group, Sent, expert_traffic, groups, one_way, sequence_traffic, traffic
+from coe_megatron.estimate.traffic import (
+    Group,
+    Sent,
+    expert_traffic,
+    groups,
+    one_way,
+    sequence_traffic,
+    tensor_collectives,
+    traffic,
+)
 from coe_megatron.text import aligned, duration
 
 _BAR = 40  # columns of the longest part
 _FP32 = 4
 _NORM_READS = 2 * _FP32  # bytes per parameter of its gradient: its norm is taken, and it is scaled
 UPDATE_BYTES = 7 * _FP32  # per parameter: AdamW reads and writes weights and two moments, and reads gradients
+_STAGE_3_OPERATIONS = 220  # per layer and pass: DeepSpeed's hooks of its modules take the host as long
 _GRADIENT_MOVES = 10  # elements per parameter and backward pass: sums over micro-batches, copies into buckets
 
 
@@ -85,6 +95,15 @@ class Costs:
         cores = self.machine.cores
         return cores is None or cores > self.run.ranks_on_a_node
 
+    def waits(self, imbalance: float) -> float:
+        """What the busiest rank takes longer, over the mean; ranks that wait leave it the cores that they share."""
+        return max(0.0, imbalance / self.slowdown - 1)
+
+    @property
+    def idle_passes(self) -> float:
+        """Passes of a micro-batch for which a pipeline stage waits; stages that wait leave others the cores."""
+        return idle_passes(self.run.layout.pipeline, self.slowdown)
+
     def product(self, each: Product) -> float:
         """The forward pass of a product: by FLOPs, or by the bytes of its matrices if that takes longer."""
         precision = "fp32" if each.in_fp32 else self.run.config.training.precision
@@ -124,6 +143,11 @@ def _latency(name: str, inside: Way, across: Way, group: Group) -> float:
         return across.start + across.hop * (group.size - 2)
     hops = float(group.size * group.ring_across)  # between nodes
     return across.start + across.hop * (hops - 2) + inside.hop * (group.size - hops)
+
+
+def idle_passes(stages: int, slowdown: float) -> float:
+    """`Costs.idle_passes` of so many pipeline stages, which slow each other down if all work."""
+    return sum(max(1 / slowdown, working / stages) for working in range(1, stages))
 
 
 def step_time(run: RunShape, machine: Machine, imbalance: float = 1.0) -> StepTime:
@@ -166,13 +190,12 @@ def _of_stage(costs: Costs, stage: int, imbalance: float) -> StepTime:
     forward, backward = passes.work(backward=False), passes.work(backward=True)
     parts = {kind: forward.get(kind, 0.0) + backward.get(kind, 0.0) for kind in {**forward, **backward}}
     exchange = passes.exchange()
-    parts["imbalance"] = (imbalance - 1) * (parts["experts"] + sum(exchange))
+    parts["imbalance"] = costs.waits(imbalance) * (parts["experts"] + sum(exchange))
     parts["all_to_all"] = sum(exchange)
     passing = {name: passes.collectives(name, sent[name], links[name]) for name in ("tensor", "context", "pipeline")}
     parts |= passing
     parts = {name: run.micro_batches * seconds for name, seconds in parts.items()}
-    stages = run.layout.pipeline
-    parts["bubble"] = sum(parts.values()) * (stages - 1) / (run.layout.virtual_pipeline * run.micro_batches)
+    parts["bubble"] = sum(parts.values()) * costs.idle_passes / (run.layout.virtual_pipeline * run.micro_batches)
     hidden_by = sum(backward.values()) + exchange[1]
     parts |= _replicas(costs, passes.shards, sent, links, hidden_by, sum(forward.values()) + exchange[0] + hidden_by)
     parts["update"] = _update(costs, passes.shards) + costs.slowdown * costs.machine.host.step
@@ -212,6 +235,8 @@ class _Passes:
         if backward:
             moved = _GRADIENT_MOVES * costs.run.element_bytes * self.shards.total
             found["moves"] += costs.moves(Moves(moved, 1))
+        if costs.run.config.zero.stage == 3:
+            operations += _STAGE_3_OPERATIONS * self._rank.shape.layers
         return found | {"starts": costs.starts(operations, sum(found.values()))}
 
     def exchange(self) -> tuple[float, float]:
@@ -259,6 +284,7 @@ class _Passes:
             shared=products["shared"],
             experts=products["experts"] + costs.moves(work.forward),
             at_once=2 if costs.machine.cores else 1,
+            hides=costs.hides,
         )
 
     def collectives(self, name: str, sent: Sent, group: Group) -> float:
@@ -269,15 +295,10 @@ class _Passes:
                 return 0.0  # the messages of a part travel while the other parts work
             times = 2 * run.layout.virtual_pipeline
             return self.costs.collective("point_to_point", sent, group, times * run.micro_batches) / run.micro_batches
-        layers = shape.layers
         if name == "tensor":
-            per_layer = 5 if shape.attention == "mha" else 13
-            shared = sum(count * kind.chain.iterations for count, kind in shape.moe_kinds) if shape.shared_ffn else 0
-            times = layers * per_layer + 5 * (shared + layers - shape.num_moe_layers)
-        else:
-            times = 2 * layers
-        # Ranks that share sequences average what routers have counted.
-        times += sum(count * kind.routings for count, kind in shape.moe_kinds)
+            times = tensor_collectives(run, self.stage)
+        else:  # ranks that share sequences average what routers have counted
+            times = 2 * shape.layers + sum(count * kind.routings for count, kind in shape.moe_kinds)
         return self.costs.collective("ring", sent, group, times * run.micro_batches) / run.micro_batches
 
 

@@ -214,6 +214,31 @@ def _tensor_traffic(run: RunShape, stage: int, link: Group) -> Sent:
     return link.ring(run.tokens_per_replica * width * run.element_bytes, 1)
 
 
+def tensor_collectives(run: RunShape, stage: int) -> int:
+    """How many collectives tensor-parallel ranks make in a micro-batch: those of `traffic`, and small ones.
+
+    The small ones are the maximum and two sums of logits, what routers have counted, and the gradients of norms and
+    routers, each of which is summed when it is there.
+    """
+    shape, forward = run.stage_model(stage), _forward_passes(run)
+    chains = shape.moe_kinds
+    routings = sum(count * kind.routings for count, kind in chains)
+    further_norms = sum(
+        count * (kind.chain.iterations - 1) for count, kind in chains if kind.chain.norm_placement == "iteration_norm"
+    )
+    products, gradients = 5 * (2 * shape.layers - shape.num_moe_layers), 2 * shape.layers + further_norms + routings
+    if shape.attention == "mla":  # products after the latents, the latents and the rotary key; their norms
+        with_queries = shape.q_lora_rank is not None
+        products += (10 + 5 * with_queries) * shape.layers
+        gradients += (1 + with_queries) * shape.layers
+    if shape.shared_ffn:
+        products += (5 + (forward - 1) * 2) * sum(count * kind.chain.iterations for count, kind in chains)
+    ends = 2 if stage == 0 else 0
+    if stage == run.layout.pipeline - 1:
+        ends, gradients = ends + 3 + 3, gradients + 1
+    return products + ends + forward * routings + gradients
+
+
 def _context_traffic(run: RunShape, stage: int, link: Group) -> Sent:
     """Keys and values of whole sequences are gathered in each attention, and their gradients scattered."""
     shape, layout = run.stage_model(stage), run.layout

@@ -24,7 +24,14 @@ from coe_megatron.estimate.exchange_time import has_megatrons_dispatcher
 from coe_megatron.estimate.machine import Machine
 from coe_megatron.estimate.memory import memory
 from coe_megatron.estimate.run_shape import RunShape
-from coe_megatron.estimate.step_time import Costs, StepTime, inner_collectives, products_and_moves, step_time
+from coe_megatron.estimate.step_time import (
+    Costs,
+    StepTime,
+    idle_passes,
+    inner_collectives,
+    products_and_moves,
+    step_time,
+)
 
 Stage: TypeAlias = Literal[0, 1, 2, 3]  # of ZeRO
 
@@ -171,7 +178,8 @@ class Search:
         """The least seconds of a step: those of a micro-batch in all layers, spread over the stages, and the bubble."""
         data = self.ranks // (sizes.tensor * sizes.context * sizes.pipeline)
         micro_batches = self.run.config.training.global_batch // (sizes.micro_batch * data)
-        bubble = (sizes.pipeline - 1) / sizes.virtual_pipeline
+        slowdown = self.machine.slowdown(min(self.ranks, self.machine.ranks_per_node))
+        bubble = idle_passes(sizes.pipeline, slowdown) / sizes.virtual_pipeline
         return (micro_batches + bubble) * seconds(sizes._replace(pipeline=1, virtual_pipeline=1)) / sizes.pipeline
 
     def _work(self, sizes: Sizes) -> float:

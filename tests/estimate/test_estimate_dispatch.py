@@ -108,6 +108,12 @@ def test_latencies_of_a_group_come_one_after_the_other(
     assert chain_seconds(each.backward, chunks, 1, 1) == backward
 
 
+def test_shared_experts_work_while_tokens_travel_if_there_are_cores_for_both() -> None:
+    # Router 1, sizes 1; rows there 4-7 beside shared experts 2-4, or after them; experts 2 and back 3.
+    both = [PassSeconds(2, 1, 1, 1, 2, 2, at_once=2, hides=hides) for hides in (True, False)]
+    assert [chain_seconds(each, 1, 1, 1) for each in both] == [2 + 3 + 2 + 3, 2 + 2 + 3 + 2 + 3]
+
+
 def test_a_step_without_compute_is_ways_latencies_and_sizes(tmp_path: Path) -> None:
     """Of a GPU, which works in a thousandth of the time that the network takes."""
     network = report(tmp_path, ["NVIDIA H100"])

@@ -1,12 +1,16 @@
 """What parts of a sequence are estimated to send, against the collectives of a forward and a backward pass."""
 
+from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from collective_trace import CollectiveTrace
+from model_build import reset_megatron
 from ranks import run_ranks
 
+from coe_megatron.config.load import parse
 from coe_megatron.config.settings import (
     MLASettings,
     ModelSettings,
@@ -17,6 +21,7 @@ from coe_megatron.config.settings import (
 )
 from coe_megatron.estimate.run_estimate import estimate
 from coe_megatron.estimate.run_shape import RunShape
+from coe_megatron.estimate.traffic import tensor_collectives
 from coe_megatron.model.build import build_model
 
 VOCABULARY, ROWS = 128, 2
@@ -56,6 +61,48 @@ def test_the_states_of_all_attentions_are_sent_as_often_as_is_said() -> None:
         said = estimate(RunShape.of(config_of(name, tensor=2), VOCABULARY, 2)).communication["tensor"].total
         # Besides, the loss sums a few numbers per token over the parts of the vocabulary.
         assert said <= total < 1.02 * said, (name, said, total)
+
+
+COUNTED: dict[str, dict[str, Any]] = {
+    "MHA": {},
+    "MLA": {"model": {"mla": asdict(LATENTS["MLA"])}},  # type: ignore[call-overload]
+    "MLA of latent queries": {"model": {"mla": asdict(LATENTS["MLA of latent queries"])}},  # type: ignore[call-overload]
+    "own norms, no shared experts": {
+        "moe": {"num_shared_experts": 0},
+        "chain": {"iterations": 3, "norm_placement": "iteration_norm"},
+    },
+    "recomputed": {"moe": {"recompute": "layer"}, "chain": {"iterations": 2}},
+    "dense layers": {"model": {"num_layers": 4}, "moe": {"layer_freq": 2}, "chain": {"gating": "fixed"}},
+}
+
+
+def counted_config(name: str) -> RunConfig:
+    given = COUNTED[name]
+    model = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 16, "hidden_dropout": 0.0}
+    moe = {"num_experts": 4, "topk": 2, "ffn_hidden_size": 16, "num_shared_experts": 1}
+    rest = {"parallel": {"tensor": 2}, "training": {"precision": "fp32", "micro_batch": ROWS, "global_batch": ROWS}}
+    own = {"model": model | given.get("model", {}), "moe": moe | given.get("moe", {})}
+    return parse({**rest, **own, "chain": given.get("chain", {})})
+
+
+def calls() -> dict[str, int]:
+    found = {}
+    for name in COUNTED:
+        reset_megatron()
+        model = build_model(counted_config(name), VOCABULARY)
+        tokens = torch.randint(VOCABULARY, (ROWS, 16))
+        with CollectiveTrace() as trace:
+            model(tokens, torch.arange(16).expand(ROWS, 16), None, labels=tokens).sum().backward()
+        summed = sum(getattr(parameter, "sequence_parallel", False) for parameter in model.parameters())
+        found[name] = len(trace.calls) + summed  # which the engine sums one by one
+    return found
+
+
+@pytest.mark.ranks
+def test_collectives_of_tensor_parallel_ranks_are_counted() -> None:
+    found, _ = run_ranks(calls, 2, tensor_model_parallel_size=2, expert_tensor_parallel_size=1)
+    said = {name: tensor_collectives(RunShape.of(counted_config(name), VOCABULARY, 2), 0) for name in COUNTED}
+    assert said == found
 
 
 @pytest.mark.ranks

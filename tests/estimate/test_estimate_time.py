@@ -116,6 +116,21 @@ def test_ranks_that_share_cores_slow_each_other_down() -> None:
     assert times["starts"] > 0 and times["gradients"] > 0
 
 
+def test_ranks_that_wait_leave_their_cores_to_others() -> None:
+    given = {"parallel": {"world_size": 4, "ranks_per_node": 4, "pipeline": 4}}
+    own, shared, one = (Costs(shape(4, **given), replace(H100, cores=cores)) for cores in (4, 2, 1))
+    # Of a pipeline's four stages one, two and three work at first and at last.
+    assert [costs.idle_passes for costs in (own, shared, one)] == [3, 0.5 + 0.5 + 0.75, 0.25 + 0.5 + 0.75]
+    assert [costs.waits(3.0) for costs in (own, shared, one)] == [2, 0.5, 0]
+
+
+def test_the_modules_of_stage_3_take_the_host_time() -> None:
+    machine = replace(H100, host=replace(H100.host, is_asynchronous=False))
+    stages = [step_time(shape(zero={"stage": stage}), machine).parts["starts"] for stage in (1, 3)]
+    passes = 2 * MODEL["num_layers"] * 16  # micro-batches
+    assert stages[1] - stages[0] == pytest.approx(passes * 220 * H100.host.operation)
+
+
 def test_a_pipeline_idles_and_its_parts_shorten_that() -> None:
     parts = {}
     for name, parallel in {"1": {"pipeline": 2}, "2": {"pipeline": 2, "virtual_pipeline": 2}}.items():
