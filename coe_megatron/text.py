@@ -6,6 +6,7 @@ from itertools import accumulate, zip_longest
 
 from coe_megatron.errors import one_line
 
+_MINUTE = 60
 _UNITS = (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))
 
 
@@ -42,7 +43,9 @@ def aligned_facts(rows: Mapping[str, object]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A short time with three digits: `12.3 ms`, `8.1 µs`, `2 s`."""
+    """A time with three digits: `12.3 ms`, `8.1 µs`, `2 s`; a minute and more as `format_duration` has it."""
+    if seconds >= _MINUTE:
+        return format_duration(seconds)
     seconds = float(f"{seconds:.3g}")
     unit, factor = next((each for each in _UNITS if seconds >= each[1]), _UNITS[-1])
     return f"{float(f'{seconds / factor:.3g}'):g} {unit}"
@@ -50,7 +53,7 @@ def duration(seconds: float) -> str:
 
 def format_duration(seconds: float) -> str:
     """Seconds as text, in h, min or s."""
-    for unit, length in (("h", 3600), ("min", 60)):
+    for unit, length in (("h", 60 * _MINUTE), ("min", _MINUTE)):
         if seconds >= length:
             return f"{seconds / length:,.1f} {unit}"
     return f"{seconds:.0f} s"

@@ -16,4 +16,4 @@ def test_facts_are_lines_whatever_they_hold() -> None:
 
 def test_durations_have_the_unit_of_their_size() -> None:
     seconds = (0.0, 8.14e-6, 0.00526, 0.9996, 2, 1500)
-    assert [duration(each) for each in seconds] == ["0 µs", "8.14 µs", "5.26 ms", "1 s", "2 s", "1500 s"]
+    assert [duration(each) for each in seconds] == ["0 µs", "8.14 µs", "5.26 ms", "1 s", "2 s", "25.0 min"]
