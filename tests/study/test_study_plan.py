@@ -68,9 +68,9 @@ def test_every_study_of_the_project_plans(path: Path) -> None:
     if path.stem in NAMES - {"search"}:
         assert {arm.labels["norm_placement"] for arm in plan.study.arms} == NORM_PLACEMENTS
     assert not any(arm.too_large for arm in plan.arms)
-    fewer = {"learning-rate": 1, "ladder-rate": 1, "ladder": 2} if path.parent.name == "cpu" else {}
-    fewer |= {"strong-scaling": 1, "weak-scaling": 1}  # of their speed
-    assert len(plan.study.settings.seeds) == fewer.get(path.stem, 3)
+    counts = {"learning-rate": 1, "controls-long": 5, "ladder-rate": 1, "ladder": 2} if path.parent.name == "cpu" else {}
+    counts |= {"strong-scaling": 1, "weak-scaling": 1}  # of their speed
+    assert len(plan.study.settings.seeds) == counts.get(path.stem, 3)
     if path.parent.name == "cpu":
         assert max(arm.seconds.total for arm in plan.arms if arm.seconds) <= 600
     if plan.study.settings.ladder is not None or path.stem.endswith("scaling"):  # final losses alone, or none
