@@ -155,7 +155,7 @@ def measure(options: argparse.Namespace, parser: Parser) -> int:
         found[str(place)] = times
         of_place = [_predicted(place, folder, times["machine"], run) for run in times["runs"]]
         rows += of_place
-        write_out("\n".join([*_table(place, of_place), *_choices(of_place, times.get("suggested"))]))
+        write_out("\n".join([*_table(place, of_place), *_choices(of_place, times["suggested"])]))
         bench_options.write(options.json, {"places": found, "rows": rows, "summary": summary(rows)})
     if not rows:
         parser.error("--again: no such place was measured")
@@ -187,9 +187,9 @@ def _measure(place: Place, folder: Path, data: Path, steps: int) -> dict[str, An
         links = [str(HERE / "bench_machine.py"), str(file), "--base", str(node), "--links"]
         if not network.run([sys.executable, *links], place.ranks_per_host):
             return None
-        found = parse_as(Machine, asdict(machine(str(file))))
-        layouts = [*place.layouts, *([DEFAULT, _suggested(place, folder, found)] if place.ranks > 1 else [])]
-        for number, layout in enumerate(dict.fromkeys(layouts)):
+        found = machine(str(file))
+        suggested = _suggested(place, folder, found) if place.ranks > 1 else DEFAULT
+        for number, layout in enumerate(dict.fromkeys([*place.layouts, DEFAULT, suggested])):
             own = [f"output={folder / f'run{number}'}", f"data.path={data}"]
             config = _config(place, layout, folder, [*timed_only(steps), *own])
             plan, result = folder / "plan.json", folder / f"result{number}.json"
@@ -200,7 +200,7 @@ def _measure(place: Place, folder: Path, data: Path, steps: int) -> dict[str, An
                 return None
             of_rank = json.loads(result.read_text())[0]
             runs.append({"layout": layout, "steps": of_rank["seconds"][0], "loads": of_rank["loads"]})
-    return {"machine": asdict(found), "runs": runs, "suggested": layouts[-1]}
+    return {"machine": asdict(found), "runs": runs, "suggested": suggested}
 
 
 def _suggested(place: Place, folder: Path, found: Machine) -> str:
@@ -244,11 +244,9 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
     return found
 
 
-def _choices(rows: list[dict[str, Any]], suggested: str | None) -> list[str]:
+def _choices(rows: list[dict[str, Any]], suggested: str) -> list[str]:
     """What the suggested layout and the default take, against the best one measured of the same model."""
     same = {row["layout"]: row["measured"] for row in rows if not set(row["layout"].split()) & OTHER_MODELS}
-    if suggested is None:
-        return []
     best = min(same, key=lambda layout: same[layout])
     lines = [f"best: {best or 'default'}"]
     for name, layout in (("suggested", suggested), ("default", DEFAULT)):
