@@ -188,7 +188,7 @@ def _measure(place: Place, folder: Path, data: Path, steps: int) -> dict[str, An
         if not network.run([sys.executable, *links], place.ranks_per_host):
             return None
         found = machine(str(file))
-        suggested = _suggested(place, folder, found) if place.ranks > 1 else DEFAULT
+        suggested = _suggested(place, folder, found)
         for number, layout in enumerate(dict.fromkeys([*place.layouts, DEFAULT, suggested])):
             own = [f"output={folder / f'run{number}'}", f"data.path={data}"]
             config = _config(place, layout, folder, [*timed_only(steps), *own])
