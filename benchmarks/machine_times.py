@@ -231,7 +231,7 @@ class Calls:
                 ("ring", link.ring(size_in_bytes, 1), partial(dist.all_gather_into_tensor, taken, part, group=mine)),
                 ("ring", link.ring(size_in_bytes, 1), partial(dist.reduce_scatter_tensor, part, given, group=mine)),
             ]
-            if stride % self.ranks == 0 or size <= self.ranks:  # the next rank is always on another node, or always on this one
+            if stride % self.ranks == 0 or size <= self.ranks:  # the next rank: always there, or always here
                 works.append(("point_to_point", link.to_next(4 * elements), partial(_pass_on, part, mine)))
             for kind, sent, work in works:
                 yield kind, Call(size, shared(sent), self._seconds(work))

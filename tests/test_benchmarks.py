@@ -2,8 +2,10 @@
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
+import bench_prediction
 import layer_times
 import published_runs
 import pytest
@@ -141,6 +143,30 @@ def test_this_node_is_measured(tmp_path: Path) -> None:
     assert found.host.operation > 0 and not found.host.is_asynchronous
     assert found.inside.ring.bandwidth > 1e6 and found.cores == os.cpu_count()
     assert not list(file.parent.glob(".machine-*")) and list(file.parent.iterdir()) == [file]
+    links = tmp_path / "links.yaml"
+    done = python("benchmarks/bench_machine.py", links, "--base", file, "--links", "--ranks", 4, seconds=280)
+    assert done.returncode == 0, done.stderr
+    four = machine(str(links))
+    assert (four.ranks_per_node, four.host, four.fp32) == (4, found.host, found.fp32) and four.inside != found.inside
+
+
+def test_measured_steps_are_predicted_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loads = [[1 / 8] * 8] * 8
+    runs = [
+        {"layout": layout, "steps": [seconds, 9.0, seconds], "loads": loads}
+        for layout, seconds in {"": 2.0, "parallel.expert=2": 1.0, "moe.topk=4 chain.iterations=1": 0.5}.items()
+    ]
+    measured = {"machine": asdict(machine("cpu")), "runs": runs, "suggested": "parallel.expert=2"}
+    file = tmp_path / "times.json"
+    file.write_text(json.dumps({"places": {"1 host, 2 ranks": measured}}))
+    assert bench_prediction.main(["--again", str(file)]) == 0
+    shown = capsys.readouterr().out
+    assert "best: parallel.expert=2\nsuggested: +0.0% (parallel.expert=2)\ndefault: +100.0% (data" in shown
+    assert "largest error" in shown and shown.count("2 s") == 1
+    file.write_text("{}")
+    with pytest.raises(SystemExit) as ended:
+        bench_prediction.main(["--again", str(file)])
+    assert ended.value.code == 2 and "--again is " in capsys.readouterr().err
 
 
 def test_a_machine_without_network_namespaces_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

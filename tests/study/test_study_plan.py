@@ -68,7 +68,9 @@ def test_every_study_of_the_project_plans(path: Path) -> None:
     if path.stem in NAMES - {"search"}:
         assert {arm.labels["norm_placement"] for arm in plan.study.arms} == NORM_PLACEMENTS
     assert not any(arm.too_large for arm in plan.arms)
-    counts = {"learning-rate": 1, "controls-long": 5, "ladder-rate": 1, "ladder": 2} if path.parent.name == "cpu" else {}
+    counts = (
+        {"learning-rate": 1, "controls-long": 5, "ladder-rate": 1, "ladder": 2} if path.parent.name == "cpu" else {}
+    )
     counts |= {"strong-scaling": 1, "weak-scaling": 1}  # of their speed
     assert len(plan.study.settings.seeds) == counts.get(path.stem, 3)
     if path.parent.name == "cpu":
