@@ -13,7 +13,7 @@ import torch
 from attempt_log import Attempt, Constants, Log, Losses
 from bench_goodput import compared, failing, kills
 from machine_times import Call, fitted
-from programs import python
+from programs import ROOT, python
 
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.estimate.closed_forms import ModelShape
@@ -167,6 +167,20 @@ def test_measured_steps_are_predicted_again(tmp_path: Path, capsys: pytest.Captu
     with pytest.raises(SystemExit) as ended:
         bench_prediction.main(["--again", str(file)])
     assert ended.value.code == 2 and "--again is " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("place", "median", "largest", "order"), [("1 host", 0.1, 0.25, 0.9), ("2 hosts", 0.12, 0.36, 0.9)]
+)
+def test_kept_measurements_are_predicted(
+    place: str, median: float, largest: float, order: float, tmp_path: Path
+) -> None:
+    file = tmp_path / "again.json"
+    kept = ROOT / "benchmarks" / "measured_steps.json"
+    assert bench_prediction.main(["--again", str(kept), "--only", place, "--json", str(file)]) == 0
+    found = json.loads(file.read_text())["summary"]
+    assert found["median error"] <= median and found["largest error"] <= largest
+    assert found["correlation of ranks"] >= order
 
 
 def test_a_machine_without_network_namespaces_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
