@@ -15,6 +15,7 @@ from bench_goodput import compared, failing, kills
 from machine_times import Call, fitted
 from programs import ROOT, python
 
+from coe_megatron import scratch
 from coe_megatron.chain.settings import ChainSettings
 from coe_megatron.estimate.closed_forms import ModelShape
 from coe_megatron.estimate.machine import machine
@@ -150,6 +151,13 @@ def test_this_node_is_measured(tmp_path: Path) -> None:
     assert (four.ranks_per_node, four.host, four.fp32) == (4, found.host, found.fp32) and four.inside != found.inside
 
 
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Benchmarks run in this process, whose folder of temporary files stays."""
+    monkeypatch.setattr(scratch, "enter", lambda: None)
+
+
+@pytest.mark.usefixtures("here")
 def test_measured_steps_are_predicted_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     loads = [[1 / 8] * 8] * 8
     runs = [
@@ -169,6 +177,7 @@ def test_measured_steps_are_predicted_again(tmp_path: Path, capsys: pytest.Captu
     assert ended.value.code == 2 and "--again is " in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(
     ("place", "median", "largest", "order"), [("1 host", 0.1, 0.25, 0.9), ("2 hosts", 0.12, 0.36, 0.9)]
 )
