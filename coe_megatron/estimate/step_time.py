@@ -99,11 +99,6 @@ class Costs:
         """What the busiest rank takes longer, over the mean; ranks that wait leave it the cores that they share."""
         return max(0.0, imbalance / self.slowdown - 1)
 
-    @property
-    def idle_passes(self) -> float:
-        """Passes of a micro-batch for which a pipeline stage waits; stages that wait leave others the cores."""
-        return idle_passes(self.run.layout.pipeline, self.slowdown)
-
     def product(self, each: Product) -> float:
         """The forward pass of a product: by FLOPs, or by the bytes of its matrices if that takes longer."""
         precision = "fp32" if each.in_fp32 else self.run.config.training.precision
@@ -146,7 +141,11 @@ def _latency(name: str, inside: Way, across: Way, group: Group) -> float:
 
 
 def idle_passes(stages: int, slowdown: float) -> float:
-    """`Costs.idle_passes` of so many pipeline stages, which slow each other down if all work."""
+    """Passes of a micro-batch for which a pipeline stage waits; stages that wait leave others the cores they share.
+
+    Args:
+        slowdown: of ranks that all work.
+    """
     return sum(max(1 / slowdown, working / stages) for working in range(1, stages))
 
 
@@ -195,7 +194,11 @@ def _of_stage(costs: Costs, stage: int, imbalance: float) -> StepTime:
     passing = {name: passes.collectives(name, sent[name], links[name]) for name in ("tensor", "context", "pipeline")}
     parts |= passing
     parts = {name: run.micro_batches * seconds for name, seconds in parts.items()}
-    parts["bubble"] = sum(parts.values()) * costs.idle_passes / (run.layout.virtual_pipeline * run.micro_batches)
+    parts["bubble"] = (
+        sum(parts.values())
+        * idle_passes(run.layout.pipeline, costs.slowdown)
+        / (run.layout.virtual_pipeline * run.micro_batches)
+    )
     hidden_by = sum(backward.values()) + exchange[1]
     parts |= _replicas(costs, passes.shards, sent, links, hidden_by, sum(forward.values()) + exchange[0] + hidden_by)
     parts["update"] = _update(costs, passes.shards) + costs.slowdown * costs.machine.host.step

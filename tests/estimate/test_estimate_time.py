@@ -17,7 +17,7 @@ from coe_megatron.estimate.machine import Machine, Rates, machine, machines
 from coe_megatron.estimate.operations import Product, Rank
 from coe_megatron.estimate.run_shape import RunShape
 from coe_megatron.estimate.run_time import SaveSeconds, run_time
-from coe_megatron.estimate.step_time import Costs, StepTime, step_time
+from coe_megatron.estimate.step_time import Costs, StepTime, idle_passes, step_time
 from coe_megatron.estimate.traffic import Sent, group
 from coe_megatron.scale.step_picture import _KINDS, draw_step
 
@@ -120,7 +120,7 @@ def test_ranks_that_wait_leave_their_cores_to_others() -> None:
     given = {"parallel": {"world_size": 4, "ranks_per_node": 4, "pipeline": 4}}
     own, shared, one = (Costs(shape(4, **given), replace(H100, cores=cores)) for cores in (4, 2, 1))
     # Of a pipeline's four stages one, two and three work at first and at last.
-    assert [costs.idle_passes for costs in (own, shared, one)] == [3, 0.5 + 0.5 + 0.75, 0.25 + 0.5 + 0.75]
+    assert [idle_passes(4, costs.slowdown) for costs in (own, shared, one)] == [3, 0.5 + 0.5 + 0.75, 0.25 + 0.5 + 0.75]
     assert [costs.waits(3.0) for costs in (own, shared, one)] == [2, 0.5, 0]
 
 
